@@ -1,0 +1,42 @@
+# make demo    train a one-step generator of MNIST digits on this CPU   (FAST=1: 8x8 digits, a minute)
+# make test    lint, format, types, tests
+# Both set up .venv the first time and whenever what they install from has changed.
+PYTHON ?= python3
+BIN := .venv/bin
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.[ch]*' -o -name '*.inl')
+INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+
+ifdef FAST
+DEMO := --data digits --out runs/digits
+else
+DEMO := --data mnist5k --out runs/mnist5k
+endif
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/ready
+	$(BIN)/fewstep train wflow $(DEMO) --overwrite
+
+test: .venv/ready lint
+	$(BIN)/pytest --doctest-modules
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.[ch]*' -o -name '*.inl')
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(INSTALL) '.[bench]' --no-build-isolation
+	$(BIN)/python -m benchmarks.run sinkhorn --peers
+	$(BIN)/python -m benchmarks.table
+
+.venv/ready: $(BUILD_INPUTS)
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) torch setuptools wheel pybind11 ninja numpy
+	$(INSTALL) --no-build-isolation --editable '.[dev,train,triton]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist runs

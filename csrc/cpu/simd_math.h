@@ -1,0 +1,172 @@
+// Vectors of one instruction set and the two transcendental functions that Sinkhorn needs, in base 2.
+// Include inside the namespace of an instruction set, after FEWSTEP_VECTOR_BYTES is defined: no std headers here.
+#pragma once
+
+#define FEWSTEP_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  using Int = int32_t;
+  typedef float Vec __attribute__((vector_size(FEWSTEP_VECTOR_BYTES)));
+  typedef int32_t IntVec __attribute__((vector_size(FEWSTEP_VECTOR_BYTES)));
+  static constexpr int kMantissa = 23, kBias = 127, kLogTerms = 5;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kMaxExponent = 127.0f;
+  // Degree 5, p(0) = 1, relative error 9.2e-8 on [-1/2, 1/2].
+  static constexpr float kExp2[] = {1.0f, 0.693147f, 0.24022242f, 0.055507336f, 0.009671513f, 0.0013264727f};
+};
+
+template <>
+struct Simd<double> {
+  using Int = int64_t;
+  typedef double Vec __attribute__((vector_size(FEWSTEP_VECTOR_BYTES)));
+  typedef int64_t IntVec __attribute__((vector_size(FEWSTEP_VECTOR_BYTES)));
+  static constexpr int kMantissa = 52, kBias = 1023, kLogTerms = 11;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kMaxExponent = 1023.0;
+  // Taylor: (ln 2)^n / n!, relative error 1e-17 on [-1/2, 1/2].
+  static constexpr double kExp2[] = {1.0,
+                                     6.931471805599453094e-01,
+                                     2.402265069591007123e-01,
+                                     5.550410866482157995e-02,
+                                     9.618129107628477162e-03,
+                                     1.333355814642844342e-03,
+                                     1.540353039338160995e-04,
+                                     1.525273380405984028e-05,
+                                     1.321548679014430949e-06,
+                                     1.017808600923969973e-07,
+                                     7.054911620801123330e-09,
+                                     4.445538271870811498e-10,
+                                     2.567843599348820514e-11,
+                                     1.369148885390412888e-12};
+};
+
+template <class T>
+using Vec = typename Simd<T>::Vec;
+template <class T>
+using IntVec = typename Simd<T>::IntVec;
+template <class T>
+constexpr int kLanes = FEWSTEP_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+FEWSTEP_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class T>
+FEWSTEP_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+template <class T>
+FEWSTEP_INLINE Vec<T> splat(T value) {
+  return value - Vec<T>{};
+}
+
+// The larger of each lane; NaN in v wins.
+template <class T>
+FEWSTEP_INLINE Vec<T> at_least(T low, Vec<T> v) {
+#if FEWSTEP_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_max_ps(splat(low), v);
+  } else {
+    return _mm512_max_pd(splat(low), v);
+  }
+#elif FEWSTEP_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    return _mm256_max_ps(splat(low), v);
+  } else {
+    return _mm256_max_pd(splat(low), v);
+  }
+#else
+  return v < low ? splat(low) : v;
+#endif
+}
+
+template <class T>
+FEWSTEP_INLINE T sum(Vec<T> v) {
+#if FEWSTEP_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_reduce_add_ps(v);
+  } else {
+    return _mm512_reduce_add_pd(v);
+  }
+#else
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+#endif
+}
+
+template <class T>
+FEWSTEP_INLINE T maximum(Vec<T> v) {
+  T best = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+#if FEWSTEP_VECTOR_BYTES == 64
+FEWSTEP_INLINE Vec<float> nearest(Vec<float> v) { return _mm512_roundscale_ps(v, 8); }
+FEWSTEP_INLINE Vec<double> nearest(Vec<double> v) { return _mm512_roundscale_pd(v, 8); }
+FEWSTEP_INLINE Vec<float> scale_by_power(Vec<float> v, Vec<float> n) { return _mm512_scalef_ps(v, n); }
+FEWSTEP_INLINE Vec<double> scale_by_power(Vec<double> v, Vec<double> n) { return _mm512_scalef_pd(v, n); }
+#endif
+
+// 2^z for z >= low > -kMaxExponent, which the caller's floor makes sure of; saturates above, NaN stays NaN.
+template <class T>
+FEWSTEP_INLINE Vec<T> exp2(Vec<T> z) {
+  using S = Simd<T>;
+  constexpr int kDegree = sizeof(S::kExp2) / sizeof(T) - 1;
+#if FEWSTEP_VECTOR_BYTES == 64
+  const Vec<T> n = nearest(z);
+#else
+  z = z > S::kMaxExponent ? splat(S::kMaxExponent) : z;
+  const Vec<T> shifted = z + S::kRound;
+  const Vec<T> n = shifted - S::kRound;
+#endif
+  const Vec<T> r = z - n;  // [-1/2, 1/2]
+  Vec<T> p = splat(S::kExp2[kDegree]);
+#pragma GCC unroll 16
+  for (int i = kDegree - 1; i >= 0; --i) p = p * r + S::kExp2[i];
+#if FEWSTEP_VECTOR_BYTES == 64
+  return scale_by_power(p, n);
+#else
+  return (Vec<T>)((IntVec<T>)p + ((IntVec<T>)shifted << S::kMantissa));
+#endif
+}
+
+// log2 of positive normal numbers: 2^e m with m in [sqrt(1/2), sqrt(2)), log m by the series of artanh.
+template <class T>
+FEWSTEP_INLINE Vec<T> log2(Vec<T> v) {
+  using S = Simd<T>;
+  constexpr T kInvLn2 = 1.4426950408889634074;
+  constexpr typename S::Int kMask = (typename S::Int(1) << S::kMantissa) - 1;
+  constexpr typename S::Int kHalfRoot = S::kMantissa == 23 ? 0x3504f3 : 0x6a09e667f3bcdLL;  // mantissa of sqrt(2)
+  const IntVec<T> bits = (IntVec<T>)v;
+  const IntVec<T> above = (bits & kMask) >= kHalfRoot ? IntVec<T>{} + 1 : IntVec<T>{};
+  const IntVec<T> exponent = (bits >> S::kMantissa) - S::kBias + above;
+  const Vec<T> m = (Vec<T>)(bits - (exponent << S::kMantissa));
+  const Vec<T> t = (m - T(1)) / (m + T(1));
+  const Vec<T> t2 = t * t;
+  Vec<T> p = splat(T(1) / (2 * S::kLogTerms - 1));
+#pragma GCC unroll 16
+  for (int i = S::kLogTerms - 2; i >= 0; --i) p = p * t2 + T(1) / (2 * i + 1);
+  const Vec<T> result = __builtin_convertvector(exponent, Vec<T>) + 2 * kInvLn2 * t * p;
+  return v == v ? result : v;
+}
+
+template <int R, class T>
+FEWSTEP_INLINE void log2_all(const T (&in)[R], T (&out)[R]) {
+  for (int r = 0; r < R; r += kLanes<T>) {
+    Vec<T> v = splat(T(1));
+    for (int i = 0; i < kLanes<T> && r + i < R; ++i) v[i] = in[r + i];
+    v = log2<T>(v);
+    for (int i = 0; i < kLanes<T> && r + i < R; ++i) out[r + i] = v[i];
+  }
+}

@@ -1,0 +1,1 @@
+"""Triton kernels; imported lazily, since importing them imports triton."""

@@ -1,0 +1,12 @@
+"""Compiled kernels for training few-step and one-step generative models."""
+
+from importlib.metadata import version
+
+from fewstep import _library
+
+_library.load_cpp()
+
+from fewstep.ops.sinkhorn import SinkhornResult, sinkhorn  # noqa: E402
+
+__version__ = version("fewstep")
+__all__ = ["SinkhornResult", "sinkhorn"]

@@ -1,0 +1,91 @@
+"""Loads the compiled libraries and says which backend can serve which device, and why not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+# Order of preference per device type; the first one available is the default.
+DEFAULT_ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+
+_BUILD_HINT = "build it with `pip install --no-build-isolation -e .` in the source tree"
+
+
+def load_cpp() -> ModuleType:
+    """Import `fewstep._C`, which registers the C++ CPU ops.
+
+    Raises:
+        ImportError: the extension is missing or was built for another Python.
+    """
+    try:
+        return importlib.import_module("fewstep._C")
+    except ImportError as error:
+        raise ImportError(f"fewstep._C cannot be loaded ({error}); {_BUILD_HINT}") from error
+
+
+def cuda_library() -> Path | None:
+    """Path of the compiled CUDA library, or None where it was not built."""
+    return next(Path(__file__).parent.glob("_C_cuda*.so"), None)
+
+
+def load_cuda() -> str | None:
+    """Register the CUDA C++ ops if a device is there; returns the reason where that fails."""
+    path = cuda_library()
+    if path is None:
+        return "built without nvcc (FEWSTEP_CUDA=1 insists on it)"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{path.name} cannot be loaded: {error}"
+    return None
+
+
+CUDA_UNAVAILABLE = load_cuda()
+
+
+def triton_unavailable(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on this device type, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'fewstep[triton]')"
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton needs a GPU, not {device_type} (TRITON_INTERPRET=1 runs its interpreter)"
+    return None
+
+
+def unavailable(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run on `device_type`, or None if it can."""
+    if backend == "cpp":
+        return None if device_type == "cpu" else f"C++ kernels run on the CPU, not {device_type}"
+    if backend == "cuda":
+        if device_type != "cuda":
+            return f"CUDA kernels need a CUDA tensor, not {device_type}"
+        return CUDA_UNAVAILABLE
+    if backend == "triton":
+        return triton_unavailable(device_type)
+    return None
+
+
+def choose_backend(op: str, device_type: str, requested: str | None) -> str:
+    """The backend that serves `op`: the requested one, `FEWSTEP_BACKEND`, or the first available.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run on this device (with the reason).
+    """
+    name = requested or os.environ.get("FEWSTEP_BACKEND")
+    if name is None:
+        order = DEFAULT_ORDER.get(device_type, ("reference",))
+        return next(b for b in order if unavailable(b, device_type) is None)
+    if name not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {BACKENDS}, got {name!r}")
+    reason = unavailable(name, device_type)
+    if reason is not None:
+        raise ValueError(f"{op}: backend {name!r} cannot serve this call: {reason}")
+    return name

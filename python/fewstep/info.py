@@ -1,0 +1,64 @@
+"""`python -m fewstep.info`: versions, CPU capability, and which backend serves each op where."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from fewstep import __version__
+from fewstep._library import BACKENDS, DEFAULT_ORDER, cuda_library, load_cpp, unavailable
+
+OPS = ("sinkhorn",)  # with the transport and barycenter of its result
+
+
+def report() -> str:
+    """The whole page as text.
+
+    >>> "sinkhorn" in report()
+    True
+    """
+    cpp = load_cpp()
+    build = cpp.build_info()
+    lines = [
+        f"fewstep {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"torch {torch.__version__} (libraries built for >= {build['torch_target']}), "
+        f"triton {_version('triton')}, numpy {_version('numpy')}",
+        f"C++ library: compiler {build['compiler']}, pybind11 {build['pybind11']}",
+        f"CPU capability: {cpp.cpu_capability()} (this CPU has {cpp.detected_cpu_capability()}; "
+        "FEWSTEP_CPU_CAPABILITY=base|avx2|avx512 overrides)",
+        f"CUDA library: {'built' if cuda_library() else 'not built'}; devices: {_devices()}",
+        "",
+        f"{'op':<12}{'device':<8}{'backend':<11}status",
+    ]
+    for op in OPS:
+        for device in ("cpu", "cuda"):
+            default = next(b for b in DEFAULT_ORDER[device] if unavailable(b, device) is None)
+            for backend in BACKENDS:
+                reason = unavailable(backend, device)
+                if reason is None and device == "cuda" and not torch.cuda.is_available():
+                    reason = "no CUDA device"
+                status = f"no: {reason}" if reason else "yes"
+                if backend == default and not reason:
+                    status = "yes, default"
+                lines.append(f"{op:<12}{device:<8}{backend:<11}{status}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report() + "\n")

@@ -1,0 +1,1 @@
+"""Public functions: each validates its arguments, chooses a backend and carries the gradient."""

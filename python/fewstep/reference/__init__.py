@@ -1,0 +1,1 @@
+"""Plain torch definitions of every op: any float dtype, any device, differentiable twice."""

@@ -1,0 +1,96 @@
+"""Two libraries: fewstep._C (C++, always) and fewstep._C_cuda (CUDA, where nvcc is found).
+
+FEWSTEP_CUDA=0 skips CUDA, 1 insists on it, auto (the default) builds it where nvcc is found.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import find_packages, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).resolve().parent
+# The oldest torch that the libraries run on; the stable ABI serves every later one.
+STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+CXX = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-g0"]
+# What lets plain loops become vector code without giving up inf and NaN.
+SIMD = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+ARCHITECTURES = ("80", "90", "100")
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [shutil.which("nvcc", path=f"{home}/bin") for home in homes if home]
+    return next(filter(None, [*found, shutil.which("nvcc")]), None)
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
+
+
+class Build(BuildExtension):
+    def build_extension(self, ext) -> None:
+        for source in getattr(ext, "cuda_sources", []):
+            ext.extra_objects.append(self.compile_cuda(source))
+        super().build_extension(ext)
+
+    def compile_cuda(self, source: str) -> str:
+        """Compile a torch-free .cu for every architecture; registers and spills go to the log."""
+        target = Path(self.build_temp, source).with_suffix(".o")
+        newest = max(Path(d).stat().st_mtime for d in [source, *sources("csrc/**/*.[ch]*")])
+        if not target.exists() or target.stat().st_mtime < newest:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+            newest_arch = f"compute_{ARCHITECTURES[-1]}"
+            gencode.append(f"-gencode=arch={newest_arch},code={newest_arch}")  # PTX, later GPUs
+            flags = ["-O3", "-std=c++20", "-lineinfo", "-Xptxas=-v", "-Xcompiler=-fPIC", *gencode]
+            subprocess.run([NVCC, *flags, "-c", source, "-o", str(target)], check=True)
+        return str(target)
+
+
+common = {"depends": sources("csrc/**/*.h") + sources("csrc/**/*.inl"), "language": "c++"}
+extensions = [
+    CppExtension(
+        "fewstep._C",
+        ["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/cpu/*.cpp")],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        extra_compile_args=[*CXX, *SIMD, *STABLE],
+        extra_link_args=["-Wl,-s"],
+        **common,
+    )
+]
+
+wanted = os.environ.get("FEWSTEP_CUDA", "auto")
+if wanted not in ("0", "1", "auto"):
+    sys.exit(f"fewstep: FEWSTEP_CUDA must be 0, 1 or auto, got {wanted!r}")
+NVCC = find_nvcc() if wanted != "0" else None
+if wanted == "1" and NVCC is None:
+    sys.exit("fewstep: FEWSTEP_CUDA=1 needs nvcc: set CUDA_HOME or put nvcc on PATH")
+if NVCC is not None:
+    cuda = Path(NVCC).resolve().parent.parent
+    library = next(d for d in (cuda / "lib64", cuda / "lib") if d.exists())
+    extension = CppExtension(
+        "fewstep._C_cuda",
+        ["csrc/cuda/ops_cuda.cpp"],
+        include_dirs=[str(ROOT / "csrc"), str(cuda / "include")],
+        extra_compile_args=[*CXX, *STABLE],
+        # libtorch brings libtorch_cuda, which has the current stream, where torch has CUDA.
+        extra_link_args=["-Wl,--no-as-needed,-s", "-ltorch", f"-L{library}", "-lcudart_static"],
+        **common,
+    )
+    extension.cuda_sources = sources("csrc/cuda/*.cu")
+    extension.depends = [*extension.depends, *sources("csrc/cuda/*.cu*")]
+    extensions.append(extension)
+
+kernels = ["fewstep.kernels"] + [f"fewstep.kernels.{p}" for p in find_packages("kernels")]
+setup(
+    packages=find_packages("python") + kernels,
+    package_dir={"": "python", "fewstep.kernels": "kernels"},
+    package_data={"fewstep": ["py.typed"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build},
+)
