@@ -1,0 +1,253 @@
+#include <algorithm>
+
+#include "../shared/sinkhorn_block.h"
+#include "reduce.cuh"
+#include "sinkhorn.cuh"
+
+namespace fewstep::cuda {
+namespace {
+
+using Place = SinkhornPlan::Place;
+
+// Leaves 128 registers to a thread on floats and 256 on doubles.
+constexpr int max_threads(int64_t element_bytes) { return static_cast<int>(2048 / element_bytes); }
+constexpr int kApplyThreads = 256;
+constexpr int kApplyRows = kApplyThreads / Block::kLanes * block::kRows;
+constexpr int kMaxWarps = max_threads(sizeof(float)) / Block::kLanes;
+// Dynamic shared memory beyond this must be asked for.
+constexpr int kDefaultShared = 48 * 1024;
+// Costs that fit no shared memory are kept in global memory up to this many bytes.
+constexpr int64_t kWorkspaceBytes = int64_t{1} << 30;
+constexpr int64_t kMaxBlocks = 2147483647;
+
+template <typename T>
+struct SolveArguments {
+  block::Problem<T> first;  // problem 0; eps comes from `eps`
+  block::Solution<T> out;   // problem 0
+  block::Stop<T> stop;
+  const T* eps;  // [batch]
+  int64_t batch;
+  T* workspace;  // [blocks, slot]
+  int64_t slot;
+};
+
+template <typename T>
+struct ApplyArguments {
+  block::Application<T> first;  // problem 0; eps comes from `eps`
+  const T* eps;                 // [batch]
+  int64_t batch;
+  int row_tiles, value_tiles;
+};
+
+template <typename T>
+__device__ T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+}
+
+// Small problems share a multiprocessor.
+template <typename T, Place kPlace>
+constexpr int kMinBlocks = kPlace == SinkhornPlan::kShared && sizeof(T) == sizeof(float) ? 2 : 1;
+
+template <typename T, Place kPlace>
+__global__ void __launch_bounds__(max_threads(sizeof(T)), kMinBlocks<T, kPlace>)
+    sinkhorn_kernel(const SolveArguments<T> arguments) {
+  __shared__ T scratch[kMaxWarps];
+  T* const shared = dynamic_shared<T>();
+  T* const slot = arguments.workspace + blockIdx.x * arguments.slot;
+  const Block team;
+  for (int64_t index = blockIdx.x; index < arguments.batch; index += gridDim.x) {
+    block::Problem<T> p = arguments.first;
+    const int64_t n = p.n, m = p.m;
+    p.x += index * n * p.d;
+    p.y += index * m * p.d;
+    p.a += index * n;
+    p.b += index * m;
+    if (p.g0 != nullptr) p.g0 += index * m;
+    p.eps = arguments.eps[index];
+    block::Solution<T> out = arguments.out;
+    out.f += index * n;
+    out.g += index * m;
+    out.value += index;
+    out.residual += index;
+    out.iterations += index;
+    out.converged += index;
+    if constexpr (kPlace == SinkhornPlan::kShared) {
+      T* const vectors = shared + p.n * p.m;
+      block::fill_cost(team, p, vectors, shared);
+      team.sync();
+      block::solve(team, block::CachedCost<T, int>{shared, p.m}, p, arguments.stop, vectors, scratch, out);
+    } else if constexpr (kPlace == SinkhornPlan::kWorkspace) {
+      block::fill_cost(team, p, shared, slot);
+      team.sync();
+      block::solve(team, block::CachedCost<T, int64_t>{slot, m}, p, arguments.stop, slot + n * m, scratch, out);
+    } else {
+      const block::DirectCost<T> cost{p, block::inverse_temperature(p.eps)};
+      block::solve(team, cost, p, arguments.stop, slot, scratch, out);
+    }
+  }
+}
+
+template <bool kGradient, typename T>
+__global__ void __launch_bounds__(kApplyThreads, 1) sinkhorn_apply_kernel(const ApplyArguments<T> arguments) {
+  __shared__ T stage[block::kStageElements];
+  __shared__ T weights[kApplyRows * block::kColumns];
+  const int64_t tiles = static_cast<int64_t>(arguments.row_tiles) * arguments.value_tiles;
+  for (int64_t tile = blockIdx.x; tile < arguments.batch * tiles; tile += gridDim.x) {
+    const int64_t index = tile / tiles;
+    const int within = static_cast<int>(tile % tiles);
+    block::Application<T> p = arguments.first;
+    const int64_t n = p.n, m = p.m;
+    p.x += index * n * p.d;
+    p.y += index * m * p.d;
+    p.f += index * n;
+    p.g += index * m;
+    p.b += index * m;
+    p.v += index * m * p.k;
+    p.out += index * n * p.k;
+    if constexpr (kGradient) {
+      p.a += index * n;
+    } else {
+      p.mass += index * n;
+    }
+    p.eps = arguments.eps[index];
+    block::apply<kGradient>(Block{}, p, within / arguments.value_tiles, within % arguments.value_tiles, stage, weights);
+  }
+}
+
+int threads_for(int64_t pairs, int64_t element_bytes) {
+  return std::min(pairs <= 1024 ? 64 : pairs <= 8192 ? 256 : 512, max_threads(element_bytes));
+}
+
+template <typename T, Place kPlace>
+cudaError_t launch(const SinkhornPlan& plan, const SolveArguments<T>& arguments, cudaStream_t stream) {
+  if (plan.shared_bytes > kDefaultShared) {
+    const cudaError_t error = cudaFuncSetAttribute(sinkhorn_kernel<T, kPlace>,
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  sinkhorn_kernel<T, kPlace>
+      <<<static_cast<unsigned>(plan.blocks), plan.threads, plan.shared_bytes, stream>>>(arguments);
+  return cudaGetLastError();
+}
+
+template <bool kGradient, typename T>
+cudaError_t launch_apply(const block::Application<T>& first, const T* eps, int64_t batch, cudaStream_t stream) {
+  if (batch == 0) return cudaSuccess;
+  ApplyArguments<T> arguments{first, eps, batch, (first.n + kApplyRows - 1) / kApplyRows,
+                              std::max(1, (first.k + block::kValues - 1) / block::kValues)};
+  const int64_t tiles = batch * arguments.row_tiles * arguments.value_tiles;
+  sinkhorn_apply_kernel<kGradient>
+      <<<static_cast<unsigned>(std::min(tiles, kMaxBlocks)), kApplyThreads, 0, stream>>>(arguments);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t plan_sinkhorn(int64_t batch, int64_t n, int64_t m, int64_t element_bytes, SinkhornPlan* plan) {
+  int device = 0, limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  plan->threads = threads_for(n * m, element_bytes);
+  const int64_t vectors = block::vector_elements(n, m, plan->threads);
+  const int64_t stage_bytes = block::kStageElements * element_bytes;
+  const int64_t shared = n * m * element_bytes + std::max(vectors * element_bytes, stage_bytes);
+  // The limit is shared with the kernel's static scratch.
+  if (shared + kMaxWarps * element_bytes <= limit) {
+    plan->place = SinkhornPlan::kShared;
+    plan->shared_bytes = static_cast<int>(shared);
+    plan->slot = 0;
+    plan->blocks = std::min(batch, kMaxBlocks);
+    return cudaSuccess;
+  }
+  const bool cached = n * m <= kWorkspaceBytes / element_bytes;
+  plan->place = cached ? SinkhornPlan::kWorkspace : SinkhornPlan::kDirect;
+  plan->shared_bytes = cached ? static_cast<int>(stage_bytes) : 0;
+  plan->slot = (cached ? n * m : 0) + vectors;
+  plan->blocks = std::min(batch, std::max(kWorkspaceBytes / element_bytes / plan->slot, int64_t{1}));
+  return cudaSuccess;
+}
+
+template <typename T>
+cudaError_t sinkhorn(const SinkhornPlan& plan, const T* x, const T* y, const T* a, const T* b, const T* eps,
+                     const T* g0, int64_t batch, int64_t n, int64_t m, int64_t d, int64_t cost, int64_t max_iter,
+                     double tol, double converged_at, T* workspace, T* f, T* g, T* value, T* residual,
+                     int64_t* iterations, bool* converged, cudaStream_t stream) {
+  if (batch == 0) return cudaSuccess;
+  const SolveArguments<T> arguments{
+      {x, y, a, b, g0, T(1), static_cast<int>(n), static_cast<int>(m), static_cast<int>(d), static_cast<int>(cost)},
+      {f, g, value, residual, iterations, converged},
+      {static_cast<int>(max_iter), T(tol), T(converged_at)},
+      eps,
+      batch,
+      workspace,
+      plan.slot};
+  switch (plan.place) {
+    case SinkhornPlan::kShared:
+      return launch<T, SinkhornPlan::kShared>(plan, arguments, stream);
+    case SinkhornPlan::kWorkspace:
+      return launch<T, SinkhornPlan::kWorkspace>(plan, arguments, stream);
+    default:
+      return launch<T, SinkhornPlan::kDirect>(plan, arguments, stream);
+  }
+}
+
+template <typename T>
+cudaError_t sinkhorn_transport(const T* x, const T* y, const T* f, const T* g, const T* b, const T* eps, const T* v,
+                               int64_t batch, int64_t n, int64_t m, int64_t d, int64_t k, int64_t cost, T* out, T* mass,
+                               cudaStream_t stream) {
+  const block::Application<T> first{x,
+                                    y,
+                                    f,
+                                    g,
+                                    nullptr,
+                                    b,
+                                    v,
+                                    T(1),
+                                    static_cast<int>(n),
+                                    static_cast<int>(m),
+                                    static_cast<int>(d),
+                                    static_cast<int>(k),
+                                    static_cast<int>(cost),
+                                    out,
+                                    mass};
+  return launch_apply<false>(first, eps, batch, stream);
+}
+
+template <typename T>
+cudaError_t sinkhorn_grad(const T* x, const T* y, const T* f, const T* g, const T* a, const T* b, const T* eps,
+                          int64_t batch, int64_t n, int64_t m, int64_t d, int64_t cost, T* grad_x,
+                          cudaStream_t stream) {
+  const block::Application<T> first{x,
+                                    y,
+                                    f,
+                                    g,
+                                    a,
+                                    b,
+                                    y,
+                                    T(1),
+                                    static_cast<int>(n),
+                                    static_cast<int>(m),
+                                    static_cast<int>(d),
+                                    static_cast<int>(d),
+                                    static_cast<int>(cost),
+                                    grad_x,
+                                    nullptr};
+  return launch_apply<true>(first, eps, batch, stream);
+}
+
+#define FEWSTEP_INSTANTIATE(T)                                                                                         \
+  template cudaError_t sinkhorn(const SinkhornPlan&, const T*, const T*, const T*, const T*, const T*, const T*,       \
+                                int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, T*, T*, T*, T*,  \
+                                T*, int64_t*, bool*, cudaStream_t);                                                    \
+  template cudaError_t sinkhorn_transport(const T*, const T*, const T*, const T*, const T*, const T*, const T*,        \
+                                          int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, T*, T*, cudaStream_t); \
+  template cudaError_t sinkhorn_grad(const T*, const T*, const T*, const T*, const T*, const T*, const T*, int64_t,    \
+                                     int64_t, int64_t, int64_t, int64_t, T*, cudaStream_t);
+
+FEWSTEP_INSTANTIATE(float)
+FEWSTEP_INSTANTIATE(double)
+
+}  // namespace fewstep::cuda

@@ -1,0 +1,42 @@
+// Launchers of the Sinkhorn kernels: contiguous device pointers in, cudaError_t out; float and double.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace fewstep::cuda {
+
+struct SinkhornPlan {
+  enum Place { kShared, kWorkspace, kDirect };
+  Place place;       // where the costs of a problem live; kDirect recomputes them
+  int threads;       // per block, one block per problem
+  int shared_bytes;  // dynamic
+  int64_t blocks;    // problems in flight
+  int64_t slot;      // workspace elements per block
+  int64_t workspace_elements() const { return blocks * slot; }
+};
+
+// How to solve [batch, n, m] on the current device.
+cudaError_t plan_sinkhorn(int64_t batch, int64_t n, int64_t m, int64_t element_bytes, SinkhornPlan* plan);
+
+// x [batch, n, d], y [batch, m, d], a [batch, n], b [batch, m], eps [batch], g0 [batch, m] or null, workspace
+// [plan.workspace_elements()] -> f [batch, n], g [batch, m], the others [batch]. A negative tol is never reached.
+template <typename T>
+cudaError_t sinkhorn(const SinkhornPlan& plan, const T* x, const T* y, const T* a, const T* b, const T* eps,
+                     const T* g0, int64_t batch, int64_t n, int64_t m, int64_t d, int64_t cost, int64_t max_iter,
+                     double tol, double converged_at, T* workspace, T* f, T* g, T* value, T* residual,
+                     int64_t* iterations, bool* converged, cudaStream_t stream);
+
+// v [batch, m, k] -> out [batch, n, k], mass [batch, n].
+template <typename T>
+cudaError_t sinkhorn_transport(const T* x, const T* y, const T* f, const T* g, const T* b, const T* eps, const T* v,
+                               int64_t batch, int64_t n, int64_t m, int64_t d, int64_t k, int64_t cost, T* out, T* mass,
+                               cudaStream_t stream);
+
+// -> grad_x [batch, n, d].
+template <typename T>
+cudaError_t sinkhorn_grad(const T* x, const T* y, const T* f, const T* g, const T* a, const T* b, const T* eps,
+                          int64_t batch, int64_t n, int64_t m, int64_t d, int64_t cost, T* grad_x, cudaStream_t stream);
+
+}  // namespace fewstep::cuda

@@ -1,0 +1,379 @@
+"""The CUDA kernels: emulated on the host, as compiled code, and on a device if there is one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fewstep
+from fewstep._library import cuda_library
+from fewstep.reference import sinkhorn as reference
+from tolerances import assert_contract
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = ("shared", "workspace", "direct")
+Emulator = Callable[[bytes], bytes]
+
+
+@pytest.fixture(scope="session")
+def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emulator]:
+    """A team of one under the address sanitizer, a team of threads under the thread sanitizer."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("emulation")
+    source = ROOT / "tests/cuda_emulation/emulate.cpp"
+
+    def build(team: str, sanitizer: str) -> Emulator:
+        target = folder / team
+        # A sanitizer may be missing, or refuse the machine's address layout: then without it.
+        for extra in ([f"-fsanitize={sanitizer}"], []):
+            flags = ["-std=c++20", "-O0", "-g", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}/csrc"]
+            command = [compiler, *flags, *extra, str(source), "-o", str(target), "-pthread"]
+            made = subprocess.run(command, capture_output=True, text=True)
+            empty = header("solve", torch.float32, team, batch=0)
+            if made.returncode != 0:
+                continue
+            if subprocess.run([target], input=empty, capture_output=True).returncode == 0:
+                break
+        else:
+            pytest.fail(made.stderr)
+
+        def run(request: bytes) -> bytes:
+            done = subprocess.run([target], input=request, capture_output=True)
+            assert done.returncode == 0, done.stderr.decode()
+            return done.stdout
+
+        return run
+
+    return {"single": build("single", "address"), "threads": build("threads", "thread")}
+
+
+def header(
+    op: str,
+    dtype: torch.dtype,
+    team: str,
+    *,
+    place: str = "shared",
+    batch: int,
+    n: int = 1,
+    m: int = 1,
+    d: int = 1,
+    k: int = 0,
+    cost: str = "sqeuclidean",
+    max_iter: int = 1,
+    tol: float | None = None,
+) -> bytes:
+    names = ("solve", "transport", "grad")
+    integers = (names.index(op), dtype == torch.float64, team == "threads", PLACES.index(place))
+    sizes = (batch, n, m, d, k, reference.COSTS.index(cost), max_iter)
+    stop = (-1.0 if tol is None else tol, reference.DEFAULT_TOL if tol is None else tol)
+    return struct.pack("11q2d", *integers, *sizes, *stop)
+
+
+def arrays(*tensors: Tensor) -> bytes:
+    return b"".join(t.contiguous().numpy().tobytes() for t in tensors)
+
+
+def split(answer: bytes, *parts: tuple[torch.dtype, tuple[int, ...]]) -> list[Tensor]:
+    out, start = [], 0
+    for dtype, shape in parts:
+        kind = {torch.bool: np.bool_, torch.int64: np.int64, torch.float32: np.float32}
+        size = int(np.prod(shape)) * dtype.itemsize
+        piece = np.frombuffer(answer[start : start + size], dtype=kind.get(dtype, np.float64))
+        out.append(torch.from_numpy(piece.reshape(shape).copy()))
+        start += size
+    assert start == len(answer)
+    return out
+
+
+def solve_emulated(
+    run: Emulator,
+    team: str,
+    place: str,
+    inputs: tuple[Tensor, ...],
+    g0: Tensor | None,
+    cost: str,
+    max_iter: int,
+    tol: float | None,
+) -> list[Tensor]:
+    x, y = inputs[:2]
+    (batch, n, d), m, dtype = x.shape, y.shape[1], x.dtype
+    sizes = {"batch": batch, "n": n, "m": m, "d": d, "k": int(g0 is not None)}
+    request = header(
+        "solve", dtype, team, place=place, cost=cost, max_iter=max_iter, tol=tol, **sizes
+    )
+    answer = run(request + arrays(*inputs, *(() if g0 is None else (g0,))))
+    per_problem = [(t, (batch,)) for t in (dtype, dtype, torch.int64, torch.bool)]
+    return split(answer, (dtype, (batch, n)), (dtype, (batch, m)), *per_problem)
+
+
+def make(batch: int, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x, y, a, b, eps; one zero weight on either side where there is room."""
+    rng = torch.Generator().manual_seed(batch + 10 * n + 100 * m + d)
+    x = torch.randn(batch, n, d, generator=rng, dtype=torch.float64) / d**0.5
+    y = torch.randn(batch, m, d, generator=rng, dtype=torch.float64) / d**0.5 + 0.3
+    x[:, 0] = y[:, 0]
+    a = torch.rand(batch, n, generator=rng, dtype=torch.float64) + 0.1
+    b = torch.rand(batch, m, generator=rng, dtype=torch.float64) + 0.1
+    a[:, n // 2] *= n == 1
+    b[:, -1] *= m == 1
+    eps = torch.linspace(0.05, 0.3, batch, dtype=torch.float64)
+    # Rounded first, so that the float64 reference sees the very numbers of the kernel.
+    return tuple(t.to(dtype) for t in (x, y, a / a.sum(-1, True), b / b.sum(-1, True), eps))
+
+
+def wide(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.double() for t in tensors)
+
+
+def largest_cost(inputs: tuple[Tensor, ...], cost: str) -> Tensor:
+    return reference.cost_matrix(*wide(inputs[:2]), cost).max().clamp_min(1e-3)
+
+
+def assert_solved(
+    actual: list[Tensor], expected: tuple[Tensor, ...], scale: Tensor, kind: str = "potential"
+) -> None:
+    assert_contract(kind, actual[0], expected[0], scale=scale)
+    assert_contract(kind, actual[1], expected[1], scale=scale)
+    assert_contract("value", actual[2], expected[2], scale=scale)
+    assert_contract("plan", actual[3], expected[3], scale=torch.tensor(1.0))
+
+
+SHAPES = [(2, 1, 1, 1), (1, 1, 9, 2), (2, 7, 13, 3), (1, 67, 5, 40), (1, 66, 130, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_emulated_solve(
+    emulators: dict[str, Emulator], shape: tuple[int, ...], place: str, dtype: torch.dtype
+) -> None:
+    inputs = make(*shape, dtype)
+    for cost in reference.COSTS:
+        actual = solve_emulated(emulators["single"], "single", place, inputs, None, cost, 15, None)
+        expected = reference.solve(*wide(inputs), None, cost=cost, max_iter=15, tol=None)
+        assert_solved(actual, expected, largest_cost(inputs, cost))
+        assert actual[4].tolist() == [15] * shape[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("shape", [(1, 3, 2, 35), (1, 17, 70, 3), (1, 29, 2, 3)], ids=str)
+def test_emulated_team_of_threads(
+    emulators: dict[str, Emulator], shape: tuple[int, ...], place: str, dtype: torch.dtype
+) -> None:
+    """Also run under the thread sanitizer, which reports any missing sync()."""
+    inputs = make(*shape, dtype)
+    actual = solve_emulated(
+        emulators["threads"], "threads", place, inputs, None, "sqeuclidean", 4, None
+    )
+    expected = reference.solve(*wide(inputs), None, cost="sqeuclidean", max_iter=4, tol=None)
+    assert_solved(actual, expected, largest_cost(inputs, "sqeuclidean"))
+
+
+def test_emulated_stop_is_per_problem(emulators: dict[str, Emulator]) -> None:
+    *points, eps = make(3, 8, 11, 2, torch.float64)
+    inputs = (*points, 5 * eps)
+    for tol in (1e-5, 1e-30):
+        actual = solve_emulated(
+            emulators["single"], "single", "shared", inputs, None, "sqeuclidean", 40, tol
+        )
+        expected = reference.solve(*inputs, None, cost="sqeuclidean", max_iter=40, tol=tol)
+        assert torch.equal(actual[4], expected[4])
+        assert torch.equal(actual[5], expected[5])
+        assert_solved(actual, expected, largest_cost(inputs, "sqeuclidean"))
+        assert len(set(actual[4].tolist())) == (3 if tol == 1e-5 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_emulated_one_step_from_potentials(
+    emulators: dict[str, Emulator], dtype: torch.dtype
+) -> None:
+    inputs = make(2, 8, 11, 2, dtype)
+    g0 = torch.randn(2, 11).to(dtype)
+    # The second start is so far off that sums around the old potentials overflow.
+    for start in (g0, 1e4 * g0):
+        actual = solve_emulated(
+            emulators["single"], "single", "shared", inputs, start, "sqeuclidean", 1, None
+        )
+        expected = reference.solve(
+            *wide(inputs), start.double(), cost="sqeuclidean", max_iter=1, tol=None
+        )
+        scale = largest_cost(inputs, "sqeuclidean") + start.abs().max()
+        assert_contract("one step", actual[0], expected[0], scale=scale)
+        assert_contract("one step", actual[1], expected[1], scale=scale)
+
+
+@pytest.mark.parametrize("team", ["single", "threads"])
+def test_emulated_cold_and_far(emulators: dict[str, Emulator], team: str) -> None:
+    """Costs of 1e4 eps, where every sum needs its own maximum, at a distance of 1e3."""
+    x, y, a, b, eps = make(1, 9, 20, 3, torch.float32)
+    inputs = (x + 1000, y + 1000, a, b, eps / 500)
+    actual = solve_emulated(emulators[team], team, "shared", inputs, None, "sqeuclidean", 3, None)
+    expected = reference.solve(*wide(inputs), None, cost="sqeuclidean", max_iter=3, tol=None)
+    scale = largest_cost(inputs, "sqeuclidean")
+    assert_contract("potential", actual[0], expected[0], scale=scale)
+    assert_contract("potential", actual[1], expected[1], scale=scale)
+    assert actual[3].isfinite().all()
+
+
+def test_emulated_nan_comes_out(emulators: dict[str, Emulator]) -> None:
+    x, *rest = make(2, 5, 6, 2, torch.float32)
+    x[1, 3, 0] = torch.nan
+    actual = solve_emulated(
+        emulators["single"], "single", "shared", (x, *rest), None, "sqeuclidean", 5, 1e-3
+    )
+    assert actual[2].isnan().tolist() == [False, True]
+    assert actual[5].tolist()[1] is False
+
+
+@pytest.mark.parametrize("team", ["single", "threads"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("cost", reference.COSTS)
+@pytest.mark.parametrize(
+    ("shape", "values"), [((2, 7, 13, 3), 1), ((1, 30, 70, 135), 130), ((1, 2, 1, 1), 0)], ids=str
+)
+def test_emulated_transport_and_gradient(
+    emulators: dict[str, Emulator],
+    shape: tuple[int, ...],
+    values: int,
+    cost: str,
+    dtype: torch.dtype,
+    team: str,
+) -> None:
+    batch, n, m, d = shape
+    x, y, a, b, eps = make(*shape, dtype)
+    f, g = reference.solve(*wide((x, y, a, b, eps)), None, cost=cost, max_iter=20, tol=None)[:2]
+    f, g = f.to(dtype), g.to(dtype)
+    v = torch.randn(batch, m, values, dtype=dtype)
+    sizes = {"batch": batch, "n": n, "m": m, "d": d}
+
+    request = header("transport", dtype, team, cost=cost, k=values, **sizes)
+    answer = emulators[team](request + arrays(x, y, f, g, b, eps, v))
+    out, mass = split(answer, (dtype, (batch, n, values)), (dtype, (batch, n)))
+    expected = reference.transport(*wide((x, y, f, g, b, eps, v)), cost=cost)
+    if values > 0:
+        assert_contract("plan", out, expected[0], scale=v)
+    assert_contract("plan", mass, expected[1])
+
+    request = header("grad", dtype, team, cost=cost, k=d, **sizes)
+    answer = emulators[team](request + arrays(x, y, f, g, a, b, eps))
+    (grad,) = split(answer, (dtype, (batch, n, d)))
+    slope = reference.gradient(*wide((x, y, f, g, a, b, eps)), cost=cost)
+    assert_contract("gradient", grad, slope)
+
+
+def cuobjdump() -> str | None:
+    found = shutil.which("cuobjdump")
+    triton = find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    return found
+
+
+def built_library() -> Path:
+    library = cuda_library()
+    if library is None:
+        pytest.skip("_C_cuda is not built: no nvcc, or FEWSTEP_CUDA=0")
+    return library
+
+
+def test_compiled_kernels_do_not_spill() -> None:
+    library, tool = built_library(), cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump, on PATH or in triton")
+    done = subprocess.run([tool, "-res-usage", library], capture_output=True, text=True, check=True)
+    usage = re.findall(r"arch = (sm_\d+)|Function (\S+):\s*REG:(\d+) STACK:(\d+)", done.stdout)
+    kernels: dict[str, dict[str, int]] = {}
+    arch = ""
+    for target, name, _, stack in usage:
+        arch = target or arch
+        if name:
+            kernels.setdefault(arch, {})[name] = int(stack)
+    assert {"sm_80", "sm_90", "sm_100"} <= set(kernels)
+    for target, stacks in kernels.items():
+        # 2 dtypes x (3 places of the solve, transport, gradient).
+        assert sum("sinkhorn" in name for name in stacks) == 10, target
+        assert {name: stack for name, stack in stacks.items() if stack > 0} == {}, target
+
+
+def test_library_registers_without_a_device() -> None:
+    program = f"""
+import torch, fewstep
+torch.ops.load_library({str(built_library())!r})
+for op in ("sinkhorn", "sinkhorn_transport", "sinkhorn_grad"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fewstep::{{op}}", "CUDA"), op
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# The last two outgrow shared memory on every device.
+DEVICE_SHAPES = [*SHAPES, (300, 64, 64, 16), (1, 400, 390, 5), (3, 700, 130, 70)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("cost", reference.COSTS)
+@pytest.mark.parametrize("shape", DEVICE_SHAPES, ids=str)
+def test_device_solve(shape: tuple[int, ...], cost: str, dtype: torch.dtype) -> None:
+    x, y, a, b, eps = (t.cuda() for t in make(*shape, dtype))
+    x.requires_grad_()
+    result = fewstep.sinkhorn(x, y, a=a, b=b, eps=eps, cost=cost, max_iter=15, backend="cuda")
+    (grad,) = torch.autograd.grad(result.value.sum(), x)
+    inputs = tuple(t.detach().cpu() for t in (x, y, a, b, eps))
+    expected = reference.solve(*wide(inputs), None, cost=cost, max_iter=15, tol=None)
+    names = ("f", "g", "value", "residual", "iterations", "converged")
+    actual = [getattr(result, name).detach().cpu() for name in names]
+    assert_solved(actual, expected, largest_cost(inputs, cost))
+    v = torch.randn(x.shape[0], y.shape[1], 150, dtype=dtype)
+    moved = result.transport(v.cuda()).cpu()
+    wx, wy, wa, wb, we = wide(inputs)
+    f, g = wide((actual[0], actual[1]))
+    assert_contract("gradient", grad.cpu(), reference.gradient(wx, wy, f, g, wa, wb, we, cost=cost))
+    plan_v = reference.transport(wx, wy, f, g, wb, we, v.double(), cost=cost)[0]
+    assert_contract("plan", moved, wa[..., None] * plan_v, scale=v)
+
+
+@pytest.mark.gpu
+def test_device_stop_empty_batch_and_same_bits() -> None:
+    *points, eps = make(3, 8, 11, 2, torch.float64)
+    x, y, a, b, eps = (t.cuda() for t in (*points, 5 * eps))
+    first, again = (
+        fewstep.sinkhorn(x, y, a=a, b=b, eps=eps, max_iter=40, tol=1e-5, backend="cuda")
+        for _ in range(2)
+    )
+    inputs = [t.cpu() for t in (x, y, a, b, eps)]
+    expected = reference.solve(*inputs, None, cost="sqeuclidean", max_iter=40, tol=1e-5)
+    assert torch.equal(first.iterations.cpu(), expected[4])
+    assert torch.equal(first.f, again.f)
+    assert torch.equal(first.g, again.g)
+    empty = fewstep.sinkhorn(x[:0], y[:0], eps=0.1, backend="cuda")
+    assert empty.f.shape == (0, 8)
+
+
+@pytest.mark.gpu
+def test_device_capture_in_a_graph() -> None:
+    x, y, a, b, eps = (t.cuda() for t in make(4, 30, 40, 3, torch.float32))
+    solve = torch.ops.fewstep.sinkhorn.default
+    expected = solve(x, y, a, b, eps, None, 0, 20, 1e-4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = solve(x, y, a, b, eps, None, 0, 20, 1e-4)
+    graph.replay()
+    torch.cuda.synchronize()
+    for one, other in zip(captured, expected, strict=True):
+        assert torch.equal(one, other)
