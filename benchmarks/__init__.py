@@ -1,0 +1,1 @@
+"""What fewstep is timed on, against whom, and how the README's table comes from it."""

@@ -1,0 +1,237 @@
+"""Time `fewstep` beside eager torch, torch.compile and other libraries: one process per row.
+
+    python -m benchmarks.run sinkhorn --peers
+
+Every contender solves the same drawn points at the same eps with the same number of iterations,
+must agree with the float64 reference before it is timed, and runs alone on a fixed set of cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.registry import CASES, CONTENDERS, Case, Contender
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = (
+    *("case", "B", "N", "M", "D", "iterations", "cost", "eps_of_mean", "backward", "dtype"),
+    *("contender", "version", "median_s", "q25_s", "q75_s", "repeats", "first_call_s", "peak_mb"),
+    *("value_error", "grad_error", "speedup_vs_best_peer", "pair_iterations_per_s"),
+    *("exponentials_per_s", "device", "threads", "machine", "torch", "commit", "date", "note"),
+)
+
+
+def say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    name: str = done.stdout.strip()
+    return name or "uncommitted"
+
+
+def environment(threads: int, scratch: Path) -> dict[str, str]:
+    """Threads fixed before any import; compilers start from empty caches, so first calls count."""
+    counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return (
+        os.environ
+        | dict.fromkeys(counts, str(threads))
+        | {
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+            "KEOPS_CACHE_FOLDER": str(scratch / "keops"),
+        }
+    )
+
+
+def work(*arguments: str, env: dict[str, str], timeout: float) -> str | None:
+    """Run one worker; returns None, or in one line why it failed."""
+    command = [sys.executable, "-m", "benchmarks.worker", *arguments]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                return f"no result within {timeout:.0f} s"
+            raise
+        log.seek(0)
+        lines = log.read().strip().splitlines() or ["no message"]
+    return f"exit code {code}: {lines[-1][:200]}" if code else None
+
+
+def derive(rows: list[dict[str, Any]], peers: bool) -> None:
+    """Fill in, for the rows of one case, what follows from the medians."""
+    others = [
+        row["median_s"]
+        for row in rows
+        if "median_s" in row and CONTENDERS[row["contender"]].kind != "fewstep"
+    ]
+    for row in rows:
+        if "median_s" not in row:
+            continue
+        rate = row["B"] * row["N"] * row["M"] * row["iterations"] / row["median_s"]
+        row["pair_iterations_per_s"] = rate
+        if exponentials := CONTENDERS[row["contender"]].exponentials:
+            row["exponentials_per_s"] = exponentials * rate
+        if peers and others:
+            row["speedup_vs_best_peer"] = min(others) / row["median_s"]
+
+
+def describe(row: dict[str, Any]) -> str:
+    if "median_s" not in row:
+        error = f" (value off by {row['value_error']:.1e})" if "value_error" in row else ""
+        return row["note"] + error
+    line = (
+        f"{1e3 * row['median_s']:10.2f} ms  [{1e3 * row['q25_s']:.2f}, {1e3 * row['q75_s']:.2f}]"
+        f"  first {row['first_call_s']:.2f} s  peak {row['peak_mb']:.0f} MB"
+        f"  value error {row['value_error']:.0e}"
+    )
+    return line + (f"  gradient error {row['grad_error']:.0e}" if "grad_error" in row else "")
+
+
+def run_case(
+    case: Case, contenders: list[Contender], args: argparse.Namespace, scratch: Path
+) -> list[dict[str, Any]]:
+    env = environment(args.threads, scratch)
+    say(f"\n{case.name}: {case.shape}, {case.iterations} iterations{' + backward' * case.backward}")
+    result = scratch / "result.json"
+    rows: list[dict[str, Any]] = []
+    for contender in contenders:
+        definition = contender.definition_for(case)
+        expected = scratch / f"{case.name}-{definition}.npz"
+        failure = None
+        if not expected.exists():
+            arguments = [case.name, definition, f"--result={expected}"]
+            failure = work(*arguments, env=env, timeout=args.timeout)
+        if failure is None:
+            options = [f"--device={args.device}", f"--budget={args.budget}"]
+            files = [f"--expected={expected}", f"--result={result}"]
+            arguments = [case.name, contender.name, *options, *files]
+            failure = work(*arguments, env=env, timeout=args.timeout)
+        row = json.loads(result.read_text()) if failure is None else {"note": failure}
+        row |= case.columns() | {"contender": contender.name}
+        say(f"  {contender.label:22s}{describe(row)}")
+        rows.append(row)
+    derive(rows, args.peers)
+    for row in rows:
+        if "exponentials_per_s" in row:
+            say(
+                f"  {row['contender']}: {row['pair_iterations_per_s']:.2e} pair-iterations/s, "
+                f"{row['exponentials_per_s']:.2e} exponentials/s"
+                + (f", {row['speedup_vs_best_peer']:.2f}x the best peer" if args.peers else "")
+            )
+    return rows
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("op", choices=["sinkhorn"])
+    parser.add_argument("--peers", action="store_true", help="other libraries too (fewstep[bench])")
+    parser.add_argument("--quick", action="store_true", help="small cases, half a second each")
+    parser.add_argument("--case", action="append", choices=CASES, help="only this one; repeatable")
+    parser.add_argument("--only", action="append", choices=CONTENDERS, help="only this contender")
+    parser.add_argument("--threads", type=int, default=2, help="cores of every process")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--budget", type=float, help="seconds of timed calls per row (default 5)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds per process")
+    parser.add_argument("--out", type=Path, help="CSV file (default: benchmarks/results/...)")
+    args = parser.parse_args(argv)
+    cores = len(os.sched_getaffinity(0))
+    if not 1 <= args.threads <= cores:
+        parser.error(f"--threads must be from 1 to the {cores} cores here, got {args.threads}")
+    if args.budget is None:
+        args.budget = 0.5 if args.quick else 5.0
+    if args.out is None:
+        part = "_subset" if args.quick or args.case or args.only or not args.peers else ""
+        args.out = RESULTS / f"{args.op}_{args.device}{part}.csv"
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    cases = [CASES[name] for name in args.case or CASES]
+    if not args.case:
+        cases = [case for case in cases if case.default and (case.quick or not args.quick)]
+    wanted = [
+        contender
+        for contender in CONTENDERS.values()
+        if args.device in contender.devices
+        and (args.peers or contender.kind != "peer" or contender.name in (args.only or ()))
+        and contender.name in (args.only or CONTENDERS)
+    ]
+    contenders = [contender for contender in wanted if installed(contender.package)]
+    for contender in wanted:
+        if contender not in contenders:
+            say(f"{contender.label}: not installed (pip install 'fewstep[bench]')")
+    # A terminated run ends its worker too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Children inherit the cores, which holds for thread pools that heed no variable.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    common = {
+        "device": args.device,
+        "threads": args.threads,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    # The final name holds a whole run or the one before it.
+    partial = args.out.with_name(args.out.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="fewstep-bench-") as scratch:
+        for case in cases:
+            rows += [row | common for row in run_case(case, contenders, args, Path(scratch))]
+            write(rows, partial)
+    if not any("median_s" in row for row in rows):
+        sys.exit(f"benchmarks.run: nothing could be timed; the reasons are above and in {partial}")
+    os.replace(partial, args.out)
+    say(f"\nwrote {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("benchmarks.run: stopped; the .partial file has the cases that were done")

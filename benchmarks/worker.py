@@ -1,0 +1,162 @@
+"""One contender on one case, alone in its process: agreement first, then time and memory.
+
+`python -m benchmarks.worker CASE alternating --result F.npz` writes what float64 gives;
+`python -m benchmarks.worker CASE CONTENDER --expected F.npz --result R.json` measures against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import resource
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.peers import BUILDERS, DEFINITIONS, Run, numpy_outputs
+from benchmarks.registry import CASES, CONTENDERS, GRAD_RTOL, VALUE_RTOL, Contender, Problem, draw
+
+MIN_REPEATS, MAX_REPEATS = 3, 1000
+
+
+def expect(problem: Problem, definition: str) -> list[np.ndarray]:
+    """Value, and gradients, of the same points in float64 by one of `DEFINITIONS`."""
+    x, y = problem.x.astype("f8"), problem.y.astype("f8")
+    return numpy_outputs(DEFINITIONS[definition](replace(problem, x=x, y=y))())
+
+
+def errors(outputs: list[np.ndarray], expected: list[np.ndarray]) -> tuple[float, float]:
+    """Largest error of value relative to its mean, and of gradients in relative norm (or 0)."""
+    value, want = outputs[0], expected[0]
+    if [o.shape for o in outputs] != [e.shape for e in expected]:
+        return float("inf"), float("inf")
+    gradients = zip(outputs[1:], expected[1:], strict=True)
+    return (
+        float(np.abs(value - want).max() / np.abs(want).mean()),
+        max((float(np.linalg.norm(g - e) / np.linalg.norm(e)) for g, e in gradients), default=0.0),
+    )
+
+
+def timings(run: Run, budget: float) -> list[float]:
+    """Seconds per call, for `budget` seconds and at least three calls."""
+    times: list[float] = []
+    gc.collect()
+    gc.disable()
+    while len(times) < MIN_REPEATS or (sum(times) < budget and len(times) < MAX_REPEATS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    gc.enable()
+    return times
+
+
+def resident_mb() -> float:
+    """Memory that this process has resident now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def peak_mb(device: str) -> float:
+    """The peak since `forget_peak`, of the GPU's allocator or of resident memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak restarts from now
+
+
+def measure(
+    contender: Contender, problem: Problem, expected: list[np.ndarray], budget: float
+) -> dict[str, Any]:
+    """Errors against `expected`, and, where they are within the tolerances, time and memory.
+
+    The first call is timed apart, since it compiles. `peak_mb` is the peak over later calls above
+    what was resident with everything imported and the inputs made.
+    """
+    start = time.perf_counter()
+    run = BUILDERS[contender.name](problem)
+    baseline = torch.cuda.memory_allocated() / 2**20 if problem.device == "cuda" else resident_mb()
+    built = time.perf_counter()
+    outputs = run()
+    first_call = time.perf_counter() - built
+    value_error, grad_error = errors(numpy_outputs(outputs), expected)
+    del outputs
+    row: dict[str, Any] = {"value_error": value_error, "first_call_s": first_call}
+    if problem.case.backward:
+        row["grad_error"] = grad_error
+    if not (value_error <= VALUE_RTOL and grad_error <= GRAD_RTOL):
+        return row | {"note": "disagrees with the float64 reference: not timed"}
+    forget_peak(problem.device)
+    # One more warm-up call where it costs little: allocators and branch predictors settle.
+    if time.perf_counter() - start < budget:
+        run()
+    times = timings(run, budget)
+    q25, median, q75 = statistics.quantiles(times, n=4, method="inclusive")
+    return row | {
+        "median_s": median,
+        "q25_s": q25,
+        "q75_s": q75,
+        "repeats": len(times),
+        "peak_mb": max(0.0, peak_mb(problem.device) - baseline),
+        "note": contender.note_for(problem.case),
+    }
+
+
+def machine(device: str) -> str:
+    """GPU, or CPU model, its cores and the instruction set that our kernels run at."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    from fewstep import _C
+
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in info if "model name" in line), "CPU")
+    return f"{model}, {os.cpu_count()} cores, {_C.cpu_capability()}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.worker", description=__doc__)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("contender", choices=[*DEFINITIONS, *CONTENDERS])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--budget", type=float, default=5.0)
+    parser.add_argument("--expected", type=Path)
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args(argv)
+    case = CASES[args.case]
+    if args.contender in DEFINITIONS:
+        np.savez(args.result, *expect(draw(case), args.contender))
+        return
+    from fewstep._library import BACKENDS, unavailable
+
+    contender = CONTENDERS[args.contender]
+    reason = unavailable(contender.name, args.device) if contender.name in BACKENDS else None
+    row: dict[str, Any] = {
+        "version": importlib.metadata.version(contender.package),
+        "machine": machine(args.device),
+        "torch": torch.__version__,
+    }
+    if reason is None:
+        with np.load(args.expected) as file:
+            expected = list(file.values())
+        row |= measure(contender, draw(case, args.device), expected, args.budget)
+    else:
+        row["note"] = f"unavailable: {reason}"
+    args.result.write_text(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
