@@ -23,9 +23,10 @@ ARCHITECTURES = ("80", "90", "100")
 
 
 def find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    found = [shutil.which("nvcc", path=f"{home}/bin") for home in homes if home]
-    return next(filter(None, [*found, shutil.which("nvcc")]), None)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def sources(pattern: str) -> list[str]:

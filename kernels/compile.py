@@ -1,0 +1,184 @@
+"""What the Triton kernels cost in registers, compiled ahead of time; no GPU is needed.
+
+`python -m fewstep.kernels.compile` prints a table of the shipped configurations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from . import config, sinkhorn
+
+_POINTER = {"float32": "*fp32", "float64": "*fp64"}
+_OTHER = {"Iterations": "*i64", "cost_scale": "fp32"}
+_INTEGERS = ("N", "M", "D", "K", "partials")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel uses.
+
+    Attributes:
+        registers: per thread.
+        spills: bytes per thread stored to memory for want of registers.
+        shared: bytes of shared memory per program.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def compile_kernel(kernel: Any, *, dtype: str, arch: str, launch: dict[str, Any]) -> Usage:
+    """Compile a kernel for an architecture and read off what it uses.
+
+    Args:
+        kernel: a `triton.jit` function of this package.
+        dtype (str): "float32" or "float64".
+        arch (str): one of `config.ARCHITECTURES`.
+        launch (dict): constants (upper case; those that the kernel does not have are left out)
+            and options of the compiler (lower case).
+
+    Returns:
+        Usage: registers, spills, shared memory.
+
+    Raises:
+        ValueError: an unknown dtype or architecture.
+        RuntimeError: the kernels were imported for the interpreter.
+    """
+    if dtype not in _POINTER:
+        raise ValueError(f"compile_kernel: dtype must be one of {list(_POINTER)}, got {dtype!r}")
+    if arch not in config.ARCHITECTURES:
+        raise ValueError(
+            f"compile_kernel: arch must be one of {config.ARCHITECTURES}, got {arch!r}"
+        )
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("compile_kernel: unset TRITON_INTERPRET before importing the kernels")
+    names = kernel.arg_names
+    constants = {name: value for name, value in launch.items() if name in names}
+    signature = {name: _OTHER.get(name, _POINTER[dtype]) for name in names}
+    signature |= {name: "i32" for name in _INTEGERS if name in names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    # The launchers pad the points, and the coordinates of a dot, to multiples of 16.
+    aligned = {"N", "M"} | ({"D"} if launch["DOT"] else set())
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name].startswith("*") or name in aligned
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
+    options = {name: value for name, value in launch.items() if name.islower()}
+    compiled = triton.compile(source, target=target, options=options)
+    if amd:
+        listing = compiled.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s+(\d+)", listing)
+        spills = _number(r"\.private_segment_fixed_size:\s+(\d+)", listing)
+    else:
+        log = _assemble(compiled.asm["ptx"], int(arch[3:]))
+        registers = _number(r"Used (\d+) registers", log)
+        spills = _number(r"(\d+) bytes spill stores", log)
+    return Usage(registers=registers, spills=spills, shared=compiled.metadata.shared)
+
+
+def _assemble(ptx: str, capability: int) -> str:
+    name = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        assembler = get_ptxas(capability).path
+        command = [assembler, "-v", f"--gpu-name={name}", source, "-o", f"{source}.cubin"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"compile_kernel: no {pattern!r} in the compiler's output")
+    return int(match.group(1))
+
+
+def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """Every (kernel, dtype, launch) that the launchers can ask for on an architecture.
+
+    With `heaviest` one per family of kernels: those closest to the limit of 255 registers.
+    """
+    seen: list[tuple[str, str, dict[str, Any]]] = []
+    for kernel, dtype, launch in _launches(arch):
+        key = (kernel.__name__, dtype, launch)
+        if key in seen:
+            continue
+        seen.append(key)
+        large = launch["BLOCK_M"] == (64 if launch["DOT"] else 128)
+        apply = kernel is sinkhorn.sinkhorn_apply_kernel
+        row = kernel is sinkhorn.sinkhorn_row_kernel
+        heavy = launch["EUCLIDEAN"] and large and (row or apply)
+        if apply:
+            plain_gradient = launch["GRADIENT"] and not launch["NEAR_ONLY"] and launch["DOT"]
+            narrow = launch["BLOCK_K"] < 32 and not launch["GRADIENT"]
+            heavy = heavy and not plain_gradient and not narrow and launch["BLOCK_K"] > 4
+        if heavy or not heaviest:
+            yield kernel, dtype, launch
+
+
+def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    for dtype, dim in (("float32", 64), ("float32", 3), ("float64", 64)):
+        for euclidean in (False, True):
+            for batch in (1, 1024):
+                cost = {"EUCLIDEAN": euclidean}
+                update = config.sinkhorn_update(batch, 1024, dim, dtype, arch) | cost
+                yield sinkhorn.sinkhorn_row_kernel, dtype, update
+                yield sinkhorn.sinkhorn_column_kernel, dtype, update
+                for width in (1, 10, 40, 128):
+                    for gradient, near_only in ((False, False), (True, False), (True, True)):
+                        if near_only and not (euclidean and update["DOT"]):
+                            continue
+                        launch = config.sinkhorn_apply(
+                            batch,
+                            1024,
+                            dim,
+                            width,
+                            dtype,
+                            arch,
+                            gradient=gradient,
+                            near_only=near_only,
+                        )
+                        launch |= cost | {"GRADIENT": gradient}
+                        yield sinkhorn.sinkhorn_apply_kernel, dtype, launch
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fewstep.kernels.compile", description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=config.ARCHITECTURES)
+    parser.add_argument("--heaviest", action="store_true", help="one per family of kernels")
+    arguments = parser.parse_args()
+    write = sys.stdout.write
+    write("arch\tkernel\tdtype\tregisters\tspills\tshared\tlaunch\n")
+    spilled = False
+    for arch in arguments.arch or config.ARCHITECTURES:
+        for kernel, dtype, launch in shipped(arch, heaviest=arguments.heaviest):
+            usage = compile_kernel(kernel, dtype=dtype, arch=arch, launch=launch)
+            spilled |= usage.spills > 0
+            columns = (arch, kernel.__name__, dtype, usage.registers, usage.spills, usage.shared)
+            flags = " ".join(f"{name}={value}" for name, value in launch.items())
+            write("\t".join(map(str, columns)) + f"\t{flags}\n")
+            sys.stdout.flush()
+    return int(spilled)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

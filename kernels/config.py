@@ -1,0 +1,105 @@
+"""Launch parameters of the Triton kernels: pure functions of shape, dtype and architecture.
+
+Kernels are not autotuned at run time: the first call would stall for seconds, and the result would
+depend on it. `fewstep.kernels.compile` shows what each choice costs in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Streaming multiprocessors (compute units) that a grid should fill.
+_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+ARCHITECTURES = tuple(_PROCESSORS)
+# Up to this many coordinates, the least depth of a dot here, distances are sums of squared
+# differences, which lose nothing to cancellation.
+_DIFFERENCES = 16
+# Columns per tile. More of them spill: in the dot, whose operands tf32x3 splits in two; in
+# float64; and beside the accumulators of a product. Fewer columns than lanes keep their loads free
+# of shared memory.
+_COLUMNS_DOT, _COLUMNS, _COLUMNS_SMALL = 32, 16, 8
+
+
+def uses_dot(dim: int, dtype: str) -> bool:
+    """Whether distances are dots on tensor cores rather than sums of squared differences."""
+    return dtype == "float32" and dim > _DIFFERENCES
+
+
+def sinkhorn_update(batch: int, rows: int, dim: int, dtype: str, arch: str) -> dict[str, Any]:
+    """Launch parameters of the two potential updates.
+
+    Distances are dots on tensor cores for float32 with `dim > 16`. Blocks of rows are large where
+    the grid then still fills the machine and at most a fifth of the rows is padding; a small block
+    has a quarter of the rows. Without a dot a thread owns one row.
+
+    Args:
+        batch (int): problems.
+        rows (int): points per problem whose potential is updated.
+        dim (int): coordinates of a point.
+        dtype (str): "float32" or "float64".
+        arch (str): "sm_80", "sm_90", "sm_100" or "gfx942"; any other is taken for "sm_80".
+
+    Returns:
+        dict: the kernel's constants (upper case) and the compiler's options (lower case).
+
+    Raises:
+        ValueError: a dtype without kernels.
+
+    >>> sinkhorn_update(1, 4096, 3, "float32", "sm_80")["BLOCK_M"]
+    32
+    >>> sinkhorn_update(64, 4096, 3, "float32", "sm_80")["BLOCK_M"]
+    128
+    """
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"sinkhorn: dtype must be 'float32' or 'float64', got {dtype!r}")
+    dot = uses_dot(dim, dtype)
+    large, small = (64, 16) if dot else (128, 32)
+    columns = _COLUMNS_DOT if dot else _COLUMNS if dtype == "float32" else _COLUMNS_SMALL
+    fills = batch * -(-rows // large) >= _PROCESSORS.get(arch, _PROCESSORS["sm_80"])
+    block = large if fills and -rows % large <= rows // 4 else small
+    launch: dict[str, Any] = {
+        "DOT": dot,
+        # AMD's matrix cores take float32 as it is.
+        "PRECISION": "ieee" if arch.startswith("gfx") else "tf32x3",
+        "BLOCK_M": block,
+        "BLOCK_N": columns,
+        "BLOCK_D": 16,
+        "num_warps": 4 if dot else block // 32,
+        "num_stages": 2,
+    }
+    if not dot and not arch.startswith("gfx"):
+        # Left to itself, ptxas spills a few bytes here for a block more per processor.
+        launch["maxnreg"] = 255
+    return launch
+
+
+def sinkhorn_apply(
+    batch: int,
+    rows: int,
+    dim: int,
+    width: int,
+    dtype: str,
+    arch: str,
+    *,
+    gradient: bool = False,
+    near_only: bool = False,
+) -> dict[str, Any]:
+    """Launch parameters of the product of the plan with `width` columns.
+
+    Products are dots on tensor cores where distances are, and for transport of more than 16
+    columns in float32; `near_only` never is. See `sinkhorn_update` for the rest.
+
+    >>> sinkhorn_apply(8, 512, 64, 10, "float32", "sm_90")["DOT_V"]
+    True
+    """
+    launch = sinkhorn_update(batch, rows, dim, dtype, arch)
+    wide = width > 16 and dtype == "float32" and not gradient
+    launch["DOT_V"] = (launch["DOT"] or wide) and not near_only
+    launch["NEAR_ONLY"] = near_only
+    if launch["DOT"]:
+        launch["BLOCK_K"] = 32 if near_only or width <= 32 else 64
+    elif launch["DOT_V"]:
+        launch["BLOCK_K"] = 32
+    else:
+        launch |= {"BLOCK_K": 4 if width <= 4 else 16, "BLOCK_N": _COLUMNS_SMALL}
+    return launch

@@ -1,0 +1,97 @@
+"""Launch parameters of the Triton kernels, and what they compile to for GPUs that are not here."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fewstep.kernels import config
+from fewstep.kernels import sinkhorn as kernels
+
+# Bytes of shared memory that every GPU of a family gives one program.
+SHARED = {"sm": 99 * 1024, "gfx": 64 * 1024}
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "dim", "dtype", "arch", "block"),
+    [
+        (1, 512, 3, "float32", "sm_90", 32),  # 4 large blocks would leave 128 processors idle
+        (1, 132 * 128, 3, "float32", "sm_90", 128),
+        (1, 132 * 128, 3, "float32", "gfx942", 32),
+        (4096, 64, 3, "float32", "sm_90", 32),  # half of a large block would be padding
+        (4096, 120, 3, "float32", "sm_90", 128),
+        (4096, 64, 64, "float32", "sm_90", 64),
+        (1, 64, 64, "float32", "sm_90", 16),
+        (4096, 128, 64, "float64", "sm_100", 128),
+    ],
+)
+def test_blocks_fill_the_machine_without_much_padding(
+    batch: int, rows: int, dim: int, dtype: str, arch: str, block: int
+) -> None:
+    assert config.sinkhorn_update(batch, rows, dim, dtype, arch)["BLOCK_M"] == block
+
+
+@pytest.mark.parametrize("arch", [*config.ARCHITECTURES, "cpu"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_launches_are_legal(arch: str, dtype: str) -> None:
+    for batch in (1, 10**5):
+        for rows in (1, 64, 1000):
+            for dim in (1, 16, 17, 784):
+                for width in (1, 16, 17, 784):
+                    launch = config.sinkhorn_apply(batch, rows, dim, width, dtype, arch)
+                    blocks = [v for name, v in launch.items() if name.startswith("BLOCK")]
+                    assert all(v & (v - 1) == 0 for v in blocks)
+                    if launch["DOT"] or launch["DOT_V"]:
+                        assert dtype == "float32"
+                        assert min(blocks) >= 16  # the smallest side of a dot
+                    if not launch["DOT"]:
+                        assert launch["BLOCK_M"] == 32 * launch["num_warps"]
+
+
+def test_unknown_dtype() -> None:
+    with pytest.raises(ValueError, match="dtype must be 'float32' or 'float64', got 'bfloat16'"):
+        config.sinkhorn_update(1, 1, 1, "bfloat16", "sm_90")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted here")
+def test_compiling_interpreted_kernels_is_refused() -> None:
+    from fewstep.kernels.compile import compile_kernel
+
+    launch = config.sinkhorn_update(1, 64, 3, "float32", "sm_90")
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        compile_kernel(kernels.sinkhorn_row_kernel, dtype="float32", arch="sm_90", launch=launch)
+    with pytest.raises(ValueError, match=r"arch must be one of .*, got 'sm_20'"):
+        compile_kernel(kernels.sinkhorn_row_kernel, dtype="float32", arch="sm_20", launch=launch)
+
+
+def test_compiled_kernels_do_not_spill(tmp_path: Path) -> None:
+    """The heaviest kernels; `python -m fewstep.kernels.compile` compiles them all in minutes."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fewstep.kernels.compile", "--heaviest", "--arch"]
+    runs = [
+        subprocess.Popen(
+            [*command, *pair],
+            env=environment | {"TRITON_CACHE_DIR": str(tmp_path / pair[0])},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for pair in (("sm_80", "gfx942"), ("sm_90", "sm_100"))
+    ]
+    tables = [run.communicate()[0] for run in runs]
+    rows = [row for table in tables for row in csv.DictReader(table.splitlines(), delimiter="\t")]
+    assert {row["arch"] for row in rows} == set(config.ARCHITECTURES)
+    kinds = {(row["kernel"], row["dtype"]) for row in rows}
+    assert len(kinds) == 4
+    for row in rows:
+        assert int(row["spills"]) == 0, row
+        assert int(row["registers"]) > 0
+        assert int(row["shared"]) <= SHARED[row["arch"].split("_")[0].rstrip("0123456789")]
+    assert [run.returncode for run in runs] == [0, 0]

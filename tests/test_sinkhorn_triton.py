@@ -1,0 +1,232 @@
+"""The Triton backend of `fewstep.sinkhorn` against the reference in float64.
+
+Without a GPU the kernels are interpreted, a few milliseconds per operation: hence small problems
+and few iterations.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fewstep
+from fewstep.reference import sinkhorn as reference
+from tolerances import assert_contract
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ARGUMENTS = ("x", "y", "a", "b")
+
+
+def problem(
+    shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Clouds and weights, one weight of each side 0 where there is more than one point."""
+    batch, n, m, dim = shape
+    weights = [torch.rand(batch, count, dtype=dtype) + 0.1 for count in (n, m)]
+    for w in weights:
+        w[:, 1::7] = 0
+        w /= w.sum(-1, keepdim=True)
+    x, y = torch.randn(batch, n, dim, dtype=dtype), torch.randn(batch, m, dim, dtype=dtype) + 0.3
+    return {k: t.to(DEVICE) for k, t in zip(ARGUMENTS, (x, y, *weights), strict=True)}
+
+
+def compare(data: dict[str, Tensor], *, kind: str = "potential", **options: object) -> None:
+    """Everything that the backend computes for one problem, held to the numerics contract."""
+    scale = reference.cost_matrix(data["x"].double(), data["y"].double(), options["cost"]).max()
+    found = []
+    for backend, dtype in (("triton", data["x"].dtype), ("reference", torch.float64)):
+        inputs = {k: t.detach().to(dtype).requires_grad_() for k, t in data.items()}
+        result = fewstep.sinkhorn(**inputs, backend=backend, **options)
+        gradients = torch.autograd.grad(result.value.sum(), list(inputs.values()))
+        rows = result.transport(torch.cos(inputs["y"]).detach())
+        columns = result.transport(inputs["x"].detach()[..., 0], axis=1)
+        found.append((result, gradients, rows, columns))
+    (actual, *products), (exact, *exact_products) = found
+    assert_contract(kind, actual.f, exact.f, scale=scale)
+    assert_contract(kind, actual.g, exact.g, scale=scale)
+    assert_contract("value", actual.value, exact.value, scale=scale)
+    assert_contract("plan", actual.residual, exact.residual, scale=torch.ones(1))
+    assert torch.equal(actual.iterations, exact.iterations)
+    for mine, true in zip(products[0][:2], exact_products[0][:2], strict=True):
+        assert_contract("gradient", mine, true)
+    for mine, true in zip(products[0][2:], exact_products[0][2:], strict=True):
+        assert_contract(kind, mine, true, scale=scale)
+    for mine, true in zip(products[1:], exact_products[1:], strict=True):
+        assert_contract("plan", mine, true)
+
+
+@pytest.mark.parametrize(
+    ("shape", "cost", "dtype"),
+    [
+        ((1, 1, 1, 1), "euclidean", torch.float32),
+        ((1, 1, 1, 40), "sqeuclidean", torch.float32),
+        ((3, 5, 7, 2), "half_sqeuclidean", torch.float32),
+        ((2, 35, 21, 3), "sqeuclidean", torch.float32),
+        ((1, 18, 37, 5), "euclidean", torch.float32),
+        ((2, 18, 37, 35), "sqeuclidean", torch.float32),
+        ((1, 37, 18, 20), "euclidean", torch.float32),
+        ((2, 5, 19, 3), "sqeuclidean", torch.float64),
+        ((1, 19, 5, 18), "euclidean", torch.float64),
+    ],
+    ids=str,
+)
+def test_agrees_with_reference(
+    shape: tuple[int, int, int, int], cost: str, dtype: torch.dtype
+) -> None:
+    data = problem(shape, dtype)
+    eps = torch.linspace(0.1, 0.3, shape[0], dtype=dtype, device=DEVICE) * shape[3]
+    compare(data, eps=eps, cost=cost, max_iter=3)
+
+
+@pytest.mark.parametrize("dim", [2, 17])
+@pytest.mark.parametrize("cost", reference.COSTS)
+def test_one_step(dim: int, cost: str) -> None:
+    compare(problem((1, 17, 9, dim)), kind="one step", eps=0.5, cost=cost, max_iter=1)
+
+
+def test_stops_each_problem_by_itself() -> None:
+    data = problem((3, 6, 5, 2), torch.float64)
+    eps = torch.tensor([0.3, 8.0, 200.0], dtype=torch.float64, device=DEVICE)
+    options = {"eps": eps, "max_iter": 7, "tol": 1e-3, "cost": "sqeuclidean"}
+    stopped = fewstep.sinkhorn(**data, **options, backend="triton")
+    exact = fewstep.sinkhorn(**data, **options, backend="reference")
+    assert torch.equal(stopped.iterations, exact.iterations)
+    assert len(set(stopped.iterations.tolist())) == 3
+    assert stopped.converged.tolist() == exact.converged.tolist() == [False, True, True]
+    for name in ("f", "g", "value"):
+        assert_contract("potential", getattr(stopped, name), getattr(exact, name))
+    assert_contract("potential", stopped.residual, exact.residual, scale=torch.ones(1))
+
+
+def test_starts_from_potentials() -> None:
+    data = problem((1, 9, 8, 2))
+    start = fewstep.sinkhorn(**data, eps=0.5, max_iter=30, backend="reference")
+    result = fewstep.sinkhorn(
+        **data, eps=0.5, max_iter=2, tol=1e-4, init=(start.f, start.g), backend="triton"
+    )
+    assert result.iterations.tolist() == [1]
+    assert_contract("potential", result.f, start.f.double())
+
+
+@pytest.mark.parametrize("dim", [2, 17])
+def test_tiles_without_weight(dim: int) -> None:
+    """The first tiles of columns and of rows hold no mass at all."""
+    data = problem((1, 37, 40, dim))
+    for name, massless in (("a", 33), ("b", 34)):
+        data[name][:, :massless] = 0
+        data[name][:, massless:] = 1 / (data[name].shape[1] - massless)
+    compare(data, eps=0.2 * dim, cost="sqeuclidean", max_iter=2)
+
+
+@pytest.mark.parametrize("dim", [2, 20])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
+def test_far_from_the_origin(dim: int, cost: str) -> None:
+    data = problem((1, 10, 12, dim))
+    data["x"] += 1e4
+    data["y"] += 1e4
+    compare(data, eps=0.3 * dim, cost=cost, max_iter=2)
+
+
+@pytest.mark.parametrize("dim", [2, 40])
+def test_near_and_equal_points(dim: int) -> None:
+    """Where the expanded square would be all cancellation: its root, and gradients of norm 1."""
+    data = problem((1, 18, 18, dim))
+    data["x"] = data["y"].flip(1).clone()
+    data["x"][:, ::2] += 1e-4 * torch.randn_like(data["x"][:, ::2])
+    compare(data, eps=0.02 * dim**0.5, cost="euclidean", max_iter=2)
+
+
+def test_wide_and_narrow_transport() -> None:
+    data = problem((2, 10, 20, 2))
+    data64 = {k: t.double() for k, t in data.items()}
+    plans = [
+        fewstep.sinkhorn(**d, eps=0.5, max_iter=2, backend=backend)
+        for d, backend in ((data, "triton"), (data64, "reference"))
+    ]
+    for width in (0, 1, 16, 40):
+        v = torch.randn(2, 20, width, device=DEVICE)
+        found, exact = plans[0].transport(v), plans[1].transport(v.double())
+        if width == 0:
+            assert found.shape == (2, 10, 0)
+        else:
+            assert_contract("plan", found, exact)
+    barycenters = [plan.barycenter() for plan in plans]
+    assert_contract("plan", barycenters[0], barycenters[1])
+    v = torch.randn(2, 20, 3, device=DEVICE, requires_grad=True)
+    (gradient,) = torch.autograd.grad(plans[0].transport(v).square().sum(), v)
+    v64 = v.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(plans[1].transport(v64).square().sum(), v64)
+    assert_contract("gradient", gradient, exact)
+
+
+def test_strides_do_not_matter_and_runs_repeat() -> None:
+    data = problem((2, 5, 6, 3))
+    data["b"] = torch.full((1, 1), 1 / 6, device=DEVICE).expand(2, 6)
+    plain = {k: t.contiguous() for k, t in data.items()}
+    data["x"] = data["x"].mT.contiguous().mT
+    data["y"] = data["y"][:1].expand(2, -1, -1)
+    plain["y"] = data["y"].contiguous()
+    results = [
+        fewstep.sinkhorn(**d, eps=0.3, max_iter=2, backend="triton") for d in (data, plain, plain)
+    ]
+    for name in ("f", "g", "value", "residual"):
+        first, *others = (getattr(result, name) for result in results)
+        assert all(torch.equal(first, other) for other in others)
+        assert first.is_contiguous()
+
+
+def test_empty_batch() -> None:
+    data = problem((0, 3, 4, 2))
+    result = fewstep.sinkhorn(**data, eps=0.1, max_iter=2, tol=1e-3, backend="triton")
+    assert result.f.shape == (0, 3)
+    assert result.g.shape == (0, 4)
+    assert result.iterations.dtype == torch.int64
+    assert result.converged.dtype == torch.bool
+    assert result.transport(torch.randn(0, 4, 5, device=DEVICE)).shape == (0, 3, 5)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("where", ["x", "b"])
+def test_nan_stays_in_its_problem(where: str) -> None:
+    data = problem((2, 5, 6, 2))
+    clean = fewstep.sinkhorn(**data, eps=0.3, max_iter=3, tol=1e-9, backend="triton")
+    op = torch.ops.fewstep_triton.sinkhorn.default
+    data[where].view(2, -1)[0, 0] = torch.nan
+    eps = torch.full((2,), 0.3, device=DEVICE)
+    f, g, value, residual, iterations, converged = op(*data.values(), eps, None, 0, 3, 1e-9)
+    assert f[0].isnan().all()
+    assert g[0].isnan().all()
+    assert value[0].isnan()
+    assert residual[0].isnan()
+    assert iterations.tolist() == [3, 3]
+    assert not converged[0]
+    assert torch.equal(f[1], clean.f[1])
+    assert torch.equal(g[1], clean.g[1])
+
+
+def test_half_precision_is_refused() -> None:
+    data = problem((1, 2, 2, 2), torch.float32)
+    fewstep.sinkhorn(**data, eps=0.3, max_iter=1, backend="triton")
+    half = [t.bfloat16() for t in data.values()]
+    with pytest.raises(TypeError, match=r"x must be float32 or float64, got torch\.bfloat16"):
+        torch.ops.fewstep_triton.sinkhorn.default(*half, half[0].new_ones(1), None, 0, 1, None)
+
+
+def test_opcheck() -> None:
+    data = problem((2, 3, 4, 2))
+    result = fewstep.sinkhorn(**data, eps=0.3, max_iter=1, backend="triton")
+    ops = torch.ops.fewstep_triton
+    eps = torch.full((2,), 0.3, device=DEVICE)
+    x, y, a, b = (t.requires_grad_() for t in data.values())
+    f, g = result.f.detach(), result.g.detach()
+    v = torch.randn(2, 4, 3, device=DEVICE, requires_grad=True)
+    constant = [t.detach() for t in (x, y, a, b)]
+    torch.library.opcheck(ops.sinkhorn.default, (x, y, a, b, eps, None, 0, 1, None))
+    torch.library.opcheck(ops.sinkhorn.default, (*constant, eps, g, 2, 1, 1e-2))
+    torch.library.opcheck(
+        ops.sinkhorn_transport.default, (*constant[:2], f, g, constant[3], eps, v, 1)
+    )
+    torch.library.opcheck(ops.sinkhorn_grad.default, (*constant[:2], f, g, *constant[2:], eps, 2))
