@@ -16,17 +16,20 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 ROOT = Path(__file__).resolve().parent
 # The oldest torch that the libraries run on; the stable ABI serves every later one.
 STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
-CXX = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-g0"]
+CXX = ["-O3", "-std=c++20", "-fvisibility=hidden", "-pthread", "-Wall", "-g0"]
 # What lets plain loops become vector code without giving up inf and NaN.
 SIMD = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 ARCHITECTURES = ("80", "90", "100")
 
 
-def find_nvcc() -> str | None:
+def find_toolkit() -> Path | None:
+    """The CUDA toolkit with nvcc and headers: CUDA_HOME if set, else by PATH or the usual place."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        return shutil.which("nvcc", path=f"{home}/bin")
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    folders = [f"{home}/bin"] if home else [*os.get_exec_path(), "/usr/local/cuda/bin"]
+    found = [
+        Path(nvcc).resolve().parents[1] for f in folders if (nvcc := shutil.which("nvcc", path=f))
+    ]
+    return next((t for t in found if (t / "include/cuda_runtime_api.h").exists()), None)
 
 
 def sources(pattern: str) -> list[str]:
@@ -49,7 +52,9 @@ class Build(BuildExtension):
             newest_arch = f"compute_{ARCHITECTURES[-1]}"
             gencode.append(f"-gencode=arch={newest_arch},code={newest_arch}")  # PTX, later GPUs
             flags = ["-O3", "-std=c++20", "-lineinfo", "-Xptxas=-v", "-Xcompiler=-fPIC", *gencode]
-            subprocess.run([NVCC, *flags, "-c", source, "-o", str(target)], check=True)
+            subprocess.run(
+                [str(CUDA / "bin/nvcc"), *flags, "-c", source, "-o", str(target)], check=True
+            )
         return str(target)
 
 
@@ -68,16 +73,15 @@ extensions = [
 wanted = os.environ.get("FEWSTEP_CUDA", "auto")
 if wanted not in ("0", "1", "auto"):
     sys.exit(f"fewstep: FEWSTEP_CUDA must be 0, 1 or auto, got {wanted!r}")
-NVCC = find_nvcc() if wanted != "0" else None
-if wanted == "1" and NVCC is None:
+CUDA = find_toolkit() if wanted != "0" else None
+if wanted == "1" and CUDA is None:
     sys.exit("fewstep: FEWSTEP_CUDA=1 needs nvcc: set CUDA_HOME or put nvcc on PATH")
-if NVCC is not None:
-    cuda = Path(NVCC).resolve().parent.parent
-    library = next(d for d in (cuda / "lib64", cuda / "lib") if d.exists())
+if CUDA is not None:
+    library = next(d for d in (CUDA / "lib64", CUDA / "lib") if d.exists())
     extension = CppExtension(
         "fewstep._C_cuda",
         ["csrc/cuda/ops_cuda.cpp"],
-        include_dirs=[str(ROOT / "csrc"), str(cuda / "include")],
+        include_dirs=[str(ROOT / "csrc"), str(CUDA / "include")],
         extra_compile_args=[*CXX, *STABLE],
         # libtorch brings libtorch_cuda, which has the current stream, where torch has CUDA.
         extra_link_args=["-Wl,--no-as-needed,-s", "-ltorch", f"-L{library}", "-lcudart_static"],

@@ -14,12 +14,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace cpu = fewstep::cpu;
 
-const cpu::ParallelFor kParallel = [](int64_t count, const std::function<void(int64_t)>& body) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i);
-  });
-};
-
 template <class T>
 const T* read(const Tensor& t) {
   return static_cast<const T*>(t.data_ptr());
@@ -66,7 +60,7 @@ Outputs sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor
                           write<T>(value),
                           write<T>(residual),
                           write<int64_t>(iterations)};
-    cpu::solve(batch_of<T>(xc, yc, bc, ec, cost), s, torch::stable::get_num_threads(), kParallel);
+    cpu::solve(batch_of<T>(xc, yc, bc, ec, cost), s, torch::stable::get_num_threads());
     bool* flags = write<bool>(converged);
     for (int64_t i = 0; i < batch; ++i) flags[i] = s.residual[i] <= tol.value_or(kDefaultTol);
   });
@@ -81,7 +75,7 @@ std::tuple<Tensor, Tensor> sinkhorn_transport(const Tensor& x, const Tensor& y, 
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     cpu::transport(batch_of<T>(xc, yc, bc, ec, cost), read<T>(fc), read<T>(gc), read<T>(vc), v.size(2), write<T>(out),
-                   write<T>(mass), torch::stable::get_num_threads(), kParallel);
+                   write<T>(mass), torch::stable::get_num_threads());
   });
   return {out, mass};
 }
@@ -94,7 +88,7 @@ Tensor sinkhorn_grad(const Tensor& x, const Tensor& y, const Tensor& f, const Te
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     cpu::gradient(batch_of<T>(xc, yc, bc, ec, cost), read<T>(fc), read<T>(gc), read<T>(ac), write<T>(out),
-                  torch::stable::get_num_threads(), kParallel);
+                  torch::stable::get_num_threads());
   });
   return out;
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 
 namespace fewstep::cpu {
 namespace {
@@ -85,26 +86,21 @@ bool caching_pays(int64_t n, int64_t m_padded, int64_t d, int64_t size) {
   return bytes <= 512 * kMiB && d > 16;
 }
 
-const ParallelFor kSerial = [](int64_t count, const std::function<void(int64_t)>& body) {
-  for (int64_t i = 0; i < count; ++i) body(i);
-};
-
-// Runs problem(b, workspace, inner) for every b. Many problems: one task per thread takes them one by one, serial
-// inside and without a barrier. Few: one after the other, parallel inside.
+// Runs problem(b, workspace, threads) for every b. Many problems: a task per thread takes them one by one, serial
+// inside. Few: one after the other, with all threads inside.
 template <class Workspace, class Problem>
-void for_each_problem(int64_t batch, double work, int64_t threads, const ParallelFor& parallel,
-                      const Problem& problem) {
-  constexpr double kWorthSharing = 5e5;  // multiply-adds; sharing costs some 10 us
+void for_each_problem(int64_t batch, double work, int64_t threads, const Problem& problem) {
+  constexpr double kWorthSharing = 5e5;  // multiply-adds, some 10 us
   if (threads == 1 || batch >= 2 * threads || work < kWorthSharing) {
     std::atomic<int64_t> next{0};
     const int64_t tasks = batch * work < kWorthSharing ? 1 : std::min(threads, batch);
-    parallel(tasks, [&](int64_t) {
+    parallel_for(tasks, threads, [&](int64_t) {
       Workspace workspace;
-      for (int64_t b = next++; b < batch; b = next++) problem(b, workspace, kSerial);
+      for (int64_t b = next++; b < batch; b = next++) problem(b, workspace, 1);
     });
   } else {
     Workspace workspace;
-    for (int64_t b = 0; b < batch; ++b) problem(b, workspace, parallel);
+    for (int64_t b = 0; b < batch; ++b) problem(b, workspace, threads);
   }
 }
 
@@ -152,7 +148,7 @@ void scaled_columns(const Geometry<T>& p, const T* b, const T* g, double k, T* l
 }
 
 template <class T>
-void solve_one(const Batch<T>& in, const Solve<T>& s, int64_t b, Workspace<T>& w, const ParallelFor& parallel) {
+void solve_one(const Batch<T>& in, const Solve<T>& s, int64_t b, Workspace<T>& w, int64_t threads) {
   const auto& kernel = kernels<T>();
   Geometry<T> p = geometry(in, b, w);
   const double k = potential_scale(p);
@@ -172,7 +168,7 @@ void solve_one(const Batch<T>& in, const Solve<T>& s, int64_t b, Workspace<T>& w
   auto rows_of = [&](int64_t c) { return std::pair{c * chunks.rows, std::min((c + 1) * chunks.rows, p.n)}; };
   if (caching_pays(p.n, p.m_padded, p.d, sizeof(T))) {
     T* cost = w.cost.get(p.n * p.m_padded);
-    parallel(chunks.count, [&](int64_t c) {
+    parallel_for(chunks.count, threads, [&](int64_t c) {
       const auto [begin, end] = rows_of(c);
       kernel.distances(p, begin, end, cost);
     });
@@ -181,7 +177,7 @@ void solve_one(const Batch<T>& in, const Solve<T>& s, int64_t b, Workspace<T>& w
 
   std::vector<double> errors(chunks.count);
   auto pass = [&](const T* from, bool update) {
-    parallel(chunks.count, [&](int64_t c) {
+    parallel_for(chunks.count, threads, [&](int64_t c) {
       const auto [begin, end] = rows_of(c);
       T* columns = update ? parts + c * p.m_padded : nullptr;
       if (update) std::fill_n(columns, p.m_padded, T(0));
@@ -199,7 +195,7 @@ void solve_one(const Batch<T>& in, const Solve<T>& s, int64_t b, Workspace<T>& w
     for (int64_t q = 0; q < panels; ++q) {
       if (bad[q]) marked.push_back(q);
     }
-    parallel(static_cast<int64_t>(marked.size()), [&](int64_t i) {
+    parallel_for(static_cast<int64_t>(marked.size()), threads, [&](int64_t i) {
       alignas(64) T own[64];
       kernel.column_lse(p, fa, marked[i], own);
       for (int64_t j = marked[i] * kernel.panel, c = 0; c < kernel.panel && j < p.m; ++j, ++c) {
@@ -248,67 +244,62 @@ void solve_one(const Batch<T>& in, const Solve<T>& s, int64_t b, Workspace<T>& w
 
 template <class T>
 void apply(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t width, Weight weight, T* out, T* mass,
-           int64_t threads, const ParallelFor& parallel) {
+           int64_t threads) {
   const double work = static_cast<double>(in.n) * in.m * (in.d + width + 16);
-  for_each_problem<Workspace<T>>(
-      in.batch, work, threads, parallel, [&](int64_t b, Workspace<T>& w, const ParallelFor& inner) {
-        const auto& kernel = kernels<T>();
-        const Geometry<T> p = geometry(in, b, w);
-        const double k = potential_scale(p);
-        const Chunks chunks = chunk_rows<T>(p.n);
-        T* h = w.h.get(p.m_padded);
-        T* scaled_f = w.f.get(p.n);
-        T* scratch = w.scratch.get(chunks.count * kernel.rows * p.m_padded);
-        scaled_columns<T>(p, in.b + b * p.m, g + b * p.m, k, nullptr, h);
-        for (int64_t i = 0; i < p.n; ++i) scaled_f[i] = static_cast<T>(static_cast<double>(f[b * p.n + i]) * k);
-        inner(chunks.count, [&](int64_t c) {
-          const Apply<T> io{h,
-                            scaled_f,
-                            v + b * p.m * width,
-                            width,
-                            out + b * p.n * width,
-                            mass == nullptr ? nullptr : mass + b * p.n,
-                            scratch + c * kernel.rows * p.m_padded};
-          kernel.apply_rows(p, io, weight, c * chunks.rows, std::min((c + 1) * chunks.rows, p.n));
-        });
-      });
+  for_each_problem<Workspace<T>>(in.batch, work, threads, [&](int64_t b, Workspace<T>& w, int64_t inner) {
+    const auto& kernel = kernels<T>();
+    const Geometry<T> p = geometry(in, b, w);
+    const double k = potential_scale(p);
+    const Chunks chunks = chunk_rows<T>(p.n);
+    T* h = w.h.get(p.m_padded);
+    T* scaled_f = w.f.get(p.n);
+    T* scratch = w.scratch.get(chunks.count * kernel.rows * p.m_padded);
+    scaled_columns<T>(p, in.b + b * p.m, g + b * p.m, k, nullptr, h);
+    for (int64_t i = 0; i < p.n; ++i) scaled_f[i] = static_cast<T>(static_cast<double>(f[b * p.n + i]) * k);
+    parallel_for(chunks.count, inner, [&](int64_t c) {
+      const Apply<T> io{h,
+                        scaled_f,
+                        v + b * p.m * width,
+                        width,
+                        out + b * p.n * width,
+                        mass == nullptr ? nullptr : mass + b * p.n,
+                        scratch + c * kernel.rows * p.m_padded};
+      kernel.apply_rows(p, io, weight, c * chunks.rows, std::min((c + 1) * chunks.rows, p.n));
+    });
+  });
 }
 
 }  // namespace
 
 template <class T>
-void solve(const Batch<T>& in, const Solve<T>& s, int64_t threads, const ParallelFor& parallel) {
+void solve(const Batch<T>& in, const Solve<T>& s, int64_t threads) {
   const double work = static_cast<double>(in.n) * in.m * (in.d + 16.0 * s.max_iter);
-  for_each_problem<Workspace<T>>(
-      in.batch, work, threads, parallel,
-      [&](int64_t b, Workspace<T>& w, const ParallelFor& inner) { solve_one(in, s, b, w, inner); });
+  for_each_problem<Workspace<T>>(in.batch, work, threads,
+                                 [&](int64_t b, Workspace<T>& w, int64_t inner) { solve_one(in, s, b, w, inner); });
 }
 
 template <class T>
-void transport(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t width, T* out, T* mass, int64_t threads,
-               const ParallelFor& parallel) {
-  apply(in, f, g, v, width, Weight::plan, out, mass, threads, parallel);
+void transport(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t width, T* out, T* mass,
+               int64_t threads) {
+  apply(in, f, g, v, width, Weight::plan, out, mass, threads);
 }
 
 template <class T>
-void gradient(const Batch<T>& in, const T* f, const T* g, const T* a, T* out, int64_t threads,
-              const ParallelFor& parallel) {
-  apply<T>(in, f, g, in.y, in.d, Weight::gradient, out, nullptr, threads, parallel);
+void gradient(const Batch<T>& in, const T* f, const T* g, const T* a, T* out, int64_t threads) {
+  apply<T>(in, f, g, in.y, in.d, Weight::gradient, out, nullptr, threads);
   const T factor = in.cost == Cost::sqeuclidean ? T(2) : T(1);
   for (int64_t i = 0; i < in.batch * in.n; ++i) {
     for (int64_t c = 0; c < in.d; ++c) out[i * in.d + c] *= factor * a[i];
   }
 }
 
-template void solve(const Batch<float>&, const Solve<float>&, int64_t, const ParallelFor&);
-template void solve(const Batch<double>&, const Solve<double>&, int64_t, const ParallelFor&);
-template void transport(const Batch<float>&, const float*, const float*, const float*, int64_t, float*, float*, int64_t,
-                        const ParallelFor&);
+template void solve(const Batch<float>&, const Solve<float>&, int64_t);
+template void solve(const Batch<double>&, const Solve<double>&, int64_t);
+template void transport(const Batch<float>&, const float*, const float*, const float*, int64_t, float*, float*,
+                        int64_t);
 template void transport(const Batch<double>&, const double*, const double*, const double*, int64_t, double*, double*,
-                        int64_t, const ParallelFor&);
-template void gradient(const Batch<float>&, const float*, const float*, const float*, float*, int64_t,
-                       const ParallelFor&);
-template void gradient(const Batch<double>&, const double*, const double*, const double*, double*, int64_t,
-                       const ParallelFor&);
+                        int64_t);
+template void gradient(const Batch<float>&, const float*, const float*, const float*, float*, int64_t);
+template void gradient(const Batch<double>&, const double*, const double*, const double*, double*, int64_t);
 
 }  // namespace fewstep::cpu

@@ -4,14 +4,10 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 namespace fewstep::cpu {
 
 enum class Cost : int64_t { sqeuclidean = 0, half_sqeuclidean = 1, euclidean = 2 };
-
-// Runs body(i) for every i in [0, count), in any order, on any thread.
-using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t)>& body)>;
 
 // What the leaf kernels know of one problem. A panel is the columns that a register tile covers.
 template <class T>
@@ -106,15 +102,14 @@ struct Solve {
 };
 
 template <class T>
-void solve(const Batch<T>&, const Solve<T>&, int64_t threads, const ParallelFor&);
+void solve(const Batch<T>&, const Solve<T>&, int64_t threads);
 
 // out [batch, n, width] and mass [batch, n] from v [batch, m, width].
 template <class T>
-void transport(const Batch<T>&, const T* f, const T* g, const T* v, int64_t width, T* out, T* mass, int64_t threads,
-               const ParallelFor&);
+void transport(const Batch<T>&, const T* f, const T* g, const T* v, int64_t width, T* out, T* mass, int64_t threads);
 
 // out [batch, n, d] = sum_j P_ij dC_ij / dx_i.
 template <class T>
-void gradient(const Batch<T>&, const T* f, const T* g, const T* a, T* out, int64_t threads, const ParallelFor&);
+void gradient(const Batch<T>&, const T* f, const T* g, const T* a, T* out, int64_t threads);
 
 }  // namespace fewstep::cpu
