@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,6 +294,24 @@ def test_bits_do_not_depend_on_threads_or_batch() -> None:
         assert torch.equal(results[0].g, other.g)
     alone = fewstep.sinkhorn(x[1], y[1], a=a[1], b=b[1], eps=5.0, max_iter=9, backend="cpp")
     assert torch.equal(alone.f, results[0].f[1])
+
+
+def test_concurrent_calls_and_forked_children() -> None:
+    """Another caller may hold the helper threads, and a forked child has none."""
+    x, y, a, b = problem((1, 300, 200, 5), torch.float32)
+
+    def value(_: int = 0) -> float:
+        return float(fewstep.sinkhorn(x, y, a=a, b=b, eps=1.0, max_iter=20, backend="cpp").value)
+
+    expected = value()
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(value, range(24))) == {expected}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if value() == expected else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_strided_and_expanded_inputs() -> None:

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -52,6 +54,7 @@ class Helpers {
     for (int64_t spins = 0; done_.load(std::memory_order_acquire) < count; ++spins) {
       spins < 10000 ? pause() : std::this_thread::yield();
     }
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
     return true;
   }
 
@@ -73,7 +76,12 @@ class Helpers {
       Range rest = range;
       front ? ++rest.front : --rest.back;
       if (range_.compare_exchange_weak(range, rest, std::memory_order_acq_rel, std::memory_order_acquire)) {
-        (*body)(item);
+        try {
+          (*body)(item);
+        } catch (...) {
+          const std::lock_guard lock(error_mutex_);
+          error_ = std::current_exception();
+        }
         done_.fetch_add(1, std::memory_order_release);
         return true;
       }
@@ -95,7 +103,8 @@ class Helpers {
     }
   }
 
-  std::mutex mutex_;
+  std::mutex mutex_, error_mutex_;
+  std::exception_ptr error_;
   int64_t started_ = 0;
   alignas(64) std::atomic<Range> range_{Range{0, 0, 0}};
   std::atomic<const Body*> body_{nullptr};

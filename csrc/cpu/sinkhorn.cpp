@@ -127,17 +127,12 @@ double potential_scale(const Geometry<T>& p) {
   return p.cost == Cost::half_sqeuclidean ? 2.0 * p.k : static_cast<double>(p.k);
 }
 
-template <class T>
-T log2_weight(T weight) {
-  return weight > 0 ? std::log2(weight) : weight == 0 ? -std::numeric_limits<T>::infinity() : weight - weight / weight;
-}
-
 // H = g k + log2 b, padded with -inf; g may be null for zeros.
 template <class T>
 void scaled_columns(const Geometry<T>& p, const T* b, const T* g, double k, T* log2_b, T* h) {
   constexpr T kEmpty = -std::numeric_limits<T>::infinity();
   for (int64_t j = 0; j < p.m; ++j) {
-    const T lb = log2_weight(b[j]);
+    const T lb = std::log2(b[j]);
     if (log2_b != nullptr) log2_b[j] = lb;
     h[j] = lb == kEmpty ? kEmpty : static_cast<T>(g == nullptr ? lb : static_cast<double>(g[j]) * k + lb);
   }
@@ -190,7 +185,7 @@ void solve_one(const Batch<T>& in, const Solve<T>& s, int64_t b, Workspace<T>& w
   };
   // Own log-sum-exp of the columns of marked panels; where `only_empty`, of those whose weight is zero.
   auto column_lse = [&](T* g, bool only_empty) {
-    for (int64_t i = 0; i < p.n; ++i) fa[i] = f[i] + log2_weight(a[i]);
+    for (int64_t i = 0; i < p.n; ++i) fa[i] = f[i] + std::log2(a[i]);
     std::vector<int64_t> marked;
     for (int64_t q = 0; q < panels; ++q) {
       if (bad[q]) marked.push_back(q);

@@ -48,7 +48,6 @@ template <class T>
 struct SinkhornKernels {
   int64_t panel;  // columns of a register tile
   int64_t rows;   // rows of a register tile
-  T h_floor;      // log2 of a column sum below which it is recomputed by its own log-sum-exp
 
   // Transposes y [m, d] into panels; padded columns repeat the last point.
   void (*pack)(const T* y, int64_t m, int64_t d, T* out);

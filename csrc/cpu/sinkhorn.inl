@@ -354,8 +354,7 @@ void apply_rows(const Geometry<T>& p, const Apply<T>& io, Weight weight, int64_t
 }
 
 template <class T>
-constexpr SinkhornKernels<T> kKernels = {kPanel<T>,         kRows,         Range<T>::kColumnLow,
-                                         pack<T>,           distances<T>,  row_pass<T>,
+constexpr SinkhornKernels<T> kKernels = {kPanel<T>,         kRows,         pack<T>,      distances<T>, row_pass<T>,
                                          update_columns<T>, column_lse<T>, apply_rows<T>};
 
 }  // namespace
