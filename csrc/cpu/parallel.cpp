@@ -27,7 +27,7 @@ void pause() {
 
 // The untaken items of a loop. Its number changes with every loop, so that taking an item, one compare-and-swap of the
 // whole word, fails for a helper that looked at an older loop.
-struct Range {
+struct alignas(8) Range {
   uint32_t loop;
   uint16_t front, back;  // items [front, back)
 

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fewstep
+from fewstep import plots, train
+from fewstep.cli import main
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    images = np.random.default_rng(0).integers(0, 256, (24, 4, 4), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    np.save(tmp_path / "a_labels.npy", np.arange(24) % 3)
+    return str(tmp_path / "a.npy")
+
+
+@pytest.fixture
+def finished(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "report", lambda real, generated, **_: [])
+        patch.setattr(plots, "save_comparison", lambda path, *_, **__: path.touch())
+        train.train(train.TrainConfig(data, steps=2, batch=4, width=8, seed=3), out, progress=False)
+    return out
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that printed nothing else."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("fewstep: ")
+    return lines[0]
+
+
+def test_the_package_installs_the_command() -> None:
+    (command,) = entry_points(group="console_scripts", name="fewstep")
+    assert command.load() is main
+
+
+def test_train_prints_a_table_and_the_picture(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    options = "--steps 3 --batch 4 --width 8 --eps 0.1 --no-normalize --device cpu"
+    assert main(["train", "wflow", "--data", data, "--out", str(out), *options.split()]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert any(line.startswith("3-NN agreement") for line in lines)
+    assert Path(lines[-2]) == out / train.PICTURE
+    assert Path(lines[-2]).stat().st_size > 1000
+    config = train.read_run(out).config
+    assert (config.steps, config.width, config.flow.eps) == (3, 8, 0.1)
+    assert not config.flow.normalize
+    assert config.lr == train.preset(data).lr
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
+def test_defaults_are_those_of_the_data_set(name: str) -> None:
+    from fewstep import _commands
+
+    command = _commands.parse(["train", "wflow", "--data", name, "--out", "run"])
+    assert isinstance(command, _commands.Train)
+    assert command.config == train.PRESETS[name]
+    command = _commands.parse(["train", "wflow", f"--data={name}", "--out", "run", "--lr", "1"])
+    assert isinstance(command, _commands.Train)
+    assert command.config.batch == train.PRESETS[name].batch
+    assert command.config.lr == 1
+
+
+@pytest.mark.parametrize(("n", "rows"), [(1, 1), (7, 3), (64, 22)])
+def test_sample(finished: Path, tmp_path: Path, n: int, rows: int) -> None:
+    def draw(name: str, *options: str) -> np.ndarray:
+        out = tmp_path / name
+        assert main(["sample", str(finished), "--n", str(n), "--out", str(out), *options]) == 0
+        with Image.open(out) as picture:
+            return np.asarray(picture)
+
+    first = draw("a.png")
+    assert first.shape[:2] == (rows * 64, min(n, 3) * 64)
+    assert np.array_equal(draw("b.png", "--seed", "0"), first)
+    assert not np.array_equal(draw("c.png", "--seed", "1"), first)
+
+
+def test_resume_takes_the_settings_of_the_run(
+    finished: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        train, "train", lambda config, out, **options: seen.append((config, options)) or None
+    )
+    with pytest.raises(AttributeError):
+        main(["train", "wflow", "--out", str(finished), "--resume"])
+    assert seen == [(train.read_run(finished).config, {"resume": True, "overwrite": False})]
+    monkeypatch.undo()
+    assert main(["train", "wflow", "--out", str(finished), "--resume", "--lr", "0.5"]) == 2
+    assert "lr is 0.001, not 0.5" in error_line(capsys)
+
+
+def test_a_finished_folder_is_refused(
+    finished: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    assert main(["train", "wflow", "--data", data, "--out", str(finished)]) == 2
+    assert "--resume or --overwrite" in error_line(capsys)
+    assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+BAD_ARGUMENTS = [
+    ("", "Expected one of"),
+    ("fly", "fly"),
+    ("train", "method"),
+    ("train dance --data digits --out RUN", "dance"),
+    ("train wflow --out RUN", "--data"),
+    ("train wflow --data digits", "--out"),
+    ("train wflow --data digits --out RUN --steps many", "many"),
+    ("train wflow --data digits --out RUN --steps 0", "steps must be"),
+    ("train wflow --data digits --out RUN --eps -1", "eps must be positive"),
+    ("train wflow --data digits --out RUN --frobnicate", "--frobnicate"),
+    ("train wflow --data digits --out RUN --resume", "holds no run"),
+    ("train wflow --data digits --out RUN --backend magic", "magic"),
+    ("train wflow --data digits --out RUN --device quantum", "quantum"),
+    ("train wflow --data nowhere --out RUN", "nowhere"),
+    ("train wflow --data digits --out FILE", "FILE"),
+    ("sample", "--out"),
+    ("sample RUN --out grid.png", "holds no run"),
+    ("sample RUN --out grid.jpg", "grid.jpg"),
+    ("sample RUN --out grid.png --n 0", "n must be"),
+    ("sample RUN --out grid.png --seed -1", "seed must be"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_bad_arguments(
+    arguments: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("in the way")
+    assert main(arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err
+
+
+def test_a_bad_checkpoint_is_refused_and_left(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = finished / train.CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-100])
+    before = path.read_bytes()
+    for arguments in (
+        ["sample", str(finished), "--out", str(tmp_path / "a.png")],
+        ["train", "wflow", "--out", str(finished), "--resume"],
+    ):
+        assert main(arguments) == 2
+        assert str(path) in error_line(capsys)
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["tyro", "tqdm", "safetensors", "PIL"])
+def test_a_missing_extra_is_named(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delattr(fewstep, "_commands", raising=False)
+    monkeypatch.delitem(sys.modules, "fewstep._commands", raising=False)
+    monkeypatch.setitem(sys.modules, name, None)
+    assert main(["train", "wflow", "--data", "digits", "--out", str(tmp_path / "run")]) == 2
+    line = error_line(capsys)
+    assert line == f"fewstep: {name} is not installed: pip install 'fewstep[train]'"
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["train"], ["sample"]):
+        with pytest.raises(SystemExit) as error:
+            main([*arguments, "--help"])
+        assert error.value.code == 0
+        assert "usage: fewstep" in capsys.readouterr().out
+
+
+def test_importing_the_package_loads_no_extra() -> None:
+    code = "import fewstep, fewstep.cli, fewstep.train, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # torch loads tqdm by itself where it is installed.
+    assert not {*train.EXTRA, "tyro"} & set(done.stdout.split()) - {"tqdm"}

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.data import Images, load
+
+
+def check(data: Images) -> None:
+    assert data.images.dtype == torch.float32
+    assert data.images.min() >= -1
+    assert data.images.max() <= 1
+    if data.labels is not None:
+        assert data.labels.dtype == torch.int64
+        assert data.labels.unique().tolist() == list(range(len(data.names)))
+
+
+@pytest.mark.parametrize(("name", "count", "size"), [("digits", 1797, 8), ("mnist5k", 5000, 28)])
+def test_builtin(name: str, count: int, size: int) -> None:
+    data = load(name)
+    check(data)
+    assert data.images.shape == (count, 1, size, size)
+    assert data.names == tuple("0123456789")
+    assert data.images.min() == -1
+    assert data.images.max() == 1
+    assert data.labels is not None
+    # Zeros have an empty centre, ones do not: images and labels belong together.
+    middle = data.images[:, 0, size // 2 - 1 : size // 2 + 1, size // 2 - 1 : size // 2 + 1]
+    centre = middle.mean((1, 2))
+    assert centre[data.labels == 0].mean() < -0.8
+    assert centre[data.labels == 1].mean() > 0.3
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 5), (6, 1, 4, 5), (6, 3, 4, 5)])
+def test_array(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.save(tmp_path / "a.npy", pixels)
+    data = load(str(tmp_path / "a.npy"))
+    check(data)
+    assert data.labels is None
+    expected = torch.from_numpy(pixels).reshape(6, -1, 4, 5) / 127.5 - 1
+    torch.testing.assert_close(data.images, expected)
+
+    np.save(tmp_path / "b.npy", np.asfortranarray(expected.double().numpy()))
+    np.save(tmp_path / "b_labels.npy", np.array([7, -2, 7, 7, -2, 9], np.int16))
+    data = load(str(tmp_path / "b.npy"))
+    check(data)
+    torch.testing.assert_close(data.images, expected)
+    assert data.names == ("-2", "7", "9")
+    assert data.labels is not None
+    assert data.labels.tolist() == [1, 0, 1, 1, 0, 2]
+
+
+def save(path: Path, mode: str = "L", size: tuple[int, int] = (5, 4), value: int = 51) -> None:
+    path.parent.mkdir(exist_ok=True)
+    Image.new("L", size, value).convert(mode).save(path)
+
+
+def test_folder(tmp_path: Path) -> None:
+    for i, name in enumerate(("cat/1.png", "cat/2.PNG", "dog/1.png", ".cache/x.png")):
+        save(tmp_path / name, value=51 * i)
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    data = load(str(tmp_path))
+    check(data)
+    assert data.images.shape == (3, 1, 4, 5)
+    assert data.names == ("cat", "dog")
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 0, 1]
+    torch.testing.assert_close(data.images[:, 0, 0, 0], torch.tensor([-1.0, -0.6, -0.2]))
+
+    save(tmp_path / "dog" / "2.png", "RGB")
+    assert load(str(tmp_path)).images.shape == (4, 3, 4, 5)
+
+    flat = load(str(tmp_path / "cat"))
+    assert flat.labels is None
+    assert flat.names == ()
+
+
+def test_bad_paths(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.npy").write_text("not an array")
+    (tmp_path / "table.csv").write_text("1,2")
+    np.save(tmp_path / "pickled.npy", np.array([{}]), allow_pickle=True)
+    for name in ("mnist", str(tmp_path / "missing.npy"), str(tmp_path / "table.csv")):
+        with pytest.raises(ValueError, match=name):
+            load(name)
+    for name in ("empty", "text.npy", "pickled.npy"):
+        with pytest.raises(ValueError, match=name):
+            load(str(tmp_path / name))
+
+
+BAD_ARRAYS = [
+    (np.zeros((4, 4), np.uint8), ValueError, r"\(4, 4\)"),
+    (np.zeros((4, 2, 4, 4), np.uint8), ValueError, r"\(4, 2, 4, 4\)"),
+    (np.zeros((0, 4, 4), np.uint8), ValueError, r"\(0, 4, 4\)"),
+    (np.full((4, 4, 4), 255.0), ValueError, r"\[255, 255\]"),
+    (np.full((4, 4, 4), np.nan), ValueError, "nan"),
+    (np.zeros((4, 4, 4), np.int64), TypeError, "int64"),
+    (np.zeros((4, 4, 4), np.complex64), TypeError, "complex64"),
+]
+
+
+@pytest.mark.parametrize(("array", "error", "message"), BAD_ARRAYS)
+def test_bad_arrays(
+    tmp_path: Path, array: np.ndarray, error: type[Exception], message: str
+) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(error, match=message):
+        load(str(tmp_path / "a.npy"))
+
+
+def test_bad_labels(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((4, 4, 4), np.uint8))
+    np.save(tmp_path / "a_labels.npy", np.zeros(3, np.int64))
+    with pytest.raises(ValueError, match=r"a_labels.npy must be \(4,\), got \(3,\)"):
+        load(str(tmp_path / "a.npy"))
+    np.save(tmp_path / "a_labels.npy", np.zeros(4))
+    with pytest.raises(TypeError, match="float64"):
+        load(str(tmp_path / "a.npy"))
+
+
+def test_bad_images(tmp_path: Path) -> None:
+    save(tmp_path / "size" / "1.png")
+    save(tmp_path / "size" / "2.png", size=(4, 4))
+    with pytest.raises(ValueError, match=r"2.png must be 5x4 .*got 4x4"):
+        load(str(tmp_path / "size"))
+    save(tmp_path / "mode" / "1.png", "I;16")
+    with pytest.raises(TypeError, match=r"1.png .*'I"):
+        load(str(tmp_path / "mode"))
+    save(tmp_path / "torn" / "1.png")
+    torn = tmp_path / "torn" / "1.png"
+    torn.write_bytes(torn.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"1.png cannot be read"):
+        load(str(tmp_path / "torn"))
+    save(tmp_path / "classes" / "1.png")
+    (tmp_path / "classes" / "bird").mkdir()
+    with pytest.raises(ValueError, match=r"bird must hold images"):
+        load(str(tmp_path / "classes"))
