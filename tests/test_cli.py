@@ -102,7 +102,7 @@ def test_resume_takes_the_settings_of_the_run(
     assert seen == [(train.read_run(finished).config, {"resume": True, "overwrite": False})]
     monkeypatch.undo()
     assert main(["train", "wflow", "--out", str(finished), "--resume", "--lr", "0.5"]) == 2
-    assert "lr is 0.001, not 0.5" in error_line(capsys)
+    assert "lr is 0.005, not 0.5" in error_line(capsys)
 
 
 def test_a_finished_folder_is_refused(

@@ -1,0 +1,34 @@
+"""The command `fewstep`: its exit codes and its one-line errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, 1 (training diverged), 2 (bad input) or 130 (stopped).
+
+    >>> main(["sample", "no-such-run", "--out", "grid.png"])
+    2
+    """
+    try:
+        from fewstep import _commands
+
+        _commands.parse(list(sys.argv[1:] if argv is None else argv)).run()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("fewstep"):
+            raise
+        return _fail(f"{error.name} is not installed: pip install 'fewstep[train]'", 2)
+    except (OSError, TypeError, ValueError) as error:
+        return _fail(str(error), 2)
+    except FloatingPointError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "stopped", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"fewstep: {' '.join(message.split())}\n")
+    return code

@@ -1,0 +1,5 @@
+"""Training methods: small callable objects, `(networks, batch) -> loss`."""
+
+from fewstep.methods.wflow import WFlow
+
+__all__ = ["WFlow"]
