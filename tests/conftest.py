@@ -20,6 +20,7 @@ settings.load_profile("fewstep")
 def _deterministic() -> Iterator[None]:
     """Deterministic mode also fills `torch.empty`, and the kernels' outputs, with NaN."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # on a busy machine OpenMP threads wait for each other in small ops
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
