@@ -1,11 +1,17 @@
 #include <torch/csrc/stable/library.h>
 
+// What all ops are told of a problem's costs.
+#define GEOMETRY                                                                                                 \
+  "Tensor? matrix, Tensor? segment_x, Tensor? segment_y, Tensor? label_x, Tensor? label_y, Tensor? label_cost, " \
+  "int cost, int? diagonal"
+
 STABLE_TORCH_LIBRARY(fewstep, m) {
-  m.def(
-      "sinkhorn(Tensor x, Tensor y, Tensor a, Tensor b, Tensor eps, Tensor? g0, int cost, int max_iter, float? tol)"
-      " -> (Tensor f, Tensor g, Tensor value, Tensor residual, Tensor iterations, Tensor converged)");
-  m.def(
-      "sinkhorn_transport(Tensor x, Tensor y, Tensor f, Tensor g, Tensor b, Tensor eps, Tensor v, int cost)"
-      " -> (Tensor out, Tensor mass)");
-  m.def("sinkhorn_grad(Tensor x, Tensor y, Tensor f, Tensor g, Tensor a, Tensor b, Tensor eps, int cost) -> Tensor");
+  m.def("sinkhorn(Tensor x, Tensor y, Tensor a, Tensor b, Tensor eps, Tensor? f0, Tensor? g0, " GEOMETRY
+        ", int max_iter, float? tol, Tensor? start, float factor, Tensor? schedule, float? rho_x, float? rho_y,"
+        " float relax, bool simultaneous, bool self, int memory_limit)"
+        " -> (Tensor f, Tensor g, Tensor value, Tensor residual, Tensor iterations, Tensor converged)");
+  m.def("sinkhorn_transport(Tensor x, Tensor y, Tensor f, Tensor g, Tensor b, Tensor eps, Tensor v, " GEOMETRY
+        ") -> (Tensor out, Tensor mass)");
+  m.def("sinkhorn_grad(Tensor x, Tensor y, Tensor f, Tensor g, Tensor a, Tensor b, Tensor eps, " GEOMETRY
+        ") -> Tensor");
 }

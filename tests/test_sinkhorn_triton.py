@@ -82,7 +82,7 @@ def test_agrees_with_reference(
 
 
 @pytest.mark.parametrize("dim", [2, 17])
-@pytest.mark.parametrize("cost", reference.COSTS)
+@pytest.mark.parametrize("cost", reference.COSTS[:3])
 def test_one_step(dim: int, cost: str) -> None:
     compare(problem((1, 17, 9, dim)), kind="one step", eps=0.5, cost=cost, max_iter=1)
 

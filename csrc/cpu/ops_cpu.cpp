@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -31,64 +32,160 @@ auto dispatch(const Tensor& x, F&& body) {
   return body(double{});
 }
 
+// A tensor whose problems are contiguous inside; a problem may be repeated by a stride of 0.
+Tensor rows_contiguous(const Tensor& t) {
+  int64_t expected = 1;
+  for (int64_t i = t.dim() - 1; i > 0; --i) {
+    if (t.size(i) != 1 && t.stride(i) != expected) return contiguous(t);
+    expected *= t.size(i);
+  }
+  return t;
+}
+
+using Maybe = std::optional<Tensor>;
+
+Maybe contiguous_if(const Maybe& t) { return t.has_value() ? Maybe(contiguous(*t)) : std::nullopt; }
+
 template <class T>
-cpu::Batch<T> batch_of(const Tensor& x, const Tensor& y, const Tensor& b, const Tensor& eps, int64_t cost) {
-  return {x.size(0),  x.size(1),    y.size(1),
-          x.size(2),  read<T>(x),   read<T>(y),
-          read<T>(b), read<T>(eps), static_cast<cpu::Cost>(cost)};
+const T* read_if(const Maybe& t) {
+  return t.has_value() ? read<T>(*t) : nullptr;
+}
+
+// The arguments that every op has, held while their pointers are in use.
+struct Problems {
+  Tensor x, y, a, b, eps;
+  Maybe matrix, segment_x, segment_y, label_x, label_y, label_cost;
+  int64_t cost;
+  std::optional<int64_t> diagonal;
+
+  int64_t count() const { return segment_x.has_value() ? segment_x->size(0) - 1 : x.size(0); }
+  int64_t temperatures() const { return count() == 0 ? 1 : eps.size(0) / count(); }
+  // Rows of the potentials: problems, or temperatures of flat points.
+  int64_t lead() const { return segment_x.has_value() ? temperatures() : eps.size(0); }
+
+  template <class T>
+  cpu::Batch<T> batch() const {
+    const int64_t d = x.size(2);
+    return {count(),
+            temperatures(),
+            x.size(1),
+            y.size(1),
+            d,
+            read<T>(x),
+            x.stride(0),
+            d,
+            read<T>(y),
+            y.stride(0),
+            d,
+            read<T>(a),
+            read<T>(b),
+            a.stride(0),
+            b.stride(0),
+            read<T>(eps),
+            read_if<T>(matrix),
+            read_if<int64_t>(segment_x),
+            read_if<int64_t>(segment_y),
+            read_if<int64_t>(label_x),
+            read_if<int64_t>(label_y),
+            read_if<T>(label_cost),
+            label_cost.has_value() ? label_cost->size(0) : 0,
+            label_cost.has_value() ? label_cost->size(1) : 0,
+            diagonal.value_or(cpu::kNoDiagonal),
+            static_cast<cpu::Cost>(cost)};
+  }
+};
+
+Problems problems(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& eps,
+                  const Maybe& matrix, const Maybe& segment_x, const Maybe& segment_y, const Maybe& label_x,
+                  const Maybe& label_y, const Maybe& label_cost, int64_t cost, std::optional<int64_t> diagonal) {
+  return {rows_contiguous(x),
+          rows_contiguous(y),
+          rows_contiguous(a),
+          rows_contiguous(b),
+          contiguous(eps),
+          contiguous_if(matrix),
+          contiguous_if(segment_x),
+          contiguous_if(segment_y),
+          contiguous_if(label_x),
+          contiguous_if(label_y),
+          contiguous_if(label_cost),
+          cost,
+          diagonal};
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Outputs sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& eps,
-                 const std::optional<Tensor>& g0, int64_t cost, int64_t max_iter, std::optional<double> tol) {
-  constexpr double kDefaultTol = 1e-3;
-  const Tensor xc = contiguous(x), yc = contiguous(y), ac = contiguous(a), bc = contiguous(b), ec = contiguous(eps);
-  const std::optional<Tensor> gc = g0.has_value() ? std::optional<Tensor>(contiguous(*g0)) : std::nullopt;
-  const int64_t batch = x.size(0), n = x.size(1), m = y.size(1);
-  Tensor f = new_empty(xc, {batch, n}), g = new_empty(xc, {batch, m});
-  Tensor value = new_empty(xc, {batch}), residual = new_empty(xc, {batch});
-  Tensor iterations = new_empty(xc, {batch}, ScalarType::Long), converged = new_empty(xc, {batch}, ScalarType::Bool);
+Outputs sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& eps, const Maybe& f0,
+                 const Maybe& g0, const Maybe& matrix, const Maybe& segment_x, const Maybe& segment_y,
+                 const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost, int64_t cost,
+                 std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol, const Maybe& start,
+                 double factor, const Maybe& schedule, std::optional<double> rho_x, std::optional<double> rho_y,
+                 double relax, bool simultaneous, bool self, int64_t memory_limit) {
+  constexpr double kDefaultTol = 1e-3, kBalanced = std::numeric_limits<double>::infinity();
+  const Problems p =
+      problems(x, y, a, b, eps, matrix, segment_x, segment_y, label_x, label_y, label_cost, cost, diagonal);
+  const Maybe fc = contiguous_if(f0), gc = contiguous_if(g0), from = contiguous_if(start),
+              steps = contiguous_if(schedule);
+  const int64_t count = eps.size(0);
+  Tensor f = new_empty(p.x, {p.lead(), x.size(1)}), g = new_empty(p.x, {p.lead(), y.size(1)});
+  Tensor value = new_empty(p.x, {count}), residual = new_empty(p.x, {count});
+  Tensor iterations = new_empty(p.x, {count}, ScalarType::Long), converged = new_empty(p.x, {count}, ScalarType::Bool);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    const cpu::Solve<T> s{read<T>(ac),
-                          gc.has_value() ? read<T>(*gc) : nullptr,
+    const cpu::Solve<T> s{read_if<T>(fc),
+                          read_if<T>(gc),
                           max_iter,
                           tol.value_or(-1.0),
+                          read_if<T>(from),
+                          factor,
+                          read_if<T>(steps),
+                          steps.has_value() ? steps->size(0) : 0,
+                          rho_x.value_or(kBalanced),
+                          rho_y.value_or(kBalanced),
+                          relax,
+                          simultaneous,
+                          self,
+                          memory_limit,
                           write<T>(f),
                           write<T>(g),
                           write<T>(value),
                           write<T>(residual),
                           write<int64_t>(iterations)};
-    cpu::solve(batch_of<T>(xc, yc, bc, ec, cost), s, torch::stable::get_num_threads());
+    cpu::solve(p.batch<T>(), s, torch::stable::get_num_threads());
     bool* flags = write<bool>(converged);
-    for (int64_t i = 0; i < batch; ++i) flags[i] = s.residual[i] <= tol.value_or(kDefaultTol);
+    for (int64_t i = 0; i < count; ++i) flags[i] = s.residual[i] <= tol.value_or(kDefaultTol);
   });
   return {f, g, value, residual, iterations, converged};
 }
 
 std::tuple<Tensor, Tensor> sinkhorn_transport(const Tensor& x, const Tensor& y, const Tensor& f, const Tensor& g,
-                                              const Tensor& b, const Tensor& eps, const Tensor& v, int64_t cost) {
-  const Tensor xc = contiguous(x), yc = contiguous(y), fc = contiguous(f), gc = contiguous(g), bc = contiguous(b),
-               ec = contiguous(eps), vc = contiguous(v);
-  Tensor out = new_empty(xc, {x.size(0), x.size(1), v.size(2)}), mass = new_empty(xc, {x.size(0), x.size(1)});
+                                              const Tensor& b, const Tensor& eps, const Tensor& v, const Maybe& matrix,
+                                              const Maybe& segment_x, const Maybe& segment_y, const Maybe& label_x,
+                                              const Maybe& label_y, const Maybe& label_cost, int64_t cost,
+                                              std::optional<int64_t> diagonal) {
+  const Problems p =
+      problems(x, y, f, b, eps, matrix, segment_x, segment_y, label_x, label_y, label_cost, cost, diagonal);
+  const Tensor fc = contiguous(f), gc = contiguous(g), vc = rows_contiguous(v);
+  Tensor out = new_empty(p.x, {p.lead(), x.size(1), v.size(2)}), mass = new_empty(p.x, {p.lead(), x.size(1)});
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::transport(batch_of<T>(xc, yc, bc, ec, cost), read<T>(fc), read<T>(gc), read<T>(vc), v.size(2), write<T>(out),
+    cpu::transport(p.batch<T>(), read<T>(fc), read<T>(gc), read<T>(vc), vc.stride(0), v.size(2), write<T>(out),
                    write<T>(mass), torch::stable::get_num_threads());
   });
   return {out, mass};
 }
 
 Tensor sinkhorn_grad(const Tensor& x, const Tensor& y, const Tensor& f, const Tensor& g, const Tensor& a,
-                     const Tensor& b, const Tensor& eps, int64_t cost) {
-  const Tensor xc = contiguous(x), yc = contiguous(y), fc = contiguous(f), gc = contiguous(g), ac = contiguous(a),
-               bc = contiguous(b), ec = contiguous(eps);
-  Tensor out = new_empty(xc, {x.size(0), x.size(1), x.size(2)});
+                     const Tensor& b, const Tensor& eps, const Maybe& matrix, const Maybe& segment_x,
+                     const Maybe& segment_y, const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost,
+                     int64_t cost, std::optional<int64_t> diagonal) {
+  const Problems p =
+      problems(x, y, a, b, eps, matrix, segment_x, segment_y, label_x, label_y, label_cost, cost, diagonal);
+  const Tensor fc = contiguous(f), gc = contiguous(g);
+  Tensor out = new_empty(p.x, {p.lead(), x.size(1), x.size(2)});
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::gradient(batch_of<T>(xc, yc, bc, ec, cost), read<T>(fc), read<T>(gc), read<T>(ac), write<T>(out),
-                  torch::stable::get_num_threads());
+    cpu::gradient(p.batch<T>(), read<T>(fc), read<T>(gc), write<T>(out), torch::stable::get_num_threads());
   });
   return out;
 }

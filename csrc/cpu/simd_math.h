@@ -111,6 +111,61 @@ FEWSTEP_INLINE T maximum(Vec<T> v) {
   return best;
 }
 
+// Lane i is the sum of v[i]: a tree of pairwise shuffles, three instructions for each vector.
+template <class T>
+FEWSTEP_INLINE Vec<T> sum_each(Vec<T> (&v)[kLanes<T>]) {
+#if FEWSTEP_VECTOR_BYTES == 64
+  __m512d pairs[8];  // per 128 bits: sums of 4 vectors of float or 2 of double
+  if constexpr (sizeof(T) == 4) {
+    for (int i = 0; i < 8; ++i) {
+      const __m512 even = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), odd = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+      pairs[i] = _mm512_castps_pd(even + odd);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512d even = _mm512_unpacklo_pd(pairs[2 * i], pairs[2 * i + 1]);
+      const __m512d odd = _mm512_unpackhi_pd(pairs[2 * i], pairs[2 * i + 1]);
+      pairs[i] = _mm512_castps_pd(_mm512_castpd_ps(even) + _mm512_castpd_ps(odd));
+    }
+    __m512 q[4];
+    for (int i = 0; i < 4; ++i) q[i] = _mm512_castpd_ps(pairs[i]);
+    for (int i = 0; i < 2; ++i) {
+      q[i] = _mm512_shuffle_f32x4(q[2 * i], q[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(q[2 * i], q[2 * i + 1], 0xdd);
+    }
+    return _mm512_shuffle_f32x4(q[0], q[1], 0x88) + _mm512_shuffle_f32x4(q[0], q[1], 0xdd);
+  } else {
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = _mm512_unpacklo_pd(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_pd(v[2 * i], v[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const __m512d a = pairs[2 * i], b = pairs[2 * i + 1];
+      pairs[i] = _mm512_shuffle_f64x2(a, b, 0x88) + _mm512_shuffle_f64x2(a, b, 0xdd);
+    }
+    return _mm512_shuffle_f64x2(pairs[0], pairs[1], 0x88) + _mm512_shuffle_f64x2(pairs[0], pairs[1], 0xdd);
+  }
+#elif FEWSTEP_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    __m256d q[4];
+    for (int i = 0; i < 4; ++i) {
+      q[i] = _mm256_castps_pd(_mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    }
+    __m256 lanes[2];
+    for (int i = 0; i < 2; ++i) {
+      lanes[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(q[2 * i], q[2 * i + 1])) +
+                 _mm256_castpd_ps(_mm256_unpackhi_pd(q[2 * i], q[2 * i + 1]));
+    }
+    return _mm256_permute2f128_ps(lanes[0], lanes[1], 0x20) + _mm256_permute2f128_ps(lanes[0], lanes[1], 0x31);
+  } else {
+    const __m256d a = _mm256_unpacklo_pd(v[0], v[1]) + _mm256_unpackhi_pd(v[0], v[1]);
+    const __m256d b = _mm256_unpacklo_pd(v[2], v[3]) + _mm256_unpackhi_pd(v[2], v[3]);
+    return _mm256_permute2f128_pd(a, b, 0x20) + _mm256_permute2f128_pd(a, b, 0x31);
+  }
+#else
+  Vec<T> out = {};
+  for (int i = 0; i < kLanes<T>; ++i) out[i] = sum<T>(v[i]);
+  return out;
+#endif
+}
+
 #if FEWSTEP_VECTOR_BYTES == 64
 FEWSTEP_INLINE Vec<float> nearest(Vec<float> v) { return _mm512_roundscale_ps(v, 8); }
 FEWSTEP_INLINE Vec<double> nearest(Vec<double> v) { return _mm512_roundscale_pd(v, 8); }

@@ -2,21 +2,17 @@
 #include "cpu/sinkhorn.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "cpu/driver.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace fewstep::cpu {
-namespace {
-
-constexpr double kLog2E = 1.4426950408889634074;
 
 template <class T>
 const SinkhornKernels<T>& kernels() {
@@ -40,261 +36,586 @@ const SinkhornKernels<T>& kernels() {
   return pick(base::kFloat, base::kDouble);
 }
 
-// Memory aligned to a cache line, grown when asked for more and never initialised.
+template const SinkhornKernels<float>& kernels();
+template const SinkhornKernels<double>& kernels();
+
+namespace {
+
 template <class T>
-class Buffer {
- public:
-  T* get(int64_t count) {
-    if (count > capacity_) {
-      const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-      data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-      if (!data_) throw std::bad_alloc();
-      capacity_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-  int64_t capacity_ = 0;
-};
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 // Rows are cut into chunks by their number alone, so that sums, and with them every bit, do not depend on threads.
 struct Chunks {
   int64_t count, rows;
+
+  template <class T>
+  static Chunks of(const SinkhornKernels<T>& kernel, int64_t n) {
+    const int64_t wanted = std::clamp<int64_t>(n / 64, 1, 16);
+    const int64_t rows = round_up((n + wanted - 1) / wanted, std::max(kernel.rows, kernel.lanes));
+    return {(n + rows - 1) / rows, rows};
+  }
 };
 
-template <class T>
-Chunks chunk_rows(int64_t n) {
-  const int64_t wanted = std::clamp<int64_t>(n / 64, 1, 16);
-  const int64_t rows = round_up((n + wanted - 1) / wanted, kernels<T>().rows);
-  return {(n + rows - 1) / rows, rows};
+// Rows of scratch that stay in the second-level cache beside everything else.
+int64_t rows_at_once(int64_t m_padded, int64_t rows, int64_t size) {
+  constexpr int64_t kScratch = 512 << 10;
+  return std::clamp<int64_t>(kScratch / (m_padded * size), 1, rows);
 }
 
-// A distance costs d multiply-adds to recompute and 4 or 8 bytes to read in every pass: measured on a Zen 4 core, about
-// 2 multiply-adds per entry from the second-level cache, 4 from the third, 16 from memory.
-bool caching_pays(int64_t n, int64_t m_padded, int64_t d, int64_t size) {
+// What of a problem is kept between passes.
+//
+// A pass that recomputes takes d multiply-adds and an exponential (some 12 instructions) a pair; one that reads
+// distances takes a load of 4 or 8 bytes and the exponential; one that reads K takes two multiply-adds and a load. In
+// bytes: from the second-level cache a load is free beside either, from the third about 4 multiply-adds, from memory
+// about 16. So K pays wherever it fits the limit and there are passes to use it in; distances, which are read where a K
+// is made, pay where they are dearer than a load from where they would lie.
+struct Keep {
+  bool distances, kernel;
+};
+
+Keep choose(int64_t n_padded, int64_t m_padded, int64_t d, int64_t size, int64_t passes, int64_t limit) {
   constexpr int64_t kMiB = 1 << 20;
-  const int64_t bytes = n * m_padded * size;
-  if (bytes <= kMiB) return d > 2;
-  if (bytes <= 16 * kMiB) return d > 4;
-  return bytes <= 512 * kMiB && d > 16;
-}
-
-// Runs problem(b, workspace, threads) for every b. Many problems: a task per thread takes them one by one, serial
-// inside. Few: one after the other, with all threads inside.
-template <class Workspace, class Problem>
-void for_each_problem(int64_t batch, double work, int64_t threads, const Problem& problem) {
-  constexpr double kWorthSharing = 5e5;  // multiply-adds, some 10 us
-  if (threads == 1 || batch >= 2 * threads || work < kWorthSharing) {
-    std::atomic<int64_t> next{0};
-    const int64_t tasks = batch * work < kWorthSharing ? 1 : std::min(threads, batch);
-    parallel_for(tasks, threads, [&](int64_t) {
-      Workspace workspace;
-      for (int64_t b = next++; b < batch; b = next++) problem(b, workspace, 1);
-    });
-  } else {
-    Workspace workspace;
-    for (int64_t b = 0; b < batch; ++b) problem(b, workspace, threads);
-  }
+  const int64_t bytes = n_padded * m_padded * size;
+  const bool kernel = bytes <= limit && passes > 2;
+  const int64_t both = kernel ? 2 * bytes : bytes;
+  const int64_t dear = both <= kMiB ? 2 : both <= 16 * kMiB ? 4 : 16;
+  return {both <= limit && d > dear && passes > 1, kernel};
 }
 
 template <class T>
 struct Workspace {
-  Buffer<T> y, cost, h, log2_b, f, f_next, fa, parts, scratch;
+  Buffer<T> y, cost, label_rows, kernel, h, log2_b, b, a, v, v_next, f, f_next, shift, u, u_next, zero, fa, parts,
+      scratch;
   Buffer<uint8_t> bad;
+  int64_t cloud = -1;  // whose y, distances and label rows are here
+
+  void release_above(int64_t bytes) {
+    Buffer<T>* large[] = {&y, &cost, &label_rows, &kernel, &parts, &scratch};
+    int64_t total = 0;
+    for (const Buffer<T>* buffer : large) total += buffer->bytes();
+    if (total <= bytes) return;
+    for (Buffer<T>* buffer : large) buffer->release();
+  }
+};
+
+// One problem of a batch: its points, weights and where its potentials are.
+template <class T>
+struct Place {
+  int64_t cloud, n, m;
+  const T *x, *y, *a, *b;
+  int64_t first_f, first_g;  // offsets of its potentials
+
+  Place(const Batch<T>& in, int64_t q) : cloud(q / in.temperatures), n(in.n), m(in.m) {
+    const int64_t t = q % in.temperatures;
+    int64_t i = 0, j = 0;
+    if (in.segment_x != nullptr) {
+      i = in.segment_x[cloud];
+      j = in.segment_y[cloud];
+      n = in.segment_x[cloud + 1] - i;
+      m = in.segment_y[cloud + 1] - j;
+      first_f = t * in.n + i;
+      first_g = t * in.m + j;
+    } else {
+      first_f = q * in.n;
+      first_g = q * in.m;
+    }
+    const int64_t row = in.segment_x != nullptr ? 0 : cloud;
+    x = in.x == nullptr ? nullptr : in.x + row * in.x_batch + i * in.x_row;
+    y = in.y == nullptr ? nullptr : in.y + row * in.y_batch + j * in.y_row;
+    a = in.a + row * in.a_batch + i;
+    b = in.b + row * in.b_batch + j;
+    point_x_ = row * in.n + i;
+    point_y_ = row * in.m + j;
+  }
+
+  int64_t point_x() const { return point_x_; }
+  int64_t point_y() const { return point_y_; }
+
+ private:
+  int64_t point_x_, point_y_;  // among all flat points
+};
+
+double unit(Cost cost) { return cost == Cost::half_sqeuclidean ? 0.5 : 1.0; }
+
+// Geometry for temperature 1 / (k unit ln 2), with y packed and labels spread over the columns.
+template <class T>
+Geometry<T> geometry(const Batch<T>& in, const Place<T>& at, Workspace<T>& w) {
+  const auto& kernel = kernels<T>();
+  const int64_t m_padded = round_up(at.m, kernel.panel);
+  const bool fresh = w.cloud != at.cloud;
+  w.cloud = at.cloud;
+  Geometry<T> p{at.n,    at.m,    in.d,    m_padded,    at.x,    in.x_row, nullptr,
+                nullptr, nullptr, nullptr, in.diagonal, in.cost, T(0)};
+  if (in.cost == Cost::matrix) {
+    const T* source = in.matrix + at.cloud * in.n * in.m;
+    p.cached = source;
+    if (at.m != m_padded || in.diagonal != kNoDiagonal) {
+      T* copy = w.cost.get(at.n * m_padded);
+      p.cached = copy;
+      if (!fresh) return p;
+      for (int64_t i = 0; i < at.n; ++i, copy += m_padded) {
+        std::copy_n(source + i * at.m, at.m, copy);
+        std::fill(copy + at.m, copy + m_padded, T(0));
+        if (in.diagonal == kNoDiagonal) continue;
+        const int64_t j = i + in.diagonal;
+        if (0 <= j && j < at.m) copy[j] = kInfinity<T>;
+      }
+    }
+    return p;
+  }
+  T* y = w.y.get(m_padded * in.d);
+  p.y = y;
+  if (fresh) kernel.pack(at.y, in.y_row, at.m, in.d, y);
+  if (in.label_x == nullptr) return p;
+  T* rows = w.label_rows.get(in.labels_x * m_padded);
+  p.labels = in.label_x + at.point_x();
+  p.label_rows = rows;
+  if (!fresh) return p;
+  const T scale = static_cast<T>(1 / unit(in.cost));
+  const int64_t* label_y = in.label_y + at.point_y();
+  for (int64_t l = 0; l < in.labels_x; ++l, rows += m_padded) {
+    for (int64_t j = 0; j < at.m; ++j) rows[j] = scale * in.label_cost[l * in.labels_y + label_y[j]];
+    std::fill(rows + at.m, rows + m_padded, T(0));
+  }
+  return p;
+}
+
+template <class T>
+class Solver {
+ public:
+  Solver(const Batch<T>& in, const Solve<T>& s, int64_t q, Workspace<T>& w, int64_t threads, int64_t limit)
+      : in_(in), s_(s), q_(q), at_(in, q), w_(w), threads_(threads), chunks_(Chunks::of(kernel_, at_.n)) {
+    const bool fresh = w.cloud != at_.cloud;
+    p_ = geometry(in, at_, w);
+    n_padded_ = round_up(at_.n, kernel_.lanes);
+    const int64_t mp = p_.m_padded, longest = std::max(n_padded_, mp);
+    const Keep keep = choose(n_padded_, mp, p_.d, sizeof(T), s.max_iter + in.temperatures - 1, limit);
+    block_ = keep.kernel ? kernel_.rows : rows_at_once(mp, kernel_.rows, sizeof(T));
+    if (keep.kernel) {
+      scratch_ = w.kernel.get(n_padded_ * mp);
+      std::fill(scratch_ + at_.n * mp, scratch_ + n_padded_ * mp, T(0));
+    } else {
+      scratch_ = w.scratch.get(chunks_.count * block_ * mp);
+    }
+    keep_ = keep.kernel;
+    if (keep.distances && in.cost != Cost::matrix) {
+      T* cost = w.cost.get(at_.n * mp);
+      if (fresh)
+        parallel_for(chunks_.count, threads, [&](int64_t c) { kernel_.distances(p_, begin(c), end(c), cost); });
+      p_.cached = cost;
+    }
+    h_ = w.h.get(mp);
+    log2_b_ = w.log2_b.get(longest);
+    b_ = w.b.get(mp);
+    v_ = w.v.get(mp);
+    v_next_ = w.v_next.get(mp);
+    parts_ = w.parts.get(chunks_.count * mp);
+    bad_ = w.bad.get(mp / kernel_.panel);
+    auto zeros = [&](Buffer<T>& buffer) {
+      T* array = buffer.get(longest);
+      std::fill_n(array, longest, T(0));
+      return array;
+    };
+    a_ = zeros(w.a);
+    f_ = zeros(w.f);
+    f_next_ = zeros(w.f_next);
+    shift_ = zeros(w.shift);
+    u_ = zeros(w.u);
+    u_next_ = zeros(w.u_next);
+    zero_ = zeros(w.zero);
+    std::copy_n(at_.a, at_.n, a_);
+    std::fill_n(log2_b_, longest, -kInfinity<T>);
+    std::fill_n(b_, mp, T(0));
+    std::copy_n(at_.b, at_.m, b_);
+    for (int64_t j = 0; j < at_.m; ++j) log2_b_[j] = std::log2(b_[j]);
+  }
+
+  void solve() {
+    const double eps = in_.eps[q_];
+    int64_t iterations = 0;
+    initialise(first_temperature(eps));
+    auto step = [&](double temperature) {
+      set_temperature(temperature);
+      pass(true);
+      commit();
+      ++iterations;
+    };
+    for (int64_t t = 0; t < s_.scheduled; ++t) step(s_.schedule[t]);
+    if (s_.start != nullptr) {
+      for (double e = s_.start[q_]; e > eps; e *= s_.factor) step(e);
+    }
+    set_temperature(eps);
+    PassResult last;
+    bool stopped = false;
+    for (int64_t i = 0; i < s_.max_iter && !stopped; ++i) {
+      last = pass(true);
+      if (i > 0 && s_.tol >= 0 && static_cast<T>(error(last)) <= s_.tol) {
+        stopped = true;
+      } else {
+        commit();
+        ++iterations;
+      }
+    }
+    if (s_.simultaneous) {
+      relax_ = 1;  // one step of both potentials in full
+      set_temperature(eps);
+      pass(true);
+      commit();
+    }
+    if (!stopped || s_.simultaneous) last = pass(s_.simultaneous && !s_.self);
+    const T residual = static_cast<T>(error(last));
+    leave();
+    finish(last.mass);
+    s_.residual[q_] = residual;
+    s_.iterations[q_] = iterations;
+  }
+
+ private:
+  int64_t begin(int64_t c) const { return c * chunks_.rows; }
+  int64_t end(int64_t c) const { return std::min(begin(c) + chunks_.rows, at_.n); }
+
+  double first_temperature(double eps) const {
+    if (s_.scheduled > 0) return s_.schedule[0];
+    return s_.start != nullptr ? std::max<double>(eps, s_.start[q_]) : eps;
+  }
+
+  void initialise(double eps) {
+    eps_ = eps;
+    scale_ = kLog2E / eps;
+    relax_ = s_.f0 == nullptr ? 1 : s_.relax;  // no F to average with yet
+    update_temperature();
+    for (int64_t i = 0; i < at_.n && s_.f0 != nullptr; ++i) f_[i] = static_cast<T>(s_.f0[at_.first_f + i] * scale_);
+    has_f_ = s_.f0 != nullptr;
+    for (int64_t j = 0; j < p_.m_padded; ++j) {
+      const double g = s_.g0 == nullptr || j >= at_.m ? 0.0 : s_.g0[at_.first_g + j] * scale_;
+      h_[j] = log2_b_[j] == -kInfinity<T> ? log2_b_[j] : static_cast<T>(g + log2_b_[j]);
+    }
+  }
+
+  void set_temperature(double eps) {
+    if (eps != eps_) {
+      leave();
+      const double ratio = eps_ / eps;
+      for (int64_t i = 0; i < at_.n; ++i) f_[i] = static_cast<T>(f_[i] * ratio);
+      for (int64_t j = 0; j < at_.m; ++j) {
+        if (b_[j] != 0) h_[j] = static_cast<T>((double(h_[j]) - log2_b_[j]) * ratio + log2_b_[j]);
+      }
+      eps_ = eps;
+    }
+    update_temperature();
+  }
+
+  void update_temperature() {
+    scale_ = kLog2E / eps_;
+    p_.k = static_cast<T>(unit(in_.cost) * scale_);
+    auto update = [&](double rho) {
+      if (rho == kInfinity<double>) return Update{1, relax_, 0};
+      return Update{rho / (rho + eps_), relax_, eps_ / rho};
+    };
+    rows_ = update(s_.rho_x);
+    columns_ = update(s_.rho_y);
+  }
+
+  // New potentials in f_next or u_next, and the sums for the columns, from the current ones.
+  PassResult pass(bool with_columns) {
+    with_columns = with_columns && !s_.self;
+    if (scaled_) {
+      const PassResult result = scaled_pass(with_columns);
+      if (!(result.extreme > kernel_.safe)) return result;
+      leave();
+    }
+    return log_pass(with_columns);
+  }
+
+  template <class Body>
+  PassResult over_chunks(bool with_columns, const Body& body) {
+    std::vector<PassResult> results(chunks_.count);
+    parallel_for(chunks_.count, threads_, [&](int64_t c) {
+      T* columns = with_columns ? parts_ + c * p_.m_padded : nullptr;
+      if (with_columns) std::fill_n(columns, p_.m_padded, T(0));
+      results[c] = body(c, columns);
+    });
+    PassResult total;
+    for (const PassResult& r : results) {
+      total.residual += r.residual;
+      total.mass += r.mass;
+      total.extreme = std::max(total.extreme, r.extreme);
+    }
+    if (with_columns) kernel_.add_parts(p_.m_padded, chunks_.count, parts_);
+    return total;
+  }
+
+  PassResult log_pass(bool with_columns) {
+    const PassResult result = over_chunks(with_columns, [&](int64_t c, T* columns) {
+      T* scratch = keep_ ? scratch_ : scratch_ + c * block_ * p_.m_padded;
+      const RowPass<T> io{h_,   has_f_ ? f_ : nullptr, a_, rows_, s_.simultaneous, f_next_, shift_, columns, scratch,
+                          keep_};
+      return kernel_.row_pass(p_, io, block_, begin(c), end(c));
+    });
+    extreme_ = result.extreme;
+    return result;
+  }
+
+  PassResult scaled_pass(bool with_columns) {
+    return over_chunks(with_columns, [&](int64_t c, T* columns) {
+      const ScalePass<T> io{scratch_, shift_, v_, u_, a_, rows_, s_.simultaneous, u_next_, columns};
+      const int64_t last = c + 1 == chunks_.count ? n_padded_ : begin(c) + chunks_.rows;
+      return kernel_.scale_pass(at_.n, p_.m_padded, io, begin(c), last);
+    });
+  }
+
+  // L1 error of the marginals of the potentials before the pass, as a fraction of the mass: of rows, or where columns
+  // are not exact either, the larger of the two.
+  double error(const PassResult& result) const {
+    double rows = result.residual, columns = 0, mass = 0;
+    for (int64_t i = 0; i < at_.n; ++i) mass += a_[i];
+    if (s_.simultaneous && !s_.self) {
+      for (int64_t j = 0; j < at_.m; ++j) {
+        if (b_[j] == 0) continue;
+        const double h = scaled_ ? h_[j] + std::log2(double(v_[j])) : h_[j];
+        const double sum = scaled_ ? double(parts_[j]) * v_[j] : parts_[j];
+        columns += std::abs(sum - b_[j] * std::exp2(-columns_.target * (h - log2_b_[j])));
+      }
+    }
+    return std::max(rows, columns) / mass;
+  }
+
+  void commit() {
+    if (scaled_) return commit_scaled();
+    std::swap(f_, f_next_);
+    has_f_ = true;
+    if (keep_ && extreme_ <= enter() && enter_scaled()) return;
+    if (s_.self) {
+      for (int64_t j = 0; j < at_.m; ++j) h_[j] = f_[j] + log2_b_[j];
+    } else {
+      columns_from_sums();
+    }
+    average_from_now_on();
+  }
+
+  // The movement of the last pass says that K will serve for more than one.
+  double enter() const { return kernel_.safe / 2; }
+
+  bool enter_scaled() {
+    if (!s_.self) {
+      for (int64_t j = 0; j < p_.m_padded; ++j) v_[j] = b_[j] > 0 ? T(1) : T(0);
+    }
+    if (!(next_v() <= enter())) return false;
+    kernel_.exp2_sum(n_padded_, f_, zero_, shift_, u_);
+    std::swap(v_, v_next_);
+    scaled_ = true;
+    average_from_now_on();
+    return true;
+  }
+
+  void commit_scaled() {
+    std::swap(u_, u_next_);
+    if (s_.self) potentials_from_u();
+    if (next_v() <= kernel_.safe) {
+      std::swap(v_, v_next_);
+      return;
+    }
+    for (int64_t j = 0; j < p_.m_padded && !s_.self; ++j) parts_[j] *= v_[j];  // relative to the H below
+    std::copy_n(shift_, n_padded_, f_next_);                                   // the F before
+    kernel_.add_log2(n_padded_, u_next_, f_next_);
+    leave();
+    if (s_.self) {
+      for (int64_t j = 0; j < at_.m; ++j) h_[j] = f_[j] + log2_b_[j];
+    } else {
+      columns_from_sums();
+    }
+  }
+
+  // v_next from the sums of the pass, or from F where there is one potential; the largest |log2 v_next|.
+  double next_v() {
+    if (!s_.self) return kernel_.scale_columns(p_.m_padded, parts_, b_, log2_b_, h_, columns_, v_, v_next_);
+    kernel_.exp2_sum(p_.m_padded, f_, log2_b_, h_, v_next_);
+    T low = 1, high = 1;
+    for (int64_t j = 0; j < at_.m; ++j) {
+      if (b_[j] == 0) continue;
+      low = std::min(low, v_next_[j]);
+      high = std::max(high, v_next_[j]);
+    }
+    return std::max(std::log2(double(high)), -std::log2(double(low)));
+  }
+
+  void potentials_from_u() {
+    std::copy_n(shift_, n_padded_, f_);
+    kernel_.add_log2(n_padded_, u_, f_);
+  }
+
+  // Back to the log domain.
+  void leave() {
+    if (!scaled_) return;
+    scaled_ = false;
+    potentials_from_u();
+    kernel_.add_log2(p_.m_padded, v_, h_);
+  }
+
+  void average_from_now_on() {
+    if (relax_ == s_.relax) return;
+    relax_ = s_.relax;
+    update_temperature();
+  }
+
+  void columns_from_sums() {
+    if (kernel_.update_columns(p_.m_padded, parts_, log2_b_, columns_, h_, bad_)) column_lse(nullptr);
+  }
+
+  // Own log-sum-exp for the marked panels: into H where g is null, else the potential of columns without weight.
+  void column_lse(T* g) {
+    T* fa = w_.fa.get(at_.n);
+    const T* f = s_.simultaneous && g == nullptr ? f_next_ : f_;  // commit has swapped them
+    for (int64_t i = 0; i < at_.n; ++i) fa[i] = f[i] + std::log2(a_[i]);
+    std::vector<int64_t> marked;
+    for (int64_t i = 0; i < p_.m_padded / kernel_.panel; ++i) {
+      if (bad_[i]) marked.push_back(i);
+    }
+    parallel_for(static_cast<int64_t>(marked.size()), threads_, [&](int64_t i) {
+      alignas(64) T own[64];
+      kernel_.column_lse(p_, fa, marked[i], own);
+      for (int64_t j = marked[i] * kernel_.panel, c = 0; c < kernel_.panel && j < at_.m; ++j, ++c) {
+        const double wanted = columns_.damping * own[c];
+        if (g != nullptr) {
+          if (b_[j] == 0) g[j] = static_cast<T>(wanted / scale_);
+        } else if (b_[j] != 0) {
+          const double before = double(h_[j]) - log2_b_[j];
+          h_[j] = static_cast<T>(before + columns_.relax * (wanted - before) + log2_b_[j]);
+        }
+      }
+    });
+  }
+
+  void finish(double mass) {
+    T* f = s_.f + at_.first_f;
+    T* g = s_.g + at_.first_g;
+    bool any_empty = false;
+    std::fill_n(bad_, p_.m_padded / kernel_.panel, uint8_t(0));
+    for (int64_t i = 0; i < at_.n; ++i) f[i] = static_cast<T>(f_[i] / scale_);
+    for (int64_t j = 0; j < at_.m; ++j) {
+      g[j] = static_cast<T>((double(h_[j]) - log2_b_[j]) / scale_);
+      if (b_[j] != 0) continue;
+      any_empty = true;
+      bad_[j / kernel_.panel] = 1;
+    }
+    if (any_empty) column_lse(g);
+    double mass_a = 0, mass_b = 0, value = 0;
+    auto add = [&](double weight, double potential, double rho) {
+      if (rho != kInfinity<double>) potential = -rho * std::expm1(-potential / rho);
+      value += weight * potential;
+    };
+    for (int64_t i = 0; i < at_.n; ++i) {
+      add(a_[i], f[i], s_.rho_x);
+      mass_a += a_[i];
+    }
+    for (int64_t j = 0; j < at_.m; ++j) {
+      add(b_[j], g[j], s_.rho_y);
+      mass_b += b_[j];
+    }
+    const bool exact =
+        s_.rho_x == kInfinity<double> && s_.rho_y == kInfinity<double> && !s_.simultaneous && s_.relax == 1;
+    if (!exact) value -= in_.eps[q_] * (mass - mass_a * mass_b);
+    s_.value[q_] = static_cast<T>(value);
+  }
+
+  const SinkhornKernels<T>& kernel_ = kernels<T>();
+  const Batch<T>& in_;
+  const Solve<T>& s_;
+  const int64_t q_;
+  const Place<T> at_;
+  Workspace<T>& w_;
+  const int64_t threads_;
+  const Chunks chunks_;
+  Geometry<T> p_;
+  int64_t n_padded_, block_;
+  double eps_, scale_, relax_, extreme_;
+  Update rows_, columns_;
+  bool keep_, scaled_ = false, has_f_ = false;
+  T *a_, *b_, *log2_b_, *zero_;
+  T *f_, *f_next_, *shift_, *h_;   // the log domain
+  T *u_, *u_next_, *v_, *v_next_;  // scalings of a kept K
+  T *scratch_, *parts_;
+  uint8_t* bad_;
 };
 
 template <class T>
-Geometry<T> geometry(const Batch<T>& in, int64_t b, Workspace<T>& w) {
-  const auto& kernel = kernels<T>();
-  const int64_t m_padded = round_up(in.m, kernel.panel);
-  T* y = w.y.get(m_padded * in.d);
-  kernel.pack(in.y + b * in.m * in.d, in.m, in.d, y);
-  const double half = in.cost == Cost::half_sqeuclidean ? 0.5 : 1.0;
-  const T k = static_cast<T>(half * kLog2E / static_cast<double>(in.eps[b]));
-  return {in.n, in.m, in.d, m_padded, in.x + b * in.n * in.d, y, nullptr, in.cost, k};
-}
-
-// k for the user's cost, of which half_sqeuclidean is half the distance that `Geometry::k` multiplies.
-template <class T>
-double potential_scale(const Geometry<T>& p) {
-  return p.cost == Cost::half_sqeuclidean ? 2.0 * p.k : static_cast<double>(p.k);
-}
-
-// H = g k + log2 b, padded with -inf; g may be null for zeros.
-template <class T>
-void scaled_columns(const Geometry<T>& p, const T* b, const T* g, double k, T* log2_b, T* h) {
-  constexpr T kEmpty = -std::numeric_limits<T>::infinity();
-  for (int64_t j = 0; j < p.m; ++j) {
-    const T lb = std::log2(b[j]);
-    if (log2_b != nullptr) log2_b[j] = lb;
-    h[j] = lb == kEmpty ? kEmpty : static_cast<T>(g == nullptr ? lb : static_cast<double>(g[j]) * k + lb);
-  }
-  for (int64_t j = p.m; j < p.m_padded; ++j) {
-    if (log2_b != nullptr) log2_b[j] = kEmpty;
-    h[j] = kEmpty;
-  }
-}
-
-template <class T>
-void solve_one(const Batch<T>& in, const Solve<T>& s, int64_t b, Workspace<T>& w, int64_t threads) {
-  const auto& kernel = kernels<T>();
-  Geometry<T> p = geometry(in, b, w);
-  const double k = potential_scale(p);
-  const Chunks chunks = chunk_rows<T>(p.n);
-  const int64_t panels = p.m_padded / kernel.panel;
-  const T* a = s.a + b * p.n;
-  T* log2_b = w.log2_b.get(p.m_padded);
-  T* h = w.h.get(p.m_padded);
-  T* f = w.f.get(p.n);
-  T* f_next = w.f_next.get(p.n);
-  T* fa = w.fa.get(p.n);
-  T* parts = w.parts.get(chunks.count * p.m_padded);
-  T* scratch = w.scratch.get(chunks.count * kernel.rows * p.m_padded);
-  uint8_t* bad = w.bad.get(panels);
-  scaled_columns(p, in.b + b * p.m, s.g0 == nullptr ? nullptr : s.g0 + b * p.m, k, log2_b, h);
-
-  auto rows_of = [&](int64_t c) { return std::pair{c * chunks.rows, std::min((c + 1) * chunks.rows, p.n)}; };
-  if (caching_pays(p.n, p.m_padded, p.d, sizeof(T))) {
-    T* cost = w.cost.get(p.n * p.m_padded);
-    parallel_for(chunks.count, threads, [&](int64_t c) {
-      const auto [begin, end] = rows_of(c);
-      kernel.distances(p, begin, end, cost);
-    });
-    p.cached = cost;
-  }
-
-  std::vector<double> errors(chunks.count);
-  auto pass = [&](const T* from, bool update) {
-    parallel_for(chunks.count, threads, [&](int64_t c) {
-      const auto [begin, end] = rows_of(c);
-      T* columns = update ? parts + c * p.m_padded : nullptr;
-      if (update) std::fill_n(columns, p.m_padded, T(0));
-      const RowPass<T> io{h, from, a, f_next, columns, scratch + c * kernel.rows * p.m_padded};
-      errors[c] = kernel.row_pass(p, io, begin, end);
-    });
-    double error = 0;
-    for (double e : errors) error += e;
-    return error;
-  };
-  // Own log-sum-exp of the columns of marked panels; where `only_empty`, of those whose weight is zero.
-  auto column_lse = [&](T* g, bool only_empty) {
-    for (int64_t i = 0; i < p.n; ++i) fa[i] = f[i] + std::log2(a[i]);
-    std::vector<int64_t> marked;
-    for (int64_t q = 0; q < panels; ++q) {
-      if (bad[q]) marked.push_back(q);
-    }
-    parallel_for(static_cast<int64_t>(marked.size()), threads, [&](int64_t i) {
-      alignas(64) T own[64];
-      kernel.column_lse(p, fa, marked[i], own);
-      for (int64_t j = marked[i] * kernel.panel, c = 0; c < kernel.panel && j < p.m; ++j, ++c) {
-        const bool empty = log2_b[j] == -std::numeric_limits<T>::infinity();
-        if (empty == only_empty) g[j] = only_empty ? own[c] : own[c] + log2_b[j];
-      }
-    });
-  };
-
-  pass(nullptr, true);
-  std::swap(f, f_next);
-  T residual;
-  int64_t iteration = 1;
-  for (;; ++iteration) {
-    if (kernel.update_columns(p.m_padded, chunks.count, parts, log2_b, h, bad)) column_lse(h, false);
-    const bool last = iteration == s.max_iter;
-    residual = static_cast<T>(pass(f, !last));
-    if (last || (s.tol >= 0 && residual <= s.tol)) break;
-    std::swap(f, f_next);
-  }
-
-  double value = 0;
-  T* f_out = s.f + b * p.n;
-  T* g_out = s.g + b * p.m;
-  for (int64_t j = 0; j < p.m; ++j) g_out[j] = h[j] - log2_b[j];
-  bool any_empty = false;
-  std::fill_n(bad, panels, uint8_t(0));
-  for (int64_t j = 0; j < p.m; ++j) {
-    if (in.b[b * p.m + j] != 0) continue;
-    any_empty = true;
-    bad[j / kernel.panel] = 1;
-  }
-  if (any_empty) column_lse(g_out, true);
-  for (int64_t i = 0; i < p.n; ++i) {
-    f_out[i] = static_cast<T>(f[i] / k);
-    value += static_cast<double>(a[i]) * f_out[i];
-  }
-  for (int64_t j = 0; j < p.m; ++j) {
-    g_out[j] = static_cast<T>(g_out[j] / k);
-    value += static_cast<double>(in.b[b * p.m + j]) * g_out[j];
-  }
-  s.value[b] = static_cast<T>(value);
-  s.residual[b] = residual;
-  s.iterations[b] = iteration;
-}
-
-template <class T>
-void apply(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t width, Weight weight, T* out, T* mass,
-           int64_t threads) {
-  const double work = static_cast<double>(in.n) * in.m * (in.d + width + 16);
-  for_each_problem<Workspace<T>>(in.batch, work, threads, [&](int64_t b, Workspace<T>& w, int64_t inner) {
-    const auto& kernel = kernels<T>();
-    const Geometry<T> p = geometry(in, b, w);
-    const double k = potential_scale(p);
-    const Chunks chunks = chunk_rows<T>(p.n);
-    T* h = w.h.get(p.m_padded);
-    T* scaled_f = w.f.get(p.n);
-    T* scratch = w.scratch.get(chunks.count * kernel.rows * p.m_padded);
-    scaled_columns<T>(p, in.b + b * p.m, g + b * p.m, k, nullptr, h);
-    for (int64_t i = 0; i < p.n; ++i) scaled_f[i] = static_cast<T>(static_cast<double>(f[b * p.n + i]) * k);
-    parallel_for(chunks.count, inner, [&](int64_t c) {
-      const Apply<T> io{h,
-                        scaled_f,
-                        v + b * p.m * width,
-                        width,
-                        out + b * p.n * width,
-                        mass == nullptr ? nullptr : mass + b * p.n,
-                        scratch + c * kernel.rows * p.m_padded};
-      kernel.apply_rows(p, io, weight, c * chunks.rows, std::min((c + 1) * chunks.rows, p.n));
-    });
-  });
+void apply(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t v_batch, int64_t width, Weight weight,
+           T* out, T* mass, int64_t threads) {
+  const double share = in.segment_x != nullptr ? 1.0 / std::max<int64_t>(in.count, 1) : 1.0;
+  const double work = share * in.n * (share * in.m) * (in.d + width + 16);
+  for_each_problem<Workspace<T>>(
+      in.count * in.temperatures, work, threads, [&](int64_t q, Workspace<T>& w, int64_t inner) {
+        const Place<T> at(in, q);
+        if (at.n == 0) return;
+        const auto& kernel = kernels<T>();
+        Geometry<T> p = geometry(in, at, w);
+        const double scale = kLog2E / in.eps[q];
+        p.k = static_cast<T>(unit(in.cost) * scale);
+        const Chunks chunks = Chunks::of(kernel, at.n);
+        T* h = w.h.get(p.m_padded);
+        T* scaled_f = w.f.get(at.n);
+        T* scratch = w.scratch.get(chunks.count * kernel.rows * p.m_padded);
+        for (int64_t j = 0; j < p.m_padded; ++j) {
+          const bool empty = j >= at.m || at.b[j] == 0;
+          h[j] = empty ? -kInfinity<T> : static_cast<T>(g[at.first_g + j] * scale + std::log2(double(at.b[j])));
+        }
+        for (int64_t i = 0; i < at.n; ++i) scaled_f[i] = static_cast<T>(f[at.first_f + i] * scale);
+        const T* source = weight == Weight::gradient ? at.y
+                          : in.segment_x != nullptr  ? v + at.point_y() * width
+                                                     : v + q * v_batch;
+        parallel_for(chunks.count, inner, [&](int64_t c) {
+          const Apply<T> io{h,
+                            scaled_f,
+                            source,
+                            width,
+                            out + at.first_f * width,
+                            mass == nullptr ? nullptr : mass + at.first_f,
+                            scratch + c * kernel.rows * p.m_padded};
+          kernel.apply_rows(p, io, weight, c * chunks.rows, std::min((c + 1) * chunks.rows, at.n));
+        });
+        if (weight != Weight::gradient) return;
+        const T factor = in.cost == Cost::sqeuclidean ? T(2) : in.cost == Cost::dot ? T(-1) : T(1);
+        T* rows = out + at.first_f * width;
+        for (int64_t i = 0; i < at.n; ++i) {
+          for (int64_t c = 0; c < width; ++c) rows[i * width + c] *= factor * at.a[i];
+        }
+      });
 }
 
 }  // namespace
 
 template <class T>
 void solve(const Batch<T>& in, const Solve<T>& s, int64_t threads) {
-  const double work = static_cast<double>(in.n) * in.m * (in.d + 16.0 * s.max_iter);
-  for_each_problem<Workspace<T>>(in.batch, work, threads,
-                                 [&](int64_t b, Workspace<T>& w, int64_t inner) { solve_one(in, s, b, w, inner); });
+  const double share = in.segment_x != nullptr ? 1.0 / std::max<int64_t>(in.count, 1) : 1.0;
+  const double work = share * in.n * (share * in.m) * (in.d + 4.0 * s.max_iter);
+  for_each_problem<Workspace<T>>(in.count * in.temperatures, work, threads,
+                                 [&](int64_t q, Workspace<T>& w, int64_t inner) {
+                                   const Place<T> at(in, q);
+                                   if (at.n > 0 && at.m > 0) {
+                                     Solver<T>(in, s, q, w, inner, s.memory_limit / (threads / inner)).solve();
+                                   } else {
+                                     s.value[q] = s.residual[q] = 0;
+                                     s.iterations[q] = 0;
+                                   }
+                                 });
 }
 
 template <class T>
-void transport(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t width, T* out, T* mass,
+void transport(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t v_batch, int64_t width, T* out, T* mass,
                int64_t threads) {
-  apply(in, f, g, v, width, Weight::plan, out, mass, threads);
+  apply(in, f, g, v, v_batch, width, Weight::plan, out, mass, threads);
 }
 
 template <class T>
-void gradient(const Batch<T>& in, const T* f, const T* g, const T* a, T* out, int64_t threads) {
-  apply<T>(in, f, g, in.y, in.d, Weight::gradient, out, nullptr, threads);
-  const T factor = in.cost == Cost::sqeuclidean ? T(2) : T(1);
-  for (int64_t i = 0; i < in.batch * in.n; ++i) {
-    for (int64_t c = 0; c < in.d; ++c) out[i * in.d + c] *= factor * a[i];
-  }
+void gradient(const Batch<T>& in, const T* f, const T* g, T* out, int64_t threads) {
+  apply<T>(in, f, g, nullptr, 0, in.d, Weight::gradient, out, nullptr, threads);
 }
 
-template void solve(const Batch<float>&, const Solve<float>&, int64_t);
-template void solve(const Batch<double>&, const Solve<double>&, int64_t);
-template void transport(const Batch<float>&, const float*, const float*, const float*, int64_t, float*, float*,
-                        int64_t);
-template void transport(const Batch<double>&, const double*, const double*, const double*, int64_t, double*, double*,
-                        int64_t);
-template void gradient(const Batch<float>&, const float*, const float*, const float*, float*, int64_t);
-template void gradient(const Batch<double>&, const double*, const double*, const double*, double*, int64_t);
+#define FEWSTEP_INSTANTIATE(T)                                                                               \
+  template void solve(const Batch<T>&, const Solve<T>&, int64_t);                                            \
+  template void transport(const Batch<T>&, const T*, const T*, const T*, int64_t, int64_t, T*, T*, int64_t); \
+  template void gradient(const Batch<T>&, const T*, const T*, T*, int64_t);
+FEWSTEP_INSTANTIATE(float)
+FEWSTEP_INSTANTIATE(double)
 
 }  // namespace fewstep::cpu

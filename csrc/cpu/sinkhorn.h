@@ -7,28 +7,69 @@
 
 namespace fewstep::cpu {
 
-enum class Cost : int64_t { sqeuclidean = 0, half_sqeuclidean = 1, euclidean = 2 };
+enum class Cost : int64_t { sqeuclidean = 0, half_sqeuclidean = 1, euclidean = 2, dot = 3, l1 = 4, matrix = 5 };
+
+constexpr int64_t kNoDiagonal = INT64_MIN;
 
 // What the leaf kernels know of one problem. A panel is the columns that a register tile covers.
 template <class T>
 struct Geometry {
   int64_t n, m, d;
   int64_t m_padded;  // m rounded up to whole panels; padding has H = -inf
-  const T* x;        // [n, d]
-  const T* y;        // [m_padded / panel, d, panel]
-  const T* cached;   // [n, m_padded] distances, or null: recomputed from x and y
+  const T* x;        // row i at x + i * x_stride
+  int64_t x_stride;
+  const T* y;             // [m_padded / panel, d, panel]
+  const T* cached;        // [n, m_padded] distances, or null: recomputed from x and y
+  const int64_t* labels;  // [n] rows of label_rows, or null
+  const T* label_rows;    // [labels, m_padded], added to the distance
+  int64_t diagonal;       // pairs j == i + diagonal have an infinite distance
   Cost cost;
   T k;  // turns a distance (squared, or not for euclidean) into units of log2
 };
 
+// How the soft c-transform F' = -log2 sum_j exp2(H_j - k C_ij) becomes the next potential:
+// F <- F + relax (damping F' - F), with damping = rho / (rho + eps) for a marginal penalty rho, else 1.
+struct Update {
+  double damping = 1;
+  double relax = 1;
+  double target = 0;  // rows ought to have mass a_i exp2(-target F_i); target = eps / rho, else 0
+  bool plain() const { return damping == 1 && relax == 1; }
+};
+
+struct PassResult {
+  double residual = 0;  // L1 error of the row marginal before the pass
+  double mass = 0;      // sum_ij P_ij before the pass
+  double extreme = 0;   // largest |F_next - shift|
+};
+
+// One pass over rows in the log domain: F from H, and sums_j = sum_i w_i exp2(shift_i + H_j - k C_ij) for the new H,
+// w_i = a_i exp2(F_next_i - shift_i), or with the F before for a simultaneous update.
 template <class T>
 struct RowPass {
   const T* h;  // [m_padded]
-  const T* f;  // [n], or null on the first pass
-  const T* a;  // [n]
-  T* f_next;   // [n]
-  T* columns;  // [m_padded], increased by the column sums of the plan; null for the residual alone
-  T* scratch;  // [rows, m_padded]
+  const T* f;  // [n] F of the last iteration, or null where there is none
+  const T* a;  // [n_padded]
+  Update update;
+  bool simultaneous;
+  T* f_next;   // [n_padded]
+  T* shift;    // [n_padded] what stood for F_i in the exponent
+  T* columns;  // [m_padded], increased by sums_j; null for a pass over rows alone
+  T* scratch;  // [rows, m_padded], or where `keep` [n_padded, m_padded]: K_ij = exp2(shift_i + H_j - k C_ij)
+  bool keep;
+};
+
+// The same from a kept K, free of exponentials: s = K v, u = exp2(F_next - shift), sums = K' (a u).
+template <class T>
+struct ScalePass {
+  const T* kernel;  // [n_padded, m_padded], K
+  const T* shift;   // [n_padded]
+  const T* v;       // [m_padded] exp2(H - H of K); 0 in the padding
+  const T* u;       // [n_padded] exp2(F - shift)
+  const T* a;       // [n_padded], 0 in the padding
+  Update update;
+  bool simultaneous;
+  T* u_next;   // [n_padded]
+  T* columns;  // [m_padded] or null, as above
 };
 
 enum class Weight { plan, gradient };
@@ -47,20 +88,36 @@ struct Apply {
 template <class T>
 struct SinkhornKernels {
   int64_t panel;  // columns of a register tile
-  int64_t rows;   // rows of a register tile
+  int64_t rows;   // rows of a register tile, and of a RowPass's scratch at most
+  int64_t lanes;  // rows of a ScalePass's tile: n_padded is a multiple of it
+  double safe;    // a kept K serves while |log2 u| and |log2 v| are at most this
 
-  // Transposes y [m, d] into panels; padded columns repeat the last point.
-  void (*pack)(const T* y, int64_t m, int64_t d, T* out);
+  // Transposes y [m, d] (row j at y + j * stride) into panels; padded columns repeat the last point.
+  void (*pack)(const T* y, int64_t stride, int64_t m, int64_t d, T* out);
   // Distances of rows [begin, end) into out [n, m_padded].
   void (*distances)(const Geometry<T>&, int64_t begin, int64_t end, T* out);
-  // One pass over rows [begin, end): F from H, column sums for the new H, and the part of the L1 row error before it.
-  double (*row_pass)(const Geometry<T>&, const RowPass<T>&, int64_t begin, int64_t end);
-  // H from the sums of `parts` [count, m_padded]; marks in `bad` [panels] where a sum underflowed.
-  bool (*update_columns)(int64_t m_padded, int64_t count, const T* parts, const T* log2_b, T* h, uint8_t* bad);
+  // A pass in the log domain over rows [begin, end), `block` rows at a time (1, 2, 4 or 8, at most `rows`).
+  PassResult (*row_pass)(const Geometry<T>&, const RowPass<T>&, int64_t block, int64_t begin, int64_t end);
+  // A pass over a kept K of n rows; begin and end are multiples of `lanes`.
+  PassResult (*scale_pass)(int64_t n, int64_t m_padded, const ScalePass<T>&, int64_t begin, int64_t end);
+  // parts[0] += parts[1 .. count), each [m_padded].
+  void (*add_parts)(int64_t m_padded, int64_t count, T* parts);
+  // H from the sums; marks in `bad` [panels], and leaves alone, what underflowed or overflowed.
+  bool (*update_columns)(int64_t m_padded, const T* sums, const T* log2_b, const Update&, T* h, uint8_t* bad);
+  // v_next from the sums for the H of K. Returns the largest |log2 v_next|; inf, early, where a sum underflowed.
+  double (*scale_columns)(int64_t m_padded, const T* sums, const T* b, const T* log2_b, const T* h, const Update&,
+                          const T* v, T* v_next);
+  // out = exp2(p + q - r), 0 where q is -inf.
+  void (*exp2_sum)(int64_t count, const T* p, const T* q, const T* r, T* out);
+  // h += log2 v.
+  void (*add_log2)(int64_t count, const T* v, T* h);
   // G_j = -log2 sum_i a_i exp2(F_i - k C_ij) for one panel; fa = F + log2 a.
   void (*column_lse)(const Geometry<T>&, const T* fa, int64_t panel_index, T* g);
   // out_i = sum_j p_ij v_j, or sum_j p_ij c'(C_ij) (x_i - y_j) for the gradient.
   void (*apply_rows)(const Geometry<T>&, const Apply<T>&, Weight, int64_t begin, int64_t end);
+  // out [n, width] (row i at out + i * width) = weights v, from weights [n, stride] and v [m, width], or increased by
+  // it.
+  void (*combine)(const T* weights, int64_t stride, int64_t n, int64_t m, const T* v, int64_t width, T* out, bool add);
 };
 
 namespace base {
@@ -76,39 +133,68 @@ extern const SinkhornKernels<float> kFloat;
 extern const SinkhornKernels<double> kDouble;
 }  // namespace avx512
 
-// A batch of problems, contiguous: x [batch, n, d], y [batch, m, d], a and f [batch, n], b and g [batch, m].
+// The kernels of the instruction set in use.
+template <class T>
+const SinkhornKernels<T>& kernels();
+
+// Problems that share a shape and are found by strides, or by segments of flat points. `temperatures` problems in a row
+// share their points and weights. Potentials are contiguous: [problems, points], or [temperatures, points] where
+// ragged.
 template <class T>
 struct Batch {
-  int64_t batch, n, m, d;
+  int64_t count, temperatures;  // point clouds; problems = count * temperatures
+  int64_t n, m, d;              // of one problem, or all flat points where ragged
   const T* x;
+  int64_t x_batch, x_row;  // strides; 0 for an expanded batch
   const T* y;
-  const T* b;
-  const T* eps;  // [batch]
+  int64_t y_batch, y_row;
+  const T* a;  // [count, n]
+  const T* b;  // [count, m]
+  int64_t a_batch, b_batch;
+  const T* eps;              // [problems]
+  const T* matrix;           // [count, n, m] costs for Cost::matrix
+  const int64_t* segment_x;  // [count + 1], or null
+  const int64_t* segment_y;
+  const int64_t* label_x;  // [count, n], or null
+  const int64_t* label_y;
+  const T* label_cost;  // [labels_x, labels_y]
+  int64_t labels_x, labels_y;
+  int64_t diagonal;
   Cost cost;
 };
 
 template <class T>
 struct Solve {
-  const T* a;
-  const T* g0;  // [batch, m] or null
+  const T* f0;  // like f, or null
+  const T* g0;
   int64_t max_iter;
-  double tol;  // negative: never stop early
+  double tol;         // negative: never stop early
+  const T* start;     // [problems] temperatures that annealing starts from, or null
+  double factor;      // of annealing
+  const T* schedule;  // [scheduled] temperatures before eps
+  int64_t scheduled;
+  double rho_x, rho_y;  // penalties of the marginals; inf: they are constraints
+  double relax;
+  bool simultaneous;     // averaged updates, both from the last potentials
+  bool self;             // x is y with the same weights: one potential, in simultaneous updates
+  int64_t memory_limit;  // bytes that kept distances and kernels may take, over all threads
   T* f;
   T* g;
-  T* value;             // [batch]
-  T* residual;          // [batch]
-  int64_t* iterations;  // [batch]
+  T* value;             // [problems]
+  T* residual;          // [problems]
+  int64_t* iterations;  // [problems]
 };
 
 template <class T>
 void solve(const Batch<T>&, const Solve<T>&, int64_t threads);
 
-// out [batch, n, width] and mass [batch, n] from v [batch, m, width].
+// out [problems, n, width] and mass [problems, n] from v [problems, m, width]; flat where ragged, with one temperature.
 template <class T>
-void transport(const Batch<T>&, const T* f, const T* g, const T* v, int64_t width, T* out, T* mass, int64_t threads);
+void transport(const Batch<T>&, const T* f, const T* g, const T* v, int64_t v_batch, int64_t width, T* out, T* mass,
+               int64_t threads);
 
-// out [batch, n, d] = sum_j P_ij dC_ij / dx_i.
+// out [problems, n, d] = sum_j P_ij dC_ij / dx_i.
 template <class T>
-void gradient(const Batch<T>&, const T* f, const T* g, const T* a, T* out, int64_t threads);
+void gradient(const Batch<T>&, const T* f, const T* g, T* out, int64_t threads);
 
 }  // namespace fewstep::cpu

@@ -13,23 +13,29 @@ template <class T>
 constexpr int64_t kPanel = kWidth * kLanes<T>;
 
 // Exponents are floored so that nothing is denormal and -inf needs no care; with row sums kept above kRowLow a floored
-// entry is at most 2^(floor - low) of its row, and column sums above kColumnLow do not feel it.
+// entry is at most 2^(floor - low) of its row, and column sums above kColumnLow do not feel it. With K kept, scalings
+// up to 2^kSafe on both sides lift a floored entry to 2^(floor + 2 safe) of its row at most.
 template <class T>
 struct Range;
 template <>
 struct Range<float> {
-  static constexpr float kFloor = -100, kRowLow = 0x1p-20f, kRowHigh = 0x1p60f, kColumnLow = -50;
+  static constexpr float kFloor = -100, kRowLow = 0x1p-20f, kRowHigh = 0x1p60f, kColumnLow = -50, kColumnHigh = 100;
+  static constexpr double kSafe = 24;
 };
 template <>
 struct Range<double> {
-  static constexpr double kFloor = -900, kRowLow = 0x1p-20, kRowHigh = 0x1p400, kColumnLow = -800;
+  static constexpr double kFloor = -900, kRowLow = 0x1p-20, kRowHigh = 0x1p400, kColumnLow = -800, kColumnHigh = 900;
+  static constexpr double kSafe = 200;
 };
 
 template <class T>
-void pack(const T* __restrict__ y, int64_t m, int64_t d, T* __restrict__ out) {
+constexpr T kTiny = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
+
+template <class T>
+void pack(const T* __restrict__ y, int64_t stride, int64_t m, int64_t d, T* __restrict__ out) {
   for (int64_t j0 = 0; j0 < m; j0 += kPanel<T>, out += d * kPanel<T>) {
     for (int64_t j = 0; j < kPanel<T>; ++j) {
-      const T* row = y + (j0 + j < m ? j0 + j : m - 1) * d;
+      const T* row = y + (j0 + j < m ? j0 + j : m - 1) * stride;
       for (int64_t c = 0; c < d; ++c) out[c * kPanel<T> + j] = row[c];
     }
   }
@@ -49,8 +55,35 @@ FEWSTEP_INLINE Vec<T> square_root(Vec<T> v) {
 #endif
 }
 
+template <class T>
+FEWSTEP_INLINE Vec<T> absolute(Vec<T> v) {
+  constexpr auto kSign = typename Simd<T>::Int(1) << (8 * sizeof(T) - 1);
+  return (Vec<T>)((IntVec<T>)v & ~(IntVec<T>{} + kSign));
+}
+
+enum class Metric { squared, absolute, product };
+
 // Distances of R rows to one panel: differences, not |x|^2 + |y|^2 - 2 x.y, so near points far from the origin are
 // exact. The subtraction runs beside the multiply-add on CPUs with separate add ports.
+template <int R, Metric kMetric, class T>
+FEWSTEP_INLINE void accumulate(const Geometry<T>& p, int64_t row, int64_t panel, Vec<T> (&c)[R][kWidth]) {
+  const T* __restrict__ x = p.x + row * p.x_stride;
+  const T* __restrict__ y = p.y + panel * p.d * kPanel<T>;
+  for (int64_t i = 0; i < p.d; ++i, y += kPanel<T>) {
+    Vec<T> yv[kWidth];
+    for (int w = 0; w < kWidth; ++w) yv[w] = load(y + w * kLanes<T>);
+    for (int r = 0; r < R; ++r) {
+      const T xr = x[r * p.x_stride + i];
+      for (int w = 0; w < kWidth; ++w) {
+        const Vec<T> difference = xr - yv[w];
+        if constexpr (kMetric == Metric::squared) c[r][w] += difference * difference;
+        if constexpr (kMetric == Metric::absolute) c[r][w] += absolute<T>(difference);
+        if constexpr (kMetric == Metric::product) c[r][w] -= xr * yv[w];
+      }
+    }
+  }
+}
+
 template <int R, bool kCached, class T>
 FEWSTEP_INLINE void tile(const Geometry<T>& p, int64_t row, int64_t panel, Vec<T> (&c)[R][kWidth]) {
   if constexpr (kCached) {
@@ -63,23 +96,29 @@ FEWSTEP_INLINE void tile(const Geometry<T>& p, int64_t row, int64_t panel, Vec<T
   for (int r = 0; r < R; ++r) {
     for (int w = 0; w < kWidth; ++w) c[r][w] = Vec<T>{};
   }
-  const T* __restrict__ x = p.x + row * p.d;
-  const T* __restrict__ y = p.y + panel * p.d * kPanel<T>;
-  for (int64_t i = 0; i < p.d; ++i, y += kPanel<T>) {
-    Vec<T> yv[kWidth];
-    for (int w = 0; w < kWidth; ++w) yv[w] = load(y + w * kLanes<T>);
-    for (int r = 0; r < R; ++r) {
-      const T xr = x[r * p.d + i];
-      for (int w = 0; w < kWidth; ++w) {
-        const Vec<T> difference = xr - yv[w];
-        c[r][w] += difference * difference;
-      }
-    }
+  if (p.cost == Cost::dot) {
+    accumulate<R, Metric::product>(p, row, panel, c);
+  } else if (p.cost == Cost::l1) {
+    accumulate<R, Metric::absolute>(p, row, panel, c);
+  } else {
+    accumulate<R, Metric::squared>(p, row, panel, c);
   }
   if (p.cost == Cost::euclidean) {
     for (int r = 0; r < R; ++r) {
       for (int w = 0; w < kWidth; ++w) c[r][w] = square_root<T>(c[r][w]);
     }
+  }
+  if (p.labels != nullptr) {
+    for (int r = 0; r < R; ++r) {
+      const T* extra = p.label_rows + p.labels[row + r] * p.m_padded + panel * kPanel<T>;
+      for (int w = 0; w < kWidth; ++w) c[r][w] += load(extra + w * kLanes<T>);
+    }
+  }
+  if (p.diagonal == kNoDiagonal) return;
+  const int64_t first = row + p.diagonal - panel * kPanel<T>;
+  for (int r = 0; r < R; ++r) {
+    const int64_t j = first + r;
+    if (0 <= j && j < kPanel<T>) c[r][j / kLanes<T>][j % kLanes<T>] = std::numeric_limits<T>::infinity();
   }
 }
 
@@ -157,75 +196,229 @@ void shifted_rows(const Geometry<T>& p, const T* h, T* f, int64_t row, T* scratc
   }
 }
 
+template <class T>
+FEWSTEP_INLINE T power_of_two(double exponent) {
+  return static_cast<T>(__builtin_exp2(exponent));
+}
+
+// One row's share of a PassResult: its mass over a_i was `row` with the potential F.
+FEWSTEP_INLINE void account(double a, double row, double f, const Update& update, PassResult& result) {
+  if (a == 0) return;  // row may be inf
+  const double wanted = update.target == 0 ? 1.0 : __builtin_exp2(-update.target * f);
+  result.residual += a * __builtin_fabs(row - wanted);
+  result.mass += a * row;
+}
+
 template <int R, bool kCached, class T>
-FEWSTEP_INLINE double row_block(const Geometry<T>& p, const RowPass<T>& io, int64_t row) {
-  T f[R], s[R];
-  double residual = 0;
+FEWSTEP_INLINE void row_block(const Geometry<T>& p, const RowPass<T>& io, int64_t row, PassResult& result) {
+  T shift[R], s[R], log_sum[R], weight[R];
+  T* e = io.scratch + (io.keep ? row * p.m_padded : 0);
   if (io.f == nullptr) {
-    shifted_rows<R, kCached>(p, io.h, f, row, io.scratch, s);
+    shifted_rows<R, kCached>(p, io.h, shift, row, e, s);
   } else {
-    for (int r = 0; r < R; ++r) f[r] = io.f[row + r];
-    lagged_rows<R, kCached>(p, io.h, f, row, io.scratch, s);
+    for (int r = 0; r < R; ++r) shift[r] = io.f[row + r];
+    lagged_rows<R, kCached>(p, io.h, shift, row, e, s);
     for (int r = 0; r < R; ++r) {
-      T before = s[r];  // sum_j P_ij / a_i of the potentials that came in
+      double mass = s[r];  // sum_j P_ij / a_i of the potentials that came in
       if (!(s[r] > Range<T>::kRowLow && s[r] < Range<T>::kRowHigh)) {
         T alone[1];
-        shifted_rows<1, kCached>(p, io.h, f + r, row + r, io.scratch + r * p.m_padded, alone);
+        shifted_rows<1, kCached>(p, io.h, shift + r, row + r, e + r * p.m_padded, alone);
         s[r] = alone[0];
-        before = s[r] * __builtin_exp2(double(io.f[row + r]) - double(f[r]));
+        mass = s[r] * __builtin_exp2(double(io.f[row + r]) - double(shift[r]));
       }
-      const double a = double(io.a[row + r]);
-      residual += a == 0 ? 0.0 : a * __builtin_fabs(double(before) - 1.0);  // before may be inf
+      account(io.a[row + r], mass, io.f[row + r], io.update, result);
     }
   }
-  if (io.columns == nullptr) return residual;
-  T log_sum[R], weight[R];
   log2_all<R>(s, log_sum);
   for (int r = 0; r < R; ++r) {
-    io.f_next[row + r] = f[r] - log_sum[r];
+    const T before = io.f == nullptr ? T(0) : io.f[row + r];
+    T next = shift[r] - log_sum[r];
     weight[r] = io.a[row + r] / s[r];
+    if (!io.update.plain()) {
+      next = T(double(before) + io.update.relax * (io.update.damping * double(next) - double(before)));
+      weight[r] = io.a[row + r] * power_of_two<T>(double(next) - double(shift[r]));
+    }
+    if (io.simultaneous) weight[r] = io.a[row + r] * power_of_two<T>(double(before) - double(shift[r]));
+    const double moved = __builtin_fabs(double(next) - double(shift[r]));
+    result.extreme = moved > result.extreme ? moved : result.extreme;
+    io.f_next[row + r] = next;
+    io.shift[row + r] = shift[r];
   }
+  if (io.columns == nullptr) return;
   const int64_t stride = p.m_padded;
   for (int64_t j = 0; j < stride; j += kLanes<T>) {
     Vec<T> column = load(io.columns + j);
-    for (int r = 0; r < R; ++r) column += weight[r] * load(io.scratch + r * stride + j);
+    for (int r = 0; r < R; ++r) column += weight[r] * load(e + r * stride + j);
     store(io.columns + j, column);
   }
-  return residual;
+}
+
+template <int R, bool kCached, class T>
+void pass(const Geometry<T>& p, const RowPass<T>& io, int64_t row, int64_t end, PassResult& result) {
+  for (; row + R <= end; row += R) row_block<R, kCached>(p, io, row, result);
+  if constexpr (R > 1) {
+    if (row < end) pass<R / 2, kCached>(p, io, row, end, result);
+  }
 }
 
 template <bool kCached, class T>
-double pass(const Geometry<T>& p, const RowPass<T>& io, int64_t begin, int64_t end) {
-  double residual = 0;
-  int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) residual += row_block<kRows, kCached>(p, io, row);
-  for (; row < end; ++row) residual += row_block<1, kCached>(p, io, row);
-  return residual;
+PassResult blocked_pass(const Geometry<T>& p, const RowPass<T>& io, int64_t block, int64_t begin, int64_t end) {
+  PassResult result;
+  if (block >= kRows) {
+    pass<kRows, kCached>(p, io, begin, end, result);
+  } else if (block >= 2) {
+    pass<2, kCached>(p, io, begin, end, result);
+  } else {
+    pass<1, kCached>(p, io, begin, end, result);
+  }
+  return result;
 }
 
 template <class T>
-double row_pass(const Geometry<T>& p, const RowPass<T>& io, int64_t begin, int64_t end) {
-  return p.cached != nullptr ? pass<true>(p, io, begin, end) : pass<false>(p, io, begin, end);
+PassResult row_pass(const Geometry<T>& p, const RowPass<T>& io, int64_t block, int64_t begin, int64_t end) {
+  return p.cached != nullptr ? blocked_pass<true>(p, io, block, begin, end)
+                             : blocked_pass<false>(p, io, block, begin, end);
 }
 
 template <class T>
-bool update_columns(int64_t m_padded, int64_t count, const T* parts, const T* log2_b, T* h, uint8_t* bad) {
-  bool any = false;
-  constexpr T kEmpty = -std::numeric_limits<T>::infinity();
+FEWSTEP_INLINE Vec<T> log2_positive(Vec<T> v) {
+  return log2<T>(at_least(kTiny<T>, v));
+}
+
+template <class T>
+FEWSTEP_INLINE Vec<T> exp2_floored(Vec<T> z) {
+  return exp2<T>(at_least(-Simd<T>::kMaxExponent + 2, z));
+}
+
+// kLanes rows of K at once, so that their sums come out as one vector.
+template <class T>
+FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>& io, int64_t row, PassResult& result) {
+  constexpr int L = kLanes<T>;
+  const T* __restrict__ kernel = io.kernel + row * m_padded;
+  Vec<T> acc[L] = {};
+  for (int64_t j = 0; j < m_padded; j += L) {
+    const Vec<T> vj = load(io.v + j);
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) acc[r] += load(kernel + r * m_padded + j) * vj;
+  }
+  Vec<T> s = sum_each<T>(acc);
+  for (int64_t r = n - row; r < L; ++r) s[r] = 1;  // padding
+  const Vec<T> a = load(io.a + row), u = load(io.u + row);
+  const Vec<T> mass = s * u;
+  Vec<T> wanted = splat(T(1)), next = T(1) / s, inverse = s;
+  if (!io.update.plain()) {
+    const Vec<T> shift = load(io.shift + row);
+    const Vec<T> f = shift + log2_positive<T>(u);
+    const T damping = io.update.damping, relax = io.update.relax, target = io.update.target;
+    if (target != 0) wanted = exp2_floored<T>(-target * f);
+    const Vec<T> moved = f + relax * (damping * (shift - log2_positive<T>(s)) - f) - shift;
+    next = exp2_floored<T>(moved);
+    inverse = T(1) / next;
+  }
+  const Vec<T> error = a * absolute<T>(mass - wanted), total = a * mass;
+  result.residual += double(sum<T>(error));
+  result.mass += double(sum<T>(total));
+  const Vec<T> larger = next > inverse ? next : inverse;
+  const double extreme = maximum<T>(larger);
+  result.extreme = extreme > result.extreme ? extreme : result.extreme;
+  store(io.u_next + row, next);
+  if (io.columns == nullptr) return;
+  alignas(64) T w[L];
+  store(w, a * (io.simultaneous ? u : next));
+  for (int64_t j = 0; j < m_padded; j += L) {
+    Vec<T> even = load(io.columns + j), odd = {};
+#pragma GCC unroll 16
+    for (int r = 0; r < L; r += 2) {
+      even += w[r] * load(kernel + r * m_padded + j);
+      odd += w[r + 1] * load(kernel + (r + 1) * m_padded + j);
+    }
+    store(io.columns + j, even + odd);
+  }
+}
+
+template <class T>
+PassResult scale_pass(int64_t n, int64_t m_padded, const ScalePass<T>& io, int64_t begin, int64_t end) {
+  PassResult result;
+  for (int64_t row = begin; row < end; row += kLanes<T>) scale_block(n, m_padded, io, row, result);
+  result.extreme = __builtin_log2(result.extreme);
+  return result;
+}
+
+template <class T>
+void add_parts(int64_t m_padded, int64_t count, T* parts) {
   for (int64_t j = 0; j < m_padded; j += kLanes<T>) {
     Vec<T> total = load(parts + j);
     for (int64_t c = 1; c < count; ++c) total += load(parts + c * m_padded + j);
-    const Vec<T> lb = load(log2_b + j);
-    const Vec<T> log_total = log2<T>(at_least(Simd<T>::kMaxExponent == 127 ? T(0x1p-126) : T(0x1p-1022), total));
-    store(h + j, lb == kEmpty ? lb : load(h + j) + (lb - log_total));
-    const IntVec<T> low = (log_total < Range<T>::kColumnLow) & (lb != kEmpty);
+    store(parts + j, total);
+  }
+}
+
+// H <- H + relax (damping G' - G), with G = H - log2 b and G' = H - log2 of the sum.
+template <class T>
+FEWSTEP_INLINE Vec<T> next_column(Vec<T> h, Vec<T> log2_b, Vec<T> log_sum, const Update& update) {
+  if (update.plain()) return h + (log2_b - log_sum);
+  const T damping = update.damping, relax = update.relax;
+  return h + relax * (damping * (h - log_sum) - (h - log2_b));
+}
+
+template <class T>
+bool update_columns(int64_t m_padded, const T* sums, const T* log2_b, const Update& update, T* h, uint8_t* bad) {
+  bool any = false;
+  constexpr T kEmpty = -std::numeric_limits<T>::infinity();
+  for (int64_t j = 0; j < m_padded; j += kLanes<T>) {
+    const Vec<T> lb = load(log2_b + j), hj = load(h + j), total = load(sums + j);
+    const Vec<T> log_sum = log2_positive<T>(total);
+    const IntVec<T> off = ((log_sum < Range<T>::kColumnLow) | (log_sum > Range<T>::kColumnHigh)) & (lb != kEmpty);
+    const Vec<T> next = lb == kEmpty ? lb : next_column<T>(hj, lb, log_sum, update);
+    store(h + j, off ? hj : next);
     bool found = false;
-    for (int i = 0; i < kLanes<T>; ++i) found |= low[i] != 0;
+    for (int i = 0; i < kLanes<T>; ++i) found |= off[i] != 0;
     if (j % kPanel<T> == 0) bad[j / kPanel<T>] = 0;
     bad[j / kPanel<T>] |= found;
     any |= found;
   }
   return any;
+}
+
+template <class T>
+double scale_columns(int64_t m_padded, const T* sums, const T* b, const T* log2_b, const T* h, const Update& update,
+                     const T* v, T* v_next) {
+  Vec<T> worst = splat(T(1)), lowest = worst;
+  for (int64_t j = 0; j < m_padded; j += kLanes<T>) {
+    const Vec<T> total = load(sums + j), bj = load(b + j);
+    lowest = (bj > 0) & (total < lowest) ? total : lowest;
+  }
+  if (-maximum<T>(-lowest) < power_of_two<T>(Range<T>::kColumnLow)) return std::numeric_limits<double>::infinity();
+  for (int64_t j = 0; j < m_padded; j += kLanes<T>) {
+    const Vec<T> total = at_least(kTiny<T>, load(sums + j)), bj = load(b + j);
+    Vec<T> next;
+    if (update.plain()) {
+      next = bj / total;
+    } else {
+      const Vec<T> hj = load(h + j), now = hj + log2_positive<T>(load(v + j));
+      const T damping = update.damping, relax = update.relax;
+      next = exp2_floored<T>(now + relax * (damping * (hj - log2_positive<T>(total)) - (now - load(log2_b + j))) - hj);
+    }
+    next = bj > 0 ? next : Vec<T>{};
+    const Vec<T> inverse = T(1) / next, larger = next > inverse ? next : inverse;
+    worst = (bj > 0) & (larger > worst) ? larger : worst;
+    store(v_next + j, next);
+  }
+  return __builtin_log2(double(maximum<T>(worst)));
+}
+
+template <class T>
+void exp2_sum(int64_t count, const T* p, const T* q, const T* r, T* out) {
+  for (int64_t j = 0; j < count; j += kLanes<T>) {
+    const Vec<T> qj = load(q + j);
+    const Vec<T> e = exp2_floored<T>(load(p + j) + qj - load(r + j));
+    store(out + j, qj == -std::numeric_limits<T>::infinity() ? Vec<T>{} : e);
+  }
+}
+
+template <class T>
+void add_log2(int64_t count, const T* v, T* h) {
+  for (int64_t j = 0; j < count; j += kLanes<T>) store(h + j, load(h + j) + log2_positive<T>(load(v + j)));
 }
 
 template <int R, bool kCached, class T>
@@ -268,15 +461,24 @@ FEWSTEP_INLINE void weights(const Geometry<T>& p, const Apply<T>& io, Weight wei
   Vec<T> total[R] = {};
   for (int64_t panel = 0; panel < p.m_padded / kPanel<T>; ++panel) {
     Vec<T> c[R][kWidth];
-    tile<R, false>(p, row, panel, c);
+    if (p.cached != nullptr) {
+      tile<R, true>(p, row, panel, c);
+    } else {
+      tile<R, false>(p, row, panel, c);
+    }
     for (int w = 0; w < kWidth; ++w) {
       const int64_t j = panel * kPanel<T> + w * kLanes<T>;
       const Vec<T> hj = load(io.h + j);
       for (int r = 0; r < R; ++r) {
-        Vec<T> e = exp2<T>(at_least(Range<T>::kFloor, (hj + io.f[row + r]) - p.k * c[r][w]));
-        e = hj == -std::numeric_limits<T>::infinity() ? Vec<T>{} : e;
+        const Vec<T> z = (hj + io.f[row + r]) - p.k * c[r][w];
+        Vec<T> e = exp2<T>(at_least(Range<T>::kFloor, z));
+        e = z < Range<T>::kFloor ? Vec<T>{} : e;
         total[r] += e;
-        if (weight == Weight::gradient && p.cost == Cost::euclidean) e = c[r][w] == 0 ? Vec<T>{} : e / c[r][w];
+        if (weight == Weight::gradient && p.cost == Cost::euclidean) {
+          Vec<T> distance = c[r][w];
+          if (p.labels != nullptr) distance -= load(p.label_rows + p.labels[row + r] * p.m_padded + j);
+          e = distance == 0 ? Vec<T>{} : e / distance;
+        }
         store(io.scratch + r * p.m_padded + j, e);
       }
     }
@@ -285,77 +487,128 @@ FEWSTEP_INLINE void weights(const Geometry<T>& p, const Apply<T>& io, Weight wei
   for (int r = 0; r < R; ++r) io.mass[row + r] = sum<T>(total[r]);
 }
 
+// What row i gets from v_j: v_j, x_i - v_j or the sign of x_i - v_j.
+enum class Term { value, difference, sign };
+
+template <Term kTerm, class V>
+FEWSTEP_INLINE V term(V x, V v) {
+  if constexpr (kTerm == Term::value) return v;
+  if constexpr (kTerm == Term::difference) return x - v;
+  return x > v ? V{} + 1 : (x < v ? V{} - 1 : V{});
+}
+
+// Rows of weights e [R, stride] on v [m, width]; the x of `term` is null for Term::value.
+template <class T>
+struct Product {
+  const T* e;
+  int64_t stride, m;
+  const T* v;
+  int64_t width;
+  const T* x;
+  int64_t x_stride;
+  T* out;  // [R, width]
+  bool add;
+};
+
 // out[r, c0 : c0 + W vectors] for R rows: v is read along its rows.
-template <int R, int W, bool kGradient, class T>
-FEWSTEP_INLINE void apply_wide(const Geometry<T>& p, const Apply<T>& io, int64_t row, int64_t c0) {
+template <int R, int W, Term kTerm, class T>
+FEWSTEP_INLINE void multiply_wide(const Product<T>& io, int64_t c0) {
   Vec<T> acc[R][W] = {};
   const T* __restrict__ v = io.v + c0;
-  const T* __restrict__ e = io.scratch;
-  const T* __restrict__ x = p.x + row * p.d + c0;
-  for (int64_t j = 0; j < p.m; ++j, v += io.width) {
+  const T* __restrict__ e = io.e;
+  for (int64_t j = 0; j < io.m; ++j, v += io.width) {
     for (int w = 0; w < W; ++w) {
       const Vec<T> vj = load(v + w * kLanes<T>);
       for (int r = 0; r < R; ++r) {
-        if constexpr (kGradient) {
-          acc[r][w] += e[r * p.m_padded + j] * (load(x + r * p.d + w * kLanes<T>) - vj);
-        } else {
-          acc[r][w] += e[r * p.m_padded + j] * vj;
-        }
+        Vec<T> xr = {};
+        if constexpr (kTerm != Term::value) xr = load(io.x + r * io.x_stride + c0 + w * kLanes<T>);
+        acc[r][w] += e[r * io.stride + j] * term<kTerm>(xr, vj);
       }
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int w = 0; w < W; ++w) store(io.out + (row + r) * io.width + c0 + w * kLanes<T>, acc[r][w]);
+    for (int w = 0; w < W; ++w) {
+      T* out = io.out + r * io.width + c0 + w * kLanes<T>;
+      store(out, io.add ? load(out) + acc[r][w] : acc[r][w]);
+    }
   }
 }
 
 // The columns of v left over by whole vectors, one at a time with lanes along j.
-template <int R, bool kGradient, class T>
-FEWSTEP_INLINE void apply_narrow(const Geometry<T>& p, const Apply<T>& io, int64_t row, int64_t c) {
+template <int R, Term kTerm, class T>
+FEWSTEP_INLINE void multiply_narrow(const Product<T>& io, int64_t c) {
   Vec<T> acc[R] = {};
   T tail[R] = {};
-  const int64_t whole = p.m / kLanes<T> * kLanes<T>;
-  for (int64_t j = 0; j < p.m; j += kLanes<T>) {
+  const int64_t whole = io.m / kLanes<T> * kLanes<T>;
+  for (int64_t j = 0; j < io.m; j += kLanes<T>) {
     Vec<T> vj = {};
-    const int64_t count = j < whole ? kLanes<T> : p.m - whole;
+    const int64_t count = j < whole ? kLanes<T> : io.m - whole;
     for (int64_t i = 0; i < count; ++i) vj[i] = io.v[(j + i) * io.width + c];
     for (int r = 0; r < R; ++r) {
-      const T* e = io.scratch + r * p.m_padded + j;
-      const T xr = kGradient ? p.x[(row + r) * p.d + c] : T(0);
+      const T* e = io.e + r * io.stride + j;
+      const T x = kTerm == Term::value ? T(0) : io.x[r * io.x_stride + c];
+      const Vec<T> t = term<kTerm>(splat(x), vj);
       if (j < whole) {
-        acc[r] += load(e) * (kGradient ? xr - vj : vj);
+        acc[r] += load(e) * t;
       } else {
-        for (int64_t i = 0; i < count; ++i) tail[r] += e[i] * (kGradient ? xr - vj[i] : vj[i]);
+        for (int64_t i = 0; i < count; ++i) tail[r] += e[i] * t[i];
       }
     }
   }
-  for (int r = 0; r < R; ++r) io.out[(row + r) * io.width + c] = sum<T>(acc[r]) + tail[r];
+  for (int r = 0; r < R; ++r) {
+    T& out = io.out[r * io.width + c];
+    out = (io.add ? out : T(0)) + (sum<T>(acc[r]) + tail[r]);
+  }
 }
 
-template <int R, bool kGradient, class T>
+template <int R, Term kTerm, class T>
+FEWSTEP_INLINE void multiply(const Product<T>& io) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes<T> <= io.width; c += 2 * kLanes<T>) multiply_wide<R, 2, kTerm>(io, c);
+  for (; c + kLanes<T> <= io.width; c += kLanes<T>) multiply_wide<R, 1, kTerm>(io, c);
+  for (; c < io.width; ++c) multiply_narrow<R, kTerm>(io, c);
+}
+
+template <int R, Term kTerm, class T>
 void apply_block(const Geometry<T>& p, const Apply<T>& io, Weight weight, int64_t row) {
   weights<R>(p, io, weight, row);
-  int64_t c = 0;
-  for (; c + 2 * kLanes<T> <= io.width; c += 2 * kLanes<T>) apply_wide<R, 2, kGradient>(p, io, row, c);
-  for (; c + kLanes<T> <= io.width; c += kLanes<T>) apply_wide<R, 1, kGradient>(p, io, row, c);
-  for (; c < io.width; ++c) apply_narrow<R, kGradient>(p, io, row, c);
+  multiply<R, kTerm>(Product<T>{io.scratch, p.m_padded, p.m, io.v, io.width, p.x + row * p.x_stride, p.x_stride,
+                                io.out + row * io.width, false});
 }
 
-template <bool kGradient, class T>
+template <Term kTerm, class T>
 void apply_all(const Geometry<T>& p, const Apply<T>& io, Weight weight, int64_t begin, int64_t end) {
   int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) apply_block<kRows, kGradient>(p, io, weight, row);
-  for (; row < end; ++row) apply_block<1, kGradient>(p, io, weight, row);
+  for (; row + kRows <= end; row += kRows) apply_block<kRows, kTerm>(p, io, weight, row);
+  for (; row < end; ++row) apply_block<1, kTerm>(p, io, weight, row);
 }
 
 template <class T>
 void apply_rows(const Geometry<T>& p, const Apply<T>& io, Weight weight, int64_t begin, int64_t end) {
-  weight == Weight::gradient ? apply_all<true>(p, io, weight, begin, end) : apply_all<false>(p, io, weight, begin, end);
+  if (weight == Weight::plan || p.cost == Cost::dot) {
+    apply_all<Term::value>(p, io, weight, begin, end);
+  } else if (p.cost == Cost::l1) {
+    apply_all<Term::sign>(p, io, weight, begin, end);
+  } else {
+    apply_all<Term::difference>(p, io, weight, begin, end);
+  }
 }
 
 template <class T>
-constexpr SinkhornKernels<T> kKernels = {kPanel<T>,         kRows,         pack<T>,      distances<T>, row_pass<T>,
-                                         update_columns<T>, column_lse<T>, apply_rows<T>};
+void combine(const T* weights, int64_t stride, int64_t n, int64_t m, const T* v, int64_t width, T* out, bool add) {
+  int64_t row = 0;
+  auto product = [&] {
+    return Product<T>{weights + row * stride, stride, m, v, width, nullptr, 0, out + row * width, add};
+  };
+  for (; row + kRows <= n; row += kRows) multiply<kRows, Term::value>(product());
+  for (; row < n; ++row) multiply<1, Term::value>(product());
+}
+
+template <class T>
+constexpr SinkhornKernels<T> kKernels = {
+    kPanel<T>,   kRows,         kLanes<T>,     Range<T>::kSafe,   pack<T>,          distances<T>,
+    row_pass<T>, scale_pass<T>, add_parts<T>,  update_columns<T>, scale_columns<T>, exp2_sum<T>,
+    add_log2<T>, column_lse<T>, apply_rows<T>, combine<T>};
 
 }  // namespace
 

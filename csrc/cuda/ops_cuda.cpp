@@ -84,10 +84,25 @@ void dispatch(const Tensor& t, Fn fn) {
   fn(double{});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a,
-                                                                    const Tensor& b, const Tensor& eps,
-                                                                    const std::optional<Tensor>& g0, int64_t cost,
-                                                                    int64_t max_iter, std::optional<double> tol) {
+using Maybe = std::optional<Tensor>;
+
+// What the CPU kernels have and these do not; fewstep.ops sends such calls elsewhere.
+void check_plain(const Maybe& matrix, const Maybe& segment_x, const Maybe& segment_y, const Maybe& label_x,
+                 const Maybe& label_y, const Maybe& label_cost, std::optional<int64_t> diagonal) {
+  const bool plain = !matrix && !segment_x && !segment_y && !label_x && !label_y && !label_cost && !diagonal;
+  STD_TORCH_CHECK(plain, "sinkhorn: CUDA kernels have no matrix, segments, labels or diagonal");
+}
+
+// f0 is not looked at: an alternating iteration overwrites it.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
+    const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& eps, const Maybe&,
+    const Maybe& g0, const Maybe& matrix, const Maybe& segment_x, const Maybe& segment_y, const Maybe& label_x,
+    const Maybe& label_y, const Maybe& label_cost, int64_t cost, std::optional<int64_t> diagonal, int64_t max_iter,
+    std::optional<double> tol, const Maybe& start, double, const Maybe& schedule, std::optional<double> rho_x,
+    std::optional<double> rho_y, double relax, bool simultaneous, bool, int64_t) {
+  check_plain(matrix, segment_x, segment_y, label_x, label_y, label_cost, diagonal);
+  STD_TORCH_CHECK(!start && !schedule && !rho_x && !rho_y && relax == 1 && !simultaneous,
+                  "sinkhorn: CUDA kernels have alternating, balanced iterations at one temperature");
   check_points(x, y, cost);
   const int64_t batch = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
   check_input(a, "a", x, {batch, n});
@@ -120,7 +135,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(const Tensor
 }
 
 std::tuple<Tensor, Tensor> sinkhorn_transport(const Tensor& x, const Tensor& y, const Tensor& f, const Tensor& g,
-                                              const Tensor& b, const Tensor& eps, const Tensor& v, int64_t cost) {
+                                              const Tensor& b, const Tensor& eps, const Tensor& v, const Maybe& matrix,
+                                              const Maybe& segment_x, const Maybe& segment_y, const Maybe& label_x,
+                                              const Maybe& label_y, const Maybe& label_cost, int64_t cost,
+                                              std::optional<int64_t> diagonal) {
+  check_plain(matrix, segment_x, segment_y, label_x, label_y, label_cost, diagonal);
   check_points(x, y, cost);
   STD_TORCH_CHECK(v.dim() == 3, "sinkhorn: v must have 3 dimensions, got ", v.dim());
   const int64_t batch = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2), k = v.size(2);
@@ -146,7 +165,10 @@ std::tuple<Tensor, Tensor> sinkhorn_transport(const Tensor& x, const Tensor& y, 
 }
 
 Tensor sinkhorn_grad(const Tensor& x, const Tensor& y, const Tensor& f, const Tensor& g, const Tensor& a,
-                     const Tensor& b, const Tensor& eps, int64_t cost) {
+                     const Tensor& b, const Tensor& eps, const Maybe& matrix, const Maybe& segment_x,
+                     const Maybe& segment_y, const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost,
+                     int64_t cost, std::optional<int64_t> diagonal) {
+  check_plain(matrix, segment_x, segment_y, label_x, label_y, label_cost, diagonal);
   check_points(x, y, cost);
   const int64_t batch = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
   check_input(f, "f", x, {batch, n});

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -73,19 +74,29 @@ def unavailable(backend: str, device_type: str) -> str | None:
     return None
 
 
-def choose_backend(op: str, device_type: str, requested: str | None) -> str:
+def choose_backend(
+    op: str,
+    device_type: str,
+    requested: str | None,
+    unsupported: Callable[[str], str | None] = lambda _: None,
+) -> str:
     """The backend that serves `op`: the requested one, `FEWSTEP_BACKEND`, or the first available.
 
+    `unsupported` says why a backend cannot do what the call asks for, or None.
+
     Raises:
-        ValueError: an unknown backend, or one that cannot run on this device (with the reason).
+        ValueError: an unknown backend, or one that cannot serve the call (with the reason).
     """
+
+    def reason(name: str) -> str | None:
+        return unavailable(name, device_type) or unsupported(name)
+
     name = requested or os.environ.get("FEWSTEP_BACKEND")
     if name is None:
         order = DEFAULT_ORDER.get(device_type, ("reference",))
-        return next(b for b in order if unavailable(b, device_type) is None)
+        return next(b for b in order if reason(b) is None)
     if name not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {BACKENDS}, got {name!r}")
-    reason = unavailable(name, device_type)
-    if reason is not None:
-        raise ValueError(f"{op}: backend {name!r} cannot serve this call: {reason}")
+    if why := reason(name):
+        raise ValueError(f"{op}: backend {name!r} cannot serve this call: {why}")
     return name

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
+from fewstep.ops import raw
 from fewstep.reference import sinkhorn as reference
+from fewstep.reference.sinkhorn import Points, Schedule
 
-_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# What a user may write for `cost`; cosine is half_sqeuclidean of normalised points.
+COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "cosine", "dot", "l1")
+UPDATES = ("alternating", "symmetric")
+_SQUARED = ("sqeuclidean", "half_sqeuclidean")
 _HALF = (torch.bfloat16, torch.float16)
 # Largest deviation of a weight vector's sum from 1 that is taken for rounding.
 _MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -21,29 +25,46 @@ _MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 @dataclass(frozen=True)
 class _Problem:
-    """The inputs in canonical form: batched, one compute dtype, weights filled in."""
+    """The inputs in canonical form, as `fewstep.reference.sinkhorn` has them."""
 
-    x: Tensor  # [B, N, D]
-    y: Tensor  # [B, M, D]
-    a: Tensor  # [B, N]
+    points: Points
+    a: Tensor  # [B, N], or [1, N] where ragged
     b: Tensor  # [B, M]
-    eps: Tensor  # [B]
-    g0: Tensor | None  # [B, M]
-    cost: str
+    eps: Tensor  # [P]
+    f0: Tensor | None  # [P, N], or [T, N] where ragged
+    g0: Tensor | None
+    schedule: Schedule
     backend: str
-    batched: bool
+    batch: tuple[int, ...]  # leading shape of the caller's points
+    temperatures: tuple[int, ...]  # (T,) where several were given
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading shape of the caller's potentials."""
+        return (*self.batch, *self.temperatures)
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Shape of one number for each problem."""
+        ragged = () if self.points.segments is None else (self.points.count,)
+        return (*self.batch, *ragged, *self.temperatures)
 
 
 @dataclass(frozen=True)
 class SinkhornResult:
-    """What `sinkhorn` returns. `[..]` is `[B]` for batched input and nothing otherwise.
+    """What `sinkhorn` returns.
+
+    `[..]` is `[B]` for batched input and nothing otherwise, followed by `[T]` where T temperatures
+    were given. For ragged input potentials are flat, `[N]` or `[T, N]`, and the other tensors
+    `[B]` or `[B, T]`.
 
     Attributes:
         f: potential on x, `[.., N]`.
         g: potential on y, `[.., M]`.
-        value: `<a, f> + <b, g>`, the entropic transport cost, `[..]`; differentiable.
-        residual: L1 error of the row marginal, `[..]`; the columns are exact.
-        iterations: iterations done, int64 `[..]`.
+        value: the entropic transport cost (the dual objective at f and g), `[..]`; differentiable.
+        residual: L1 error of the marginals as a fraction of the mass, `[..]`: of the rows, as the
+            columns are exact; of either, the larger, for symmetric updates.
+        iterations: iterations done, those of annealing included, int64 `[..]`.
         converged: `residual <= tol` (1e-3 where `tol` is None), bool `[..]`.
     """
 
@@ -56,8 +77,24 @@ class SinkhornResult:
     _problem: _Problem = field(repr=False)
 
     def _potentials(self) -> tuple[Tensor, Tensor]:
+        """f and g as the kernels have them, `[P, N]` and `[P, M]`."""
         f, g = self.f.detach(), self.g.detach()
-        return (f, g) if self._problem.batched else (f[None], g[None])
+        count = math.prod(f.shape[:-1])
+        return f.reshape(count, f.shape[-1]), g.reshape(count, g.shape[-1])
+
+    def _apply(self, v: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """`sum_j p_ij v_j [P, N, K]` and its mass, or that with the roles of x and y swapped."""
+        p = self._problem
+        f, g = self._potentials()
+        points, b = p.points.detached(), p.b.detach()
+        if axis == 1:
+            points, f, g, b = points.swapped(), g, f, p.a.detach()
+        return raw.transport(p.backend, points, f, g, b, p.eps, v)
+
+    def _per_problem(self, t: Tensor) -> Tensor:
+        """`[B, ..]` repeated to `[P, ..]`; flat `[1, ..]` to `[T, ..]`."""
+        T = math.prod(self._problem.temperatures)
+        return t if T == 1 else t[:, None].expand(-1, T, *t.shape[1:]).flatten(0, 1)
 
     def transport(self, v: Tensor, axis: int = 0) -> Tensor:
         """`P v` (axis 0: v lives on y) or `P' v` (axis 1: v lives on x), without forming P.
@@ -66,7 +103,7 @@ class SinkhornResult:
 
         Args:
             v (Tensor): `[.., M, K]` for axis 0, `[.., N, K]` for axis 1; the trailing K may be
-                left out. Same dtype as the potentials.
+                left out, and so may the T of several temperatures. Same dtype as the potentials.
             axis (int): the axis of P that the result keeps.
 
         Returns:
@@ -74,6 +111,7 @@ class SinkhornResult:
 
         Raises:
             ValueError: a shape or axis that does not fit.
+            TypeError: another dtype.
 
         >>> import torch, fewstep
         >>> x, y = torch.rand(5, 2), torch.rand(7, 2)
@@ -84,34 +122,37 @@ class SinkhornResult:
         p = self._problem
         if axis not in (0, 1):
             raise ValueError(f"transport: axis must be 0 or 1, got {axis}")
-        rows = (p.y if axis == 0 else p.x).shape[:2]
-        expected = rows if p.batched else rows[1:]
-        if tuple(v.shape[: len(expected)]) != tuple(expected) or v.ndim - len(expected) > 1:
-            shape = (*expected, "K")
-            raise ValueError(f"transport: v must be {shape} for axis {axis}, got {tuple(v.shape)}")
+        count = (p.points.y if axis == 0 else p.points.x).shape[1]
+        shared, own = (*p.batch, count), (*p.lead, count)
+        vector = tuple(v.shape) in (shared, own)
+        v = v[..., None] if vector else v
+        if tuple(v.shape[:-1]) not in (shared, own) or v.ndim == 0:
+            got = tuple(v.shape[:-1] if vector else v.shape)
+            raise ValueError(f"transport: v must be {(*own, 'K')} for axis {axis}, got {got}")
         if v.dtype != self.f.dtype:
             raise TypeError(f"transport: v must be {self.f.dtype}, got {v.dtype}")
-        vector = v.ndim == len(expected)
-        v = v[..., None] if vector else v
-        v = v if p.batched else v[None]
-        f, g = self._potentials()
-        x, y, a, b = p.x.detach(), p.y.detach(), p.a.detach(), p.b.detach()
-        apply = _transport(p.backend)
-        if axis == 0:
-            out = a[..., None] * apply(x, y, f, g, b, p.eps, v, cost=p.cost)[0]
-        else:
-            out = b[..., None] * apply(y, x, g, f, a, p.eps, v, cost=p.cost)[0]
-        out = out[..., 0] if vector else out
-        return out if p.batched else out[0]
+        if v.shape[:-1] != own:
+            v = v.unsqueeze(len(p.batch)).expand(*own, v.shape[-1])
+        out, _ = self._apply(v.reshape(math.prod(p.lead), *v.shape[-2:]), axis)
+        weights = self._per_problem((p.a if axis == 0 else p.b).detach())
+        out = (weights[..., None] * out).reshape(*p.lead, *out.shape[1:])
+        return out[..., 0] if vector else out
 
     def plan(self) -> Tensor:
-        """The dense plan `P [.., N, M]`, detached; for looking at, not for large problems."""
+        """The dense plan `P [.., N, M]`, detached; for looking at, not for large problems.
+
+        Raises:
+            ValueError: ragged problems, which have no plans of one shape.
+        """
         p = self._problem
+        if p.points.segments is not None:
+            raise ValueError("plan: ragged problems have plans of several shapes, got cu_seqlens")
         f, g = self._potentials()
-        C = reference.cost_matrix(p.x.detach(), p.y.detach(), p.cost)
+        C = self._per_problem(p.points.detached().costs())
+        a, b = self._per_problem(p.a.detach()), self._per_problem(p.b.detach())
         k = ((f[..., :, None] + g[..., None, :] - C) / p.eps[:, None, None]).exp()
-        plan = p.a.detach()[..., :, None] * p.b.detach()[..., None, :] * k
-        return plan if p.batched else plan[0]
+        plan = a[..., :, None] * b[..., None, :] * k
+        return plan.reshape(*p.lead, *plan.shape[1:])
 
     def barycenter(self, normalize: bool = True) -> Tensor:
         """The barycentric projection `T(x_i) = sum_j P_ij y_j / sum_j P_ij`, `[.., N, D]`.
@@ -119,26 +160,41 @@ class SinkhornResult:
         Args:
             normalize (bool): divide by the row mass that the plan has, so that every `T(x_i)` is
                 a true average before convergence too; otherwise by its target a_i.
+
+        Raises:
+            ValueError: a cost matrix was given, so there are no points to average.
         """
         p = self._problem
-        f, g = self._potentials()
-        x, y, b = p.x.detach(), p.y.detach(), p.b.detach()
-        out, mass = _transport(p.backend)(x, y, f, g, b, p.eps, y, cost=p.cost)
+        if p.points.cost == "matrix":
+            raise ValueError("barycenter: needs points, got a problem with a cost matrix C")
+        y = p.points.y.detach()
+        T = math.prod(p.temperatures)
+        out, mass = self._apply(y[:, None].expand(-1, T, -1, -1).flatten(0, 1), 0)
         out = out / mass[..., None] if normalize else out
-        return out if p.batched else out[0]
+        return out.reshape(*p.lead, *out.shape[1:])
 
 
 def sinkhorn(
-    x: Tensor,
-    y: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
     *,
-    eps: float | Tensor,
+    eps: float | Sequence[float] | Tensor,
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: str = "sqeuclidean",
     max_iter: int = 100,
     tol: float | None = None,
     init: tuple[Tensor, Tensor] | None = None,
+    anneal: float | Sequence[float] | Tensor | None = None,
+    update: str = "alternating",
+    relax: float = 1.0,
+    reach: float | tuple[float | None, float | None] | None = None,
+    exclude_diagonal: bool | int = False,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    labels: tuple[Tensor, Tensor] | None = None,
+    label_cost: Tensor | None = None,
+    C: Tensor | None = None,
+    memory_limit: int = 2**27,
     backend: str | None = None,
     check_finite: bool = False,
 ) -> SinkhornResult:
@@ -151,21 +207,46 @@ def sinkhorn(
         g_j = -eps log sum_i a_i exp((f_i - C_ij) / eps)        columns exact
 
     Source: Peyre and Cuturi, Computational Optimal Transport (2019), equations 4.43 and 4.44.
+    With `reach` the marginals are penalised instead, `+ rho_x KL(P 1 | a) + rho_y KL(P' 1 | b)`,
+    masses are free, and each update is multiplied by `rho / (rho + eps)`: Sejourne, Feydy,
+    Vialard, Trouve and Peyre, Sinkhorn Divergences for Unbalanced Optimal Transport (2019).
 
     Args:
-        x (Tensor): points `[N, D]` or `[B, N, D]` (B independent problems).
-        y (Tensor): points `[M, D]` or `[B, M, D]`.
-        eps (float | Tensor): temperature, in units of the cost; `[B]` for one per problem.
-        a (Tensor | None): weights `[.., N]` that sum to 1, zeros allowed. Default: uniform.
+        x (Tensor | None): points `[N, D]` or `[B, N, D]` (B independent problems); all points
+            `[N, D]` one problem after the other with `cu_seqlens`; None with `C`.
+        y (Tensor | None): points `[M, D]` or `[B, M, D]`, likewise.
+        eps (float | Sequence | Tensor): temperature, in units of the cost; a tensor `[B]` for one
+            per problem. One dimension more, `[T]` or `[B, T]`: T temperatures of the same points,
+            solved from the same distances, and results with T before the points.
+        a (Tensor | None): weights `[.., N]` that sum to 1 (any mass with `reach`), zeros allowed.
+            Default: uniform.
         b (Tensor | None): weights `[.., M]`, likewise.
-        cost (str): "sqeuclidean" = `|x-y|^2`, "half_sqeuclidean" = `|x-y|^2 / 2`,
-            "euclidean" = `|x-y|`.
-        max_iter (int): iterations, at least 1; exactly that many where `tol` is None.
+        cost (str): "sqeuclidean" = `|x-y|^2`, "half_sqeuclidean" = `|x-y|^2 / 2`, "euclidean" =
+            `|x-y|`, "cosine" = `1 - x.y / (|x| |y|)`, "dot" = `-x.y`, "l1" = `sum_c |x_c - y_c|`.
+        max_iter (int): iterations at eps, at least 1; exactly that many where `tol` is None.
         tol (float | None): stop a problem, on the device, once its `residual` is at most this.
-        init (tuple | None): potentials (f, g) to start from, shaped like the result's. The first
-            update overwrites f, so only g matters. Default: zeros.
+        init (tuple | None): potentials (f, g) to start from, shaped like the result's. An
+            alternating iteration overwrites f, so only g matters there. Default: zeros.
+        anneal (float | Sequence | Tensor | None): temperatures before eps, one iteration at each:
+            those given, or, for a factor below 1, the cost across the points' common bounding box,
+            times the factor, and so on while above eps.
+        update (str): "alternating" as above, or "symmetric": both potentials from the last two,
+            averaged with them, and one step in full at the end (geomloss's iteration). Where y is
+            the same tensor as x, with equal weights, it keeps a single potential.
+        relax (float): over-relaxation of alternating updates, in (0, 2): `f <- f + relax (f' - f)`.
+        reach (float | tuple | None): distance beyond which mass is rather destroyed than moved:
+            `rho = reach^2` for squared costs and `reach` for the others. A pair (x, y) may have a
+            None for a marginal that is a constraint.
+        exclude_diagonal (bool | int): leave out the pairs `j == i`, or `j == i + offset`.
+        cu_seqlens (tuple | None): int64 `(cu_x [B + 1], cu_y [B + 1])` for B problems of several
+            sizes: the i-th has the points `cu[i]` to `cu[i + 1] - 1`.
+        labels (tuple | None): classes `(lx [.., N], ly [.., M])`, int64, for `label_cost`.
+        label_cost (Tensor | None): `W [L, L']`; a pair costs `W[lx_i, ly_j]` more.
+        C (Tensor | None): costs `[N, M]` or `[B, N, M]` instead of points.
+        memory_limit (int): bytes that the C++ kernels may use to keep distances and exponentials
+            between iterations; beyond, they are computed anew.
         backend (str | None): "reference", "cpp", "triton" or "cuda". Default: the environment
-            variable FEWSTEP_BACKEND, else the fastest one for the device.
+            variable FEWSTEP_BACKEND, else the fastest one for the device and the options.
         check_finite (bool): look for NaN and inf first; on a GPU also check the signs and sums of
             weights and the sign of eps, which costs a synchronisation there.
 
@@ -173,16 +254,18 @@ def sinkhorn(
         SinkhornResult: potentials, value, residual, iterations, converged; methods
         `transport`, `plan`, `barycenter`.
 
-    The gradient of `value` for x, y, a, b is the envelope theorem's: `sum_j P_ij dC_ij/dx_i` for x,
-    `f` for a (defined up to a constant, since a sums to 1). "reference" also gives gradients of f
-    and g and second derivatives, through the iterations; the kernels raise there.
+    `value` is the dual objective, `<a, phi(f)> + <b, phi(g)> - eps (sum P - sum a sum b)` with
+    `phi(f) = f`, or `rho (1 - exp(-f / rho))` with `reach`; its gradient for x, y, a, b and C is
+    the envelope theorem's: `sum_j P_ij dC_ij/dx_i` for x, and `f` for a (up to a constant, since a
+    sums to 1). "reference" also gives gradients of f and g and second derivatives, through the
+    iterations; the kernels raise there.
 
     float64 stays float64; float32, bfloat16 and float16 are computed in float32 and return
     float32. Kernel against float64: potentials within 2e-5 of the cost's scale after one step and
     2e-4 at convergence, value 1e-5, gradients 1e-4 (relative norm).
 
     Raises:
-        ValueError: shapes, devices, eps, weights, cost, backend, iteration counts that do not fit.
+        ValueError: shapes, devices, eps, weights, options or a backend that do not fit.
         TypeError: a dtype that is not floating, or x and y of different dtypes.
 
     >>> import torch, fewstep
@@ -194,287 +277,409 @@ def sinkhorn(
     >>> [[round(p, 3) for p in row] for row in result.plan().tolist()]
     [[0.476, 0.024], [0.024, 0.476]]
     """
-    problem = _canonical(x, y, eps, a, b, cost, max_iter, tol, init, backend, check_finite)
-    p = problem
-    solve = _solve(p.backend)
-    out = solve(p.x, p.y, p.a, p.b, p.eps, p.g0, cost=cost, max_iter=max_iter, tol=tol)
-    if not p.batched:
-        out = tuple(t[0] for t in out)  # type: ignore[assignment]
-    return SinkhornResult(*out, _problem=problem)
-
-
-def _canonical(
-    x: Tensor,
-    y: Tensor,
-    eps: float | Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    cost: str,
-    max_iter: int,
-    tol: float | None,
-    init: tuple[Tensor, Tensor] | None,
-    backend: str | None,
-    check_finite: bool,
-) -> _Problem:
-    for name, t in (("x", x), ("y", y)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"sinkhorn: {name} must be a Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"sinkhorn: {name} must have a floating dtype, got {t.dtype}")
-        if t.ndim not in (2, 3):
-            raise ValueError(f"sinkhorn: {name} must be [N, D] or [B, N, D], got {tuple(t.shape)}")
-        if 0 in t.shape[-2:]:
-            raise ValueError(f"sinkhorn: {name} must have points and D > 0, got {tuple(t.shape)}")
-    if x.dtype != y.dtype:
-        raise TypeError(f"sinkhorn: y must have the dtype of x, {x.dtype}, got {y.dtype}")
-    if y.device != x.device:
-        raise ValueError(f"sinkhorn: y must be on {x.device} with x, got {y.device}")
-    if y.ndim != x.ndim or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
-        raise ValueError(
-            f"sinkhorn: y must match x {tuple(x.shape)} except in its points, got {tuple(y.shape)}"
-        )
-    if cost not in reference.COSTS:
-        raise ValueError(f"sinkhorn: cost must be one of {reference.COSTS}, got {cost!r}")
+    # Reading values costs a synchronisation on a GPU and breaks a compiled graph.
+    device = next((t.device for t in (x, C) if isinstance(t, Tensor)), torch.device("cpu"))
+    read = (check_finite or device.type == "cpu") and not torch.compiler.is_compiling()
+    points, batch, dtype = _points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
+    points = _labelled(points, batch, labels, label_cost, dtype, read)
+    lead = (points.count,) if points.segments is not None else batch
+    e, temperatures = _eps(eps, lead, points.x, dtype, read)
+    rho = _penalties(reach, points.cost)
+    free = rho != (None, None)
+    weights = _weights("a", a, batch, points, dtype, read, free=free)
+    columns = _weights("b", b, batch, points, dtype, read, free=free)
     if max_iter < 1:
         raise ValueError(f"sinkhorn: max_iter must be at least 1, got {max_iter}")
     if tol is not None and not tol >= 0:
         raise ValueError(f"sinkhorn: tol must be None or at least 0, got {tol}")
-    chosen = choose_backend("sinkhorn", x.device.type, backend)
-
-    batched = x.ndim == 3
-    dtype = torch.float32 if x.dtype in _HALF else x.dtype
-    lead = x.shape[:-2]
-    # Reading values costs a synchronisation on a GPU and breaks a compiled graph.
-    read = (check_finite or x.device.type == "cpu") and not torch.compiler.is_compiling()
-    weights = [
-        _weights(name, w, (*lead, n), x, dtype, read)
-        for name, w, n in (("a", a, x.shape[-2]), ("b", b, y.shape[-2]))
-    ]
-    e = _eps(eps, lead, x, dtype, read)
-    g0 = None if init is None else _initial(init, lead, x, y, dtype)
+    if memory_limit < 0:
+        raise ValueError(f"sinkhorn: memory_limit must not be negative, got {memory_limit}")
+    if update not in UPDATES:
+        raise ValueError(f"sinkhorn: update must be one of {UPDATES}, got {update!r}")
+    if not 0 < relax < 2:
+        raise ValueError(f"sinkhorn: relax must be above 0 and below 2, got {relax}")
+    simultaneous = update == "symmetric"
+    if simultaneous and relax != 1:
+        raise ValueError(f"sinkhorn: relax must be 1 with symmetric updates, got {relax}")
+    same_labels = labels is None or labels[0] is labels[1]
+    same_segments = cu_seqlens is None or cu_seqlens[0] is cu_seqlens[1]
+    single = simultaneous and x is y and x is not None and a is b and init is None
+    single = single and same_labels and same_segments and not points.diagonal and rho[0] == rho[1]
+    schedule = Schedule(
+        max_iter=max_iter,
+        tol=tol,
+        rho=rho,
+        relax=0.5 if simultaneous else relax,
+        simultaneous=simultaneous,
+        single=single,
+        memory_limit=memory_limit,
+    )
+    schedule = _annealed(schedule, anneal, points, e, read)
+    f0, g0 = (None, None) if init is None else _initial(init, batch, temperatures, points, dtype)
+    chosen = choose_backend(
+        "sinkhorn", device.type, backend, lambda name: _unsupported(name, points, e, f0, schedule)
+    )
     if check_finite:
-        for name, checked in (("x", x), ("y", y), ("init g", g0)):
-            bad = 0 if checked is None else int((~torch.isfinite(checked)).sum())
+        checked = {"x": x, "y": y, "C": C, "init f": f0, "init g": g0}
+        for name, t in checked.items():
+            bad = 0 if t is None else int((~torch.isfinite(t)).sum())
             if bad:
                 raise ValueError(f"sinkhorn: {name} must be finite, got {bad} NaN or inf values")
-    x, y = x.to(dtype), y.to(dtype)
-    if not batched:
-        x, y, weights = x[None], y[None], [w[None] for w in weights]
-        g0 = None if g0 is None else g0[None]
-    return _Problem(x, y, weights[0], weights[1], e, g0, cost, chosen, batched)
+    problem = _Problem(points, weights, columns, e, f0, g0, schedule, chosen, batch, temperatures)
+    f, g, *numbers = raw.solve(chosen, points, weights, columns, e, f0, g0, schedule)
+    f, g = (t.reshape(*problem.lead, t.shape[-1]) for t in (f, g))
+    value, residual, iterations, converged = (t.reshape(problem.values) for t in numbers)
+    return SinkhornResult(f, g, value, residual, iterations, converged, problem)
+
+
+def _points(
+    x: Tensor | None,
+    y: Tensor | None,
+    cost: str,
+    C: Tensor | None,
+    exclude_diagonal: bool | int,
+    cu_seqlens: tuple[Tensor, Tensor] | None,
+    read: bool,
+) -> tuple[Points, tuple[int, ...], torch.dtype]:
+    """The points with a batch axis, the leading shape that they came with, and the dtype."""
+    matrix = None
+    if C is not None:
+        if x is not None or y is not None:
+            given = "x" if x is not None else "y"
+            raise ValueError(f"sinkhorn: {given} must be None with a cost matrix C, got a Tensor")
+        if cu_seqlens is not None:
+            raise ValueError("sinkhorn: cu_seqlens needs points, got a cost matrix C")
+        _check_tensor("C", C, "[N, M] or [B, N, M]")
+        matrix = C if C.ndim == 3 else C[None]
+        x, y = matrix.new_empty(*matrix.shape[:2], 0), matrix.new_empty(*matrix.mT.shape[:2], 0)
+        batch, cost = C.shape[:-2], "matrix"
+    else:
+        for name, t in (("x", x), ("y", y)):
+            _check_tensor(name, t, "[N, D] or [B, N, D]")
+        assert x is not None
+        assert y is not None
+        if x.dtype != y.dtype:
+            raise TypeError(f"sinkhorn: y must have the dtype of x, {x.dtype}, got {y.dtype}")
+        if y.device != x.device:
+            raise ValueError(f"sinkhorn: y must be on {x.device} with x, got {y.device}")
+        if y.ndim != x.ndim or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"sinkhorn: y must match x {tuple(x.shape)} except in its points,"
+                f" got {tuple(y.shape)}"
+            )
+        if cost not in COSTS:
+            raise ValueError(f"sinkhorn: cost must be one of {COSTS}, got {cost!r}")
+        batch = x.shape[:-2]
+    dtype = torch.float32 if x.dtype in _HALF else x.dtype
+    x, y, matrix = (None if t is None else t.to(dtype) for t in (x, y, matrix))
+    assert x is not None
+    assert y is not None
+    if cost == "cosine":
+        x, y = (torch.nn.functional.normalize(t, dim=-1) for t in (x, y))
+        cost = "half_sqeuclidean"
+    if x.ndim == 2:
+        x, y = x[None], y[None]
+    diagonal = None if exclude_diagonal is False else int(exclude_diagonal)
+    if exclude_diagonal is True:
+        diagonal = 0
+    if diagonal is not None and min(x.shape[1], y.shape[1]) < 2:
+        raise ValueError(
+            "sinkhorn: exclude_diagonal needs two points on each side,"
+            f" got {x.shape[1]} and {y.shape[1]}"
+        )
+    segments = None
+    if cu_seqlens is not None:
+        segments = _segments(cu_seqlens, batch, x, y, diagonal, read)
+    return Points(x, y, cost, matrix, segments, diagonal=diagonal), tuple(batch), dtype
+
+
+def _check_tensor(name: str, t: object, shape: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"sinkhorn: {name} must be a Tensor, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(f"sinkhorn: {name} must have a floating dtype, got {t.dtype}")
+    if t.ndim not in (2, 3):
+        raise ValueError(f"sinkhorn: {name} must be {shape}, got {tuple(t.shape)}")
+    if 0 in t.shape[-2:]:
+        raise ValueError(f"sinkhorn: {name} must have points and D > 0, got {tuple(t.shape)}")
+
+
+def _segments(
+    cu_seqlens: tuple[Tensor, Tensor],
+    batch: Sequence[int],
+    x: Tensor,
+    y: Tensor,
+    diagonal: int | None,
+    read: bool,
+) -> tuple[Tensor, Tensor]:
+    if batch:
+        raise ValueError(f"sinkhorn: cu_seqlens needs flat x [N, D], got {tuple(x.shape)}")
+    for name, cu, points in zip(("cu_x", "cu_y"), cu_seqlens, (x, y), strict=True):
+        if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64):
+            got = cu.dtype if isinstance(cu, Tensor) else type(cu).__name__
+            raise TypeError(f"sinkhorn: {name} must be an int64 Tensor, got {got}")
+        if cu.ndim != 1 or cu.shape[0] < 2 or cu.shape != cu_seqlens[0].shape:
+            raise ValueError(
+                f"sinkhorn: {name} must be [B + 1] for B > 0 problems, as many as in cu_x,"
+                f" got {tuple(cu.shape)}"
+            )
+        if cu.device != x.device:
+            raise ValueError(f"sinkhorn: {name} must be on {x.device} with x, got {cu.device}")
+        if not read:
+            continue
+        ends = cu.tolist()
+        if ends[0] != 0 or ends[-1] != points.shape[1] or ends != sorted(ends):
+            raise ValueError(
+                f"sinkhorn: {name} must rise from 0 to the number of points, {points.shape[1]},"
+                f" got {ends if len(ends) < 10 else [*ends[:4], '...', *ends[-4:]]}"
+            )
+    cu_x, cu_y = (cu.to(torch.int64) for cu in cu_seqlens)
+    if read:
+        n, m = cu_x.diff(), cu_y.diff()
+        least = 1 if diagonal is None else 2
+        bad = ((n < least) | (m < least)) & (n + m > 0)
+        if bool(bad.any()):
+            i = int(bad.nonzero()[0])
+            raise ValueError(
+                f"sinkhorn: cu_seqlens must give both sides of a problem {least} or more points,"
+                f" or none, got {int(n[i])} and {int(m[i])} in problem {i}"
+            )
+    return cu_x, cu_y
+
+
+def _labelled(
+    points: Points,
+    batch: tuple[int, ...],
+    labels: tuple[Tensor, Tensor] | None,
+    label_cost: Tensor | None,
+    dtype: torch.dtype,
+    read: bool,
+) -> Points:
+    if labels is None and label_cost is None:
+        return points
+    if labels is None or label_cost is None:
+        missing = "labels" if labels is None else "label_cost"
+        raise ValueError(f"sinkhorn: {missing} must be given with its counterpart, got None")
+    if points.cost == "matrix":
+        raise ValueError("sinkhorn: labels need points, got a cost matrix C")
+    if label_cost.ndim != 2 or not label_cost.is_floating_point():
+        raise ValueError(
+            "sinkhorn: label_cost must be a floating [L, L'],"
+            f" got {label_cost.dtype} {tuple(label_cost.shape)}"
+        )
+    if label_cost.requires_grad:
+        raise ValueError("sinkhorn: label_cost must not require a gradient, got one that does")
+    sides = zip(("lx", "ly"), labels, (points.x, points.y), label_cost.shape, strict=True)
+    for name, classes, p, count in sides:
+        if tuple(classes.shape) != (*batch, p.shape[1]) or classes.dtype != torch.int64:
+            raise ValueError(
+                f"sinkhorn: labels {name} must be int64 {(*batch, p.shape[1])},"
+                f" got {classes.dtype} {tuple(classes.shape)}"
+            )
+        if read and classes.numel() > 0:
+            low, high = int(classes.min()), int(classes.max())
+            if low < 0 or high >= count:
+                raise ValueError(
+                    f"sinkhorn: labels {name} must be from 0 to {count - 1} for this label_cost,"
+                    f" got {low if low < 0 else high}"
+                )
+    lx, ly = (t if batch else t[None] for t in labels)
+    return replace(points, labels=(lx, ly), label_cost=label_cost.to(dtype))
+
+
+def _penalties(
+    reach: float | tuple[float | None, float | None] | None, cost: str
+) -> tuple[float | None, float | None]:
+    pair = reach if isinstance(reach, tuple) else (reach, reach)
+    if len(pair) != 2:
+        raise ValueError(f"sinkhorn: reach must be a number or a pair, got {reach}")
+    for r in pair:
+        if r is not None and not r > 0:
+            raise ValueError(f"sinkhorn: reach must be positive, got {r}")
+    power = 2 if cost in _SQUARED else 1
+    rho = [None if r is None or math.isinf(r) else float(r) ** power for r in pair]
+    return rho[0], rho[1]
+
+
+def _annealed(
+    schedule: Schedule,
+    anneal: float | Sequence[float] | Tensor | None,
+    points: Points,
+    eps: Tensor,
+    read: bool,
+) -> Schedule:
+    if anneal is None:
+        return schedule
+    if isinstance(anneal, int | float):
+        if not 0 < anneal < 1:
+            raise ValueError(f"sinkhorn: anneal must be a factor in (0, 1), got {anneal}")
+        T = eps.shape[0] // max(points.count, 1)
+        start = _largest_cost(points).repeat_interleave(T)
+        return replace(schedule, start=start, factor=float(anneal))
+    steps = torch.as_tensor(anneal, dtype=eps.dtype, device=eps.device)
+    if steps.ndim != 1:
+        raise ValueError(
+            f"sinkhorn: anneal must be a factor or temperatures [S], got {tuple(steps.shape)}"
+        )
+    if read and not bool(((steps > 0) & steps.isfinite()).all()):
+        raise ValueError(f"sinkhorn: anneal must be positive and finite, got {steps.tolist()}")
+    return replace(schedule, temperatures=steps.detach())
+
+
+def _largest_cost(points: Points) -> Tensor:
+    """An upper bound on what differences of costs can be, `[B]`: across the bounding box."""
+    p = points
+    if p.cost == "matrix":
+        assert p.matrix is not None
+        return (p.matrix.amax((1, 2)) - p.matrix.amin((1, 2))).detach()
+
+    def bounds(t: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor]:
+        t = t.detach()
+        if cu is None:
+            return t.amin(1), t.amax(1)
+        low, high = (
+            torch.segment_reduce(t[0], kind, lengths=cu.diff(), axis=0) for kind in ("min", "max")
+        )
+        return low, high
+
+    cu_x, cu_y = (None, None) if p.segments is None else p.segments
+    (low_x, high_x), (low_y, high_y) = bounds(p.x, cu_x), bounds(p.y, cu_y)
+    if p.cost == "dot":
+        largest = [
+            torch.maximum(low.abs(), high.abs()) for low, high in ((low_x, high_x), (low_y, high_y))
+        ]
+        out = 2 * (largest[0] * largest[1]).sum(-1)
+    else:
+        side = torch.maximum(high_x, high_y) - torch.minimum(low_x, low_y)
+        out = side.sum(-1) if p.cost == "l1" else side.square().sum(-1)
+        if p.cost == "euclidean":
+            out = out.sqrt()
+        if p.cost == "half_sqeuclidean":
+            out = out / 2
+    out = torch.nan_to_num(out, posinf=0.0)  # problems without points
+    return out if p.label_cost is None else out + p.label_cost.detach().abs().max()
 
 
 def _weights(
     name: str,
     w: Tensor | None,
-    shape: tuple[int, ...],
-    x: Tensor,
+    batch: tuple[int, ...],
+    points: Points,
     dtype: torch.dtype,
     read: bool,
+    *,
+    free: bool,
 ) -> Tensor:
+    """Weights `[B, N]`, or flat `[1, N]`; of any mass where `free`."""
+    own = points.x if name == "a" else points.y
+    cu = None if points.segments is None else points.segments[0 if name == "a" else 1]
+    shape = (*batch, own.shape[1])
     if w is None:
-        return x.new_full(shape, 1 / shape[-1], dtype=dtype)
+        if cu is None:
+            return own.new_full((own.shape[0], shape[-1]), 1 / shape[-1], dtype=dtype)
+        return (1 / cu.diff())[_problem_of(cu, shape[-1])].to(dtype)[None]
     if not isinstance(w, Tensor) or not w.is_floating_point():
         got = w.dtype if isinstance(w, Tensor) else type(w).__name__
         raise TypeError(f"sinkhorn: {name} must be a floating Tensor, got {got}")
-    if w.device != x.device:
-        raise ValueError(f"sinkhorn: {name} must be on {x.device} with x, got {w.device}")
+    if w.device != own.device:
+        raise ValueError(f"sinkhorn: {name} must be on {own.device} with x, got {w.device}")
     if tuple(w.shape) != shape:
         raise ValueError(f"sinkhorn: {name} must have shape {shape}, got {tuple(w.shape)}")
     if read and w.numel() > 0:
         low = w.detach().min().item()
         if low < 0:
             raise ValueError(f"sinkhorn: {name} must not be negative, got {low}")
-        total = w.detach().double().sum(-1)
-        worst = total.flatten()[(total - 1).abs().argmax()].item()
-        if not abs(worst - 1) <= _MASS_TOLERANCE.get(w.dtype, 3e-2):
-            raise ValueError(f"sinkhorn: {name} must sum to 1, got a sum of {worst}")
-    return w.to(dtype)
+        total = w.detach().double()
+        if cu is None:
+            total = total.sum(-1)
+        else:
+            total = total.new_zeros(cu.shape[0] - 1).index_add(0, _problem_of(cu, len(w)), total)
+            total = total[cu.diff() > 0]
+        if free:
+            if not bool((total > 0).all()):
+                raise ValueError(f"sinkhorn: {name} must have mass, got a sum of {total.min()}")
+        else:
+            worst = total.flatten()[(total - 1).abs().argmax()].item()
+            if not abs(worst - 1) <= _MASS_TOLERANCE.get(w.dtype, 3e-2):
+                raise ValueError(f"sinkhorn: {name} must sum to 1, got a sum of {worst}")
+    w = w.to(dtype)
+    return w if w.ndim == 2 else w[None]
+
+
+def _problem_of(cu: Tensor, count: int) -> Tensor:
+    """The problem that each of `count` flat points belongs to."""
+    return torch.bucketize(torch.arange(count, device=cu.device), cu[1:], right=True)
 
 
 def _eps(
-    eps: float | Tensor, lead: torch.Size, x: Tensor, dtype: torch.dtype, read: bool
-) -> Tensor:
+    eps: float | Sequence[float] | Tensor,
+    lead: tuple[int, ...],
+    like: Tensor,
+    dtype: torch.dtype,
+    read: bool,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Temperatures `[P]`, and (T,) where there are several for each problem."""
     count = lead[0] if lead else 1
-    if not isinstance(eps, Tensor):
+    if isinstance(eps, int | float):
         if not 0 < eps < float("inf"):
             raise ValueError(f"sinkhorn: eps must be positive and finite, got {eps}")
-        return x.new_full((count,), eps, dtype=dtype)
-    if eps.requires_grad:
+        return like.new_full((count,), eps, dtype=dtype), ()
+    e = eps if isinstance(eps, Tensor) else torch.tensor(eps, dtype=dtype, device=like.device)
+    if e.requires_grad:
         raise ValueError("sinkhorn: eps must not require a gradient, got one that does")
-    if eps.device != x.device and eps.ndim > 0:
-        raise ValueError(f"sinkhorn: eps must be on {x.device} with x, got {eps.device}")
-    if eps.ndim > 0 and tuple(eps.shape) != tuple(lead):
-        raise ValueError(f"sinkhorn: eps must have shape {tuple(lead)}, got {tuple(eps.shape)}")
-    if read and not bool(((eps > 0) & eps.isfinite()).all()):
-        raise ValueError(f"sinkhorn: eps must be positive and finite, got {eps.min().item()}")
-    return eps.to(device=x.device, dtype=dtype).expand(count)
+    if e.device != like.device and e.ndim > 0:
+        raise ValueError(f"sinkhorn: eps must be on {like.device} with x, got {e.device}")
+    if e.ndim > 0 and (tuple(e.shape[: len(lead)]) != lead or e.ndim > len(lead) + 1):
+        if not isinstance(eps, Tensor) and e.ndim == 1:  # the same temperatures everywhere
+            e = e.expand(*lead, -1)
+        else:
+            raise ValueError(
+                f"sinkhorn: eps must have shape {lead}, or {(*lead, 'T')}, got {tuple(e.shape)}"
+            )
+    if e.ndim == len(lead) + 1 and e.shape[-1] == 0:
+        raise ValueError(f"sinkhorn: eps must have a temperature, got {tuple(e.shape)}")
+    if read and not bool(((e > 0) & e.isfinite()).all()):
+        raise ValueError(f"sinkhorn: eps must be positive and finite, got {e.min().item()}")
+    temperatures = tuple(e.shape[len(lead) :])
+    e = e.to(device=like.device, dtype=dtype)
+    return e.expand(*lead, *temperatures).reshape(-1), temperatures
 
 
 def _initial(
-    init: tuple[Tensor, Tensor], lead: torch.Size, x: Tensor, y: Tensor, dtype: torch.dtype
-) -> Tensor:
-    for name, t, points in (("f", init[0], x), ("g", init[1], y)):
-        expected = (*lead, points.shape[-2])
+    init: tuple[Tensor, Tensor],
+    batch: tuple[int, ...],
+    temperatures: tuple[int, ...],
+    points: Points,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    out = []
+    for name, t, p in (("f", init[0], points.x), ("g", init[1], points.y)):
+        expected = (*batch, *temperatures, p.shape[1])
         if tuple(t.shape) != expected:
             raise ValueError(f"sinkhorn: init {name} must be {expected}, got {tuple(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"sinkhorn: init {name} must be on {x.device}, got {t.device}")
-    return init[1].detach().to(dtype)
+        if t.device != p.device:
+            raise ValueError(f"sinkhorn: init {name} must be on {p.device}, got {t.device}")
+        out.append(t.detach().to(dtype).reshape(math.prod(expected[:-1]), p.shape[1]))
+    return out[0], out[1]
 
 
-def _solve(backend: str) -> Callable[..., _Outputs]:
-    if backend == "reference":
-        return reference.solve
-    op = _namespace(backend).sinkhorn.default
-
-    def solve(
-        x: Tensor,
-        y: Tensor,
-        a: Tensor,
-        b: Tensor,
-        eps: Tensor,
-        g0: Tensor | None,
-        *,
-        cost: str,
-        max_iter: int,
-        tol: float | None,
-    ) -> _Outputs:
-        out: _Outputs = op(x, y, a, b, eps, g0, reference.COSTS.index(cost), max_iter, tol)
-        return out
-
-    return solve
-
-
-def _transport(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    if backend == "reference":
-        return reference.transport
-    op = _namespace(backend).sinkhorn_transport.default
-
-    def transport(
-        x: Tensor,
-        y: Tensor,
-        f: Tensor,
-        g: Tensor,
-        b: Tensor,
-        eps: Tensor,
-        v: Tensor,
-        *,
-        cost: str,
-    ) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = op(x, y, f, g, b, eps, v, reference.COSTS.index(cost))
-        return out
-
-    return transport
-
-
-def _namespace(backend: str) -> Any:
-    if backend == "triton":
-        importlib.import_module("fewstep.kernels.sinkhorn")
-        register_autograd("fewstep_triton")
-        return torch.ops.fewstep_triton
-    return torch.ops.fewstep
-
-
-_registered: set[str] = set()
-
-
-def register_autograd(namespace: str) -> None:
-    """Attach fake kernels and gradients to `sinkhorn*` of a namespace of torch.ops, once."""
-    if namespace in _registered:
-        return
-    _registered.add(namespace)
-    ops = getattr(torch.ops, namespace)
-
-    def solve_setup(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
-        x, y, a, b, eps, _, cost, _, _ = inputs
-        f, g, _, residual, iterations, converged = output
-        ctx.mark_non_differentiable(f, g, residual, iterations, converged)
-        ctx.save_for_backward(x, y, a, b, f, g, eps)
-        ctx.cost = cost
-
-    def solve_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, y, a, b, f, g, eps = ctx.saved_tensors
-        w = grads[2][:, None]  # type: ignore[index]
-        need = ctx.needs_input_grad
-        gradient = ops.sinkhorn_grad.default
-        grad_x = w[..., None] * gradient(x, y, f, g, a, b, eps, ctx.cost) if need[0] else None
-        grad_y = w[..., None] * gradient(y, x, g, f, b, a, eps, ctx.cost) if need[1] else None
-        return grad_x, grad_y, w * f, w * g, None, None, None, None, None
-
-    def transport_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, y, f, g, b, eps, _, cost = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, y, f, g, b, eps)
-        ctx.cost = cost
-
-    def transport_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, f, g, b, eps = ctx.saved_tensors
-        ones = torch.ones_like(f)
-        grad_v = ops.sinkhorn_transport.default(y, x, g, f, ones, eps, grads[0], ctx.cost)[0]
-        return None, None, None, None, None, None, b[..., None] * grad_v, None
-
-    def refuse(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            "sinkhorn: kernels have no second derivative of value; backend='reference' has"
-        )
-
-    register = torch.library.register_autograd
-    register(f"{namespace}::sinkhorn", solve_backward, setup_context=solve_setup)
-    register(f"{namespace}::sinkhorn_transport", transport_backward, setup_context=transport_setup)
-    register(f"{namespace}::sinkhorn_grad", refuse)
-
-    def solve_fake(
-        x: Tensor,
-        y: Tensor,
-        a: Tensor,
-        b: Tensor,
-        eps: Tensor,
-        g0: Tensor | None,
-        cost: int,
-        max_iter: int,
-        tol: float | None,
-    ) -> _Outputs:
-        batch = x.shape[0]
-        return (
-            x.new_empty((batch, x.shape[1])),
-            x.new_empty((batch, y.shape[1])),
-            x.new_empty((batch,)),
-            x.new_empty((batch,)),
-            x.new_empty((batch,), dtype=torch.int64),
-            x.new_empty((batch,), dtype=torch.bool),
-        )
-
-    def transport_fake(
-        x: Tensor,
-        y: Tensor,
-        f: Tensor,
-        g: Tensor,
-        b: Tensor,
-        eps: Tensor,
-        v: Tensor,
-        cost: int,
-    ) -> tuple[Tensor, Tensor]:
-        return x.new_empty((*x.shape[:2], v.shape[2])), x.new_empty(x.shape[:2])
-
-    def gradient_fake(
-        x: Tensor,
-        y: Tensor,
-        f: Tensor,
-        g: Tensor,
-        a: Tensor,
-        b: Tensor,
-        eps: Tensor,
-        cost: int,
-    ) -> Tensor:
-        return x.new_empty(x.shape)
-
-    for name, fake in (
-        ("sinkhorn", solve_fake),
-        ("sinkhorn_transport", transport_fake),
-        ("sinkhorn_grad", gradient_fake),
-    ):
-        torch.library.register_fake(f"{namespace}::{name}", fake)
-
-
-register_autograd("fewstep")
+def _unsupported(
+    backend: str, points: Points, eps: Tensor, f0: Tensor | None, schedule: Schedule
+) -> str | None:
+    """What of a call the GPU kernels cannot do yet."""
+    if backend in ("reference", "cpp"):
+        return None
+    s = schedule
+    asked = {
+        f"cost {points.cost!r}": points.cost not in reference.COSTS[:3],
+        "cu_seqlens": points.segments is not None,
+        "labels": points.labels is not None,
+        "exclude_diagonal": points.diagonal is not None,
+        "several eps": eps.shape[0] != points.count,
+        "anneal": s.start is not None or s.temperatures is not None,
+        "reach": s.rho != (None, None),
+        "update='symmetric'": s.simultaneous,
+        "relax": s.relax != 1 and not s.simultaneous,
+    }
+    names = [name for name, used in asked.items() if used]
+    return f"it has no {', '.join(names)}" if names else None

@@ -1,19 +1,122 @@
 """Entropic optimal transport in the log domain, written for reading.
 
-Every function takes canonical shapes, batched over independent problems:
-`x [B, N, D]`, `y [B, M, D]`, `a [B, N]`, `b [B, M]`, `eps [B]`.
+Every function takes `Points`, which are batched over independent problems or flat and ragged, and
+`eps [P]` with P = B T problems: T temperatures of each of B pairs of point clouds, one after the
+other. Potentials are `f [P, N]` and `g [P, M]`; where ragged `f [T, N]` and `g [T, M]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean")
+COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "dot", "l1", "matrix")
 DEFAULT_TOL = 1e-3
+
+
+@dataclass(frozen=True)
+class Points:
+    """Two batches of point clouds and what a pair of points costs.
+
+    Attributes:
+        x: `[B, N, D]`; all points `[1, N, D]` where ragged.
+        y: `[B, M, D]`, likewise.
+        cost: one of `COSTS`; "matrix" reads `matrix` and looks at no point.
+        matrix: costs `[B, N, M]`.
+        segments: `(cu_x [B + 1], cu_y [B + 1])`: problem i has points `cu[i]` to `cu[i + 1] - 1`.
+        labels: classes `(lx [B, N], ly [B, M])`, int64.
+        label_cost: `W [L, L']`; a pair costs `W[lx_i, ly_j]` more.
+        diagonal: pairs `j == i + diagonal` are left out.
+    """
+
+    x: Tensor
+    y: Tensor
+    cost: str = "sqeuclidean"
+    matrix: Tensor | None = None
+    segments: tuple[Tensor, Tensor] | None = None
+    labels: tuple[Tensor, Tensor] | None = None
+    label_cost: Tensor | None = None
+    diagonal: int | None = None
+
+    @property
+    def count(self) -> int:
+        """B, the number of pairs of point clouds."""
+        return self.x.shape[0] if self.segments is None else self.segments[0].shape[0] - 1
+
+    def detached(self) -> Points:
+        matrix = None if self.matrix is None else self.matrix.detach()
+        return replace(self, x=self.x.detach(), y=self.y.detach(), matrix=matrix)
+
+    def swapped(self) -> Points:
+        """The same problem seen from y."""
+        return Points(
+            self.y,
+            self.x,
+            self.cost,
+            None if self.matrix is None else self.matrix.mT,
+            None if self.segments is None else self.segments[::-1],
+            None if self.labels is None else self.labels[::-1],
+            None if self.label_cost is None else self.label_cost.mT,
+            None if self.diagonal is None else -self.diagonal,
+        )
+
+    def problem(self, i: int) -> tuple[Points, slice, slice]:
+        """The i-th of ragged problems by itself, and where its points are."""
+        assert self.segments is not None
+        cu_x, cu_y = (s.tolist() for s in self.segments)
+        rows, columns = slice(cu_x[i], cu_x[i + 1]), slice(cu_y[i], cu_y[i + 1])
+        labels = self.labels and (self.labels[0][:, rows], self.labels[1][:, columns])
+        alone = replace(self, x=self.x[:, rows], y=self.y[:, columns], segments=None, labels=labels)
+        return alone, rows, columns
+
+    def costs(self) -> Tensor:
+        """`C [B, N, M]`; infinite for pairs that are left out."""
+        if self.cost == "matrix":
+            assert self.matrix is not None
+            C = self.matrix
+        else:
+            C = cost_matrix(self.x, self.y, self.cost)
+        if self.labels is not None:
+            assert self.label_cost is not None
+            C = C + self.label_cost[self.labels[0][..., :, None], self.labels[1][..., None, :]]
+        if self.diagonal is None:
+            return C
+        i = torch.arange(C.shape[-2], device=C.device)[:, None]
+        j = torch.arange(C.shape[-1], device=C.device)
+        return torch.where(j == i + self.diagonal, torch.inf, C)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the potentials are iterated; see `fewstep.sinkhorn`.
+
+    Attributes:
+        max_iter: iterations at the final temperature.
+        tol: residual at which a problem stops there, or None.
+        start: temperatures `[P]` that annealing starts from, or None.
+        factor: of annealing, in (0, 1).
+        temperatures: `[S]`, one iteration at each before anything else, or None.
+        rho: penalties of the marginals of x and y; None is a constraint.
+        relax: of over-relaxation, or 1/2 for averaged updates.
+        simultaneous: both potentials from the last two, and one step in full at the end.
+        single: x is y with equal weights: the kernels then keep one potential.
+        memory_limit: bytes for what the kernels keep between passes.
+    """
+
+    max_iter: int = 100
+    tol: float | None = None
+    start: Tensor | None = None
+    factor: float = 1.0
+    temperatures: Tensor | None = None
+    rho: tuple[float | None, float | None] = (None, None)
+    relax: float = 1.0
+    simultaneous: bool = False
+    single: bool = False
+    memory_limit: int = 2**27
 
 
 class _Distance(torch.autograd.Function):
@@ -60,16 +163,25 @@ def _pull(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
-    """`C [B, N, M]` of one of `COSTS`."""
+    """`C [B, N, M]` of one of `COSTS` that looks at the points."""
+    if cost == "dot":
+        return -(x @ y.mT)
+    if cost == "l1":
+        return (x[..., :, None, :] - y[..., None, :, :]).abs().sum(-1)
     if cost == "euclidean":
         return _distance(x, y)
     c = _squared_distance(x, y)
     return c / 2 if cost == "half_sqeuclidean" else c
 
 
-def _row_potential(C: Tensor, g: Tensor, log_b: Tensor, eps: Tensor) -> Tensor:
-    """`f_i = -eps log sum_j b_j exp((g_j - C_ij) / eps)`, the soft c-transform of g."""
+def _soft_transform(C: Tensor, g: Tensor, log_b: Tensor, eps: Tensor) -> Tensor:
+    """`-eps log sum_j b_j exp((g_j - C_ij) / eps)`, the soft c-transform of g."""
     return -eps * torch.logsumexp((g[..., None, :] - C) / eps[..., None] + log_b[..., None, :], -1)
+
+
+def phi(potential: Tensor, rho: float | None) -> Tensor:
+    """What a potential adds to the dual: `rho (1 - exp(-f / rho))`, or f for a constraint."""
+    return potential if rho is None else -rho * torch.expm1(-potential / rho)
 
 
 class _EnvelopeValue(torch.autograd.Function):
@@ -83,123 +195,284 @@ class _EnvelopeValue(torch.autograd.Function):
     def forward(
         ctx: Any,
         value: Tensor,
-        x: Tensor,
-        y: Tensor,
+        C: Tensor,
         a: Tensor,
         b: Tensor,
         f: Tensor,
         g: Tensor,
         eps: Tensor,
-        cost: str,
+        rho: tuple[float | None, float | None],
     ) -> Tensor:
-        ctx.save_for_backward(x, y, a, b, f, g, eps)
-        ctx.cost = cost
+        ctx.save_for_backward(C, a, b, f, g, eps)
+        ctx.rho = rho
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, a, b, f, g, eps = ctx.saved_tensors
-        w = grad[:, None]
-        grad_x = w[..., None] * gradient(x, y, f, g, a, b, eps, cost=ctx.cost)
-        grad_y = w[..., None] * gradient(y, x, g, f, b, a, eps, cost=ctx.cost)
-        return None, grad_x, grad_y, w * f, w * g, None, None, None, None
+        C, a, b, f, g, eps = ctx.saved_tensors
+        plan = a[..., :, None] * _conditional(C, f, g, b, eps)
+        w = grad[..., None]
+        weights = weight_gradients(f, g, a, b, eps, ctx.rho)
+        return None, w[..., None] * plan, w * weights[0], w * weights[1], None, None, None, None
 
 
 _envelope_value: Callable[..., Tensor] = _EnvelopeValue.apply
 
 
-def solve(
-    x: Tensor,
-    y: Tensor,
+def weight_gradients(
+    f: Tensor,
+    g: Tensor,
     a: Tensor,
     b: Tensor,
     eps: Tensor,
-    g0: Tensor | None,
-    *,
-    cost: str,
-    max_iter: int,
-    tol: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Alternating Sinkhorn: returns `f, g, value, residual, iterations, converged`.
+    rho: tuple[float | None, float | None],
+) -> tuple[Tensor, Tensor]:
+    """d value / da_i = `phi(f_i) - eps (exp(-f_i / rho) - sum b)`, and that for b.
 
-    With `P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)` an iteration is the f-update (rows exact)
-    and then the g-update (columns exact). `residual = sum_i |sum_j P_ij - a_i|`. A problem whose
-    residual is at most `tol` is left as it is while the others go on.
+    The term in eps is 0 for constraints, where the masses are 1.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        C = cost_matrix(x, y, cost)
-        e = eps[:, None]
-        log_a, log_b = a.log(), b.log()
-        g = torch.zeros_like(b) if g0 is None else g0
-        f = f_next = _row_potential(C, g, log_b, e)
-        residual = torch.full_like(eps, torch.inf)
-        iterations = torch.zeros_like(eps, dtype=torch.int64)
-        active = torch.ones_like(eps, dtype=torch.bool)
-        for _ in range(max_iter):
-            f = torch.where(active[:, None], f_next, f)
-            g = torch.where(active[:, None], _row_potential(C.mT, f, log_a, e), g)
-            f_next = _row_potential(C, g, log_b, e)
-            off = torch.expm1((f - f_next) / e).abs().detach()
-            error = torch.where(a > 0, a * off, 0 * a).sum(-1)  # off may be inf where a is 0
-            residual = torch.where(active, error, residual)
-            iterations = iterations + active
-            if tol is not None:
-                active = active & ~(residual <= tol)
-                if not active.any():
-                    break
-        converged = residual <= (DEFAULT_TOL if tol is None else tol)
-        value = ((a * f).sum(-1) + (b * g).sum(-1)).detach()
-        value = _envelope_value(value, x, y, a, b, f, g, eps, cost)
+    if rho == (None, None):
+        return f, g
+
+    def gradient(potential: Tensor, other: Tensor, rho: float | None) -> Tensor:
+        mass = 1 if rho is None else torch.exp(-potential / rho)
+        return phi(potential, rho) - eps[..., None] * (mass - other.sum(-1, keepdim=True))
+
+    return gradient(f, b, rho[0]), gradient(g, a, rho[1])
+
+
+def solve(
+    points: Points,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    f0: Tensor | None,
+    g0: Tensor | None,
+    schedule: Schedule,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sinkhorn iterations: returns `f, g, value, residual, iterations, converged`.
+
+    With `P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)` an alternating iteration is the f-update
+    (rows exact) and then the g-update (columns exact). `residual` is the L1 error of the marginals
+    as a fraction of the mass, of rows and, where columns are not exact, of columns, whichever is
+    larger. A problem whose residual is at most `tol` is left as it is while the others go on.
+    """
+    if points.segments is not None:
+        return _solve_ragged(points, a, b, eps, f0, g0, schedule)
+    count = a.shape[0]
+    T = eps.shape[0] // count if count else 1
+
+    def split(t: Tensor) -> Tensor:  # [B T, ..] -> [B, T, ..]
+        return t.reshape(count, T, *t.shape[1:])
+
+    with torch.autocast(a.device.type, enabled=False):
+        C = points.costs()[:, None]
+        out = _iterate(
+            C,
+            a[:, None],
+            b[:, None],
+            split(eps),
+            None if f0 is None else split(f0),
+            None if g0 is None else split(g0),
+            replace(schedule, start=None if schedule.start is None else split(schedule.start)),
+        )
+    f, g, value, residual, iterations, converged = (t.flatten(0, 1) for t in out)
     return f, g, value, residual, iterations, converged
 
 
-def _conditional(
-    x: Tensor, y: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor, cost: str
-) -> tuple[Tensor, Tensor]:
-    """Costs and `b_j exp((f_i + g_j - C_ij) / eps)`, the plan over a; rows sum to about 1."""
-    C = cost_matrix(x, y, cost)
-    k = ((f[..., :, None] + g[..., None, :] - C) / eps[:, None, None]).exp()
-    return C, b[..., None, :] * k
-
-
-def transport(
-    x: Tensor,
-    y: Tensor,
-    f: Tensor,
-    g: Tensor,
-    b: Tensor,
-    eps: Tensor,
-    v: Tensor,
-    *,
-    cost: str,
-) -> tuple[Tensor, Tensor]:
-    """`out_i = sum_j p_ij v_j [B, N, K]` and `mass_i = sum_j p_ij [B, N]`.
-
-    `p_ij = b_j exp((f_i + g_j - C_ij) / eps)` is the plan divided by its row weight a_i.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        _, p = _conditional(x, y, f, g, b, eps, cost)
-        return p @ v, p.sum(-1)
-
-
-def gradient(
-    x: Tensor,
-    y: Tensor,
-    f: Tensor,
-    g: Tensor,
+def _solve_ragged(
+    points: Points,
     a: Tensor,
     b: Tensor,
     eps: Tensor,
-    *,
-    cost: str,
-) -> Tensor:
-    """Envelope gradient of the value: `sum_j P_ij dC(x_i, y_j)/dx_i`, `[B, N, D]`."""
-    with torch.autocast(x.device.type, enabled=False):
-        C, p = _conditional(x, y, f, g, b, eps, cost)
-        w = a[..., :, None] * p
-        if cost == "euclidean":
-            near = C == 0
-            w = torch.where(near, 0.0, w / torch.where(near, 1.0, C))
-        elif cost == "sqeuclidean":
+    f0: Tensor | None,
+    g0: Tensor | None,
+    schedule: Schedule,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T = eps.shape[0] // points.count
+    parts = []
+    for i in range(points.count):
+        alone, rows, columns = points.problem(i)
+        here = slice(i * T, (i + 1) * T)
+        start = None if schedule.start is None else schedule.start[here]
+        if rows.start == rows.stop:
+            zero = eps.new_zeros(T)
+            nothing = (zero.new_zeros(T, 0), zero.new_zeros(T, 0))
+            parts.append((*nothing, zero, zero, zero.long(), zero == 0))
+            continue
+        parts.append(
+            solve(
+                alone,
+                a[:, rows],
+                b[:, columns],
+                eps[here],
+                None if f0 is None else f0[:, rows],
+                None if g0 is None else g0[:, columns],
+                replace(schedule, start=start),
+            )
+        )
+    f, g, *rest = zip(*parts, strict=True)
+    value, residual, iterations, converged = (torch.cat(r) for r in rest)
+    return torch.cat(f, 1), torch.cat(g, 1), value, residual, iterations, converged
+
+
+def _iterate(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    f0: Tensor | None,
+    g0: Tensor | None,
+    schedule: Schedule,
+) -> tuple[Tensor, ...]:
+    # C [B, 1, N, M], a [B, 1, N], b [B, 1, M], eps [B, T]
+    s = schedule
+    rho_x, rho_y = s.rho
+    log_a, log_b = a.log(), b.log()
+    shape = eps.shape
+    f = a.new_zeros(*shape, a.shape[-1]) if f0 is None else f0
+    g = b.new_zeros(*shape, b.shape[-1]) if g0 is None else g0
+    fresh = f0 is None
+    iterations = torch.zeros_like(eps, dtype=torch.int64)
+
+    def transforms(f: Tensor, g: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        return _soft_transform(C, g, log_b, e), _soft_transform(C.mT, f, log_a, e)
+
+    def relaxed(old: Tensor, soft: Tensor, e: Tensor, rho: float | None, relax: float) -> Tensor:
+        new = soft if rho is None else rho / (rho + e) * soft
+        return new if relax == 1 else old + relax * (new - old)
+
+    def step(f: Tensor, g: Tensor, e: Tensor, relax: float) -> tuple[Tensor, Tensor]:
+        f_next = relaxed(f, _soft_transform(C, g, log_b, e), e, rho_x, relax)
+        g_soft = _soft_transform(C.mT, f if s.simultaneous else f_next, log_a, e)
+        return f_next, relaxed(g, g_soft, e, rho_y, relax)
+
+    def marginal_error(f: Tensor, soft: Tensor, a: Tensor, rho: float | None) -> Tensor:
+        e = eps[..., None]
+        if rho is None:
+            off = torch.expm1((f - soft) / e).abs()
+        else:
+            off = (torch.exp((f - soft) / e) - torch.exp(-f / rho)).abs()
+        return torch.where(a > 0, a * off, 0 * a).sum(-1)  # off may be inf where a is 0
+
+    def measure(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual, and the mass of the plan."""
+        f_soft, g_soft = (t.detach() for t in transforms(f, g, eps[..., None]))
+        error = marginal_error(f.detach(), f_soft, a, rho_x)
+        if s.simultaneous:
+            error = torch.maximum(error, marginal_error(g.detach(), g_soft, b, rho_y))
+        mass = a * torch.exp((f.detach() - f_soft) / eps[..., None])
+        return error / a.sum(-1), torch.where(a > 0, mass, 0 * a).sum(-1)
+
+    def update(active: Tensor, e: Tensor) -> None:
+        nonlocal f, g, fresh, iterations
+        f_next, g_next = step(f, g, e[..., None], 1.0 if fresh else s.relax)
+        f = torch.where(active[..., None], f_next, f)
+        g = torch.where(active[..., None], g_next, g)
+        iterations = iterations + active
+        fresh = False
+
+    everywhere = torch.ones_like(eps, dtype=torch.bool)
+    for temperature in () if s.temperatures is None else s.temperatures:
+        update(everywhere, temperature.expand_as(eps))
+    left = torch.full_like(iterations, s.max_iter)  # iterations at eps that each problem may take
+    residual = torch.full_like(eps, torch.inf)
+    annealed = eps if s.start is None else s.start
+    while left.any():
+        annealing, active = annealed > eps, left > 0
+        update(active, torch.where(annealing, annealed, eps))
+        annealed = annealed * s.factor
+        left = torch.where(annealing, left, (left - 1).clamp(min=0))
+        if s.tol is not None:
+            error, _ = measure(f, g)
+            residual = torch.where(active & ~annealing, error, residual)
+            left = torch.where(residual <= s.tol, 0, left)
+    if s.simultaneous:
+        f, g = step(f, g, eps[..., None], 1.0)
+    residual, mass = measure(f, g)
+    converged = residual <= (DEFAULT_TOL if s.tol is None else s.tol)
+    value = (a * phi(f, rho_x)).sum(-1) + (b * phi(g, rho_y)).sum(-1)
+    if s.rho != (None, None) or s.simultaneous or s.relax != 1:
+        value = value - eps * (mass - a.sum(-1) * b.sum(-1))
+    value = _envelope_value(value.detach(), C, a, b, f, g, eps, s.rho)
+    return f, g, value, residual, iterations, converged
+
+
+def _conditional(C: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor) -> Tensor:
+    """`b_j exp((f_i + g_j - C_ij) / eps)`, the plan over a; rows sum to about 1."""
+    k = ((f[..., :, None] + g[..., None, :] - C) / eps[..., None, None]).exp()
+    return b[..., None, :] * k
+
+
+def _each_problem(
+    function: Callable[..., tuple[Tensor, ...]],
+    points: Points,
+    f: Tensor,
+    g: Tensor,
+    weights: Tensor,
+    eps: Tensor,
+    v: Tensor | None,
+    of_x: bool,
+) -> tuple[Tensor, ...]:
+    """`function(points, C, f, g, weights, eps, v)` on problems `[P, ..]`, ragged ones apart."""
+    if points.segments is not None:
+        T = eps.shape[0] // points.count
+        parts = []
+        for i in range(points.count):
+            alone, rows, columns = points.problem(i)
+            w = weights[:, rows if of_x else columns]
+            part = None if v is None else v[:, columns]
+            here = eps[i * T : (i + 1) * T]
+            one = _each_problem(function, alone, f[:, rows], g[:, columns], w, here, part, of_x)
+            parts.append(one)
+        return tuple(torch.cat(p, 1) for p in zip(*parts, strict=True))
+    T = eps.shape[0] // points.count if points.count else 1
+    x, y, C, w = (
+        t.repeat_interleave(T, 0) if T > 1 else t
+        for t in (points.x, points.y, points.costs(), weights)
+    )
+    return function(replace(points, x=x, y=y), C, f, g, w, eps, v)
+
+
+def transport(
+    points: Points, f: Tensor, g: Tensor, b: Tensor, eps: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`out_i = sum_j p_ij v_j [P, N, K]` and `mass_i = sum_j p_ij [P, N]`, from `v [P, M, K]`.
+
+    `p_ij = b_j exp((f_i + g_j - C_ij) / eps)` is the plan divided by its row weight a_i.
+    """
+
+    def apply(
+        _: Points, C: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        p = _conditional(C, f, g, b, eps)
+        return p @ v, p.sum(-1)
+
+    with torch.autocast(f.device.type, enabled=False):
+        out, mass = _each_problem(apply, points, f, g, b, eps, v, of_x=False)
+        return out, mass
+
+
+def gradient(points: Points, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor) -> Tensor:
+    """Envelope gradient of the value: `sum_j P_ij dC(x_i, y_j)/dx_i`, `[P, N, D]`."""
+
+    def apply(
+        points: Points, C: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor, _: None
+    ) -> tuple[Tensor]:
+        w, x, y = _conditional(C, f, g, b, eps), points.x, points.y
+        if points.cost == "dot":
+            return (-(w @ y),)
+        if points.cost == "l1":
+            return ((w[..., None] * (x[..., :, None, :] - y[..., None, :, :]).sign()).sum(-2),)
+        if points.cost == "euclidean":
+            distance = _distance(x, y)
+            near = distance == 0
+            w = torch.where(near, 0.0, w / torch.where(near, 1.0, distance))
+        elif points.cost == "sqeuclidean":
             w = 2 * w
-        return _pull(w, x, y)
+        return (_pull(w, x, y),)
+
+    with torch.autocast(f.device.type, enabled=False):
+        (out,) = _each_problem(apply, points, f, g, b, eps, None, of_x=False)
+        T = 1 if points.segments is not None else eps.shape[0] // max(points.count, 1)
+        return a.repeat_interleave(T, 0)[..., None] * out

@@ -1,0 +1,93 @@
+// What the drivers share: aligned memory that is grown and reused, and problems handed to threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu/parallel.h"
+
+namespace fewstep::cpu {
+
+constexpr double kLog2E = 1.4426950408889634074;
+
+// Memory grown when asked for more and never initialised, on huge pages where large: the first touch of a small page
+// costs as much as a hundred passes over it. A cache line is the least alignment.
+template <class T>
+class Buffer {
+ public:
+  T* get(int64_t count) {
+    if (count > capacity_) {
+      const size_t align = count * sizeof(T) < kHugePage ? 64 : kHugePage;
+      const size_t bytes = (count * sizeof(T) + align - 1) / align * align;
+      release();
+      data_.reset(static_cast<T*>(std::aligned_alloc(align, bytes)));
+      if (!data_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+      if (align == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);
+#endif
+      capacity_ = static_cast<int64_t>(bytes / sizeof(T));
+    }
+    return data_.get();
+  }
+
+  void release() {
+    data_.reset();
+    capacity_ = 0;
+  }
+  int64_t bytes() const { return capacity_ * static_cast<int64_t>(sizeof(T)); }
+
+ private:
+  static constexpr size_t kHugePage = 2 << 20;
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t capacity_ = 0;
+};
+
+// A thread's workspace, kept between calls while it is small: new pages would cost a small problem more than its work.
+template <class Workspace>
+class Borrowed {
+ public:
+  Borrowed() { workspace_.cloud = -1; }
+  ~Borrowed() { workspace_.release_above(kKept); }
+  Workspace& operator*() { return workspace_; }
+
+ private:
+  static constexpr int64_t kKept = 16 << 20;
+  static Workspace& mine() {
+    static thread_local Workspace workspace;
+    return workspace;
+  }
+  Workspace& workspace_ = mine();
+};
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Runs problem(q, workspace, threads) for every q. Many problems: a task per thread takes them one by one, serial
+// inside. Few: one after the other, with all threads inside. `work` is that of one problem in multiply-adds.
+template <class Workspace, class Problem>
+void for_each_problem(int64_t count, double work, int64_t threads, const Problem& problem) {
+  constexpr double kWorthSharing = 5e5;  // some 10 us
+  if (threads == 1 || count >= 2 * threads || work < kWorthSharing) {
+    std::atomic<int64_t> next{0};
+    const int64_t tasks = count * work < kWorthSharing ? 1 : std::min(threads, count);
+    parallel_for(tasks, threads, [&](int64_t) {
+      Borrowed<Workspace> workspace;
+      for (int64_t q = next++; q < count; q = next++) problem(q, *workspace, 1);
+    });
+  } else {
+    Borrowed<Workspace> workspace;
+    for (int64_t q = 0; q < count; ++q) problem(q, *workspace, threads);
+  }
+}
+
+}  // namespace fewstep::cpu
