@@ -498,7 +498,11 @@ class Solver {
       any_empty = true;
       bad_[j / kernel_.panel] = 1;
     }
-    if (any_empty) column_lse(g);
+    if (s_.self) {
+      std::copy_n(f, at_.n, g);
+    } else if (any_empty) {
+      column_lse(g);
+    }
     double mass_a = 0, mass_b = 0, value = 0;
     auto add = [&](double weight, double potential, double rho) {
       if (rho != kInfinity<double>) potential = -rho * std::expm1(-potential / rho);

@@ -239,6 +239,7 @@ FEWSTEP_INLINE void row_block(const Geometry<T>& p, const RowPass<T>& io, int64_
       weight[r] = io.a[row + r] * power_of_two<T>(double(next) - double(shift[r]));
     }
     if (io.simultaneous) weight[r] = io.a[row + r] * power_of_two<T>(double(before) - double(shift[r]));
+    if (io.a[row + r] == 0) weight[r] = 0;  // the power may be inf
     const double moved = __builtin_fabs(double(next) - double(shift[r]));
     result.extreme = moved > result.extreme ? moved : result.extreme;
     io.f_next[row + r] = next;

@@ -144,31 +144,33 @@ def register(namespace: str) -> None:
 
         def weighted(t: Tensor, cu: Tensor | None) -> Tensor:
             """`[B, n, ..]`: times the gradient of its problem, summed over temperatures."""
-            if cu is None:
-                count = points.count
-                w = grad.reshape(count, T, *[1] * (t.ndim - 1))
-                return (w * t.reshape(count, T, *t.shape[1:])).sum(1)
-            problem = torch.bucketize(
-                torch.arange(t.shape[1], device=cu.device), cu[1:], right=True
-            )
-            w = grad.reshape(-1, T)[problem].mT
-            return (w.reshape(*w.shape, *[1] * (t.ndim - 2)) * t).sum(0, keepdim=True)
+            w = _spread(grad, T, cu, t.shape[1])
+            t = w.reshape(*w.shape, *[1] * (t.ndim - 2)) * t
+            if cu is not None:
+                return t.sum(0, keepdim=True)
+            return t.reshape(points.count, T, *t.shape[1:]).sum(1)
 
         cu_x, cu_y = ctx.geometry[1:3]
         if need[0]:
             out[0] = weighted(gradient(backend, points, f, g, a, b, eps), cu_x)
         if need[1]:
             out[1] = weighted(gradient(backend, points.swapped(), g, f, b, a, eps), cu_y)
-        e = eps if points.segments is None else eps.reshape(-1, T).mT
-        if need[2] or need[3]:
-            masses = _repeat(a, T), _repeat(b, T)
-            grad_a, grad_b = reference.weight_gradients(f, g, *masses, eps, ctx.rho)
-            out[2], out[3] = weighted(grad_a, cu_x), weighted(grad_b, cu_y)
+        for i, potential, other, rho, cu, cu_other in (
+            (2, f, b, ctx.rho[0], cu_x, cu_y),
+            (3, g, a, ctx.rho[1], cu_y, cu_x),
+        ):
+            if not need[i]:
+                continue
+            n = potential.shape[1]
+            mass = _spread(_repeat(_total(other, cu_other), T), T, cu, n)
+            e = _spread(eps, T, cu, n)
+            grad_weight = reference.weight_gradient(potential, mass, e, rho, ctx.rho)
+            out[i] = weighted(grad_weight, cu)
         if full and need[7]:
-            C, f_, g_ = ctx.geometry[0], f[..., :, None], g[..., None, :]
+            C, f_, g_ = points.costs(), f[..., :, None], g[..., None, :]
             plan = (
                 _repeat(a[..., :, None] * b[..., None, :], T)
-                * ((f_ + g_ - _repeat(C, T)) / e[:, None, None]).exp()
+                * ((f_ + g_ - _repeat(C, T)) / eps[:, None, None]).exp()
             )
             out[7] = weighted(plan, None)
         return tuple(out)
@@ -228,6 +230,22 @@ def register(namespace: str) -> None:
         ("sinkhorn_grad", gradient_fake),
     ):
         torch.library.register_fake(f"{namespace}::{name}", fake)
+
+
+def _spread(t: Tensor, T: int, cu: Tensor | None, n: int) -> Tensor:
+    """A number for each problem `[P]`, to go with points: `[P, 1]`, or flat `[T, n]`."""
+    if cu is None:
+        return t[:, None]
+    problem = torch.bucketize(torch.arange(n, device=cu.device), cu[1:], right=True)
+    return t.reshape(-1, T)[problem].mT
+
+
+def _total(w: Tensor, cu: Tensor | None) -> Tensor:
+    """Mass of each point cloud, `[B]`."""
+    if cu is None:
+        return w.sum(-1)
+    problem = torch.bucketize(torch.arange(w.shape[1], device=cu.device), cu[1:], right=True)
+    return w.new_zeros(cu.shape[0] - 1).index_add(0, problem, w[0])
 
 
 def _repeat(t: Tensor, T: int) -> Tensor:

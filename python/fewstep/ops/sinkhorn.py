@@ -577,7 +577,7 @@ def _weights(
     if w is None:
         if cu is None:
             return own.new_full((own.shape[0], shape[-1]), 1 / shape[-1], dtype=dtype)
-        return (1 / cu.diff())[_problem_of(cu, shape[-1])].to(dtype)[None]
+        return cu.diff().to(dtype).reciprocal()[_problem_of(cu, shape[-1])][None]
     if not isinstance(w, Tensor) or not w.is_floating_point():
         got = w.dtype if isinstance(w, Tensor) else type(w).__name__
         raise TypeError(f"sinkhorn: {name} must be a floating Tensor, got {got}")
@@ -642,7 +642,7 @@ def _eps(
         raise ValueError(f"sinkhorn: eps must be positive and finite, got {e.min().item()}")
     temperatures = tuple(e.shape[len(lead) :])
     e = e.to(device=like.device, dtype=dtype)
-    return e.expand(*lead, *temperatures).reshape(-1), temperatures
+    return e.expand((*lead, *temperatures)).reshape(-1), temperatures
 
 
 def _initial(

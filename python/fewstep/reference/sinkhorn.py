@@ -212,33 +212,30 @@ class _EnvelopeValue(torch.autograd.Function):
         C, a, b, f, g, eps = ctx.saved_tensors
         plan = a[..., :, None] * _conditional(C, f, g, b, eps)
         w = grad[..., None]
-        weights = weight_gradients(f, g, a, b, eps, ctx.rho)
-        return None, w[..., None] * plan, w * weights[0], w * weights[1], None, None, None, None
+        e, rho = eps[..., None], ctx.rho
+        grad_a = w * weight_gradient(f, b.sum(-1, keepdim=True), e, rho[0], rho)
+        grad_b = w * weight_gradient(g, a.sum(-1, keepdim=True), e, rho[1], rho)
+        return None, w[..., None] * plan, grad_a, grad_b, None, None, None, None
 
 
 _envelope_value: Callable[..., Tensor] = _EnvelopeValue.apply
 
 
-def weight_gradients(
+def weight_gradient(
     f: Tensor,
-    g: Tensor,
-    a: Tensor,
-    b: Tensor,
+    mass_b: Tensor,
     eps: Tensor,
-    rho: tuple[float | None, float | None],
-) -> tuple[Tensor, Tensor]:
-    """d value / da_i = `phi(f_i) - eps (exp(-f_i / rho) - sum b)`, and that for b.
+    rho: float | None,
+    both: tuple[float | None, float | None],
+) -> Tensor:
+    """d value / da_i = `phi(f_i) - eps (exp(-f_i / rho) - sum b)`; mass and eps broadcast with f.
 
-    The term in eps is 0 for constraints, where the masses are 1.
+    The term in eps is 0 where `both` marginals are constraints and the masses 1.
     """
-    if rho == (None, None):
-        return f, g
-
-    def gradient(potential: Tensor, other: Tensor, rho: float | None) -> Tensor:
-        mass = 1 if rho is None else torch.exp(-potential / rho)
-        return phi(potential, rho) - eps[..., None] * (mass - other.sum(-1, keepdim=True))
-
-    return gradient(f, b, rho[0]), gradient(g, a, rho[1])
+    if both == (None, None):
+        return f
+    own = 1 if rho is None else torch.exp(-f / rho)
+    return phi(f, rho) - eps * (own - mass_b)
 
 
 def solve(
@@ -389,6 +386,9 @@ def _iterate(
             left = torch.where(residual <= s.tol, 0, left)
     if s.simultaneous:
         f, g = step(f, g, eps[..., None], 1.0)
+    if not s.single:  # y_j without weight: the transform of the f that came out
+        e = eps[..., None]
+        g = torch.where(b > 0, g, relaxed(g, _soft_transform(C.mT, f, log_a, e), e, rho_y, 1.0))
     residual, mass = measure(f, g)
     converged = residual <= (DEFAULT_TOL if s.tol is None else s.tol)
     value = (a * phi(f, rho_x)).sum(-1) + (b * phi(g, rho_y)).sum(-1)
