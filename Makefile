@@ -35,7 +35,7 @@ bench: .venv/ready
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) torch setuptools wheel pybind11 ninja numpy
-	$(INSTALL) --no-build-isolation --editable '.[dev,train,triton]'
+	$(INSTALL) --no-build-isolation --editable '.[dev,train,triton,keops]'
 	touch $@
 
 clean:

@@ -12,8 +12,11 @@ from types import ModuleType
 import torch
 
 # Order of preference per device type; the first one available is the default.
-DEFAULT_ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
-BACKENDS = ("reference", "cpp", "cuda", "triton")
+DEFAULT_ORDER = {
+    "cpu": ("cpp", "keops", "reference"),
+    "cuda": ("triton", "cuda", "keops", "reference"),
+}
+BACKENDS = ("reference", "cpp", "cuda", "triton", "keops")
 
 _BUILD_HINT = "build it with `pip install --no-build-isolation -e .` in the source tree"
 
@@ -71,6 +74,8 @@ def unavailable(backend: str, device_type: str) -> str | None:
         return CUDA_UNAVAILABLE
     if backend == "triton":
         return triton_unavailable(device_type)
+    if backend == "keops" and importlib.util.find_spec("pykeops") is None:
+        return "pykeops is not installed (pip install 'fewstep[keops]')"
     return None
 
 

@@ -31,6 +31,10 @@ def solve(
     s = schedule
     if backend == "reference":
         return reference.solve(points, a, b, eps, f0, g0, s)
+    if backend == "keops":
+        from fewstep.ops import keops
+
+        return keops.solve(points, a, b, eps, f0, g0, s)
     x, y = points.x, points.y
     if backend == "triton":
         cost = reference.COSTS.index(points.cost)
@@ -51,6 +55,10 @@ def transport(
     """`sum_j p_ij v_j` and `sum_j p_ij` of `fewstep.reference.sinkhorn.transport`."""
     if backend == "reference":
         return reference.transport(points, f, g, b, eps, v)
+    if backend == "keops":
+        from fewstep.ops import keops
+
+        return keops.transport(points, f, g, b, eps, v)
     x, y = points.x, points.y
     out: tuple[Tensor, Tensor]
     if backend == "triton":
@@ -68,6 +76,10 @@ def gradient(
     """`sum_j P_ij dC_ij/dx_i` of `fewstep.reference.sinkhorn.gradient`."""
     if backend == "reference":
         return reference.gradient(points, f, g, a, b, eps)
+    if backend == "keops":
+        from fewstep.ops import keops
+
+        return keops.gradient(points, f, g, a, b, eps)
     x, y = points.x, points.y
     out: Tensor
     if backend == "triton":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,7 +182,7 @@ def sinkhorn(
     eps: float | Sequence[float] | Tensor,
     a: Tensor | None = None,
     b: Tensor | None = None,
-    cost: str = "sqeuclidean",
+    cost: str | Callable[[Any, Any], Any] = "sqeuclidean",
     max_iter: int = 100,
     tol: float | None = None,
     init: tuple[Tensor, Tensor] | None = None,
@@ -221,8 +222,11 @@ def sinkhorn(
         a (Tensor | None): weights `[.., N]` that sum to 1 (any mass with `reach`), zeros allowed.
             Default: uniform.
         b (Tensor | None): weights `[.., M]`, likewise.
-        cost (str): "sqeuclidean" = `|x-y|^2`, "half_sqeuclidean" = `|x-y|^2 / 2`, "euclidean" =
-            `|x-y|`, "cosine" = `1 - x.y / (|x| |y|)`, "dot" = `-x.y`, "l1" = `sum_c |x_c - y_c|`.
+        cost (str | Callable): "sqeuclidean" = `|x-y|^2`, "half_sqeuclidean" = `|x-y|^2 / 2`,
+            "euclidean" = `|x-y|`, "cosine" = `1 - x.y / (|x| |y|)`, "dot" = `-x.y`, "l1" =
+            `sum_c |x_c - y_c|`; or a function of x and y, such as
+            `lambda x, y: (x - y).abs().sqrt().sum(-1)`, that both KeOps's LazyTensors and, without
+            KeOps, broadcast tensors understand.
         max_iter (int): iterations at eps, at least 1; exactly that many where `tol` is None.
         tol (float | None): stop a problem, on the device, once its `residual` is at most this.
         init (tuple | None): potentials (f, g) to start from, shaped like the result's. An
@@ -245,8 +249,9 @@ def sinkhorn(
         C (Tensor | None): costs `[N, M]` or `[B, N, M]` instead of points.
         memory_limit (int): bytes that the C++ kernels may use to keep distances and exponentials
             between iterations; beyond, they are computed anew.
-        backend (str | None): "reference", "cpp", "triton" or "cuda". Default: the environment
-            variable FEWSTEP_BACKEND, else the fastest one for the device and the options.
+        backend (str | None): "reference", "cpp", "triton", "cuda" or "keops" (a cost function).
+            Default: the environment variable FEWSTEP_BACKEND, else the fastest one for the device
+            and the options.
         check_finite (bool): look for NaN and inf first; on a GPU also check the signs and sums of
             weights and the sign of eps, which costs a synchronisation there.
 
@@ -317,7 +322,7 @@ def sinkhorn(
     schedule = _annealed(schedule, anneal, points, e, read)
     f0, g0 = (None, None) if init is None else _initial(init, batch, temperatures, points, dtype)
     chosen = choose_backend(
-        "sinkhorn", device.type, backend, lambda name: _unsupported(name, points, e, f0, schedule)
+        "sinkhorn", device.type, backend, lambda name: _unsupported(name, points, e, schedule)
     )
     if check_finite:
         checked = {"x": x, "y": y, "C": C, "init f": f0, "init g": g0}
@@ -335,7 +340,7 @@ def sinkhorn(
 def _points(
     x: Tensor | None,
     y: Tensor | None,
-    cost: str,
+    cost: str | Callable[[Any, Any], Any],
     C: Tensor | None,
     exclude_diagonal: bool | int,
     cu_seqlens: tuple[Tensor, Tensor] | None,
@@ -343,6 +348,7 @@ def _points(
 ) -> tuple[Points, tuple[int, ...], torch.dtype]:
     """The points with a batch axis, the leading shape that they came with, and the dtype."""
     matrix = None
+    formula = None if isinstance(cost, str) else cost
     if C is not None:
         if x is not None or y is not None:
             given = "x" if x is not None else "y"
@@ -367,7 +373,11 @@ def _points(
                 f"sinkhorn: y must match x {tuple(x.shape)} except in its points,"
                 f" got {tuple(y.shape)}"
             )
-        if cost not in COSTS:
+        if formula is not None:
+            if not callable(formula):
+                raise TypeError(f"sinkhorn: cost must be a name or a function, got {cost!r}")
+            cost = "formula"
+        elif cost not in COSTS:
             raise ValueError(f"sinkhorn: cost must be one of {COSTS}, got {cost!r}")
         batch = x.shape[:-2]
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
@@ -390,7 +400,9 @@ def _points(
     segments = None
     if cu_seqlens is not None:
         segments = _segments(cu_seqlens, batch, x, y, diagonal, read)
-    return Points(x, y, cost, matrix, segments, diagonal=diagonal), tuple(batch), dtype
+    assert isinstance(cost, str)
+    points = Points(x, y, cost, matrix, segments, diagonal=diagonal, formula=formula)
+    return points, tuple(batch), dtype
 
 
 def _check_tensor(name: str, t: object, shape: str) -> None:
@@ -513,6 +525,10 @@ def _annealed(
     if isinstance(anneal, int | float):
         if not 0 < anneal < 1:
             raise ValueError(f"sinkhorn: anneal must be a factor in (0, 1), got {anneal}")
+        if points.cost == "formula":
+            raise ValueError(
+                f"sinkhorn: anneal must be temperatures for a cost function, got {anneal}"
+            )
         T = eps.shape[0] // max(points.count, 1)
         start = _largest_cost(points).repeat_interleave(T)
         return replace(schedule, start=start, factor=float(anneal))
@@ -663,23 +679,27 @@ def _initial(
     return out[0], out[1]
 
 
-def _unsupported(
-    backend: str, points: Points, eps: Tensor, f0: Tensor | None, schedule: Schedule
-) -> str | None:
-    """What of a call the GPU kernels cannot do yet."""
-    if backend in ("reference", "cpp"):
-        return None
+def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) -> str | None:
+    """What of a call a backend cannot do."""
     s = schedule
+    if backend == "reference":
+        return None
+    if backend == "keops" and points.cost != "formula":
+        return "it serves costs given as functions, and the others have kernels of their own"
     asked = {
-        f"cost {points.cost!r}": points.cost not in reference.COSTS[:3],
-        "cu_seqlens": points.segments is not None,
-        "labels": points.labels is not None,
-        "exclude_diagonal": points.diagonal is not None,
-        "several eps": eps.shape[0] != points.count,
-        "anneal": s.start is not None or s.temperatures is not None,
-        "reach": s.rho != (None, None),
-        "update='symmetric'": s.simultaneous,
-        "relax": s.relax != 1 and not s.simultaneous,
+        "costs given as functions": backend != "keops" and points.cost == "formula",
+        "cu_seqlens": backend != "cpp" and points.segments is not None,
+        "labels": backend != "cpp" and points.labels is not None,
+        "exclude_diagonal": backend != "cpp" and points.diagonal is not None,
     }
+    if backend in ("triton", "cuda"):
+        asked |= {
+            f"cost {points.cost!r}": points.cost not in reference.COSTS[:3],
+            "several eps": eps.shape[0] != points.count,
+            "anneal": s.start is not None or s.temperatures is not None,
+            "reach": s.rho != (None, None),
+            "update='symmetric'": s.simultaneous,
+            "relax": s.relax != 1 and not s.simultaneous,
+        }
     names = [name for name, used in asked.items() if used]
     return f"it has no {', '.join(names)}" if names else None

@@ -7,6 +7,7 @@ other. Potentials are `f [P, N]` and `g [P, M]`; where ragged `f [T, N]` and `g 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "dot", "l1", "matrix")
+COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "dot", "l1", "matrix", "formula")
 DEFAULT_TOL = 1e-3
 
 
@@ -25,12 +26,13 @@ class Points:
     Attributes:
         x: `[B, N, D]`; all points `[1, N, D]` where ragged.
         y: `[B, M, D]`, likewise.
-        cost: one of `COSTS`; "matrix" reads `matrix` and looks at no point.
+        cost: one of `COSTS`; "matrix" reads `matrix` and looks at no point, "formula" calls.
         matrix: costs `[B, N, M]`.
         segments: `(cu_x [B + 1], cu_y [B + 1])`: problem i has points `cu[i]` to `cu[i + 1] - 1`.
         labels: classes `(lx [B, N], ly [B, M])`, int64.
         label_cost: `W [L, L']`; a pair costs `W[lx_i, ly_j]` more.
         diagonal: pairs `j == i + diagonal` are left out.
+        formula: with cost "formula", a function of `x [.., N, 1, D]` and `y [.., 1, M, D]`.
     """
 
     x: Tensor
@@ -41,6 +43,7 @@ class Points:
     labels: tuple[Tensor, Tensor] | None = None
     label_cost: Tensor | None = None
     diagonal: int | None = None
+    formula: Callable[[Any, Any], Any] | None = None
 
     @property
     def count(self) -> int:
@@ -53,6 +56,7 @@ class Points:
 
     def swapped(self) -> Points:
         """The same problem seen from y."""
+        formula = self.formula
         return Points(
             self.y,
             self.x,
@@ -62,6 +66,7 @@ class Points:
             None if self.labels is None else self.labels[::-1],
             None if self.label_cost is None else self.label_cost.mT,
             None if self.diagonal is None else -self.diagonal,
+            None if formula is None else lambda y, x: formula(x, y),
         )
 
     def problem(self, i: int) -> tuple[Points, slice, slice]:
@@ -78,6 +83,9 @@ class Points:
         if self.cost == "matrix":
             assert self.matrix is not None
             C = self.matrix
+        elif self.cost == "formula":
+            assert self.formula is not None
+            C = self.formula(self.x[..., :, None, :], self.y[..., None, :, :])
         else:
             C = cost_matrix(self.x, self.y, self.cost)
         if self.labels is not None:
@@ -263,18 +271,20 @@ def solve(
         return t.reshape(count, T, *t.shape[1:])
 
     with torch.autocast(a.device.type, enabled=False):
-        C = points.costs()[:, None]
-        out = _iterate(
-            C,
-            a[:, None],
-            b[:, None],
-            split(eps),
+        C, a, b, e = points.costs()[:, None], a[:, None], b[:, None], split(eps)
+        f, g, value, *rest = iterate(
+            lambda g, e: _soft_transform(C, g, b.log(), e),
+            lambda f, e: _soft_transform(C.mT, f, a.log(), e),
+            a,
+            b,
+            e,
             None if f0 is None else split(f0),
             None if g0 is None else split(g0),
             replace(schedule, start=None if schedule.start is None else split(schedule.start)),
         )
-    f, g, value, residual, iterations, converged = (t.flatten(0, 1) for t in out)
-    return f, g, value, residual, iterations, converged
+        value = _envelope_value(value.detach(), C, a, b, f, g, e, schedule.rho)
+    residual, iterations, converged = (t.flatten() for t in rest)
+    return f.flatten(0, 1), g.flatten(0, 1), value.flatten(), residual, iterations, converged
 
 
 def _solve_ragged(
@@ -313,8 +323,9 @@ def _solve_ragged(
     return torch.cat(f, 1), torch.cat(g, 1), value, residual, iterations, converged
 
 
-def _iterate(
-    C: Tensor,
+def iterate(
+    transform_of_g: Callable[[Tensor, Tensor], Tensor],
+    transform_of_f: Callable[[Tensor, Tensor], Tensor],
     a: Tensor,
     b: Tensor,
     eps: Tensor,
@@ -322,26 +333,25 @@ def _iterate(
     g0: Tensor | None,
     schedule: Schedule,
 ) -> tuple[Tensor, ...]:
-    # C [B, 1, N, M], a [B, 1, N], b [B, 1, M], eps [B, T]
+    """The iterations of `solve`, given the soft c-transforms as functions of a potential and eps.
+
+    `a [B, 1, N]`, `b [B, 1, M]`, `eps [B, T]`; the functions get eps `[B, T, 1]`.
+    """
     s = schedule
     rho_x, rho_y = s.rho
-    log_a, log_b = a.log(), b.log()
     shape = eps.shape
     f = a.new_zeros(*shape, a.shape[-1]) if f0 is None else f0
     g = b.new_zeros(*shape, b.shape[-1]) if g0 is None else g0
     fresh = f0 is None
     iterations = torch.zeros_like(eps, dtype=torch.int64)
 
-    def transforms(f: Tensor, g: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        return _soft_transform(C, g, log_b, e), _soft_transform(C.mT, f, log_a, e)
-
     def relaxed(old: Tensor, soft: Tensor, e: Tensor, rho: float | None, relax: float) -> Tensor:
         new = soft if rho is None else rho / (rho + e) * soft
         return new if relax == 1 else old + relax * (new - old)
 
     def step(f: Tensor, g: Tensor, e: Tensor, relax: float) -> tuple[Tensor, Tensor]:
-        f_next = relaxed(f, _soft_transform(C, g, log_b, e), e, rho_x, relax)
-        g_soft = _soft_transform(C.mT, f if s.simultaneous else f_next, log_a, e)
+        f_next = relaxed(f, transform_of_g(g, e), e, rho_x, relax)
+        g_soft = transform_of_f(f if s.simultaneous else f_next, e)
         return f_next, relaxed(g, g_soft, e, rho_y, relax)
 
     def marginal_error(f: Tensor, soft: Tensor, a: Tensor, rho: float | None) -> Tensor:
@@ -354,11 +364,13 @@ def _iterate(
 
     def measure(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """Residual, and the mass of the plan."""
-        f_soft, g_soft = (t.detach() for t in transforms(f, g, eps[..., None]))
+        e = eps[..., None]
+        f_soft = transform_of_g(g, e).detach()
         error = marginal_error(f.detach(), f_soft, a, rho_x)
         if s.simultaneous:
+            g_soft = transform_of_f(f, e).detach()
             error = torch.maximum(error, marginal_error(g.detach(), g_soft, b, rho_y))
-        mass = a * torch.exp((f.detach() - f_soft) / eps[..., None])
+        mass = a * torch.exp((f.detach() - f_soft) / e)
         return error / a.sum(-1), torch.where(a > 0, mass, 0 * a).sum(-1)
 
     def update(active: Tensor, e: Tensor) -> None:
@@ -375,7 +387,10 @@ def _iterate(
     left = torch.full_like(iterations, s.max_iter)  # iterations at eps that each problem may take
     residual = torch.full_like(eps, torch.inf)
     annealed = eps if s.start is None else s.start
-    while left.any():
+    varies = s.tol is not None or s.start is not None
+    for _ in itertools.count() if varies else range(s.max_iter):
+        if varies and not left.any():
+            break
         annealing, active = annealed > eps, left > 0
         update(active, torch.where(annealing, annealed, eps))
         annealed = annealed * s.factor
@@ -388,13 +403,12 @@ def _iterate(
         f, g = step(f, g, eps[..., None], 1.0)
     if not s.single:  # y_j without weight: the transform of the f that came out
         e = eps[..., None]
-        g = torch.where(b > 0, g, relaxed(g, _soft_transform(C.mT, f, log_a, e), e, rho_y, 1.0))
+        g = torch.where(b > 0, g, relaxed(g, transform_of_f(f, e), e, rho_y, 1.0))
     residual, mass = measure(f, g)
     converged = residual <= (DEFAULT_TOL if s.tol is None else s.tol)
     value = (a * phi(f, rho_x)).sum(-1) + (b * phi(g, rho_y)).sum(-1)
     if s.rho != (None, None) or s.simultaneous or s.relax != 1:
         value = value - eps * (mass - a.sum(-1) * b.sum(-1))
-    value = _envelope_value(value.detach(), C, a, b, f, g, eps, s.rho)
     return f, g, value, residual, iterations, converged
 
 
@@ -460,6 +474,11 @@ def gradient(points: Points, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Te
         points: Points, C: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor, _: None
     ) -> tuple[Tensor]:
         w, x, y = _conditional(C, f, g, b, eps), points.x, points.y
+        if points.formula is not None:
+            moved = x.detach().requires_grad_()
+            with torch.enable_grad():
+                C = replace(points, x=moved, y=y.detach(), labels=None, diagonal=None).costs()
+            return (torch.autograd.grad(C, moved, w)[0],)
         if points.cost == "dot":
             return (-(w @ y),)
         if points.cost == "l1":
