@@ -25,7 +25,7 @@ from fewstep.reference.sinkhorn import Points, Schedule, cost_matrix
 from tolerances import assert_contract, assert_no_worse_than_eager
 
 CAPABILITIES = ("base", "avx2", "avx512")
-COSTS = tuple(c for c in reference.COSTS if c != "matrix")
+COSTS = reference.COSTS[:5]  # those that look at points
 # B, N, M, D: single points, below and above every tile width, rows left over, several row chunks.
 SHAPES = [
     (1, 1, 1, 1),
@@ -479,5 +479,5 @@ def test_sources_name_each_op_once() -> None:
     """The C++ enum of costs and the tuple in Python are one order."""
     header = Path(__file__).parents[1] / "csrc" / "cpu" / "sinkhorn.h"
     line = next(s for s in header.read_text().splitlines() if "enum class Cost" in s)
-    for index, cost in enumerate(COSTS):
+    for index, cost in enumerate(reference.COSTS[:-1]):  # a formula has no kernel
         assert f" {cost} = {index}" in line

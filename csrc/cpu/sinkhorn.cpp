@@ -56,10 +56,12 @@ struct Chunks {
   }
 };
 
-// Rows of scratch that stay in the second-level cache beside everything else.
+// Rows of scratch that stay in the second-level cache beside everything else; a tile of fewer than two reads y too
+// often.
 int64_t rows_at_once(int64_t m_padded, int64_t rows, int64_t size) {
   constexpr int64_t kScratch = 512 << 10;
-  return std::clamp<int64_t>(kScratch / (m_padded * size), 1, rows);
+  while (rows > 2 && rows * m_padded * size > kScratch) rows /= 2;
+  return rows;
 }
 
 // What of a problem is kept between passes.

@@ -267,6 +267,8 @@ PassResult blocked_pass(const Geometry<T>& p, const RowPass<T>& io, int64_t bloc
   PassResult result;
   if (block >= kRows) {
     pass<kRows, kCached>(p, io, begin, end, result);
+  } else if (block >= 4) {
+    pass<4, kCached>(p, io, begin, end, result);
   } else if (block >= 2) {
     pass<2, kCached>(p, io, begin, end, result);
   } else {
