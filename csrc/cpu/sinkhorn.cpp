@@ -75,10 +75,11 @@ struct Keep {
   bool distances, kernel;
 };
 
-Keep choose(int64_t n_padded, int64_t m_padded, int64_t d, int64_t size, int64_t passes, int64_t limit) {
+Keep choose(int64_t n_padded, int64_t m_padded, int64_t d, int64_t size, int64_t passes, int64_t passes_at_eps,
+            int64_t limit) {
   constexpr int64_t kMiB = 1 << 20;
   const int64_t bytes = n_padded * m_padded * size;
-  const bool kernel = bytes <= limit && passes > 2;
+  const bool kernel = bytes <= limit && passes_at_eps > 2;
   const int64_t both = kernel ? 2 * bytes : bytes;
   const int64_t dear = both <= kMiB ? 2 : both <= 16 * kMiB ? 4 : 16;
   return {both <= limit && d > dear && passes > 1, kernel};
@@ -191,7 +192,8 @@ class Solver {
     p_ = geometry(in, at_, w);
     n_padded_ = round_up(at_.n, kernel_.lanes);
     const int64_t mp = p_.m_padded, longest = std::max(n_padded_, mp);
-    const Keep keep = choose(n_padded_, mp, p_.d, sizeof(T), s.max_iter + in.temperatures - 1, limit);
+    const int64_t passes = in.temperatures * (s.max_iter + s.scheduled + (s.start == nullptr ? 0 : 8));
+    const Keep keep = choose(n_padded_, mp, p_.d, sizeof(T), passes, s.max_iter, limit);
     block_ = keep.kernel ? kernel_.rows : rows_at_once(mp, kernel_.rows, sizeof(T));
     if (keep.kernel) {
       scratch_ = w.kernel.get(n_padded_ * mp);
