@@ -194,12 +194,11 @@ class Solver {
     const int64_t mp = p_.m_padded, longest = std::max(n_padded_, mp);
     const int64_t passes = in.temperatures * (s.max_iter + s.scheduled + (s.start == nullptr ? 0 : 8));
     const Keep keep = choose(n_padded_, mp, p_.d, sizeof(T), passes, s.max_iter, limit);
-    block_ = keep.kernel ? kernel_.rows : rows_at_once(mp, kernel_.rows, sizeof(T));
+    block_ = rows_at_once(mp, kernel_.rows, sizeof(T));
+    scratch_ = w.scratch.get(chunks_.count * block_ * mp);
     if (keep.kernel) {
-      scratch_ = w.kernel.get(n_padded_ * mp);
-      std::fill(scratch_ + at_.n * mp, scratch_ + n_padded_ * mp, T(0));
-    } else {
-      scratch_ = w.scratch.get(chunks_.count * block_ * mp);
+      matrix_ = w.kernel.get(n_padded_ * mp);
+      std::fill(matrix_ + at_.n * mp, matrix_ + n_padded_ * mp, T(0));
     }
     keep_ = keep.kernel;
     if (keep.distances && in.cost != Cost::matrix) {
@@ -349,20 +348,23 @@ class Solver {
     return total;
   }
 
+  // K is written while the potentials move little enough to use it.
   PassResult log_pass(bool with_columns) {
+    const bool keep = keep_ && extreme_ <= kernel_.safe;
     const PassResult result = over_chunks(with_columns, [&](int64_t c, T* columns) {
-      T* scratch = keep_ ? scratch_ : scratch_ + c * block_ * p_.m_padded;
-      const RowPass<T> io{h_,   has_f_ ? f_ : nullptr, a_, rows_, s_.simultaneous, f_next_, shift_, columns, scratch,
-                          keep_};
+      T* scratch = keep ? matrix_ : scratch_ + c * block_ * p_.m_padded;
+      const RowPass<T> io{h_,  has_f_ ? f_ : nullptr, a_, rows_, s_.simultaneous, f_next_, shift_, columns, scratch,
+                          keep};
       return kernel_.row_pass(p_, io, block_, begin(c), end(c));
     });
+    usable_ = keep;
     extreme_ = result.extreme;
     return result;
   }
 
   PassResult scaled_pass(bool with_columns) {
     return over_chunks(with_columns, [&](int64_t c, T* columns) {
-      const ScalePass<T> io{scratch_, shift_, v_, u_, a_, rows_, s_.simultaneous, u_next_, columns};
+      const ScalePass<T> io{matrix_, shift_, v_, u_, a_, rows_, s_.simultaneous, u_next_, columns};
       const int64_t last = c + 1 == chunks_.count ? n_padded_ : begin(c) + chunks_.rows;
       return kernel_.scale_pass(at_.n, p_.m_padded, io, begin(c), last);
     });
@@ -388,7 +390,7 @@ class Solver {
     if (scaled_) return commit_scaled();
     std::swap(f_, f_next_);
     has_f_ = true;
-    if (keep_ && extreme_ <= enter() && enter_scaled()) return;
+    if (usable_ && extreme_ <= enter() && enter_scaled()) return;
     if (s_.self) {
       for (int64_t j = 0; j < at_.m; ++j) h_[j] = f_[j] + log2_b_[j];
     } else {
@@ -536,13 +538,13 @@ class Solver {
   const Chunks chunks_;
   Geometry<T> p_;
   int64_t n_padded_, block_;
-  double eps_, scale_, relax_, extreme_;
+  double eps_, scale_, relax_, extreme_ = 0;
   Update rows_, columns_;
-  bool keep_, scaled_ = false, has_f_ = false;
+  bool keep_, usable_ = false, scaled_ = false, has_f_ = false;  // usable_: K is that of the last pass
   T *a_, *b_, *log2_b_, *zero_;
   T *f_, *f_next_, *shift_, *h_;   // the log domain
   T *u_, *u_next_, *v_, *v_next_;  // scalings of a kept K
-  T *scratch_, *parts_;
+  T *matrix_, *scratch_, *parts_;
   uint8_t* bad_;
 };
 
