@@ -166,6 +166,43 @@ FEWSTEP_INLINE Vec<T> sum_each(Vec<T> (&v)[kLanes<T>]) {
 #endif
 }
 
+// Lanes of vectors a and, counted from kLanes on, b that an exchange of blocks of `half` lanes takes.
+template <class T>
+struct Exchange {
+  alignas(64) typename Simd<T>::Int low[kLanes<T>], high[kLanes<T>];
+
+  constexpr explicit Exchange(int half) : low(), high() {
+    for (int j = 0; j < kLanes<T>; ++j) {
+      low[j] = (j & half) != 0 ? kLanes<T> + j - half : j;
+      high[j] = low[j] + half;
+    }
+  }
+};
+
+// Lane j of v[i] becomes lane i of v[j].
+template <int kHalf, class T>
+FEWSTEP_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
+  static constexpr Exchange<T> kLanesOf(kHalf);
+  IntVec<T> low, high;
+  __builtin_memcpy(&low, kLanesOf.low, sizeof(low));
+  __builtin_memcpy(&high, kLanesOf.high, sizeof(high));
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if ((i & kHalf) != 0) continue;
+    const Vec<T> a = v[i], b = v[i + kHalf];
+#ifdef __clang__
+    for (int j = 0; j < kLanes<T>; ++j) {
+      v[i][j] = (j & kHalf) != 0 ? b[j - kHalf] : a[j];
+      v[i + kHalf][j] = (j & kHalf) != 0 ? b[j] : a[j + kHalf];
+    }
+#else
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i + kHalf] = __builtin_shuffle(a, b, high);
+#endif
+  }
+  if constexpr (kHalf > 1) transpose<kHalf / 2, T>(v);
+}
+
 #if FEWSTEP_VECTOR_BYTES == 64
 FEWSTEP_INLINE Vec<float> nearest(Vec<float> v) { return _mm512_roundscale_ps(v, 8); }
 FEWSTEP_INLINE Vec<double> nearest(Vec<double> v) { return _mm512_roundscale_pd(v, 8); }

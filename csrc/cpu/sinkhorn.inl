@@ -33,10 +33,22 @@ constexpr T kTiny = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
 
 template <class T>
 void pack(const T* __restrict__ y, int64_t stride, int64_t m, int64_t d, T* __restrict__ out) {
+  constexpr int L = kLanes<T>;
   for (int64_t j0 = 0; j0 < m; j0 += kPanel<T>, out += d * kPanel<T>) {
-    for (int64_t j = 0; j < kPanel<T>; ++j) {
-      const T* row = y + (j0 + j < m ? j0 + j : m - 1) * stride;
-      for (int64_t c = 0; c < d; ++c) out[c * kPanel<T> + j] = row[c];
+    for (int64_t j = j0; j < j0 + kPanel<T>; j += L) {
+      const T* rows[L];
+      for (int r = 0; r < L; ++r) rows[r] = y + (j + r < m ? j + r : m - 1) * stride;
+      T* to = out + (j - j0);
+      int64_t c = 0;
+      for (; c + L <= d; c += L) {
+        Vec<T> v[L];
+        for (int r = 0; r < L; ++r) v[r] = load(rows[r] + c);
+        transpose<L / 2, T>(v);
+        for (int r = 0; r < L; ++r) store(to + (c + r) * kPanel<T>, v[r]);
+      }
+      for (; c < d; ++c) {
+        for (int r = 0; r < L; ++r) to[c * kPanel<T> + r] = rows[r][c];
+      }
     }
   }
 }
@@ -63,27 +75,68 @@ FEWSTEP_INLINE Vec<T> absolute(Vec<T> v) {
 
 enum class Metric { squared, absolute, product };
 
-// Distances of R rows to one panel: differences, not |x|^2 + |y|^2 - 2 x.y, so near points far from the origin are
+// Distances of R rows to P panels: differences, not |x|^2 + |y|^2 - 2 x.y, so near points far from the origin are
 // exact. The subtraction runs beside the multiply-add on CPUs with separate add ports.
-template <int R, Metric kMetric, class T>
-FEWSTEP_INLINE void accumulate(const Geometry<T>& p, int64_t row, int64_t panel, Vec<T> (&c)[R][kWidth]) {
+template <int R, int P, Metric kMetric, class T>
+FEWSTEP_INLINE void accumulate(const Geometry<T>& p, int64_t row, int64_t panel, Vec<T> (&c)[P][R][kWidth]) {
   const T* __restrict__ x = p.x + row * p.x_stride;
   const T* __restrict__ y = p.y + panel * p.d * kPanel<T>;
   for (int64_t i = 0; i < p.d; ++i, y += kPanel<T>) {
-    Vec<T> yv[kWidth];
-    for (int w = 0; w < kWidth; ++w) yv[w] = load(y + w * kLanes<T>);
+    Vec<T> yv[P][kWidth];
+    for (int q = 0; q < P; ++q) {
+      for (int w = 0; w < kWidth; ++w) yv[q][w] = load(y + q * p.d * kPanel<T> + w * kLanes<T>);
+    }
     for (int r = 0; r < R; ++r) {
       const T xr = x[r * p.x_stride + i];
-      for (int w = 0; w < kWidth; ++w) {
-        const Vec<T> difference = xr - yv[w];
-        if constexpr (kMetric == Metric::squared) c[r][w] += difference * difference;
-        if constexpr (kMetric == Metric::absolute) c[r][w] += absolute<T>(difference);
-        if constexpr (kMetric == Metric::product) c[r][w] -= xr * yv[w];
+      for (int q = 0; q < P; ++q) {
+        for (int w = 0; w < kWidth; ++w) {
+          const Vec<T> difference = xr - yv[q][w];
+          if constexpr (kMetric == Metric::squared) c[q][r][w] += difference * difference;
+          if constexpr (kMetric == Metric::absolute) c[q][r][w] += absolute<T>(difference);
+          if constexpr (kMetric == Metric::product) c[q][r][w] -= xr * yv[q][w];
+        }
       }
     }
   }
 }
 
+template <int R, int P, class T>
+FEWSTEP_INLINE void measure(const Geometry<T>& p, int64_t row, int64_t first_panel, Vec<T> (&all)[P][R][kWidth]) {
+  for (int q = 0; q < P; ++q) {
+    for (int r = 0; r < R; ++r) {
+      for (int w = 0; w < kWidth; ++w) all[q][r][w] = Vec<T>{};
+    }
+  }
+  if (p.cost == Cost::dot) {
+    accumulate<R, P, Metric::product>(p, row, first_panel, all);
+  } else if (p.cost == Cost::l1) {
+    accumulate<R, P, Metric::absolute>(p, row, first_panel, all);
+  } else {
+    accumulate<R, P, Metric::squared>(p, row, first_panel, all);
+  }
+  for (int q = 0; q < P; ++q) {
+    Vec<T>(&c)[R][kWidth] = all[q];
+    if (p.cost == Cost::euclidean) {
+      for (int r = 0; r < R; ++r) {
+        for (int w = 0; w < kWidth; ++w) c[r][w] = square_root<T>(c[r][w]);
+      }
+    }
+    if (p.labels != nullptr) {
+      for (int r = 0; r < R; ++r) {
+        const T* extra = p.label_rows + p.labels[row + r] * p.m_padded + (first_panel + q) * kPanel<T>;
+        for (int w = 0; w < kWidth; ++w) c[r][w] += load(extra + w * kLanes<T>);
+      }
+    }
+    if (p.diagonal == kNoDiagonal) continue;
+    const int64_t first = row + p.diagonal - (first_panel + q) * kPanel<T>;
+    for (int r = 0; r < R; ++r) {
+      const int64_t j = first + r;
+      if (0 <= j && j < kPanel<T>) c[r][j / kLanes<T>][j % kLanes<T>] = std::numeric_limits<T>::infinity();
+    }
+  }
+}
+
+// Distances of R rows to one panel, kept or not.
 template <int R, bool kCached, class T>
 FEWSTEP_INLINE void tile(const Geometry<T>& p, int64_t row, int64_t panel, Vec<T> (&c)[R][kWidth]) {
   if constexpr (kCached) {
@@ -91,54 +144,41 @@ FEWSTEP_INLINE void tile(const Geometry<T>& p, int64_t row, int64_t panel, Vec<T
     for (int r = 0; r < R; ++r) {
       for (int w = 0; w < kWidth; ++w) c[r][w] = load(source + r * p.m_padded + w * kLanes<T>);
     }
-    return;
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int w = 0; w < kWidth; ++w) c[r][w] = Vec<T>{};
-  }
-  if (p.cost == Cost::dot) {
-    accumulate<R, Metric::product>(p, row, panel, c);
-  } else if (p.cost == Cost::l1) {
-    accumulate<R, Metric::absolute>(p, row, panel, c);
   } else {
-    accumulate<R, Metric::squared>(p, row, panel, c);
-  }
-  if (p.cost == Cost::euclidean) {
+    Vec<T> one[1][R][kWidth];
+    measure<R, 1>(p, row, panel, one);
     for (int r = 0; r < R; ++r) {
-      for (int w = 0; w < kWidth; ++w) c[r][w] = square_root<T>(c[r][w]);
+      for (int w = 0; w < kWidth; ++w) c[r][w] = one[0][r][w];
     }
-  }
-  if (p.labels != nullptr) {
-    for (int r = 0; r < R; ++r) {
-      const T* extra = p.label_rows + p.labels[row + r] * p.m_padded + panel * kPanel<T>;
-      for (int w = 0; w < kWidth; ++w) c[r][w] += load(extra + w * kLanes<T>);
-    }
-  }
-  if (p.diagonal == kNoDiagonal) return;
-  const int64_t first = row + p.diagonal - panel * kPanel<T>;
-  for (int r = 0; r < R; ++r) {
-    const int64_t j = first + r;
-    if (0 <= j && j < kPanel<T>) c[r][j / kLanes<T>][j % kLanes<T>] = std::numeric_limits<T>::infinity();
   }
 }
 
-template <int R, class T>
+template <int R, int P, class T>
 void distance_block(const Geometry<T>& p, int64_t row, int64_t panel, T* out) {
-  Vec<T> c[R][kWidth];
-  tile<R, false>(p, row, panel, c);
-  for (int r = 0; r < R; ++r) {
-    for (int w = 0; w < kWidth; ++w) store(out + (row + r) * p.m_padded + panel * kPanel<T> + w * kLanes<T>, c[r][w]);
+  Vec<T> c[P][R][kWidth];
+  measure<R, P>(p, row, panel, c);
+  out += row * p.m_padded + panel * kPanel<T>;
+  for (int q = 0; q < P; ++q) {
+    for (int r = 0; r < R; ++r) {
+      for (int w = 0; w < kWidth; ++w) store(out + r * p.m_padded + q * kPanel<T> + w * kLanes<T>, c[q][r][w]);
+    }
   }
 }
 
-// Panel by panel, so that a panel of y stays in the first-level cache while rows pass by.
+template <int R, int P, class T>
+void distance_panels(const Geometry<T>& p, int64_t panel, int64_t row, int64_t end, T* out) {
+  for (; row + R <= end; row += R) distance_block<R, P>(p, row, panel, out);
+  for (; row < end; ++row) distance_block<1, P>(p, row, panel, out);
+}
+
+// Panels first, so that they stay in the first-level cache while rows pass by. With registers for it, a tile is as wide
+// as high: of the same size, it has fewer values to load (measured: 1.12 cycles a multiply-add against 1.34).
 template <class T>
 void distances(const Geometry<T>& p, int64_t begin, int64_t end, T* out) {
-  for (int64_t panel = 0; panel < p.m_padded / kPanel<T>; ++panel) {
-    int64_t row = begin;
-    for (; row + kRows <= end; row += kRows) distance_block<kRows>(p, row, panel, out);
-    for (; row < end; ++row) distance_block<1>(p, row, panel, out);
-  }
+  constexpr int P = kRows > 4 ? 2 : 1;
+  int64_t panel = 0;
+  for (; (panel + P) * kPanel<T> <= p.m_padded; panel += P) distance_panels<kRows / P, P>(p, panel, begin, end, out);
+  for (; panel * kPanel<T> < p.m_padded; ++panel) distance_panels<kRows, 1>(p, panel, begin, end, out);
 }
 
 // e_rj = exp2(F_r + H_j - k C_rj) with the F of the previous iteration, which near convergence makes every sum about 1
