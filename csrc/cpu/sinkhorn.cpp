@@ -198,7 +198,7 @@ class Solver {
     scratch_ = w.scratch.get(chunks_.count * block_ * mp);
     if (keep.kernel) {
       matrix_ = w.kernel.get(n_padded_ * mp);
-      std::fill(matrix_ + at_.n * mp, matrix_ + n_padded_ * mp, T(0));
+      std::fill(matrix_ + at_.n / kernel_.lanes * kernel_.lanes * mp, matrix_ + n_padded_ * mp, T(0));
     }
     keep_ = keep.kernel;
     if (keep.distances && in.cost != Cost::matrix) {
@@ -353,8 +353,16 @@ class Solver {
     const bool keep = keep_ && extreme_ <= kernel_.safe;
     const PassResult result = over_chunks(with_columns, [&](int64_t c, T* columns) {
       T* scratch = keep ? matrix_ : scratch_ + c * block_ * p_.m_padded;
-      const RowPass<T> io{h_,  has_f_ ? f_ : nullptr, a_, rows_, s_.simultaneous, f_next_, shift_, columns, scratch,
-                          keep};
+      const RowPass<T> io{h_,
+                          has_f_ ? f_ : nullptr,
+                          a_,
+                          rows_,
+                          s_.simultaneous,
+                          f_next_,
+                          shift_,
+                          columns,
+                          scratch,
+                          keep ? Store::tiles : Store::scratch};
       return kernel_.row_pass(p_, io, block_, begin(c), end(c));
     });
     usable_ = keep;
@@ -364,7 +372,7 @@ class Solver {
 
   PassResult scaled_pass(bool with_columns) {
     return over_chunks(with_columns, [&](int64_t c, T* columns) {
-      const ScalePass<T> io{matrix_, shift_, v_, u_, a_, rows_, s_.simultaneous, u_next_, columns};
+      const ScalePass<T> io{matrix_, shift_, v_, u_, a_, rows_, s_.simultaneous, u_next_, columns, true};
       const int64_t last = c + 1 == chunks_.count ? n_padded_ : begin(c) + chunks_.rows;
       return kernel_.scale_pass(at_.n, p_.m_padded, io, begin(c), last);
     });

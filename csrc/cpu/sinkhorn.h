@@ -42,6 +42,12 @@ struct PassResult {
   double extreme = 0;   // largest |F_next - shift|
 };
 
+// Where a pass in the log domain puts exp2(shift_i + H_j - k C_ij): into scratch [rows, m_padded], which the next rows
+// overwrite, or into a K [n_padded, m_padded] that is kept, by rows or in tiles of `lanes` x `lanes` entries, those of
+// `lanes` rows one after the other. A pass over tiles reads one stream of memory, where one over rows of a power of two
+// bytes would read from as many places that share their cache sets.
+enum class Store { scratch, rows, tiles };
+
 // One pass over rows in the log domain: F from H, and sums_j = sum_i w_i exp2(shift_i + H_j - k C_ij) for the new H,
 // w_i = a_i exp2(F_next_i - shift_i), or with the F before for a simultaneous update.
 template <class T>
@@ -54,8 +60,8 @@ struct RowPass {
   T* f_next;   // [n_padded]
   T* shift;    // [n_padded] what stood for F_i in the exponent
   T* columns;  // [m_padded], increased by sums_j; null for a pass over rows alone
-  T* scratch;  // [rows, m_padded], or where `keep` [n_padded, m_padded]: K_ij = exp2(shift_i + H_j - k C_ij)
-  bool keep;
+  T* scratch;  // or K
+  Store store;
 };
 
 // The same from a kept K, free of exponentials: s = K v, u = exp2(F_next - shift), sums = K' (a u).
@@ -70,6 +76,7 @@ struct ScalePass {
   bool simultaneous;
   T* u_next;   // [n_padded]
   T* columns;  // [m_padded] or null, as above
+  bool tiles;  // how K is stored
 };
 
 enum class Weight { plan, gradient };

@@ -181,10 +181,26 @@ void distances(const Geometry<T>& p, int64_t begin, int64_t end, T* out) {
   for (; panel * kPanel<T> < p.m_padded; ++panel) distance_panels<kRows, 1>(p, panel, begin, end, out);
 }
 
+// Where the entries of some rows go: those of lanes at column j of row r at begin + r * row + j * column.
+template <class T>
+struct Entries {
+  T* begin;
+  int64_t row, column;
+
+  FEWSTEP_INLINE T* at(int64_t r, int64_t j) const { return begin + r * row + j * column; }
+};
+
+template <class T>
+FEWSTEP_INLINE Entries<T> entries(const Geometry<T>& p, const RowPass<T>& io, int64_t row) {
+  constexpr int64_t L = kLanes<T>;
+  if (io.store == Store::tiles) return {io.scratch + row / L * L * p.m_padded + row % L * L, L, L};
+  return {io.scratch + (io.store == Store::rows ? row * p.m_padded : 0), p.m_padded, 1};
+}
+
 // e_rj = exp2(F_r + H_j - k C_rj) with the F of the previous iteration, which near convergence makes every sum about 1
 // and needs no maximum; the sums go to s.
 template <int R, bool kCached, class T>
-FEWSTEP_INLINE void lagged_rows(const Geometry<T>& p, const T* h, const T* f, int64_t row, T* scratch, T (&s)[R]) {
+FEWSTEP_INLINE void lagged_rows(const Geometry<T>& p, const T* h, const T* f, int64_t row, Entries<T> out, T (&s)[R]) {
   const T k = p.k;
   const int64_t stride = p.m_padded;
   Vec<T> total[R] = {};
@@ -198,7 +214,7 @@ FEWSTEP_INLINE void lagged_rows(const Geometry<T>& p, const T* h, const T* f, in
         const Vec<T> distance = kCached ? load(p.cached + (row + r) * stride + j) : c[r][w];
         const Vec<T> e = exp2<T>(at_least(Range<T>::kFloor, (hj + f[r]) - k * distance));
         total[r] += e;
-        store(scratch + r * stride + j, e);
+        store(out.at(r, j), e);
       }
     }
   }
@@ -207,7 +223,7 @@ FEWSTEP_INLINE void lagged_rows(const Geometry<T>& p, const T* h, const T* f, in
 
 // The same with each row shifted by its own maximum, which replaces f: where F is unknown or far off.
 template <int R, bool kCached, class T>
-void shifted_rows(const Geometry<T>& p, const T* h, T* f, int64_t row, T* scratch, T (&s)[R]) {
+void shifted_rows(const Geometry<T>& p, const T* h, T* f, int64_t row, Entries<T> out, T (&s)[R]) {
   Vec<T> best[R];
   for (int r = 0; r < R; ++r) best[r] = splat(-std::numeric_limits<T>::infinity());
   for (int64_t panel = 0; panel < p.m_padded / kPanel<T>; ++panel) {
@@ -219,18 +235,17 @@ void shifted_rows(const Geometry<T>& p, const T* h, T* f, int64_t row, T* scratc
       for (int r = 0; r < R; ++r) {
         const Vec<T> z = hj - p.k * c[r][w];
         best[r] = z > best[r] ? z : best[r];
-        store(scratch + r * p.m_padded + j, z);
+        store(out.at(r, j), z);
       }
     }
   }
   for (int r = 0; r < R; ++r) {
     f[r] = -maximum<T>(best[r]);
-    T* e = scratch + r * p.m_padded;
     Vec<T> total = {};
     for (int64_t j = 0; j < p.m_padded; j += kLanes<T>) {
-      const Vec<T> v = exp2<T>(at_least(Range<T>::kFloor, load(e + j) + f[r]));
+      const Vec<T> v = exp2<T>(at_least(Range<T>::kFloor, load(out.at(r, j)) + f[r]));
       total += v;
-      store(e + j, v);
+      store(out.at(r, j), v);
     }
     s[r] = sum<T>(total);
   }
@@ -252,7 +267,7 @@ FEWSTEP_INLINE void account(double a, double row, double f, const Update& update
 template <int R, bool kCached, class T>
 FEWSTEP_INLINE void row_block(const Geometry<T>& p, const RowPass<T>& io, int64_t row, PassResult& result) {
   T shift[R], s[R], log_sum[R], weight[R];
-  T* e = io.scratch + (io.keep ? row * p.m_padded : 0);
+  const Entries<T> e = entries(p, io, row);
   if (io.f == nullptr) {
     shifted_rows<R, kCached>(p, io.h, shift, row, e, s);
   } else {
@@ -262,7 +277,7 @@ FEWSTEP_INLINE void row_block(const Geometry<T>& p, const RowPass<T>& io, int64_
       double mass = s[r];  // sum_j P_ij / a_i of the potentials that came in
       if (!(s[r] > Range<T>::kRowLow && s[r] < Range<T>::kRowHigh)) {
         T alone[1];
-        shifted_rows<1, kCached>(p, io.h, shift + r, row + r, e + r * p.m_padded, alone);
+        shifted_rows<1, kCached>(p, io.h, shift + r, row + r, {e.at(r, 0), e.row, e.column}, alone);
         s[r] = alone[0];
         mass = s[r] * __builtin_exp2(double(io.f[row + r]) - double(shift[r]));
       }
@@ -286,10 +301,9 @@ FEWSTEP_INLINE void row_block(const Geometry<T>& p, const RowPass<T>& io, int64_
     io.shift[row + r] = shift[r];
   }
   if (io.columns == nullptr) return;
-  const int64_t stride = p.m_padded;
-  for (int64_t j = 0; j < stride; j += kLanes<T>) {
+  for (int64_t j = 0; j < p.m_padded; j += kLanes<T>) {
     Vec<T> column = load(io.columns + j);
-    for (int r = 0; r < R; ++r) column += weight[r] * load(e + r * stride + j);
+    for (int r = 0; r < R; ++r) column += weight[r] * load(e.at(r, j));
     store(io.columns + j, column);
   }
 }
@@ -334,15 +348,16 @@ FEWSTEP_INLINE Vec<T> exp2_floored(Vec<T> z) {
 }
 
 // kLanes rows of K at once, so that their sums come out as one vector.
-template <class T>
+template <bool kTiles, class T>
 FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>& io, int64_t row, PassResult& result) {
   constexpr int L = kLanes<T>;
   const T* __restrict__ kernel = io.kernel + row * m_padded;
+  const int64_t stride = kTiles ? L : m_padded, step = kTiles ? L : 1;
   Vec<T> acc[L] = {};
   for (int64_t j = 0; j < m_padded; j += L) {
     const Vec<T> vj = load(io.v + j);
 #pragma GCC unroll 16
-    for (int r = 0; r < L; ++r) acc[r] += load(kernel + r * m_padded + j) * vj;
+    for (int r = 0; r < L; ++r) acc[r] += load(kernel + r * stride + j * step) * vj;
   }
   Vec<T> s = sum_each<T>(acc);
   for (int64_t r = n - row; r < L; ++r) s[r] = 1;  // padding
@@ -372,8 +387,8 @@ FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>&
     Vec<T> even = load(io.columns + j), odd = {};
 #pragma GCC unroll 16
     for (int r = 0; r < L; r += 2) {
-      even += w[r] * load(kernel + r * m_padded + j);
-      odd += w[r + 1] * load(kernel + (r + 1) * m_padded + j);
+      even += w[r] * load(kernel + r * stride + j * step);
+      odd += w[r + 1] * load(kernel + (r + 1) * stride + j * step);
     }
     store(io.columns + j, even + odd);
   }
@@ -382,7 +397,9 @@ FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>&
 template <class T>
 PassResult scale_pass(int64_t n, int64_t m_padded, const ScalePass<T>& io, int64_t begin, int64_t end) {
   PassResult result;
-  for (int64_t row = begin; row < end; row += kLanes<T>) scale_block(n, m_padded, io, row, result);
+  for (int64_t row = begin; row < end; row += kLanes<T>) {
+    io.tiles ? scale_block<true>(n, m_padded, io, row, result) : scale_block<false>(n, m_padded, io, row, result);
+  }
   result.extreme = __builtin_log2(result.extreme);
   return result;
 }
