@@ -44,13 +44,13 @@ const DriftKernels<T>& drift_kernels() {
 
 template <class T>
 struct Workspace {
-  Buffer<T> packed, points, centre, moments, distances, kernel;
+  Buffer<T> packed, points, centre, moments, distances, kernel, velocity;
   Buffer<T> a, b, log2_b, h, total_h, v, v_next, f, f_next, fa, zero, shift, u, u_next, columns;
   Buffer<uint8_t> bad;
   int64_t cloud = -1;
 
   void release_above(int64_t bytes) {
-    Buffer<T>* large[] = {&packed, &points, &distances, &kernel, &columns};
+    Buffer<T>* large[] = {&packed, &points, &distances, &kernel, &velocity, &columns};
     int64_t total = 0;
     for (const Buffer<T>* buffer : large) total += buffer->bytes();
     if (total <= bytes) return;
@@ -113,8 +113,8 @@ class Coupling {
     T* centred = w.points.get(points * d_);
     for (int64_t i = 0; i < part_count_; ++i) {
       Part<T>& part = parts_[i];
-      kernel_.pack(part.data, part.row, part.m, d_, packed + part.offset * d_);
       drift_.centred(part.data, part.row, part.m, d_, w.centre.get(d_), centred);
+      kernel_.pack(part.data, part.row, part.m, d_, packed + part.offset * d_);
       part.points = centred;
       centred += part.m * d_;
       if (in.diagonal != kNoDiagonal && first_cloud + i == 1) excluded_ = &part;
@@ -139,9 +139,9 @@ class Coupling {
     const int64_t mp = p_.m_padded;
     for (int64_t j = 0; j < mp; ++j) {
       if (!scaled_) v_[j] = b_[j] > 0 ? T(1) : T(0);
-      total_h_[j] = v_[j] > 0 ? h_[j] : T(0);
-      if (scaled_ && v_[j] > 0) total_h_[j] += std::log2(v_[j]);
+      total_h_[j] = b_[j] > 0 ? h_[j] : T(0);
     }
+    if (scaled_) kernel_.add_log2(mp, v_, total_h_);
     each_chunk([&](int64_t c, int64_t begin, int64_t end) {
       PlanSums& sums = sums_[c];
       sums = {};
@@ -444,13 +444,14 @@ double scale_of(const Drift<T>& in, int64_t threads) {
   return scale < kMinScale ? kMinScale : scale;  // NaN stays
 }
 
-// Where temperature t of group g writes its velocity: without sums, into the result; else the first there, and the
-// others into memory of their own.
+// Where the velocities of all groups at one temperature go. Those that are summed in the end have memory of their own,
+// but for the first, which is where the sum will be.
 template <class T>
 struct Velocities {
   T* first;
   T* others;
-  int64_t size;  // of one temperature, all groups
+  int64_t size;
+  bool stream;  // larger than the caches
 
   T* at(int64_t t) const { return t == 0 ? first : others + (t - 1) * size; }
 };
@@ -465,12 +466,13 @@ void drift_group(const Drift<T>& in, int64_t g, double scale, const Velocities<T
   const double unit = in.cost == Cost::half_sqeuclidean ? 0.5 : 1.0;
   const double distance = in.cost == Cost::euclidean ? scale : scale * scale;
   const double dimension = !in.scaled ? 1.0 : in.cost == Cost::euclidean ? std::sqrt(static_cast<double>(d)) : d;
+  T* velocity = w.velocity.get(in.temperatures * n * d);
   for (int64_t p = 0; p < plans; ++p) {
     Coupling<T> coupling(in, g, p, in.joint ? in.cloud_count : 1, w, threads);
     const double factor = p == 0 ? 1 + (in.joint ? 0 : guidance) : p == 1 ? -1 : -guidance;
     for (int64_t t = 0; t < in.temperatures; ++t) {
       coupling.solve(unit * kLog2E / (in.eps[t] * dimension * distance));
-      const PlanSums sums = coupling.finish(factor / scale, out.at(t) + g * n * d, p > 0);
+      const PlanSums sums = coupling.finish(factor / scale, velocity + t * n * d, p > 0);
       const int64_t i = (t * in.groups + g) * plans + p;
       in.residual[i] = static_cast<T>(sums.residual);
       in.entropy[i] = static_cast<T>(sums.entropy / kLog2E);
@@ -478,7 +480,7 @@ void drift_group(const Drift<T>& in, int64_t g, double scale, const Velocities<T
     }
   }
   for (int64_t t = 0; t < in.temperatures; ++t) {
-    squares[t * in.groups + g] = kernel.square_sum(n * d, out.at(t) + g * n * d);
+    squares[t * in.groups + g] = kernel.copy(n * d, velocity + t * n * d, out.at(t) + g * n * d, out.stream);
   }
 }
 
@@ -489,9 +491,11 @@ void drift(const Drift<T>& in, int64_t threads) {
   const int64_t n = in.x.count, size = in.groups * n * in.d;
   const double scale = in.scaled ? scale_of(in, threads) : 1;
   *in.scale = static_cast<T>(scale);
-  const int64_t others = (in.temperatures - 1) * size;
-  Buffer<T> memory;
-  const Velocities<T> out{in.velocity, in.unit ? memory.get(others) : in.velocity + size, size};
+  constexpr int64_t kKept = 64 << 20, kCaches = 8 << 20;  // bytes
+  static thread_local Buffer<T> memory;
+  T* others = in.unit ? memory.get((in.temperatures - 1) * size) : in.velocity + size;
+  const bool stream = in.temperatures * size * static_cast<int64_t>(sizeof(T)) > kCaches;
+  const Velocities<T> out{in.velocity, others, size, stream};
 
   int64_t columns = 0;
   for (int64_t c = 0; c < in.cloud_count; ++c) columns += in.clouds[c].count;
@@ -517,6 +521,7 @@ void drift(const Drift<T>& in, int64_t threads) {
     const int64_t count = std::min(kSlice, size - i * kSlice);
     drift_kernels<T>().mix(count, in.temperatures, parts.data(), factors.data(), in.velocity + i * kSlice);
   });
+  if (memory.bytes() > kKept) memory.release();
 }
 
 template void drift(const Drift<float>&, int64_t);

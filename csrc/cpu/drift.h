@@ -17,7 +17,7 @@ struct PlanRows {
   const T* u;          // [n]
   const T* shift;      // [n]
   const T* v;          // [m_padded], 0 in the padding
-  const T* h;          // [m_padded] h_j + log2 v_j, 0 where v is
+  const T* h;          // [m_padded] h_j + log2 v_j, anything finite where v is 0
   T k;
   int64_t m_padded;
   int64_t positive;  // columns of A+, whole panels; the rest are A-
@@ -41,7 +41,8 @@ struct DriftKernels {
   // sum_ij a_ij w_j of a [n, m].
   double (*weighted_sum)(int64_t n, int64_t m, const T* a, const T* w);
   PlanSums (*plan_rows)(const PlanRows<T>&, int64_t n);
-  double (*square_sum)(int64_t count, const T* x);
+  // Copies, past the caches where `stream`, and returns the sum of squares.
+  double (*copy)(int64_t count, const T* from, T* to, bool stream);
   // out = sum_t factors_t parts_t; out may be one of the parts.
   void (*mix)(int64_t count, int64_t terms, const T* const* parts, const T* factors, T* out);
 };

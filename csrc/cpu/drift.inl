@@ -124,9 +124,21 @@ PlanSums plan_rows(const PlanRows<T>& io, int64_t n) {
   return result;
 }
 
+// A store that neither reads the line first nor leaves it in a cache. `to` is aligned to a vector.
 template <class T>
-double square_sum(int64_t count, const T* x) {
-  constexpr int64_t kPart = 4096;
+FEWSTEP_INLINE void stream_out(T* to, Vec<T> v) {
+#if FEWSTEP_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
+#elif FEWSTEP_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
+#else
+  store(to, v);
+#endif
+}
+
+template <bool kStream, class T>
+double copy_all(int64_t count, const T* from, T* to) {
+  constexpr int64_t kPart = 4096;  // summed in the precision of T
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += kPart) {
     const int64_t end = begin + kPart < count ? begin + kPart : count;
@@ -135,13 +147,27 @@ double square_sum(int64_t count, const T* x) {
     int64_t i = begin;
     for (; i + 4 * kLanes<T> <= end; i += 4 * kLanes<T>) {
       for (int w = 0; w < 4; ++w) {
-        const Vec<T> v = load(x + i + w * kLanes<T>);
+        const Vec<T> v = load(from + i + w * kLanes<T>);
         sums[w] += v * v;
+        kStream ? stream_out(to + i + w * kLanes<T>, v) : store(to + i + w * kLanes<T>, v);
       }
     }
-    for (; i < end; ++i) tail += x[i] * x[i];
+    for (; i < end; ++i) {
+      tail += from[i] * from[i];
+      to[i] = from[i];
+    }
     total += double(sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]))) + double(tail);
   }
+  return total;
+}
+
+template <class T>
+double copy(int64_t count, const T* from, T* to, bool stream) {
+  if (!stream || reinterpret_cast<uintptr_t>(to) % FEWSTEP_VECTOR_BYTES != 0) return copy_all<false>(count, from, to);
+  const double total = copy_all<true>(count, from, to);
+#if FEWSTEP_VECTOR_BYTES >= 32
+  _mm_sfence();  // before another thread is told of it
+#endif
   return total;
 }
 
@@ -161,8 +187,7 @@ void mix(int64_t count, int64_t terms, const T* const* parts, const T* factors, 
 }
 
 template <class T>
-constexpr DriftKernels<T> kKernels = {mean<T>,      moments<T>,    centred<T>, weighted_sum<T>,
-                                      plan_rows<T>, square_sum<T>, mix<T>};
+constexpr DriftKernels<T> kKernels = {mean<T>, moments<T>, centred<T>, weighted_sum<T>, plan_rows<T>, copy<T>, mix<T>};
 
 }  // namespace
 
