@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
+from fewstep.ops import raw
 from fewstep.reference import drift as reference
+from fewstep.reference.sinkhorn import Points, Schedule
 
 FORMS = ("split", "joint")
 NORMALIZE = (True, False, "scale")
@@ -120,8 +122,9 @@ def sinkhorn_drift(
         normalize (bool | str): True, False, or "scale", see above.
         exclude_diagonal (bool | int): leave out the pairs `j == i + k` of x and x_self, which are
             the same points, where an int k is given; True is k = 0. Then x_self stands for x in s.
-        backend (str | None): "cpp" or "reference". Default: the environment variable
-            FEWSTEP_BACKEND, else the fastest one for the device.
+        backend (str | None): "reference", "cpp", or "triton" and "cuda", which have the kernels of
+            `sinkhorn` for the iterations and then form the plans, as the reference does. Default:
+            the environment variable FEWSTEP_BACKEND, else the fastest one for the device.
 
     Returns:
         Drift: velocity, scale, rms, residual, entropy, peak. No gradient flows through any.
@@ -155,7 +158,9 @@ def sinkhorn_drift(
     if max_iter < 1:
         raise ValueError(f"sinkhorn_drift: max_iter must be at least 1, got {max_iter}")
     diagonal = _diagonal(exclude_diagonal, x, x_self, form)
-    chosen = _backend(x.device.type, backend)
+    chosen = choose_backend(
+        "sinkhorn_drift", x.device.type, backend, lambda name: _unsupported(name, diagonal)
+    )
 
     lead, n, d = x.shape[:-2], x.shape[-2], x.shape[-1]
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
@@ -174,8 +179,8 @@ def sinkhorn_drift(
     if _readable(x, columns):
         _check_weights(columns, [t.shape[-2] for t in clouds.values()][1:], form)
 
-    solve = reference.drift if chosen == "reference" else _kernel
-    velocity, scale, rms, *plans = solve(
+    velocity, scale, rms, *plans = _drift(
+        chosen,
         flat["x"],
         flat["y"],
         flat["x_self"],
@@ -238,9 +243,12 @@ def _diagonal(exclude: bool | int, x: Tensor, x_self: Tensor, form: str) -> int 
     return int(exclude) if exclude is not True else 0
 
 
-def _backend(device_type: str, requested: str | None) -> str:
-    chosen = choose_backend("sinkhorn_drift", device_type, requested)
-    return chosen
+def _unsupported(backend: str, diagonal: int | None) -> str | None:
+    if backend == "keops":
+        return "it has no drift"
+    if backend in ("triton", "cuda") and diagonal is not None:
+        return "it does not support exclude_diagonal"
+    return None
 
 
 def _readable(*tensors: Tensor) -> bool:
@@ -346,7 +354,8 @@ def _check_weights(columns: Tensor, sizes: list[int], form: str) -> None:
             )
 
 
-def _kernel(
+def _drift(
+    backend: str,
     x: Tensor,
     y: Tensor,
     x_self: Tensor,
@@ -362,22 +371,34 @@ def _kernel(
     unit: bool,
     diagonal: int | None,
 ) -> reference.Outputs:
-    out: reference.Outputs = torch.ops.fewstep.sinkhorn_drift.default(
-        x,
-        y,
-        x_self,
-        uncond,
-        weights,
-        guidance,
-        eps,
-        reference.COSTS.index(cost),
-        max_iter,
-        joint,
-        scaled,
-        unit,
-        diagonal,
+    """`fewstep.reference.drift.drift` by a backend."""
+    if backend == "cpp":
+        out: reference.Outputs = torch.ops.fewstep.sinkhorn_drift.default(
+            *(x, y, x_self, uncond, weights, guidance, eps, reference.COSTS.index(cost)),
+            *(max_iter, joint, scaled, unit, diagonal),
+        )
+        return out
+
+    def couple(x: Tensor, z: Tensor, C: Tensor, b: Tensor, e: Tensor) -> Tensor:
+        """The iterations by the kernels of `sinkhorn`; it starts at `v = b` unless told."""
+        a = torch.full_like(x[..., 0], 1 / x.shape[1])
+        e = e.expand(x.shape[0])
+        g0 = torch.where(b > 0, -e[:, None] * b.log(), 0.0)
+        schedule = Schedule(max_iter=max_iter)
+        f, g, *_ = raw.solve(backend, Points(x, z, cost), a, b, e, None, g0, schedule)
+        k = ((f[:, :, None] + g[:, None, :] - C) / e[:, None, None]).exp()
+        return torch.where(b[:, None, :] > 0, b[:, None, :] * k, 0.0)
+
+    return reference.drift(
+        *(x, y, x_self, uncond, weights, guidance, eps),
+        cost=cost,
+        max_iter=max_iter,
+        joint=joint,
+        scaled=scaled,
+        unit=unit,
+        diagonal=diagonal,
+        couple=None if backend == "reference" else couple,
     )
-    return out
 
 
 @torch.library.register_fake("fewstep::sinkhorn_drift")

@@ -8,6 +8,7 @@ Canonical shapes, batched over independent groups: `x [G, N, D]`, the clouds `y 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ MIN_SCALE = 1e-3
 MIN_RMS = 1e-4
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# (x, points, C, b, eps) -> A [G, N, C]: N times the plan between x and the weighted points.
+Couple = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _scale(x: Tensor, points: Tensor, w: Tensor, cost: str) -> Tensor:
@@ -30,7 +33,7 @@ def _scale(x: Tensor, points: Tensor, w: Tensor, cost: str) -> Tensor:
     return (mean / math.sqrt(d)).clamp(min=MIN_SCALE)
 
 
-def _coupling(log_k: Tensor, b: Tensor, max_iter: int) -> Tensor:
+def coupling(log_k: Tensor, b: Tensor, max_iter: int) -> Tensor:
     """`A [G, N, C]`, N times the plan: columns sum to N b, rows to 1 but for the residual."""
     log_b = b.log() + math.log(log_k.shape[1])
     log_v = torch.where(b > 0, 0.0, log_b)  # a column of weight zero is left out from the start
@@ -76,14 +79,17 @@ def drift(
     scaled: bool,
     unit: bool,
     diagonal: int | None,
+    couple: Couple | None = None,
 ) -> Outputs:
     """Returns `velocity [T, G, N, D]` (T = 1 with `unit`), `scale []`, `rms [T]`, and for each of
     the P plans `residual`, `entropy` and `peak`, `[T, G, P]`.
 
     `scaled` measures coordinates in units of `scale` and eps in units of D; `unit` divides each
     temperature's velocity by its rms and sums them. Pairs `j == i + diagonal` of x and x_self are
-    left out, and x_self then stands for x in the scale.
+    left out, and x_self then stands for x in the scale. `couple` replaces the iterations.
     """
+    if couple is None:
+        couple = lambda x, z, C, b, e: coupling(-C / e, b, max_iter)  # noqa: E731
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         n, d = x.shape[1:]
         clouds = [y, x_self] if uncond is None else [y, x_self, uncond]
@@ -103,14 +109,16 @@ def drift(
         if diagonal is not None:
             i, j = (torch.arange(count, device=x.device) for count in (n, sizes[1]))
             costs[1] = costs[1].masked_fill(j == i[:, None] + diagonal, math.inf)
-        marginals = list(weights.split(sizes, 1))
+        marginals, targets = list(weights.split(sizes, 1)), clouds
         if joint:
-            costs, marginals = [torch.cat(costs, 2)], [weights]
+            costs, marginals, targets = [torch.cat(costs, 2)], [weights], [torch.cat(clouds, 1)]
         marginals = [w / w.sum(1, keepdim=True) for w in marginals]
 
         velocities, metrics = [], []
         for e in eps:
-            plans = [_coupling(-C / e, b, max_iter) for C, b in zip(costs, marginals, strict=True)]
+            plans = [
+                couple(x, z, C, b, e) for z, C, b in zip(targets, costs, marginals, strict=True)
+            ]
             velocities.append(_joint(plans[0], clouds) if joint else _split(plans, clouds, guidance))
             for plan in plans:
                 row = plan.sum(2, keepdim=True)
