@@ -12,11 +12,9 @@ from torch import Tensor
 def draw(
     groups: int = 256, n: int = 64, m: int = 64, n_self: int = 64, d: int = 256, *, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features `x [G, N, D]`, `y [G, M, D]`, `x_self [G, N', D]` in float32; G groups, own means."""
+    """Features `x [G, N, D]`, `y [G, M, D]`, `x_self [G, N', D]` in float32; groups have means."""
     generator = torch.Generator().manual_seed(seed)
-    x, y, x_self = (
-        torch.randn(groups, count, d, generator=generator) for count in (n, m, n_self)
-    )
+    x, y, x_self = (torch.randn(groups, count, d, generator=generator) for count in (n, m, n_self))
     mean = torch.randn(groups, 1, d, generator=generator)
     return x + mean, y + mean + 0.5, x_self + mean
 

@@ -16,6 +16,6 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
         ") -> Tensor");
   m.def(
       "sinkhorn_drift(Tensor x, Tensor y, Tensor x_self, Tensor? uncond, Tensor weights, Tensor guidance, Tensor eps,"
-      " int cost, int max_iter, bool joint, bool scaled, bool unit, int? diagonal)"
+      " int cost, int max_iter, bool joint, bool scaled, bool unit, int? diagonal, int memory_limit)"
       " -> (Tensor velocity, Tensor scale, Tensor rms, Tensor residual, Tensor entropy, Tensor peak)");
 }

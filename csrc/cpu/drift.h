@@ -80,7 +80,7 @@ struct Drift {
   int64_t max_iter;
   bool joint, scaled, unit;
   int64_t diagonal;              // of the pairs of x and x_self
-  int64_t memory_limit;          // bytes that kept distances and kernels may take per thread
+  int64_t memory_limit;          // bytes that kept distances and kernels may take in each thread
   T* velocity;                   // [temperatures, groups, n, d], or [groups, n, d] where `unit`
   T* scale;                      // []
   T* rms;                        // [temperatures]

@@ -201,8 +201,7 @@ cpu::Cloud<T> cloud_of(const Tensor& t) {
 
 Outputs sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, const Maybe& uncond,
                        const Tensor& weights, const Tensor& guidance, const Tensor& eps, int64_t cost, int64_t max_iter,
-                       bool joint, bool scaled, bool unit, std::optional<int64_t> diagonal) {
-  constexpr int64_t kMemory = 64 << 20;  // bytes of a thread
+                       bool joint, bool scaled, bool unit, std::optional<int64_t> diagonal, int64_t memory_limit) {
   const Tensor xc = coordinates_contiguous(x), yc = coordinates_contiguous(y), sc = coordinates_contiguous(x_self);
   const Maybe uc = uncond.has_value() ? Maybe(coordinates_contiguous(*uncond)) : std::nullopt;
   const Tensor wc = contiguous(weights), gc = contiguous(guidance), ec = contiguous(eps);
@@ -229,7 +228,7 @@ Outputs sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, c
                            scaled,
                            unit,
                            diagonal.value_or(cpu::kNoDiagonal),
-                           kMemory,
+                           memory_limit,
                            write<T>(velocity),
                            write<T>(scale),
                            write<T>(rms),

@@ -60,6 +60,7 @@ def sinkhorn_drift(
     weights: Tensor | None = None,
     normalize: bool | str = True,
     exclude_diagonal: bool | int = False,
+    memory_limit: int = 2**26,
     backend: str | None = None,
 ) -> Drift:
     """The velocity that carries generated points x to real ones y, for many groups in one call.
@@ -122,6 +123,8 @@ def sinkhorn_drift(
         normalize (bool | str): True, False, or "scale", see above.
         exclude_diagonal (bool | int): leave out the pairs `j == i + k` of x and x_self, which are
             the same points, where an int k is given; True is k = 0. Then x_self stands for x in s.
+        memory_limit (int): bytes that each thread may take for the distances and kernels of the
+            group that it works on; what does not fit is computed again in every iteration.
         backend (str | None): "reference", "cpp", or "triton" and "cuda", which have the kernels of
             `sinkhorn` for the iterations and then form the plans, as the reference does. Default:
             the environment variable FEWSTEP_BACKEND, else the fastest one for the device.
@@ -130,8 +133,9 @@ def sinkhorn_drift(
         Drift: velocity, scale, rms, residual, entropy, peak. No gradient flows through any.
 
     float64 stays float64; float32, bfloat16 and float16 are computed in float32 and return float32.
-    Time is `O((N (M + N' + U)) (D (1 + T) + max_iter T))` per group, and no matrix of pairs exists
-    in memory but those of the groups that are being worked on, at most 64 MB for each thread.
+    "cpp" against float64: velocity within 1e-4 (relative norm). It has no matrix of all pairs in
+    memory but those that `memory_limit` allows, of the groups that are being worked on; several
+    temperatures with `normalize=True` take T - 1 times the memory of the velocity.
 
     Raises:
         ValueError: shapes, devices, eps, weights, guidance, cost, form, backend, iteration counts
@@ -157,6 +161,8 @@ def sinkhorn_drift(
             raise ValueError(f"sinkhorn_drift: {name} must be one of {allowed}, got {value!r}")
     if max_iter < 1:
         raise ValueError(f"sinkhorn_drift: max_iter must be at least 1, got {max_iter}")
+    if memory_limit < 0:
+        raise ValueError(f"sinkhorn_drift: memory_limit must not be negative, got {memory_limit}")
     diagonal = _diagonal(exclude_diagonal, x, x_self, form)
     chosen = choose_backend(
         "sinkhorn_drift", x.device.type, backend, lambda name: _unsupported(name, diagonal)
@@ -165,9 +171,7 @@ def sinkhorn_drift(
     lead, n, d = x.shape[:-2], x.shape[-2], x.shape[-1]
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
     groups = math.prod(lead)
-    flat = {
-        name: t.detach().to(dtype).reshape(groups, *t.shape[-2:]) for name, t in clouds.items()
-    }
+    flat = {name: t.detach().to(dtype).reshape(groups, *t.shape[-2:]) for name, t in clouds.items()}
     temperatures, several = _temperatures(eps, x, dtype)
     w = _guidance(guidance, x, uncond, dtype).reshape(-1).expand(groups)
     columns = _weights(weights, lead, flat, dtype)
@@ -194,6 +198,7 @@ def sinkhorn_drift(
         scaled=normalize is not False,
         unit=normalize is True,
         diagonal=diagonal,
+        memory_limit=memory_limit,
     )
     velocity = velocity.reshape(velocity.shape[0], *lead, n, d)
     plans = [t.reshape(t.shape[0], *lead, t.shape[2]) for t in plans]
@@ -222,9 +227,7 @@ def _check_points(clouds: dict[str, Tensor]) -> None:
                 f"sinkhorn_drift: {name} must have the dtype of x, {x.dtype}, got {t.dtype}"
             )
         if t.device != x.device:
-            raise ValueError(
-                f"sinkhorn_drift: {name} must be on {x.device} with x, got {t.device}"
-            )
+            raise ValueError(f"sinkhorn_drift: {name} must be on {x.device} with x, got {t.device}")
         if t.shape[:-2] != x.shape[:-2] or t.shape[-1] != x.shape[-1]:
             raise ValueError(
                 f"sinkhorn_drift: {name} must match x {tuple(x.shape)} except in its points,"
@@ -274,9 +277,7 @@ def _temperatures(
         if eps.ndim > 1 or eps.numel() == 0:
             raise ValueError(f"sinkhorn_drift: eps must be one or [T], got {tuple(eps.shape)}")
         if _readable(eps) and not bool(((eps > 0) & eps.isfinite()).all()):
-            raise ValueError(
-                f"sinkhorn_drift: eps must be positive and finite, got {eps.tolist()}"
-            )
+            raise ValueError(f"sinkhorn_drift: eps must be positive and finite, got {eps.tolist()}")
         return _numbers("eps", eps, x, dtype).reshape(-1), eps.ndim == 1
     several = isinstance(eps, Sequence)
     values = list(eps) if isinstance(eps, Sequence) else [eps]
@@ -344,7 +345,7 @@ def _check_weights(columns: Tensor, sizes: list[int], form: str) -> None:
     names = ["y", "x_self", "uncond"]
     if form == "joint":
         names, sizes = ["y", "x_self and uncond"], [sizes[0], sum(sizes[1:])]
-    for name, part in zip(names, columns.split(sizes, 1), strict=False):
+    for name, part in zip(names, torch.split(columns, sizes, 1), strict=False):
         total = part.double().sum(1)
         bad = ~((total > 0) & total.isfinite())
         if bool(bad.any()):
@@ -370,12 +371,13 @@ def _drift(
     scaled: bool,
     unit: bool,
     diagonal: int | None,
+    memory_limit: int,
 ) -> reference.Outputs:
     """`fewstep.reference.drift.drift` by a backend."""
     if backend == "cpp":
         out: reference.Outputs = torch.ops.fewstep.sinkhorn_drift.default(
             *(x, y, x_self, uncond, weights, guidance, eps, reference.COSTS.index(cost)),
-            *(max_iter, joint, scaled, unit, diagonal),
+            *(max_iter, joint, scaled, unit, diagonal, memory_limit),
         )
         return out
 
@@ -401,7 +403,6 @@ def _drift(
     )
 
 
-@torch.library.register_fake("fewstep::sinkhorn_drift")
 def _fake(
     x: Tensor,
     y: Tensor,
@@ -416,6 +417,7 @@ def _fake(
     scaled: bool,
     unit: bool,
     diagonal: int | None,
+    memory_limit: int,
 ) -> reference.Outputs:
     groups, count = x.shape[0], eps.shape[0]
     plans = (count, groups, 1 if joint else 2 + (uncond is not None))
@@ -434,21 +436,26 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: reference.Outputs) -> None
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-    return (None,) * 13
+    return (None,) * 14
 
 
 def _vmap(
     info: Any, in_dims: tuple[int | None, ...], *inputs: Any
 ) -> tuple[reference.Outputs, tuple[int, ...]]:
     """Call by call, since a call has one scale and one rms."""
-    calls = [
-        torch.ops.fewstep.sinkhorn_drift.default(
-            *(t if axis is None else t.select(axis, i) for t, axis in zip(inputs, in_dims, strict=True))
-        )
-        for i in range(info.batch_size)
-    ]
+
+    def call(i: int) -> reference.Outputs:
+        own = [
+            t if axis is None else t.select(axis, i)
+            for t, axis in zip(inputs, in_dims, strict=True)
+        ]
+        out: reference.Outputs = torch.ops.fewstep.sinkhorn_drift.default(*own)
+        return out
+
+    calls = [call(i) for i in range(info.batch_size)]
     return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * 6  # type: ignore[return-value]
 
 
+torch.library.register_fake("fewstep::sinkhorn_drift", _fake)
 torch.library.register_autograd("fewstep::sinkhorn_drift", _backward, setup_context=_setup)
 torch.library.register_vmap("fewstep::sinkhorn_drift", _vmap)

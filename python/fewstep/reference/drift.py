@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.reference.sinkhorn import cost_matrix
+from fewstep.reference import sinkhorn
 
-COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean")
+COSTS = sinkhorn.COSTS[:3]
 MIN_SCALE = 1e-3
 MIN_RMS = 1e-4
 
@@ -24,10 +24,18 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Couple = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+def _costs(x: Tensor, z: Tensor, cost: str) -> Tensor:
+    """`C [G, N, C]`, by differences as in `sinkhorn.cost_matrix`, which has gradients besides."""
+    distances = torch.cdist(x, z, compute_mode="donot_use_mm_for_euclid_dist")
+    if cost == "euclidean":
+        return distances
+    return distances.square() / (2 if cost == "half_sqeuclidean" else 1)
+
+
 def _scale(x: Tensor, points: Tensor, w: Tensor, cost: str) -> Tensor:
     """The mean distance from x to the points, weighted, over sqrt(D): one number."""
     n, d = x.shape[1:]
-    distances = cost_matrix(x, points, "euclidean" if cost == "euclidean" else "sqeuclidean")
+    distances = _costs(x, points, "euclidean" if cost == "euclidean" else "sqeuclidean")
     mean = (w[:, None] * distances).sum() / (n * w.sum())
     mean = mean if cost == "euclidean" else mean.sqrt()
     return (mean / math.sqrt(d)).clamp(min=MIN_SCALE)
@@ -46,8 +54,7 @@ def coupling(log_k: Tensor, b: Tensor, max_iter: int) -> Tensor:
 def _split(plans: list[Tensor], clouds: list[Tensor], guidance: Tensor) -> Tensor:
     """`T_y - T_self + w (T_y - T_uncond)`, T the barycentres of the plans."""
     y, x_self, *uncond = (
-        plan / plan.sum(2, keepdim=True) @ cloud
-        for plan, cloud in zip(plans, clouds, strict=True)
+        plan / plan.sum(2, keepdim=True) @ cloud for plan, cloud in zip(plans, clouds, strict=True)
     )
     v = y - x_self
     return v + guidance[:, None, None] * (y - uncond[0]) if uncond else v
@@ -55,7 +62,7 @@ def _split(plans: list[Tensor], clouds: list[Tensor], guidance: Tensor) -> Tenso
 
 def _joint(plan: Tensor, clouds: list[Tensor]) -> Tensor:
     """`sum(A_neg) (A_pos y) - sum(A_pos) (A_neg z)`, z the points of x_self and uncond."""
-    positive, *negatives = plan.split([cloud.shape[1] for cloud in clouds], 2)
+    positive, *negatives = torch.split(plan, [cloud.shape[1] for cloud in clouds], 2)
     mass = positive.sum(2, keepdim=True)
     other = torch.stack([a.sum(2, keepdim=True) for a in negatives]).sum(0)
     v = (positive * other) @ clouds[0]
@@ -105,11 +112,11 @@ def drift(
             eps = eps * (math.sqrt(d) if cost == "euclidean" else d)
         x, *clouds = ((points - centre) / scale for points in (x, *clouds))
 
-        costs = [cost_matrix(x, cloud, cost) for cloud in clouds]
+        costs = [_costs(x, cloud, cost) for cloud in clouds]
         if diagonal is not None:
             i, j = (torch.arange(count, device=x.device) for count in (n, sizes[1]))
             costs[1] = costs[1].masked_fill(j == i[:, None] + diagonal, math.inf)
-        marginals, targets = list(weights.split(sizes, 1)), clouds
+        marginals, targets = list(torch.split(weights, sizes, 1)), clouds
         if joint:
             costs, marginals, targets = [torch.cat(costs, 2)], [weights], [torch.cat(clouds, 1)]
         marginals = [w / w.sum(1, keepdim=True) for w in marginals]
@@ -119,7 +126,8 @@ def drift(
             plans = [
                 couple(x, z, C, b, e) for z, C, b in zip(targets, costs, marginals, strict=True)
             ]
-            velocities.append(_joint(plans[0], clouds) if joint else _split(plans, clouds, guidance))
+            v = _joint(plans[0], clouds) if joint else _split(plans, clouds, guidance)
+            velocities.append(v)
             for plan in plans:
                 row = plan.sum(2, keepdim=True)
                 p = plan / row
@@ -129,6 +137,6 @@ def drift(
         rms = velocity.square().mean((1, 2, 3)).sqrt()
         if unit:
             velocity = (velocity / rms.clamp(min=MIN_RMS)[:, None, None, None]).sum(0, keepdim=True)
-        # [T P, 3, G] -> 3 of [T, G, P]
-        residual, entropy, peak = torch.stack(metrics).unflatten(0, (len(eps), -1)).permute(2, 0, 3, 1)
+        by_plan = torch.stack(metrics).reshape(len(eps), len(costs), 3, -1)  # [T, P, 3, G]
+        residual, entropy, peak = by_plan.permute(2, 0, 3, 1)
         return velocity, scale, rms, residual, entropy, peak
