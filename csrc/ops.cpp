@@ -14,4 +14,8 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
         ") -> (Tensor out, Tensor mass)");
   m.def("sinkhorn_grad(Tensor x, Tensor y, Tensor f, Tensor g, Tensor a, Tensor b, Tensor eps, " GEOMETRY
         ") -> Tensor");
+  m.def(
+      "sinkhorn_drift(Tensor x, Tensor y, Tensor x_self, Tensor? uncond, Tensor weights, Tensor guidance, Tensor eps,"
+      " int cost, int max_iter, bool joint, bool scaled, bool unit, int? diagonal, int memory_limit)"
+      " -> (Tensor velocity, Tensor scale, Tensor rms, Tensor residual, Tensor entropy, Tensor peak)");
 }

@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/drift.h"
 #include "cpu/sinkhorn.h"
 
 namespace {
@@ -190,10 +191,60 @@ Tensor sinkhorn_grad(const Tensor& x, const Tensor& y, const Tensor& f, const Te
   return out;
 }
 
+// A tensor whose rows are contiguous; groups and rows may have any stride.
+Tensor coordinates_contiguous(const Tensor& t) { return t.size(2) == 1 || t.stride(2) == 1 ? t : contiguous(t); }
+
+template <class T>
+cpu::Cloud<T> cloud_of(const Tensor& t) {
+  return {read<T>(t), t.size(1), t.stride(0), t.stride(1)};
+}
+
+Outputs sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, const Maybe& uncond,
+                       const Tensor& weights, const Tensor& guidance, const Tensor& eps, int64_t cost, int64_t max_iter,
+                       bool joint, bool scaled, bool unit, std::optional<int64_t> diagonal, int64_t memory_limit) {
+  const Tensor xc = coordinates_contiguous(x), yc = coordinates_contiguous(y), sc = coordinates_contiguous(x_self);
+  const Maybe uc = uncond.has_value() ? Maybe(coordinates_contiguous(*uncond)) : std::nullopt;
+  const Tensor wc = contiguous(weights), gc = contiguous(guidance), ec = contiguous(eps);
+  const int64_t groups = x.size(0), n = x.size(1), d = x.size(2), count = eps.size(0);
+  const int64_t clouds = uc.has_value() ? 3 : 2, plans = joint ? 1 : clouds;
+  Tensor velocity = new_empty(xc, {unit ? 1 : count, groups, n, d});
+  Tensor scale = new_empty(xc, {}), rms = new_empty(xc, {count});
+  Tensor residual = new_empty(xc, {count, groups, plans}), entropy = new_empty(xc, {count, groups, plans}),
+         peak = new_empty(xc, {count, groups, plans});
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::Drift<T> in{groups,
+                           d,
+                           count,
+                           cloud_of<T>(xc),
+                           {cloud_of<T>(yc), cloud_of<T>(sc), uc.has_value() ? cloud_of<T>(*uc) : cpu::Cloud<T>{}},
+                           clouds,
+                           read<T>(wc),
+                           read<T>(gc),
+                           read<T>(ec),
+                           static_cast<cpu::Cost>(cost),
+                           max_iter,
+                           joint,
+                           scaled,
+                           unit,
+                           diagonal.value_or(cpu::kNoDiagonal),
+                           memory_limit,
+                           write<T>(velocity),
+                           write<T>(scale),
+                           write<T>(rms),
+                           write<T>(residual),
+                           write<T>(entropy),
+                           write<T>(peak)};
+    cpu::drift(in, torch::stable::get_num_threads());
+  });
+  return {velocity, scale, rms, residual, entropy, peak};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fewstep, CPU, m) {
   m.impl("sinkhorn", TORCH_BOX(&sinkhorn));
   m.impl("sinkhorn_transport", TORCH_BOX(&sinkhorn_transport));
   m.impl("sinkhorn_grad", TORCH_BOX(&sinkhorn_grad));
+  m.impl("sinkhorn_drift", TORCH_BOX(&sinkhorn_drift));
 }

@@ -349,7 +349,8 @@ FEWSTEP_INLINE Vec<T> exp2_floored(Vec<T> z) {
 
 // kLanes rows of K at once, so that their sums come out as one vector.
 template <bool kTiles, class T>
-FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>& io, int64_t row, PassResult& result) {
+FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>& io, int64_t row, PassResult& result,
+                                Vec<T>& extreme) {
   constexpr int L = kLanes<T>;
   const T* __restrict__ kernel = io.kernel + row * m_padded;
   const int64_t stride = kTiles ? L : m_padded, step = kTiles ? L : 1;
@@ -377,8 +378,7 @@ FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>&
   result.residual += double(sum<T>(error));
   result.mass += double(sum<T>(total));
   const Vec<T> larger = next > inverse ? next : inverse;
-  const double extreme = maximum<T>(larger);
-  result.extreme = extreme > result.extreme ? extreme : result.extreme;
+  extreme = larger > extreme ? larger : extreme;
   store(io.u_next + row, next);
   if (io.columns == nullptr) return;
   alignas(64) T w[L];
@@ -397,10 +397,12 @@ FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>&
 template <class T>
 PassResult scale_pass(int64_t n, int64_t m_padded, const ScalePass<T>& io, int64_t begin, int64_t end) {
   PassResult result;
+  Vec<T> extreme = splat(T(1));
   for (int64_t row = begin; row < end; row += kLanes<T>) {
-    io.tiles ? scale_block<true>(n, m_padded, io, row, result) : scale_block<false>(n, m_padded, io, row, result);
+    io.tiles ? scale_block<true>(n, m_padded, io, row, result, extreme)
+             : scale_block<false>(n, m_padded, io, row, result, extreme);
   }
-  result.extreme = __builtin_log2(result.extreme);
+  result.extreme = __builtin_log2(double(maximum<T>(extreme)));
   return result;
 }
 

@@ -6,7 +6,8 @@ from fewstep import _library
 
 _library.load_cpp()
 
+from fewstep.ops.drift import Drift, sinkhorn_drift  # noqa: E402
 from fewstep.ops.sinkhorn import SinkhornResult, sinkhorn  # noqa: E402
 
 __version__ = version("fewstep")
-__all__ = ["SinkhornResult", "sinkhorn"]
+__all__ = ["Drift", "SinkhornResult", "sinkhorn", "sinkhorn_drift"]

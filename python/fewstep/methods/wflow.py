@@ -12,38 +12,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.ops.sinkhorn import sinkhorn
+from fewstep.ops.drift import FORMS, sinkhorn_drift
 
 
 @dataclass(frozen=True)
 class WFlow:
     """The loss whose gradient moves generated samples along the flow towards the real ones.
 
-    With `x = G(z)`, an independent second batch `x' = G(z')`, real samples y, a scale s (below),
-    and `T_{x,y}(x_i) = sum_j P_ij y_j / sum_j P_ij` the barycentric projection of the entropic
-    plan between x/s and y/s for the cost `|x - y|^2 / 2` at temperature `eps D`,
+    With `x = G(z)`, an independent second batch `x' = G(z')`, real samples y, and the scale s and
+    velocity V of `fewstep.sinkhorn_drift`, which is in its split form
 
-        V = T_{x,y} - T_{x,x'}
-        loss = mean |x/s - sg(x/s + step_size V / rms(V))|^2          (mean over all coordinates)
-        s^2 = mean over pairs of |x_i - u|^2 / D,   u in {x, x', y}   (one number, at least 1e-6)
+        V = T_{x,y} - T_{x,x'} + w (T_{x,y} - T_{x,u})
+        loss = mean |x/s - sg(x/s + step_size sum_t V_t / rms(V_t))|^2     (mean over coordinates)
+        s^2 = mean over pairs of |x_i - v|^2 / D,   v in {x, x', y}   (one number, at least 1e-6)
 
-    Only the first `x/s` carries a gradient: none flows through plans, s, rms(V), y or x'. It is
-    `2 step_size / (D rms(V))` times that of the energy `OT(x/s, y/s) - OT(x/s, x'/s)` with x' and
-    s held fixed (its mean over groups). Batches of equal size make V average to 0 where generated
-    and real samples have the same law, at any batch size, temperature and iteration count.
+    where `T_{x,y}(x_i) = sum_j P_ij y_j / sum_j P_ij` is the barycentric projection of the entropic
+    plan between x/s and y/s for the cost `|x - y|^2 / 2` at temperature `eps D`, and u are samples
+    to be guided away from, with guidance w.
+
+    Only the first `x/s` carries a gradient: none flows through plans, s, rms(V), y, u or x'. At one
+    temperature and without u it is `2 step_size / (D rms(V))` times that of the energy
+    `OT(x/s, y/s) - OT(x/s, x'/s)` with x' and s held fixed (its mean over groups). Batches of equal
+    size make V average to 0 where generated and real samples have the same law, at any batch size,
+    temperature and iteration count.
 
     Source: arXiv 2605.11755; the scale and the normalisation are those of its released code.
 
     Attributes:
-        eps: temperature, relative to the mean squared distance.
+        eps: temperature, relative to the mean squared distance, or several.
         max_iter: Sinkhorn iterations, exactly that many.
         step_size: length of the step along the flow, in rms of V or, without `normalize`, in V.
-        normalize: divide V by its rms over the whole call. The loss is then `step_size^2` at all
-            times; `metrics["drift"]` is what shows progress.
-        backend: of `fewstep.sinkhorn`; None chooses the fastest one for the device.
+        normalize: divide V by its rms over the whole call. The loss is then `step_size^2` (for one
+            temperature) at all times; `metrics["drift"]` is what shows progress.
+        form: "split" or "joint", see `fewstep.sinkhorn_drift`.
+        backend: of `fewstep.sinkhorn_drift`; None chooses the fastest one for the device.
 
     Raises:
-        ValueError: eps, step_size or max_iter that is not positive and finite.
+        ValueError: eps, step_size or max_iter that is not positive and finite; an unknown form.
 
     >>> import torch
     >>> from fewstep.methods import WFlow
@@ -56,17 +61,23 @@ class WFlow:
     (1.0, ['drift', 'residual', 'scale'])
     """
 
-    eps: float = 0.05
+    eps: float | tuple[float, ...] = 0.05
     max_iter: int = 10
     step_size: float = 1.0
     normalize: bool = True
+    form: str = "split"
     backend: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.eps, list):  # as JSON has it
+            object.__setattr__(self, "eps", tuple(self.eps))
         for name in ("eps", "max_iter", "step_size"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            values = value if isinstance(value, tuple) else (value,)
+            if not values or not all(math.isfinite(v) and v > 0 for v in values):
                 raise ValueError(f"WFlow: {name} must be positive and finite, got {value}")
+        if self.form not in FORMS:
+            raise ValueError(f"WFlow: form must be one of {FORMS}, got {self.form!r}")
 
     def __call__(
         self,
@@ -74,8 +85,11 @@ class WFlow:
         noise: Tensor,
         real: Tensor,
         labels: Tensor | None = None,
+        *,
+        uncond: Tensor | None = None,
+        guidance: float | Tensor = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one step; all groups are solved as one batched Sinkhorn call.
+        """Loss and metrics of one step; all groups are one call of `fewstep.sinkhorn_drift`.
 
         Args:
             generator (Callable): maps noise `[G N, Z]`, or `(noise, labels [G N])` where labels
@@ -85,16 +99,22 @@ class WFlow:
                 second batch, without gradient, and must be independent of `noise[0]`.
             real (Tensor): `[N, ...]` or `[G, N, ...]`, as many as there are generated.
             labels (Tensor | None): `[G]`, the class of each group.
+            uncond (Tensor | None): real samples of any class, `[U, ...]`, or `[G, U, ...]` for G
+                groups.
+            guidance (float | Tensor): w, at least 0, or one for each group, `[G]`. Needs uncond.
 
         Returns:
-            tuple: the loss, a scalar, and detached scalars: `drift`, the mean of V^2 before
-            `normalize` in units of s^2; `scale`, s; `residual`, the largest L1 marginal error.
+            tuple: the loss, a scalar, and detached scalars: `drift`, the mean of V^2 (and over
+            temperatures) before `normalize` in units of s^2; `scale`, s; `residual`, the largest L1
+            marginal error.
 
         Raises:
-            ValueError: shapes or devices that do not fit; unequal batch sizes.
-            TypeError: noise or real that is not floating.
+            ValueError: shapes, devices or guidance that do not fit; unequal batch sizes.
+            TypeError: noise, real or uncond that is not floating.
         """
+        grouped = noise.ndim == 4
         noise, real, labels = _check(noise, real, labels)
+        uncond = None if uncond is None else _check_uncond(uncond, real, grouped)
         groups, n = noise.shape[1:3]
         condition = () if labels is None else (labels.repeat_interleave(n),)
 
@@ -112,41 +132,29 @@ class WFlow:
             x2 = generate(noise[1])
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            return self._loss(x.to(dtype), x2.to(dtype), real.detach().to(dtype))
-
-    def _loss(self, x: Tensor, x2: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        # x, x2, y [G, N, D]
-        groups, _, d = x.shape
-        with torch.no_grad():
-            scale = (_mean_squared_distance(x, x2, y) / d).sqrt().clamp(min=1e-3)
-        x = x / scale
-        with torch.no_grad():
-            plan = sinkhorn(
-                torch.cat([x, x]),
-                torch.cat([y, x2]) / scale,
-                eps=self.eps * d,
-                cost="half_sqeuclidean",
+            x, x2, real = x.to(dtype), x2.to(dtype), real.detach().to(dtype)
+            drift = sinkhorn_drift(
+                x,
+                real,
+                x2,
+                eps=self.eps,
                 max_iter=self.max_iter,
+                uncond=None if uncond is None else uncond.to(dtype),
+                guidance=guidance,
+                form=self.form,
+                normalize=True if self.normalize else "scale",
                 backend=self.backend,
             )
-            centers = plan.barycenter()  # [2 G, N, D]
-            v = centers[:groups] - centers[groups:]
-            drift = v.square().mean()
-            if self.normalize:
-                v = v / drift.clamp(min=1e-8).sqrt()
-            target = x + self.step_size * v
-        loss = (x - target).square().mean()
-        return loss, {"drift": drift, "scale": scale, "residual": plan.residual.max()}
-
-
-def _mean_squared_distance(x: Tensor, x2: Tensor, y: Tensor) -> Tensor:
-    """Mean of `|x_i - u_j|^2` over i, all u in {x, x2, y} of the same group, and groups.
-
-    With c the mean of the u, the cross term vanishes: `mean |x_i - c|^2 + mean |u_j - c|^2`.
-    """
-    centre = torch.stack([x, x2, y]).mean((0, 2))[:, None]  # [G, 1, D]
-    spread = [(u - centre).square().sum(-1).mean() for u in (x, x2, y)]
-    return spread[0] + (spread[0] + spread[1] + spread[2]) / 3
+            v = drift.velocity
+            if isinstance(self.eps, tuple) and not self.normalize:
+                v = v.sum(0)
+            x = x / drift.scale
+            loss = (x - (x + self.step_size * v).detach()).square().mean()
+        return loss, {
+            "drift": drift.rms.square().mean(),
+            "scale": drift.scale,
+            "residual": drift.residual.max(),
+        }
 
 
 def _check(
@@ -180,3 +188,17 @@ def _check(
             f"WFlow: labels must be one per group, ({noise.shape[1]},), got {tuple(labels.shape)}"
         )
     return noise, real.flatten(2), labels
+
+
+def _check_uncond(uncond: Tensor, real: Tensor, grouped: bool) -> Tensor:
+    """`[G, U, D]`; real is `[G, N, D]`."""
+    if not uncond.is_floating_point():
+        raise TypeError(f"WFlow: uncond must have a floating dtype, got {uncond.dtype}")
+    lead, d = tuple(real.shape[:1]) if grouped else (), real.shape[2]
+    count, *shape = uncond.shape[len(lead) :] or (0,)
+    if tuple(uncond.shape[: len(lead)]) != lead or math.prod(shape) != d or count == 0:
+        raise ValueError(
+            f"WFlow: uncond must be {(*lead, 'U', '...')} with {d} values each,"
+            f" got {tuple(uncond.shape)}"
+        )
+    return uncond.detach().reshape(real.shape[0], count, d)
