@@ -6,7 +6,21 @@ from fewstep import _library
 
 _library.load_cpp()
 
-from fewstep.ops.sinkhorn import SinkhornResult, sinkhorn  # noqa: E402
+from fewstep.ops.divergence import (  # noqa: E402
+    ConvergenceWarning,
+    DivergenceResult,
+    sinkhorn_divergence,
+)
+from fewstep.ops.implicit import ConvergenceError  # noqa: E402
+from fewstep.ops.sinkhorn import SinkhornResult, sinkhorn, transport  # noqa: E402
 
 __version__ = version("fewstep")
-__all__ = ["SinkhornResult", "sinkhorn"]
+__all__ = [
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "DivergenceResult",
+    "SinkhornResult",
+    "sinkhorn",
+    "sinkhorn_divergence",
+    "transport",
+]

@@ -102,9 +102,7 @@ def problems(
     if T == 1:
         return [whole]
     if points.segments is not None:
-        return [
-            whole._replace(f=f[t : t + 1], g=g[t : t + 1], eps=eps[t::T]) for t in range(T)
-        ]
+        return [whole._replace(f=f[t : t + 1], g=g[t : t + 1], eps=eps[t::T]) for t in range(T)]
     repeated = {
         name: t[:, None].expand(-1, T, *t.shape[1:]).flatten(0, 1)
         for name, t in zip(Problem._fields, whole, strict=True)
@@ -345,9 +343,7 @@ class _Gradient(_Batched):
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
         with _InJvp() as here:
             p = Problem(*here.primals(ctx.saved_tensors))  # type: ignore[arg-type]
-            return _hessian_product(
-                here.primals(tangents[:VARIABLES]), p, ctx.constants, ctx.need
-            )
+            return _hessian_product(here.primals(tangents[:VARIABLES]), p, ctx.constants, ctx.need)
 
 
 def _hessian_product(u: Any, p: Problem, c: Constants, need: Flags) -> Tensors:
@@ -386,9 +382,7 @@ class _Hessian(_Batched):
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
         with _InJvp() as here:
             p = Problem(*here.primals(ctx.saved_tensors))  # type: ignore[arg-type]
-            return _hessian_product(
-                here.primals(tangents[:VARIABLES]), p, ctx.constants, ctx.need
-            )
+            return _hessian_product(here.primals(tangents[:VARIABLES]), p, ctx.constants, ctx.need)
 
 
 class _Refuse(torch.autograd.Function):

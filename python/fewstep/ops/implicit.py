@@ -9,8 +9,8 @@ At the optimum `(f, g)` of the dual `D(f, g; p)`, p = (x, y, a, b), the value ha
 where `phi(f) = f` for a fixed marginal and `rho (1 - exp(-f / rho))` for a penalised one. They
 also define f and g where a weight is zero. Linearised, with `R_i = phi_x' - eps phi_x''`,
 
-    R_i df_i + sum_j b_j e_ij dg_j = l_i = sum_j b_j e_ij dC_ij - eps sum_j e_ij db_j
-    S_j dg_j + sum_i a_i e_ij df_i = m_j = sum_i a_i e_ij dC_ij - eps sum_i e_ij da_i
+    R_i df_i + sum_j b_j e_ij dg_j = r_i = sum_j b_j e_ij dC_ij - eps sum_j e_ij db_j
+    S_j dg_j + sum_i a_i e_ij df_i = s_j = sum_i a_i e_ij dC_ij - eps sum_i e_ij da_i
 
 df is eliminated, and the Schur complement solved for dg by conjugate gradient with products `e v`
 of the streamed kernel. What the kernel cannot express runs over blocks of rows in plain torch, so
@@ -19,6 +19,8 @@ that nothing N x M is ever in memory.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops import raw
-from fewstep.reference.sinkhorn import Points, phi
+from fewstep.reference.sinkhorn import Points, weight_gradient
 
 # Pairs of points in a block of rows, which takes about eight arrays of that size.
 BLOCK_PAIRS = 2**20
@@ -157,14 +159,11 @@ def gradient(p: Problem, c: Constants, need: Flags) -> Tensors:
         if needed:
             out.append(raw.gradient(c.backend, points_of(r, k), r.f, r.g, r.a, r.b, r.eps))
     for needed, r, k in ((need[2], p, c), (need[3], q, d)):
-        if not needed:
-            continue
-        if c.balanced:
-            out.append(r.f.clone())
-            continue
-        # d value / da_i; a fixed marginal has mass 1 per weight.
-        excess = _slope(r.f, k.rho_x) - to_points(total(r.b, r.segment_y), r.f, r.segment_x)
-        out.append(phi(r.f, k.rho_x) - to_points(r.eps, r.f, r.segment_x) * excess)
+        if needed:
+            mass = to_points(total(r.b, r.segment_y), r.f, r.segment_x)
+            eps = to_points(r.eps, r.f, r.segment_x)
+            grad = weight_gradient(r.f, mass, eps, k.rho_x, (k.rho_x, k.rho_y))
+            out.append(grad.clone() if grad is r.f else grad)
     if need[4]:
         out.append(torch.empty_like(p.matrix))
         for block in blocks(p, c):
@@ -191,9 +190,9 @@ class System:
             )
         for _ in range(_NEWTON_STEPS):
             p, eps = self.p, self.p.eps[:, None]
-            l, m = eps * self.excess_x, eps * self.excess_y
-            df, dg = self.solve(l, m)
-            decrement = (p.a * df * l).sum(-1) + (p.b * dg * m).sum(-1)
+            rows, columns = eps * self.excess_x, eps * self.excess_y
+            df, dg = self.solve(rows, columns)
+            decrement = (p.a * df * rows).sum(-1) + (p.b * dg * columns).sum(-1)
             decrement = decrement.clamp(min=0).sqrt() / p.eps
             self._linearise(p._replace(f=p.f + df, g=p.g + dg))
             done = decrement <= _DECREMENT
@@ -222,41 +221,45 @@ class System:
         self.S = column_mass if c.rho_y is None else column_mass + eps / c.rho_y * slope_y
         # A point so far that its mass underflows has no influence.
         tiny = torch.finfo(p.f.dtype).tiny
-        self.inverse_R = torch.where(self.R > tiny, 1 / self.R, 0.0)
-        self.inverse_S = torch.where(self.S > tiny, 1 / self.S, 0.0)
+        self.inverse_R = torch.where(self.R.gt(tiny), 1 / self.R, 0.0)
+        self.inverse_S = torch.where(self.S.gt(tiny), 1 / self.S, 0.0)
         error = (p.a * self.excess_x.abs()).sum(-1) + (p.b * self.excess_y.abs()).sum(-1)
         return error / (p.a * row_mass).sum(-1)
 
-    def solve(self, l: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(df, dg) for the right-hand sides of the module's docstring, `[B, N]` and `[B, M]`."""
         p, c, q, d = self.p, self.c, self.q, self.d
-        if c.symmetric:  # df = dg: R_i df_i + sum_j a_j e_ij df_j = l_i
+        if c.symmetric:  # df = dg: R_i df_i + sum_j a_j e_ij df_j = r_i
             w = (p.a * self.inverse_R).sqrt()
-            h = conjugate_gradient(lambda h: h + w * _product(p, c, h, w), w * l, self.tolerance)
-            df = (l - _product(p, c, h, w)) * self.inverse_R
+            h = conjugate_gradient(lambda h: h + w * _product(p, c, h, w), w * r, self.tolerance)
+            df = (r - _product(p, c, h, w)) * self.inverse_R
             return df, df
         w = (p.b * self.inverse_S).sqrt()
-        h = self._schur(w, w * (m - _product(q, d, l * self.inverse_R, p.a)))
-        df = (l - _product(p, c, h, w)) * self.inverse_R
-        return df, (m - _product(q, d, df, p.a)) * self.inverse_S
+        h = self._schur(w, w * (s - _product(q, d, r * self.inverse_R, p.a)))
+        df = (r - _product(p, c, h, w)) * self.inverse_R
+        return df, (s - _product(q, d, df, p.a)) * self.inverse_S
 
     def solve_adjoint(self, uf: Tensor, ug: Tensor) -> tuple[Tensor, Tensor]:
-        """(mf, mg) with `<mf, l> + <mg, m> = <uf, df> + <ug, dg>` for all right-hand sides.
+        """(mf, mg) with `<mf, r> + <mg, s> = <uf, df> + <ug, dg>` for all right-hand sides.
 
         Where both marginals are fixed, `sum_i uf_i = sum_j ug_j` is assumed.
         """
         p, c, q, d = self.p, self.c, self.q, self.d
-        ones_x, ones_y = torch.ones_like(p.a), torch.ones_like(p.b)
         w = (p.b * self.inverse_S).sqrt()
+
+        def rows(mg: Tensor) -> Tensor:  # a_i sum_j e_ij mg_j, where e overflows only for a_i = 0
+            return torch.where(p.a > 0, p.a * _product(p, c, mg, torch.ones_like(p.b)), 0.0)
+
+        def columns(mf: Tensor) -> Tensor:
+            return torch.where(p.b > 0, p.b * _product(q, d, mf, torch.ones_like(p.a)), 0.0)
+
         # mg_j = ug_j / S_j is final where b_j = 0, and w_j = 0 there.
         mg = torch.where(p.b > 0, 0.0, ug * self.inverse_S)
-        rhs = ug - p.b * _product(q, d, uf * self.inverse_R, ones_x)
+        rhs = ug - columns((uf - rows(mg)) * self.inverse_R)
         rhs = torch.where(p.b > 0, rhs / p.b.sqrt(), 0.0) * self.inverse_S.sqrt()
-        mf = _product(p, c, mg, ones_y) * self.inverse_R
-        h = self._schur(w, rhs + w * _product(q, d, mf, p.a))
-        mg = mg + w * h
-        mf = (uf - p.a * _product(p, c, mg, ones_y)) * self.inverse_R
-        return mf, (ug - p.b * _product(q, d, mf, ones_x)) * self.inverse_S
+        mg = mg + w * self._schur(w, rhs)
+        mf = (uf - rows(mg)) * self.inverse_R
+        return mf, (ug - columns(mf)) * self.inverse_S
 
     def _schur(self, w: Tensor, rhs: Tensor) -> Tensor:
         """`h = sqrt(b S) dg`; scaled so, the Schur complement is 1 minus a contraction."""
@@ -307,9 +310,9 @@ def conjugate_gradient(
 class Block:
     """Some rows of some problems: `e`, and the first and second derivatives of the costs.
 
-    `t |x - y|^2 / 2` and `-x.y` are quadratic, a distance is the root of a quadratic cost, and l1 is
-    linear but for its kinks. Derivatives at distance 0 are taken as 0, which is right for a point
-    and itself.
+    `t |x - y|^2 / 2` and `-x.y` are quadratic, a distance is the root of a quadratic cost, and l1
+    is linear but for its kinks. Derivatives at distance 0 are taken as 0, which is right for a
+    point and itself.
     """
 
     def __init__(self, p: Problem, c: Constants, problems: slice, rows: slice) -> None:
@@ -326,7 +329,9 @@ class Block:
         plain = Points(x, y, c.cost, matrix)
         points = Points(x, y, c.cost, matrix, None, labels, p.label_cost, diagonal)
         C = points.costs()
-        self.e = ((p.f[problems, rows, None] + p.g[problems, None, :] - C) / self.eps).exp()
+        exponent = (p.f[problems, rows, None] + p.g[problems, None, :] - C) / self.eps
+        # Two points without weight may have any e; 0 times it has to be 0.
+        self.e = exponent.clamp(max=math.log(torch.finfo(exponent.dtype).max) / 2).exp()
         # A common offset would cancel in the products below.
         centre = y.mean(1, keepdim=True) if c.cost != "dot" else torch.zeros_like(y[:, :1])
         self.x, self.y = x - centre, y - centre
@@ -425,20 +430,20 @@ class _Direction:
 
 
 def _right_hand_sides(system: System, u: _Direction) -> tuple[Tensor, Tensor]:
-    """(l, m) of the module's docstring."""
+    """(r, s) of the module's docstring."""
     p = system.p
-    l, m = torch.zeros_like(p.f), torch.zeros_like(p.g)
+    r, s = torch.zeros_like(p.f), torch.zeros_like(p.g)
     for block in blocks(p, system.c):
         change = u.cost_change(block)
         if change is not None:
             change = block.e * change
-            l[block.index] += (block.b * change).sum(-1)
-            m[block.problems] += (block.a * change).sum(-2)
+            r[block.index] += (block.b * change).sum(-1)
+            s[block.problems] += (block.a * change).sum(-2)
         if u.b is not None:
-            l[block.index] -= (block.eps * block.e * u.b[block.problems, None]).sum(-1)
+            r[block.index] -= (block.eps * block.e * u.b[block.problems, None]).sum(-1)
         if u.a is not None:
-            m[block.problems] -= (block.eps * block.e * u.a[block.index][..., None]).sum(-2)
-    return l, m
+            s[block.problems] -= (block.eps * block.e * u.a[block.index][..., None]).sum(-2)
+    return r, s
 
 
 def hessian_product(u: Directions, p: Problem, c: Constants, need: Flags) -> Tensors:
@@ -569,22 +574,21 @@ def conditional_tangent(
     return out
 
 
-def _each(
-    function: Callable[[Directions, Problem], Tensors], u: Directions, p: Problem
-) -> Tensors:
+def _each(function: Callable[[Directions, Problem], Tensors], u: Directions, p: Problem) -> Tensors:
     """`function(u, p)` for ragged problems one by one; u belongs to x, y, x, .. in turn."""
-    assert p.segment_x is not None and p.segment_y is not None
-    cu = (p.segment_x.tolist(), p.segment_y.tolist())
+    assert p.segment_x is not None
+    assert p.segment_y is not None
     parts = []
-    for i in range(len(cu[0]) - 1):
-        of = [slice(s[i], s[i + 1]) for s in cu]
-        if of[0].start == of[0].stop:
+    ends = zip(p.segment_x.tolist(), p.segment_y.tolist(), strict=True)
+    for i, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(ends)):
+        if x0 == x1:
             continue
+        sides = (slice(x0, x1), slice(y0, y1))
 
-        def cut(*tensors: Tensor | None) -> list[Any]:
-            return [None if t is None else t[:, of[k % 2]] for k, t in enumerate(tensors)]
+        def cut(*tensors: Tensor | None, sides: tuple[slice, slice] = sides) -> list[Any]:
+            return [None if t is None else t[:, sides[k % 2]] for k, t in enumerate(tensors)]
 
-        points, potentials = cut(p.x, p.y, p.a, p.b), cut(p.f, p.g)
         fixed = (p.eps[i : i + 1], None, None, *cut(p.label_x, p.label_y), p.label_cost)
-        parts.append(function(tuple(cut(*u)), Problem(*points, None, *potentials, *fixed)))
+        one = Problem(*cut(p.x, p.y, p.a, p.b), None, *cut(p.f, p.g), *fixed)
+        parts.append(function(tuple(cut(*u)), one))
     return tuple(torch.cat(t, 1) for t in zip(*parts, strict=True))

@@ -372,12 +372,34 @@ def sinkhorn(
             if bad:
                 raise ValueError(f"sinkhorn: {name} must be finite, got {bad} NaN or inf values")
     problem = _Problem(points, weights, columns, e, f0, g0, schedule, chosen, batch, temperatures)
-    f, g, *numbers = differentiable.solve(
-        chosen, points, weights, columns, e, f0, g0, schedule
-    )
+    f, g, *numbers = differentiable.solve(chosen, points, weights, columns, e, f0, g0, schedule)
     f, g = (t.reshape(*problem.lead, t.shape[-1]) for t in (f, g))
     value, residual, iterations, converged = (t.reshape(problem.values) for t in numbers)
     return SinkhornResult(f, g, value, residual, iterations, converged, problem)
+
+
+def transport(result: SinkhornResult, v: Tensor, axis: int = 0, implicit: bool = False) -> Tensor:
+    """`P v` (axis 0) or `P' v` (axis 1) with the plan of a result, without forming P.
+
+    Args:
+        result (SinkhornResult): what `sinkhorn` returned.
+        v (Tensor): `[.., M, K]` for axis 0, `[.., N, K]` for axis 1; the trailing K may be left out.
+        axis (int): the axis of P that the result keeps.
+        implicit (bool): differentiate through the plan too; see `SinkhornResult.transport`.
+
+    Returns:
+        Tensor: `[.., N, K]` for axis 0, `[.., M, K]` for axis 1; differentiable in v.
+
+    Raises:
+        ValueError: a shape or axis that does not fit.
+        TypeError: another dtype.
+
+    >>> import torch, fewstep
+    >>> x, y = torch.rand(5, 2), torch.rand(7, 2)
+    >>> fewstep.transport(fewstep.sinkhorn(x, y, eps=0.1), y).shape
+    torch.Size([5, 2])
+    """
+    return result.transport(v, axis, implicit)
 
 
 def _points(
