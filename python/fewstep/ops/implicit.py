@@ -41,8 +41,7 @@ _DECREMENT = 1e-5
 _LARGEST_STEP = 1e-3
 _NEWTON_STEPS = 20
 _NEWTON_CG = 1e-3  # relative residual of the linear systems of its steps
-# That of a derivative's linear system, and the most iterations.
-_CG_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-7}
+_DERIVATIVE_CG = 1e-11  # that of a derivative's linear system
 _CG_ITERATIONS = 5000
 _CG_CHECK = 8  # iterations between two looks at the residuals, which synchronise a GPU
 
@@ -117,14 +116,12 @@ def product(p: Problem, c: Constants, v: Tensor, weights: Tensor) -> Tensor:
     return raw.transport(c.backend, points_of(p, c), p.f, p.g, weights, p.eps, v)[0]
 
 
-def _product(p: Problem, c: Constants, v: Tensor, weights: Tensor) -> Tensor:
-    return product(p, c, v[..., None], weights)[..., 0]
-
-
-def _mass(p: Problem, c: Constants) -> Tensor:
-    """`sum_j b_j e_ij`, `[B, N]`."""
-    nothing = p.b[..., None][..., :0]
-    return raw.transport(c.backend, points_of(p, c), p.f, p.g, p.b, p.eps, nothing)[1]
+def _product(p: Problem, c: Constants, v: Tensor | None, weights: Tensor) -> Tensor:
+    """The same for `v [B, M]`, or for v = 1."""
+    if v is not None:
+        return product(p, c, v[..., None], weights)[..., 0]
+    nothing = weights[..., None][..., :0]
+    return raw.transport(c.backend, points_of(p, c), p.f, p.g, weights, p.eps, nothing)[1]
 
 
 def _slope(f: Tensor, rho: float | None) -> Tensor:
@@ -181,7 +178,6 @@ class System:
     def __init__(self, p: Problem, c: Constants, strict: bool) -> None:
         """`strict` where f and g matter and not only the plan, as in derivatives for a and b."""
         self.c, self.tolerance = c, _NEWTON_CG
-        final = _CG_TOLERANCE[p.f.dtype]
         error = self._linearise(Problem(*(_double(t) for t in p)))
         if not bool((error <= START_BOUND).all()):
             raise ConvergenceError(
@@ -208,12 +204,15 @@ class System:
                 f" {(df.abs() / eps).max().item():.3g} eps and the plan by up to"
                 f" {decrement.max().item():.3g} of its mass; {_REMEDY}"
             )
-        self.tolerance = final
+        self.tolerance = _DERIVATIVE_CG
 
     def _linearise(self, p: Problem) -> Tensor:
-        c = self.c
-        self.p, (self.q, self.d) = p, transposed(p, c)
-        row_mass, column_mass = _mass(p, c), _mass(self.q, self.d)
+        """Takes the potentials of p, and returns the L1 error of its marginals over the mass."""
+        self.p, c = p, self.c
+        (count, n), m = p.a.shape, p.b.shape[1]
+        one_block = count * n * m <= BLOCK_PAIRS
+        self.e = Block(p, c, slice(0, count), slice(0, n)).e if one_block else None
+        row_mass, column_mass = self.rows(None, p.b), self.columns(None, p.a)
         slope_x, slope_y = _slope(p.f, c.rho_x), _slope(p.g, c.rho_y)
         self.excess_x, self.excess_y = slope_x - row_mass, slope_y - column_mass
         eps = p.eps[:, None]
@@ -226,32 +225,46 @@ class System:
         error = (p.a * self.excess_x.abs()).sum(-1) + (p.b * self.excess_y.abs()).sum(-1)
         return error / (p.a * row_mass).sum(-1)
 
+    def rows(self, v: Tensor | None, weights: Tensor) -> Tensor:
+        """`sum_j e_ij weights_j v_j`, with v = 1 where None."""
+        if self.e is None:
+            return _product(self.p, self.c, v, weights)
+        v = weights if v is None else weights * v
+        return (self.e @ v[..., None])[..., 0]
+
+    def columns(self, v: Tensor | None, weights: Tensor) -> Tensor:
+        """`sum_i e_ij weights_i v_i`."""
+        if self.e is None:
+            return _product(*transposed(self.p, self.c), v, weights)
+        v = weights if v is None else weights * v
+        return (v[..., None, :] @ self.e)[..., 0, :]
+
     def solve(self, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(df, dg) for the right-hand sides of the module's docstring, `[B, N]` and `[B, M]`."""
-        p, c, q, d = self.p, self.c, self.q, self.d
-        if c.symmetric:  # df = dg: R_i df_i + sum_j a_j e_ij df_j = r_i
+        p = self.p
+        if self.c.symmetric:  # df = dg: R_i df_i + sum_j a_j e_ij df_j = r_i
             w = (p.a * self.inverse_R).sqrt()
-            h = conjugate_gradient(lambda h: h + w * _product(p, c, h, w), w * r, self.tolerance)
-            df = (r - _product(p, c, h, w)) * self.inverse_R
+            h = conjugate_gradient(lambda h: h + w * self.rows(h, w), w * r, self.tolerance)
+            df = (r - self.rows(h, w)) * self.inverse_R
             return df, df
         w = (p.b * self.inverse_S).sqrt()
-        h = self._schur(w, w * (s - _product(q, d, r * self.inverse_R, p.a)))
-        df = (r - _product(p, c, h, w)) * self.inverse_R
-        return df, (s - _product(q, d, df, p.a)) * self.inverse_S
+        h = self._schur(w, w * (s - self.columns(r * self.inverse_R, p.a)))
+        df = (r - self.rows(h, w)) * self.inverse_R
+        return df, (s - self.columns(df, p.a)) * self.inverse_S
 
     def solve_adjoint(self, uf: Tensor, ug: Tensor) -> tuple[Tensor, Tensor]:
         """(mf, mg) with `<mf, r> + <mg, s> = <uf, df> + <ug, dg>` for all right-hand sides.
 
         Where both marginals are fixed, `sum_i uf_i = sum_j ug_j` is assumed.
         """
-        p, c, q, d = self.p, self.c, self.q, self.d
+        p = self.p
         w = (p.b * self.inverse_S).sqrt()
 
         def rows(mg: Tensor) -> Tensor:  # a_i sum_j e_ij mg_j, where e overflows only for a_i = 0
-            return torch.where(p.a > 0, p.a * _product(p, c, mg, torch.ones_like(p.b)), 0.0)
+            return torch.where(p.a > 0, p.a * self.rows(mg, torch.ones_like(p.b)), 0.0)
 
         def columns(mf: Tensor) -> Tensor:
-            return torch.where(p.b > 0, p.b * _product(q, d, mf, torch.ones_like(p.a)), 0.0)
+            return torch.where(p.b > 0, p.b * self.columns(mf, torch.ones_like(p.a)), 0.0)
 
         # mg_j = ug_j / S_j is final where b_j = 0, and w_j = 0 there.
         mg = torch.where(p.b > 0, 0.0, ug * self.inverse_S)
@@ -263,14 +276,14 @@ class System:
 
     def _schur(self, w: Tensor, rhs: Tensor) -> Tensor:
         """`h = sqrt(b S) dg`; scaled so, the Schur complement is 1 minus a contraction."""
-        p, c, q, d = self.p, self.c, self.q, self.d
+        p = self.p
         null = None
-        if c.balanced:  # df = 1, dg = -1 changes nothing
+        if self.c.balanced:  # df = 1, dg = -1 changes nothing
             null = (p.b * self.S).sqrt()
             null = null / torch.linalg.vector_norm(null, dim=-1, keepdim=True)
 
         def apply(h: Tensor) -> Tensor:
-            return h - w * _product(q, d, _product(p, c, h, w) * self.inverse_R, p.a)
+            return h - w * self.columns(self.rows(h, w) * self.inverse_R, p.a)
 
         return conjugate_gradient(apply, rhs, self.tolerance, null)
 
