@@ -17,6 +17,15 @@ from fewstep.ops import implicit, raw
 from fewstep.ops.implicit import VARIABLES, Constants, Directions, Flags, Problem, Tensors
 from fewstep.reference.sinkhorn import Points, Schedule
 
+
+def _call(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
+
+
+def _unpack(t: Tensor) -> Any:
+    return forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call]
+
+
 _FIELDS = len(Problem._fields)
 _Grads = tuple[Tensor | None, ...]
 
@@ -45,7 +54,7 @@ def solve(
     if transformed:
         p = _problem(fixed, a.detach(), b.detach(), f0, g0, eps)
         bare = replace(schedule, start=None, temperatures=None)
-        out = _Solve.apply(schedule.start, *p, schedule.temperatures, c, bare)
+        out = _call(_Solve, schedule.start, *p, schedule.temperatures, c, bare)
     else:
         out = raw.solve(backend, fixed, a.detach(), b.detach(), eps, f0, g0, schedule)
     f, g, value, *rest = out
@@ -69,7 +78,7 @@ def is_transformed() -> bool:
 def _is_dual(t: Tensor | None) -> bool:
     if t is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
-    return forward_ad.unpack_dual(t).tangent is not None
+    return _unpack(t).tangent is not None
 
 
 def constants(
@@ -87,7 +96,7 @@ def _problem(
     """Whatever the number of temperatures."""
     segments, labels = points.segments or (None, None), points.labels or (None, None)
     tensors = (points.x, points.y, a, b, points.matrix, f, g, eps)
-    return Problem(*tensors, *segments, *labels, points.label_cost)  # type: ignore[arg-type]
+    return Problem._make([*tensors, *segments, *labels, points.label_cost])
 
 
 def problems(
@@ -126,7 +135,7 @@ def differentiable_value(value: Tensor, problem: Problem, constants: Constants) 
     if torch.compiler.is_compiling():
         out = _compiled_value(value, *problem, *constants)
     else:
-        out = _Value.apply(value, *problem, constants)
+        out = _call(_Value, value, *problem, constants)
     return out
 
 
@@ -136,7 +145,7 @@ def potentials(problem: Problem, constants: Constants) -> tuple[Tensor, Tensor]:
     Where both marginals are fixed the pair is shifted so that `<a, f> = <b, g>` for every problem,
     which makes it a function of the problem. Second derivatives raise NotImplementedError.
     """
-    f, g = _Potentials.apply(*problem, constants)
+    f, g = _call(_Potentials, *problem, constants)
     if constants.balanced:
         p = problem
         excess = implicit.total(p.a * f, p.segment_x) - implicit.total(p.b * g, p.segment_y)
@@ -152,13 +161,13 @@ def product(v: Tensor, problem: Problem, constants: Constants) -> Tensor:
     if torch.compiler.is_compiling():
         out = _compiled_product(v, *problem, *constants)
     else:
-        out = _Product.apply(v, *problem, constants)
+        out = _call(_Product, v, *problem, constants)
     return out
 
 
 def product_through_plan(v: Tensor, problem: Problem, constants: Constants) -> Tensor:
     """The same, differentiable once in x, y, b, f, g, matrix and v."""
-    out: Tensor = _ProductThroughPlan.apply(v, *problem, constants)
+    out: Tensor = _call(_ProductThroughPlan, v, *problem, constants)
     return out
 
 
@@ -168,7 +177,7 @@ class _Batched(torch.autograd.Function):
     lead = 0
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:  # type: ignore[override]
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         count, field = info.batch_size, cls.lead + Problem._fields.index("segment_x")
         ragged = args[field] is not None
 
@@ -182,8 +191,8 @@ class _Batched(torch.autograd.Function):
 
         def unfold(t: Tensor) -> Tensor:
             if ragged and t.ndim > 1:
-                return t.unflatten(1, (count, t.shape[1] // count)).movedim(1, 0)
-            return t.unflatten(0, (count, t.shape[0] // count))
+                return t.reshape(len(t), count, t.shape[1] // count, *t.shape[2:]).movedim(1, 0)
+            return t.reshape(count, t.shape[0] // count, *t.shape[1:])
 
         def join(cu: Tensor, points: int) -> Tensor:  # [V, B + 1] -> [V B + 1]
             starts = torch.arange(count, device=cu.device)[:, None] * points
@@ -203,7 +212,7 @@ class _Batched(torch.autograd.Function):
                 folded[i] = join(mapped(t, dim), mapped(args[k], in_dims[k]).shape[2])
             else:
                 folded[i] = fold(mapped(t, dim))
-        out = cls.apply(*folded)
+        out = _call(cls, *folded)
         if isinstance(out, Tensor):
             return unfold(out), 0
         return tuple(unfold(t) for t in out), (0,) * len(out)
@@ -236,7 +245,7 @@ class _InJvp:
     def primals(self, tensors: Any) -> list[Tensor | None]:
         if not self._nested:
             return list(tensors)
-        return [t if t is None else forward_ad.unpack_dual(t).primal for t in tensors]
+        return [t if t is None else _unpack(t).primal for t in tensors]
 
 
 def _placed(parts: Any, need: Flags) -> _Grads:
@@ -273,7 +282,7 @@ class _Solve(_Batched):
     @staticmethod
     def forward(start: Tensor | None, *args: Any) -> raw.Outputs:
         *tensors, temperatures, c, schedule = args
-        p = Problem(*tensors)
+        p = Problem._make(tensors)
         schedule = replace(schedule, start=start, temperatures=temperatures)
         points = implicit.points_of(p, c)
         return raw.solve(c.backend, points, p.a, p.b, p.eps, p.f, p.g, schedule)
@@ -302,19 +311,19 @@ class _Value(_Batched):
         need = ctx.needs_input_grad[1 : 1 + VARIABLES]
         if w is None or not any(need):
             return (None,) * (_FIELDS + 2)
-        p = Problem(*ctx.saved_tensors)
-        grads = _scaled(w, _Gradient.apply(*p, ctx.constants, need), p, need)
+        p = Problem._make(ctx.saved_tensors)
+        grads = _scaled(w, _call(_Gradient, *p, ctx.constants, need), p, need)
         return None, *_placed(grads, need), *(None,) * (_FIELDS - VARIABLES + 1)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         with _InJvp() as here:
-            p = Problem(*here.primals(ctx.saved_tensors))  # type: ignore[arg-type]
+            p = Problem._make(here.primals(ctx.saved_tensors))
             u = here.primals(tangents[1 : 1 + VARIABLES])
             need = tuple(t is not None for t in u)
             if not any(need):
                 return torch.zeros_like(p.eps)
-            return _inner(_Gradient.apply(*p, ctx.constants, need), u, p)
+            return _inner(_call(_Gradient, *p, ctx.constants, need), u, p)
 
 
 class _Gradient(_Batched):
@@ -323,7 +332,7 @@ class _Gradient(_Batched):
     @staticmethod
     def forward(*args: Any) -> Tensors:
         *tensors, constants, need = args
-        return implicit.gradient(Problem(*tensors), constants, need)
+        return implicit.gradient(Problem._make(tensors), constants, need)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -336,19 +345,19 @@ class _Gradient(_Batched):
         if not any(need) or all(g is None for g in grads):
             return (None,) * (_FIELDS + 2)
         u = _placed(grads, ctx.need)
-        parts = _hessian_product(u, Problem(*ctx.saved_tensors), ctx.constants, need)
+        parts = _hessian_product(u, Problem._make(ctx.saved_tensors), ctx.constants, need)
         return *_placed(parts, need), *(None,) * (_FIELDS - VARIABLES + 2)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
         with _InJvp() as here:
-            p = Problem(*here.primals(ctx.saved_tensors))  # type: ignore[arg-type]
+            p = Problem._make(here.primals(ctx.saved_tensors))
             return _hessian_product(here.primals(tangents[:VARIABLES]), p, ctx.constants, ctx.need)
 
 
 def _hessian_product(u: Any, p: Problem, c: Constants, need: Flags) -> Tensors:
-    variables = [t if t is None else _Refuse.apply(t) for t in p[:VARIABLES]]
-    out: Tensors = _Hessian.apply(*u, *variables, *p[VARIABLES:], c, need)
+    variables = [t if t is None else _call(_Refuse, t) for t in p[:VARIABLES]]
+    out: Tensors = _call(_Hessian, *u, *variables, *p[VARIABLES:], c, need)
     return out
 
 
@@ -375,13 +384,13 @@ class _Hessian(_Batched):
         if not any(need) or all(g is None for g in grads):
             return (None,) * (VARIABLES + _FIELDS + 2)
         u = _placed(grads, ctx.need)
-        parts = _hessian_product(u, Problem(*ctx.saved_tensors), ctx.constants, need)
+        parts = _hessian_product(u, Problem._make(ctx.saved_tensors), ctx.constants, need)
         return *_placed(parts, need), *(None,) * (_FIELDS + 2)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
         with _InJvp() as here:
-            p = Problem(*here.primals(ctx.saved_tensors))  # type: ignore[arg-type]
+            p = Problem._make(here.primals(ctx.saved_tensors))
             return _hessian_product(here.primals(tangents[:VARIABLES]), p, ctx.constants, ctx.need)
 
 
@@ -406,7 +415,7 @@ class _Refuse(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor) -> tuple[Tensor, int | None]:
-        return _Refuse.apply(x), in_dims[0]
+        return _call(_Refuse, x), in_dims[0]
 
 
 class _Potentials(_Batched):
@@ -414,7 +423,7 @@ class _Potentials(_Batched):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        p = Problem(*args[:_FIELDS])
+        p = Problem._make(args[:_FIELDS])
         return p.f.clone(), p.g.clone()
 
     @staticmethod
@@ -427,18 +436,18 @@ class _Potentials(_Batched):
         need = ctx.needs_input_grad[:VARIABLES]
         if not any(need) or (uf is None and ug is None):
             return (None,) * (_FIELDS + 1)
-        p = Problem(*ctx.saved_tensors)
+        p = Problem._make(ctx.saved_tensors)
         uf = torch.zeros_like(p.f) if uf is None else uf
         ug = torch.zeros_like(p.g) if ug is None else ug
-        parts = _PotentialsAdjoint.apply(uf, ug, *p, ctx.constants, need)
+        parts = _call(_PotentialsAdjoint, uf, ug, *p, ctx.constants, need)
         return *_placed(parts, need), *(None,) * (_FIELDS - VARIABLES + 1)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
         with _InJvp() as here:
-            p = Problem(*here.primals(ctx.saved_tensors))  # type: ignore[arg-type]
+            p = Problem._make(here.primals(ctx.saved_tensors))
             u = here.primals(tangents[:VARIABLES])
-            out: Tensors = _PotentialsTangent.apply(*u, *p, ctx.constants)
+            out: Tensors = _call(_PotentialsTangent, *u, *p, ctx.constants)
             return out
 
 
@@ -466,7 +475,7 @@ class _PotentialsAdjoint(_Once):
     @staticmethod
     def forward(uf: Tensor, ug: Tensor, *args: Any) -> Tensors:
         *tensors, constants, need = args
-        return implicit.potentials_adjoint(uf, ug, Problem(*tensors), constants, need)
+        return implicit.potentials_adjoint(uf, ug, Problem._make(tensors), constants, need)
 
 
 class _PotentialsTangent(_Once):
@@ -491,7 +500,7 @@ class _Product(_Batched):
     @staticmethod
     def forward(v: Tensor, *args: Any) -> Tensor:
         *tensors, constants = args
-        p = Problem(*tensors)
+        p = Problem._make(tensors)
         return implicit.product(p, constants, v, p.b)
 
     @staticmethod
@@ -501,14 +510,14 @@ class _Product(_Batched):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None) -> _Grads:
-        p = Problem(*ctx.saved_tensors)
+        p = Problem._make(ctx.saved_tensors)
         out = None if u is None else _weighted(u, p, ctx.constants)
         return out, *(None,) * (_FIELDS + 1)
 
     @staticmethod
     def jvp(ctx: Any, dv: Tensor, *tangents: Any) -> Tensor:
         with _InJvp() as here:
-            p = Problem(*here.primals(ctx.saved_tensors))  # type: ignore[arg-type]
+            p = Problem._make(here.primals(ctx.saved_tensors))
             (u,) = here.primals([dv])
             assert u is not None
             return product(u, p, ctx.constants)
@@ -528,24 +537,22 @@ class _ProductThroughPlan(_Batched):
         if u is None:
             return (None,) * (_FIELDS + 2)
         v, *tensors = ctx.saved_tensors
-        p = Problem(*tensors)
-        need = Problem(*ctx.needs_input_grad[1 : 1 + _FIELDS])
-        names = [n for n in ("x", "y", "b", "f", "g", "matrix") if getattr(need, n)]
-        parts = _ConditionalPullback.apply(u, v, *p, ctx.constants, tuple(names)) if names else ()
-        grads = dict(zip(names, parts, strict=True))
+        p = Problem._make(tensors)
+        need = ctx.needs_input_grad[1 : 1 + VARIABLES]
+        f, g, *parts = _call(_ConditionalPullback, u, v, *p, ctx.constants, need)
         of_v = _weighted(u, p, ctx.constants) if ctx.needs_input_grad[0] else None
-        return of_v, *(grads.get(name) for name in Problem._fields), None
+        return of_v, *_placed(parts, need), f, g, *(None,) * (_FIELDS - VARIABLES - 1)
 
     @staticmethod
     def jvp(ctx: Any, dv: Tensor | None, *tangents: Any) -> Tensor:
         with _InJvp() as here:
             v, *tensors = here.primals(ctx.saved_tensors)
-            p = Problem(*tensors)  # type: ignore[arg-type]
-            u = Problem(*here.primals(tangents[:_FIELDS]))  # type: ignore[arg-type]
+            p = Problem._make(tensors)
+            u = Problem._make(here.primals(tangents[:_FIELDS]))
             df = torch.zeros_like(p.f) if u.f is None else u.f
             dg = torch.zeros_like(p.g) if u.g is None else u.g
             directions = (u.x, u.y, None, u.b, u.matrix)
-            out: Tensor = _ConditionalTangent.apply(*directions, df, dg, v, *p, ctx.constants)
+            out: Tensor = _call(_ConditionalTangent, *directions, df, dg, v, *p, ctx.constants)
             if dv is not None:
                 out = out + product(dv, p, ctx.constants)
             return out
@@ -556,8 +563,8 @@ class _ConditionalPullback(_Once):
 
     @staticmethod
     def forward(u: Tensor, v: Tensor, *args: Any) -> Tensors:
-        *tensors, constants, names = args
-        return implicit.conditional_pullback(u, v, Problem(*tensors), constants, names)
+        *tensors, constants, need = args
+        return implicit.conditional_pullback(u, v, Problem._make(tensors), constants, need)
 
 
 class _ConditionalTangent(_Once):
@@ -589,7 +596,7 @@ def _compiled_value(value: Tensor, *args: Any) -> Tensor:
     "fewstep::sinkhorn_product", mutates_args=(), schema=f"(Tensor v, {_SCHEMA}) -> Tensor"
 )
 def _compiled_product(v: Tensor, *args: Any) -> Tensor:
-    p = Problem(*args[:_FIELDS])
+    p = Problem._make(args[:_FIELDS])
     return implicit.product(p, Constants(*args[_FIELDS:]), v, p.b)
 
 
@@ -600,7 +607,7 @@ def _(value: Tensor, *args: Any) -> Tensor:
 
 @_compiled_product.register_fake
 def _(v: Tensor, *args: Any) -> Tensor:
-    f = Problem(*args[:_FIELDS]).f
+    f = Problem._make(args[:_FIELDS]).f
     return v.new_empty((*f.shape, v.shape[-1]))
 
 
@@ -612,14 +619,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _compiled_value_backward(ctx: Any, w: Tensor) -> _Grads:
     need = ctx.needs_input_grad[1 : 1 + VARIABLES]
-    p = Problem(*ctx.saved_tensors)
+    p = Problem._make(ctx.saved_tensors)
     grads = _scaled(w, implicit.gradient(p, ctx.constants, need), p, need)
     rest = _FIELDS - VARIABLES + len(Constants._fields)
     return None, *_placed(grads, need), *(None,) * rest
 
 
 def _compiled_product_backward(ctx: Any, u: Tensor) -> _Grads:
-    p, c = Problem(*ctx.saved_tensors), ctx.constants
+    p, c = Problem._make(ctx.saved_tensors), ctx.constants
     q, d = implicit.transposed(p, c)
     q = q._replace(b=torch.ones_like(q.b))
     out = p.b[..., None] * _compiled_product(u, *q, *d)

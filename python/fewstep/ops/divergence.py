@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,37 +129,47 @@ def sinkhorn_divergence(
     if label_cost is not None and label_cost.shape != label_cost.mT.shape:
         got = tuple(label_cost.shape)
         raise ValueError(f"sinkhorn_divergence: label_cost must be square, got {got}")
-    options: dict[str, Any] = {
-        "cost": cost,
-        "max_iter": max_iter,
-        "tol": tol,
-        "anneal": anneal,
-        "reach": reach,
-        "memory_limit": memory_limit,
-        "backend": backend,
-        "check_finite": check_finite,
-    }
-    xy = sinkhorn(
-        *(x, y),
-        **options,
-        **{"eps": eps, "a": a, "b": b, "update": update, "cu_seqlens": cu_seqlens},
-        **{"labels": labels, "label_cost": label_cost},
+    solve = functools.partial(
+        sinkhorn,
+        cost=cost,
+        max_iter=max_iter,
+        tol=tol,
+        anneal=anneal,
+        reach=reach,
+        memory_limit=memory_limit,
+        backend=backend,
+        check_finite=check_finite,
     )
-    options["update"] = "symmetric"
+    xy = solve(
+        x,
+        y,
+        eps=eps,
+        a=a,
+        b=b,
+        update=update,
+        cu_seqlens=cu_seqlens,
+        labels=labels,
+        label_cost=label_cost,
+    )
+    solve = functools.partial(solve, update="symmetric")
     plain = cu_seqlens is None and labels is None and (a is None) == (b is None)
     if plain and x.shape == y.shape:
-        xx, yy = _batched(x, y, a, b, eps, options)
+        xx, yy = _batched(x, y, a, b, eps, solve)
     else:
+        cu_x, cu_y = cu_seqlens or (None, None)
+        lx, ly = labels or (None, None)
         xx, yy = (
-            sinkhorn(
-                *(z, z),
-                **options,
-                **{"eps": eps, "a": w, "b": w},
-                cu_seqlens=None if cu_seqlens is None else (cu_seqlens[i], cu_seqlens[i]),
-                labels=None if labels is None else (labels[i], labels[i]),
+            solve(
+                z,
+                z,
+                eps=eps,
+                a=w,
+                b=w,
+                cu_seqlens=None if cu is None else (cu, cu),
+                labels=None if classes is None else (classes, classes),
                 label_cost=label_cost,
             )
-            for i, (z, w) in enumerate(((x, a), (y, b)))
+            for z, w, cu, classes in ((x, a, cu_x, lx), (y, b, cu_y, ly))
         )
     value = xy.value - (xx.value + yy.value) / 2
     if reach is not None:
@@ -177,7 +187,7 @@ def _batched(
     a: Tensor | None,
     b: Tensor | None,
     eps: float | Sequence[float] | Tensor,
-    options: dict[str, Any],
+    solve: Callable[..., SinkhornResult],
 ) -> tuple[SinkhornResult, SinkhornResult]:
     """x with itself and y with itself, of the same shape, as one batch."""
 
@@ -188,7 +198,7 @@ def _batched(
     w = None if a is None or b is None else both(a, b)
     several = isinstance(eps, Tensor) and eps.ndim > 0
     e = both(eps, eps) if several else eps  # type: ignore[arg-type]
-    whole = sinkhorn(z, z, eps=e, a=w, b=w, **options)
+    whole = solve(z, z, eps=e, a=w, b=w)
     return _part(whole, 0, x.ndim == 3), _part(whole, 1, x.ndim == 3)
 
 
@@ -213,10 +223,9 @@ def _part(r: SinkhornResult, i: int, batched: bool) -> SinkhornResult:
     if schedule.start is not None:
         schedule = replace(schedule, start=schedule.start[i * P : (i + 1) * P])
     problem = replace(p, points=points, a=a, b=b, eps=eps, schedule=schedule, batch=batch)
-    return SinkhornResult(
-        *(cut(t) for t in (r.f, r.g, r.value, r.residual, r.iterations, r.converged)),
-        _problem=problem,
-    )
+    tensors = (r.f, r.g, r.value, r.residual, r.iterations, r.converged)
+    f, g, value, residual, iterations, converged = map(cut, tensors)
+    return SinkhornResult(f, g, value, residual, iterations, converged, problem)
 
 
 def _mass_term(xy: SinkhornResult) -> Tensor:

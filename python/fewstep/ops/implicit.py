@@ -91,8 +91,8 @@ class Problem(NamedTuple):
     label_cost: Tensor | None = None  # [L, L']
 
 
-def _double(t: Tensor | None) -> Tensor | None:
-    return t.double() if t is not None and t.is_floating_point() else t
+def _double(p: Problem) -> Problem:
+    return Problem._make(t.double() if t is not None and t.is_floating_point() else t for t in p)
 
 
 def points_of(p: Problem, c: Constants) -> Points:
@@ -162,6 +162,7 @@ def gradient(p: Problem, c: Constants, need: Flags) -> Tensors:
             grad = weight_gradient(r.f, mass, eps, k.rho_x, (k.rho_x, k.rho_y))
             out.append(grad.clone() if grad is r.f else grad)
     if need[4]:
+        assert p.matrix is not None
         out.append(torch.empty_like(p.matrix))
         for block in blocks(p, c):
             out[-1][block.index] = block.plan
@@ -178,7 +179,7 @@ class System:
     def __init__(self, p: Problem, c: Constants, strict: bool) -> None:
         """`strict` where f and g matter and not only the plan, as in derivatives for a and b."""
         self.c, self.tolerance = c, _NEWTON_CG
-        error = self._linearise(Problem(*(_double(t) for t in p)))
+        error = self._linearise(_double(p))
         if not bool((error <= START_BOUND).all()):
             raise ConvergenceError(
                 f"sinkhorn: an implicit derivative needs an L1 error of the marginals of at most"
@@ -192,7 +193,7 @@ class System:
             decrement = decrement.clamp(min=0).sqrt() / p.eps
             self._linearise(p._replace(f=p.f + df, g=p.g + dg))
             done = decrement <= _DECREMENT
-            if strict:
+            if strict:  # a constant in f means nothing
                 df = df - df.mean(-1, keepdim=True) if c.balanced else df
                 done = done & (df.abs() <= _LARGEST_STEP * eps).all(-1)
             if bool(done.all()):
@@ -210,8 +211,8 @@ class System:
         """Takes the potentials of p, and returns the L1 error of its marginals over the mass."""
         self.p, c = p, self.c
         (count, n), m = p.a.shape, p.b.shape[1]
-        one_block = count * n * m <= BLOCK_PAIRS
-        self.e = Block(p, c, slice(0, count), slice(0, n)).e if one_block else None
+        dense = count * n * m <= BLOCK_PAIRS or p.matrix is not None
+        self.e = Block(p, c, slice(0, count), slice(0, n)).e if dense else None
         row_mass, column_mass = self.rows(None, p.b), self.columns(None, p.a)
         slope_x, slope_y = _slope(p.f, c.rho_x), _slope(p.g, c.rho_y)
         self.excess_x, self.excess_y = slope_x - row_mass, slope_y - column_mass
@@ -383,7 +384,10 @@ class Block:
         """`dC_ij` along `ux [b, n, D]` and `uy [b, M, D]`."""
         if self.cost == "l1":
             changes = (ux[..., :, None, k] - uy[..., None, :, k] for k in range(ux.shape[-1]))
-            return sum((s * d for s, d in zip(self._signs(), changes, strict=True)), 0 * self.e)
+            out = torch.zeros_like(self.e)
+            for sign, change in zip(self._signs(), changes, strict=True):
+                out += sign * change
+            return out
         out = -(ux @ self.y.mT) - self.x @ uy.mT
         if self.cost == "dot":
             return out
@@ -459,6 +463,17 @@ def _right_hand_sides(system: System, u: _Direction) -> tuple[Tensor, Tensor]:
     return r, s
 
 
+def _zeros(p: Problem, need: Flags) -> list[Tensor | None]:
+    """Sums over blocks for those of the variables that are needed."""
+    variables = zip(p[:VARIABLES], need, strict=True)
+    return [torch.zeros_like(t) if needed and t is not None else None for t, needed in variables]
+
+
+def _add(out: Tensor | None, index: Any, t: Tensor) -> None:
+    if out is not None:
+        out[index] += t
+
+
 def hessian_product(u: Directions, p: Problem, c: Constants, need: Flags) -> Tensors:
     """The Hessian of the value applied to u, for those of the variables that are needed."""
     if p.segment_x is not None:
@@ -470,32 +485,28 @@ def hessian_product(u: Directions, p: Problem, c: Constants, need: Flags) -> Ten
     p = system.p
     direction = _Direction(u, p)
     df, dg = system.solve(*_right_hand_sides(system, direction))
-    out = [torch.zeros_like(t) if n else None for t, n in zip(p[:VARIABLES], need, strict=True)]
-    if need[0] or need[1] or need[4]:
-        for block in blocks(p, c):
-            dC = direction.cost_change(block)
-            z = df[block.index][..., None] + dg[block.problems, None]
-            change = direction.plan_change(block, z if dC is None else z - dC)
-            if out[4] is not None:
-                out[4][block.index] = change
-                continue
-            x, y = block.pull(change)
-            if direction.x is not None and direction.y is not None and dC is not None:
-                ux, uy = direction.x[block.index], direction.y[block.problems]
-                more_x, more_y = block.bend(block.plan, ux, uy, dC)
-                x, y = x + more_x, y + more_y
-            if out[0] is not None:
-                out[0][block.index] += x
-            if out[1] is not None:
-                out[1][block.problems] += y
-    if out[2] is not None:
-        out[2] = system.R * df
-        if direction.b is not None:
-            out[2] = out[2] + p.eps[:, None] * direction.b.sum(-1, keepdim=True)
-    if out[3] is not None:
-        out[3] = system.S * dg
-        if direction.a is not None:
-            out[3] = out[3] + p.eps[:, None] * direction.a.sum(-1, keepdim=True)
+    of_x, of_y, of_a, of_b, of_matrix = out = _zeros(p, need)
+    for block in blocks(p, c) if need[0] or need[1] or need[4] else ():
+        dC = direction.cost_change(block)
+        z = df[block.index][..., None] + dg[block.problems, None]
+        change = direction.plan_change(block, z if dC is None else z - dC)
+        _add(of_matrix, block.index, change)
+        if of_x is None and of_y is None:
+            continue
+        x, y = block.pull(change)
+        _add(of_x, block.index, x)
+        _add(of_y, block.problems, y)
+        if direction.x is not None and direction.y is not None and dC is not None:
+            ux, uy = direction.x[block.index], direction.y[block.problems]
+            x, y = block.bend(block.plan, ux, uy, dC)
+            _add(of_x, block.index, x)
+            _add(of_y, block.problems, y)
+    _add(of_a, ..., system.R * df)
+    _add(of_b, ..., system.S * dg)
+    if direction.b is not None:
+        _add(of_a, ..., p.eps[:, None] * direction.b.sum(-1, keepdim=True))
+    if direction.a is not None:
+        _add(of_b, ..., p.eps[:, None] * direction.a.sum(-1, keepdim=True))
     return tuple((2 * t if c.symmetric else t).to(dtype) for t in out if t is not None)
 
 
@@ -512,57 +523,45 @@ def potentials_tangent(u: Directions, p: Problem, c: Constants) -> tuple[Tensor,
 def potentials_adjoint(uf: Tensor, ug: Tensor, p: Problem, c: Constants, need: Flags) -> Tensors:
     """The gradient of `<uf, f> + <ug, g>` for those of the variables that are needed."""
     if p.segment_x is not None:
-        return _each(lambda u, p: potentials_adjoint(*u, p, c, need), (uf, ug), p)
+        return _each(lambda u, p: potentials_adjoint(u[0], u[1], p, c, need), (uf, ug), p)
     system = System(p, c, strict=True)
     mf, mg = system.solve_adjoint(uf.double(), ug.double())
     dtype, p = p.f.dtype, system.p
-    out = [torch.zeros_like(t) if n else None for t, n in zip(p[:VARIABLES], need, strict=True)]
+    of_x, of_y, of_a, of_b, of_matrix = out = _zeros(p, need)
     for block in blocks(p, c):
         left, right = mf[block.index][..., None], mg[block.problems, None]
         w = block.e * (left * block.b + block.a * right)
-        if out[4] is not None:
-            out[4][block.index] = w
-        if out[0] is not None or out[1] is not None:
+        _add(of_matrix, block.index, w)
+        _add(of_a, block.index, -(block.eps * block.e * right).sum(-1))
+        _add(of_b, block.problems, -(block.eps * block.e * left).sum(-2))
+        if of_x is not None or of_y is not None:
             x, y = block.pull(w)
-            if out[0] is not None:
-                out[0][block.index] += x
-            if out[1] is not None:
-                out[1][block.problems] += y
-        if out[2] is not None:
-            out[2][block.index] -= (block.eps * block.e * right).sum(-1)
-        if out[3] is not None:
-            out[3][block.problems] -= (block.eps * block.e * left).sum(-2)
+            _add(of_x, block.index, x)
+            _add(of_y, block.problems, y)
     return tuple(t.to(dtype) for t in out if t is not None)
 
 
-def conditional_pullback(
-    u: Tensor, v: Tensor, p: Problem, c: Constants, names: tuple[str, ...]
-) -> Tensors:
-    """Gradients of `<u, out>`, `out_i = sum_j b_j e_ij v_j`, for fields x, y, b, matrix, f, g.
+def conditional_pullback(u: Tensor, v: Tensor, p: Problem, c: Constants, need: Flags) -> Tensors:
+    """Gradients of `<u, out>`, `out_i = sum_j b_j e_ij v_j`, for f, g, and the variables needed.
 
-    u is `[B, N, K]`, v `[B, M, K]`; f and g are held fixed in all but their own.
+    u is `[B, N, K]`, `v [B, M, K]`; f and g are held fixed in all but their own.
     """
     if p.segment_x is not None:
-        return _each(lambda u, p: conditional_pullback(*u, p, c, names), (u, v), p)
-    out = {name: torch.zeros_like(getattr(p, name)) for name in names}
+        return _each(lambda u, p: conditional_pullback(u[0], u[1], p, c, need), (u, v), p)
+    of_f, of_g = torch.zeros_like(p.f), torch.zeros_like(p.g)
+    of_x, of_y, _, of_b, of_matrix = out = _zeros(p, need)
     for block in blocks(p, c):
         w = block.e * (u[block.index] @ v[block.problems].mT)
-        if "b" in out:
-            out["b"][block.problems] += w.sum(-2)
+        _add(of_b, block.problems, w.sum(-2))
         w = w * block.b / block.eps
-        if "matrix" in out:
-            out["matrix"][block.index] = -w
-        if "f" in out:
-            out["f"][block.index] += w.sum(-1)
-        if "g" in out:
-            out["g"][block.problems] += w.sum(-2)
-        if "x" in out or "y" in out:
+        of_f[block.index] += w.sum(-1)
+        of_g[block.problems] += w.sum(-2)
+        _add(of_matrix, block.index, -w)
+        if of_x is not None or of_y is not None:
             x, y = block.pull(w)
-            if "x" in out:
-                out["x"][block.index] -= x
-            if "y" in out:
-                out["y"][block.problems] -= y
-    return tuple(out.values())
+            _add(of_x, block.index, -x)
+            _add(of_y, block.problems, -y)
+    return of_f, of_g, *(t for t in out if t is not None)
 
 
 def conditional_tangent(
@@ -571,10 +570,10 @@ def conditional_tangent(
     """The derivative of `sum_j b_j e_ij v_j` along x, y, b in u and (df, dg), `[B, N, K]`."""
     if p.segment_x is not None:
         tangents = (*u[:4], df, dg, None, v)
-        (out,) = _each(
+        each = _each(
             lambda t, p: (conditional_tangent((*t[:4], None), t[4], t[5], t[7], p, c),), tangents, p
         )
-        return out
+        return each[0]
     out = v.new_zeros(*p.f.shape, v.shape[-1])
     direction = _Direction(u, p)
     for block in blocks(p, c):
@@ -587,7 +586,7 @@ def conditional_tangent(
     return out
 
 
-def _each(function: Callable[[Directions, Problem], Tensors], u: Directions, p: Problem) -> Tensors:
+def _each(function: Callable[[Any, Problem], Tensors], u: Directions, p: Problem) -> Tensors:
     """`function(u, p)` for ragged problems one by one; u belongs to x, y, x, .. in turn."""
     assert p.segment_x is not None
     assert p.segment_y is not None
@@ -602,6 +601,6 @@ def _each(function: Callable[[Directions, Problem], Tensors], u: Directions, p: 
             return [None if t is None else t[:, sides[k % 2]] for k, t in enumerate(tensors)]
 
         fixed = (p.eps[i : i + 1], None, None, *cut(p.label_x, p.label_y), p.label_cost)
-        one = Problem(*cut(p.x, p.y, p.a, p.b), None, *cut(p.f, p.g), *fixed)
+        one = Problem._make([*cut(p.x, p.y, p.a, p.b), None, *cut(p.f, p.g), *fixed])
         parts.append(function(tuple(cut(*u)), one))
     return tuple(torch.cat(t, 1) for t in zip(*parts, strict=True))

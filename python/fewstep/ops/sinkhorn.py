@@ -97,7 +97,7 @@ class SinkhornResult:
         """`sum_j p_ij v_j [P, N, K]` with p = P / a, or that with the roles of x and y swapped."""
         solved, constants = self._solved(implicit)
         parts = []
-        for problem, w in zip(solved, v.split(len(v) // len(solved)), strict=True):
+        for problem, w in zip(solved, v.chunk(len(solved)), strict=True):
             c = constants
             if implicit:
                 f, g = differentiable.potentials(problem, c)
@@ -383,7 +383,7 @@ def transport(result: SinkhornResult, v: Tensor, axis: int = 0, implicit: bool =
 
     Args:
         result (SinkhornResult): what `sinkhorn` returned.
-        v (Tensor): `[.., M, K]` for axis 0, `[.., N, K]` for axis 1; the trailing K may be left out.
+        v (Tensor): `[.., M, K]` for axis 0, `[.., N, K]` for axis 1; K may be left out.
         axis (int): the axis of P that the result keeps.
         implicit (bool): differentiate through the plan too; see `SinkhornResult.transport`.
 
