@@ -87,7 +87,8 @@ def constants(
     rho: tuple[float | None, float | None],
     symmetric: bool = False,
 ) -> Constants:
-    return Constants(points.cost, backend, *rho, points.diagonal, symmetric)
+    symmetric = symmetric and points.formula is None  # which may not be symmetric
+    return Constants(points.cost, backend, *rho, points.diagonal, symmetric, points.formula)
 
 
 def _problem(
@@ -133,7 +134,7 @@ def differentiable_value(value: Tensor, problem: Problem, constants: Constants) 
         problem = problem._replace(y=problem.x.detach(), b=problem.a.detach())
     out: Tensor
     if torch.compiler.is_compiling():
-        out = _compiled_value(value, *problem, *constants)
+        out = _compiled_value(value, *problem, *_scalars(constants))
     else:
         out = _call(_Value, value, *problem, constants)
     return out
@@ -159,7 +160,7 @@ def product(v: Tensor, problem: Problem, constants: Constants) -> Tensor:
     """`sum_j b_j e_ij v_j`, `[B, N, K]`, differentiable without limit in v and in nothing else."""
     out: Tensor
     if torch.compiler.is_compiling():
-        out = _compiled_product(v, *problem, *constants)
+        out = _compiled_product(v, *problem, *_scalars(constants))
     else:
         out = _call(_Product, v, *problem, constants)
     return out
@@ -611,6 +612,12 @@ def _(v: Tensor, *args: Any) -> Tensor:
     return v.new_empty((*f.shape, v.shape[-1]))
 
 
+def _scalars(c: Constants) -> tuple[Any, ...]:
+    if c.formula is not None:
+        raise NotImplementedError("sinkhorn: a cost function cannot be compiled")
+    return c[:-1]
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *args = inputs
     ctx.save_for_backward(*args[:_FIELDS])
@@ -621,7 +628,7 @@ def _compiled_value_backward(ctx: Any, w: Tensor) -> _Grads:
     need = ctx.needs_input_grad[1 : 1 + VARIABLES]
     p = Problem._make(ctx.saved_tensors)
     grads = _scaled(w, implicit.gradient(p, ctx.constants, need), p, need)
-    rest = _FIELDS - VARIABLES + len(Constants._fields)
+    rest = _FIELDS - VARIABLES + len(_scalars(ctx.constants))
     return None, *_placed(grads, need), *(None,) * rest
 
 
@@ -629,8 +636,8 @@ def _compiled_product_backward(ctx: Any, u: Tensor) -> _Grads:
     p, c = Problem._make(ctx.saved_tensors), ctx.constants
     q, d = implicit.transposed(p, c)
     q = q._replace(b=torch.ones_like(q.b))
-    out = p.b[..., None] * _compiled_product(u, *q, *d)
-    return out, *(None,) * (_FIELDS + len(Constants._fields))
+    out = p.b[..., None] * _compiled_product(u, *q, *_scalars(d))
+    return out, *(None,) * (_FIELDS + len(_scalars(c)))
 
 
 _compiled_value.register_autograd(_compiled_value_backward, setup_context=_setup)

@@ -67,6 +67,7 @@ class Constants(NamedTuple):
     rho_y: float | None = None
     diagonal: int | None = None  # pairs j == i + diagonal are left out
     symmetric: bool = False  # x is y, a is b, f is g: derivatives are those of V(x, x, a, a)
+    formula: Callable[[Any, Any], Any] | None = None  # of `Points`
 
     @property
     def balanced(self) -> bool:
@@ -98,7 +99,8 @@ def _double(p: Problem) -> Problem:
 def points_of(p: Problem, c: Constants) -> Points:
     segments = None if p.segment_x is None or p.segment_y is None else (p.segment_x, p.segment_y)
     labels = None if p.label_x is None or p.label_y is None else (p.label_x, p.label_y)
-    return Points(p.x, p.y, c.cost, p.matrix, segments, labels, p.label_cost, c.diagonal)
+    fixed = (p.matrix, segments, labels, p.label_cost, c.diagonal, c.formula)
+    return Points(p.x, p.y, c.cost, *fixed)
 
 
 def transposed(p: Problem, c: Constants) -> tuple[Problem, Constants]:
@@ -107,7 +109,9 @@ def transposed(p: Problem, c: Constants) -> tuple[Problem, Constants]:
     label_cost = None if p.label_cost is None else p.label_cost.mT
     tensors = (p.y, p.x, p.b, p.a, matrix, p.g, p.f, p.eps, p.segment_y, p.segment_x)
     diagonal = None if c.diagonal is None else -c.diagonal
-    flipped = c._replace(rho_x=c.rho_y, rho_y=c.rho_x, diagonal=diagonal)
+    of = c.formula
+    formula = None if of is None else lambda y, x: of(x, y)
+    flipped = c._replace(rho_x=c.rho_y, rho_y=c.rho_x, diagonal=diagonal, formula=formula)
     return Problem(*tensors, p.label_y, p.label_x, label_cost), flipped
 
 
@@ -120,8 +124,8 @@ def _product(p: Problem, c: Constants, v: Tensor | None, weights: Tensor) -> Ten
     """The same for `v [B, M]`, or for v = 1."""
     if v is not None:
         return product(p, c, v[..., None], weights)[..., 0]
-    nothing = weights[..., None][..., :0]
-    return raw.transport(c.backend, points_of(p, c), p.f, p.g, weights, p.eps, nothing)[1]
+    any_v = weights[..., None]
+    return raw.transport(c.backend, points_of(p, c), p.f, p.g, weights, p.eps, any_v)[1]
 
 
 def _slope(f: Tensor, rho: float | None) -> Tensor:
@@ -324,9 +328,9 @@ def conjugate_gradient(
 class Block:
     """Some rows of some problems: `e`, and the first and second derivatives of the costs.
 
-    `t |x - y|^2 / 2` and `-x.y` are quadratic, a distance is the root of a quadratic cost, and l1
-    is linear but for its kinks. Derivatives at distance 0 are taken as 0, which is right for a
-    point and itself.
+    `t |x - y|^2 / 2` and `-x.y` are quadratic, a distance is the root of a quadratic cost, l1 is
+    linear but for its kinks, and the derivatives of a formula are autograd's. Those at distance 0
+    are taken as 0, which is right for a point and itself.
     """
 
     def __init__(self, p: Problem, c: Constants, problems: slice, rows: slice) -> None:
@@ -335,24 +339,27 @@ class Block:
         self.a, self.b = p.a[problems, rows, None], p.b[problems, None, :]
         self.eps = p.eps[problems, None, None]
         x, y = p.x[problems, rows], p.y[problems]
+        if c.formula is not None:
+            x, y = (t.detach().requires_grad_() for t in (x, y))
         matrix = None if p.matrix is None else p.matrix[problems, rows]
+        bare = Points(x, y, c.cost, matrix, formula=c.formula)
+        with torch.set_grad_enabled(c.formula is not None):
+            self.C = bare.costs()
         labels = None
         if p.label_x is not None and p.label_y is not None:
             labels = (p.label_x[problems, rows], p.label_y[problems])
         diagonal = None if c.diagonal is None else c.diagonal + rows.start
-        plain = Points(x, y, c.cost, matrix)
-        points = Points(x, y, c.cost, matrix, None, labels, p.label_cost, diagonal)
-        C = points.costs()
+        fixed = (self.C.detach(), None, labels, p.label_cost, diagonal)
+        C = Points(x, y, "matrix", *fixed).costs()
         exponent = (p.f[problems, rows, None] + p.g[problems, None, :] - C) / self.eps
         # Two points without weight may have any e; 0 times it has to be 0.
         self.e = exponent.clamp(max=math.log(torch.finfo(exponent.dtype).max) / 2).exp()
-        # A common offset would cancel in the products below.
-        centre = y.mean(1, keepdim=True) if c.cost != "dot" else torch.zeros_like(y[:, :1])
-        self.x, self.y = x - centre, y - centre
-        self.t = 2.0 if c.cost == "sqeuclidean" else 1.0
+        self.x, self.y, self.t = x, y, 2.0 if c.cost == "sqeuclidean" else 1.0
+        if c.cost not in ("dot", "formula"):  # a common offset would cancel in the products below
+            centre = y.mean(1, keepdim=True)
+            self.x, self.y = x - centre, y - centre
         if c.cost == "euclidean":
-            distance = plain.costs() if labels is not None else C
-            self.inverse = torch.where(distance > 0, 1 / distance, 0.0)
+            self.inverse = torch.where(self.C > 0, 1 / self.C, 0.0)
 
     @property
     def plan(self) -> Tensor:
@@ -372,8 +379,24 @@ class Block:
         for k in range(self.x.shape[-1]):
             yield (self.x[..., :, None, k] - self.y[..., None, :, k]).sign()
 
+    def _differentiate(self, out: Tensor, w: Tensor | None, *of: Tensor, graph: bool) -> Tensors:
+        return torch.autograd.grad(
+            out, of, w, retain_graph=True, create_graph=graph, materialize_grads=True
+        )
+
+    def _change_of_formula(self, w: Tensor, ux: Tensor, uy: Tensor) -> Tensors:
+        """The derivatives of `sum_ij w_ij dC_ij` for w, x and y."""
+        with torch.enable_grad():
+            w = w.detach().requires_grad_()
+            x, y = self._differentiate(self.C, w, self.x, self.y, graph=True)
+            change = (x * ux).sum() + (y * uy).sum()
+        return self._differentiate(change, None, w, self.x, self.y, graph=False)
+
     def pull(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """`sum_j w_ij dC_ij/dx_i` and `sum_i w_ij dC_ij/dy_j`."""
+        if self.cost == "formula":
+            out_x, out_y = self._differentiate(self.C, w, self.x, self.y, graph=False)
+            return out_x, out_y
         if self.cost == "l1":
             parts = [(ws.sum(-1), -ws.sum(-2)) for ws in (w * s for s in self._signs())]
             out_x, out_y = (torch.stack(t, -1) for t in zip(*parts, strict=True))
@@ -382,6 +405,8 @@ class Block:
 
     def push(self, ux: Tensor, uy: Tensor) -> Tensor:
         """`dC_ij` along `ux [b, n, D]` and `uy [b, M, D]`."""
+        if self.cost == "formula":
+            return self._change_of_formula(self.e, ux, uy)[0]
         if self.cost == "l1":
             changes = (ux[..., :, None, k] - uy[..., None, :, k] for k in range(ux.shape[-1]))
             out = torch.zeros_like(self.e)
@@ -396,6 +421,8 @@ class Block:
 
     def bend(self, w: Tensor, ux: Tensor, uy: Tensor, dC: Tensor) -> tuple[Tensor, Tensor]:
         """The derivative of `pull(w)` along (ux, uy), where `dC = push(ux, uy)`."""
+        if self.cost == "formula":
+            return self._change_of_formula(w, ux, uy)[1:]  # type: ignore[return-value]
         if self.cost == "l1":
             return torch.zeros_like(ux), torch.zeros_like(uy)
         if self.cost != "euclidean":
@@ -409,8 +436,9 @@ class Block:
 def blocks(p: Problem, c: Constants) -> Iterator[Block]:
     """All rows of all problems, at most about `BLOCK_PAIRS` pairs at a time."""
     (count, n), m = p.a.shape, p.b.shape[1]
-    rows = max(1, min(n, BLOCK_PAIRS // m))
-    problems = max(1, BLOCK_PAIRS // (rows * m))
+    pairs = BLOCK_PAIRS if c.formula is None else BLOCK_PAIRS // p.x.shape[-1]
+    rows = max(1, min(n, pairs // m))
+    problems = max(1, pairs // (rows * m))
     for i in range(0, count, problems):
         for j in range(0, n, rows):
             yield Block(p, c, slice(i, i + problems), slice(j, j + rows))
