@@ -489,10 +489,18 @@ class _PotentialsTangent(_Once):
         return implicit.potentials_tangent(u, Problem(*tensors[VARIABLES:]), constants)
 
 
-def _weighted(v: Tensor, p: Problem, c: Constants) -> Tensor:
-    """`b_j sum_i e_ij v_i`, the transpose of `product`."""
-    q, d = implicit.transposed(p, c)
-    return p.b[..., None] * product(v, q._replace(b=torch.ones_like(q.b)), d)
+def _transpose(p: Problem, c: Constants) -> tuple[Problem, Constants]:
+    """With which `product` is `sum_i e_ij u_i`, and 0 for y_j without weight.
+
+    For two points without weight e may overflow.
+    """
+    q, d = implicit.transposed(p._replace(g=torch.where(p.b > 0, p.g, -1e30)), c)
+    return q._replace(b=torch.ones_like(q.b)), d
+
+
+def _weighted(u: Tensor, p: Problem, c: Constants) -> Tensor:
+    """`b_j sum_i e_ij u_i`, the transpose of `product`."""
+    return p.b[..., None] * product(u, *_transpose(p, c))
 
 
 class _Product(_Batched):
@@ -634,8 +642,7 @@ def _compiled_value_backward(ctx: Any, w: Tensor) -> _Grads:
 
 def _compiled_product_backward(ctx: Any, u: Tensor) -> _Grads:
     p, c = Problem._make(ctx.saved_tensors), ctx.constants
-    q, d = implicit.transposed(p, c)
-    q = q._replace(b=torch.ones_like(q.b))
+    q, d = _transpose(p, c)
     out = p.b[..., None] * _compiled_product(u, *q, *_scalars(d))
     return out, *(None,) * (_FIELDS + len(_scalars(c)))
 

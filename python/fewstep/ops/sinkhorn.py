@@ -211,7 +211,10 @@ class SinkhornResult:
         y = torch.cat([y, torch.ones_like(y[..., :1])], -1) if normalize else y
         T = math.prod(p.temperatures)
         out = self._apply(y[:, None].expand(-1, T, -1, -1).flatten(0, 1), 0, implicit)
-        out = out[..., :-1] / out[..., -1:] if normalize else out
+        if normalize:
+            out, mass = out[..., :-1], out[..., -1:]
+            # A point that keeps no mass at all has NaN, but not in the gradients of others.
+            out = torch.where(mass > 0, out / torch.where(mass > 0, mass, 1.0), torch.nan)
         return out.reshape(*p.lead, *out.shape[1:])
 
 
