@@ -87,7 +87,7 @@ def sinkhorn_divergence(
 
     The problems of x and y with themselves keep a single potential, are updated symmetrically
     (which converges within few iterations), and are solved as one batch where x and y have the
-    same shape.
+    same shape and both or neither require a gradient.
 
     Args:
         x (Tensor): points `[N, D]` or `[B, N, D]`.
@@ -140,20 +140,28 @@ def sinkhorn_divergence(
         backend=backend,
         check_finite=check_finite,
     )
-    xy = solve(
+    between = functools.partial(
+        solve,
         x,
         y,
         eps=eps,
         a=a,
         b=b,
-        update=update,
         cu_seqlens=cu_seqlens,
         labels=labels,
         label_cost=label_cost,
     )
+    xy = between(update=update)
+    if update == "symmetric":
+        # Before convergence its last step leaves a plan of any mass, and so wild gradients. With
+        # an alternating one more the columns are exact.
+        last = between(init=(xy.f, xy.g), max_iter=1, anneal=None)
+        xy = replace(last, iterations=xy.iterations + last.iterations)
     solve = functools.partial(solve, update="symmetric")
-    plain = cu_seqlens is None and labels is None and (a is None) == (b is None)
-    if plain and x.shape == y.shape:
+    alike = cu_seqlens is None and labels is None and (a is None) == (b is None)
+    # As one batch they would both compute a gradient that only one of them needs.
+    alike = alike and x.shape == y.shape and x.requires_grad == y.requires_grad
+    if alike:
         xx, yy = _batched(x, y, a, b, eps, solve)
     else:
         cu_x, cu_y = cu_seqlens or (None, None)
