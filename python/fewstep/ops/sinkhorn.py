@@ -300,13 +300,20 @@ def sinkhorn(
 
     Returns:
         SinkhornResult: potentials, value, residual, iterations, converged; methods
-        `transport`, `plan`, `barycenter`.
+        `transport`, `plan`, `barycenter`, `potentials`.
 
     `value` is the dual objective, `<a, phi(f)> + <b, phi(g)> - eps (sum P - sum a sum b)` with
     `phi(f) = f`, or `rho (1 - exp(-f / rho))` with `reach`; its gradient for x, y, a, b and C is
     the envelope theorem's: `sum_j P_ij dC_ij/dx_i` for x, and `f` for a (up to a constant, since a
-    sums to 1). "reference" also gives gradients of f and g and second derivatives, through the
-    iterations; the kernels raise there.
+    sums to 1). Second derivatives are those of the converged value, by implicit differentiation (in
+    float64; conjugate gradient with streamed products), in reverse and forward mode; directions
+    along a and b must keep the mass where both marginals are fixed. Third ones raise. f and g have
+    no gradient, `result.potentials()` and products with `implicit=True` do. "reference" is
+    differentiated through its iterations instead, f and g as well, twice.
+
+    `torch.func.grad`, `jvp` and `vmap` work, in any order; under them and in a compiled graph the
+    checks that read values are left out, and a compiled graph has first derivatives of `value` and
+    of `transport` for v.
 
     float64 stays float64; float32, bfloat16 and float16 are computed in float32 and return
     float32. Kernel against float64: potentials within 2e-5 of the cost's scale after one step and
@@ -315,6 +322,8 @@ def sinkhorn(
     Raises:
         ValueError: shapes, devices, eps, weights, options or a backend that do not fit.
         TypeError: a dtype that is not floating, or x and y of different dtypes.
+        ConvergenceError: a second derivative was asked for at an L1 error of the marginals above
+            1e-2 of the mass, or Newton's method did not converge from there.
 
     >>> import torch, fewstep
     >>> x = torch.tensor([[0.0], [1.0]])
