@@ -155,7 +155,8 @@ def sinkhorn_divergence(
     if update == "symmetric":
         # Before convergence its last step leaves a plan of any mass, and so wild gradients. With
         # an alternating one more the columns are exact.
-        last = between(init=(xy.f, xy.g), max_iter=1, anneal=None)
+        more = 1 if tol is None else 10
+        last = between(init=(xy.f, xy.g), max_iter=more, anneal=None)
         xy = replace(last, iterations=xy.iterations + last.iterations)
     solve = functools.partial(solve, update="symmetric")
     alike = cu_seqlens is None and labels is None and (a is None) == (b is None)
