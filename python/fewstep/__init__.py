@@ -6,8 +6,24 @@ from fewstep import _library
 
 _library.load_cpp()
 
+from fewstep.ops.divergence import (  # noqa: E402
+    ConvergenceWarning,
+    DivergenceResult,
+    sinkhorn_divergence,
+)
 from fewstep.ops.drift import Drift, sinkhorn_drift  # noqa: E402
-from fewstep.ops.sinkhorn import SinkhornResult, sinkhorn  # noqa: E402
+from fewstep.ops.implicit import ConvergenceError  # noqa: E402
+from fewstep.ops.sinkhorn import SinkhornResult, sinkhorn, transport  # noqa: E402
 
 __version__ = version("fewstep")
-__all__ = ["Drift", "SinkhornResult", "sinkhorn", "sinkhorn_drift"]
+__all__ = [
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "DivergenceResult",
+    "Drift",
+    "SinkhornResult",
+    "sinkhorn",
+    "sinkhorn_divergence",
+    "sinkhorn_drift",
+    "transport",
+]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep.ops import raw
+from fewstep.ops import differentiable
+from fewstep.ops.implicit import Constants, Problem, transposed
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 
@@ -83,29 +84,65 @@ class SinkhornResult:
         count = math.prod(f.shape[:-1])
         return f.reshape(count, f.shape[-1]), g.reshape(count, g.shape[-1])
 
-    def _apply(self, v: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """`sum_j p_ij v_j [P, N, K]` and its mass, or that with the roles of x and y swapped."""
+    def _solved(self, implicit: bool) -> tuple[list[Problem], Constants]:
+        """What `differentiable` needs; a constant plan, or one that depends on the inputs."""
         p = self._problem
-        f, g = self._potentials()
-        points, b = p.points.detached(), p.b.detach()
-        if axis == 1:
-            points, f, g, b = points.swapped(), g, f, p.a.detach()
-        return raw.transport(p.backend, points, f, g, b, p.eps, v)
+        points, a, b = p.points, p.a, p.b
+        if not implicit:
+            points, a, b = points.detached(), a.detach(), b.detach()
+        solved = differentiable.problems(points, a, b, *self._potentials(), p.eps)
+        return solved, differentiable.constants(p.backend, points, p.schedule.rho)
+
+    def _apply(self, v: Tensor, axis: int, implicit: bool) -> Tensor:
+        """`sum_j p_ij v_j [P, N, K]` with p = P / a, or that with the roles of x and y swapped."""
+        solved, constants = self._solved(implicit)
+        parts = []
+        for problem, w in zip(solved, v.chunk(len(solved)), strict=True):
+            c = constants
+            if implicit:
+                f, g = differentiable.potentials(problem, c)
+                problem = problem._replace(f=f, g=g)
+            if axis == 1:
+                problem, c = transposed(problem, c)
+            through = differentiable.product_through_plan if implicit else differentiable.product
+            parts.append(through(w, problem, c))
+        return torch.cat(parts)
 
     def _per_problem(self, t: Tensor) -> Tensor:
         """`[B, ..]` repeated to `[P, ..]`; flat `[1, ..]` to `[T, ..]`."""
         T = math.prod(self._problem.temperatures)
         return t if T == 1 else t[:, None].expand(-1, T, *t.shape[1:]).flatten(0, 1)
 
-    def transport(self, v: Tensor, axis: int = 0) -> Tensor:
-        """`P v` (axis 0: v lives on y) or `P' v` (axis 1: v lives on x), without forming P.
+    def potentials(self) -> tuple[Tensor, Tensor]:
+        """f and g as functions of x, y, a, b and C, differentiable once.
 
-        The plan is a constant: gradients flow into `v` alone.
+        By implicit differentiation at convergence, whatever the backend. Where both marginals are
+        fixed a constant is free, and here such that `<a, f> = <b, g>`.
+
+        Raises:
+            ConvergenceError: in the backward pass or forward mode, far from convergence.
+
+        >>> import torch, fewstep
+        >>> x, y = torch.rand(5, 2, requires_grad=True), torch.rand(7, 2)
+        >>> f, g = fewstep.sinkhorn(x, y, eps=0.1).potentials()
+        >>> torch.autograd.grad(f.square().sum(), x)[0].shape
+        torch.Size([5, 2])
+        """
+        solved, constants = self._solved(implicit=True)
+        parts = zip(*(differentiable.potentials(p, constants) for p in solved), strict=True)
+        f, g = (torch.cat(t) for t in parts)
+        return f.reshape(self.f.shape), g.reshape(self.g.shape)
+
+    def transport(self, v: Tensor, axis: int = 0, implicit: bool = False) -> Tensor:
+        """`P v` (axis 0: v lives on y) or `P' v` (axis 1: v lives on x), without forming P.
 
         Args:
             v (Tensor): `[.., M, K]` for axis 0, `[.., N, K]` for axis 1; the trailing K may be
                 left out, and so may the T of several temperatures. Same dtype as the potentials.
             axis (int): the axis of P that the result keeps.
+            implicit (bool): the plan is a function of x, y, a, b and C, with derivatives (first
+                ones) by implicit differentiation at convergence; otherwise it is a constant, and
+                gradients flow into `v` alone.
 
         Returns:
             Tensor: `[.., N, K]` for axis 0, `[.., M, K]` for axis 1.
@@ -134,8 +171,9 @@ class SinkhornResult:
             raise TypeError(f"transport: v must be {self.f.dtype}, got {v.dtype}")
         if v.shape[:-1] != own:
             v = v.unsqueeze(len(p.batch)).expand(*own, v.shape[-1])
-        out, _ = self._apply(v.reshape(math.prod(p.lead), *v.shape[-2:]), axis)
-        weights = self._per_problem((p.a if axis == 0 else p.b).detach())
+        out = self._apply(v.reshape(math.prod(p.lead), *v.shape[-2:]), axis, implicit)
+        weights = self._per_problem(p.a if axis == 0 else p.b)
+        weights = weights if implicit else weights.detach()
         out = (weights[..., None] * out).reshape(*p.lead, *out.shape[1:])
         return out[..., 0] if vector else out
 
@@ -155,12 +193,13 @@ class SinkhornResult:
         plan = a[..., :, None] * b[..., None, :] * k
         return plan.reshape(*p.lead, *plan.shape[1:])
 
-    def barycenter(self, normalize: bool = True) -> Tensor:
+    def barycenter(self, normalize: bool = True, implicit: bool = False) -> Tensor:
         """The barycentric projection `T(x_i) = sum_j P_ij y_j / sum_j P_ij`, `[.., N, D]`.
 
         Args:
             normalize (bool): divide by the row mass that the plan has, so that every `T(x_i)` is
                 a true average before convergence too; otherwise by its target a_i.
+            implicit (bool): differentiable once in x, y, a and b, as in `transport`.
 
         Raises:
             ValueError: a cost matrix was given, so there are no points to average.
@@ -168,10 +207,14 @@ class SinkhornResult:
         p = self._problem
         if p.points.cost == "matrix":
             raise ValueError("barycenter: needs points, got a problem with a cost matrix C")
-        y = p.points.y.detach()
+        y = p.points.y if implicit else p.points.y.detach()
+        y = torch.cat([y, torch.ones_like(y[..., :1])], -1) if normalize else y
         T = math.prod(p.temperatures)
-        out, mass = self._apply(y[:, None].expand(-1, T, -1, -1).flatten(0, 1), 0)
-        out = out / mass[..., None] if normalize else out
+        out = self._apply(y[:, None].expand(-1, T, -1, -1).flatten(0, 1), 0, implicit)
+        if normalize:
+            out, mass = out[..., :-1], out[..., -1:]
+            # A point that keeps no mass at all has NaN, but not in the gradients of others.
+            out = torch.where(mass > 0, out / torch.where(mass > 0, mass, 1.0), torch.nan)
         return out.reshape(*p.lead, *out.shape[1:])
 
 
@@ -257,13 +300,20 @@ def sinkhorn(
 
     Returns:
         SinkhornResult: potentials, value, residual, iterations, converged; methods
-        `transport`, `plan`, `barycenter`.
+        `transport`, `plan`, `barycenter`, `potentials`.
 
     `value` is the dual objective, `<a, phi(f)> + <b, phi(g)> - eps (sum P - sum a sum b)` with
     `phi(f) = f`, or `rho (1 - exp(-f / rho))` with `reach`; its gradient for x, y, a, b and C is
     the envelope theorem's: `sum_j P_ij dC_ij/dx_i` for x, and `f` for a (up to a constant, since a
-    sums to 1). "reference" also gives gradients of f and g and second derivatives, through the
-    iterations; the kernels raise there.
+    sums to 1). Second derivatives are those of the converged value, by implicit differentiation (in
+    float64; conjugate gradient with streamed products), in reverse and forward mode; directions
+    along a and b must keep the mass where both marginals are fixed. Third ones raise. f and g have
+    no gradient, `result.potentials()` and products with `implicit=True` do. "reference" is
+    differentiated through its iterations instead, f and g as well, twice.
+
+    `torch.func.grad`, `jvp` and `vmap` work, in any order; under them and in a compiled graph the
+    checks that read values are left out, and a compiled graph has first derivatives of `value` and
+    of `transport` for v.
 
     float64 stays float64; float32, bfloat16 and float16 are computed in float32 and return
     float32. Kernel against float64: potentials within 2e-5 of the cost's scale after one step and
@@ -272,6 +322,8 @@ def sinkhorn(
     Raises:
         ValueError: shapes, devices, eps, weights, options or a backend that do not fit.
         TypeError: a dtype that is not floating, or x and y of different dtypes.
+        ConvergenceError: a second derivative was asked for at an L1 error of the marginals above
+            1e-2 of the mass, or Newton's method did not converge from there.
 
     >>> import torch, fewstep
     >>> x = torch.tensor([[0.0], [1.0]])
@@ -284,7 +336,8 @@ def sinkhorn(
     """
     # Reading values costs a synchronisation on a GPU and breaks a compiled graph.
     device = next((t.device for t in (x, C) if isinstance(t, Tensor)), torch.device("cpu"))
-    read = (check_finite or device.type == "cpu") and not torch.compiler.is_compiling()
+    read = check_finite or device.type == "cpu"
+    read = read and not torch.compiler.is_compiling() and not differentiable.is_transformed()
     points, batch, dtype = _points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
     points = _labelled(points, batch, labels, label_cost, dtype, read)
     lead = (points.count,) if points.segments is not None else batch
@@ -331,10 +384,34 @@ def sinkhorn(
             if bad:
                 raise ValueError(f"sinkhorn: {name} must be finite, got {bad} NaN or inf values")
     problem = _Problem(points, weights, columns, e, f0, g0, schedule, chosen, batch, temperatures)
-    f, g, *numbers = raw.solve(chosen, points, weights, columns, e, f0, g0, schedule)
+    f, g, *numbers = differentiable.solve(chosen, points, weights, columns, e, f0, g0, schedule)
     f, g = (t.reshape(*problem.lead, t.shape[-1]) for t in (f, g))
     value, residual, iterations, converged = (t.reshape(problem.values) for t in numbers)
     return SinkhornResult(f, g, value, residual, iterations, converged, problem)
+
+
+def transport(result: SinkhornResult, v: Tensor, axis: int = 0, implicit: bool = False) -> Tensor:
+    """`P v` (axis 0) or `P' v` (axis 1) with the plan of a result, without forming P.
+
+    Args:
+        result (SinkhornResult): what `sinkhorn` returned.
+        v (Tensor): `[.., M, K]` for axis 0, `[.., N, K]` for axis 1; K may be left out.
+        axis (int): the axis of P that the result keeps.
+        implicit (bool): differentiate through the plan too; see `SinkhornResult.transport`.
+
+    Returns:
+        Tensor: `[.., N, K]` for axis 0, `[.., M, K]` for axis 1; differentiable in v.
+
+    Raises:
+        ValueError: a shape or axis that does not fit.
+        TypeError: another dtype.
+
+    >>> import torch, fewstep
+    >>> x, y = torch.rand(5, 2), torch.rand(7, 2)
+    >>> fewstep.transport(fewstep.sinkhorn(x, y, eps=0.1), y).shape
+    torch.Size([5, 2])
+    """
+    return result.transport(v, axis, implicit)
 
 
 def _points(

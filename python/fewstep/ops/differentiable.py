@@ -1,0 +1,651 @@
+"""Kernel results as tensors that autograd, forward mode and functorch can differentiate.
+
+The mathematics is in `implicit`. Here are the `torch.autograd.Function`s around it. All take
+`(leading tensors, *Problem, constants, ..)`, and under `vmap` the mapped dimension joins the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fewstep.ops import implicit, raw
+from fewstep.ops.implicit import VARIABLES, Constants, Directions, Flags, Problem, Tensors
+from fewstep.reference.sinkhorn import Points, Schedule
+
+
+def _call(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
+
+
+def _unpack(t: Tensor) -> Any:
+    return forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call]
+
+
+_FIELDS = len(Problem._fields)
+_Grads = tuple[Tensor | None, ...]
+
+
+def solve(
+    backend: str,
+    points: Points,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    f0: Tensor | None,
+    g0: Tensor | None,
+    schedule: Schedule,
+) -> raw.Outputs:
+    """`raw.solve` with a differentiable value, and functorch's transforms.
+
+    The reference stays as it is, differentiable through its iterations, except in forward mode
+    and under transforms.
+    """
+    transformed = is_transformed()
+    inputs = (points.x, points.y, a, b, points.matrix)
+    if backend == "reference" and not transformed and not any(_is_dual(t) for t in inputs):
+        return raw.solve(backend, points, a, b, eps, f0, g0, schedule)
+    c = constants(backend, points, schedule.rho, schedule.single)
+    fixed = points.detached()
+    if transformed:
+        p = _problem(fixed, a.detach(), b.detach(), f0, g0, eps)
+        bare = replace(schedule, start=None, temperatures=None)
+        out = _call(_Solve, schedule.start, *p, schedule.temperatures, c, bare)
+    else:
+        out = raw.solve(backend, fixed, a.detach(), b.detach(), eps, f0, g0, schedule)
+    f, g, value, *rest = out
+    parts = [
+        differentiable_value(value[t :: len(ps)], p, c)
+        for ps in [problems(points, a, b, f, g, eps)]
+        for t, p in enumerate(ps)
+    ]
+    value = parts[0] if len(parts) == 1 else torch.stack(parts, 1).flatten()
+    residual, iterations, converged = rest
+    return f, g, value, residual, iterations, converged
+
+
+def is_transformed() -> bool:
+    """Whether a transform of functorch (vmap, grad, jvp) is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_dual(t: Tensor | None) -> bool:
+    if t is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return _unpack(t).tangent is not None
+
+
+def constants(
+    backend: str,
+    points: Points,
+    rho: tuple[float | None, float | None],
+    symmetric: bool = False,
+) -> Constants:
+    symmetric = symmetric and points.formula is None  # which may not be symmetric
+    return Constants(points.cost, backend, *rho, points.diagonal, symmetric, points.formula)
+
+
+def _problem(
+    points: Points, a: Tensor, b: Tensor, f: Tensor | None, g: Tensor | None, eps: Tensor
+) -> Problem:
+    """Whatever the number of temperatures."""
+    segments, labels = points.segments or (None, None), points.labels or (None, None)
+    tensors = (points.x, points.y, a, b, points.matrix, f, g, eps)
+    return Problem._make([*tensors, *segments, *labels, points.label_cost])
+
+
+def problems(
+    points: Points, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: Tensor
+) -> list[Problem]:
+    """Solved problems at one temperature each: one batch of all, or, ragged, T batches.
+
+    Potentials, with their T temperatures of every problem, are `[B T, N]`, or flat `[T, N]`.
+    """
+    T = eps.shape[0] // max(points.count, 1)
+    whole = _problem(points, a, b, f, g, eps)
+    if T == 1:
+        return [whole]
+    if points.segments is not None:
+        return [whole._replace(f=f[t : t + 1], g=g[t : t + 1], eps=eps[t::T]) for t in range(T)]
+    repeated = {
+        name: t[:, None].expand(-1, T, *t.shape[1:]).flatten(0, 1)
+        for name, t in zip(Problem._fields, whole, strict=True)
+        if t is not None and name not in ("f", "g", "eps", "label_cost")
+    }
+    return [whole._replace(**repeated)]
+
+
+def differentiable_value(value: Tensor, problem: Problem, constants: Constants) -> Tensor:
+    """`value [B]`, the dual objective at (f, g), with its derivatives for x, y, a, b and matrix.
+
+    `value`, f, g and eps must be detached. First derivatives hold f and g fixed; second ones, in
+    reverse or forward over reverse, are implicit, and raise `ConvergenceError` where f and g
+    have not converged. Third ones raise NotImplementedError. Where both marginals are fixed,
+    derivatives for a and b are defined up to a constant, and directions along a and b must keep the
+    mass.
+    """
+    if constants.symmetric:
+        problem = problem._replace(y=problem.x.detach(), b=problem.a.detach())
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out = _compiled_value(value, *problem, *_scalars(constants))
+    else:
+        out = _call(_Value, value, *problem, constants)
+    return out
+
+
+def potentials(problem: Problem, constants: Constants) -> tuple[Tensor, Tensor]:
+    """f and g with their derivatives for x, y, a, b and matrix, by implicit differentiation.
+
+    Where both marginals are fixed the pair is shifted so that `<a, f> = <b, g>` for every problem,
+    which makes it a function of the problem. Second derivatives raise NotImplementedError.
+    """
+    f, g = _call(_Potentials, *problem, constants)
+    if constants.balanced:
+        p = problem
+        excess = implicit.total(p.a * f, p.segment_x) - implicit.total(p.b * g, p.segment_y)
+        shift = excess / (implicit.total(p.a, p.segment_x) + implicit.total(p.b, p.segment_y))
+        f = f - implicit.to_points(shift, f, p.segment_x)
+        g = g + implicit.to_points(shift, g, p.segment_y)
+    return f, g
+
+
+def product(v: Tensor, problem: Problem, constants: Constants) -> Tensor:
+    """`sum_j b_j e_ij v_j`, `[B, N, K]`, differentiable without limit in v and in nothing else."""
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out = _compiled_product(v, *problem, *_scalars(constants))
+    else:
+        out = _call(_Product, v, *problem, constants)
+    return out
+
+
+def product_through_plan(v: Tensor, problem: Problem, constants: Constants) -> Tensor:
+    """The same, differentiable once in x, y, b, f, g, matrix and v."""
+    out: Tensor = _call(_ProductThroughPlan, v, *problem, constants)
+    return out
+
+
+class _Batched(torch.autograd.Function):
+    """A Function of `lead` tensors and a Problem, whose vmap is a larger batch."""
+
+    lead = 0
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        count, field = info.batch_size, cls.lead + Problem._fields.index("segment_x")
+        ragged = args[field] is not None
+
+        def mapped(t: Tensor, dim: int | None) -> Tensor:
+            return t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
+
+        def fold(t: Tensor) -> Tensor:  # [V, B, ..] -> [V B, ..], flat points [V, T, N] -> [T, V N]
+            if ragged and t.ndim > 2:
+                return t.movedim(0, 1).flatten(1, 2)
+            return t.flatten(0, 1)
+
+        def unfold(t: Tensor) -> Tensor:
+            if ragged and t.ndim > 1:
+                return t.reshape(len(t), count, t.shape[1] // count, *t.shape[2:]).movedim(1, 0)
+            return t.reshape(count, t.shape[0] // count, *t.shape[1:])
+
+        def join(cu: Tensor, points: int) -> Tensor:  # [V, B + 1] -> [V B + 1]
+            starts = torch.arange(count, device=cu.device)[:, None] * points
+            return torch.cat([cu[0, :1], (cu[:, 1:] + starts).flatten()])
+
+        folded = list(args)
+        for i, (t, dim) in enumerate(zip(args, in_dims, strict=True)):
+            if not isinstance(t, Tensor):
+                continue
+            name = (("",) * cls.lead + Problem._fields + ("shared",) * len(args))[i]
+            if name in ("label_cost", "shared"):
+                if dim is not None:
+                    what = "label_cost" if name == "label_cost" else "anneal"
+                    raise NotImplementedError(f"sinkhorn: {what} must not be mapped by vmap")
+            elif name in ("segment_x", "segment_y"):
+                k = cls.lead + (0 if name == "segment_x" else 1)
+                folded[i] = join(mapped(t, dim), mapped(args[k], in_dims[k]).shape[2])
+            else:
+                folded[i] = fold(mapped(t, dim))
+        out = _call(cls, *folded)
+        if isinstance(out, Tensor):
+            return unfold(out), 0
+        return tuple(unfold(t) for t in out), (0,) * len(out)
+
+
+def _save(ctx: Any, tensors: Any) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+class _InJvp:
+    """Inside a jvp: saved tensors and tangents without the tangents of this level.
+
+    torch turns forward mode off inside a Function's jvp, for outer levels of functorch too, which
+    makes `jvp(jvp(f))` silently zero. It is turned on again here.
+    """
+
+    def __init__(self) -> None:
+        self._nested = is_transformed()
+        self._enabled = forward_ad._set_fwd_grad_enabled(self._nested)
+
+    def __enter__(self) -> _InJvp:
+        self._enabled.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._enabled.__exit__(*error)
+
+    def primals(self, tensors: Any) -> list[Tensor | None]:
+        if not self._nested:
+            return list(tensors)
+        return [t if t is None else _unpack(t).primal for t in tensors]
+
+
+def _placed(parts: Any, need: Flags) -> _Grads:
+    """The parts that were needed, each in its place among the variables."""
+    it = iter(parts)
+    return tuple(next(it) if needed else None for needed in need)
+
+
+def _scaled(w: Tensor, parts: Tensors, p: Problem, need: Flags) -> Tensors:
+    """`w [B]` times per-point parts of the variables that were needed."""
+    out = []
+    for part, k in zip(parts, (k for k in range(VARIABLES) if need[k]), strict=True):
+        weight = implicit.to_points(w, part, (p.segment_x, p.segment_y)[k % 2] if k < 4 else None)
+        out.append(weight.reshape(*weight.shape, *[1] * (part.ndim - 2)) * part)
+    return tuple(out)
+
+
+def _inner(parts: Tensors, tangents: Any, p: Problem) -> Tensor:
+    """Inner products of gradients and directions, summed for every problem, `[B]`."""
+    it = iter(parts)
+    terms = [
+        implicit.total(next(it) * t, (p.segment_x, p.segment_y)[k % 2] if k < 4 else None)
+        for k, t in enumerate(tangents)
+        if t is not None
+    ]
+    return torch.stack(terms).sum(0)
+
+
+class _Solve(_Batched):
+    """`raw.solve`, without derivatives; f and g of the Problem are where it starts."""
+
+    lead = 1
+
+    @staticmethod
+    def forward(start: Tensor | None, *args: Any) -> raw.Outputs:
+        *tensors, temperatures, c, schedule = args
+        p = Problem._make(tensors)
+        schedule = replace(schedule, start=start, temperatures=temperatures)
+        points = implicit.points_of(p, c)
+        return raw.solve(c.backend, points, p.a, p.b, p.eps, p.f, p.g, schedule)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: raw.Outputs) -> None:
+        ctx.mark_non_differentiable(*output)
+
+
+class _Value(_Batched):
+    """Identity on the value that knows the value's gradient."""
+
+    lead = 1
+
+    @staticmethod
+    def forward(value: Tensor, *args: Any) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *tensors, ctx.constants = inputs
+        _save(ctx, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, w: Tensor | None) -> _Grads:
+        need = ctx.needs_input_grad[1 : 1 + VARIABLES]
+        if w is None or not any(need):
+            return (None,) * (_FIELDS + 2)
+        p = Problem._make(ctx.saved_tensors)
+        grads = _scaled(w, _call(_Gradient, *p, ctx.constants, need), p, need)
+        return None, *_placed(grads, need), *(None,) * (_FIELDS - VARIABLES + 1)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        with _InJvp() as here:
+            p = Problem._make(here.primals(ctx.saved_tensors))
+            u = here.primals(tangents[1 : 1 + VARIABLES])
+            need = tuple(t is not None for t in u)
+            if not any(need):
+                return torch.zeros_like(p.eps)
+            return _inner(_call(_Gradient, *p, ctx.constants, need), u, p)
+
+
+class _Gradient(_Batched):
+    """The envelope gradient, whose derivative is the Hessian."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensors:
+        *tensors, constants, need = args
+        return implicit.gradient(Problem._make(tensors), constants, need)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        *tensors, ctx.constants, ctx.need = inputs
+        _save(ctx, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> _Grads:
+        need = ctx.needs_input_grad[:VARIABLES]
+        if not any(need) or all(g is None for g in grads):
+            return (None,) * (_FIELDS + 2)
+        u = _placed(grads, ctx.need)
+        parts = _hessian_product(u, Problem._make(ctx.saved_tensors), ctx.constants, need)
+        return *_placed(parts, need), *(None,) * (_FIELDS - VARIABLES + 2)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensors:
+        with _InJvp() as here:
+            p = Problem._make(here.primals(ctx.saved_tensors))
+            return _hessian_product(here.primals(tangents[:VARIABLES]), p, ctx.constants, ctx.need)
+
+
+def _hessian_product(u: Any, p: Problem, c: Constants, need: Flags) -> Tensors:
+    variables = [t if t is None else _call(_Refuse, t) for t in p[:VARIABLES]]
+    out: Tensors = _call(_Hessian, *u, *variables, *p[VARIABLES:], c, need)
+    return out
+
+
+class _Hessian(_Batched):
+    """A Hessian-vector product, differentiable for the vector, in which it is linear."""
+
+    lead = VARIABLES
+
+    @staticmethod
+    def forward(*args: Any) -> Tensors:
+        *tensors, constants, need = args
+        u: Directions = tuple(tensors[:VARIABLES])
+        return implicit.hessian_product(u, Problem(*tensors[VARIABLES:]), constants, need)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        *tensors, ctx.constants, ctx.need = inputs
+        _save(ctx, tensors[VARIABLES:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> _Grads:
+        # The variables get no gradient, and through `_Refuse` an error if one was asked for.
+        need = ctx.needs_input_grad[:VARIABLES]
+        if not any(need) or all(g is None for g in grads):
+            return (None,) * (VARIABLES + _FIELDS + 2)
+        u = _placed(grads, ctx.need)
+        parts = _hessian_product(u, Problem._make(ctx.saved_tensors), ctx.constants, need)
+        return *_placed(parts, need), *(None,) * (_FIELDS + 2)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensors:
+        with _InJvp() as here:
+            p = Problem._make(here.primals(ctx.saved_tensors))
+            return _hessian_product(here.primals(tangents[:VARIABLES]), p, ctx.constants, ctx.need)
+
+
+class _Refuse(torch.autograd.Function):
+    """Identity without a derivative: an error where one is asked for, not zeros."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor:
+        raise NotImplementedError("sinkhorn: value has no third derivative")
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None) -> Tensor:
+        raise NotImplementedError("sinkhorn: value has no third derivative")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor) -> tuple[Tensor, int | None]:
+        return _call(_Refuse, x), in_dims[0]
+
+
+class _Potentials(_Batched):
+    """Identity on (f, g) that knows how they depend on the problem."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        p = Problem._make(args[:_FIELDS])
+        return p.f.clone(), p.g.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        *tensors, ctx.constants = inputs
+        _save(ctx, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, uf: Tensor | None, ug: Tensor | None) -> _Grads:
+        need = ctx.needs_input_grad[:VARIABLES]
+        if not any(need) or (uf is None and ug is None):
+            return (None,) * (_FIELDS + 1)
+        p = Problem._make(ctx.saved_tensors)
+        uf = torch.zeros_like(p.f) if uf is None else uf
+        ug = torch.zeros_like(p.g) if ug is None else ug
+        parts = _call(_PotentialsAdjoint, uf, ug, *p, ctx.constants, need)
+        return *_placed(parts, need), *(None,) * (_FIELDS - VARIABLES + 1)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensors:
+        with _InJvp() as here:
+            p = Problem._make(here.primals(ctx.saved_tensors))
+            u = here.primals(tangents[:VARIABLES])
+            out: Tensors = _call(_PotentialsTangent, *u, *p, ctx.constants)
+            return out
+
+
+class _Once(_Batched):
+    """A derivative that has no derivative."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "sinkhorn: potentials, and products through the plan, have no second derivative"
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Once.backward(ctx)
+
+
+class _PotentialsAdjoint(_Once):
+    lead = 2
+
+    @staticmethod
+    def forward(uf: Tensor, ug: Tensor, *args: Any) -> Tensors:
+        *tensors, constants, need = args
+        return implicit.potentials_adjoint(uf, ug, Problem._make(tensors), constants, need)
+
+
+class _PotentialsTangent(_Once):
+    lead = VARIABLES
+
+    @staticmethod
+    def forward(*args: Any) -> Tensors:
+        *tensors, constants = args
+        u: Directions = tuple(tensors[:VARIABLES])
+        return implicit.potentials_tangent(u, Problem(*tensors[VARIABLES:]), constants)
+
+
+def _transpose(p: Problem, c: Constants) -> tuple[Problem, Constants]:
+    """With which `product` is `sum_i e_ij u_i`, and 0 for y_j without weight.
+
+    For two points without weight e may overflow.
+    """
+    q, d = implicit.transposed(p._replace(g=torch.where(p.b > 0, p.g, -1e30)), c)
+    return q._replace(b=torch.ones_like(q.b)), d
+
+
+def _weighted(u: Tensor, p: Problem, c: Constants) -> Tensor:
+    """`b_j sum_i e_ij u_i`, the transpose of `product`."""
+    return p.b[..., None] * product(u, *_transpose(p, c))
+
+
+class _Product(_Batched):
+    lead = 1
+
+    @staticmethod
+    def forward(v: Tensor, *args: Any) -> Tensor:
+        *tensors, constants = args
+        p = Problem._make(tensors)
+        return implicit.product(p, constants, v, p.b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *tensors, ctx.constants = inputs
+        _save(ctx, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None) -> _Grads:
+        p = Problem._make(ctx.saved_tensors)
+        out = None if u is None else _weighted(u, p, ctx.constants)
+        return out, *(None,) * (_FIELDS + 1)
+
+    @staticmethod
+    def jvp(ctx: Any, dv: Tensor, *tangents: Any) -> Tensor:
+        with _InJvp() as here:
+            p = Problem._make(here.primals(ctx.saved_tensors))
+            (u,) = here.primals([dv])
+            assert u is not None
+            return product(u, p, ctx.constants)
+
+
+class _ProductThroughPlan(_Batched):
+    lead = 1
+    forward = _Product.forward
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.constants = inputs
+        _save(ctx, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None) -> _Grads:
+        if u is None:
+            return (None,) * (_FIELDS + 2)
+        v, *tensors = ctx.saved_tensors
+        p = Problem._make(tensors)
+        need = ctx.needs_input_grad[1 : 1 + VARIABLES]
+        f, g, *parts = _call(_ConditionalPullback, u, v, *p, ctx.constants, need)
+        of_v = _weighted(u, p, ctx.constants) if ctx.needs_input_grad[0] else None
+        return of_v, *_placed(parts, need), f, g, *(None,) * (_FIELDS - VARIABLES - 1)
+
+    @staticmethod
+    def jvp(ctx: Any, dv: Tensor | None, *tangents: Any) -> Tensor:
+        with _InJvp() as here:
+            v, *tensors = here.primals(ctx.saved_tensors)
+            p = Problem._make(tensors)
+            u = Problem._make(here.primals(tangents[:_FIELDS]))
+            df = torch.zeros_like(p.f) if u.f is None else u.f
+            dg = torch.zeros_like(p.g) if u.g is None else u.g
+            directions = (u.x, u.y, None, u.b, u.matrix)
+            out: Tensor = _call(_ConditionalTangent, *directions, df, dg, v, *p, ctx.constants)
+            if dv is not None:
+                out = out + product(dv, p, ctx.constants)
+            return out
+
+
+class _ConditionalPullback(_Once):
+    lead = 2
+
+    @staticmethod
+    def forward(u: Tensor, v: Tensor, *args: Any) -> Tensors:
+        *tensors, constants, need = args
+        return implicit.conditional_pullback(u, v, Problem._make(tensors), constants, need)
+
+
+class _ConditionalTangent(_Once):
+    lead = VARIABLES + 3
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        *tensors, constants = args
+        (*u, df, dg, v), p = tensors[: VARIABLES + 3], Problem(*tensors[VARIABLES + 3 :])
+        return implicit.conditional_tangent(tuple(u), df, dg, v, p, constants)
+
+
+# Dynamo does not trace a Function that has a jvp, so compiled graphs have ops instead.
+_SCHEMA = (
+    "Tensor x, Tensor y, Tensor a, Tensor b, Tensor? matrix, Tensor f, Tensor g, Tensor eps,"
+    " Tensor? segment_x, Tensor? segment_y, Tensor? label_x, Tensor? label_y, Tensor? label_cost,"
+    " str cost, str backend, float? rho_x, float? rho_y, int? diagonal, bool symmetric"
+)
+
+
+@torch.library.custom_op(
+    "fewstep::sinkhorn_value", mutates_args=(), schema=f"(Tensor value, {_SCHEMA}) -> Tensor"
+)
+def _compiled_value(value: Tensor, *args: Any) -> Tensor:
+    return value.clone()
+
+
+@torch.library.custom_op(
+    "fewstep::sinkhorn_product", mutates_args=(), schema=f"(Tensor v, {_SCHEMA}) -> Tensor"
+)
+def _compiled_product(v: Tensor, *args: Any) -> Tensor:
+    p = Problem._make(args[:_FIELDS])
+    return implicit.product(p, Constants(*args[_FIELDS:]), v, p.b)
+
+
+@_compiled_value.register_fake
+def _(value: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(value)
+
+
+@_compiled_product.register_fake
+def _(v: Tensor, *args: Any) -> Tensor:
+    f = Problem._make(args[:_FIELDS]).f
+    return v.new_empty((*f.shape, v.shape[-1]))
+
+
+def _scalars(c: Constants) -> tuple[Any, ...]:
+    if c.formula is not None:
+        raise NotImplementedError("sinkhorn: a cost function cannot be compiled")
+    return c[:-1]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *args = inputs
+    ctx.save_for_backward(*args[:_FIELDS])
+    ctx.constants = Constants(*args[_FIELDS:])
+
+
+def _compiled_value_backward(ctx: Any, w: Tensor) -> _Grads:
+    need = ctx.needs_input_grad[1 : 1 + VARIABLES]
+    p = Problem._make(ctx.saved_tensors)
+    grads = _scaled(w, implicit.gradient(p, ctx.constants, need), p, need)
+    rest = _FIELDS - VARIABLES + len(_scalars(ctx.constants))
+    return None, *_placed(grads, need), *(None,) * rest
+
+
+def _compiled_product_backward(ctx: Any, u: Tensor) -> _Grads:
+    p, c = Problem._make(ctx.saved_tensors), ctx.constants
+    q, d = _transpose(p, c)
+    out = p.b[..., None] * _compiled_product(u, *q, *_scalars(d))
+    return out, *(None,) * (_FIELDS + len(_scalars(c)))
+
+
+_compiled_value.register_autograd(_compiled_value_backward, setup_context=_setup)
+_compiled_product.register_autograd(_compiled_product_backward, setup_context=_setup)
