@@ -43,7 +43,7 @@ COLUMNS = (
         "peak_mb",
     ),
     *("value_error", "grad_error", "speedup_vs_best_peer", "pair_iterations_per_s"),
-    *("exponentials_per_s", "device", "threads", "machine", "torch", "commit", "date", "note"),
+    *("device", "threads", "machine", "torch", "commit", "date", "note"),
 )
 
 
@@ -135,11 +135,8 @@ def derive(rows: list[dict[str, Any]], peers: bool) -> None:
     for row in rows:
         if "median_s" not in row:
             continue
-        rate = CASES[row["case"]].pairs * row["iterations"] / row["median_s"]
-        row["pair_iterations_per_s"] = rate
-        exponentials = CONTENDERS[row["contender"]].exponentials
-        if exponentials and row["workload"] == "solve":
-            row["exponentials_per_s"] = exponentials * rate
+        pairs = CASES[row["case"]].pairs * row["iterations"]
+        row["pair_iterations_per_s"] = pairs / row["median_s"]
         if peers and others:
             row["speedup_vs_best_peer"] = min(others) / row["median_s"]
 
@@ -224,12 +221,9 @@ def run_case(
     derive(rows, args.peers)
     for row in rows:
         if "median_s" in row and CONTENDERS[row["contender"]].kind == "fewstep":
-            exponentials, speedup = (
-                row.get(name) for name in ("exponentials_per_s", "speedup_vs_best_peer")
-            )
+            speedup = row.get("speedup_vs_best_peer")
             say(
                 f"  {row['contender']}: {row['pair_iterations_per_s']:.2e} pair-iterations/s"
-                + (f", {exponentials:.2e} exponentials/s" if exponentials else "")
                 + (f", {speedup:.2f}x the best peer" if speedup else "")
             )
     return rows

@@ -23,8 +23,10 @@ CLAIMED = "n2048_d64"
 
 
 def read(path: Path) -> list[Row]:
+    """The rows of cases and contenders that the registry still has."""
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row["case"] in CASES and row["contender"] in CONTENDERS]
 
 
 def duration(seconds: float) -> str:
@@ -111,7 +113,7 @@ def memory(rows: list[Row], columns: list[str]) -> str:
     case = CASES[largest["case"]]
     peaks = {r["contender"]: float(r["peak_mb"]) for r in timed if r["case"] == case.name}
     listing = ", ".join(f"{CONTENDERS[c].label} {peaks[c]:.0f} MB" for c in columns if c in peaks)
-    return f"Peak memory beyond the inputs at {case.shape}: {listing}."
+    return f"Peak memory beyond the inputs at {case.shape}: {listing}. "
 
 
 def render(rows: list[Row]) -> str:
@@ -153,7 +155,7 @@ def render(rows: list[Row]) -> str:
         + (f". First calls, not counted, took up to: {', '.join(slow)}" if slow else "")
         + ". "
         + (f"What differs: {'; '.join(notes)}. " if notes else "")
-        + f"{memory(rows, columns)} Command: `{COMMAND}`{_device(first)}.",
+        + f"{memory(rows, columns)}Command: `{COMMAND}`{_device(first)}.",
     ]
     if any(CASES[row["case"]].sweep for row in timed):
         picture = f"benchmarks/results/sinkhorn_{first['device']}.png"

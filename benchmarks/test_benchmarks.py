@@ -138,7 +138,7 @@ def test_divergence_of_a_cloud_with_itself_is_zero() -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_measure_times_what_agrees(backward: bool) -> None:
     problem = draw(replace(SMALL, backward=backward))
-    row = measure(CONTENDERS["eager"], problem, expect(problem, "unrolled"), budget=0.01)
+    row = measure(CONTENDERS["eager"], problem, expect(problem, "unrolled"), budget=0.2)
     assert len(row["times_s"]) >= 3
     assert row["iterations"] == 6
     assert ("grad_error" in row) == backward
