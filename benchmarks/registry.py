@@ -266,6 +266,9 @@ def draw(case: Case, device: str = "cpu") -> Problem:
 # float64. One iteration fewer is off by 1e-3 and more in the cases above.
 VALUE_RTOL = 1e-5
 GRAD_RTOL = 1e-4
+# A row says so where other processes kept more cores than this busy while it was timed: libraries
+# that wait at a barrier for every thread are then slower by orders of magnitude.
+BUSY_CORES = 0.2
 
 
 @dataclass(frozen=True)

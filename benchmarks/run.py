@@ -25,25 +25,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plot, table
-from benchmarks.registry import CASES, CONTENDERS, Case, Contender
+from benchmarks.registry import BUSY_CORES, CASES, CONTENDERS, Case, Contender
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = (
     *("case", "workload", "B", "N", "M", "D", "iterations", "cost", "eps_of_mean", "backward"),
-    *(
-        "dtype",
-        "contender",
-        "version",
-        "median_s",
-        "q25_s",
-        "q75_s",
-        "repeats",
-        "first_call_s",
-        "peak_mb",
-    ),
-    *("value_error", "grad_error", "speedup_vs_best_peer", "pair_iterations_per_s"),
-    *("device", "threads", "machine", "torch", "commit", "date", "note"),
+    *("dtype", "contender", "version", "median_s", "q25_s", "q75_s", "repeats", "first_call_s"),
+    *("peak_mb", "other_cores", "value_error", "grad_error", "speedup_vs_best_peer"),
+    *("pair_iterations_per_s", "device", "threads", "machine", "torch", "commit", "date", "note"),
 )
 
 
@@ -119,6 +109,7 @@ def pool(row: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
         row = other | {
             "times_s": other["times_s"] + row["times_s"],
             "peak_mb": max(other["peak_mb"], row["peak_mb"]),
+            "other_cores": max(other["other_cores"], row["other_cores"]),
         }
     q25, median, q75 = np.quantile(row["times_s"], (0.25, 0.5, 0.75)).tolist()
     repeats = len(row["times_s"])
@@ -150,7 +141,9 @@ def describe(row: dict[str, Any]) -> str:
         f"  first {row['first_call_s']:.2f} s  peak {row['peak_mb']:.0f} MB"
         f"  value error {row['value_error']:.0e}"
     )
-    return line + (f"  gradient error {row['grad_error']:.0e}" if "grad_error" in row else "")
+    line += f"  gradient error {row['grad_error']:.0e}" if "grad_error" in row else ""
+    busy = row["other_cores"] > BUSY_CORES
+    return line + (f"  BUSY MACHINE ({row['other_cores']:.1f} cores)" if busy else "")
 
 
 def too_slow(

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.registry import CASES, CONTENDERS, Case
+from benchmarks.registry import BUSY_CORES, CASES, CONTENDERS, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, str]
@@ -147,6 +147,10 @@ def render(rows: list[Row]) -> str:
         for note in dict.fromkeys(r["note"] for r in timed if r["note"])
     ]
     first = rows[0]
+    busy = listed(
+        [row for row in timed if float(row["other_cores"]) > BUSY_CORES],
+        lambda r: f"{_label(r)} {r['case']}",
+    )
     lines += [
         "",
         f"Medians on {listed(timed, lambda r: r['machine'])}, threads: {first['threads']}; "
@@ -155,6 +159,7 @@ def render(rows: list[Row]) -> str:
         + (f". First calls, not counted, took up to: {', '.join(slow)}" if slow else "")
         + ". "
         + (f"What differs: {'; '.join(notes)}. " if notes else "")
+        + (f"On a machine busy with other work: {busy}. " if busy else "")
         + f"{memory(rows, columns)}Command: `{COMMAND}`{_device(first)}.",
     ]
     if any(CASES[row["case"]].sweep for row in timed):

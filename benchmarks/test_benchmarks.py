@@ -161,8 +161,13 @@ def test_slow_calls_are_timed_once() -> None:
 
 
 def test_rounds_are_pooled() -> None:
-    first = run.pool({"times_s": [1.0, 3.0], "peak_mb": 1.0, "first_call_s": 9.0}, None)
-    both = run.pool({"times_s": [2.0], "peak_mb": 4.0, "first_call_s": 1.0}, first)
+    first, second = (
+        {"times_s": times, "peak_mb": peak, "other_cores": others, "first_call_s": call}
+        for times, peak, others, call in (([1.0, 3.0], 1.0, 0.5, 9.0), ([2.0], 4.0, 0.0, 1.0))
+    )
+    first = run.pool(first, None)
+    both = run.pool(second, first)
+    assert both["other_cores"] == 0.5
     assert (both["q25_s"], both["median_s"], both["q75_s"]) == (1.5, 2.0, 2.5)
     assert (both["repeats"], both["peak_mb"], both["first_call_s"]) == (3, 4.0, 9.0)
     assert "median_s" not in run.pool({"note": "failed"}, first)
@@ -185,7 +190,8 @@ def _row(case: str, contender: str, seconds: float | None) -> dict[str, Any]:
     if seconds is None:
         return row
     timed = {"median_s": seconds, "q25_s": seconds, "q75_s": seconds}
-    return row | timed | {"first_call_s": 2 * seconds, "peak_mb": 1.0, "machine": "abacus"}
+    row |= {"first_call_s": 2 * seconds, "peak_mb": 1.0, "machine": "abacus"}
+    return row | timed | {"other_cores": 1.5 if contender == "pykeops" else 0.0}
 
 
 @pytest.fixture
@@ -238,6 +244,7 @@ def test_table_goes_into_the_readme_and_check_sees_a_difference(results: Path) -
     assert "| divergence, 1024 x 1024, D 64; 9 + backward | 50.0 ms | " in text
     assert "at 20000 x 20000, D 3: fewstep (cpp) 1 MB, KeOps 1 MB." in text
     assert "](benchmarks/results/sinkhorn_cpu.png)" in text
+    assert "busy with other work: KeOps n2048_d64, KeOps n20000_d3. " in text
     assert "| 512 x 512, D 3; 10 |" not in text
     assert "old" not in text
 

@@ -64,6 +64,22 @@ def timings(run: Run, budget: float) -> list[float]:
     return times
 
 
+def busy_seconds() -> float:
+    """Processor time that all processes of this machine have used, stolen time included."""
+    user, nice, system, _, _, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def timings_and_company(run: Run, budget: float) -> tuple[list[float], float]:
+    """`timings`, and how many cores other processes kept busy meanwhile, on average."""
+    start, own, busy = time.perf_counter(), time.process_time(), busy_seconds()
+    times = timings(run, budget)
+    others = busy_seconds() - busy - (time.process_time() - own)
+    return times, max(0.0, others / (time.perf_counter() - start))
+
+
 def resident_mb() -> float:
     """Memory that this process has resident now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -113,8 +129,10 @@ def measure(
     # One more warm-up call where it costs little: allocators and branch predictors settle.
     if time.perf_counter() - start < budget:
         run()
+    times, others = timings_and_company(run, budget)
     return row | {
-        "times_s": timings(run, budget),
+        "times_s": times,
+        "other_cores": others,
         "peak_mb": max(0.0, peak_mb(problem.device) - baseline),
         "note": contender.note_for(problem.case),
     }
