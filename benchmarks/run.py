@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="only this contender")
     parser.add_argument("--threads", type=int, default=2, help="cores of every process")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--budget", type=float, help="seconds of timed calls per row (default 4)")
+    parser.add_argument("--budget", type=float, help="seconds of timed calls per row (default 3)")
     parser.add_argument("--rounds", type=int, default=1, help="processes per row, interleaved")
     parser.add_argument("--longest", type=float, default=30, help="seconds per call of a peer")
     parser.add_argument("--timeout", type=float, default=300, help="seconds per process")
@@ -251,7 +252,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not 1 <= args.threads <= cores:
         parser.error(f"--threads must be from 1 to the {cores} cores here, got {args.threads}")
     if args.budget is None:
-        args.budget = 0.5 if args.quick else 4.0
+        args.budget = 0.5 if args.quick else 3.0
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
     if args.out is None:
@@ -276,6 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     for contender in wanted:
         if contender not in contenders:
             say(f"{contender.label}: not installed (pip install 'fewstep[bench]')")
+    start = time.monotonic()
     # A terminated run ends its worker too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Children inherit the cores, which holds for thread pools that heed no variable.
@@ -299,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     if not any("median_s" in row for row in rows):
         sys.exit(f"benchmarks.run: nothing could be timed; the reasons are above and in {partial}")
     os.replace(partial, args.out)
-    say(f"\nwrote {args.out}")
+    say(f"\nwrote {args.out} after {(time.monotonic() - start) / 60:.0f} minutes")
     if any("median_s" in row and CASES[row["case"]].sweep for row in rows):
         if installed("matplotlib"):
             picture = args.out.with_suffix(".png")
