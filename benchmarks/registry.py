@@ -170,7 +170,7 @@ CASES = {
             "n20000_d3",
             *(1, 20_000, 20_000, 3, 4),
             distinct=4000,
-            contenders=(*CURVES[3], "geomloss-online"),
+            contenders=(*OURS, "geomloss-online", "pykeops", "ott-jax"),
         ),
         *(_sweep(n, 3) for n in (512, 1024, 2048, 4096)),
         *(_sweep(n, 3, distinct=4096) for n in (8192, 16_384, 32_768)),
