@@ -25,11 +25,13 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.[ch]*' -o -name '*.inl')
 	$(BIN)/mypy
+	$(BIN)/python -m benchmarks.table --check
 
 bench: .venv/ready
 	$(INSTALL) '.[bench]' --no-build-isolation
 	$(BIN)/python -m benchmarks.run sinkhorn --peers
 	$(BIN)/python -m benchmarks.table
+	$(BIN)/python -m benchmarks.targets
 
 .venv/ready: $(BUILD_INPUTS)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed") if sys.version_info < (3, 11) else None'

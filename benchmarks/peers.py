@@ -1,14 +1,16 @@
 """Every contender as a function that solves one drawn problem and returns only when it is done.
 
 A builder `Problem -> Run` converts the inputs and chooses the options, untimed; the `Run` that it
-returns computes everything from the points on: `(value [B],)` or `(value, grad_x, grad_y)`.
-Libraries solve `|x-y|^2` at `eps / scale`, which is the same problem in another unit.
+returns computes everything from the points on: `(value [B],)` or `(value, grad_x, grad_y)` of a
+solve or a divergence, `(rms, velocity)` of a drift. Libraries solve `|x-y|^2` at `eps / scale`,
+which is the same problem in another unit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,43 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.dense import (
+    dense_drift,
+    divergence_averaged,
+    divergence_dual,
+    sinkhorn_averaged,
+    sinkhorn_eager,
+)
 from benchmarks.registry import Problem
 
 Run = Callable[[], tuple[Any, ...]]
-
-
-def sinkhorn_eager(x: Tensor, y: Tensor, eps: float, iterations: int) -> Tensor:
-    """Dense log-domain Sinkhorn for `|x-y|^2` as training codes write it; value `[B]`."""
-    log_k = torch.cdist(x, y).square() / -eps
-    log_a, log_b = -math.log(x.shape[1]), -math.log(y.shape[1])
-    g = x.new_zeros(y.shape[:2])
-    for _ in range(iterations):
-        f = -torch.logsumexp(log_k + (g + log_b)[:, None, :], 2)
-        g = -torch.logsumexp(log_k + (f + log_a)[:, :, None], 1)
-    return eps * (f.mean(1) + g.mean(1))
-
-
-def sinkhorn_averaged(x: Tensor, y: Tensor, eps: float, sweeps: int) -> Tensor:
-    """geomloss's iteration for `|x-y|^2`, dense: both potentials from the last ones, then averaged.
-
-    A sweep is two soft-mins; the first starts from no potential and the last, which carries the
-    gradient, is not averaged. Feydy, Geometric data analysis (2020), figures 3.25 and 3.26.
-    """
-    log_a, log_b = -math.log(x.shape[1]), -math.log(y.shape[1])
-
-    def sweep(x: Tensor, y: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.cdist(x, y.detach()).square() / -eps
-        columns = torch.cdist(y, x.detach()).square() / -eps
-        f_next = -torch.logsumexp(rows + (g + log_b)[:, None, :], 2)
-        return f_next, -torch.logsumexp(columns + (f + log_a)[:, None, :], 2)
-
-    with torch.no_grad():
-        f, g = sweep(x, y, x.new_zeros(x.shape[:2]), x.new_zeros(y.shape[:2]))
-        for _ in range(sweeps - 2):
-            f_next, g_next = sweep(x, y, f, g)
-            f, g = (f + f_next) / 2, (g + g_next) / 2
-    f, g = sweep(x, y, f, g)
-    return eps * (f.mean(1) + g.mean(1))
+Divergence = Callable[[Tensor, Tensor, Sequence[float], float], Tensor]
 
 
 def _run_torch(problem: Problem, solve: Callable[[Tensor, Tensor], Tensor]) -> Run:
@@ -72,6 +48,22 @@ def _run_torch(problem: Problem, solve: Callable[[Tensor, Tensor], Tensor]) -> R
     return run
 
 
+def _run_drift(
+    problem: Problem, drift: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Run:
+    clouds = [
+        torch.as_tensor(p, device=problem.device) for p in (problem.x, problem.y, problem.x_self)
+    ]
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = drift(*clouds)
+        if clouds[0].is_cuda:
+            torch.cuda.synchronize()
+        return out
+
+    return run
+
+
 def _fewstep(problem: Problem, backend: str) -> Run:
     import fewstep
 
@@ -81,20 +73,75 @@ def _fewstep(problem: Problem, backend: str) -> Run:
             y,
             eps=problem.eps,
             cost=problem.case.cost,
-            max_iter=problem.case.iterations,
+            max_iter=problem.iterations,
             backend=backend,
         ).value
 
     return _run_torch(problem, solve)
 
 
-def _torch(problem: Problem, solver: Callable[[Tensor, Tensor, float, int], Tensor]) -> Run:
-    scale, iterations = problem.scale, problem.case.iterations
+def _fewstep_divergence(problem: Problem, backend: str) -> Run:
+    """The schedule less its last two sweeps, which are at eps: one averages, one extrapolates."""
+    import fewstep
+
+    # geomloss's default schedule is short of convergence, for everybody alike.
+    warnings.filterwarnings("ignore", "sinkhorn_divergence: not converged")
+
+    def solve(x: Tensor, y: Tensor) -> Tensor:
+        return fewstep.sinkhorn_divergence(
+            x,
+            y,
+            eps=problem.eps,
+            cost=problem.case.cost,
+            update="symmetric",
+            anneal=problem.temperatures[:-2],
+            max_iter=1,
+            backend=backend,
+        ).value
+
+    return _run_torch(problem, solve)
+
+
+def _fewstep_drift(problem: Problem, backend: str) -> Run:
+    import fewstep
+
+    def drift(x: Tensor, y: Tensor, x_self: Tensor) -> tuple[Tensor, Tensor]:
+        out = fewstep.sinkhorn_drift(
+            x,
+            y,
+            x_self,
+            eps=problem.temperatures,
+            max_iter=problem.iterations,
+            cost=problem.case.cost,
+            form=problem.case.form,
+            backend=backend,
+        )
+        return out.rms, out.velocity
+
+    return _run_drift(problem, drift)
+
+
+def _torch(problem: Problem, compiled: bool = False) -> Run:
+    solver = torch.compile(sinkhorn_eager, dynamic=False) if compiled else sinkhorn_eager
+    scale, iterations = problem.scale, problem.iterations
     return _run_torch(problem, lambda x, y: scale * solver(x, y, problem.eps / scale, iterations))
 
 
-def _compiled(problem: Problem) -> Run:
-    return _torch(problem, torch.compile(sinkhorn_eager, dynamic=False))
+def _torch_averaged(problem: Problem) -> Run:
+    """As many soft-mins as `iterations` alternating ones have, all at eps."""
+    temperatures = (problem.eps,) * problem.iterations
+    return _run_torch(problem, lambda x, y: sinkhorn_averaged(x, y, temperatures, problem.scale))
+
+
+def _torch_divergence(problem: Problem, solver: Divergence, compiled: bool = False) -> Run:
+    solver = torch.compile(solver, dynamic=False) if compiled else solver
+    return _run_torch(problem, lambda x, y: solver(x, y, problem.temperatures, problem.scale))
+
+
+def _torch_drift(problem: Problem, compiled: bool = False) -> Run:
+    solver = torch.compile(dense_drift, dynamic=False) if compiled else dense_drift
+    options = (problem.temperatures, problem.iterations, problem.case.form)
+    return _run_drift(problem, lambda *clouds: solver(*clouds, *options))
 
 
 def _geomloss(problem: Problem, backend: str) -> Run:
@@ -107,7 +154,7 @@ def _geomloss(problem: Problem, backend: str) -> Run:
 
     blur = math.sqrt(problem.eps / problem.scale / 2)
     diameter = blur * (1 + 1e-5)
-    steps = problem.case.iterations - 2
+    steps = problem.iterations - 2
     # epsilon_schedule adds the first and the last temperature to those in between.
     scaling = (blur / diameter) ** (1 / (steps - 2.5))
     loss = SamplesLoss(
@@ -122,6 +169,14 @@ def _geomloss(problem: Problem, backend: str) -> Run:
     return _run_torch(problem, lambda x, y: 2 * problem.scale * loss(x, y))
 
 
+def _geomloss_divergence(problem: Problem, backend: str) -> Run:
+    """Its defaults: debiased, `scaling=0.5`; `registry.schedule` holds the temperatures."""
+    from geomloss import SamplesLoss
+
+    loss = SamplesLoss("sinkhorn", p=2, blur=math.sqrt(problem.eps), scaling=0.5, backend=backend)
+    return _run_torch(problem, loss)
+
+
 def _pykeops(problem: Problem) -> Run:
     from pykeops.torch import LazyTensor
 
@@ -133,7 +188,7 @@ def _pykeops(problem: Problem) -> Run:
         x_i, y_j = LazyTensor(unit * x[:, :, None, :]), LazyTensor(unit * y[:, None, :, :])
         cost = ((x_i - y_j) ** 2).sum(-1)
         g = x.new_zeros(y.shape[:2])
-        for _ in range(case.iterations):
+        for _ in range(problem.iterations):
             f = -(LazyTensor((g + log_b)[:, None, :, None]) - cost).logsumexp(2)[..., 0]
             g = -(LazyTensor((f + log_a)[:, :, None, None]) - cost).logsumexp(1)[..., 0]
         return eps * (f.mean(1) + g.mean(1))
@@ -156,7 +211,7 @@ def _pot(problem: Problem) -> Run:
             [],
             cost,
             options["reg"],
-            numItermax=case.iterations,
+            numItermax=problem.iterations,
             stopThr=0,
             log=True,
             warn=False,
@@ -164,7 +219,7 @@ def _pot(problem: Problem) -> Run:
         return log["log_u"][None], log["log_v"][None]
 
     def batched(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        result = ot.batch.solve_sample_batch(x, y, max_iter=case.iterations, tol=0, **options)
+        result = ot.batch.solve_sample_batch(x, y, max_iter=problem.iterations, tol=0, **options)
         potentials: tuple[Tensor, Tensor] = result.potentials
         return potentials
 
@@ -177,15 +232,11 @@ def _pot(problem: Problem) -> Run:
 
 def _ott(problem: Problem) -> Run:
     """It updates columns first: swap x, y. A fixed number of iterations is one XLA scan."""
-    import jax
-    import jax.numpy as jnp
     from ott.geometry import costs, pointcloud
     from ott.problems.linear import linear_problem
     from ott.solvers.linear import sinkhorn
 
-    case, scale = problem.case, problem.scale
-    jax.config.update("jax_enable_x64", case.dtype == "float64")
-    count = case.iterations
+    count, scale = problem.iterations, problem.scale
     solver = sinkhorn.Sinkhorn(
         threshold=0.0, inner_iterations=count, min_iterations=count, max_iterations=count
     )
@@ -196,6 +247,54 @@ def _ott(problem: Problem) -> Run:
         )
         return scale * solver(linear_problem.LinearProblem(geometry)).reg_ot_cost
 
+    return _run_jax(problem, value)
+
+
+def _ott_divergence(problem: Problem) -> Run:
+    """The same updates at the same temperatures, all averaged. Its cost is `|x-y|^2`: scale eps."""
+    import jax
+    import jax.numpy as jnp
+    from ott.geometry import costs, epsilon_scheduler, pointcloud
+    from ott.solvers.linear import acceleration
+    from ott.tools import sinkhorn_divergence
+
+    temperatures = tuple(t / problem.scale for t in problem.temperatures)
+
+    @jax.tree_util.register_pytree_node_class
+    class Schedule(epsilon_scheduler.Epsilon):
+        def __call__(self, it: Any) -> Any:
+            return self.target if it is None else jnp.asarray(temperatures)[it]
+
+    count = problem.iterations
+    options = {
+        "threshold": 0.0,
+        "inner_iterations": count,
+        "min_iterations": count,
+        "max_iterations": count,
+        "parallel_dual_updates": True,
+        "momentum": acceleration.Momentum(value=0.5),
+    }
+
+    def value(x: Any, y: Any) -> Any:
+        divergence, _ = sinkhorn_divergence.sinkhorn_divergence(
+            pointcloud.PointCloud,
+            x,
+            y,
+            cost_fn=costs.SqEuclidean(),
+            epsilon=Schedule(temperatures[-1]),
+            solve_kwargs=options,
+        )
+        return problem.scale * divergence
+
+    return _run_jax(problem, value)
+
+
+def _run_jax(problem: Problem, value: Callable[[Any, Any], Any]) -> Run:
+    import jax
+    import jax.numpy as jnp
+
+    case = problem.case
+    jax.config.update("jax_enable_x64", case.dtype == "float64")
     function = jax.value_and_grad(value, argnums=(0, 1)) if case.backward else value
     single = case.batch == 1
     solve = jax.jit(function if single else jax.vmap(function))
@@ -208,26 +307,47 @@ def _ott(problem: Problem) -> Run:
     return run
 
 
-BUILDERS: dict[str, Callable[[Problem], Run]] = {
-    **{name: partial(_fewstep, backend=name) for name in ("reference", "cpp", "triton", "cuda")},
-    "eager": partial(_torch, solver=sinkhorn_eager),
-    "compile": _compiled,
-    "geomloss-tensorized": partial(_geomloss, backend="tensorized"),
-    "geomloss-online": partial(_geomloss, backend="online"),
-    "pykeops": _pykeops,
-    "pot": _pot,
-    "ott-jax": _ott,
+_FEWSTEP = {"solve": _fewstep, "divergence": _fewstep_divergence, "drift": _fewstep_drift}
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+# By workload and contender.
+BUILDERS: dict[tuple[str, str], Callable[[Problem], Run]] = {
+    **{
+        (workload, backend): partial(builder, backend=backend)
+        for workload, builder in _FEWSTEP.items()
+        for backend in BACKENDS
+    },
+    ("solve", "eager"): _torch,
+    ("solve", "compile"): partial(_torch, compiled=True),
+    ("solve", "geomloss-tensorized"): partial(_geomloss, backend="tensorized"),
+    ("solve", "geomloss-online"): partial(_geomloss, backend="online"),
+    ("solve", "pykeops"): _pykeops,
+    ("solve", "pot"): _pot,
+    ("solve", "ott-jax"): _ott,
+    ("divergence", "eager"): partial(_torch_divergence, solver=divergence_averaged),
+    ("divergence", "compile"): partial(
+        _torch_divergence, solver=divergence_averaged, compiled=True
+    ),
+    ("divergence", "geomloss-tensorized"): partial(_geomloss_divergence, backend="tensorized"),
+    ("divergence", "geomloss-online"): partial(_geomloss_divergence, backend="online"),
+    ("divergence", "ott-jax"): _ott_divergence,
+    ("drift", "eager"): _torch_drift,
+    ("drift", "compile"): partial(_torch_drift, compiled=True),
 }
 
-# What each contender is held to, run on float64 points.
+# What contenders are held to, run on float64 points.
 DEFINITIONS: dict[str, Callable[[Problem], Run]] = {
-    "alternating": BUILDERS["reference"],
-    "unrolled": BUILDERS["eager"],
-    "averaged": partial(_torch, solver=sinkhorn_averaged),
+    "alternating": BUILDERS["solve", "reference"],
+    "unrolled": BUILDERS["solve", "eager"],
+    "averaged": _torch_averaged,
+    "symmetric": BUILDERS["divergence", "reference"],
+    "geomloss": BUILDERS["divergence", "eager"],
+    "ott": partial(_torch_divergence, solver=divergence_dual),
+    "drift": BUILDERS["drift", "eager"],
 }
 
 
 def numpy_outputs(outputs: tuple[Any, ...]) -> list[np.ndarray]:
-    """Outputs of a `Run` in float64: `value [B]`, then gradients `[B, N, D]`, `[B, M, D]`."""
+    """Outputs of a `Run` in float64: values, flat, then gradients or velocities `[B, N, D]`."""
     arrays = [np.asarray(t.cpu() if isinstance(t, Tensor) else t, "f8") for t in outputs]
     return [arrays[0].reshape(-1), *(a.reshape(-1, *a.shape[-2:]) for a in arrays[1:])]

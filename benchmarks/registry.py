@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
 Array = np.ndarray
+Workload = Literal["solve", "divergence", "drift"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """B Sinkhorn problems between N and M points in D dimensions, uniform weights.
+    """B problems between N and M points in D dimensions, uniform weights.
+
+    A "solve" is one transport problem; a "divergence" three, of x and y with each other and with
+    themselves, on a falling schedule of temperatures; a "drift" two, of x with y and with M further
+    points of its own distribution, at each of several temperatures.
 
     Attributes:
-        eps_of_mean: temperature as a fraction of the mean cost over all pairs.
-        backward: also the gradients of `value` for x and y.
+        iterations: per temperature; None where the schedule of temperatures gives the number.
+        eps_of_mean: temperature as a fraction of the mean cost over all pairs, the last one of a
+            divergence; those of a drift, in its own unit, where that mean is about 1/2.
+        form: of a drift, whether x is coupled with y and with x_self apart or together.
+        backward: also the gradients of the value for x and y.
+        distinct: x and y are copies of this many points. Values are those of the problem without
+            the copies, which is the one that float64 can afford.
+        contenders: who takes part, where not everybody does.
+        sweep: a point of the plot over N rather than a row of the README's table.
         quick: small enough for `--quick` and for pytest.
-        default: runs unless `--case` chooses others.
+        default: runs without `--quick`, unless `--case` chooses others.
     """
 
     name: str
@@ -26,94 +39,239 @@ class Case:
     n: int
     m: int
     d: int
-    iterations: int = 20
+    iterations: int | None = 20
+    workload: Workload = "solve"
     cost: Literal["sqeuclidean", "half_sqeuclidean"] = "sqeuclidean"
-    eps_of_mean: float = 0.05
+    eps_of_mean: tuple[float, ...] = (0.05,)
+    form: Literal["split", "joint"] = "split"
     dtype: str = "float32"
     backward: bool = False
+    distinct: int | None = None
+    contenders: tuple[str, ...] = ()
+    sweep: bool = False
     quick: bool = False
     default: bool = True
+
+    @property
+    def without_copies(self) -> Case:
+        """The same problem with each point once, and the weight of its copies."""
+        if self.distinct is None:
+            return self
+        return replace(self, n=self.distinct, m=self.distinct, distinct=None)
 
     @property
     def shape(self) -> str:
         shape = f"{self.n} x {self.m}, D {self.d}"
         return shape if self.batch == 1 else f"{self.batch} of {shape}"
 
+    @property
+    def scale(self) -> float:
+        """`C = scale * |x - y|^2`; peers solve the squared cost at `eps / scale`."""
+        return 0.5 if self.cost == "half_sqeuclidean" else 1.0
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of points that an iteration visits at least once, over all temperatures."""
+        n, m = self.n, self.m
+        pairs = {"solve": n * m, "divergence": n * m + n * n + m * m, "drift": 2 * n * m}
+        return self.batch * len(self.eps_of_mean) * pairs[self.workload]
+
     def columns(self) -> dict[str, Any]:
         """What a CSV row says of its case."""
         return {
             "case": self.name,
+            "workload": self.workload,
             "B": self.batch,
             "N": self.n,
             "M": self.m,
             "D": self.d,
             "iterations": self.iterations,
             "cost": self.cost,
-            "eps_of_mean": self.eps_of_mean,
+            "eps_of_mean": " ".join(map(str, self.eps_of_mean)),
             "backward": int(self.backward),
             "dtype": self.dtype,
         }
+
+
+OURS = ("cpp", "cuda", "triton")
+# All but what is built on KeOps, which compiles for up to a minute and is far behind in such cases.
+DENSE = (*OURS, "reference", "eager", "compile", "geomloss-tensorized", "pot", "ott-jax")
+# Contenders whose time per pair is plotted over N; KeOps for few dimensions, which it is made for.
+CURVES = {3: (*OURS, "eager", "pykeops", "ott-jax"), 64: (*OURS, "eager", "ott-jax")}
+
+
+def _divergence(n: int, contenders: tuple[str, ...] = (), quick: bool = False) -> Case:
+    """As geomloss computes it, with both gradients: its cost, its schedule."""
+    return Case(
+        f"divergence_n{n}_d64",
+        *(1, n, n, 64),
+        iterations=None,
+        workload="divergence",
+        cost="half_sqeuclidean",
+        backward=True,
+        contenders=contenders,
+        quick=quick,
+        default=not quick,
+    )
+
+
+def _drift(
+    batch: int,
+    form: Literal["split", "joint"] = "split",
+    contenders: tuple[str, ...] = (),
+    quick: bool = False,
+) -> Case:
+    """Sizes and temperatures of Sinkhorn drifting, arXiv 2603.12366."""
+    return Case(
+        f"drift_{form}_b{batch}_n64_d256",
+        *(batch, 64, 64, 256),
+        workload="drift",
+        form=form,
+        cost="half_sqeuclidean",
+        eps_of_mean=(0.02, 0.05, 0.2),
+        contenders=contenders,
+        quick=quick,
+        default=not quick,
+    )
+
+
+def _sweep(n: int, d: int, distinct: int | None = None) -> Case:
+    """10 iterations, so that 100,000 points take seconds and the distances little of them."""
+    return Case(
+        f"sweep_n{n}_d{d}", 1, n, n, d, 10, distinct=distinct, contenders=CURVES[d], sweep=True
+    )
 
 
 CASES = {
     case.name: case
     for case in (
         Case("n512_d64", 1, 512, 512, 64, quick=True),
-        Case("n512_d64_grad", 1, 512, 512, 64, backward=True, quick=True),
+        Case("n512_d64_grad", 1, 512, 512, 64, backward=True, contenders=DENSE, quick=True),
         Case("n2048_d64", 1, 2048, 2048, 64),
         Case("n4096_d3", 1, 4096, 4096, 3),
-        Case("b256_n64_d32", 256, 64, 64, 32, quick=True),
-        Case("b10000_n64_d32", 10_000, 64, 64, 32),
+        Case("b256_n64_d32", 256, 64, 64, 32, contenders=DENSE, quick=True),
+        Case("b10000_n64_d32", 10_000, 64, 64, 32, contenders=DENSE),
         # METHODS.md 2.4: eps 0.02 D in units where the mean of |x-y|^2 / 2 is D / 2.
-        Case("wflow", 20, 128, 128, 784, 10, "half_sqeuclidean", eps_of_mean=0.04, quick=True),
+        Case(
+            "wflow",
+            *(20, 128, 128, 784, 10),
+            cost="half_sqeuclidean",
+            eps_of_mean=(0.04,),
+            contenders=DENSE,
+            quick=True,
+        ),
+        _divergence(256, quick=True),
+        _divergence(1024),
+        _divergence(4096, DENSE),
+        _drift(256),
+        _drift(256, "joint", (*OURS, "eager")),
+        _drift(16, quick=True),
+        Case(
+            "n20000_d3",
+            *(1, 20_000, 20_000, 3, 4),
+            distinct=4000,
+            contenders=(*OURS, "geomloss-online", "pykeops", "ott-jax"),
+        ),
+        *(_sweep(n, 3) for n in (512, 1024, 2048, 4096)),
+        *(_sweep(n, 3, distinct=4096) for n in (8192, 16_384, 32_768)),
+        _sweep(100_000, 3, distinct=4000),
+        *(_sweep(n, 64) for n in (512, 2048, 4096)),
+        *(_sweep(n, 64, distinct=4096) for n in (8192, 16_384)),
         Case("b256_n64_d256", 256, 64, 64, 256, default=False),
         Case("n1024_d64", 1, 1024, 1024, 64, default=False),
         Case("n4096_d64", 1, 4096, 4096, 64, default=False),
-        Case("n20000_d3", 1, 20_000, 20_000, 3, default=False),
     )
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A case with its numbers drawn: `x [B, N, D]`, `y [B, M, D]`, eps in units of the cost."""
+    """A case with its numbers drawn.
+
+    Attributes:
+        x, y: `[B, N, D]` and `[B, M, D]`.
+        x_self: `[B, M, D]`, drawn as x is; what the drift repels from.
+        temperatures: one, in units of the cost; of a divergence, one per sweep, the last of which
+            extrapolates; of a drift, those that are solved side by side, in its own unit.
+    """
 
     case: Case
     x: Array = field(repr=False)
     y: Array = field(repr=False)
-    eps: float
+    x_self: Array = field(repr=False)
+    temperatures: tuple[float, ...]
     device: str = "cpu"
 
     @property
+    def eps(self) -> float:
+        return self.temperatures[-1]
+
+    @property
+    def iterations(self) -> int:
+        return self.case.iterations or len(self.temperatures)
+
+    @property
     def scale(self) -> float:
-        """`C = scale * |x - y|^2`; peers solve the squared cost at `eps / scale`."""
-        return 0.5 if self.case.cost == "half_sqeuclidean" else 1.0
+        return self.case.scale
+
+
+def schedule(x: Array, y: Array, eps: float) -> tuple[float, ...]:
+    """The temperature of each sweep of geomloss for `|x-y|^2 / 2` and `scaling=0.5`.
+
+    It starts at the squared diagonal of the box around all points, once without averaging, divides
+    by 4 down to eps, and extrapolates at eps. Feydy, Geometric data analysis (2020), 3.3.3.
+    """
+    low = np.minimum(x.min((0, 1)), y.min((0, 1)))
+    high = np.maximum(x.max((0, 1)), y.max((0, 1)))
+    start = float(np.square(high - low).sum())
+    falling = np.exp(np.arange(np.log(start), np.log(eps), 2 * np.log(0.5)))
+    return (start, start, *falling.tolist(), eps, eps)
 
 
 def draw(case: Case, device: str = "cpu") -> Problem:
-    """Points of a mixture of 8 Gaussians per problem, seeded."""
-    rng = np.random.default_rng(0)
+    """Points of a mixture of 8 Gaussians per problem, seeded.
+
+    x and y are of the same mixture, except where their difference is what counts: in a divergence
+    and a drift y has centres of its own.
+    """
+    rng, shuffle = np.random.default_rng(0), np.random.default_rng(1)
     centres = 2 * rng.standard_normal((case.batch, 8, case.d))
 
     def sample(count: int) -> Array:
-        mode = rng.integers(8, size=(case.batch, count))
+        distinct = min(count, case.distinct or count)
+        mode = rng.integers(8, size=(case.batch, distinct))
         centre = np.take_along_axis(centres, mode[..., None], axis=1)
-        noise = rng.standard_normal((case.batch, count, case.d))
-        return (centre + noise).astype(case.dtype)
+        noise = rng.standard_normal((case.batch, distinct, case.d))
+        points = (centre + noise).astype(case.dtype)
+        if distinct == count:
+            return points
+        return points[:, shuffle.permutation(np.arange(count) % distinct)]
 
-    x, y = sample(case.n), sample(case.m)
+    x = sample(case.n)
+    x_self = sample(case.m) if case.workload == "drift" else x[:, :0]
+    if case.workload != "solve":
+        centres = 2 * rng.standard_normal(centres.shape)
+    y = sample(case.m)
     # Mean of |x-y|^2 over the pairs of each problem, by its moments.
     cross = (x.mean(1, dtype="f8") * y.mean(1, dtype="f8")).sum(-1)
     squares = [np.square(p, dtype="f8").sum(-1).mean(-1) for p in (x, y)]
-    problem = Problem(case, x, y, eps=1.0, device=device)
-    mean_cost = problem.scale * float((squares[0] + squares[1] - 2 * cross).mean())
-    return Problem(case, x, y, case.eps_of_mean * mean_cost, device)
+    mean_cost = case.scale * float((squares[0] + squares[1] - 2 * cross).mean())
+    eps = mean_cost * case.eps_of_mean[-1]
+    temperatures = {
+        "solve": (eps,),
+        "divergence": schedule(x, y, eps),
+        "drift": case.eps_of_mean,
+    }
+    return Problem(case, x, y, x_self, temperatures[case.workload], device)
 
 
 # Error allowed to value (largest over its mean) and gradients (relative norm), float32 against
 # float64. One iteration fewer is off by 1e-3 and more in the cases above.
 VALUE_RTOL = 1e-5
 GRAD_RTOL = 1e-4
+# A row says so where other processes kept more cores than this busy while it was timed: libraries
+# that wait at a barrier for every thread are then slower by orders of magnitude.
+BUSY_CORES = 0.2
 
 
 @dataclass(frozen=True)
@@ -123,69 +281,89 @@ class Contender:
     Attributes:
         package: the distribution that must be installed and whose version is reported.
         kind: a backend of ours, plain torch, or another library (`--peers`).
+        definitions: the workloads that it serves, and the one of `peers.DEFINITIONS` that it must
+            agree with in each. "alternating" has the envelope's gradient, "unrolled" the same value
+            and the gradient through all iterations.
         devices: where it runs.
-        exponentials: per pair and iteration, for backends of ours.
-        definition: the float64 iteration that it must agree with: "alternating" has the envelope's
-            gradient, "unrolled" the same value and the gradient through all iterations.
-        note: what differs from the plain alternating iteration.
+        note: what differs from the plain alternating iteration of a solve.
     """
 
     name: str
     label: str
     package: str
     kind: Literal["fewstep", "torch", "peer"]
+    definitions: Mapping[Workload, str]
     devices: tuple[str, ...] = ("cpu", "cuda")
-    exponentials: int = 0
-    definition: Literal["alternating", "unrolled", "averaged"] = "alternating"
     note: str = ""
 
+    def enters(self, case: Case) -> bool:
+        """Whether it is timed on this case; the reference only where that is quick."""
+        if case.workload not in self.definitions or (self.name == "reference" and not case.quick):
+            return False
+        return self.name in (case.contenders or (self.name,))
+
     def definition_for(self, case: Case) -> str:
-        """`definition`, less the distinction that only gradients make."""
-        plain = self.definition == "unrolled" and not case.backward
-        return "alternating" if plain else self.definition
+        """The entry of `definitions`, less the distinction that only gradients make."""
+        name = self.definitions[case.workload]
+        return "alternating" if name == "unrolled" and not case.backward else name
 
     def note_for(self, case: Case) -> str:
-        unrolled = case.backward and self.definition == "unrolled"
+        if case.workload != "solve":
+            return ""
+        unrolled = case.backward and self.definition_for(case) == "unrolled"
         notes = [self.note, "gradient through all iterations" if unrolled else ""]
         return "; ".join(filter(None, notes))
 
 
 _GEOMLOSS = "averaged (symmetric) updates, as many soft-mins"
+_KERNEL: Mapping[Workload, str] = {"solve": "alternating"}
+_FEWSTEP: Mapping[Workload, str] = {
+    "solve": "alternating",
+    "divergence": "symmetric",
+    "drift": "drift",
+}
+_TORCH: Mapping[Workload, str] = {
+    "solve": "unrolled",
+    "divergence": "geomloss",
+    "drift": "drift",
+}
+_AVERAGED: Mapping[Workload, str] = {"solve": "averaged", "divergence": "geomloss"}
 
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("cpp", "fewstep (cpp)", "fewstep", "fewstep", ("cpu",), exponentials=1),
-        Contender("triton", "fewstep (triton)", "fewstep", "fewstep", ("cuda",), exponentials=2),
-        Contender("cuda", "fewstep (cuda)", "fewstep", "fewstep", ("cuda",), exponentials=2),
-        Contender("reference", "fewstep (reference)", "fewstep", "fewstep", exponentials=2),
-        Contender("eager", "eager torch", "torch", "torch", definition="unrolled"),
-        Contender("compile", "torch.compile", "torch", "torch", definition="unrolled"),
+        Contender("cpp", "fewstep (cpp)", "fewstep", "fewstep", _FEWSTEP, ("cpu",)),
+        Contender("triton", "fewstep (triton)", "fewstep", "fewstep", _KERNEL, ("cuda",)),
+        Contender("cuda", "fewstep (cuda)", "fewstep", "fewstep", _KERNEL, ("cuda",)),
+        Contender("reference", "fewstep (reference)", "fewstep", "fewstep", _FEWSTEP),
+        Contender("eager", "eager torch", "torch", "torch", _TORCH),
+        Contender("compile", "torch.compile", "torch", "torch", _TORCH),
         Contender(
             "geomloss-tensorized",
             "geomloss tensorized",
             "geomloss",
             "peer",
-            definition="averaged",
+            _AVERAGED,
             note=_GEOMLOSS,
         ),
         Contender(
-            "geomloss-online",
-            "geomloss online",
-            "geomloss",
-            "peer",
-            definition="averaged",
-            note=_GEOMLOSS,
+            "geomloss-online", "geomloss online", "geomloss", "peer", _AVERAGED, note=_GEOMLOSS
         ),
-        Contender("pykeops", "KeOps", "pykeops", "peer", definition="unrolled"),
+        Contender("pykeops", "KeOps", "pykeops", "peer", {"solve": "unrolled"}),
         Contender(
             "pot",
             "POT",
             "pot",
             "peer",
-            definition="unrolled",
+            {"solve": "unrolled"},
             note="forms the plan too, and checks it every 10 iterations",
         ),
-        Contender("ott-jax", "OTT-JAX (jit)", "ott-jax", "peer"),
+        Contender(
+            "ott-jax",
+            "OTT-JAX (jit)",
+            "ott-jax",
+            "peer",
+            {"solve": "alternating", "divergence": "ott"},
+        ),
     )
 }

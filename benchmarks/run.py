@@ -14,22 +14,27 @@ import datetime
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.registry import CASES, CONTENDERS, Case, Contender
+import numpy as np
+
+from benchmarks import plot, table
+from benchmarks.registry import BUSY_CORES, CASES, CONTENDERS, Case, Contender
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = (
-    *("case", "B", "N", "M", "D", "iterations", "cost", "eps_of_mean", "backward", "dtype"),
-    *("contender", "version", "median_s", "q25_s", "q75_s", "repeats", "first_call_s", "peak_mb"),
-    *("value_error", "grad_error", "speedup_vs_best_peer", "pair_iterations_per_s"),
-    *("exponentials_per_s", "device", "threads", "machine", "torch", "commit", "date", "note"),
+    *("case", "workload", "B", "N", "M", "D", "iterations", "cost", "eps_of_mean", "backward"),
+    *("dtype", "contender", "version", "median_s", "q25_s", "q75_s", "repeats", "first_call_s"),
+    *("peak_mb", "other_cores", "value_error", "grad_error", "speedup_vs_best_peer"),
+    *("pair_iterations_per_s", "device", "threads", "machine", "torch", "commit", "date", "note"),
 )
 
 
@@ -89,7 +94,27 @@ def work(*arguments: str, env: dict[str, str], timeout: float) -> str | None:
             raise
         log.seek(0)
         lines = log.read().strip().splitlines() or ["no message"]
-    return f"exit code {code}: {lines[-1][:200]}" if code else None
+    # The message of the exception may go on for lines after its name.
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return f"exit code {code}: {(named or lines)[-1][:200]}" if code else None
+
+
+def pool(row: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
+    """`row` with the statistics of its calls and those of an earlier round of the same contender.
+
+    A row without calls, which says in its note why it has none, stands for all rounds.
+    """
+    if "times_s" not in row or (other is not None and "times_s" not in other):
+        return row
+    if other is not None:
+        row = other | {
+            "times_s": other["times_s"] + row["times_s"],
+            "peak_mb": max(other["peak_mb"], row["peak_mb"]),
+            "other_cores": max(other["other_cores"], row["other_cores"]),
+        }
+    q25, median, q75 = np.quantile(row["times_s"], (0.25, 0.5, 0.75)).tolist()
+    repeats = len(row["times_s"])
+    return row | {"median_s": median, "q25_s": q25, "q75_s": q75, "repeats": repeats}
 
 
 def derive(rows: list[dict[str, Any]], peers: bool) -> None:
@@ -102,10 +127,8 @@ def derive(rows: list[dict[str, Any]], peers: bool) -> None:
     for row in rows:
         if "median_s" not in row:
             continue
-        rate = row["B"] * row["N"] * row["M"] * row["iterations"] / row["median_s"]
-        row["pair_iterations_per_s"] = rate
-        if exponentials := CONTENDERS[row["contender"]].exponentials:
-            row["exponentials_per_s"] = exponentials * rate
+        pairs = CASES[row["case"]].pairs * row["iterations"]
+        row["pair_iterations_per_s"] = pairs / row["median_s"]
         if peers and others:
             row["speedup_vs_best_peer"] = min(others) / row["median_s"]
 
@@ -119,46 +142,90 @@ def describe(row: dict[str, Any]) -> str:
         f"  first {row['first_call_s']:.2f} s  peak {row['peak_mb']:.0f} MB"
         f"  value error {row['value_error']:.0e}"
     )
-    return line + (f"  gradient error {row['grad_error']:.0e}" if "grad_error" in row else "")
+    line += f"  gradient error {row['grad_error']:.0e}" if "grad_error" in row else ""
+    busy = row["other_cores"] > BUSY_CORES
+    return line + (f"  BUSY MACHINE ({row['other_cores']:.1f} cores)" if busy else "")
+
+
+def too_slow(
+    case: Case, contender: Contender, rows: list[dict[str, Any]], limit: float
+) -> str | None:
+    """Why a peer is left out: its calls would pass `limit` seconds at the rate of an earlier case.
+
+    The rate is that of the largest case of the same kind, batch and dimension.
+    """
+    kind = (contender.name, case.workload, case.batch, case.d)
+    rates = {
+        row["N"] * row["M"]: row["pair_iterations_per_s"]
+        for row in rows
+        if (row["contender"], row["workload"], row["B"], row["D"]) == kind and "median_s" in row
+    }
+    if contender.kind == "fewstep" or case.iterations is None or not rates:
+        return None
+    seconds = case.pairs * case.iterations / rates[max(rates)]
+    return f"not run: about {seconds:.0f} s per call" if seconds > limit else None
+
+
+def attempt(
+    case: Case, contender: Contender, args: argparse.Namespace, scratch: Path
+) -> dict[str, Any]:
+    """What one process reports of one contender, or why there is nothing."""
+    env = environment(args.threads, scratch)
+    definition = contender.definition_for(case)
+    expected, result = scratch / f"{case.name}-{definition}.npz", scratch / "result.json"
+    failure = None
+    if not expected.exists():
+        arguments = [case.name, definition, f"--result={expected}"]
+        failure = work(*arguments, env=env, timeout=args.timeout)
+    if failure is None:
+        budget = args.budget / 2 if case.sweep else args.budget
+        options = [f"--device={args.device}", f"--budget={budget}"]
+        files = [f"--expected={expected}", f"--result={result}"]
+        arguments = [case.name, contender.name, *options, *files]
+        failure = work(*arguments, env=env, timeout=args.timeout)
+    row = json.loads(result.read_text()) if failure is None else {"note": failure}
+    return case.columns() | {"contender": contender.name} | row
 
 
 def run_case(
-    case: Case, contenders: list[Contender], args: argparse.Namespace, scratch: Path
+    case: Case,
+    contenders: list[Contender],
+    args: argparse.Namespace,
+    scratch: Path,
+    earlier: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    env = environment(args.threads, scratch)
-    say(f"\n{case.name}: {case.shape}, {case.iterations} iterations{' + backward' * case.backward}")
-    result = scratch / "result.json"
-    rows: list[dict[str, Any]] = []
-    for contender in contenders:
-        definition = contender.definition_for(case)
-        expected = scratch / f"{case.name}-{definition}.npz"
-        failure = None
-        if not expected.exists():
-            arguments = [case.name, definition, f"--result={expected}"]
-            failure = work(*arguments, env=env, timeout=args.timeout)
-        if failure is None:
-            options = [f"--device={args.device}", f"--budget={args.budget}"]
-            files = [f"--expected={expected}", f"--result={result}"]
-            arguments = [case.name, contender.name, *options, *files]
-            failure = work(*arguments, env=env, timeout=args.timeout)
-        row = json.loads(result.read_text()) if failure is None else {"note": failure}
-        row |= case.columns() | {"contender": contender.name}
-        say(f"  {contender.label:22s}{describe(row)}")
-        rows.append(row)
+    iterations = f", {case.iterations} iterations" if case.iterations else ""
+    gradient = " + backward" * case.backward
+    say(f"\n{case.name}: {case.workload}, {case.shape}{iterations}{gradient}")
+    by_name: dict[str, dict[str, Any]] = {}
+    for _ in range(args.rounds):
+        for contender in contenders:
+            old = by_name.get(contender.name)
+            longest = args.longest / 2 if case.sweep else args.longest
+            note = too_slow(case, contender, earlier, longest)
+            if old is not None and "median_s" not in old:
+                continue
+            if note is None:
+                row = pool(attempt(case, contender, args, scratch), old)
+            else:
+                row = case.columns() | {"contender": contender.name, "note": note}
+            by_name[contender.name] = row
+            say(f"  {contender.label:22s}{describe(row)}")
+    rows = list(by_name.values())
     derive(rows, args.peers)
     for row in rows:
-        if "exponentials_per_s" in row:
+        if "median_s" in row and CONTENDERS[row["contender"]].kind == "fewstep":
+            speedup = row.get("speedup_vs_best_peer")
             say(
-                f"  {row['contender']}: {row['pair_iterations_per_s']:.2e} pair-iterations/s, "
-                f"{row['exponentials_per_s']:.2e} exponentials/s"
-                + (f", {row['speedup_vs_best_peer']:.2f}x the best peer" if args.peers else "")
+                f"  {row['contender']}: {row['pair_iterations_per_s']:.2e} pair-iterations/s"
+                + (f", {speedup:.2f}x the best peer" if speedup else "")
             )
     return rows
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -175,15 +242,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="only this contender")
     parser.add_argument("--threads", type=int, default=2, help="cores of every process")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--budget", type=float, help="seconds of timed calls per row (default 5)")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds per process")
+    parser.add_argument("--budget", type=float, help="seconds of timed calls per row (default 3)")
+    parser.add_argument("--rounds", type=int, default=1, help="processes per row, interleaved")
+    parser.add_argument("--longest", type=float, default=30, help="seconds per call of a peer")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds per process")
     parser.add_argument("--out", type=Path, help="CSV file (default: benchmarks/results/...)")
     args = parser.parse_args(argv)
     cores = len(os.sched_getaffinity(0))
     if not 1 <= args.threads <= cores:
         parser.error(f"--threads must be from 1 to the {cores} cores here, got {args.threads}")
     if args.budget is None:
-        args.budget = 0.5 if args.quick else 5.0
+        args.budget = 0.5 if args.quick else 3.0
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
     if args.out is None:
         part = "_subset" if args.quick or args.case or args.only or not args.peers else ""
         args.out = RESULTS / f"{args.op}_{args.device}{part}.csv"
@@ -194,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     cases = [CASES[name] for name in args.case or CASES]
     if not args.case:
-        cases = [case for case in cases if case.default and (case.quick or not args.quick)]
+        cases = [case for case in cases if (case.quick if args.quick else case.default)]
     wanted = [
         contender
         for contender in CONTENDERS.values()
@@ -206,6 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     for contender in wanted:
         if contender not in contenders:
             say(f"{contender.label}: not installed (pip install 'fewstep[bench]')")
+    start = time.monotonic()
     # A terminated run ends its worker too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Children inherit the cores, which holds for thread pools that heed no variable.
@@ -222,12 +294,21 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fewstep-bench-") as scratch:
         for case in cases:
-            rows += [row | common for row in run_case(case, contenders, args, Path(scratch))]
+            entered = [contender for contender in contenders if contender.enters(case)]
+            new = run_case(case, entered, args, Path(scratch), rows) if entered else []
+            rows += [row | common for row in new]
             write(rows, partial)
     if not any("median_s" in row for row in rows):
         sys.exit(f"benchmarks.run: nothing could be timed; the reasons are above and in {partial}")
     os.replace(partial, args.out)
-    say(f"\nwrote {args.out}")
+    say(f"\nwrote {args.out} after {(time.monotonic() - start) / 60:.0f} minutes")
+    if any("median_s" in row and CASES[row["case"]].sweep for row in rows):
+        if installed("matplotlib"):
+            picture = args.out.with_suffix(".png")
+            plot.draw(table.read(args.out), picture)
+            say(f"wrote {picture}")
+        else:
+            say("no picture: matplotlib is not installed (pip install 'fewstep[bench]')")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Write the README's benchmark table from the CSV files: `python -m benchmarks.table [--check]`.
+"""Write the README's claim and benchmark table from the CSV files: `python -m benchmarks.table`.
 
-The table replaces what stands between the two marker comments. `--check` writes nothing and exits
-with 1 where README and CSV disagree.
+Both replace what stands between their two marker comments. `--check` writes nothing and exits with
+1 where README and CSV disagree; without a CSV file there must be nothing between the markers.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.registry import CASES, CONTENDERS
+from benchmarks.registry import BUSY_CORES, CASES, CONTENDERS, Case
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 Row = dict[str, str]
+COMMAND = "python -m benchmarks.run sinkhorn --peers"
+# What the README's claim is about.
+CLAIMED = "n2048_d64"
 
 
 def read(path: Path) -> list[Row]:
+    """The rows of cases and contenders that the registry still has."""
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row["case"] in CASES and row["contender"] in CONTENDERS]
 
 
 def duration(seconds: float) -> str:
@@ -42,10 +46,20 @@ def listed(rows: list[Row], column: Callable[[Row], str]) -> str:
     return ", ".join(dict.fromkeys(column(row) for row in rows))
 
 
+def ours_of(rows: list[Row]) -> str:
+    """The backend of ours that the rows compare with the rest: the first in the registry."""
+    ours = next(c for c in CONTENDERS if any(r["contender"] == c for r in rows))
+    if CONTENDERS[ours].kind != "fewstep":
+        raise ValueError(f"rows must hold a backend of fewstep, got {ours} first")
+    return ours
+
+
 def cell(row: Row | None, ours: float | None) -> str:
     if row is None:
         return ""
     if not row["median_s"]:
+        if row["note"].startswith("not run"):
+            return "not run"
         return "disagrees" if row["value_error"] else "failed"
     seconds = float(row["median_s"])
     if ours is None or CONTENDERS[row["contender"]].kind == "fewstep":
@@ -53,11 +67,58 @@ def cell(row: Row | None, ours: float | None) -> str:
     return f"{duration(seconds)} ({ratio(seconds / ours)})"
 
 
+def title(case: Case, row: Row) -> str:
+    kinds = {"solve": "", "divergence": "divergence, ", "drift": f"{case.form} drift, "}
+    temperatures = f"{len(case.eps_of_mean)} x " if len(case.eps_of_mean) > 1 else ""
+    iterations = row["iterations"] or case.iterations or ""
+    return (
+        f"{kinds[case.workload]}{case.shape}; {temperatures}{iterations}"
+        + " + backward" * case.backward
+    )
+
+
+def claim(rows: list[Row]) -> str:
+    """One sentence on `CLAIMED`, or nothing where it was not measured beside other libraries."""
+    ours = ours_of(rows)
+    timed = {r["contender"]: r for r in rows if r["case"] == CLAIMED and r["median_s"]}
+    rivals = sorted(
+        (float(row["median_s"]), name)
+        for name, row in timed.items()
+        if CONTENDERS[name].kind != "fewstep"
+    )
+    if ours not in timed or not any(CONTENDERS[name].kind == "peer" for _, name in rivals):
+        return ""
+    case, own = CASES[CLAIMED], float(timed[ours]["median_s"])
+    # The two fastest by name, and the range of the rest.
+    others = [f"{ratio(s / own)} faster than {CONTENDERS[name].label}" for s, name in rivals]
+    listing = ", ".join(others[:2])
+    if len(rivals) > 2:
+        slow = [f"{s / own:.0f}" for s, _ in (rivals[2], rivals[-1])]
+        names = ", ".join(CONTENDERS[name].label for _, name in rivals[2:])
+        listing += f", {' to '.join(dict.fromkeys(slow))}x faster than {names}"
+    where = f"{timed[ours]['machine']}, threads: {timed[ours]['threads']}"
+    return (
+        f"{case.iterations} Sinkhorn iterations between {case.n} and {case.m} points in "
+        f"{case.d} dimensions take {duration(own)} ({where}): {listing}. "
+        f"[All figures](#benchmarks), measured by `{COMMAND}`{_device(timed[ours])}."
+    )
+
+
+def memory(rows: list[Row], columns: list[str]) -> str:
+    """A sentence on the peak above the inputs in the largest case of the table."""
+    timed = [r for r in rows if r["median_s"] and not CASES[r["case"]].sweep]
+    if not timed:
+        return ""
+    largest = max(timed, key=lambda r: int(r["N"]) * int(r["M"]) if r["B"] == "1" else 0)
+    case = CASES[largest["case"]]
+    peaks = {r["contender"]: float(r["peak_mb"]) for r in timed if r["case"] == case.name}
+    listing = ", ".join(f"{CONTENDERS[c].label} {peaks[c]:.0f} MB" for c in columns if c in peaks)
+    return f"Peak memory beyond the inputs at {case.shape}: {listing}. "
+
+
 def render(rows: list[Row]) -> str:
     """One line per case, one column per contender; in parentheses, how much slower than ours."""
-    ours = next(c for c in CONTENDERS if any(r["contender"] == c for r in rows))
-    if CONTENDERS[ours].kind != "fewstep":
-        raise ValueError(f"rows must hold a backend of fewstep, got {ours} first")
+    ours = ours_of(rows)
     present = {row["contender"] for row in rows}
     columns = [ours, *(c for c in CONTENDERS if c in present - {ours, "reference"})]
     by_key = {(row["case"], row["contender"]): row for row in rows}
@@ -66,13 +127,13 @@ def render(rows: list[Row]) -> str:
         "|---|" + "---:|" * len(columns),
     ]
     for name, case in CASES.items():
-        if not any(key[0] == name for key in by_key):
+        done = [by_key[name, c] for c in columns if (name, c) in by_key]
+        if not done or case.sweep:
             continue
         own = by_key.get((name, ours))
         seconds = float(own["median_s"]) if own and own["median_s"] else None
         cells = [cell(by_key.get((name, c)), seconds) for c in columns]
-        title = f"{case.shape}; {case.iterations}" + " + backward" * case.backward
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        lines.append(f"| {title(case, done[0])} | " + " | ".join(cells) + " |")
     timed = [row for row in rows if row["median_s"]]
     versions = listed(timed, lambda r: f"{CONTENDERS[r['contender']].package} {r['version']}")
     slow = [
@@ -86,6 +147,10 @@ def render(rows: list[Row]) -> str:
         for note in dict.fromkeys(r["note"] for r in timed if r["note"])
     ]
     first = rows[0]
+    busy = listed(
+        [row for row in timed if float(row["other_cores"]) > BUSY_CORES],
+        lambda r: f"{_label(r)} {r['case']}",
+    )
     lines += [
         "",
         f"Medians on {listed(timed, lambda r: r['machine'])}, threads: {first['threads']}; "
@@ -94,27 +159,35 @@ def render(rows: list[Row]) -> str:
         + (f". First calls, not counted, took up to: {', '.join(slow)}" if slow else "")
         + ". "
         + (f"What differs: {'; '.join(notes)}. " if notes else "")
-        + "Command: `python -m benchmarks.run sinkhorn --peers"
-        + (" --device cuda`." if first["device"] == "cuda" else "`."),
+        + (f"On a machine busy with other work: {busy}. " if busy else "")
+        + f"{memory(rows, columns)}Command: `{COMMAND}`{_device(first)}.",
     ]
+    if any(CASES[row["case"]].sweep for row in timed):
+        picture = f"benchmarks/results/sinkhorn_{first['device']}.png"
+        lines += ["", f"![Time per pair of points and iteration against N]({picture})"]
     return "\n".join(lines)
+
+
+def _device(row: Row) -> str:
+    return " with `--device cuda`" if row["device"] == "cuda" else ""
 
 
 def _label(row: Row) -> str:
     return CONTENDERS[row["contender"]].label
 
 
-def replaced(readme: str, table: str) -> str:
-    """`readme` with `table` between the markers.
+def replaced(readme: str, name: str, text: str) -> str:
+    """`readme` with `text` between the markers of that name.
 
     Raises:
         ValueError: the markers are not there once each, in order.
     """
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end or BEGIN in tail or END in tail:
-        raise ValueError(f"README must hold {BEGIN} and then {END}, once each")
-    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+    begin, end = (f"<!-- {name}:{side} -->\n" for side in ("begin", "end"))
+    head, first, rest = readme.partition(begin)
+    _, last, tail = rest.partition(end)
+    if not first or not last or begin in tail or end in tail:
+        raise ValueError(f"README must hold {begin.strip()} and then {end.strip()}, once each")
+    return head + begin + (f"{text}\n" if text else "") + end + tail
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,11 +198,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     results = ROOT / "benchmarks" / "results"
     complete = [results / f"sinkhorn_{device}.csv" for device in ("cpu", "cuda")]
-    paths = args.csv or [path for path in complete if path.exists()]
-    if not paths:
-        parser.error(f"no results in {results}: run `python -m benchmarks.run sinkhorn --peers`")
+    tables = [read(path) for path in args.csv or complete if args.csv or path.exists()]
+    if not tables and not args.check:
+        parser.error(f"no results in {results}: run `{COMMAND}`")
     old = args.readme.read_text()
-    new = replaced(old, "\n\n".join(render(read(path)) for path in paths))
+    new = replaced(old, "claim", next(filter(None, map(claim, tables)), ""))
+    new = replaced(new, "benchmarks", "\n\n".join(map(render, tables)))
     if args.check:
         if new != old:
             sys.stderr.write(f"{args.readme} differs from the CSV: python -m benchmarks.table\n")

@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import resource
-import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,16 +25,18 @@ from benchmarks.peers import BUILDERS, DEFINITIONS, Run, numpy_outputs
 from benchmarks.registry import CASES, CONTENDERS, GRAD_RTOL, VALUE_RTOL, Contender, Problem, draw
 
 MIN_REPEATS, MAX_REPEATS = 3, 1000
+# Fewer calls than MIN_REPEATS where they take over this many budgets.
+SLOW_BUDGETS = 4
 
 
 def expect(problem: Problem, definition: str) -> list[np.ndarray]:
-    """Value, and gradients, of the same points in float64 by one of `DEFINITIONS`."""
-    x, y = problem.x.astype("f8"), problem.y.astype("f8")
-    return numpy_outputs(DEFINITIONS[definition](replace(problem, x=x, y=y))())
+    """Outputs for the same points in float64 by one of `DEFINITIONS`."""
+    x, y, x_self = (p.astype("f8") for p in (problem.x, problem.y, problem.x_self))
+    return numpy_outputs(DEFINITIONS[definition](replace(problem, x=x, y=y, x_self=x_self))())
 
 
 def errors(outputs: list[np.ndarray], expected: list[np.ndarray]) -> tuple[float, float]:
-    """Largest error of value relative to its mean, and of gradients in relative norm (or 0)."""
+    """Largest error of values relative to their mean, of the rest in relative norm (or 0)."""
     value, want = outputs[0], expected[0]
     if [o.shape for o in outputs] != [e.shape for e in expected]:
         return float("inf"), float("inf")
@@ -47,16 +48,36 @@ def errors(outputs: list[np.ndarray], expected: list[np.ndarray]) -> tuple[float
 
 
 def timings(run: Run, budget: float) -> list[float]:
-    """Seconds per call, for `budget` seconds and at least three calls."""
+    """Seconds per call, for `budget` seconds and at least three calls, unless those are slow."""
     times: list[float] = []
     gc.collect()
     gc.disable()
-    while len(times) < MIN_REPEATS or (sum(times) < budget and len(times) < MAX_REPEATS):
+    total = 0.0
+    while total < budget or (len(times) < MIN_REPEATS and total < SLOW_BUDGETS * budget):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
+        total += times[-1]
+        if len(times) == MAX_REPEATS:
+            break
     gc.enable()
     return times
+
+
+def busy_seconds() -> float:
+    """Processor time that all processes of this machine have used, stolen time included."""
+    user, nice, system, _, _, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def timings_and_company(run: Run, budget: float) -> tuple[list[float], float]:
+    """`timings`, and how many cores other processes kept busy meanwhile, on average."""
+    start, own, busy = time.perf_counter(), time.process_time(), busy_seconds()
+    times = timings(run, budget)
+    others = busy_seconds() - busy - (time.process_time() - own)
+    return times, max(0.0, others / (time.perf_counter() - start))
 
 
 def resident_mb() -> float:
@@ -88,29 +109,30 @@ def measure(
     what was resident with everything imported and the inputs made.
     """
     start = time.perf_counter()
-    run = BUILDERS[contender.name](problem)
+    run = BUILDERS[problem.case.workload, contender.name](problem)
     baseline = torch.cuda.memory_allocated() / 2**20 if problem.device == "cuda" else resident_mb()
     built = time.perf_counter()
     outputs = run()
     first_call = time.perf_counter() - built
     value_error, grad_error = errors(numpy_outputs(outputs), expected)
-    del outputs
-    row: dict[str, Any] = {"value_error": value_error, "first_call_s": first_call}
-    if problem.case.backward:
+    row: dict[str, Any] = {
+        "iterations": problem.iterations,
+        "value_error": value_error,
+        "first_call_s": first_call,
+    }
+    if len(outputs) > 1:
         row["grad_error"] = grad_error
+    del outputs
     if not (value_error <= VALUE_RTOL and grad_error <= GRAD_RTOL):
         return row | {"note": "disagrees with the float64 reference: not timed"}
     forget_peak(problem.device)
     # One more warm-up call where it costs little: allocators and branch predictors settle.
     if time.perf_counter() - start < budget:
         run()
-    times = timings(run, budget)
-    q25, median, q75 = statistics.quantiles(times, n=4, method="inclusive")
+    times, others = timings_and_company(run, budget)
     return row | {
-        "median_s": median,
-        "q25_s": q25,
-        "q75_s": q75,
-        "repeats": len(times),
+        "times_s": times,
+        "other_cores": others,
         "peak_mb": max(0.0, peak_mb(problem.device) - baseline),
         "note": contender.note_for(problem.case),
     }
@@ -138,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     case = CASES[args.case]
     if args.contender in DEFINITIONS:
-        np.savez(args.result, *expect(draw(case), args.contender))
+        np.savez(args.result, *expect(draw(case.without_copies), args.contender))
         return
     from fewstep._library import BACKENDS, unavailable
 

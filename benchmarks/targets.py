@@ -1,0 +1,97 @@
+"""Compare a CSV file with what we hold ourselves to on a CPU: `python -m benchmarks.targets`.
+
+Exits with 1 where a target is missed or was not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.plot import curves
+from benchmarks.registry import CASES
+from benchmarks.table import ROOT, Row, duration, ours_of, read
+
+# (case, contender, how many times faster ours is to be)
+SPEEDUPS = (
+    ("n512_d64", "ott-jax", 8),
+    ("n512_d64", "eager", 30),
+    ("n2048_d64", "ott-jax", 6),
+    ("n2048_d64", "eager", 15),
+    ("n2048_d64", "pykeops", 40),
+    ("n4096_d3", "ott-jax", 6),
+    ("n4096_d3", "eager", 15),
+    ("n4096_d3", "pykeops", 40),
+    ("divergence_n1024_d64", "geomloss-tensorized", 20),
+    ("divergence_n4096_d64", "geomloss-tensorized", 20),
+    ("drift_split_b256_n64_d256", "eager", 15),
+    ("drift_joint_b256_n64_d256", "eager", 15),
+    ("b10000_n64_d32", "pot", 10),
+    ("b10000_n64_d32", "ott-jax", 10),
+)
+PEAK_MB = ("n20000_d3", 200)
+LARGEST = "sweep_n100000_d3"
+# In this dimension, the largest over the smallest time per pair and iteration in the sweep over N.
+FLAT = (3, 1.5)
+
+
+def drift_flops(name: str) -> int:
+    """Multiplications and additions in the distances, once, and the barycentres, per temperature.
+
+    Both take D multiply-adds for each of the N x 2 M pairs.
+    """
+    case = CASES[name]
+    products = 1 + len(case.eps_of_mean)
+    return case.batch * case.n * 2 * case.m * 2 * case.d * products
+
+
+def compare(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
+    """Yields `(what, measured beside wanted, whether that is reached)`, None for information."""
+    ours = ours_of(rows)
+    medians = {(r["case"], r["contender"]): float(r["median_s"]) for r in rows if r["median_s"]}
+    for case, contender, wanted in SPEEDUPS:
+        own, other = medians.get((case, ours)), medians.get((case, contender))
+        if own is None or other is None:
+            yield f"{case}, {contender}", "not measured", False
+        else:
+            found = other / own
+            yield f"{case}, {contender}", f"{found:.1f}x, target {wanted}x", found >= wanted
+    case, most = PEAK_MB
+    peaks = [float(r["peak_mb"]) for r in rows if (r["case"], r["contender"]) == (case, ours)]
+    text = f"{peaks[0]:.0f} MB, target {most} MB" if peaks else "not measured"
+    yield f"{case}, peak beyond the inputs", text, bool(peaks) and peaks[0] <= most
+    largest = medians.get((LARGEST, ours))
+    yield LARGEST, duration(largest) if largest else "did not run", largest is not None
+    for d, by_contender in curves(rows).items():
+        seconds = [s for _, s in by_contender.get(ours, [])]
+        if seconds:
+            found = max(seconds) / min(seconds)
+            text = f"{found:.2f}x from fastest to slowest N"
+            # In more dimensions it matters whether the costs fit the memory limit.
+            flat = d == FLAT[0]
+            text += f", target {FLAT[1]}x" if flat else ""
+            yield f"per pair and iteration, D {d}", text, found <= FLAT[1] if flat else None
+    drift = "drift_split_b256_n64_d256"
+    if own := medians.get((drift, ours)):
+        flops = drift_flops(drift)
+        text = f"{flops / 1e9:.2f} GFLOP in {duration(own)}: {flops / own / 1e9:.0f} GFLOP/s"
+        yield f"{drift}, matrix products", text, None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.targets", description=__doc__)
+    default = ROOT / "benchmarks" / "results" / "sinkhorn_cpu.csv"
+    parser.add_argument("csv", type=Path, nargs="?", default=default)
+    args = parser.parse_args(argv)
+    missed = False
+    for what, text, reached in compare(read(args.csv)):
+        mark = {True: "reached", False: "MISSED", None: ""}[reached]
+        sys.stdout.write(f"{what:48s}{text:52s}{mark}".rstrip() + "\n")
+        missed |= reached is False
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
