@@ -106,6 +106,7 @@ def test_unbalanced_gradients_are_those_of_differences(reach: float) -> None:
     assert torch.allclose((grad * u).sum(), difference, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::fewstep.ConvergenceWarning")
 @given(
     n=st.integers(1, 12),
     m=st.integers(1, 12),
