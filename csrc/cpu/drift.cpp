@@ -44,13 +44,13 @@ const DriftKernels<T>& drift_kernels() {
 
 template <class T>
 struct Workspace {
-  Buffer<T> packed, points, centre, moments, distances, kernel, velocity;
+  Buffer<T> packed, points, centre, moments, distances, kernel, tiles, velocity;
   Buffer<T> a, b, log2_b, h, total_h, v, v_next, f, f_next, fa, zero, shift, u, u_next, columns;
   Buffer<uint8_t> bad;
   int64_t cloud = -1;
 
   void release_above(int64_t bytes) {
-    Buffer<T>* large[] = {&packed, &points, &distances, &kernel, &velocity, &columns};
+    Buffer<T>* large[] = {&packed, &points, &distances, &kernel, &tiles, &velocity, &columns};
     int64_t total = 0;
     for (const Buffer<T>* buffer : large) total += buffer->bytes();
     if (total <= bytes) return;
@@ -79,8 +79,8 @@ Part<T> part_of(const Drift<T>& in, int64_t g, int64_t cloud, int64_t offset) {
 }
 
 // The plan of one group for the columns of some clouds, at one temperature after the other. Rows are cut into chunks,
-// one for each thread that is at hand, and a chunk into blocks whose distances and K are in memory together; where all
-// of them are kept, a block is a chunk.
+// for threads to share, and a chunk into blocks whose distances are in memory together: all, where distances are kept.
+// A tile of rows holds weights, or the scratch of a pass that keeps no K.
 template <class T>
 class Coupling {
  public:
@@ -99,11 +99,16 @@ class Coupling {
     const int64_t bytes = n_padded_ * mp * static_cast<int64_t>(sizeof(T));
     keep_kernel_ = bytes <= in.memory_limit;
     keep_distances_ = (keep_kernel_ ? 2 : 1) * bytes <= in.memory_limit;
-    const int64_t tile = std::clamp<int64_t>(kTile / (mp * static_cast<int64_t>(sizeof(T))), 1, chunk_rows_);
-    block_rows_ = keep_kernel_ && keep_distances_ ? chunk_rows_ : tile;
+    int64_t tile = kTile / (mp * static_cast<int64_t>(sizeof(T)));
+    if (keep_kernel_ || tile > kernel_.lanes) tile = std::max<int64_t>(tile / kernel_.lanes, 1) * kernel_.lanes;
+    tile_rows_ = std::clamp<int64_t>(tile, 1, chunk_rows_);
+    block_rows_ = keep_distances_ ? chunk_rows_ : tile_rows_;
     distances_ = w.distances.get(keep_distances_ ? n_padded_ * mp : chunks_ * block_rows_ * mp);
-    matrix_ = w.kernel.get(keep_kernel_ ? n_padded_ * mp : chunks_ * block_rows_ * mp);
-    if (keep_kernel_) std::fill(matrix_ + n_ * mp, matrix_ + n_padded_ * mp, T(0));
+    tiles_ = w.tiles.get(chunks_ * tile_rows_ * mp);
+    if (keep_kernel_) {
+      matrix_ = w.kernel.get(n_padded_ * mp);
+      std::fill(matrix_ + n_ / kernel_.lanes * kernel_.lanes * mp, matrix_ + n_padded_ * mp, T(0));
+    }
 
     T* packed = w.packed.get(mp * d_);
     p_ = {n_,      0,           d_,      mp,  in.x.data + g * in.x.batch, in.x.row, packed, nullptr, nullptr,
@@ -145,25 +150,36 @@ class Coupling {
     each_chunk([&](int64_t c, int64_t begin, int64_t end) {
       PlanSums& sums = sums_[c];
       sums = {};
-      for (int64_t row = begin; row < end; row += block_rows_) {
-        const Geometry<T> rows = block(c, row, std::min(row + block_rows_, end));
-        T* matrix = matrix_of(c, row);
+      T* weights = tile_of(c);
+      for (int64_t row = begin; row < end; row += tile_rows_) {
+        const Geometry<T> rows = block(c, row, std::min(row + tile_rows_, end));
         if (!scaled_) {
           const RowPass<T> io{h_,           f_ + row, a_ + row, {},         false, f_next_ + row,
-                              shift_ + row, nullptr,  matrix,   Store::rows};
+                              shift_ + row, nullptr,  weights,  Store::rows};
           kernel_.row_pass(rows, io, kernel_.rows, 0, rows.n);
           for (int64_t i = row; i < row + rows.n; ++i) u_[i] = std::exp2(f_[i] - shift_[i]);
         }
         const int64_t positive = in_.joint ? parts_[1].offset : mp;
-        const PlanRows<T> io{matrix, rows.cached, u_ + row,  shift_ + row,          v_, total_h_, p_.k,
-                             mp,     positive,    in_.joint, static_cast<T>(factor)};
+        const PlanRows<T> io{scaled_ ? matrix_ + row * mp : weights,
+                             scaled_,
+                             weights,
+                             rows.cached,
+                             u_ + row,
+                             shift_ + row,
+                             v_,
+                             total_h_,
+                             p_.k,
+                             mp,
+                             positive,
+                             in_.joint,
+                             static_cast<T>(factor)};
         const PlanSums more = drift_.plan_rows(io, rows.n);
         sums.residual += more.residual;
         sums.entropy += more.entropy;
         sums.peak += more.peak;
         for (int64_t i = 0; i < part_count_ && factor != 0; ++i) {
           const Part<T>& part = parts_[i];
-          kernel_.combine(matrix + part.offset, mp, rows.n, part.m, part.points, d_, out + row * d_, add || i > 0);
+          kernel_.combine(weights + part.offset, mp, rows.n, part.m, part.points, d_, out + row * d_, add || i > 0);
         }
       }
     });
@@ -254,7 +270,7 @@ class Coupling {
     return rows;
   }
 
-  T* matrix_of(int64_t c, int64_t row) const { return matrix_ + (keep_kernel_ ? row : c * block_rows_) * p_.m_padded; }
+  T* tile_of(int64_t c) const { return tiles_ + c * tile_rows_ * p_.m_padded; }
 
   void iterate() {
     if (scaled_) {
@@ -297,9 +313,18 @@ class Coupling {
       double extreme = 0;
       for (int64_t row = begin; row < end; row += block_rows_) {
         const Geometry<T> rows = block(c, row, std::min(row + block_rows_, end));
-        const RowPass<T> io{h_,      has_f_ ? f_ + row : nullptr, a_ + row,   {}, false, f_next_ + row, shift_ + row,
-                            columns, matrix_of(c, row),           Store::rows};
-        extreme = std::max(extreme, kernel_.row_pass(rows, io, kernel_.rows, 0, rows.n).extreme);
+        const RowPass<T> io{h_,
+                            has_f_ ? f_ + row : nullptr,
+                            a_ + row,
+                            {},
+                            false,
+                            f_next_ + row,
+                            shift_ + row,
+                            columns,
+                            keep_kernel_ ? matrix_ + row * p_.m_padded : tile_of(c),
+                            keep_kernel_ ? Store::tiles : Store::scratch};
+        const int64_t at_once = std::min(kernel_.rows, tile_rows_);
+        extreme = std::max(extreme, kernel_.row_pass(rows, io, at_once, 0, rows.n).extreme);
       }
       return extreme;
     });
@@ -308,7 +333,7 @@ class Coupling {
   double scaled_pass() {
     return sum_columns([&](int64_t c, int64_t begin, int64_t, T* columns) {
       const int64_t end = c + 1 == chunks_ ? n_padded_ : begin + chunk_rows_;
-      const ScalePass<T> io{matrix_, shift_, v_, u_, a_, {}, false, u_next_, columns, false};
+      const ScalePass<T> io{matrix_, shift_, v_, u_, a_, {}, false, u_next_, columns, true};
       return kernel_.scale_pass(n_, p_.m_padded, io, begin, end).extreme;
     });
   }
@@ -344,12 +369,12 @@ class Coupling {
   const Drift<T>& in_;
   Workspace<T>& w_;
   const int64_t threads_, n_, d_;
-  int64_t n_padded_, chunk_rows_, chunks_, block_rows_, part_count_ = 0;
+  int64_t n_padded_, chunk_rows_, chunks_, block_rows_, tile_rows_, part_count_ = 0;
   Part<T> parts_[3];
   const Part<T>* excluded_ = nullptr;  // the columns of x_self, where they have a diagonal
   Geometry<T> p_;
   bool keep_kernel_, keep_distances_, scaled_ = false, has_f_ = false;
-  T *distances_, *matrix_;
+  T *distances_, *matrix_, *tiles_;
   T *a_, *b_, *log2_b_, *columns_, *fa_, *zero_;
   T *f_, *f_next_, *shift_, *h_, *total_h_;  // the log domain
   T *u_, *u_next_, *v_, *v_next_;            // scalings of a kept K

@@ -12,7 +12,9 @@ namespace fewstep::cpu {
 // Rows of a plan: A_ij = u_i K_ij v_j, with log2 K_ij = shift_i + h_j - k C_ij as the passes of sinkhorn.h keep it.
 template <class T>
 struct PlanRows {
-  T* kernel;           // [n, m_padded] K, overwritten by the weights of the points in the velocity
+  const T* kernel;  // [n_padded, m_padded] K, in tiles or by rows
+  bool tiles;
+  T* weights;          // [n, m_padded] of the points in the velocity; may be a K by rows
   const T* distances;  // [n, m_padded]
   const T* u;          // [n]
   const T* shift;      // [n]

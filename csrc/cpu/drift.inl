@@ -71,8 +71,8 @@ struct Block {
   alignas(64) T positive[kLanes<T>], negative[kLanes<T>], peak[kLanes<T>], bits[kLanes<T>];
 };
 
-template <class T>
-PlanSums plan_rows(const PlanRows<T>& io, int64_t n) {
+template <bool kTiles, class T>
+PlanSums weigh(const PlanRows<T>& io, int64_t n) {
   constexpr T kFloor = -Simd<T>::kMaxExponent;  // where a pair is left out and its distance infinite
   constexpr int L = kLanes<T>;
   const int64_t stride = io.m_padded;
@@ -83,7 +83,8 @@ PlanSums plan_rows(const PlanRows<T>& io, int64_t n) {
     for (int r = 0; r < L; ++r) block.positive[r] = block.peak[r] = T(1), block.negative[r] = block.bits[r] = T(0);
     alignas(64) T ui[L] = {};
     for (int64_t r = 0; r < rows; ++r) {
-      T* e = io.kernel + (begin + r) * stride;
+      const T* kernel = kTiles ? io.kernel + begin * stride + r * L : io.kernel + (begin + r) * stride;
+      T* e = io.weights + (begin + r) * stride;
       const T* c = io.distances + (begin + r) * stride;
       const T shift = io.shift[begin + r];
       ui[r] = io.u[begin + r];
@@ -91,7 +92,7 @@ PlanSums plan_rows(const PlanRows<T>& io, int64_t n) {
       for (int half = 0; half < 2; ++half) {
         const int64_t end = half == 0 ? io.positive : stride;
         for (int64_t j = half == 0 ? 0 : io.positive; j < end; j += L) {
-          const Vec<T> ej = load(e + j) * load(io.v + j);
+          const Vec<T> ej = load(kernel + (kTiles ? j * L : j)) * load(io.v + j);
           const Vec<T> z = at_least(kFloor, (load(io.h + j) + shift) - io.k * load(c + j));
           sums[half] += ej;
           bits += ej * z;
@@ -117,11 +118,16 @@ PlanSums plan_rows(const PlanRows<T>& io, int64_t n) {
     store(factor[0], io.factor * (io.joint ? u * u * negative : inverse));
     store(factor[1], io.factor * (io.joint ? -(u * u) * positive : inverse));
     for (int64_t r = 0; r < rows; ++r) {
-      T* e = io.kernel + (begin + r) * stride;
+      T* e = io.weights + (begin + r) * stride;
       for (int64_t j = 0; j < stride; j += L) store(e + j, load(e + j) * factor[j < io.positive ? 0 : 1][r]);
     }
   }
   return result;
+}
+
+template <class T>
+PlanSums plan_rows(const PlanRows<T>& io, int64_t n) {
+  return io.tiles ? weigh<true>(io, n) : weigh<false>(io, n);
 }
 
 // A store that neither reads the line first nor leaves it in a cache. `to` is aligned to a vector.
