@@ -323,7 +323,7 @@ class Coupling {
                             columns,
                             keep_kernel_ ? matrix_ + row * p_.m_padded : tile_of(c),
                             keep_kernel_ ? Store::tiles : Store::scratch};
-        const int64_t at_once = std::min(kernel_.rows, tile_rows_);
+        const int64_t at_once = std::min(kernel_.rows, keep_kernel_ ? kernel_.lanes : tile_rows_);
         extreme = std::max(extreme, kernel_.row_pass(rows, io, at_once, 0, rows.n).extreme);
       }
       return extreme;

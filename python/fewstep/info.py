@@ -10,8 +10,9 @@ import torch
 
 from fewstep import __version__
 from fewstep._library import BACKENDS, DEFAULT_ORDER, cuda_library, load_cpp, unavailable
+from fewstep.ops import drift
 
-OPS = ("sinkhorn",)  # with the transport and barycenter of its result
+OPS = ("sinkhorn", "sinkhorn_drift")  # the first with the transport and barycenter of its result
 
 
 def report() -> str:
@@ -31,19 +32,21 @@ def report() -> str:
         "FEWSTEP_CPU_CAPABILITY=base|avx2|avx512 overrides)",
         f"CUDA library: {'built' if cuda_library() else 'not built'}; devices: {_devices()}",
         "",
-        f"{'op':<12}{'device':<8}{'backend':<11}status",
+        f"{'op':<16}{'device':<8}{'backend':<11}status",
     ]
     for op in OPS:
         for device in ("cpu", "cuda"):
             default = next(b for b in DEFAULT_ORDER[device] if unavailable(b, device) is None)
             for backend in BACKENDS:
                 reason = unavailable(backend, device)
+                if op == "sinkhorn_drift":
+                    reason = reason or drift.unsupported(backend, None)
                 if reason is None and device == "cuda" and not torch.cuda.is_available():
                     reason = "no CUDA device"
                 status = f"no: {reason}" if reason else "yes"
                 if backend == default and not reason:
                     status = "yes, default"
-                lines.append(f"{op:<12}{device:<8}{backend:<11}{status}")
+                lines.append(f"{op:<16}{device:<8}{backend:<11}{status}")
     return "\n".join(lines)
 
 
