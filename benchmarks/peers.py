@@ -81,7 +81,10 @@ def _fewstep(problem: Problem, backend: str) -> Run:
 
 
 def _fewstep_divergence(problem: Problem, backend: str) -> Run:
-    """The schedule less its last two sweeps, which are at eps: one averages, one extrapolates."""
+    """The schedule less its last two sweeps, which `max_iter=1` adds: average, extrapolate.
+
+    It makes one more alternating iteration between x and y than geomloss does.
+    """
     import fewstep
 
     # geomloss's default schedule is short of convergence, for everybody alike.
