@@ -81,7 +81,8 @@ def sinkhorn_drift(
         V_i = (sum_j A-_ij) (sum_j A+_ij y_j) - (sum_j A+_ij) (sum_j A-_ij z_j)
 
     and is guided by columns: a point of uncond counts `w n / U` times, n the number of points of
-    x_self that a row of the plan sees. What is left out has weight zero and takes no part at all.
+    x_self that a row of the plan sees (in the split form, append such points to x_self, with
+    `weights`). Points of weight zero are left out: they take no part at all.
 
     `normalize=True` is the recipe for features of any scale: with s one number for the whole call,
     coordinates are x/s, temperatures `eps D` (`eps sqrt(D)` for the euclidean cost) in their units,
@@ -133,7 +134,8 @@ def sinkhorn_drift(
     float64 stays float64; float32, bfloat16 and float16 are computed in float32 and return float32.
     "cpp" against float64: velocity within 1e-4 (relative norm). It has no matrix of all pairs in
     memory but those that `memory_limit` allows, of the groups that are being worked on; several
-    temperatures with `normalize=True` take T - 1 times the memory of the velocity.
+    temperatures with `normalize=True` take T - 1 times the memory of the velocity besides, of which
+    the calling thread keeps up to 64 MB for the next call.
 
     Raises:
         ValueError: shapes, devices, eps, weights, guidance, cost, form, backend, iteration counts
