@@ -46,9 +46,11 @@ def solve(
     and under transforms.
     """
     transformed = is_transformed()
-    inputs = (points.x, points.y, a, b, points.matrix)
-    if backend == "reference" and not transformed and not any(_is_dual(t) for t in inputs):
-        return raw.solve(backend, points, a, b, eps, f0, g0, schedule)
+    inputs = [t for t in (points.x, points.y, a, b, points.matrix) if t is not None]
+    if not transformed and not any(_is_dual(t) for t in inputs):
+        constant = not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
+        if constant or backend == "reference":
+            return raw.solve(backend, points, a, b, eps, f0, g0, schedule)
     c = constants(backend, points, schedule.rho, schedule.single)
     fixed = points.detached()
     if transformed:
