@@ -90,7 +90,7 @@ class Helpers {
 
   void help(int64_t id) {
     using Clock = std::chrono::steady_clock;
-    constexpr auto kPatience = std::chrono::microseconds(50);  // bridges the serial part between two passes
+    constexpr auto kPatience = std::chrono::microseconds(200);  // bridges the serial part between passes and calls
     for (;;) {
       const uint32_t seen = wake_.load();
       const auto deadline = Clock::now() + kPatience;
