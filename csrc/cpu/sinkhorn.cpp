@@ -610,7 +610,7 @@ void solve(const Batch<T>& in, const Solve<T>& s, int64_t threads) {
                                  [&](int64_t q, Workspace<T>& w, int64_t inner) {
                                    const Place<T> at(in, q);
                                    if (at.n > 0 && at.m > 0) {
-                                     Solver<T>(in, s, q, w, inner, s.memory_limit / (threads / inner)).solve();
+                                     Solver<T>(in, s, q, w, inner, s.memory_limit).solve();
                                    } else {
                                      s.value[q] = s.residual[q] = 0;
                                      s.iterations[q] = 0;

@@ -185,7 +185,7 @@ struct Solve {
   double relax;
   bool simultaneous;     // averaged updates, both from the last potentials
   bool self;             // x is y with the same weights: one potential, in simultaneous updates
-  int64_t memory_limit;  // bytes that kept distances and kernels may take, over all threads
+  int64_t memory_limit;  // bytes that kept distances and kernels of one problem may take
   T* f;
   T* g;
   T* value;             // [problems]

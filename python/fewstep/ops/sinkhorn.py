@@ -290,8 +290,9 @@ def sinkhorn(
         labels (tuple | None): classes `(lx [.., N], ly [.., M])`, int64, for `label_cost`.
         label_cost (Tensor | None): `W [L, L']`; a pair costs `W[lx_i, ly_j]` more.
         C (Tensor | None): costs `[N, M]` or `[B, N, M]` instead of points.
-        memory_limit (int): bytes that the C++ kernels may use to keep distances and exponentials
-            between iterations; beyond, they are computed anew.
+        memory_limit (int): bytes that the C++ kernels may use, for each problem that a thread works
+            on, to keep distances and exponentials between iterations; beyond, they are computed
+            anew.
         backend (str | None): "reference", "cpp", "triton", "cuda" or "keops" (a cost function).
             Default: the environment variable FEWSTEP_BACKEND, else the fastest one for the device
             and the options.
