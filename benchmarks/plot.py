@@ -60,7 +60,12 @@ def draw(rows: list[Row], path: Path) -> None:
             ax.set(xscale="log", yscale="log", xlabel="N = M", title=f"D = {d}")
             ax.grid(which="major", alpha=0.3)
         axes[0].set_ylabel("seconds per pair of points and iteration")
-        axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        axes[-1].legend(
+            *axes[0].get_legend_handles_labels(),
+            frameon=False,
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+        )
         first = rows[0]
         figure.suptitle(
             f"Sinkhorn, float32, {first['machine']}, threads: {first['threads']}, "
