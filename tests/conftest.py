@@ -26,6 +26,23 @@ def _deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+CAPABILITIES = ("base", "avx2", "avx512")
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The C++ kernels at each instruction set that this CPU has."""
+    from fewstep import _C
+
+    order = CAPABILITIES.index
+    if order(request.param) > order(_C.detected_cpu_capability()):
+        pytest.skip(f"this CPU has {_C.detected_cpu_capability()} at most")
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

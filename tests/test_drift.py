@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,10 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fewstep
-from fewstep import _C, Drift, sinkhorn_drift
+from fewstep import Drift, sinkhorn_drift
 from tolerances import assert_contract, assert_no_worse_than_eager
 
-CAPABILITIES = ("base", "avx2", "avx512")
 BACKENDS = ("reference", "cpp")
 FORMS = ("split", "joint")
 COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean")
@@ -29,17 +27,6 @@ SHAPES = [
     (1, 150, 130, 100, 9, 3),
     (2, 64, 64, 64, 16, 32),
 ]
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    order = CAPABILITIES.index
-    if order(request.param) > order(_C.detected_cpu_capability()):
-        pytest.skip(f"this CPU has {_C.detected_cpu_capability()} at most")
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
 
 
 def clouds(

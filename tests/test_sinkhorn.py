@@ -6,7 +6,6 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fewstep
-from fewstep import _C
 from fewstep.ops import raw
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule, cost_matrix
 from tolerances import assert_contract, assert_no_worse_than_eager
 
-CAPABILITIES = ("base", "avx2", "avx512")
 COSTS = reference.COSTS[:5]  # those that look at points
 # B, N, M, D: single points, below and above every tile width, rows left over, several row chunks.
 SHAPES = [
@@ -34,17 +31,6 @@ SHAPES = [
     (1, 130, 257, 17),
     (2, 64, 64, 32),
 ]
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    order = CAPABILITIES.index
-    if order(request.param) > order(_C.detected_cpu_capability()):
-        pytest.skip(f"this CPU has {_C.detected_cpu_capability()} at most")
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
 
 
 def problem(

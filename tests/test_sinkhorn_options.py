@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,23 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fewstep
-from fewstep import _C
 from fewstep.reference.sinkhorn import cost_matrix
 from tolerances import assert_contract
 
-CAPABILITIES = ("base", "avx2", "avx512")
 SHAPES = [(1, 2, 3, 1), (3, 5, 7, 2), (2, 33, 65, 3), (1, 150, 130, 17)]
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    order = CAPABILITIES.index
-    if order(request.param) > order(_C.detected_cpu_capability()):
-        pytest.skip(f"this CPU has {_C.detected_cpu_capability()} at most")
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
 
 
 def clouds(shape: tuple[int, int, int, int]) -> dict[str, Tensor]:

@@ -4,12 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cpu/driver.h"
-#include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace fewstep::cpu {
@@ -22,24 +20,14 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 template <class T>
 const DriftKernels<T>& drift_kernels() {
-  auto pick = [](const DriftKernels<float>& f, const DriftKernels<double>& d) -> const DriftKernels<T>& {
-    if constexpr (std::is_same_v<T, float>) {
-      return f;
-    } else {
-      return d;
-    }
-  };
+  static constexpr Compiled<DriftKernels> kByIsa[] = {
+      {base::kDriftFloat, base::kDriftDouble},
 #if defined(__x86_64__)
-  switch (current_isa()) {
-    case Isa::avx512:
-      return pick(avx512::kDriftFloat, avx512::kDriftDouble);
-    case Isa::avx2:
-      return pick(avx2::kDriftFloat, avx2::kDriftDouble);
-    default:
-      break;
-  }
+      {avx2::kDriftFloat, avx2::kDriftDouble},
+      {avx512::kDriftFloat, avx512::kDriftDouble},
 #endif
-  return pick(base::kDriftFloat, base::kDriftDouble);
+  };
+  return in_use<T>(kByIsa);
 }
 
 template <class T>
@@ -50,11 +38,7 @@ struct Workspace {
   int64_t cloud = -1;
 
   void release_above(int64_t bytes) {
-    Buffer<T>* large[] = {&packed, &points, &distances, &kernel, &tiles, &velocity, &columns};
-    int64_t total = 0;
-    for (const Buffer<T>* buffer : large) total += buffer->bytes();
-    if (total <= bytes) return;
-    for (Buffer<T>* buffer : large) buffer->release();
+    cpu::release_above<T>(bytes, {&packed, &points, &distances, &kernel, &tiles, &velocity, &columns});
   }
 };
 
@@ -91,9 +75,9 @@ class Coupling {
       parts_[part_count_++] = part_of(in, g, c, mp);
       mp += round_up(in.clouds[c].count, kernel_.panel);
     }
-    const int64_t wanted = std::clamp<int64_t>(n_ / 64, 1, 16), step = std::max(kernel_.rows, kernel_.lanes);
-    chunk_rows_ = round_up((n_ + wanted - 1) / wanted, step);
-    chunks_ = (n_ + chunk_rows_ - 1) / chunk_rows_;
+    const Chunks chunks = Chunks::of(n_, std::max(kernel_.rows, kernel_.lanes));
+    chunks_ = chunks.count;
+    chunk_rows_ = chunks.rows;
     n_padded_ = round_up(n_, kernel_.lanes);
 
     const int64_t bytes = n_padded_ * mp * static_cast<int64_t>(sizeof(T));

@@ -5,13 +5,16 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace fewstep::cpu {
@@ -53,6 +56,15 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
+// Frees them all where together they hold more than `bytes`.
+template <class T>
+void release_above(int64_t bytes, std::initializer_list<Buffer<T>*> buffers) {
+  int64_t total = 0;
+  for (const Buffer<T>* buffer : buffers) total += buffer->bytes();
+  if (total <= bytes) return;
+  for (Buffer<T>* buffer : buffers) buffer->release();
+}
+
 // A thread's workspace, kept between calls while it is small: new pages would cost a small problem more than its work.
 template <class Workspace>
 class Borrowed {
@@ -71,6 +83,35 @@ class Borrowed {
 };
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Rows cut by their number alone, so that sums, and with them every bit, do not depend on threads.
+struct Chunks {
+  int64_t count, rows;
+
+  static Chunks of(int64_t n, int64_t step) {
+    const int64_t wanted = std::clamp<int64_t>(n / 64, 1, 16);
+    const int64_t rows = round_up((n + wanted - 1) / wanted, step);
+    return {(n + rows - 1) / rows, rows};
+  }
+};
+
+// The kernels of one instruction set.
+template <template <class> class Kernels>
+struct Compiled {
+  const Kernels<float>& single;
+  const Kernels<double>& twice;
+};
+
+// Those for T of the instruction set in use, from what was compiled for each, in the order of Isa.
+template <class T, template <class> class Kernels>
+const Kernels<T>& in_use(const Compiled<Kernels>* by_isa) {
+  const Compiled<Kernels>& compiled = by_isa[static_cast<int>(current_isa())];
+  if constexpr (std::is_same_v<T, float>) {
+    return compiled.single;
+  } else {
+    return compiled.twice;
+  }
+}
 
 // Runs problem(q, workspace, threads) for every q. Many problems: a task per thread takes them one by one, serial
 // inside. Few: one after the other, with all threads inside. `work` is that of one problem in multiply-adds.

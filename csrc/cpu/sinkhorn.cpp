@@ -4,36 +4,24 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cpu/driver.h"
-#include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace fewstep::cpu {
 
 template <class T>
 const SinkhornKernels<T>& kernels() {
-  auto pick = [](const SinkhornKernels<float>& f, const SinkhornKernels<double>& d) -> const SinkhornKernels<T>& {
-    if constexpr (std::is_same_v<T, float>) {
-      return f;
-    } else {
-      return d;
-    }
-  };
+  static constexpr Compiled<SinkhornKernels> kByIsa[] = {
+      {base::kFloat, base::kDouble},
 #if defined(__x86_64__)
-  switch (current_isa()) {
-    case Isa::avx512:
-      return pick(avx512::kFloat, avx512::kDouble);
-    case Isa::avx2:
-      return pick(avx2::kFloat, avx2::kDouble);
-    default:
-      break;
-  }
+      {avx2::kFloat, avx2::kDouble},
+      {avx512::kFloat, avx512::kDouble},
 #endif
-  return pick(base::kFloat, base::kDouble);
+  };
+  return in_use<T>(kByIsa);
 }
 
 template const SinkhornKernels<float>& kernels();
@@ -44,17 +32,10 @@ namespace {
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// Rows are cut into chunks by their number alone, so that sums, and with them every bit, do not depend on threads.
-struct Chunks {
-  int64_t count, rows;
-
-  template <class T>
-  static Chunks of(const SinkhornKernels<T>& kernel, int64_t n) {
-    const int64_t wanted = std::clamp<int64_t>(n / 64, 1, 16);
-    const int64_t rows = round_up((n + wanted - 1) / wanted, std::max(kernel.rows, kernel.lanes));
-    return {(n + rows - 1) / rows, rows};
-  }
-};
+template <class T>
+Chunks chunks_of(const SinkhornKernels<T>& kernel, int64_t n) {
+  return Chunks::of(n, std::max(kernel.rows, kernel.lanes));
+}
 
 // Rows of scratch that stay in the second-level cache beside everything else; a tile of fewer than two reads y too
 // often.
@@ -93,11 +74,7 @@ struct Workspace {
   int64_t cloud = -1;  // whose y, distances and label rows are here
 
   void release_above(int64_t bytes) {
-    Buffer<T>* large[] = {&y, &cost, &label_rows, &kernel, &parts, &scratch};
-    int64_t total = 0;
-    for (const Buffer<T>* buffer : large) total += buffer->bytes();
-    if (total <= bytes) return;
-    for (Buffer<T>* buffer : large) buffer->release();
+    cpu::release_above<T>(bytes, {&y, &cost, &label_rows, &kernel, &parts, &scratch});
   }
 };
 
@@ -107,6 +84,7 @@ struct Place {
   int64_t cloud, n, m;
   const T *x, *y, *a, *b;
   int64_t first_f, first_g;  // offsets of its potentials
+  int64_t point_x, point_y;  // offsets among the points of all clouds
 
   Place(const Batch<T>& in, int64_t q) : cloud(q / in.temperatures), n(in.n), m(in.m) {
     const int64_t t = q % in.temperatures;
@@ -127,15 +105,9 @@ struct Place {
     y = in.y == nullptr ? nullptr : in.y + row * in.y_batch + j * in.y_row;
     a = in.a + row * in.a_batch + i;
     b = in.b + row * in.b_batch + j;
-    point_x_ = row * in.n + i;
-    point_y_ = row * in.m + j;
+    point_x = row * in.n + i;
+    point_y = row * in.m + j;
   }
-
-  int64_t point_x() const { return point_x_; }
-  int64_t point_y() const { return point_y_; }
-
- private:
-  int64_t point_x_, point_y_;  // among all flat points
 };
 
 double unit(Cost cost) { return cost == Cost::half_sqeuclidean ? 0.5 : 1.0; }
@@ -171,11 +143,11 @@ Geometry<T> geometry(const Batch<T>& in, const Place<T>& at, Workspace<T>& w) {
   if (fresh) kernel.pack(at.y, in.y_row, at.m, in.d, y);
   if (in.label_x == nullptr) return p;
   T* rows = w.label_rows.get(in.labels_x * m_padded);
-  p.labels = in.label_x + at.point_x();
+  p.labels = in.label_x + at.point_x;
   p.label_rows = rows;
   if (!fresh) return p;
   const T scale = static_cast<T>(1 / unit(in.cost));
-  const int64_t* label_y = in.label_y + at.point_y();
+  const int64_t* label_y = in.label_y + at.point_y;
   for (int64_t l = 0; l < in.labels_x; ++l, rows += m_padded) {
     for (int64_t j = 0; j < at.m; ++j) rows[j] = scale * in.label_cost[l * in.labels_y + label_y[j]];
     std::fill(rows + at.m, rows + m_padded, T(0));
@@ -187,7 +159,7 @@ template <class T>
 class Solver {
  public:
   Solver(const Batch<T>& in, const Solve<T>& s, int64_t q, Workspace<T>& w, int64_t threads, int64_t limit)
-      : in_(in), s_(s), q_(q), at_(in, q), w_(w), threads_(threads), chunks_(Chunks::of(kernel_, at_.n)) {
+      : in_(in), s_(s), q_(q), at_(in, q), w_(w), threads_(threads), chunks_(chunks_of(kernel_, at_.n)) {
     const bool fresh = w.cloud != at_.cloud;
     p_ = geometry(in, at_, w);
     n_padded_ = round_up(at_.n, kernel_.lanes);
@@ -569,7 +541,7 @@ void apply(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t v_bat
         Geometry<T> p = geometry(in, at, w);
         const double scale = kLog2E / in.eps[q];
         p.k = static_cast<T>(unit(in.cost) * scale);
-        const Chunks chunks = Chunks::of(kernel, at.n);
+        const Chunks chunks = chunks_of(kernel, at.n);
         T* h = w.h.get(p.m_padded);
         T* scaled_f = w.f.get(at.n);
         T* scratch = w.scratch.get(chunks.count * kernel.rows * p.m_padded);
@@ -579,7 +551,7 @@ void apply(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t v_bat
         }
         for (int64_t i = 0; i < at.n; ++i) scaled_f[i] = static_cast<T>(f[at.first_f + i] * scale);
         const T* source = weight == Weight::gradient ? at.y
-                          : in.segment_x != nullptr  ? v + at.point_y() * width
+                          : in.segment_x != nullptr  ? v + at.point_y * width
                                                      : v + q * v_batch;
         parallel_for(chunks.count, inner, [&](int64_t c) {
           const Apply<T> io{h,

@@ -29,12 +29,8 @@ def solve(
 ) -> Outputs:
     """`f, g, value, residual, iterations, converged` of `fewstep.reference.sinkhorn.solve`."""
     s = schedule
-    if backend == "reference":
-        return reference.solve(points, a, b, eps, f0, g0, s)
-    if backend == "keops":
-        from fewstep.ops import keops
-
-        return keops.solve(points, a, b, eps, f0, g0, s)
+    if (python := _in_python(backend)) is not None:
+        return python.solve(points, a, b, eps, f0, g0, s)  # type: ignore[no-any-return]
     x, y = points.x, points.y
     if backend == "triton":
         cost = reference.COSTS.index(points.cost)
@@ -53,12 +49,8 @@ def transport(
     backend: str, points: Points, f: Tensor, g: Tensor, b: Tensor, eps: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`sum_j p_ij v_j` and `sum_j p_ij` of `fewstep.reference.sinkhorn.transport`."""
-    if backend == "reference":
-        return reference.transport(points, f, g, b, eps, v)
-    if backend == "keops":
-        from fewstep.ops import keops
-
-        return keops.transport(points, f, g, b, eps, v)
+    if (python := _in_python(backend)) is not None:
+        return python.transport(points, f, g, b, eps, v)  # type: ignore[no-any-return]
     x, y = points.x, points.y
     out: tuple[Tensor, Tensor]
     if backend == "triton":
@@ -74,12 +66,8 @@ def gradient(
     backend: str, points: Points, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor
 ) -> Tensor:
     """`sum_j P_ij dC_ij/dx_i` of `fewstep.reference.sinkhorn.gradient`."""
-    if backend == "reference":
-        return reference.gradient(points, f, g, a, b, eps)
-    if backend == "keops":
-        from fewstep.ops import keops
-
-        return keops.gradient(points, f, g, a, b, eps)
+    if (python := _in_python(backend)) is not None:
+        return python.gradient(points, f, g, a, b, eps)  # type: ignore[no-any-return]
     x, y = points.x, points.y
     out: Tensor
     if backend == "triton":
@@ -95,6 +83,13 @@ def _geometry(points: Points) -> tuple[Any, ...]:
     lx, ly = (None, None) if points.labels is None else points.labels
     cost = reference.COSTS.index(points.cost)
     return points.matrix, cu_x, cu_y, lx, ly, points.label_cost, cost, points.diagonal
+
+
+def _in_python(backend: str) -> Any:
+    """The module of a backend that is no op of torch, or None."""
+    if backend == "keops":
+        return importlib.import_module("fewstep.ops.keops")
+    return reference if backend == "reference" else None
 
 
 def _triton() -> Any:
