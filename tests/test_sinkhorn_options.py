@@ -303,6 +303,15 @@ def test_one_potential_for_a_cloud_with_itself(capability: str, options: dict[st
         assert_contract("potential", short.f, both.f, scale=cost_matrix(x, x, "sqeuclidean"))
 
 
+def test_label_costs_of_a_cloud_with_itself_need_not_be_symmetric() -> None:
+    x, labels = torch.randn(12, 2).double(), torch.randint(3, (12,))
+    options = {"label_cost": torch.rand(3, 3).double(), "labels": (labels, labels), "eps": 0.3}
+    same = fewstep.sinkhorn(x, x, update="symmetric", **options)
+    both = fewstep.sinkhorn(x, x.clone(), update="symmetric", **options)
+    assert torch.equal(same.f, both.f)
+    assert torch.equal(same.value, both.value)
+
+
 def test_excluded_pairs_have_no_mass() -> None:
     x = torch.randn(2, 9, 2)
     for offset in (True, 2, -3):

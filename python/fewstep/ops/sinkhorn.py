@@ -279,7 +279,7 @@ def sinkhorn(
             times the factor, and so on while above eps.
         update (str): "alternating" as above, or "symmetric": both potentials from the last two,
             averaged with them, and one step in full at the end (geomloss's iteration). Where y is
-            the same tensor as x, with equal weights, it keeps a single potential.
+            the same tensor as x, with equal weights and no labels, it keeps a single potential.
         relax (float): over-relaxation of alternating updates, in (0, 2): `f <- f + relax (f' - f)`.
         reach (float | tuple | None): distance beyond which mass is rather destroyed than moved:
             `rho = reach^2` for squared costs and `reach` for the others. A pair (x, y) may have a
@@ -360,10 +360,11 @@ def sinkhorn(
     simultaneous = update == "symmetric"
     if simultaneous and relax != 1:
         raise ValueError(f"sinkhorn: relax must be 1 with symmetric updates, got {relax}")
-    same_labels = labels is None or labels[0] is labels[1]
     same_segments = cu_seqlens is None or cu_seqlens[0] is cu_seqlens[1]
     single = simultaneous and x is y and x is not None and a is b and init is None
-    single = single and same_labels and same_segments and not points.diagonal and rho[0] == rho[1]
+    # Label costs need not be symmetric, and looking would cost a synchronisation on a GPU.
+    single = single and labels is None and same_segments
+    single = single and not points.diagonal and rho[0] == rho[1]
     schedule = Schedule(
         max_iter=max_iter,
         tol=tol,
