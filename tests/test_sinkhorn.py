@@ -309,7 +309,7 @@ def test_bits_do_not_depend_on_threads_or_batch() -> None:
 
 
 def test_concurrent_calls_and_forked_children() -> None:
-    """Another caller may hold the helper threads, and a forked child has none."""
+    """Every caller has a team of its own, and a forked child none."""
     x, y, a, b = problem((1, 300, 200, 5), torch.float32)
 
     def value(_: int = 0) -> float:

@@ -494,10 +494,16 @@ void drift_group(const Drift<T>& in, int64_t g, double scale, const Velocities<T
   }
 }
 
-}  // namespace
+// Multiply-adds of a group.
+template <class T>
+double work_of(const Drift<T>& in) {
+  int64_t columns = 0;
+  for (int64_t c = 0; c < in.cloud_count; ++c) columns += in.clouds[c].count;
+  return static_cast<double>(in.x.count) * columns * (in.d + in.temperatures * (in.d + 4.0 * in.max_iter));
+}
 
 template <class T>
-void drift(const Drift<T>& in, int64_t threads) {
+void drift_all(const Drift<T>& in, int64_t threads) {
   const int64_t n = in.x.count, size = in.groups * n * in.d;
   const double scale = in.scaled ? scale_of(in, threads) : 1;
   *in.scale = static_cast<T>(scale);
@@ -507,11 +513,8 @@ void drift(const Drift<T>& in, int64_t threads) {
   const bool stream = in.temperatures * size * static_cast<int64_t>(sizeof(T)) > kCaches;
   const Velocities<T> out{in.velocity, others, size, stream};
 
-  int64_t columns = 0;
-  for (int64_t c = 0; c < in.cloud_count; ++c) columns += in.clouds[c].count;
-  const double work = static_cast<double>(n) * columns * (in.d + in.temperatures * (in.d + 4.0 * in.max_iter));
   std::vector<double> squares(in.temperatures * in.groups);
-  for_each_problem<Workspace<T>>(in.groups, work, threads, [&](int64_t g, Workspace<T>& w, int64_t inner) {
+  for_each_problem<Workspace<T>>(in.groups, work_of(in), threads, [&](int64_t g, Workspace<T>& w, int64_t inner) {
     drift_group(in, g, scale, out, squares.data(), w, inner);
   });
 
@@ -532,6 +535,14 @@ void drift(const Drift<T>& in, int64_t threads) {
     drift_kernels<T>().mix(count, in.temperatures, parts.data(), factors.data(), in.velocity + i * kSlice);
   });
   if (memory.bytes() > kKept) memory.release();
+}
+
+}  // namespace
+
+template <class T>
+void drift(const Drift<T>& in, int64_t threads) {
+  const double work = in.groups * work_of(in);
+  with_team(work < kWorthATeam ? 1 : threads, [&] { drift_all(in, threads); });
 }
 
 template void drift(const Drift<float>&, int64_t);

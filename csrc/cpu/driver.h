@@ -113,22 +113,25 @@ const Kernels<T>& in_use(const Compiled<Kernels>* by_isa) {
   }
 }
 
+// Multiply-adds that are worth a team, some 40 us: sleeping threads take as long to come.
+constexpr double kWorthATeam = 2e6;
+
 // Runs problem(q, workspace, threads) for every q. Many problems: a task per thread takes them one by one, serial
 // inside. Few: one after the other, with all threads inside. `work` is that of one problem in multiply-adds.
 template <class Workspace, class Problem>
 void for_each_problem(int64_t count, double work, int64_t threads, const Problem& problem) {
   constexpr double kWorthSharing = 5e5;  // some 10 us
-  if (threads == 1 || count >= 2 * threads || work < kWorthSharing) {
-    std::atomic<int64_t> next{0};
-    const int64_t tasks = count * work < kWorthSharing ? 1 : std::min(threads, count);
-    parallel_for(tasks, threads, [&](int64_t) {
-      Borrowed<Workspace> workspace;
-      for (int64_t q = next++; q < count; q = next++) problem(q, *workspace, 1);
-    });
-  } else {
+  std::atomic<int64_t> next{0};
+  auto serially = [&](int64_t) {
+    Borrowed<Workspace> workspace;
+    for (int64_t q = next++; q < count; q = next++) problem(q, *workspace, 1);
+  };
+  if (threads == 1 || count * work < kWorthATeam) return serially(0);
+  with_team(threads, [&] {
+    if (count >= 2 * threads || work < kWorthSharing) return parallel_for(std::min(threads, count), threads, serially);
     Borrowed<Workspace> workspace;
     for (int64_t q = 0; q < count; ++q) problem(q, *workspace, threads);
-  }
+  });
 }
 
 }  // namespace fewstep::cpu

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cpu/drift.h"
+#include "cpu/parallel.h"
 #include "cpu/sinkhorn.h"
 
 namespace {
@@ -241,6 +242,12 @@ Outputs sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, c
 }
 
 }  // namespace
+
+void fewstep::cpu::launch(int64_t threads, const std::function<void(int64_t)>& member) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) member(i);
+  });
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fewstep, CPU, m) {
   m.impl("sinkhorn", TORCH_BOX(&sinkhorn));

@@ -1,8 +1,9 @@
 #include "cpu/parallel.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -17,16 +18,24 @@ namespace {
 
 using Body = std::function<void(int64_t)>;
 
-void pause() {
+// Waits a moment; gives the core to others after many.
+class Wait {
+ public:
+  void operator()() {
+    if (++spins_ > 10000) return std::this_thread::yield();
 #if defined(__x86_64__)
-  _mm_pause();
+    _mm_pause();
 #else
-  std::this_thread::yield();
+    std::this_thread::yield();
 #endif
-}
+  }
+
+ private:
+  int64_t spins_ = 0;
+};
 
 // The untaken items of a loop. Its number changes with every loop, so that taking an item, one compare-and-swap of the
-// whole word, fails for a helper that looked at an older loop.
+// whole word, fails for a member that looked at an older loop.
 struct alignas(8) Range {
   uint32_t loop;
   uint16_t front, back;  // items [front, back)
@@ -35,37 +44,37 @@ struct alignas(8) Range {
   bool empty() const { return front >= back; }
 };
 
-class Helpers {
+class Team {
  public:
-  bool run(int64_t count, int64_t threads, const Body& body) {
-    std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock()) return false;
-    start(threads - 1);
+  // Of the member that leads.
+  void run(int64_t count, const Body& body) {
     const uint32_t loop = range_.load(std::memory_order_relaxed).loop + 1;
     range_.store({loop, 0, 0});
     body_.store(&body, std::memory_order_relaxed);
-    helpers_.store(threads - 1, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     range_.store({loop, 0, static_cast<uint16_t>(count)});
-    wake_.fetch_add(1);
-    wake_.notify_all();
     while (take(true)) {
     }
-    for (int64_t spins = 0; done_.load(std::memory_order_acquire) < count; ++spins) {
-      spins < 10000 ? pause() : std::this_thread::yield();
-    }
+    for (Wait wait; done_.load(std::memory_order_acquire) < count;) wait();
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-    return true;
+  }
+
+  void dismiss() { dismissed_.store(true); }
+
+  // Of the others.
+  void help() {
+    Wait wait;
+    while (!dismissed_.load(std::memory_order_relaxed)) {
+      if (take(false)) {
+        wait = {};
+      } else {
+        wait();
+      }
+    }
   }
 
  private:
-  void start(int64_t wanted) {
-    for (; started_ < wanted; ++started_) {
-      std::thread([this, id = started_] { help(id); }).detach();
-    }
-  }
-
-  // The caller takes items from the front and helpers from the back, so that over many loops each meets the same
+  // The leader takes items from the front and the others from the back, so that over many loops each meets the same
   // memory again.
   bool take(bool front) {
     Range range = range_.load(std::memory_order_acquire);
@@ -88,41 +97,51 @@ class Helpers {
     }
   }
 
-  void help(int64_t id) {
-    using Clock = std::chrono::steady_clock;
-    constexpr auto kPatience = std::chrono::microseconds(200);  // bridges the serial part between passes and calls
-    for (;;) {
-      const uint32_t seen = wake_.load();
-      const auto deadline = Clock::now() + kPatience;
-      do {
-        while (id < helpers_.load(std::memory_order_relaxed) && take(false)) {
-        }
-        for (int i = 0; i < 64 && wake_.load(std::memory_order_relaxed) == seen; ++i) pause();
-      } while (wake_.load(std::memory_order_relaxed) == seen && Clock::now() < deadline);
-      wake_.wait(seen);
-    }
-  }
-
-  std::mutex mutex_, error_mutex_;
+  std::mutex error_mutex_;
   std::exception_ptr error_;
-  int64_t started_ = 0;
   alignas(64) std::atomic<Range> range_{Range{0, 0, 0}};
   std::atomic<const Body*> body_{nullptr};
-  std::atomic<int64_t> helpers_{0};
   alignas(64) std::atomic<int64_t> done_{0};
-  alignas(64) std::atomic<uint32_t> wake_{0};
+  alignas(64) std::atomic<bool> dismissed_{false};
 };
+
+thread_local Team* led = nullptr;  // by this thread
+
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int kWatchesForks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 }  // namespace
 
+void with_team(int64_t threads, const std::function<void()>& lead) {
+  if (threads <= 1 || led != nullptr || forked) return lead();
+  Team team;
+  std::exception_ptr error;
+  launch(threads, [&](int64_t member) {
+    if (member > 0) return team.help();
+    led = &team;
+    try {
+      lead();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    led = nullptr;
+    team.dismiss();
+  });
+  if (error) std::rethrow_exception(error);
+}
+
 void parallel_for(int64_t count, int64_t threads, const Body& body) {
-  static Helpers* helpers = new Helpers;  // never destroyed: helpers outlive static destructors
+  Team* const team = threads > 1 && count > 1 ? std::exchange(led, nullptr) : nullptr;  // items run loops serially
   for (int64_t begin = 0; begin < count; begin += Range::kMax) {
     const int64_t size = std::min(Range::kMax, count - begin);
     const Body part = [&](int64_t i) { body(begin + i); };
-    if (threads > 1 && size > 1 && helpers->run(size, threads, part)) continue;
-    for (int64_t i = 0; i < size; ++i) part(i);
+    if (team != nullptr && size > 1) {
+      team->run(size, part);
+    } else {
+      for (int64_t i = 0; i < size; ++i) part(i);
+    }
   }
+  if (team != nullptr) led = team;
 }
 
 }  // namespace fewstep::cpu
