@@ -5,11 +5,17 @@
   "Tensor? matrix, Tensor? segment_x, Tensor? segment_y, Tensor? label_x, Tensor? label_y, Tensor? label_cost, " \
   "int cost, int? diagonal"
 
+// What is solved, and how.
+#define SOLVE                                                                                               \
+  "Tensor x, Tensor y, Tensor a, Tensor b, Tensor eps, Tensor? f0, Tensor? g0, " GEOMETRY                   \
+  ", int max_iter, float? tol, Tensor? start, float factor, Tensor? schedule, float? rho_x, float? rho_y, " \
+  "float relax, bool simultaneous, bool self, int memory_limit"
+
+#define SOLUTION "Tensor f, Tensor g, Tensor value, Tensor residual, Tensor iterations, Tensor converged"
+
 STABLE_TORCH_LIBRARY(fewstep, m) {
-  m.def("sinkhorn(Tensor x, Tensor y, Tensor a, Tensor b, Tensor eps, Tensor? f0, Tensor? g0, " GEOMETRY
-        ", int max_iter, float? tol, Tensor? start, float factor, Tensor? schedule, float? rho_x, float? rho_y,"
-        " float relax, bool simultaneous, bool self, int memory_limit)"
-        " -> (Tensor f, Tensor g, Tensor value, Tensor residual, Tensor iterations, Tensor converged)");
+  m.def("sinkhorn(" SOLVE ") -> (" SOLUTION ")");
+  m.def("sinkhorn_with_grad(" SOLVE ", bool want_x, bool want_y) -> (" SOLUTION ", Tensor grad_x, Tensor grad_y)");
   m.def("sinkhorn_transport(Tensor x, Tensor y, Tensor f, Tensor g, Tensor b, Tensor eps, Tensor v, " GEOMETRY
         ") -> (Tensor out, Tensor mass)");
   m.def("sinkhorn_grad(Tensor x, Tensor y, Tensor f, Tensor g, Tensor a, Tensor b, Tensor eps, " GEOMETRY

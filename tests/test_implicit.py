@@ -435,9 +435,10 @@ def test_ops_of_compiled_graphs_pass_opcheck() -> None:
     f, g, value, eps = points((2, 4), (2, 3), (2,), (2,))
     rest = (f, g, eps.exp(), *(None,) * 5, "sqeuclidean", "cpp", 1.0, None, None, False)
     fixed = [t.detach() for t in (x, y, a, b)]
-    torch.library.opcheck(
-        torch.ops.fewstep.sinkhorn_value.default, (value, x, y, a, b, None, *rest)
-    )
+    for known in ((None, None), (torch.rand_like(x), None)):
+        torch.library.opcheck(
+            torch.ops.fewstep.sinkhorn_value.default, (value, *known, x, y, a, b, None, *rest)
+        )
     torch.library.opcheck(torch.ops.fewstep.sinkhorn_product.default, (v, *fixed, None, *rest))
 
 

@@ -190,6 +190,9 @@ def test_ops_pass_opcheck() -> None:
     start, steps = eps.new_tensor([2.0, 3.0]), eps.new_tensor([4.0, 3.0])
     full = (50, 1e-3, start, 0.5, steps, 4.0, None, 0.5, True, False, 0)
     check(ops.sinkhorn.default, (x, y, a, b, eps, f, g, *none, 2, 1, *full))
+    for need in ((True, True), (False, True)):
+        tensors = (x, y, a, b, eps, f, g)
+        check(ops.sinkhorn_with_grad.default, (*tensors, *none, 2, 1, *full, *need))
     C = torch.rand(2, 9, 6, dtype=x.dtype)
     several = eps.repeat_interleave(3)
     given = (x[..., :0], y[..., :0], a, b, several, None, None, C, *none[1:], 5, None)

@@ -323,6 +323,68 @@ def test_excluded_pairs_have_no_mass() -> None:
     assert torch.allclose(moved.transport(x), moved.plan() @ x, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 3), (2, 31, 2), (1, 33, 17), (2, 150, 1), (1, 700, 5)], ids=str
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eps": 0.3, "max_iter": 2},
+        {"eps": 0.02, "max_iter": 1, "anneal": 0.5},
+        {"eps": 1e-4, "max_iter": 1},  # whose first sums leave the range of float32
+        {"eps": 0.1, "max_iter": 2, "cost": "euclidean"},
+        {"eps": 0.1, "max_iter": 2, "cost": "l1", "reach": 1.0},
+        {"eps": 3.0, "max_iter": 2, "cost": "dot"},
+        {"eps": 1.0, "max_iter": 2, "exclude_diagonal": True},
+        {"eps": [0.1, 1.0], "max_iter": 50, "tol": 1e-3, "memory_limit": 0},
+    ],
+    ids=str,
+)
+def test_each_pair_of_x_with_itself_once(
+    capability: str, shape: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    """Few iterations keep no kernel: then the C++ looks at one triangle of the pairs."""
+    B, N, D = shape
+    if "exclude_diagonal" in options and N < 3:
+        pytest.skip("too few pairs are left")
+    data = clouds((B, N, N, D))
+    z = data["x"]
+    w = data["a"] if N > 1 else torch.ones_like(data["a"])
+    scale = cost_matrix(z, z, "sqeuclidean").max().clamp(min=1)
+
+    def run(dtype: torch.dtype, backend: str) -> tuple[fewstep.SinkhornResult, Tensor]:
+        x, a = z.to(dtype).requires_grad_(), w.to(dtype)
+        result = fewstep.sinkhorn(x, x, a=a, b=a, update="symmetric", backend=backend, **options)
+        return result, torch.autograd.grad(result.value.sum(), x)[0]
+
+    exact, exact_grad = run(torch.float64, "reference")
+    for dtype in (torch.float32, torch.float64):
+        result, grad = run(dtype, "cpp")
+        assert torch.equal(result.f, result.g)
+        assert_contract("potential", result.f, exact.f.detach(), scale=scale)
+        # Where the cost is nearly 0, what remains is the rounding of large costs.
+        assert_contract("value", result.value, exact.value.detach(), scale=scale)
+        if options["eps"] != 1e-4:
+            assert_contract("plan", result.residual, exact.residual.detach(), scale=torch.ones(1))
+        # Gradients of the two roles cancel where the cost is small.
+        size = 1e-6 if dtype == torch.float32 else 1e-13
+        assert (grad - exact_grad).norm() <= 1e-4 * exact_grad.norm() + size * scale
+
+
+def test_gradients_that_come_with_the_solution(capability: str) -> None:
+    """They are those of a pass of their own, which derivatives of the gradient take."""
+    for cost in ("sqeuclidean", "euclidean", "l1", "dot"):
+        data = clouds((2, 70, 45, 19))
+        x, y = data["x"].requires_grad_(), data["y"].requires_grad_()
+        value = fewstep.sinkhorn(**data, eps=0.5, cost=cost, max_iter=9).value.sum()
+        with_solution = torch.autograd.grad(value, (x, y), retain_graph=True)
+        alone = torch.autograd.grad(value, (x, y), create_graph=True)
+        for p, q in zip(with_solution, alone, strict=True):
+            assert torch.allclose(p, q, rtol=1e-12, atol=1e-14)
+        value = fewstep.sinkhorn(**data | {"x": x.detach()}, eps=0.5, cost=cost, max_iter=9).value
+        assert torch.equal(torch.autograd.grad(value.sum(), y)[0], with_solution[1])
+
+
 def test_cosine_is_one_minus_the_cosine() -> None:
     x, y = torch.randn(7, 5).double(), torch.randn(9, 5).double()
     C = 1 - torch.nn.functional.cosine_similarity(x[:, None], y[None], dim=-1)

@@ -95,8 +95,8 @@ class Coupling {
     }
 
     T* packed = w.packed.get(mp * d_);
-    p_ = {n_,      0,           d_,      mp,  in.x.data + g * in.x.batch, in.x.row, packed, nullptr, nullptr,
-          nullptr, kNoDiagonal, in.cost, T(0)};
+    p_ = {n_,      0,       d_,          mp,      mp,  in.x.data + g * in.x.batch, in.x.row, packed, nullptr,
+          nullptr, nullptr, kNoDiagonal, in.cost, T(0)};
     int64_t points = 0;
     for (int64_t i = 0; i < part_count_; ++i) points += parts_[i].m;
     T* centred = w.points.get(points * d_);
@@ -232,7 +232,7 @@ class Coupling {
     Geometry<T> rows = p_;
     rows.x += begin * p_.x_stride;
     rows.n = end - begin;
-    kernel_.distances(rows, 0, rows.n, out);
+    kernel_.distances(rows, 0, 0, rows.n, out);
     if (excluded_ == nullptr) return;
     for (int64_t i = begin; i < end; ++i, out += p_.m_padded) {
       const int64_t j = i + in_.diagonal;
@@ -392,11 +392,11 @@ Moment moment_of_distances(const Drift<T>& in, int64_t g, int64_t clouds, Worksp
     kernel.pack(part.data, part.row, part.m, in.d, packed);
     const int64_t step = std::clamp<int64_t>(kTile / (mp * static_cast<int64_t>(sizeof(T))), 1, x.count);
     T* tile = w.distances.get(step * mp);
-    Geometry<T> p{step,    part.m,      in.d,    mp,  x.data + g * x.batch, x.row, packed, nullptr, nullptr,
-                  nullptr, kNoDiagonal, in.cost, T(0)};
+    Geometry<T> p{step,    part.m,  in.d,        mp,      mp,  x.data + g * x.batch, x.row, packed, nullptr,
+                  nullptr, nullptr, kNoDiagonal, in.cost, T(0)};
     for (int64_t i = 0; i < x.count; i += step, p.x += step * x.row) {
       const int64_t rows = std::min(step, x.count - i);
-      kernel.distances(p, 0, rows, tile);
+      kernel.distances(p, 0, 0, rows, tile);
       moment.distance += drift_kernels<T>().weighted_sum(rows, mp, tile, weights);
     }
   }

@@ -116,22 +116,28 @@ Problems problems(const Tensor& x, const Tensor& y, const Tensor& a, const Tenso
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using OutputsWithGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Outputs sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& eps, const Maybe& f0,
-                 const Maybe& g0, const Maybe& matrix, const Maybe& segment_x, const Maybe& segment_y,
-                 const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost, int64_t cost,
-                 std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol, const Maybe& start,
-                 double factor, const Maybe& schedule, std::optional<double> rho_x, std::optional<double> rho_y,
-                 double relax, bool simultaneous, bool self, int64_t memory_limit) {
+// Gradients of the values for x and y, which one look at each pair gives beside the solution; empty where unwanted.
+OutputsWithGrad sinkhorn_with_grad(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
+                                   const Tensor& eps, const Maybe& f0, const Maybe& g0, const Maybe& matrix,
+                                   const Maybe& segment_x, const Maybe& segment_y, const Maybe& label_x,
+                                   const Maybe& label_y, const Maybe& label_cost, int64_t cost,
+                                   std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol,
+                                   const Maybe& start, double factor, const Maybe& schedule,
+                                   std::optional<double> rho_x, std::optional<double> rho_y, double relax,
+                                   bool simultaneous, bool self, int64_t memory_limit, bool want_x, bool want_y) {
   constexpr double kDefaultTol = 1e-3, kBalanced = std::numeric_limits<double>::infinity();
   const Problems p =
       problems(x, y, a, b, eps, matrix, segment_x, segment_y, label_x, label_y, label_cost, cost, diagonal);
   const Maybe fc = contiguous_if(f0), gc = contiguous_if(g0), from = contiguous_if(start),
               steps = contiguous_if(schedule);
-  const int64_t count = eps.size(0);
+  const int64_t count = eps.size(0), d = x.size(2);
   Tensor f = new_empty(p.x, {p.lead(), x.size(1)}), g = new_empty(p.x, {p.lead(), y.size(1)});
   Tensor value = new_empty(p.x, {count}), residual = new_empty(p.x, {count});
   Tensor iterations = new_empty(p.x, {count}, ScalarType::Long), converged = new_empty(p.x, {count}, ScalarType::Bool);
+  Tensor grad_x = new_empty(p.x, {want_x ? p.lead() : 0, x.size(1), d});
+  Tensor grad_y = new_empty(p.x, {want_y ? p.lead() : 0, y.size(1), d});
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const cpu::Solve<T> s{read_if<T>(fc),
@@ -152,11 +158,25 @@ Outputs sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor
                           write<T>(g),
                           write<T>(value),
                           write<T>(residual),
-                          write<int64_t>(iterations)};
+                          write<int64_t>(iterations),
+                          want_x ? write<T>(grad_x) : nullptr,
+                          want_y ? write<T>(grad_y) : nullptr};
     cpu::solve(p.batch<T>(), s, torch::stable::get_num_threads());
     bool* flags = write<bool>(converged);
     for (int64_t i = 0; i < count; ++i) flags[i] = s.residual[i] <= tol.value_or(kDefaultTol);
   });
+  return {f, g, value, residual, iterations, converged, grad_x, grad_y};
+}
+
+Outputs sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& eps, const Maybe& f0,
+                 const Maybe& g0, const Maybe& matrix, const Maybe& segment_x, const Maybe& segment_y,
+                 const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost, int64_t cost,
+                 std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol, const Maybe& start,
+                 double factor, const Maybe& schedule, std::optional<double> rho_x, std::optional<double> rho_y,
+                 double relax, bool simultaneous, bool self, int64_t memory_limit) {
+  auto [f, g, value, residual, iterations, converged, grad_x, grad_y] = sinkhorn_with_grad(
+      x, y, a, b, eps, f0, g0, matrix, segment_x, segment_y, label_x, label_y, label_cost, cost, diagonal, max_iter,
+      tol, start, factor, schedule, rho_x, rho_y, relax, simultaneous, self, memory_limit, false, false);
   return {f, g, value, residual, iterations, converged};
 }
 
@@ -187,7 +207,7 @@ Tensor sinkhorn_grad(const Tensor& x, const Tensor& y, const Tensor& f, const Te
   Tensor out = new_empty(p.x, {p.lead(), x.size(1), x.size(2)});
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::gradient(p.batch<T>(), read<T>(fc), read<T>(gc), write<T>(out), torch::stable::get_num_threads());
+    cpu::gradient<T>(p.batch<T>(), read<T>(fc), read<T>(gc), write<T>(out), nullptr, torch::stable::get_num_threads());
   });
   return out;
 }
@@ -251,6 +271,7 @@ void fewstep::cpu::launch(int64_t threads, const std::function<void(int64_t)>& m
 
 STABLE_TORCH_LIBRARY_IMPL(fewstep, CPU, m) {
   m.impl("sinkhorn", TORCH_BOX(&sinkhorn));
+  m.impl("sinkhorn_with_grad", TORCH_BOX(&sinkhorn_with_grad));
   m.impl("sinkhorn_transport", TORCH_BOX(&sinkhorn_transport));
   m.impl("sinkhorn_grad", TORCH_BOX(&sinkhorn_grad));
   m.impl("sinkhorn_drift", TORCH_BOX(&sinkhorn_drift));

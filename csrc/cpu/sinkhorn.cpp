@@ -34,14 +34,20 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 template <class T>
 Chunks chunks_of(const SinkhornKernels<T>& kernel, int64_t n) {
-  return Chunks::of(n, std::max(kernel.rows, kernel.lanes));
+  return Chunks::of(n, std::max(kernel.rows, kernel.panel));
+}
+
+// Rows that are a multiple of 4 KiB apart share their sets of the first-level cache (measured: a pass over kept
+// distances of 4096 points takes twice as long).
+int64_t row_stride(int64_t m_padded, int64_t panel, int64_t size) {
+  return m_padded * size % 4096 == 0 ? m_padded + panel : m_padded;
 }
 
 // Rows of scratch that stay in the second-level cache beside everything else; a tile of fewer than two reads y too
 // often.
-int64_t rows_at_once(int64_t m_padded, int64_t rows, int64_t size) {
+int64_t rows_at_once(int64_t stride, int64_t rows, int64_t size) {
   constexpr int64_t kScratch = 512 << 10;
-  while (rows > 2 && rows * m_padded * size > kScratch) rows /= 2;
+  while (rows > 2 && rows * stride * size > kScratch) rows /= 2;
   return rows;
 }
 
@@ -69,12 +75,12 @@ Keep choose(int64_t n_padded, int64_t m_padded, int64_t d, int64_t size, int64_t
 template <class T>
 struct Workspace {
   Buffer<T> y, cost, label_rows, kernel, h, log2_b, b, a, v, v_next, f, f_next, shift, u, u_next, zero, fa, parts,
-      scratch;
+      scratch, weights, columns;
   Buffer<uint8_t> bad;
   int64_t cloud = -1;  // whose y, distances and label rows are here
 
   void release_above(int64_t bytes) {
-    cpu::release_above<T>(bytes, {&y, &cost, &label_rows, &kernel, &parts, &scratch});
+    cpu::release_above<T>(bytes, {&y, &cost, &label_rows, &kernel, &parts, &scratch, &weights, &columns});
   }
 };
 
@@ -110,25 +116,30 @@ struct Place {
   }
 };
 
+// Alternating iterations at most after symmetric ones; in Python LAST_STEPS.
+constexpr int64_t kLastSteps = 10;
+
 double unit(Cost cost) { return cost == Cost::half_sqeuclidean ? 0.5 : 1.0; }
 
 // Geometry for temperature 1 / (k unit ln 2), with y packed and labels spread over the columns.
 template <class T>
 Geometry<T> geometry(const Batch<T>& in, const Place<T>& at, Workspace<T>& w) {
   const auto& kernel = kernels<T>();
-  const int64_t m_padded = round_up(at.m, kernel.panel);
+  const int64_t m_padded = round_up(at.m, kernel.panel), stride = row_stride(m_padded, kernel.panel, sizeof(T));
   const bool fresh = w.cloud != at.cloud;
   w.cloud = at.cloud;
-  Geometry<T> p{at.n,    at.m,    in.d,    m_padded,    at.x,    in.x_row, nullptr,
-                nullptr, nullptr, nullptr, in.diagonal, in.cost, T(0)};
+  Geometry<T> p{at.n,    at.m,    in.d,    m_padded, stride,      at.x,    in.x_row,
+                nullptr, nullptr, nullptr, nullptr,  in.diagonal, in.cost, T(0)};
   if (in.cost == Cost::matrix) {
     const T* source = in.matrix + at.cloud * in.n * in.m;
     p.cached = source;
-    if (at.m != m_padded || in.diagonal != kNoDiagonal) {
-      T* copy = w.cost.get(at.n * m_padded);
+    if (at.m == m_padded && in.diagonal == kNoDiagonal) {
+      p.stride = m_padded;
+    } else {
+      T* copy = w.cost.get(at.n * stride);
       p.cached = copy;
       if (!fresh) return p;
-      for (int64_t i = 0; i < at.n; ++i, copy += m_padded) {
+      for (int64_t i = 0; i < at.n; ++i, copy += stride) {
         std::copy_n(source + i * at.m, at.m, copy);
         std::fill(copy + at.m, copy + m_padded, T(0));
         if (in.diagonal == kNoDiagonal) continue;
@@ -155,6 +166,54 @@ Geometry<T> geometry(const Batch<T>& in, const Place<T>& at, Workspace<T>& w) {
   return p;
 }
 
+// Gradients of a problem's value from F and H: into out_x [n, d] and out_y [m, d], each or null; where `self`, that for
+// both roles of x into out_x. Weights of some rows at a time lie in the third-level cache between two loops, one over
+// rows and one over panels of columns, so that no thread needs columns of its own.
+template <class T>
+void gradients(const Batch<T>& in, const Geometry<T>& p, const Place<T>& at, const T* h, const T* f, bool self,
+               T* out_x, T* out_y, Workspace<T>& w, int64_t threads) {
+  constexpr int64_t kWeights = 5 << 20;  // bytes
+  const auto& kernel = kernels<T>();
+  const int64_t d = p.d, panel = kernel.panel, panels = p.m_padded / panel;
+  const int64_t step = std::max(kWeights / (p.stride * static_cast<int64_t>(sizeof(T))) / panel, int64_t(1)) * panel;
+  int64_t block = panel;
+  while (block > 2 && block * 16 > std::min(step, at.n)) block /= 2;
+  const T factor = (in.cost == Cost::sqeuclidean ? T(2) : in.cost == Cost::dot ? T(-1) : T(1)) * (self ? T(2) : T(1));
+  T* a = w.fa.get(at.n);
+  for (int64_t i = 0; i < at.n; ++i) a[i] = factor * at.a[i];
+  Gradient<T> io{h, f, a, at.y, in.y_row, self, nullptr, 0, out_x, nullptr};
+  io.weights = w.weights.get(std::min(step, at.n) * p.stride);
+  if (self || out_y != nullptr) {
+    io.columns = w.columns.get(p.m_padded * d);
+    std::fill_n(io.columns, p.m_padded * d, T(0));
+  }
+  const int64_t group = std::max(panels / 64, int64_t(1));
+  auto over_panels = [&](int64_t first, const auto& body) {
+    parallel_for((panels - first + group - 1) / group, threads, [&](int64_t i) {
+      const int64_t q = first + i * group;
+      body(q, std::min(q + group, panels));
+    });
+  };
+  for (int64_t first = 0; first < at.n; first += step) {
+    const int64_t count = std::min(step, at.n - first);
+    io.first = first;
+    parallel_for((count + block - 1) / block, threads, [&](int64_t i) {
+      kernel.gradient_rows(p, io, first + i * block, first + std::min((i + 1) * block, count));
+    });
+    if (io.columns == nullptr) continue;
+    over_panels(self ? first / panel : 0,
+                [&](int64_t begin, int64_t end) { kernel.gradient_columns(p, io, count, begin, end); });
+  }
+  if (io.columns == nullptr) return;
+  over_panels(0, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * panel; j < std::min(end * panel, at.m); ++j) {
+      const T* from = io.columns + j / panel * panel * d + j % panel;
+      T* to = (self ? out_x : out_y) + j * d;
+      for (int64_t c = 0; c < d; ++c) to[c] = from[c * panel] + (self ? to[c] : T(0));
+    }
+  });
+}
+
 template <class T>
 class Solver {
  public:
@@ -164,19 +223,19 @@ class Solver {
     p_ = geometry(in, at_, w);
     n_padded_ = round_up(at_.n, kernel_.lanes);
     const int64_t mp = p_.m_padded, longest = std::max(n_padded_, mp);
-    const int64_t passes = in.temperatures * (s.max_iter + s.scheduled + (s.start == nullptr ? 0 : 8));
+    const int64_t passes = in.temperatures * (s.max_iter + s.scheduled + (s.start == nullptr ? 0 : 8) + 1);
     const Keep keep = choose(n_padded_, mp, p_.d, sizeof(T), passes, s.max_iter, limit);
-    block_ = rows_at_once(mp, kernel_.rows, sizeof(T));
-    scratch_ = w.scratch.get(chunks_.count * block_ * mp);
+    triangle_ = s.self && !keep.kernel;
+    block_ = rows_at_once(p_.stride, kernel_.rows, sizeof(T));
+    scratch_ = w.scratch.get(chunks_.count * block_ * p_.stride);
     if (keep.kernel) {
       matrix_ = w.kernel.get(n_padded_ * mp);
       std::fill(matrix_ + at_.n / kernel_.lanes * kernel_.lanes * mp, matrix_ + n_padded_ * mp, T(0));
     }
     keep_ = keep.kernel;
     if (keep.distances && in.cost != Cost::matrix) {
-      T* cost = w.cost.get(at_.n * mp);
-      if (fresh)
-        parallel_for(chunks_.count, threads, [&](int64_t c) { kernel_.distances(p_, begin(c), end(c), cost); });
+      T* cost = w.cost.get(at_.n * p_.stride);
+      if (fresh) measure(cost);
       p_.cached = cost;
     }
     h_ = w.h.get(mp);
@@ -232,15 +291,25 @@ class Solver {
       }
     }
     if (s_.simultaneous) {
-      relax_ = 1;  // one step of both potentials in full
-      set_temperature(eps);
-      pass(true);
-      commit();
+      averaged_ = false;
+      // The error of the rows may be up to twice what that of the average was.
+      const int64_t most = s_.tol < 0 || s_.self ? 1 : kLastSteps;
+      for (int64_t i = 0; i < most && (i == 0 || static_cast<T>(error(last)) > s_.tol); ++i) {
+        relax_ = 1;
+        set_temperature(eps);
+        pass(true);
+        commit();
+        last = pass(false);
+      }
+    } else if (!stopped) {
+      last = pass(false);
     }
-    if (!stopped || s_.simultaneous) last = pass(s_.simultaneous && !s_.self);
     const T residual = static_cast<T>(error(last));
     leave();
     finish(last.mass);
+    if (s_.grad_x != nullptr || s_.grad_y != nullptr) {
+      gradients(in_, p_, at_, h_, f_, s_.self, at(s_.grad_x, at_.first_f), at(s_.grad_y, at_.first_g), w_, threads_);
+    }
     s_.residual[q_] = residual;
     s_.iterations[q_] = iterations;
   }
@@ -248,6 +317,14 @@ class Solver {
  private:
   int64_t begin(int64_t c) const { return c * chunks_.rows; }
   int64_t end(int64_t c) const { return std::min(begin(c) + chunks_.rows, at_.n); }
+
+  T* at(T* gradient, int64_t point) const { return gradient == nullptr ? nullptr : gradient + point * p_.d; }
+
+  void measure(T* cost) {
+    parallel_for(chunks_.count, threads_, [&](int64_t c) {
+      kernel_.distances(p_, triangle_ ? begin(c) / kernel_.panel : 0, begin(c), end(c), cost);
+    });
+  }
 
   double first_temperature(double eps) const {
     if (s_.scheduled > 0) return s_.schedule[0];
@@ -293,6 +370,7 @@ class Solver {
 
   // New potentials in f_next or u_next, and the sums for the columns, from the current ones.
   PassResult pass(bool with_columns) {
+    if (triangle_) return self_pass();
     with_columns = with_columns && !s_.self;
     if (scaled_) {
       const PassResult result = scaled_pass(with_columns);
@@ -320,21 +398,31 @@ class Solver {
     return total;
   }
 
+  PassResult self_pass() {
+    parallel_for(chunks_.count, threads_, [&](int64_t c) {
+      T* sums = parts_ + c * p_.m_padded;
+      std::fill_n(sums, p_.m_padded, T(0));
+      kernel_.self_pass(p_, SelfPass<T>{f_, b_, sums}, begin(c), end(c));
+    });
+    kernel_.add_parts(p_.m_padded, chunks_.count, parts_);
+    PassResult result;
+    if (kernel_.self_update(at_.n, a_, f_, parts_, rows_, f_next_, &result)) return result;
+    const T* triangle = std::exchange(p_.cached, nullptr);
+    result = log_pass(false);
+    p_.cached = triangle;
+    return result;
+  }
+
   // K is written while the potentials move little enough to use it.
   PassResult log_pass(bool with_columns) {
     const bool keep = keep_ && extreme_ <= kernel_.safe;
     const PassResult result = over_chunks(with_columns, [&](int64_t c, T* columns) {
-      T* scratch = keep ? matrix_ : scratch_ + c * block_ * p_.m_padded;
-      const RowPass<T> io{h_,
-                          has_f_ ? f_ : nullptr,
-                          a_,
-                          rows_,
-                          s_.simultaneous,
-                          f_next_,
-                          shift_,
-                          columns,
-                          scratch,
-                          keep ? Store::tiles : Store::scratch};
+      T* scratch = keep ? matrix_ : scratch_ + c * block_ * p_.stride;
+      const RowPass<T> io{h_,        has_f_ ? f_ : nullptr,
+                          a_,        rows_,
+                          averaged_, f_next_,
+                          shift_,    columns,
+                          scratch,   keep ? Store::tiles : Store::scratch};
       return kernel_.row_pass(p_, io, keep ? std::min(block_, kernel_.lanes) : block_, begin(c), end(c));
     });
     usable_ = keep;
@@ -344,7 +432,7 @@ class Solver {
 
   PassResult scaled_pass(bool with_columns) {
     return over_chunks(with_columns, [&](int64_t c, T* columns) {
-      const ScalePass<T> io{matrix_, shift_, v_, u_, a_, rows_, s_.simultaneous, u_next_, columns, true};
+      const ScalePass<T> io{matrix_, shift_, v_, u_, a_, rows_, averaged_, u_next_, columns, true};
       const int64_t last = c + 1 == chunks_.count ? n_padded_ : begin(c) + chunks_.rows;
       return kernel_.scale_pass(at_.n, p_.m_padded, io, begin(c), last);
     });
@@ -355,7 +443,7 @@ class Solver {
   double error(const PassResult& result) const {
     double rows = result.residual, columns = 0, mass = 0;
     for (int64_t i = 0; i < at_.n; ++i) mass += a_[i];
-    if (s_.simultaneous && !s_.self) {
+    if (averaged_ && !s_.self) {
       for (int64_t j = 0; j < at_.m; ++j) {
         if (b_[j] == 0) continue;
         const double h = scaled_ ? h_[j] + std::log2(double(v_[j])) : h_[j];
@@ -451,7 +539,7 @@ class Solver {
   // Own log-sum-exp for the marked panels: into H where g is null, else the potential of columns without weight.
   void column_lse(T* g) {
     T* fa = w_.fa.get(at_.n);
-    const T* f = s_.simultaneous && g == nullptr ? f_next_ : f_;  // commit has swapped them
+    const T* f = averaged_ && g == nullptr ? f_next_ : f_;  // commit has swapped them
     for (int64_t i = 0; i < at_.n; ++i) fa[i] = f[i] + std::log2(a_[i]);
     std::vector<int64_t> marked;
     for (int64_t i = 0; i < p_.m_padded / kernel_.panel; ++i) {
@@ -520,6 +608,8 @@ class Solver {
   int64_t n_padded_, block_;
   double eps_, scale_, relax_, extreme_ = 0;
   Update rows_, columns_;
+  bool triangle_;                                                // of the pairs of x with itself each is looked at once
+  bool averaged_ = s_.simultaneous;                              // the columns are those for the F before
   bool keep_, usable_ = false, scaled_ = false, has_f_ = false;  // usable_: K is that of the last pass
   T *a_, *b_, *log2_b_, *zero_;
   T *f_, *f_next_, *shift_, *h_;   // the log domain
@@ -528,56 +618,38 @@ class Solver {
   uint8_t* bad_;
 };
 
+// Potentials of a problem at `place` in units of log2, with its geometry at that temperature.
 template <class T>
-void apply(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t v_batch, int64_t width, Weight weight,
-           T* out, T* mass, int64_t threads) {
+struct Solved {
+  Place<T> at;
+  Geometry<T> p;
+  T *h, *f;
+
+  Solved(const Batch<T>& in, int64_t q, const T* f_in, const T* g_in, Workspace<T>& w)
+      : at(in, q), p(geometry(in, at, w)), h(w.h.get(p.m_padded)), f(w.f.get(at.n)) {
+    const double scale = kLog2E / in.eps[q];
+    p.k = static_cast<T>(unit(in.cost) * scale);
+    for (int64_t j = 0; j < p.m_padded; ++j) {
+      const bool empty = j >= at.m || at.b[j] == 0;
+      h[j] = empty ? -kInfinity<T> : static_cast<T>(g_in[at.first_g + j] * scale + std::log2(double(at.b[j])));
+    }
+    for (int64_t i = 0; i < at.n; ++i) f[i] = static_cast<T>(f_in[at.first_f + i] * scale);
+  }
+};
+
+// Multiply-adds of a problem, with `each` for a pair.
+template <class T>
+double work_of(const Batch<T>& in, double each) {
   const double share = in.segment_x != nullptr ? 1.0 / std::max<int64_t>(in.count, 1) : 1.0;
-  const double work = share * in.n * (share * in.m) * (in.d + width + 16);
-  for_each_problem<Workspace<T>>(
-      in.count * in.temperatures, work, threads, [&](int64_t q, Workspace<T>& w, int64_t inner) {
-        const Place<T> at(in, q);
-        if (at.n == 0) return;
-        const auto& kernel = kernels<T>();
-        Geometry<T> p = geometry(in, at, w);
-        const double scale = kLog2E / in.eps[q];
-        p.k = static_cast<T>(unit(in.cost) * scale);
-        const Chunks chunks = chunks_of(kernel, at.n);
-        T* h = w.h.get(p.m_padded);
-        T* scaled_f = w.f.get(at.n);
-        T* scratch = w.scratch.get(chunks.count * kernel.rows * p.m_padded);
-        for (int64_t j = 0; j < p.m_padded; ++j) {
-          const bool empty = j >= at.m || at.b[j] == 0;
-          h[j] = empty ? -kInfinity<T> : static_cast<T>(g[at.first_g + j] * scale + std::log2(double(at.b[j])));
-        }
-        for (int64_t i = 0; i < at.n; ++i) scaled_f[i] = static_cast<T>(f[at.first_f + i] * scale);
-        const T* source = weight == Weight::gradient ? at.y
-                          : in.segment_x != nullptr  ? v + at.point_y * width
-                                                     : v + q * v_batch;
-        parallel_for(chunks.count, inner, [&](int64_t c) {
-          const Apply<T> io{h,
-                            scaled_f,
-                            source,
-                            width,
-                            out + at.first_f * width,
-                            mass == nullptr ? nullptr : mass + at.first_f,
-                            scratch + c * kernel.rows * p.m_padded};
-          kernel.apply_rows(p, io, weight, c * chunks.rows, std::min((c + 1) * chunks.rows, at.n));
-        });
-        if (weight != Weight::gradient) return;
-        const T factor = in.cost == Cost::sqeuclidean ? T(2) : in.cost == Cost::dot ? T(-1) : T(1);
-        T* rows = out + at.first_f * width;
-        for (int64_t i = 0; i < at.n; ++i) {
-          for (int64_t c = 0; c < width; ++c) rows[i * width + c] *= factor * at.a[i];
-        }
-      });
+  return share * in.n * (share * in.m) * each;
 }
 
 }  // namespace
 
 template <class T>
 void solve(const Batch<T>& in, const Solve<T>& s, int64_t threads) {
-  const double share = in.segment_x != nullptr ? 1.0 / std::max<int64_t>(in.count, 1) : 1.0;
-  const double work = share * in.n * (share * in.m) * (in.d + 4.0 * s.max_iter);
+  const int64_t products = (s.grad_x != nullptr) + (s.grad_y != nullptr);
+  const double work = work_of(in, in.d * (1.0 + products) + 4.0 * s.max_iter);
   for_each_problem<Workspace<T>>(in.count * in.temperatures, work, threads,
                                  [&](int64_t q, Workspace<T>& w, int64_t inner) {
                                    const Place<T> at(in, q);
@@ -593,18 +665,45 @@ void solve(const Batch<T>& in, const Solve<T>& s, int64_t threads) {
 template <class T>
 void transport(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t v_batch, int64_t width, T* out, T* mass,
                int64_t threads) {
-  apply(in, f, g, v, v_batch, width, Weight::plan, out, mass, threads);
+  for_each_problem<Workspace<T>>(
+      in.count * in.temperatures, work_of(in, in.d + width + 16.0), threads,
+      [&](int64_t q, Workspace<T>& w, int64_t inner) {
+        if (Place<T>(in, q).n == 0) return;
+        const auto& kernel = kernels<T>();
+        const Solved<T> r(in, q, f, g, w);
+        const Chunks chunks = chunks_of(kernel, r.at.n);
+        T* scratch = w.scratch.get(chunks.count * kernel.rows * r.p.stride);
+        const T* source = in.segment_x != nullptr ? v + r.at.point_y * width : v + q * v_batch;
+        parallel_for(chunks.count, inner, [&](int64_t c) {
+          const Apply<T> io{r.h,
+                            r.f,
+                            source,
+                            width,
+                            out + r.at.first_f * width,
+                            mass + r.at.first_f,
+                            scratch + c * kernel.rows * r.p.stride};
+          kernel.apply_rows(r.p, io, c * chunks.rows, std::min((c + 1) * chunks.rows, r.at.n));
+        });
+      });
 }
 
 template <class T>
-void gradient(const Batch<T>& in, const T* f, const T* g, T* out, int64_t threads) {
-  apply<T>(in, f, g, nullptr, 0, in.d, Weight::gradient, out, nullptr, threads);
+void gradient(const Batch<T>& in, const T* f, const T* g, T* out_x, T* out_y, int64_t threads) {
+  const int64_t products = (out_x != nullptr) + (out_y != nullptr);
+  for_each_problem<Workspace<T>>(in.count * in.temperatures, work_of(in, in.d * (1.0 + products) + 16), threads,
+                                 [&](int64_t q, Workspace<T>& w, int64_t inner) {
+                                   if (Place<T>(in, q).n == 0) return;
+                                   const Solved<T> r(in, q, f, g, w);
+                                   gradients(in, r.p, r.at, r.h, r.f, false,
+                                             out_x == nullptr ? nullptr : out_x + r.at.first_f * in.d,
+                                             out_y == nullptr ? nullptr : out_y + r.at.first_g * in.d, w, inner);
+                                 });
 }
 
 #define FEWSTEP_INSTANTIATE(T)                                                                               \
   template void solve(const Batch<T>&, const Solve<T>&, int64_t);                                            \
   template void transport(const Batch<T>&, const T*, const T*, const T*, int64_t, int64_t, T*, T*, int64_t); \
-  template void gradient(const Batch<T>&, const T*, const T*, T*, int64_t);
+  template void gradient(const Batch<T>&, const T*, const T*, T*, T*, int64_t);
 FEWSTEP_INSTANTIATE(float)
 FEWSTEP_INSTANTIATE(double)
 

@@ -16,10 +16,11 @@ template <class T>
 struct Geometry {
   int64_t n, m, d;
   int64_t m_padded;  // m rounded up to whole panels; padding has H = -inf
+  int64_t stride;    // of rows of distances and of scratch, at least m_padded
   const T* x;        // row i at x + i * x_stride
   int64_t x_stride;
   const T* y;             // [m_padded / panel, d, panel]
-  const T* cached;        // [n, m_padded] distances, or null: recomputed from x and y
+  const T* cached;        // [n, stride] distances, or null: recomputed from x and y
   const int64_t* labels;  // [n] rows of label_rows, or null
   const T* label_rows;    // [labels, m_padded], added to the distance
   int64_t diagonal;       // pairs j == i + diagonal have an infinite distance
@@ -42,10 +43,10 @@ struct PassResult {
   double extreme = 0;   // largest |F_next - shift|
 };
 
-// Where a pass in the log domain puts exp2(shift_i + H_j - k C_ij): into scratch [rows, m_padded], which the next rows
-// overwrite, or into a K [n_padded, m_padded] that is kept, by rows or in tiles of `lanes` x `lanes` entries, those of
-// `lanes` rows one after the other. A pass over tiles reads one stream of memory, where one over rows of a power of two
-// bytes would read from as many places that share their cache sets.
+// Where a pass in the log domain puts exp2(shift_i + H_j - k C_ij): into scratch [rows, stride], which the next rows
+// overwrite, or into a K that is kept, by rows [n, stride] or in tiles [n_padded, m_padded] of `lanes` x `lanes`
+// entries, those of `lanes` rows one after the other. A pass over tiles reads one stream of memory, where one over rows
+// of a power of two bytes would read from as many places that share their cache sets.
 enum class Store { scratch, rows, tiles };
 
 // One pass over rows in the log domain: F from H, and sums_j = sum_i w_i exp2(shift_i + H_j - k C_ij) for the new H,
@@ -79,17 +80,41 @@ struct ScalePass {
   bool tiles;  // how K is stored
 };
 
-enum class Weight { plan, gradient };
+// The pairs of a problem with itself, whose plan is symmetric, once: adds to sums_i = sum_j b_j S_ij, with
+// S_ij = exp2(F_i + F_j - k C_ij), what rows [begin, end) find from their own panel on, for both points of a pair.
+template <class T>
+struct SelfPass {
+  const T* f;  // [m_padded], finite in the padding
+  const T* b;  // [m_padded]
+  T* sums;     // [m_padded]
+};
 
+// sum_j p_ij v_j and sum_j p_ij.
 template <class T>
 struct Apply {
   const T* h;  // [m_padded]
   const T* f;  // [n]
-  const T* v;  // [m, width]; the points y themselves for Weight::gradient
+  const T* v;  // [m, width]
   int64_t width;
   T* out;      // [n, width]
-  T* mass;     // [n], or null
-  T* scratch;  // [rows, m_padded]
+  T* mass;     // [n]
+  T* scratch;  // [rows, stride]
+};
+
+// Both gradients of <P, C>: sum_j W_ij (x_i - y_j) for rows and sum_i W_ij (y_j - x_i) for columns, with
+// W_ij = a_i p_ij c'(C_ij) (signs in place of differences for l1; y_j and x_i for dot).
+template <class T>
+struct Gradient {
+  const T* h;  // [m_padded]
+  const T* f;  // [n]
+  const T* a;  // [n], times any constant
+  const T* y;  // row j at y + j * y_stride
+  int64_t y_stride;
+  bool self;   // P is symmetric: each row from its own panel on, and the columns have what is before it
+  T* weights;  // W of rows first and on, row r at weights + (r - first) * stride
+  int64_t first;
+  T* rows;     // [n, d], or null
+  T* columns;  // [m_padded / panel, d, panel], increased
 };
 
 template <class T>
@@ -101,8 +126,8 @@ struct SinkhornKernels {
 
   // Transposes y [m, d] (row j at y + j * stride) into panels; padded columns repeat the last point.
   void (*pack)(const T* y, int64_t stride, int64_t m, int64_t d, T* out);
-  // Distances of rows [begin, end) into out [n, m_padded].
-  void (*distances)(const Geometry<T>&, int64_t begin, int64_t end, T* out);
+  // Distances of rows [begin, end) to the panels from `first` on, into out [n, stride].
+  void (*distances)(const Geometry<T>&, int64_t first, int64_t begin, int64_t end, T* out);
   // A pass in the log domain over rows [begin, end), `block` rows at a time (1, 2, 4 or 8, at most `rows`, and at most
   // `lanes` where it stores tiles).
   PassResult (*row_pass)(const Geometry<T>&, const RowPass<T>&, int64_t block, int64_t begin, int64_t end);
@@ -110,6 +135,9 @@ struct SinkhornKernels {
   PassResult (*scale_pass)(int64_t n, int64_t m_padded, const ScalePass<T>&, int64_t begin, int64_t end);
   // parts[0] += parts[1 .. count), each [m_padded].
   void (*add_parts)(int64_t m_padded, int64_t count, T* parts);
+  void (*self_pass)(const Geometry<T>&, const SelfPass<T>&, int64_t begin, int64_t end);
+  // f_next from the sums of a SelfPass over n points. False where the sum of one left the range of T.
+  bool (*self_update)(int64_t n, const T* a, const T* f, const T* sums, const Update&, T* f_next, PassResult*);
   // H from the sums; marks in `bad` [panels], and leaves alone, what underflowed or overflowed.
   bool (*update_columns)(int64_t m_padded, const T* sums, const T* log2_b, const Update&, T* h, uint8_t* bad);
   // v_next from the sums for the H of K. Returns the largest |log2 v_next|; inf, early, where a sum underflowed.
@@ -121,8 +149,11 @@ struct SinkhornKernels {
   void (*add_log2)(int64_t count, const T* v, T* h);
   // G_j = -log2 sum_i a_i exp2(F_i - k C_ij) for one panel; fa = F + log2 a.
   void (*column_lse)(const Geometry<T>&, const T* fa, int64_t panel_index, T* g);
-  // out_i = sum_j p_ij v_j, or sum_j p_ij c'(C_ij) (x_i - y_j) for the gradient.
-  void (*apply_rows)(const Geometry<T>&, const Apply<T>&, Weight, int64_t begin, int64_t end);
+  void (*apply_rows)(const Geometry<T>&, const Apply<T>&, int64_t begin, int64_t end);
+  // W and the rows' gradient; where `self`, [begin, end) is inside a panel.
+  void (*gradient_rows)(const Geometry<T>&, const Gradient<T>&, int64_t begin, int64_t end);
+  // The columns' share of `count` rows of W, for panels [begin, end).
+  void (*gradient_columns)(const Geometry<T>&, const Gradient<T>&, int64_t count, int64_t begin, int64_t end);
   // out [n, width] (row i at out + i * width) = weights v, from weights [n, stride] and v [m, width], or increased by
   // it.
   void (*combine)(const T* weights, int64_t stride, int64_t n, int64_t m, const T* v, int64_t width, T* out, bool add);
@@ -191,6 +222,8 @@ struct Solve {
   T* value;             // [problems]
   T* residual;          // [problems]
   int64_t* iterations;  // [problems]
+  T* grad_x;            // [problems, n, d] of the value, or null; of both roles of x where `self`
+  T* grad_y;            // [problems, m, d], or null
 };
 
 template <class T>
@@ -201,8 +234,8 @@ template <class T>
 void transport(const Batch<T>&, const T* f, const T* g, const T* v, int64_t v_batch, int64_t width, T* out, T* mass,
                int64_t threads);
 
-// out [problems, n, d] = sum_j P_ij dC_ij / dx_i.
+// out_x [problems, n, d] = sum_j P_ij dC_ij / dx_i and out_y [problems, m, d] = sum_i P_ij dC_ij / dy_j, or null.
 template <class T>
-void gradient(const Batch<T>&, const T* f, const T* g, T* out, int64_t threads);
+void gradient(const Batch<T>&, const T* f, const T* g, T* out_x, T* out_y, int64_t threads);
 
 }  // namespace fewstep::cpu

@@ -140,9 +140,9 @@ FEWSTEP_INLINE void measure(const Geometry<T>& p, int64_t row, int64_t first_pan
 template <int R, bool kCached, class T>
 FEWSTEP_INLINE void tile(const Geometry<T>& p, int64_t row, int64_t panel, Vec<T> (&c)[R][kWidth]) {
   if constexpr (kCached) {
-    const T* source = p.cached + row * p.m_padded + panel * kPanel<T>;
+    const T* source = p.cached + row * p.stride + panel * kPanel<T>;
     for (int r = 0; r < R; ++r) {
-      for (int w = 0; w < kWidth; ++w) c[r][w] = load(source + r * p.m_padded + w * kLanes<T>);
+      for (int w = 0; w < kWidth; ++w) c[r][w] = load(source + r * p.stride + w * kLanes<T>);
     }
   } else {
     Vec<T> one[1][R][kWidth];
@@ -157,10 +157,10 @@ template <int R, int P, class T>
 void distance_block(const Geometry<T>& p, int64_t row, int64_t panel, T* out) {
   Vec<T> c[P][R][kWidth];
   measure<R, P>(p, row, panel, c);
-  out += row * p.m_padded + panel * kPanel<T>;
+  out += row * p.stride + panel * kPanel<T>;
   for (int q = 0; q < P; ++q) {
     for (int r = 0; r < R; ++r) {
-      for (int w = 0; w < kWidth; ++w) store(out + r * p.m_padded + q * kPanel<T> + w * kLanes<T>, c[q][r][w]);
+      for (int w = 0; w < kWidth; ++w) store(out + r * p.stride + q * kPanel<T> + w * kLanes<T>, c[q][r][w]);
     }
   }
 }
@@ -174,9 +174,9 @@ void distance_panels(const Geometry<T>& p, int64_t panel, int64_t row, int64_t e
 // Panels first, so that they stay in the first-level cache while rows pass by. With registers for it, a tile is as wide
 // as high: of the same size, it has fewer values to load (measured: 1.12 cycles a multiply-add against 1.34).
 template <class T>
-void distances(const Geometry<T>& p, int64_t begin, int64_t end, T* out) {
+void distances(const Geometry<T>& p, int64_t first, int64_t begin, int64_t end, T* out) {
   constexpr int P = kRows > 4 ? 2 : 1;
-  int64_t panel = 0;
+  int64_t panel = first;
   for (; (panel + P) * kPanel<T> <= p.m_padded; panel += P) distance_panels<kRows / P, P>(p, panel, begin, end, out);
   for (; panel * kPanel<T> < p.m_padded; ++panel) distance_panels<kRows, 1>(p, panel, begin, end, out);
 }
@@ -194,7 +194,7 @@ template <class T>
 FEWSTEP_INLINE Entries<T> entries(const Geometry<T>& p, const RowPass<T>& io, int64_t row) {
   constexpr int64_t L = kLanes<T>;
   if (io.store == Store::tiles) return {io.scratch + row / L * L * p.m_padded + row % L * L, L, L};
-  return {io.scratch + (io.store == Store::rows ? row * p.m_padded : 0), p.m_padded, 1};
+  return {io.scratch + (io.store == Store::rows ? row * p.stride : 0), p.stride, 1};
 }
 
 // e_rj = exp2(F_r + H_j - k C_rj) with the F of the previous iteration, which near convergence makes every sum about 1
@@ -202,9 +202,9 @@ FEWSTEP_INLINE Entries<T> entries(const Geometry<T>& p, const RowPass<T>& io, in
 template <int R, bool kCached, class T>
 FEWSTEP_INLINE void lagged_rows(const Geometry<T>& p, const T* h, const T* f, int64_t row, Entries<T> out, T (&s)[R]) {
   const T k = p.k;
-  const int64_t stride = p.m_padded;
+  const int64_t stride = p.stride;
   Vec<T> total[R] = {};
-  for (int64_t panel = 0; panel < stride; panel += kPanel<T>) {
+  for (int64_t panel = 0; panel < p.m_padded; panel += kPanel<T>) {
     Vec<T> c[R][kWidth];
     if constexpr (!kCached) tile<R, false>(p, row, panel / kPanel<T>, c);
     for (int w = 0; w < kWidth; ++w) {
@@ -337,6 +337,46 @@ PassResult row_pass(const Geometry<T>& p, const RowPass<T>& io, int64_t block, i
                              : blocked_pass<false>(p, io, block, begin, end);
 }
 
+template <int R, bool kCached, class T>
+FEWSTEP_INLINE void self_block(const Geometry<T>& p, const SelfPass<T>& io, int64_t row) {
+  Vec<T> total[R] = {};
+  T f[R], b[R];
+  for (int r = 0; r < R; ++r) {
+    f[r] = io.f[row + r];
+    b[r] = io.b[row + r];
+  }
+  const int64_t own = row / kPanel<T>;
+  for (int64_t panel = own; panel < p.m_padded / kPanel<T>; ++panel) {
+    Vec<T> c[R][kWidth];
+    tile<R, kCached>(p, row, panel, c);
+    for (int w = 0; w < kWidth; ++w) {
+      const int64_t j = panel * kPanel<T> + w * kLanes<T>;
+      const Vec<T> fj = load(io.f + j), bj = load(io.b + j);
+      Vec<T> column = {};
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> s = exp2<T>(at_least(Range<T>::kFloor, (fj + f[r]) - p.k * c[r][w]));
+        total[r] += bj * s;
+        column += b[r] * s;
+      }
+      if (panel > own) store(io.sums + j, load(io.sums + j) + column);
+    }
+  }
+  for (int r = 0; r < R; ++r) io.sums[row + r] += sum<T>(total[r]);
+}
+
+template <int R, bool kCached, class T>
+void self_blocks(const Geometry<T>& p, const SelfPass<T>& io, int64_t row, int64_t end) {
+  for (; row + R <= end; row += R) self_block<R, kCached>(p, io, row);
+  if constexpr (R > 1) {
+    if (row < end) self_blocks<R / 2, kCached>(p, io, row, end);
+  }
+}
+
+template <class T>
+void self_pass(const Geometry<T>& p, const SelfPass<T>& io, int64_t begin, int64_t end) {
+  p.cached != nullptr ? self_blocks<kRows, true>(p, io, begin, end) : self_blocks<kRows, false>(p, io, begin, end);
+}
+
 template <class T>
 FEWSTEP_INLINE Vec<T> log2_positive(Vec<T> v) {
   return log2<T>(at_least(kTiny<T>, v));
@@ -345,6 +385,28 @@ FEWSTEP_INLINE Vec<T> log2_positive(Vec<T> v) {
 template <class T>
 FEWSTEP_INLINE Vec<T> exp2_floored(Vec<T> z) {
   return exp2<T>(at_least(-Simd<T>::kMaxExponent + 2, z));
+}
+
+template <class T>
+bool self_update(int64_t n, const T* a, const T* f, const T* sums, const Update& update, T* f_next,
+                 PassResult* result) {
+  const T damping = update.damping, relax = update.relax, target = update.target;
+  IntVec<T> bad = {};
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const Vec<T> fi = load(f + i), ai = load(a + i);
+    Vec<T> s = load(sums + i), wanted = splat(T(1));
+    for (int64_t r = n - i; r < kLanes<T>; ++r) s[r] = 1;  // padding
+    bad |= ~((s > Range<T>::kRowLow) & (s < Range<T>::kRowHigh));
+    if (target != 0) wanted = exp2_floored<T>(-target * fi);
+    const Vec<T> error = ai * absolute<T>(s - wanted), mass = ai * s;
+    result->residual += double(sum<T>(error));
+    result->mass += double(sum<T>(mass));
+    store(f_next + i, fi + relax * (damping * (fi - log2_positive<T>(s)) - fi));
+  }
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (bad[i] != 0) return false;
+  }
+  return true;
 }
 
 // kLanes rows of K at once, so that their sums come out as one vector.
@@ -517,36 +579,40 @@ void column_lse(const Geometry<T>& p, const T* fa, int64_t panel, T* g) {
   p.cached != nullptr ? online_lse<true>(p, fa, panel, g) : online_lse<false>(p, fa, panel, g);
 }
 
-// p_rj (or p_rj c'(C_rj) / |x_r - y_j|, the factor of x_r - y_j in the gradient) into scratch; row sums into mass.
-template <int R, class T>
-FEWSTEP_INLINE void weights(const Geometry<T>& p, const Apply<T>& io, Weight weight, int64_t row) {
-  Vec<T> total[R] = {};
-  for (int64_t panel = 0; panel < p.m_padded / kPanel<T>; ++panel) {
+// p_rj from panel `first` on (or a_r p_rj c'(C_rj) / |x_r - y_j| where a is given, the factor of x_r - y_j in the
+// gradient) into out; returns what was summed over j by lanes.
+template <int R, bool kCached, class T>
+FEWSTEP_INLINE void weights(const Geometry<T>& p, const T* h, const T* f, const T* a, int64_t row, int64_t first,
+                            T* out, Vec<T> (&total)[R]) {
+  const bool euclidean = a != nullptr && p.cost == Cost::euclidean;
+  for (int64_t panel = first; panel < p.m_padded / kPanel<T>; ++panel) {
     Vec<T> c[R][kWidth];
-    if (p.cached != nullptr) {
-      tile<R, true>(p, row, panel, c);
-    } else {
-      tile<R, false>(p, row, panel, c);
-    }
+    tile<R, kCached>(p, row, panel, c);
     for (int w = 0; w < kWidth; ++w) {
       const int64_t j = panel * kPanel<T> + w * kLanes<T>;
-      const Vec<T> hj = load(io.h + j);
+      const Vec<T> hj = load(h + j);
       for (int r = 0; r < R; ++r) {
-        const Vec<T> z = (hj + io.f[row + r]) - p.k * c[r][w];
+        const Vec<T> z = (hj + f[row + r]) - p.k * c[r][w];
         Vec<T> e = exp2<T>(at_least(Range<T>::kFloor, z));
         e = z < Range<T>::kFloor ? Vec<T>{} : e;
         total[r] += e;
-        if (weight == Weight::gradient && p.cost == Cost::euclidean) {
+        if (a != nullptr) e *= a[row + r];
+        if (euclidean) {
           Vec<T> distance = c[r][w];
           if (p.labels != nullptr) distance -= load(p.label_rows + p.labels[row + r] * p.m_padded + j);
           e = distance == 0 ? Vec<T>{} : e / distance;
         }
-        store(io.scratch + r * p.m_padded + j, e);
+        store(out + r * p.stride + j, e);
       }
     }
   }
-  if (io.mass == nullptr) return;
-  for (int r = 0; r < R; ++r) io.mass[row + r] = sum<T>(total[r]);
+}
+
+template <int R, class T>
+FEWSTEP_INLINE void weights(const Geometry<T>& p, const T* h, const T* f, const T* a, int64_t row, int64_t first,
+                            T* out, Vec<T> (&total)[R]) {
+  p.cached != nullptr ? weights<R, true>(p, h, f, a, row, first, out, total)
+                      : weights<R, false>(p, h, f, a, row, first, out, total);
 }
 
 // What row i gets from v_j: v_j, x_i - v_j or the sign of x_i - v_j.
@@ -564,8 +630,8 @@ template <class T>
 struct Product {
   const T* e;
   int64_t stride, m;
-  const T* v;
-  int64_t width;
+  const T* v;  // row j at v + j * v_stride
+  int64_t v_stride, width;
   const T* x;
   int64_t x_stride;
   T* out;  // [R, width]
@@ -575,17 +641,18 @@ struct Product {
 // out[r, c0 : c0 + W vectors] for R rows: v is read along its rows.
 template <int R, int W, Term kTerm, class T>
 FEWSTEP_INLINE void multiply_wide(const Product<T>& io, int64_t c0) {
-  Vec<T> acc[R][W] = {};
+  Vec<T> acc[R][W] = {}, xr[R][W] = {};
+  if constexpr (kTerm != Term::value) {
+    for (int r = 0; r < R; ++r) {
+      for (int w = 0; w < W; ++w) xr[r][w] = load(io.x + r * io.x_stride + c0 + w * kLanes<T>);
+    }
+  }
   const T* __restrict__ v = io.v + c0;
   const T* __restrict__ e = io.e;
-  for (int64_t j = 0; j < io.m; ++j, v += io.width) {
+  for (int64_t j = 0; j < io.m; ++j, v += io.v_stride) {
     for (int w = 0; w < W; ++w) {
       const Vec<T> vj = load(v + w * kLanes<T>);
-      for (int r = 0; r < R; ++r) {
-        Vec<T> xr = {};
-        if constexpr (kTerm != Term::value) xr = load(io.x + r * io.x_stride + c0 + w * kLanes<T>);
-        acc[r][w] += e[r * io.stride + j] * term<kTerm>(xr, vj);
-      }
+      for (int r = 0; r < R; ++r) acc[r][w] += e[r * io.stride + j] * term<kTerm>(xr[r][w], vj);
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -605,7 +672,7 @@ FEWSTEP_INLINE void multiply_narrow(const Product<T>& io, int64_t c) {
   for (int64_t j = 0; j < io.m; j += kLanes<T>) {
     Vec<T> vj = {};
     const int64_t count = j < whole ? kLanes<T> : io.m - whole;
-    for (int64_t i = 0; i < count; ++i) vj[i] = io.v[(j + i) * io.width + c];
+    for (int64_t i = 0; i < count; ++i) vj[i] = io.v[(j + i) * io.v_stride + c];
     for (int r = 0; r < R; ++r) {
       const T* e = io.e + r * io.stride + j;
       const T x = kTerm == Term::value ? T(0) : io.x[r * io.x_stride + c];
@@ -631,28 +698,120 @@ FEWSTEP_INLINE void multiply(const Product<T>& io) {
   for (; c < io.width; ++c) multiply_narrow<R, kTerm>(io, c);
 }
 
-template <int R, Term kTerm, class T>
-void apply_block(const Geometry<T>& p, const Apply<T>& io, Weight weight, int64_t row) {
-  weights<R>(p, io, weight, row);
-  multiply<R, kTerm>(Product<T>{io.scratch, p.m_padded, p.m, io.v, io.width, p.x + row * p.x_stride, p.x_stride,
-                                io.out + row * io.width, false});
-}
-
-template <Term kTerm, class T>
-void apply_all(const Geometry<T>& p, const Apply<T>& io, Weight weight, int64_t begin, int64_t end) {
-  int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) apply_block<kRows, kTerm>(p, io, weight, row);
-  for (; row < end; ++row) apply_block<1, kTerm>(p, io, weight, row);
+template <int R, class T>
+void apply_block(const Geometry<T>& p, const Apply<T>& io, int64_t row) {
+  Vec<T> total[R] = {};
+  weights<R>(p, io.h, io.f, static_cast<const T*>(nullptr), row, 0, io.scratch, total);
+  for (int r = 0; r < R; ++r) io.mass[row + r] = sum<T>(total[r]);
+  multiply<R, Term::value>(
+      Product<T>{io.scratch, p.stride, p.m, io.v, io.width, io.width, nullptr, 0, io.out + row * io.width, false});
 }
 
 template <class T>
-void apply_rows(const Geometry<T>& p, const Apply<T>& io, Weight weight, int64_t begin, int64_t end) {
-  if (weight == Weight::plan || p.cost == Cost::dot) {
-    apply_all<Term::value>(p, io, weight, begin, end);
-  } else if (p.cost == Cost::l1) {
-    apply_all<Term::sign>(p, io, weight, begin, end);
-  } else {
-    apply_all<Term::difference>(p, io, weight, begin, end);
+void apply_rows(const Geometry<T>& p, const Apply<T>& io, int64_t begin, int64_t end) {
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) apply_block<kRows>(p, io, row);
+  for (; row < end; ++row) apply_block<1>(p, io, row);
+}
+
+template <class T>
+Term term_of(const Geometry<T>& p) {
+  return p.cost == Cost::dot ? Term::value : p.cost == Cost::l1 ? Term::sign : Term::difference;
+}
+
+template <int R, Term kTerm, class T>
+void gradient_block(const Geometry<T>& p, const Gradient<T>& io, int64_t row, int64_t j0, int64_t j1, bool add) {
+  multiply<R, kTerm>(Product<T>{io.weights + (row - io.first) * p.stride + j0, p.stride, j1 - j0,
+                                io.y + j0 * io.y_stride, io.y_stride, p.d, p.x + row * p.x_stride, p.x_stride,
+                                io.rows + row * p.d, add});
+}
+
+// Blocks of y stay in the first-level cache while the rows pass by.
+template <Term kTerm, class T>
+void gradient_products(const Geometry<T>& p, const Gradient<T>& io, int64_t begin, int64_t end, int64_t first) {
+  constexpr int64_t kColumns = 128;
+  constexpr int R = kRows > 4 ? 4 : 2;
+  for (int64_t j = first; j < p.m; j += kColumns) {
+    const int64_t stop = j + kColumns < p.m ? j + kColumns : p.m;
+    int64_t row = begin;
+    for (; row + R <= end; row += R) gradient_block<R, kTerm>(p, io, row, j, stop, j > first);
+    for (; row < end; ++row) gradient_block<1, kTerm>(p, io, row, j, stop, j > first);
+  }
+}
+
+template <class T>
+void gradient_rows(const Geometry<T>& p, const Gradient<T>& io, int64_t begin, int64_t end) {
+  const int64_t first = io.self ? begin / kPanel<T> : 0;
+  int64_t row = begin;
+  Vec<T> total[kRows] = {}, one[1] = {};
+  for (; row + kRows <= end; row += kRows) {
+    weights<kRows>(p, io.h, io.f, io.a, row, first, io.weights + (row - io.first) * p.stride, total);
+  }
+  for (; row < end; ++row) {
+    weights<1>(p, io.h, io.f, io.a, row, first, io.weights + (row - io.first) * p.stride, one);
+  }
+  if (io.rows == nullptr) return;
+  switch (term_of(p)) {
+    case Term::value:
+      return gradient_products<Term::value>(p, io, begin, end, first * kPanel<T>);
+    case Term::difference:
+      return gradient_products<Term::difference>(p, io, begin, end, first * kPanel<T>);
+    case Term::sign:
+      return gradient_products<Term::sign>(p, io, begin, end, first * kPanel<T>);
+  }
+}
+
+// C coordinates from c on of one panel, lanes along its columns, from rows [begin, end) of the weights.
+template <int C, Term kTerm, class T>
+FEWSTEP_INLINE void gradient_panel(const Geometry<T>& p, const Gradient<T>& io, int64_t panel, int64_t c, int64_t begin,
+                                   int64_t end) {
+  const int64_t offset = (panel * p.d + c) * kPanel<T>;
+  T* out = io.columns + offset;
+  Vec<T> acc[C][kWidth], y[C][kWidth];
+  for (int i = 0; i < C; ++i) {
+    for (int w = 0; w < kWidth; ++w) {
+      acc[i][w] = load(out + i * kPanel<T> + w * kLanes<T>);
+      y[i][w] = load(p.y + offset + i * kPanel<T> + w * kLanes<T>);
+    }
+  }
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = p.x + (io.first + r) * p.x_stride + c;
+    const T* e = io.weights + r * p.stride + panel * kPanel<T>;
+    for (int w = 0; w < kWidth; ++w) {
+      const Vec<T> weight = load(e + w * kLanes<T>);
+      for (int i = 0; i < C; ++i) acc[i][w] += weight * term<kTerm>(y[i][w], splat(x[i]));
+    }
+  }
+  for (int i = 0; i < C; ++i) {
+    for (int w = 0; w < kWidth; ++w) store(out + i * kPanel<T> + w * kLanes<T>, acc[i][w]);
+  }
+}
+
+template <Term kTerm, class T>
+void gradient_panels(const Geometry<T>& p, const Gradient<T>& io, int64_t count, int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = 64;  // rows whose weights and points stay in the first-level cache
+  constexpr int C = kRows > 4 ? 4 : 2;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t before = panel * kPanel<T> - io.first;  // rows of earlier panels
+    const int64_t rows = io.self && before < count ? before : count;
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      const int64_t stop = r + kBlock < rows ? r + kBlock : rows;
+      int64_t c = 0;
+      for (; c + C <= p.d; c += C) gradient_panel<C, kTerm>(p, io, panel, c, r, stop);
+      for (; c < p.d; ++c) gradient_panel<1, kTerm>(p, io, panel, c, r, stop);
+    }
+  }
+}
+
+template <class T>
+void gradient_columns(const Geometry<T>& p, const Gradient<T>& io, int64_t count, int64_t begin, int64_t end) {
+  switch (term_of(p)) {
+    case Term::value:
+      return gradient_panels<Term::value>(p, io, count, begin, end);
+    case Term::difference:
+      return gradient_panels<Term::difference>(p, io, count, begin, end);
+    case Term::sign:
+      return gradient_panels<Term::sign>(p, io, count, begin, end);
   }
 }
 
@@ -660,7 +819,7 @@ template <class T>
 void combine(const T* weights, int64_t stride, int64_t n, int64_t m, const T* v, int64_t width, T* out, bool add) {
   int64_t row = 0;
   auto product = [&] {
-    return Product<T>{weights + row * stride, stride, m, v, width, nullptr, 0, out + row * width, add};
+    return Product<T>{weights + row * stride, stride, m, v, width, width, nullptr, 0, out + row * width, add};
   };
   for (; row + kRows <= n; row += kRows) multiply<kRows, Term::value>(product());
   for (; row < n; ++row) multiply<1, Term::value>(product());
@@ -668,9 +827,10 @@ void combine(const T* weights, int64_t stride, int64_t n, int64_t m, const T* v,
 
 template <class T>
 constexpr SinkhornKernels<T> kKernels = {
-    kPanel<T>,   kRows,         kLanes<T>,     Range<T>::kSafe,   pack<T>,          distances<T>,
-    row_pass<T>, scale_pass<T>, add_parts<T>,  update_columns<T>, scale_columns<T>, exp2_sum<T>,
-    add_log2<T>, column_lse<T>, apply_rows<T>, combine<T>};
+    kPanel<T>,           kRows,         kLanes<T>,    Range<T>::kSafe, pack<T>,        distances<T>,
+    row_pass<T>,         scale_pass<T>, add_parts<T>, self_pass<T>,    self_update<T>, update_columns<T>,
+    scale_columns<T>,    exp2_sum<T>,   add_log2<T>,  column_lse<T>,   apply_rows<T>,  gradient_rows<T>,
+    gradient_columns<T>, combine<T>};
 
 }  // namespace
 

@@ -6,6 +6,7 @@ The mathematics is in `implicit`. Here are the `torch.autograd.Function`s around
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -57,16 +58,21 @@ def solve(
         p = _problem(fixed, a.detach(), b.detach(), f0, g0, eps)
         bare = replace(schedule, start=None, temperatures=None)
         out = _call(_Solve, schedule.start, *p, schedule.temperatures, c, bare)
+        grads: tuple[Tensor | None, Tensor | None] = (None, None)
     else:
-        out = raw.solve(backend, fixed, a.detach(), b.detach(), eps, f0, g0, schedule)
-    f, g, value, *rest = out
-    parts = [
-        differentiable_value(value[t :: len(ps)], p, c)
-        for ps in [problems(points, a, b, f, g, eps)]
-        for t, p in enumerate(ps)
-    ]
-    value = parts[0] if len(parts) == 1 else torch.stack(parts, 1).flatten()
-    residual, iterations, converged = rest
+        need = (points.x.requires_grad, points.y.requires_grad and not c.symmetric)
+        args = (fixed, a.detach(), b.detach(), eps, f0, g0, schedule)
+        out, grads = raw.solve_with_gradient(backend, *args, need)
+    f, g, value, residual, iterations, converged = out
+    ps = problems(points, a, b, f, g, eps)
+    if len(ps) == 1:
+        value = differentiable_value(value, ps[0], c, grads)
+    else:
+        parts = []
+        for t, p in enumerate(ps):
+            gx, gy = (None if grad is None else grad[t : t + 1] for grad in grads)
+            parts.append(differentiable_value(value[t :: len(ps)], p, c, (gx, gy)))
+        value = torch.stack(parts, 1).flatten()
     return f, g, value, residual, iterations, converged
 
 
@@ -123,8 +129,15 @@ def problems(
     return [whole._replace(**repeated)]
 
 
-def differentiable_value(value: Tensor, problem: Problem, constants: Constants) -> Tensor:
+def differentiable_value(
+    value: Tensor,
+    problem: Problem,
+    constants: Constants,
+    grads: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
     """`value [B]`, the dual objective at (f, g), with its derivatives for x, y, a, b and matrix.
+
+    `grads` are those for x and y where they are known already.
 
     `value`, f, g and eps must be detached. First derivatives hold f and g fixed; second ones, in
     reverse or forward over reverse, are implicit, and raise `ConvergenceError` where f and g
@@ -136,9 +149,9 @@ def differentiable_value(value: Tensor, problem: Problem, constants: Constants) 
         problem = problem._replace(y=problem.x.detach(), b=problem.a.detach())
     out: Tensor
     if torch.compiler.is_compiling():
-        out = _compiled_value(value, *problem, *_scalars(constants))
+        out = _compiled_value(value, *grads, *problem, *_scalars(constants))
     else:
-        out = _call(_Value, value, *problem, constants)
+        out = _call(_Value, value, *grads, *problem, constants)
     return out
 
 
@@ -257,6 +270,14 @@ def _placed(parts: Any, need: Flags) -> _Grads:
     return tuple(next(it) if needed else None for needed in need)
 
 
+def _completed(known: Any, need: Flags, compute: Callable[[Flags], Tensors]) -> Tensors:
+    """The needed gradients, of which the first may be known."""
+    have = (*known, *[None] * (VARIABLES - len(known)))
+    unknown = tuple(n and k is None for n, k in zip(need, have, strict=True))
+    it = iter(compute(unknown) if any(unknown) else ())
+    return tuple(next(it) if k is None else k for n, k in zip(need, have, strict=True) if n)
+
+
 def _scaled(w: Tensor, parts: Tensors, p: Problem, need: Flags) -> Tensors:
     """`w [B]` times per-point parts of the variables that were needed."""
     out = []
@@ -298,7 +319,7 @@ class _Solve(_Batched):
 class _Value(_Batched):
     """Identity on the value that knows the value's gradient."""
 
-    lead = 1
+    lead = 3
 
     @staticmethod
     def forward(value: Tensor, *args: Any) -> Tensor:
@@ -311,18 +332,21 @@ class _Value(_Batched):
 
     @staticmethod
     def backward(ctx: Any, w: Tensor | None) -> _Grads:
-        need = ctx.needs_input_grad[1 : 1 + VARIABLES]
+        need = ctx.needs_input_grad[3 : 3 + VARIABLES]
         if w is None or not any(need):
-            return (None,) * (_FIELDS + 2)
-        p = Problem._make(ctx.saved_tensors)
-        grads = _scaled(w, _call(_Gradient, *p, ctx.constants, need), p, need)
-        return None, *_placed(grads, need), *(None,) * (_FIELDS - VARIABLES + 1)
+            return (None,) * (_FIELDS + 4)
+        p, c = Problem._make(ctx.saved_tensors[2:]), ctx.constants
+        # What is known already has no derivative of its own.
+        known = () if torch.is_grad_enabled() else ctx.saved_tensors[:2]
+        grads = _completed(known, need, lambda unknown: _call(_Gradient, *p, c, unknown))
+        parts = _placed(_scaled(w, grads, p, need), need)
+        return None, None, None, *parts, *(None,) * (_FIELDS - VARIABLES + 1)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         with _InJvp() as here:
-            p = Problem._make(here.primals(ctx.saved_tensors))
-            u = here.primals(tangents[1 : 1 + VARIABLES])
+            p = Problem._make(here.primals(ctx.saved_tensors[2:]))
+            u = here.primals(tangents[3 : 3 + VARIABLES])
             need = tuple(t is not None for t in u)
             if not any(need):
                 return torch.zeros_like(p.eps)
@@ -597,7 +621,9 @@ _SCHEMA = (
 
 
 @torch.library.custom_op(
-    "fewstep::sinkhorn_value", mutates_args=(), schema=f"(Tensor value, {_SCHEMA}) -> Tensor"
+    "fewstep::sinkhorn_value",
+    mutates_args=(),
+    schema=f"(Tensor value, Tensor? grad_x, Tensor? grad_y, {_SCHEMA}) -> Tensor",
 )
 def _compiled_value(value: Tensor, *args: Any) -> Tensor:
     return value.clone()
@@ -628,18 +654,24 @@ def _scalars(c: Constants) -> tuple[Any, ...]:
     return c[:-1]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _compiled_value_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *args = inputs
-    ctx.save_for_backward(*args[:_FIELDS])
-    ctx.constants = Constants(*args[_FIELDS:])
+    ctx.save_for_backward(*args[: 2 + _FIELDS])
+    ctx.constants = Constants(*args[2 + _FIELDS :])
 
 
 def _compiled_value_backward(ctx: Any, w: Tensor) -> _Grads:
-    need = ctx.needs_input_grad[1 : 1 + VARIABLES]
-    p = Problem._make(ctx.saved_tensors)
-    grads = _scaled(w, implicit.gradient(p, ctx.constants, need), p, need)
-    rest = _FIELDS - VARIABLES + len(_scalars(ctx.constants))
-    return None, *_placed(grads, need), *(None,) * rest
+    need = ctx.needs_input_grad[3 : 3 + VARIABLES]
+    known, p, c = ctx.saved_tensors[:2], Problem._make(ctx.saved_tensors[2:]), ctx.constants
+    grads = _completed(known, need, lambda unknown: implicit.gradient(p, c, unknown))
+    rest = _FIELDS - VARIABLES + len(_scalars(c))
+    return None, None, None, *_placed(_scaled(w, grads, p, need), need), *(None,) * rest
+
+
+def _compiled_product_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *args = inputs
+    ctx.save_for_backward(*args[:_FIELDS])
+    ctx.constants = Constants(*args[_FIELDS:])
 
 
 def _compiled_product_backward(ctx: Any, u: Tensor) -> _Grads:
@@ -649,5 +681,7 @@ def _compiled_product_backward(ctx: Any, u: Tensor) -> _Grads:
     return out, *(None,) * (_FIELDS + len(_scalars(c)))
 
 
-_compiled_value.register_autograd(_compiled_value_backward, setup_context=_setup)
-_compiled_product.register_autograd(_compiled_product_backward, setup_context=_setup)
+_compiled_value.register_autograd(_compiled_value_backward, setup_context=_compiled_value_setup)
+_compiled_product.register_autograd(
+    _compiled_product_backward, setup_context=_compiled_product_setup
+)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -152,34 +152,22 @@ def sinkhorn_divergence(
         label_cost=label_cost,
     )
     xy = between(update=update)
-    if update == "symmetric":
-        # Before convergence its last step leaves a plan of any mass, and so wild gradients. With
-        # an alternating one more the columns are exact.
-        more = 1 if tol is None else 10
-        last = between(init=(xy.f, xy.g), max_iter=more, anneal=None)
-        xy = replace(last, iterations=xy.iterations + last.iterations)
     solve = functools.partial(solve, update="symmetric")
-    alike = cu_seqlens is None and labels is None and (a is None) == (b is None)
-    # As one batch they would both compute a gradient that only one of them needs.
-    alike = alike and x.shape == y.shape and x.requires_grad == y.requires_grad
-    if alike:
-        xx, yy = _batched(x, y, a, b, eps, solve)
-    else:
-        cu_x, cu_y = cu_seqlens or (None, None)
-        lx, ly = labels or (None, None)
-        xx, yy = (
-            solve(
-                z,
-                z,
-                eps=eps,
-                a=w,
-                b=w,
-                cu_seqlens=None if cu is None else (cu, cu),
-                labels=None if classes is None else (classes, classes),
-                label_cost=label_cost,
-            )
-            for z, w, cu, classes in ((x, a, cu_x, lx), (y, b, cu_y, ly))
+    cu_x, cu_y = cu_seqlens or (None, None)
+    lx, ly = labels or (None, None)
+    xx, yy = (
+        solve(
+            z,
+            z,
+            eps=eps,
+            a=w,
+            b=w,
+            cu_seqlens=None if cu is None else (cu, cu),
+            labels=None if classes is None else (classes, classes),
+            label_cost=label_cost,
         )
+        for z, w, cu, classes in ((x, a, cu_x, lx), (y, b, cu_y, ly))
+    )
     value = xy.value - (xx.value + yy.value) / 2
     if reach is not None:
         value = value + _mass_term(xy)
@@ -188,53 +176,6 @@ def sinkhorn_divergence(
     converged = xy.converged & xx.converged & yy.converged
     _warn(converged, residual)
     return DivergenceResult(value, residual, iterations, converged, xy, xx, yy)
-
-
-def _batched(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    eps: float | Sequence[float] | Tensor,
-    solve: Callable[..., SinkhornResult],
-) -> tuple[SinkhornResult, SinkhornResult]:
-    """x with itself and y with itself, of the same shape, as one batch."""
-
-    def both(t: Tensor, u: Tensor) -> Tensor:  # [..], [..] -> [2, ..]; [B, ..] -> [2 B, ..]
-        return torch.stack([t, u]) if x.ndim == 2 else torch.cat([t, u])
-
-    z = both(x, y)
-    w = None if a is None or b is None else both(a, b)
-    several = isinstance(eps, Tensor) and eps.ndim > 0
-    e = both(eps, eps) if several else eps  # type: ignore[arg-type]
-    whole = solve(z, z, eps=e, a=w, b=w)
-    return _part(whole, 0, x.ndim == 3), _part(whole, 1, x.ndim == 3)
-
-
-def _part(r: SinkhornResult, i: int, batched: bool) -> SinkhornResult:
-    """One half of a batch, as the problem by itself."""
-    p = r._problem
-    B = p.points.count // 2
-
-    def cut(t: Tensor) -> Tensor:
-        half = t[i * (len(t) // 2) : (i + 1) * (len(t) // 2)]
-        return half if batched else half[0]
-
-    own = slice(i * B, (i + 1) * B)
-    x = p.points.x[own]
-    points = replace(p.points, x=x, y=x)
-    a = p.a[own]
-    b = a if p.b is p.a else p.b[own]
-    P = len(p.eps) // 2
-    eps = p.eps[i * P : (i + 1) * P]
-    batch = (B,) if batched else ()
-    schedule = p.schedule
-    if schedule.start is not None:
-        schedule = replace(schedule, start=schedule.start[i * P : (i + 1) * P])
-    problem = replace(p, points=points, a=a, b=b, eps=eps, schedule=schedule, batch=batch)
-    tensors = (r.f, r.g, r.value, r.residual, r.iterations, r.converged)
-    f, g, value, residual, iterations, converged = map(cut, tensors)
-    return SinkhornResult(f, g, value, residual, iterations, converged, problem)
 
 
 def _mass_term(xy: SinkhornResult) -> Tensor:

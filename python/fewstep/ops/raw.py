@@ -31,18 +31,55 @@ def solve(
     s = schedule
     if (python := _in_python(backend)) is not None:
         return python.solve(points, a, b, eps, f0, g0, s)  # type: ignore[no-any-return]
-    x, y = points.x, points.y
     if backend == "triton":
-        cost = reference.COSTS.index(points.cost)
+        x, y, cost = points.x, points.y, reference.COSTS.index(points.cost)
         op = _triton().sinkhorn.default
         out: Outputs = op(x, y, a, b, eps, g0, cost, s.max_iter, s.tol)
         return out
-    out = torch.ops.fewstep.sinkhorn.default(
-        *(x, y, a, b, eps, f0, g0, *_geometry(points), s.max_iter, s.tol, s.start, s.factor),
-        *(s.temperatures, *s.rho, s.relax, s.simultaneous, s.single, s.memory_limit),
+    op = torch.ops.fewstep.sinkhorn.default
+    f, g, value, residual, iterations, converged = op(
+        *_solve_arguments(points, a, b, eps, f0, g0, s)
     )
-    f, g, value, residual, iterations, converged = out
     return f, g, value, residual, iterations, converged
+
+
+def solve_with_gradient(
+    backend: str,
+    points: Points,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    f0: Tensor | None,
+    g0: Tensor | None,
+    schedule: Schedule,
+    need: tuple[bool, bool],
+) -> tuple[Outputs, tuple[Tensor | None, Tensor | None]]:
+    """`solve`, and the value's gradients for x and y where they are needed and cheaper now.
+
+    Of a problem with itself, a single potential, that for x is the gradient for both its roles.
+    """
+    args = (points, a, b, eps, f0, g0, schedule)
+    if backend != "cpp" or not any(need):
+        return solve(backend, *args), (None, None)
+    op = torch.ops.fewstep.sinkhorn_with_grad.default
+    *out, grad_x, grad_y = op(*_solve_arguments(*args), *need)
+    f, g, value, residual, iterations, converged = out
+    grads = (grad_x if need[0] else None, grad_y if need[1] else None)
+    return (f, g, value, residual, iterations, converged), grads
+
+
+def _solve_arguments(
+    points: Points,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    f0: Tensor | None,
+    g0: Tensor | None,
+    s: Schedule,
+) -> tuple[Any, ...]:
+    tensors = (points.x, points.y, a, b, eps, f0, g0, *_geometry(points))
+    steps = (s.max_iter, s.tol, s.start, s.factor, s.temperatures)
+    return *tensors, *steps, *s.rho, s.relax, s.simultaneous, s.single, s.memory_limit
 
 
 def transport(
@@ -134,6 +171,13 @@ def register(namespace: str) -> None:
             x.new_empty(numbers, dtype=torch.bool),
         )
 
+    def solve_with_gradient_fake(*inputs: Any) -> tuple[Tensor, ...]:
+        x, y, want_x, want_y = *inputs[:2], *inputs[-2:]
+        out = solve_fake(*inputs)
+        lead = out[0].shape[0]
+        grad_x = x.new_empty((lead if want_x else 0, *x.shape[1:]))
+        return *out, grad_x, y.new_empty((lead if want_y else 0, *y.shape[1:]))
+
     def transport_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
         x, eps, v = inputs[0], inputs[5], inputs[6]
         lead = leads(x, eps, inputs[8] if full else None)
@@ -148,6 +192,7 @@ def register(namespace: str) -> None:
         ("sinkhorn", solve_fake),
         ("sinkhorn_transport", transport_fake),
         ("sinkhorn_grad", gradient_fake),
+        *([("sinkhorn_with_grad", solve_with_gradient_fake)] if full else []),
     ):
         torch.library.register_fake(f"{namespace}::{name}", fake)
         torch.library.register_autograd(f"{namespace}::{name}", refuse)

@@ -64,8 +64,8 @@ class SinkhornResult:
         f: potential on x, `[.., N]`.
         g: potential on y, `[.., M]`.
         value: the entropic transport cost (the dual objective at f and g), `[..]`; differentiable.
-        residual: L1 error of the marginals as a fraction of the mass, `[..]`: of the rows, as the
-            columns are exact; of either, the larger, for symmetric updates.
+        residual: L1 error of the row marginal as a fraction of the mass, `[..]`; the columns are
+            exact, or with a single potential as far off.
         iterations: iterations done, those of annealing included, int64 `[..]`.
         converged: `residual <= tol` (1e-3 where `tol` is None), bool `[..]`.
     """
@@ -278,8 +278,9 @@ def sinkhorn(
             those given, or, for a factor below 1, the cost across the points' common bounding box,
             times the factor, and so on while above eps.
         update (str): "alternating" as above, or "symmetric": both potentials from the last two,
-            averaged with them, and one step in full at the end (geomloss's iteration). Where y is
-            the same tensor as x, with equal weights and no labels, it keeps a single potential.
+            averaged with them (geomloss's iteration), and at the end an alternating iteration, or
+            up to ten until `tol` is reached, uncounted. Where y is the same tensor as x, with equal
+            weights and no labels, it keeps a single potential.
         relax (float): over-relaxation of alternating updates, in (0, 2): `f <- f + relax (f' - f)`.
         reach (float | tuple | None): distance beyond which mass is rather destroyed than moved:
             `rho = reach^2` for squared costs and `reach` for the others. A pair (x, y) may have a

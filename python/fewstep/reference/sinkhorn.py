@@ -8,6 +8,7 @@ other. Potentials are `f [P, N]` and `g [P, M]`; where ragged `f [T, N]` and `g 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "dot", "l1", "matrix", "formula")
 DEFAULT_TOL = 1e-3
+# Alternating iterations at most after symmetric ones, whose error they may at first double.
+LAST_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ class Schedule:
         temperatures: `[S]`, one iteration at each before anything else, or None.
         rho: penalties of the marginals of x and y; None is a constraint.
         relax: of over-relaxation, or 1/2 for averaged updates.
-        simultaneous: both potentials from the last two, and one step in full at the end.
+        simultaneous: both potentials from the last two, and at the end an alternating iteration,
+            or as many as `LAST_STEPS` where `tol` needs more than one.
         single: x is y with equal weights: the kernels then keep one potential.
         memory_limit: bytes for what the kernels keep between passes.
     """
@@ -409,8 +413,16 @@ def iterate(
             error, _ = measure(f, g)
             residual = torch.where(active & ~annealing, error, residual)
             left = torch.where(residual <= s.tol, 0, left)
-    if s.simultaneous:
-        f, g = step(f, g, eps[..., None], 1.0)
+    active = everywhere
+    for _ in range(LAST_STEPS if s.simultaneous else 0):
+        e = eps[..., None]
+        f_next = relaxed(f, transform_of_g(g, e), e, rho_x, 1.0)
+        g_next = relaxed(g, transform_of_f(f if s.single else f_next, e), e, rho_y, 1.0)
+        f = torch.where(active[..., None], f_next, f)
+        g = torch.where(active[..., None], g_next, g)
+        if s.tol is None or s.single:
+            break
+        active = measure(f, g)[0] > s.tol
     if not s.single:  # y_j without weight: the transform of the f that came out
         e = eps[..., None]
         g = torch.where(b > 0, g, relaxed(g, transform_of_f(f, e), e, rho_y, 1.0))
@@ -424,8 +436,9 @@ def iterate(
 
 def _conditional(C: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor) -> Tensor:
     """`b_j exp((f_i + g_j - C_ij) / eps)`, the plan over a; rows sum to about 1."""
-    k = ((f[..., :, None] + g[..., None, :] - C) / eps[..., None, None]).exp()
-    return b[..., None, :] * k
+    z = (f[..., :, None] + g[..., None, :] - C) / eps[..., None, None]
+    largest = math.log(torch.finfo(z.dtype).max)  # beyond it only where b is 0
+    return b[..., None, :] * z.clamp(max=largest).exp()
 
 
 def _each_problem(
