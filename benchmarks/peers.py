@@ -25,7 +25,7 @@ from benchmarks.dense import (
     sinkhorn_averaged,
     sinkhorn_eager,
 )
-from benchmarks.registry import Problem
+from benchmarks.registry import STREAMED, Problem
 
 Run = Callable[[], tuple[Any, ...]]
 Divergence = Callable[[Tensor, Tensor, Sequence[float], float], Tensor]
@@ -64,7 +64,7 @@ def _run_drift(
     return run
 
 
-def _fewstep(problem: Problem, backend: str) -> Run:
+def _fewstep(problem: Problem, backend: str, memory_limit: int = 2**27) -> Run:
     import fewstep
 
     def solve(x: Tensor, y: Tensor) -> Tensor:
@@ -74,6 +74,7 @@ def _fewstep(problem: Problem, backend: str) -> Run:
             eps=problem.eps,
             cost=problem.case.cost,
             max_iter=problem.iterations,
+            memory_limit=memory_limit,
             backend=backend,
         ).value
 
@@ -81,9 +82,9 @@ def _fewstep(problem: Problem, backend: str) -> Run:
 
 
 def _fewstep_divergence(problem: Problem, backend: str) -> Run:
-    """The schedule less its last two sweeps, which `max_iter=1` adds: average, extrapolate.
+    """The schedule less its last two sweeps, which `max_iter=1` adds: average, then in full.
 
-    It makes one more alternating iteration between x and y than geomloss does.
+    The last one is alternating between x and y, where geomloss's takes both from the old ones.
     """
     import fewstep
 
@@ -320,6 +321,7 @@ BUILDERS: dict[tuple[str, str], Callable[[Problem], Run]] = {
         for workload, builder in _FEWSTEP.items()
         for backend in BACKENDS
     },
+    ("solve", STREAMED): partial(_fewstep, backend="cpp", memory_limit=0),
     ("solve", "eager"): _torch,
     ("solve", "compile"): partial(_torch, compiled=True),
     ("solve", "geomloss-tensorized"): partial(_geomloss, backend="tensorized"),

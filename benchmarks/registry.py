@@ -97,7 +97,9 @@ OURS = ("cpp", "cuda", "triton")
 # All but what is built on KeOps, which compiles for up to a minute and is far behind in such cases.
 DENSE = (*OURS, "reference", "eager", "compile", "geomloss-tensorized", "pot", "ott-jax")
 # Contenders whose time per pair is plotted over N; KeOps for few dimensions, which it is made for.
-CURVES = {3: (*OURS, "eager", "pykeops", "ott-jax"), 64: (*OURS, "eager", "ott-jax")}
+# With nothing kept between passes every pair costs the same work, whatever fits which cache.
+STREAMED = "cpp-streamed"
+CURVES = {3: (*OURS, STREAMED, "eager", "pykeops", "ott-jax"), 64: (*OURS, "eager", "ott-jax")}
 
 
 def _divergence(n: int, contenders: tuple[str, ...] = (), quick: bool = False) -> Case:
@@ -333,6 +335,7 @@ CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("cpp", "fewstep (cpp)", "fewstep", "fewstep", _FEWSTEP, ("cpu",)),
+        Contender(STREAMED, "fewstep (cpp), nothing kept", "fewstep", "fewstep", _KERNEL, ("cpu",)),
         Contender("triton", "fewstep (triton)", "fewstep", "fewstep", _KERNEL, ("cuda",)),
         Contender("cuda", "fewstep (cuda)", "fewstep", "fewstep", _KERNEL, ("cuda",)),
         Contender("reference", "fewstep (reference)", "fewstep", "fewstep", _FEWSTEP),
