@@ -30,8 +30,11 @@ from torch import Tensor
 from fewstep.ops import raw
 from fewstep.reference.sinkhorn import Points, weight_gradient
 
-# Pairs of points in a block of rows, which takes about eight arrays of that size.
-BLOCK_PAIRS = 2**20
+# Pairs of points in a block of rows, which takes about ten arrays of that size. GPUs take more.
+BLOCK_PAIRS = 2**18
+_GPU_BLOCKS = 16
+# Pairs up to which `e` is kept for all products with it.
+KEPT_PAIRS = 2**20
 # L1 error of both marginals, as a fraction of the mass, from which Newton's method may start.
 START_BOUND = 1e-2
 # A step of Newton's method after which potentials are taken as converged: its decrement, which
@@ -215,7 +218,7 @@ class System:
         """Takes the potentials of p, and returns the L1 error of its marginals over the mass."""
         self.p, c = p, self.c
         (count, n), m = p.a.shape, p.b.shape[1]
-        dense = count * n * m <= BLOCK_PAIRS or p.matrix is not None
+        dense = count * n * m <= KEPT_PAIRS or p.matrix is not None
         self.e = Block(p, c, slice(0, count), slice(0, n)).e if dense else None
         row_mass, column_mass = self.rows(None, p.b), self.columns(None, p.a)
         slope_x, slope_y = _slope(p.f, c.rho_x), _slope(p.g, c.rho_y)
@@ -436,7 +439,8 @@ class Block:
 def blocks(p: Problem, c: Constants) -> Iterator[Block]:
     """All rows of all problems, at most about `BLOCK_PAIRS` pairs at a time."""
     (count, n), m = p.a.shape, p.b.shape[1]
-    pairs = BLOCK_PAIRS if c.formula is None else BLOCK_PAIRS // p.x.shape[-1]
+    pairs = BLOCK_PAIRS if p.x.device.type == "cpu" else BLOCK_PAIRS * _GPU_BLOCKS
+    pairs = pairs if c.formula is None else pairs // p.x.shape[-1]
     rows = max(1, min(n, pairs // m))
     problems = max(1, pairs // (rows * m))
     for i in range(0, count, problems):
