@@ -299,10 +299,15 @@ class Contender:
     note: str = ""
 
     def enters(self, case: Case) -> bool:
-        """Whether it is timed on this case; the reference only where that is quick."""
+        """Whether it is timed on this case; the reference only where that is quick.
+
+        What keeps nothing is for the sweep, which names it.
+        """
         if case.workload not in self.definitions or (self.name == "reference" and not case.quick):
             return False
-        return self.name in (case.contenders or (self.name,))
+        if not case.contenders:
+            return self.name != STREAMED
+        return self.name in case.contenders
 
     def definition_for(self, case: Case) -> str:
         """The entry of `definitions`, less the distinction that only gradients make."""

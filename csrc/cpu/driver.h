@@ -22,13 +22,14 @@ namespace fewstep::cpu {
 constexpr double kLog2E = 1.4426950408889634074;
 
 // Memory grown when asked for more and never initialised, on huge pages where large: the first touch of a small page
-// costs as much as a hundred passes over it. A cache line is the least alignment.
+// costs as much as a hundred passes over it, and where small pages lie decides which of them share sets of the
+// second-level cache (measured: 0.46 to 0.64 ms for the same 512 x 512 solve). A cache line is the least alignment.
 template <class T>
 class Buffer {
  public:
   T* get(int64_t count) {
     if (count > capacity_) {
-      const size_t align = count * sizeof(T) < kHugePage ? 64 : kHugePage;
+      const size_t align = count * sizeof(T) < kHugePage / 4 ? 64 : kHugePage;
       const size_t bytes = (count * sizeof(T) + align - 1) / align * align;
       release();
       data_.reset(static_cast<T*>(std::aligned_alloc(align, bytes)));
