@@ -32,6 +32,18 @@ FEWSTEP_INLINE Vec<T> magnitude(Vec<T> v) {
   return (Vec<T>)((IntVec<T>)v & ~((IntVec<T>{} + 1) << (8 * int(sizeof(T)) - 1)));
 }
 
+// 1 / v for v in [1, 2]; in float32 with AVX-512 by an estimate and a Newton step, within 1e-7.
+template <class T>
+FEWSTEP_INLINE Vec<T> reciprocal(Vec<T> v) {
+#if FEWSTEP_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> r = _mm512_rcp14_ps(v);
+    return r * (T(2) - v * r);
+  }
+#endif
+  return T(1) / v;
+}
+
 template <class T>
 constexpr T kLowestExponent = sizeof(T) == 4 ? -120 : -1000;
 template <class T>
@@ -62,7 +74,7 @@ FEWSTEP_INLINE Vec<T> expm1(Vec<T> z, Vec<T>& e) {
 template <class T>
 FEWSTEP_INLINE Vec<T> sigmoid(Vec<T> z) {
   const Vec<T> e = decay<T>(z);
-  return (z < 0 ? e : splat(T(1))) / (e + T(1));
+  return (z < 0 ? e : splat(T(1))) * reciprocal<T>(e + T(1));
 }
 
 // tanh z, and 1 - tanh^2 z without cancellation.

@@ -122,8 +122,12 @@ struct NormInputs {
   bool centred;
   double eps;
 
-  int64_t n() const { return z.numel() == 0 ? 1 : z.numel() / z.size(0) / groups; }
-  int64_t rows() const { return z.numel() / n() / (tangents + 1); }
+  int64_t n() const {
+    int64_t own = 1;
+    for (int64_t i = 1; i < z.dim(); ++i) own *= z.size(i);
+    return own / groups;
+  }
+  int64_t rows() const { return z.size(0) / (tangents + 1) * groups; }
 
   template <class T>
   cpu::Norm<T> as() const {
@@ -168,6 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_norm_backward(const Tensor& g, const Ten
     using T = decltype(zero);
     const cpu::Norm<T> norm = in.as<T>();
     // Chunks, and with them the sums over them, do not depend on the number of threads.
+    if (norm.rows == 0) return;
     const cpu::Chunks chunks = cpu::Chunks::of(norm.rows, 1);
     std::vector<T> sums(2 * width * chunks.count);
     const T* from = read<T>(gc);

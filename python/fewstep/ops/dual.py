@@ -5,7 +5,7 @@ A `Dual` stands in for the batch `x`. It is no tensor, but PyTorch's functions k
 tangents in one product, activations and norms in one fused kernel. Whatever else a `forward`
 computes, from t or from a context, stays plain tensors. So any module joins whose forward calls
 functions with a rule here, residuals, gates, concatenation and attention among them; any other
-function raises `Unsupported` with its name. `register` adds rules.
+function raises `UnsupportedError` with its name. `register` adds rules.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops import raw_dual
-from fewstep.reference import dual as reference
+from fewstep.ops.differentiable import is_transformed
 
 
-class Unsupported(AttributeError, NotImplementedError):
+class UnsupportedError(AttributeError, NotImplementedError):
     """A forward asked for something that duals have no rule for; the message says what."""
 
 
@@ -91,7 +91,7 @@ class _Traced:
     ) -> Any:
         rule = cls.rules.get(func)
         if rule is None:
-            raise Unsupported(f"no rule for {getattr(func, '__name__', func)}")
+            raise UnsupportedError(f"no rule for {getattr(func, '__name__', func)}")
         return rule(*args, **(kwargs or {}))
 
     @property
@@ -119,10 +119,10 @@ class _Traced:
         return self.primal_shape[0]
 
     def __bool__(self) -> bool:
-        raise Unsupported("no rule for bool: control flow on values has no tangent")
+        raise UnsupportedError("no rule for bool: control flow on values has no tangent")
 
     def __getattr__(self, name: str) -> Any:
-        raise Unsupported(f"no rule for Tensor.{name}")
+        raise UnsupportedError(f"no rule for Tensor.{name}")
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         return type(self).__torch_function__(func, (), args, kwargs)
@@ -218,7 +218,8 @@ class Dual(_Traced):
     def joined(self) -> Tensor:
         """`[(K + 1) B, ...]`, still without the shift."""
         if self.pending is not None:
-            self.flat, self.pending, self.owned = F.linear(self.flat, self.pending), None, True
+            flat = raw_dual.linear(self.flat, self.pending)
+            self.flat, self.pending, self.owned = flat, None, True
         if self.shared is not None:
             tangents = self.shared[:, None].expand(-1, *self.flat.shape)
             self.flat = torch.cat([self.flat[None], tangents]).flatten(0, 1)
@@ -230,12 +231,12 @@ class Dual(_Traced):
         flat = self.joined()
         if self.shift is not None:
             batch = self.primal_shape[0]
-            if torch.is_grad_enabled():
+            if _plain():
+                flat = torch.cat([flat[:batch] + self.shift, flat[batch:]])
+            elif torch.is_grad_enabled():
                 flat = _Shifted.apply(flat, self.shift, batch)  # type: ignore[no-untyped-call]
-            elif self.owned:
-                flat[:batch] += self.shift
             else:
-                flat = flat.clone()
+                flat = flat if self.owned else flat.clone()
                 flat[:batch] += self.shift
             self.flat, self.shift, self.owned = flat, None, False
         return flat
@@ -280,6 +281,11 @@ class Seed(Dual):
 
     def stack(self) -> Tensor:
         return self.joined()
+
+
+def _plain() -> bool:
+    """Whether to use torch's own derivatives: compilers and transforms plan what they keep."""
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 class _Shifted(torch.autograd.Function):
@@ -329,7 +335,7 @@ def _probe_linear(primal: Tensor, weight: Tensor, source: Source, low: int, widt
     own = primal[:, low : low + width]
     v = source.draw(own).flatten(0, 1)
     part = weight if width == weight.shape[1] else weight[:, low : low + width]
-    if torch.compiler.is_compiling():
+    if _plain():
         return torch.cat([primal @ weight.T, v @ part.T])
     batch = primal.shape[0]
     out = primal.new_empty((batch * (source.count + 1), weight.shape[0]))
@@ -349,14 +355,14 @@ def _same(h: Dual, function: Callable[[Tensor], Any]) -> Any:
 @register(F.linear)
 def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Dual:
     if isinstance(weight, Dual) or isinstance(bias, Dual) or not isinstance(h, Dual):
-        raise Unsupported("no rule for linear with a weight that depends on x")
+        raise UnsupportedError("no rule for linear with a weight that depends on x")
     source = h.source
     if isinstance(h, Seed) and h.ndim == 2:
         return _first(h, weight, bias)
     lazy = source.basis or source.cache is not None
     if lazy and not torch.is_grad_enabled() and h.ndim == 2:
         return Dual(source, h.stack(), shift=bias, pending=weight)
-    return Dual(source, F.linear(h.stack(), weight), shift=bias, owned=True)
+    return Dual(source, raw_dual.linear(h.stack(), weight), shift=bias, owned=True)
 
 
 def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
@@ -368,8 +374,8 @@ def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
         shared = source.tangents[:, 0] @ part.T
         return Dual(source, F.linear(primal, weight), shared=shared, shift=bias, owned=True)
     if source.tangents is not None:
-        return Dual(source, F.linear(h.stack(), weight), shift=bias, owned=True)
-    if source.cache is not None and not torch.is_grad_enabled():
+        return Dual(source, raw_dual.linear(h.stack(), weight), shift=bias, owned=True)
+    if source.cache is not None and not torch.is_grad_enabled() and not _plain():
         part = weight[:, h.low : h.low + h.width]
         fixed = _kept(
             source.cache, "first", (weight,), lambda: source.draw(h.own).flatten(0, 1) @ part.T
@@ -379,7 +385,8 @@ def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
         torch.mm(primal, weight.T, out=flat[:batch])
         flat[batch:] = fixed
         return Dual(source, flat, shift=bias, owned=True)
-    if torch.is_grad_enabled() and (weight.requires_grad or primal.requires_grad):
+    wanted = torch.is_grad_enabled() and (weight.requires_grad or primal.requires_grad)
+    if wanted and not _plain():
         flat = _ProbeLinear.apply(primal, weight, source, h.low, h.width)  # type: ignore[no-untyped-call]
     else:
         flat = _probe_linear(primal, weight, source, h.low, h.width)
@@ -405,7 +412,9 @@ def _kept(
 def _convolution(function: Callable[..., Tensor]) -> Rule:
     def rule(h: Any, weight: Any, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Dual:
         if not isinstance(h, Dual) or isinstance(weight, Dual):
-            raise Unsupported(f"no rule for {function.__name__} with a weight that depends on x")
+            raise UnsupportedError(
+                f"no rule for {function.__name__} with a weight that depends on x"
+            )
         out = function(h.stack(), weight, None, *args, **kwargs)
         if bias is not None:
             bias = bias.reshape(-1, *(1,) * (out.ndim - 2))
@@ -515,7 +524,7 @@ def _last(shape: torch.Size, normalized_shape: Sequence[int]) -> int:
     """Rows of a sample where the last axes are normalised."""
     own = tuple(normalized_shape)
     if len(own) >= len(shape) or tuple(shape[len(shape) - len(own) :]) != own:
-        raise Unsupported(f"no rule for a norm over {own} of {tuple(shape)}")
+        raise UnsupportedError(f"no rule for a norm over {own} of {tuple(shape)}")
     return math.prod(shape[1 : len(shape) - len(own)])
 
 
@@ -575,7 +584,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Dual:
     if training or running_mean is None or running_var is None:
-        raise Unsupported("no rule for batch_norm in training: it mixes samples")
+        raise UnsupportedError("no rule for batch_norm in training: it mixes samples")
     scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
     shift = -running_mean * scale + (0 if bias is None else bias)
     per = (-1, *(1,) * (input.ndim - 2))
@@ -586,9 +595,9 @@ def _aligned(h: Dual, other: Any) -> Any:
     """A plain factor or term; one that would make the batch larger has no rule."""
     if isinstance(other, Tensor) and other.ndim > 0:
         if other.ndim > h.ndim or (other.ndim == h.ndim and other.shape[0] not in (1, h.shape[0])):
-            raise Unsupported(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
+            raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
         if torch.broadcast_shapes(h.shape, other.shape) != h.shape:
-            raise Unsupported(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
+            raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
     return other
 
 
@@ -598,7 +607,9 @@ def _add(a: Any, b: Any, *, alpha: float = 1) -> Dual:
         b = b * alpha
     if isinstance(a, Dual) and isinstance(b, Dual):
         if a.shape != b.shape:
-            raise Unsupported(f"no rule for {tuple(a.shape)} + {tuple(b.shape)}")
+            if a.ndim != b.ndim:
+                raise UnsupportedError(f"no rule for {tuple(a.shape)} + {tuple(b.shape)}")
+            return a.like((a.parts() + b.parts()).flatten(0, 1), owned=True)
         shift = a.shift if b.shift is None else b.shift if a.shift is None else a.shift + b.shift
         return a.like(a.joined() + b.joined(), shift, owned=True)
     h, other = (a, b) if isinstance(a, Dual) else (b, a)
@@ -626,7 +637,7 @@ def _mul(a: Any, b: Any) -> Dual:
     if isinstance(a, Dual) and isinstance(b, Dual):
         x, y = a.parts(), b.parts()
         if x.ndim != y.ndim:
-            raise Unsupported(f"no rule for {tuple(a.shape)} * {tuple(b.shape)}")
+            raise UnsupportedError(f"no rule for {tuple(a.shape)} * {tuple(b.shape)}")
         tangents = x[1:] * y[:1] + x[:1] * y[1:]
         return a.like(torch.cat([x[:1] * y[:1], tangents]).flatten(0, 1), owned=True)
     h, other = (a, b) if isinstance(a, Dual) else (b, a)
@@ -639,7 +650,7 @@ def _mul(a: Any, b: Any) -> Dual:
 @register(torch.div, torch.Tensor.div, torch.Tensor.__truediv__, torch.true_divide)
 def _div(a: Any, b: Any) -> Dual:
     if isinstance(b, Dual):
-        raise Unsupported("no rule for division by what depends on x")
+        raise UnsupportedError("no rule for division by what depends on x")
     return _mul(a, 1 / b)
 
 
@@ -649,7 +660,7 @@ def _cat(tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> Dual:
     dim = dim if axis is None else axis
     dim = dim % first.ndim
     if dim == 0:
-        raise Unsupported("no rule for cat along the batch")
+        raise UnsupportedError("no rule for cat along the batch")
     if sum(isinstance(h, Dual) for h in tensors) == 1 and isinstance(first, Seed):
         if dim == first.ndim - 1:
             at = next(i for i, h in enumerate(tensors) if h is first)
@@ -675,7 +686,7 @@ def _sizes(h: Dual, shape: Sequence[Any]) -> tuple[int, ...]:
     sizes = [h.numel() // max(rest, 1) if s == -1 else s for s in sizes]
     batch = h.shape[0]
     if sizes[0] % max(batch, 1) and batch % max(sizes[0], 1):
-        raise Unsupported(f"no rule for a view of {tuple(h.shape)} as {tuple(sizes)}")
+        raise UnsupportedError(f"no rule for a view of {tuple(h.shape)} as {tuple(sizes)}")
     return ((h.source.count + 1) * sizes[0], *sizes[1:])
 
 
@@ -707,7 +718,7 @@ def _unflatten(h: Dual, dim: int, sizes: Sequence[int]) -> Dual:
 def _inside(h: Dual, *dims: int) -> tuple[int, ...]:
     own = tuple(d % h.ndim for d in dims)
     if 0 in own:
-        raise Unsupported("no rule along the batch")
+        raise UnsupportedError("no rule along the batch")
     return own
 
 
@@ -721,7 +732,7 @@ def _transpose(h: Dual, dim0: int, dim1: int) -> Dual:
 def _permute(h: Dual, *dims: Any) -> Dual:
     order = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
     if order[0] % h.ndim != 0:
-        raise Unsupported("no rule along the batch")
+        raise UnsupportedError("no rule along the batch")
     return _same(h, lambda z: z.permute(order))  # type: ignore[no-any-return]
 
 
@@ -735,7 +746,7 @@ def _movedim(h: Dual, source: int, destination: int) -> Dual:
 def _unsqueeze(h: Dual, dim: int) -> Dual:
     own = dim % (h.ndim + 1)
     if own == 0:
-        raise Unsupported("no rule along the batch")
+        raise UnsupportedError("no rule along the batch")
     return _same(h, lambda z: z.unsqueeze(own))  # type: ignore[no-any-return]
 
 
@@ -762,16 +773,16 @@ def _getitem(h: Dual, index: Any) -> Dual:
     own = index if isinstance(index, tuple) else (index,)
     whole = isinstance(own[0], slice) and own[0] == slice(None)
     if not (whole or own[0] is Ellipsis) or any(isinstance(i, (Tensor, _Traced)) for i in own):
-        raise Unsupported("no rule for indexing the batch, or by tensors")
+        raise UnsupportedError("no rule for indexing the batch, or by tensors")
     if own[0] is Ellipsis and len([i for i in own if i is not None]) > h.ndim:
-        raise Unsupported("no rule along the batch")
+        raise UnsupportedError("no rule along the batch")
     return _same(h, lambda z: z[index])  # type: ignore[no-any-return]
 
 
 def _reduced(name: str) -> Rule:
     def rule(h: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
         if dim is None:
-            raise Unsupported(f"no rule for {name} over the batch")
+            raise UnsupportedError(f"no rule for {name} over the batch")
         dims = _inside(h, *((dim,) if isinstance(dim, int) else dim))
         return _same(h, lambda z: getattr(z, name)(dims, keepdim))  # type: ignore[no-any-return]
 
@@ -788,25 +799,28 @@ def _identity(h: Dual, *_: Any, **__: Any) -> Dual:
 
 
 @register(torch.Tensor.to, torch.Tensor.float, torch.Tensor.type_as)
-def _to(h: Dual, *args: Any, **kwargs: Any) -> Dual:
+def _to(h: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(h, Tensor):  # to the dtype and device of a dual
+        like = args[0] if args else kwargs["other"]
+        return h.to(dtype=like.dtype, device=like.device)
     probe = torch.empty(0, dtype=h.dtype, device=h.device)
     moved = probe.to(*args, **kwargs) if args or kwargs else probe.float()
     if moved.dtype != h.dtype or moved.device != h.device:
-        raise Unsupported(f"no rule for a change to {moved.dtype} on {moved.device}")
+        raise UnsupportedError(f"no rule for a change to {moved.dtype} on {moved.device}")
     return h
 
 
 @register(F.dropout)
 def _dropout(input: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
     if training and p > 0:
-        raise Unsupported("no rule for dropout in training")
+        raise UnsupportedError("no rule for dropout in training")
     return input
 
 
 def _each(function: Callable[..., Tensor], fixed: dict[str, Any] | None = None) -> Rule:
     def rule(h: Dual, *args: Any, **kwargs: Any) -> Dual:
         if any(kwargs.get(k, v) != v for k, v in (fixed or {}).items()):
-            raise Unsupported(f"no rule for {function.__name__} with {kwargs}")
+            raise UnsupportedError(f"no rule for {function.__name__} with {kwargs}")
         return _same(h, lambda z: function(z, *args, **kwargs))  # type: ignore[no-any-return]
 
     return rule
@@ -836,14 +850,14 @@ def _matmul(a: Any, b: Any) -> Dual:
     if isinstance(a, Dual) and isinstance(b, Dual):
         x, y = a.parts(), b.parts()
         if x.ndim < 4 or x.ndim != y.ndim:
-            raise Unsupported("no rule for a product that mixes samples")
+            raise UnsupportedError("no rule for a product that mixes samples")
         tangents = x[1:] @ y[:1] + x[:1] @ y[1:]
         return a.like(torch.cat([x[:1] @ y[:1], tangents]).flatten(0, 1), owned=True)
     if isinstance(a, Dual) and a.ndim >= 2 and b.ndim == 2:
         return a.like(a.stack() @ b, owned=True)
     h = a if isinstance(a, Dual) else b
     if h.ndim < 3 or (a.ndim != b.ndim and (b if h is a else a).ndim != 2):
-        raise Unsupported("no rule for a product that mixes samples")
+        raise UnsupportedError("no rule for a product that mixes samples")
     out = a.parts() @ b if h is a else a @ b.parts()
     return h.like(out.flatten(0, 1), owned=True)
 
@@ -861,10 +875,10 @@ def _attention(
 ) -> Dual:
     """`P = softmax(Q K' s)`; `dO = dP V + P dV`, `dP = P (dS - <P, dS>)`, `dS = (dQ K' + Q dK') s`."""
     if dropout_p > 0 or enable_gqa:
-        raise Unsupported("no rule for attention with dropout or grouped queries")
+        raise UnsupportedError("no rule for attention with dropout or grouped queries")
     h = next(m for m in (query, key, value) if isinstance(m, Dual))
     if h.ndim < 3:
-        raise Unsupported("no rule for attention that mixes samples")
+        raise UnsupportedError("no rule for attention that mixes samples")
     (q, dq), (k, dk), (v, dv) = (
         (m.parts()[:1], m.parts()[1:]) if isinstance(m, Dual) else (m[None], None)
         for m in (query, key, value)
@@ -928,7 +942,9 @@ def _head(flat: Tensor, shift: Tensor | None, source: Source) -> tuple[Tensor, T
 def _checked(out: Any, x: Tensor) -> Dual:
     if not isinstance(out, Dual):
         if isinstance(out, Tensor):
-            raise Unsupported("what velocity returns does not depend on x by differentiable steps")
+            raise UnsupportedError(
+                "what velocity returns does not depend on x by differentiable steps"
+            )
         raise ValueError(f"velocity must return one tensor, got {type(out).__name__}")
     if out.shape != x.shape:
         raise ValueError(f"velocity must return {tuple(x.shape)} like x, got {tuple(out.shape)}")
@@ -953,7 +969,7 @@ def probe_products(
     if out.pending is not None and source.cache is not None:
         return _fixed_head(out, x)
     flat = out.joined()
-    if torch.is_grad_enabled() and flat.requires_grad:
+    if torch.is_grad_enabled() and flat.requires_grad and not _plain():
         return _Head.apply(flat, out.shift, source)  # type: ignore[no-any-return,no-untyped-call]
     return _head(flat, out.shift, source)
 
@@ -1069,20 +1085,20 @@ class Chain(_Traced):
 @_structural(F.linear)
 def _chain_linear(h: Any, weight: Tensor, bias: Tensor | None = None) -> Chain:
     if not isinstance(h, Chain) or h.ndim != 2 or h.complete():
-        raise Unsupported("not a chain of linear layers with activations between them")
+        raise UnsupportedError("not a chain of linear layers with activations between them")
     if h.factors is None:
         part = weight if h.width == weight.shape[1] else weight[:, h.low : h.low + h.width]
         factors = _Factors([part])
     else:
         factors = _Factors([*h.factors.weights, weight], h.factors.diagonals)
         if len(factors.weights) > 3:
-            raise Unsupported("more than two hidden layers")
+            raise UnsupportedError("more than two hidden layers")
     return Chain(h.backend, F.linear(h.primal, weight), factors, shift=bias)
 
 
 def _chain_activation(kind: str, h: Chain, beta: float = 1.0, threshold: float = 20.0) -> Chain:
     if not h.complete() or h.factors is None:
-        raise Unsupported("not a chain of linear layers with activations between them")
+        raise UnsupportedError("not a chain of linear layers with activations between them")
     shift, inner = _kernel_shift(h.shift, h.primal_shape)
     ones = h.primal.new_ones((1, h.primal_shape[1]))
     both = raw_dual.activate(
@@ -1116,9 +1132,9 @@ _structural(F.softplus)(
 def _chain_add(a: Any, b: Any) -> Chain:
     h, other = (a, b) if isinstance(a, Chain) else (b, a)
     if isinstance(other, Chain) or h.factors is None:
-        raise Unsupported("not a chain: a sum of two branches")
+        raise UnsupportedError("not a chain: a sum of two branches")
     if isinstance(other, Tensor) and torch.broadcast_shapes(h.shape, other.shape) != h.shape:
-        raise Unsupported(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
+        raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
     if not isinstance(other, Tensor):
         other = torch.full((), other, dtype=h.dtype, device=h.device)
     shift = other if h.shift is None else h.shift + other
@@ -1130,9 +1146,11 @@ def _chain_mul(a: Any, b: Any) -> Chain:
     """A gate that does not depend on x: one more diagonal, merged with that before it."""
     h, other = (a, b) if isinstance(a, Chain) else (b, a)
     if isinstance(other, Chain) or h.factors is None or h.complete():
-        raise Unsupported("not a chain: a gate that depends on x, or is outside the hidden layers")
+        raise UnsupportedError(
+            "not a chain: a gate that depends on x, or is outside the hidden layers"
+        )
     if isinstance(other, Tensor) and torch.broadcast_shapes(h.shape, other.shape) != h.shape:
-        raise Unsupported(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
+        raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
     *before, last = h.factors.diagonals
     primal = h.primal if h.shift is None else h.primal + h.shift
     return Chain(h.backend, primal * other, _Factors(h.factors.weights, [*before, last * other]))
@@ -1144,7 +1162,7 @@ def _chain_cat(tensors: Sequence[Any], dim: int = 0, axis: int | None = None) ->
     dim = dim if axis is None else axis
     alone = sum(isinstance(c, Chain) for c in tensors) == 1
     if h.factors is not None or not alone or dim % h.ndim != 1 or h.ndim != 2:
-        raise Unsupported("not a chain: concatenation after the first layer")
+        raise UnsupportedError("not a chain: concatenation after the first layer")
     at = next(i for i, c in enumerate(tensors) if c is h)
     low = h.low + sum(c.shape[1] for c in tensors[:at])
     whole = torch.cat([h.primal if c is h else c for c in tensors], 1)
@@ -1154,7 +1172,7 @@ def _chain_cat(tensors: Sequence[Any], dim: int = 0, axis: int | None = None) ->
 @_structural(torch.flatten, torch.Tensor.flatten)
 def _chain_flatten(h: Chain, start_dim: int = 0, end_dim: int = -1) -> Chain:
     if start_dim != 1 or end_dim % h.ndim != h.ndim - 1:
-        raise Unsupported("not a chain: a view of the batch")
+        raise UnsupportedError("not a chain: a view of the batch")
     return _chain_view(h, h.shape[0], -1)
 
 
@@ -1163,13 +1181,13 @@ def _chain_view(h: Chain, *shape: Any) -> Chain:
     sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
     primal = h.primal.reshape(sizes)
     if primal.shape[0] != h.shape[0]:
-        raise Unsupported("not a chain: a view of the batch")
+        raise UnsupportedError("not a chain: a view of the batch")
     if h.factors is None:
         if h.width != h.shape[1:].numel():
-            raise Unsupported("not a chain: a view after concatenation")
+            raise UnsupportedError("not a chain: a view after concatenation")
     else:
         if not h.complete():
-            raise Unsupported("not a chain: a view of hidden features")
+            raise UnsupportedError("not a chain: a view of hidden features")
         primal = primal if h.shift is None else (h.primal + h.shift).reshape(sizes)
     return Chain(h.backend, primal, h.factors, width=h.width)
 
@@ -1179,7 +1197,7 @@ def _chain_dropout(
     input: Chain, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Chain:
     if training and p > 0:
-        raise Unsupported("no rule for dropout in training")
+        raise UnsupportedError("no rule for dropout in training")
     return input
 
 
@@ -1199,7 +1217,7 @@ def structural(
     d = x.shape[1:].numel()
     out = velocity(Chain(backend, x, None, width=d), t)
     if not isinstance(out, Chain) or not out.complete() or out.factors is None:
-        raise Unsupported("not a chain of linear layers with activations between them")
+        raise UnsupportedError("not a chain of linear layers with activations between them")
     if out.shape != x.shape:
         raise ValueError(f"velocity must return {tuple(x.shape)} like x, got {tuple(out.shape)}")
     weights, diagonals = out.factors.weights, out.factors.diagonals

@@ -16,6 +16,11 @@ from fewstep.reference import probe as reference_probe
 
 Maybe = Tensor | None
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+_ONEDNN = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN else None
+
 
 def _call(op: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Without gradients, past the Python that torch runs for them: half of a small call's time."""
@@ -51,6 +56,14 @@ def activate(
             inner,
         )
     return reference.activate(z, shared, shift, tangents, kind, beta, threshold, inner)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x W'`, for many rows by oneDNN where torch has it: a tenth faster than its default."""
+    fast = _ONEDNN is not None and x.dtype == torch.float32 and x.device.type == "cpu"
+    if fast and x.shape[0] >= 384 and not torch.is_grad_enabled():
+        return _call(_ONEDNN, x, weight, None, "none", [], "")  # type: ignore[arg-type]
+    return torch.nn.functional.linear(x, weight)
 
 
 def norm(
@@ -121,7 +134,7 @@ def _fake_norm(z: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_norm_backward(g: Tensor, z: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    width = z.numel() // z.shape[0] if z.shape[0] else 0
+    width = z.shape[1:].numel()
     return z.new_empty(z.shape), z.new_empty((width,)), z.new_empty((width,))
 
 
@@ -216,7 +229,7 @@ def _backward_second_norm(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """Of `dual_norm_backward`, by the reference: once more, and no further."""
     tangents, groups, centred, eps = ctx.options
     z, weight = ctx.saved_tensors[1], ctx.saved_tensors[3]
-    width = z.numel() // z.shape[0]
+    width = z.shape[1:].numel()
 
     def gradient(up: Tensor, z: Tensor, shift: Maybe, weight: Maybe) -> tuple[Tensor, ...]:
         w = z.new_ones(width).requires_grad_(True) if weight is None else weight

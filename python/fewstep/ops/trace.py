@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep._library import choose_backend
 from fewstep.ops import dual, raw_dual
 from fewstep.ops.differentiable import is_transformed
-from fewstep.ops.dual import Unsupported
+from fewstep.ops.dual import UnsupportedError
 from fewstep.reference import trace as reference
 from fewstep.reference.probe import PROBES
 
@@ -108,10 +108,10 @@ def divergence(
     """
     options = Options(estimator, probes, probe, backend)
     check(options, x, "divergence")
-    ids = _check_ids(sample_ids, x)
+    ids = check_ids(sample_ids, x)
     t = _check_time(t, x)
     solver = Solver(velocity, options, ids)
-    return solver(x, t, _key(seed))
+    return solver(x, t, make_key(seed))
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,12 @@ class Solver:
     def __call__(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
         """The divergence at x and t with the probes of key `(seed, step, stage)`."""
         options = self.options
-        backend = choose_backend("divergence", x.device.type, options.backend, unsupported)
-        compiled = x.dtype in (torch.float32, torch.float64) and not is_transformed()
-        backend = backend if compiled and backend == "cpp" else "reference"
+        backend = self.backend(x)
         refused = _refused(self.velocity)
         if options.estimator in ("auto", "exact") and "structural" not in refused:
             try:
                 found = self._structural(x, t, backend)
-            except Unsupported as reason:
+            except UnsupportedError as reason:
                 _remember(self.velocity, "structural", str(reason))
             else:
                 if found is not None:
@@ -159,15 +157,25 @@ class Solver:
             return self._fallback(x, t, key, refused["dual"])
         try:
             return self._duals(x, t, key, backend)
-        except Unsupported as reason:
-            if options.backend is not None:
-                raise ValueError(
-                    f"divergence: backend {options.backend!r} cannot serve this velocity: {reason}"
-                ) from reason
-            _remember(self.velocity, "dual", str(reason))
+        except UnsupportedError as reason:
+            self.refuse(reason)
             return self._fallback(x, t, key, str(reason))
 
-    def _run(self, h: Any, t: Tensor) -> Any:
+    def backend(self, x: Tensor) -> str:
+        """Of the kernels, for x: "cpp" or "reference"."""
+        name = choose_backend("divergence", x.device.type, self.options.backend, unsupported)
+        compiled = x.dtype in (torch.float32, torch.float64) and not is_transformed()
+        return name if compiled and name == "cpp" else "reference"
+
+    def refuse(self, reason: UnsupportedError) -> None:
+        """Remember that duals do not serve; raise where a backend was named."""
+        if self.options.backend is not None:
+            raise ValueError(
+                f"divergence: backend {self.options.backend!r} cannot serve this velocity: {reason}"
+            ) from reason
+        _remember(self.velocity, "dual", str(reason))
+
+    def run(self, h: Any, t: Tensor) -> Any:
         if isinstance(self.velocity, torch.nn.Sequential):
             return self.velocity(h)
         return self.velocity(h, t)
@@ -179,7 +187,7 @@ class Solver:
             cheaper = dual.Budget(self.options.probes, kept=cache is not None)
         else:
             cheaper = None
-        out = dual.structural(self._run, x, t, backend, cache, cheaper)
+        out = dual.structural(self.run, x, t, backend, cache, cheaper)
         if out is None:
             return None
         v, value = out
@@ -198,12 +206,12 @@ class Solver:
         d = x.shape[1:].numel()
         if self._exact(d):
             chunk = max(1, min(d, _CHUNK // max(x.numel(), 1)))
-            v, value = dual.exact_by_tangents(self._run, x, t, backend, chunk)
+            v, value = dual.exact_by_tangents(self.run, x, t, backend, chunk)
             return Divergence(v, value, torch.zeros_like(value), f"exact ({d} tangents)")
         if options.estimator in ("hutch++", "xtrace"):
 
             def product(u: Tensor) -> tuple[Tensor, Tensor]:
-                return dual.products(self._run, x, t, u.reshape(-1, *x.shape), backend)
+                return dual.products(self.run, x, t, u.reshape(-1, *x.shape), backend)
 
             return self._sketch(x, key, product, backend)
         source = dual.Source(
@@ -214,7 +222,7 @@ class Solver:
             options.probe,
             cache=self.cache if self.fixed and not torch.is_grad_enabled() else None,
         )
-        v, dots = dual.probe_products(self._run, x, t, source)
+        v, dots = dual.probe_products(self.run, x, t, source)
         return self._mean(v, dots, d)
 
     def _mean(self, v: Tensor, dots: Tensor, d: int, info: str = "") -> Divergence:
@@ -258,13 +266,13 @@ class Solver:
         options, d = self.options, x.shape[1:].numel()
         info = f"torch.func: {reason}"
         if self._exact(d):
-            v, jacobian = reference.jacobian(self._run, x, t)
+            v, jacobian = reference.jacobian(self.run, x, t)
             value = jacobian.diagonal(dim1=1, dim2=2).sum(1)
             error = torch.zeros_like(value)
             return Divergence(v, value, error, f"exact ({d} tangents)", info)
 
         def product(u: Tensor) -> tuple[Tensor, Tensor]:
-            return reference.transposed_products(self._run, x, t, u.reshape(-1, *x.shape))
+            return reference.transposed_products(self.run, x, t, u.reshape(-1, *x.shape))
 
         if options.estimator in ("hutch++", "xtrace"):
             return self._sketch(x, key, product, "reference", info)
@@ -320,7 +328,7 @@ def check(options: Options, x: Tensor, who: str) -> None:
         )
 
 
-def _check_ids(ids: Tensor | None, x: Tensor) -> Tensor | None:
+def check_ids(ids: Tensor | None, x: Tensor) -> Tensor | None:
     if ids is None:
         return None
     if ids.dtype != torch.int64:
@@ -338,12 +346,12 @@ def _check_time(t: float | Tensor, x: Tensor) -> Tensor:
     if tuple(t.shape) not in ((), (x.shape[0],)):
         raise ValueError(f"divergence: t must be a scalar or ({x.shape[0]},), got {tuple(t.shape)}")
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
-        if t.is_floating_point() and not bool(t.detach().isfinite().all()):
+        if not math.isfinite(t.detach().sum().item()):
             raise ValueError(f"divergence: t must be finite, got {t.detach()}")
     return t
 
 
-def _key(seed: int | Tensor, step: int = 0, stage: int = 0) -> Tensor:
+def make_key(seed: int | Tensor, step: int = 0, stage: int = 0) -> Tensor:
     """int64 `(seed, step, stage)` on the CPU."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim != 0:

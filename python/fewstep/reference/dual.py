@@ -105,7 +105,7 @@ def norm(
         eps (float): added to the mean square.
     """
     batch = z.shape[0] // (tangents + 1)
-    stack = z.reshape(tangents + 1, batch, groups, -1)
+    stack = z.reshape(tangents + 1, batch, groups, z.shape[1:].numel() // groups)
     x, u = stack[0], stack[1:]
     if shift is not None:
         x = (x.reshape(-1, shift.numel()) + shift.flatten()).reshape(x.shape)
