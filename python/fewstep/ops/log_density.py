@@ -225,13 +225,13 @@ def _determinant(
     return x, log_det, sign.detach()
 
 
-def _products(solver: trace.Solver, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
-    """`J v_k`"""
+def _products(solver: trace.Solver, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, bool]:
+    """`J v_k`, or `J' v_k` and True where duals do not serve."""
     try:
-        return dual.products(solver.run, x, t, v, solver.backend(x))[1]
+        return dual.products(solver.run, x, t, v, solver.backend(x))[1], False
     except UnsupportedError as reason:
         solver.refuse(reason)
-    return torch.stack([torch.func.jvp(lambda y: solver.run(y, t), (x,), (u,))[1] for u in v])
+    return reference.transposed_products(solver.run, x, t, v)[1], True
 
 
 def _series(
@@ -248,9 +248,12 @@ def _series(
         following = x + wide / 2 * (k1 + solver.run(middle, t + h))
     w, total = v, x.new_zeros((count, x.shape[0]))
     for n in range(1, _TERMS + 1):
-        own = _products(solver, x, t, w)
-        if heun:
-            own = (own + _products(solver, middle, t + h, w + wide * own)) / 2
+        own, transposed = _products(solver, x, t, w)
+        if heun and transposed:  # A' = h/2 (J1' + (I + h J1') J2')
+            u = _products(solver, middle, t + h, w)[0]
+            own = (_products(solver, x, t, w + wide * u)[0] + u) / 2
+        elif heun:
+            own = (own + _products(solver, middle, t + h, w + wide * own)[0]) / 2
         w = wide * own
         total = total + (-1) ** (n + 1) / n * (v * w).flatten(2).sum(2)
     size = w.detach().flatten(2).norm(dim=2) / v.flatten(2).norm(dim=2)
