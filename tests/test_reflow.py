@@ -59,7 +59,7 @@ def test_surrogate_has_the_gradient_of_the_divergence(
 
 @torch.no_grad()
 def test_dilation_and_rotation() -> None:
-    """Equal trajectory losses `c^2 d`, and KLs `d/2 (e^2c - 1 - 2c)`, `d/2 (c^2 - log(1 + c^2))`, 0."""
+    """Equal losses `c^2 d`; KLs `d/2 (e^2c - 1 - 2c)`, and 0 or `d/2 (c^2 - log(1 + c^2))`."""
     c, d, n = 0.2, 2, 4000
     torch.manual_seed(0)
     x = torch.randn(n, d, dtype=F64)

@@ -65,8 +65,8 @@ class MarginalReflow:
 
     >>> from fewstep.toys import GaussianMixture
     >>> teacher = GaussianMixture(torch.tensor([[-2.0, 0], [2, 0]]), torch.full((2, 2), 0.1))
-    >>> student = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
-    >>> loss, metrics = MarginalReflow()(lambda x, t: student(x), teacher, teacher.sample(64))
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+    >>> loss, metrics = MarginalReflow()(lambda x, t: net(x), teacher, teacher.sample(64))
     >>> loss.backward()
     >>> sorted(metrics)
     ['alignment', 'change', 'lam', 'nonpositive', 'score', 'stein', 'trajectory']
@@ -194,7 +194,7 @@ class MarginalReflow:
         options: trace.Options | None = None,
         step: int = 0,
     ) -> tuple[Tensor, Path, Tensor]:
-        """`Dl - <sg s_p(x_k, b), x_k>` `[B]` of the steps from a to b `[B]`, their path, and s_p."""
+        """`Dl - <sg s_p(x_k, b), x_k>` `[B]` of steps from a to b `[B]`, their path, and s_p."""
         path = self._track(student, xs, a, b, options or self._options(xs), step)
         with torch.no_grad():
             s = score(path.x, b)
@@ -227,9 +227,9 @@ class MarginalReflow:
         the teacher's marginals
 
             TV(q_K, p_K) <= sum_k TV(r_k, p_k) + teacher_tv,
-            TV(r_k, p_k) <= min(sqrt(KL_k / 2), sqrt(1 - exp(-KL_k)))    (Pinsker, Bretagnolle-Huber)
+            TV(r_k, p_k) <= min(sqrt(KL_k / 2), sqrt(1 - exp(-KL_k)))
 
-        where KL_k is what is measured plus `tracker_error`.
+        by Pinsker and by Bretagnolle and Huber, where KL_k is what is measured plus `tracker_error`.
 
         Args:
             student (Callable): as in training.

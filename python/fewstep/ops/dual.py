@@ -661,12 +661,12 @@ def _cat(tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> Dual:
     dim = dim % first.ndim
     if dim == 0:
         raise UnsupportedError("no rule for cat along the batch")
-    if sum(isinstance(h, Dual) for h in tensors) == 1 and isinstance(first, Seed):
-        if dim == first.ndim - 1:
-            at = next(i for i, h in enumerate(tensors) if h is first)
-            low = first.low + sum(h.shape[dim] for h in tensors[:at])
-            whole = torch.cat([first.primal if h is first else h for h in tensors], dim)
-            return Seed(first.source, whole, low, first.width)
+    alone = sum(isinstance(h, Dual) for h in tensors) == 1
+    if alone and isinstance(first, Seed) and dim == first.ndim - 1:
+        at = next(i for i, h in enumerate(tensors) if h is first)
+        low = first.low + sum(h.shape[dim] for h in tensors[:at])
+        whole = torch.cat([first.primal if h is first else h for h in tensors], dim)
+        return Seed(first.source, whole, low, first.width)
     count = first.source.count
 
     def joined(h: Any) -> Tensor:
@@ -873,7 +873,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Dual:
-    """`P = softmax(Q K' s)`; `dO = dP V + P dV`, `dP = P (dS - <P, dS>)`, `dS = (dQ K' + Q dK') s`."""
+    """`P = softmax(Q K' s)`, `dO = dP V + P dV`, `dP = P (dS - <P, dS>)`."""
     if dropout_p > 0 or enable_gqa:
         raise UnsupportedError("no rule for attention with dropout or grouped queries")
     h = next(m for m in (query, key, value) if isinstance(m, Dual))

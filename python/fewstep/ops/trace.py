@@ -345,9 +345,9 @@ def _check_time(t: float | Tensor, x: Tensor) -> Tensor:
         return x.new_full((x.shape[0],), t)
     if tuple(t.shape) not in ((), (x.shape[0],)):
         raise ValueError(f"divergence: t must be a scalar or ({x.shape[0]},), got {tuple(t.shape)}")
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
-        if not math.isfinite(t.detach().sum().item()):
-            raise ValueError(f"divergence: t must be finite, got {t.detach()}")
+    readable = t.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not is_transformed() and not math.isfinite(t.detach().sum().item()):
+        raise ValueError(f"divergence: t must be finite, got {t.detach()}")
     return t
 
 

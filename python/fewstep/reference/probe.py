@@ -1,8 +1,8 @@
 """Random probes in plain torch: Philox4x32-10 in int64 arithmetic, the same bits as the kernels.
 
-Probe k of sample i is a function of (seed, step, stage), the sample's id, k and the coordinate, so a
-sample has the same probes in any batch and on any device. Source of the generator: Salmon, Moraes,
-Dror, Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011.
+Probe k of sample i is a function of (seed, step, stage), the sample's id, k and the coordinate, so
+a sample has the same probes in any batch and on any device. Source of the generator: Salmon,
+Moraes, Dror, Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011.
 """
 
 from __future__ import annotations
