@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -108,7 +108,7 @@ def parse(arguments: list[str]) -> Train | TrainReflow | Sample:
         ValueError: arguments that do not fit, in one line.
         SystemExit: after --help.
     """
-    kind = TrainReflow if "reflow" in arguments[1:] else Train
+    kind: Any = TrainReflow if "reflow" in arguments[1:] else Train
     command = Annotated[
         Annotated[kind, tyro.conf.subcommand("train", default=_train_defaults(arguments))]
         | Annotated[Sample, tyro.conf.subcommand("sample")],

@@ -173,7 +173,7 @@ def train(
         ModuleNotFoundError: a package of the extra `fewstep[train]` is missing.
 
     >>> import tempfile
-    >>> config = replace(preset("digits"), teacher_steps=2, student_steps=2, batch=8, width=8, depth=1)
+    >>> config = replace(preset("digits"), teacher_steps=2, student_steps=2, batch=8, width=8)
     >>> result = train(config, Path(tempfile.mkdtemp()), progress=False)
     >>> sorted(result.outcomes)
     ['plain', 'student']
@@ -189,7 +189,8 @@ def train(
     if config.teacher:
         _take_teacher(networks, config, shape)
     _fit(config, data, networks, out, device, teacher, progress=progress)
-    done = {name: cast(VelocityMLP, n.average.module.cpu().eval()) for name, n in networks.items()}
+    averages = {name: network.average.module for name, network in networks.items()}
+    done = {name: cast(VelocityMLP, module.cpu().eval()) for name, module in averages.items()}
     field_ = done["teacher"] if teacher is None else teacher
     outcomes, picture = evaluate(config, data, field_, done, out)
     return ReflowResult(done["student"], outcomes, format_outcomes(outcomes), picture)
@@ -268,6 +269,7 @@ def evaluate(
         torch.cat([of_teacher, *own]).clamp(-1, 1),
         columns=columns,
         names=["teacher"] * 3 + ["student"] * 3 + ["lam = 0"] * 3,
+        real_names=(),
     )
     return outcomes, picture
 

@@ -229,7 +229,7 @@ class MarginalReflow:
             TV(q_K, p_K) <= sum_k TV(r_k, p_k) + teacher_tv,
             TV(r_k, p_k) <= min(sqrt(KL_k / 2), sqrt(1 - exp(-KL_k)))
 
-        by Pinsker and by Bretagnolle and Huber, where KL_k is what is measured plus `tracker_error`.
+        by Pinsker, and by Bretagnolle and Huber; KL_k is what is measured plus `tracker_error`.
 
         Args:
             student (Callable): as in training.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -63,13 +63,14 @@ class Source:
 
 
 Rule = Callable[..., Any]
+R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
 
 
-def register(*functions: Any) -> Callable[[Rule], Rule]:
+def register(*functions: Any) -> Callable[[R], R]:
     """Add a rule for functions of torch: called with their arguments where one is a `Dual`."""
 
-    def add(rule: Rule) -> Rule:
+    def add(rule: R) -> R:
         RULES.update(dict.fromkeys(functions, rule))
         return rule
 
@@ -299,7 +300,7 @@ class _Shifted(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
         return g, g[: ctx.batch].sum_to_size(ctx.shape), None
 
 
@@ -315,7 +316,7 @@ class _ProbeLinear(torch.autograd.Function):
         return _probe_linear(primal, weight, source, low, width)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         primal, weight = ctx.saved_tensors
         low, width = ctx.low, ctx.width
         batch = primal.shape[0]
@@ -591,12 +592,17 @@ def _batch_norm(
     return _add(_mul(input, scale.reshape(per)), shift.reshape(per))
 
 
+def _broadcast(h: _Traced, other: Tensor) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(h.shape, other.shape)  # type: ignore[no-untyped-call]
+    return shape
+
+
 def _aligned(h: Dual, other: Any) -> Any:
     """A plain factor or term; one that would make the batch larger has no rule."""
     if isinstance(other, Tensor) and other.ndim > 0:
         if other.ndim > h.ndim or (other.ndim == h.ndim and other.shape[0] not in (1, h.shape[0])):
             raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
-        if torch.broadcast_shapes(h.shape, other.shape) != h.shape:
+        if _broadcast(h, other) != h.shape:
             raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
     return other
 
@@ -765,7 +771,7 @@ def _chunk(h: Dual, chunks: int, dim: int = 0) -> Any:
 @register(torch.split, torch.Tensor.split)
 def _split(h: Dual, split_size_or_sections: Any, dim: int = 0) -> Any:
     (own,) = _inside(h, dim)
-    return _same(h, lambda z: z.split(split_size_or_sections, own))
+    return _same(h, lambda z: torch.split(z, split_size_or_sections, own))
 
 
 @register(torch.Tensor.__getitem__)
@@ -817,17 +823,15 @@ def _dropout(input: Dual, p: float = 0.5, training: bool = True, inplace: bool =
     return input
 
 
-def _each(function: Callable[..., Tensor], fixed: dict[str, Any] | None = None) -> Rule:
+def _each(function: Callable[..., Tensor]) -> Rule:
     def rule(h: Dual, *args: Any, **kwargs: Any) -> Dual:
-        if any(kwargs.get(k, v) != v for k, v in (fixed or {}).items()):
-            raise UnsupportedError(f"no rule for {function.__name__} with {kwargs}")
         return _same(h, lambda z: function(z, *args, **kwargs))  # type: ignore[no-any-return]
 
     return rule
 
 
-for _f in (F.avg_pool1d, F.avg_pool2d, F.interpolate, F.pixel_shuffle, F.pixel_unshuffle):
-    register(_f)(_each(_f))
+for _pool in (F.avg_pool1d, F.avg_pool2d, F.interpolate, F.pixel_shuffle, F.pixel_unshuffle):
+    register(_pool)(_each(_pool))
 
 
 @register(F.glu)
@@ -919,7 +923,7 @@ class _Head(torch.autograd.Function):
         return _head(flat, shift, source)
 
     @staticmethod
-    def backward(ctx: Any, gv: Tensor, gd: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gv: Tensor, gd: Tensor) -> tuple[Any, ...]:
         source = ctx.source
         v = raw_dual.probe_scale(
             source.backend, gd, source.key, source.ids, ctx.inner.numel(), source.kind
@@ -1036,8 +1040,8 @@ class Budget:
 STRUCTURAL: dict[Any, Rule] = {}
 
 
-def _structural(*functions: Any) -> Callable[[Rule], Rule]:
-    def add(rule: Rule) -> Rule:
+def _structural(*functions: Any) -> Callable[[R], R]:
+    def add(rule: R) -> R:
         STRUCTURAL.update(dict.fromkeys(functions, rule))
         return rule
 
@@ -1103,7 +1107,7 @@ def _chain_activation(kind: str, h: Chain, beta: float = 1.0, threshold: float =
     ones = h.primal.new_ones((1, h.primal_shape[1]))
     both = raw_dual.activate(
         h.backend, h.primal, ones, shift, 1, kind, beta, threshold, inner
-    ).unflatten(0, (2, -1))
+    ).reshape(2, *h.primal_shape)
     a, slope = both.unbind(0)
     return Chain(h.backend, a, _Factors(h.factors.weights, [*h.factors.diagonals, slope]))
 
@@ -1133,7 +1137,7 @@ def _chain_add(a: Any, b: Any) -> Chain:
     h, other = (a, b) if isinstance(a, Chain) else (b, a)
     if isinstance(other, Chain) or h.factors is None:
         raise UnsupportedError("not a chain: a sum of two branches")
-    if isinstance(other, Tensor) and torch.broadcast_shapes(h.shape, other.shape) != h.shape:
+    if isinstance(other, Tensor) and _broadcast(h, other) != h.shape:
         raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
     if not isinstance(other, Tensor):
         other = torch.full((), other, dtype=h.dtype, device=h.device)
@@ -1149,7 +1153,7 @@ def _chain_mul(a: Any, b: Any) -> Chain:
         raise UnsupportedError(
             "not a chain: a gate that depends on x, or is outside the hidden layers"
         )
-    if isinstance(other, Tensor) and torch.broadcast_shapes(h.shape, other.shape) != h.shape:
+    if isinstance(other, Tensor) and _broadcast(h, other) != h.shape:
         raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
     *before, last = h.factors.diagonals
     primal = h.primal if h.shift is None else h.primal + h.shift

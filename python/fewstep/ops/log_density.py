@@ -113,6 +113,7 @@ def log_density(
 
     Source: Chen et al., Neural ODEs, 2018, theorem 1; Grathwohl et al., FFJORD, 2019.
 
+    >>> import fewstep
     >>> decay = lambda x, t: -x  # x(t) = e^-t x(0), and log q rises by D t
     >>> x = torch.zeros(3, 2)
     >>> out = fewstep.log_density(decay, x, times=torch.linspace(0, 1, 21), base_at="start")

@@ -16,9 +16,7 @@ from fewstep.reference import probe as reference_probe
 
 Maybe = Tensor | None
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)
+_HAS_ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _ONEDNN = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN else None
 
 
@@ -278,5 +276,5 @@ for _name, _fake, _setup, _backward in (
     ("probe_dot", _fake_probe_dot, _setup_dot, _backward_dot),
     ("probe_scale", _fake_probe_scale, _setup_scale, _backward_scale),
 ):
-    torch.library.register_fake(f"fewstep::{_name}", _fake)  # type: ignore[arg-type]
-    torch.library.register_autograd(f"fewstep::{_name}", _backward, setup_context=_setup)  # type: ignore[arg-type]
+    torch.library.register_fake(f"fewstep::{_name}", _fake)
+    torch.library.register_autograd(f"fewstep::{_name}", _backward, setup_context=_setup)

@@ -67,10 +67,10 @@ def probes(
     def draw(k: Tensor, blocks: Tensor) -> Tensor:
         """`[K, B, blocks, 4]`"""
         sample = ids[None, :, None]
-        counter = torch.broadcast_tensors(
+        counter = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
             blocks | stage << 28, step, k | (sample >> 32) << 16, sample & _MASK
         )
-        return torch.stack(philox(counter, (seed & _MASK, seed >> 32 & _MASK)), -1)  # type: ignore[arg-type]
+        return torch.stack(philox(counter, (seed & _MASK, seed >> 32 & _MASK)), -1)
 
     if kind in ("gaussian", "sphere"):
         words = draw(ks, torch.arange(-(-d // 4), device=device)).double()
@@ -101,7 +101,8 @@ def _rows(draw, k: Tensor, d: int) -> Tensor:  # type: ignore[no-untyped-def]
     row = (k[..., 0] * (w[..., 0] | 1) + w[..., 2]) & mask
     row = row ^ row >> shift
     row = (row * (w[..., 1] | 1) + w[..., 3]) & mask
-    return (row ^ row >> shift)[..., None]
+    out: Tensor = (row ^ row >> shift)[..., None]
+    return out
 
 
 def _parity(v: Tensor) -> Tensor:

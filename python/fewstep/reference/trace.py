@@ -26,15 +26,17 @@ def transposed_products(
     velocity: Velocity, x: Tensor, t: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Velocity `[B, ...]` and `J' v_k`, `[K, B, ...]`, for v `[K, B, ...]`, in reverse mode."""
-    out, pullback = torch.func.vjp(lambda y: velocity(y, t), x)
+    out, pullback = torch.func.vjp(lambda y: velocity(y, t), x)  # type: ignore[misc]
     if out.shape != x.shape:
         raise ValueError(f"velocity must return {tuple(x.shape)} like x, got {tuple(out.shape)}")
-    return out, torch.func.vmap(lambda u: pullback(u)[0])(v)
+    rows: Tensor = torch.func.vmap(lambda u: pullback(u)[0])(v)
+    return out, rows
 
 
 def hutchinson(products: Tensor, v: Tensor) -> Tensor:
     """`<v_k, J v_k>`, `[K, B]`: each has expectation `tr J` if `E[v v'] = I`."""
-    return (products.flatten(2) * v.flatten(2)).sum(-1)
+    dots: Tensor = (products.flatten(2) * v.flatten(2)).sum(-1)
+    return dots
 
 
 def standard_error(estimates: Tensor, population: float = float("inf")) -> Tensor:
@@ -45,7 +47,8 @@ def standard_error(estimates: Tensor, population: float = float("inf")) -> Tenso
     count = estimates.shape[0]
     if count == 1:
         return torch.full_like(estimates[0], float("nan"))
-    return estimates.std(0) * ((1 / count - 1 / population) ** 0.5)
+    error: Tensor = estimates.std(0) * ((1 / count - 1 / population) ** 0.5)
+    return error
 
 
 def hutchpp(product: Product, sketch: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,4 +99,5 @@ def xtrace(product: Product, v: Tensor) -> Tensor:
     outside = (omega * y).sum(-2) - ((z.mT @ omega) * inside).sum(-2) - (inside * r).sum(-2)
     outside = outside + (inside * (h @ inside)).sum(-2)
     trace = h.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-    return (trace - (s * (h @ s)).sum(-2) + outside).movedim(-1, 0)
+    estimates: Tensor = (trace - (s * (h @ s)).sum(-2) + outside).movedim(-1, 0)
+    return estimates
