@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import traces
 from benchmarks.dense import (
     dense_drift,
     divergence_averaged,
@@ -315,7 +316,7 @@ _FEWSTEP = {"solve": _fewstep, "divergence": _fewstep_divergence, "drift": _fews
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 # By workload and contender.
-BUILDERS: dict[tuple[str, str], Callable[[Problem], Run]] = {
+BUILDERS: dict[tuple[str, str], Callable[[Any], Run]] = {
     **{
         (workload, backend): partial(builder, backend=backend)
         for workload, builder in _FEWSTEP.items()
@@ -340,8 +341,11 @@ BUILDERS: dict[tuple[str, str], Callable[[Problem], Run]] = {
     ("drift", "compile"): partial(_torch_drift, compiled=True),
 }
 
+BUILDERS |= traces.BUILDERS
+
 # What contenders are held to, run on float64 points.
-DEFINITIONS: dict[str, Callable[[Problem], Run]] = {
+DEFINITIONS: dict[str, Callable[[Any], Run]] = {
+    **traces.DEFINITIONS,
     "alternating": BUILDERS["solve", "reference"],
     "unrolled": BUILDERS["solve", "eager"],
     "averaged": _torch_averaged,

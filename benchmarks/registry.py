@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 Array = np.ndarray
-Workload = Literal["solve", "divergence", "drift"]
+TraceWorkload = Literal["trace", "trace-training", "log-density"]
+Workload = Literal["solve", "divergence", "drift"] | TraceWorkload
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Case:
         if self.distinct is None:
             return self
         return replace(self, n=self.distinct, m=self.distinct, distinct=None)
+
+    @property
+    def value_rtol(self) -> float:
+        return VALUE_RTOL
 
     @property
     def shape(self) -> str:
@@ -216,6 +221,11 @@ class Problem:
     def scale(self) -> float:
         return self.case.scale
 
+    @property
+    def in_float64(self) -> Problem:
+        x, y, x_self = (p.astype("f8") for p in (self.x, self.y, self.x_self))
+        return replace(self, x=x, y=y, x_self=x_self)
+
 
 def schedule(x: Array, y: Array, eps: float) -> tuple[float, ...]:
     """The temperature of each sweep of geomloss for `|x-y|^2 / 2` and `scaling=0.5`.
@@ -267,6 +277,150 @@ def draw(case: Case, device: str = "cpu") -> Problem:
     return Problem(case, x, y, x_self, temperatures[case.workload], device)
 
 
+@dataclass(frozen=True)
+class TraceCase:
+    """The Jacobian trace of an MLP on `[x, t]` for B samples in D dimensions, SiLU between layers.
+
+    A "trace" has velocity and divergence, without gradients; "trace-training" the gradients for
+    the parameters of a loss of both; "log-density" that of 256 digits over `steps` of Heun, by a
+    small flow-matching model of them. Everybody is handed the probes; ours draws its own.
+
+    Attributes:
+        layers: linear ones.
+        estimator: "exact" or "hutchinson".
+        steps: of a log-density.
+    """
+
+    name: str
+    workload: TraceWorkload
+    d: int
+    width: int
+    layers: int
+    batch: int
+    estimator: Literal["exact", "hutchinson"] = "hutchinson"
+    probes: int = 1
+    steps: int | None = None
+    contenders: tuple[str, ...] = ()
+    quick: bool = False
+    default: bool = True
+
+    sweep = False
+    iterations = None
+    backward = False
+    dtype = "float32"
+    value_rtol = 1e-4  # of the mean value: sums of D products, over up to 40 evaluations
+
+    @property
+    def without_copies(self) -> TraceCase:
+        return self
+
+    @property
+    def shape(self) -> str:
+        return f"D {self.d}, width {self.width}, {self.layers} linear, B {self.batch}"
+
+    @property
+    def pairs(self) -> int:
+        return self.batch
+
+    def columns(self) -> dict[str, Any]:
+        """What a CSV row says of its case."""
+        return {
+            "case": self.name,
+            "workload": self.workload,
+            "B": self.batch,
+            "D": self.d,
+            "width": self.width,
+            "layers": self.layers,
+            "estimator": self.estimator,
+            "probes": self.probes,
+            "steps": self.steps,
+        }
+
+
+@dataclass(frozen=True)
+class TraceProblem:
+    """A trace's case with its numbers drawn: x `[B, D]`, t `[B]`."""
+
+    case: TraceCase
+    x: Array = field(repr=False)
+    t: Array = field(repr=False)
+    device: str = "cpu"
+
+    @property
+    def iterations(self) -> int:
+        return self.case.steps or 1
+
+    @property
+    def in_float64(self) -> TraceProblem:
+        return replace(self, x=self.x.astype("f8"), t=self.t.astype("f8"))
+
+
+_LOOPS = ("reverse", "torch-func", "zuko")
+_ONE = ("plain", "cpp", "cpp-solve", "reverse", "ffjord", "torch-func")
+
+
+def _traces() -> list[TraceCase]:
+    shapes = {
+        "d64": (64, 256, 3, 256),
+        "d784": (784, 256, 3, 256),
+        "d64_w512": (64, 512, 4, 512),
+        "d64_w1024": (64, 1024, 4, 256),
+    }
+    cases = []
+    for name in ("d64", "d784"):
+        who = ("plain", "cpp", "cpp-solve", *_LOOPS)
+        cases.append(
+            TraceCase(f"trace_exact_{name}", "trace", *shapes[name], "exact", contenders=who)
+        )
+    for name, shape in shapes.items():
+        cases.append(TraceCase(f"trace_1_{name}", "trace", *shape, contenders=_ONE))
+    for name in ("d64_w512", "d784"):
+        who = ("plain", "cpp", "cpp-solve", "reverse", "torch-func")
+        cases.append(TraceCase(f"trace_8_{name}", "trace", *shapes[name], probes=8, contenders=who))
+    for name in ("d64", "d64_w512", "d784"):
+        who = ("plain", "cpp", "reverse", "ffjord")
+        cases.append(
+            TraceCase(f"trace_training_{name}", "trace-training", *shapes[name], contenders=who)
+        )
+    model = (64, 256, 3, 256)
+    cases += [
+        TraceCase(
+            "logp_exact", "log-density", *model, "exact", steps=20, contenders=("plain", "cpp")
+        ),
+        TraceCase(
+            "logp_1",
+            "log-density",
+            *model,
+            steps=20,
+            contenders=("plain", "cpp", "cpp-solve", "reverse", "ffjord"),
+        ),
+        TraceCase(
+            "trace_small", "trace", *(5, 16, 3, 8), contenders=_ONE, quick=True, default=False
+        ),
+        TraceCase("trace_small_exact", "trace", *(5, 16, 3, 8), "exact", quick=True, default=False),
+        TraceCase(
+            "trace_small_training", "trace-training", *(5, 16, 3, 8), quick=True, default=False
+        ),
+    ]
+    return cases
+
+
+TRACE_CASES = {case.name: case for case in _traces()}
+
+
+def draw_trace(case: TraceCase, device: str = "cpu") -> TraceProblem:
+    """Normal x and uniform t, seeded."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((case.batch, case.d)).astype(case.dtype)
+    return TraceProblem(case, x, rng.random(case.batch).astype(case.dtype), device)
+
+
+AnyCase = Case | TraceCase
+# What `benchmarks.run` can be asked for.
+FAMILIES: Mapping[str, Mapping[str, AnyCase]] = {"sinkhorn": CASES, "trace": TRACE_CASES}
+ALL_CASES: Mapping[str, AnyCase] = {**CASES, **TRACE_CASES}
+
+
 # Error allowed to value (largest over its mean) and gradients (relative norm), float32 against
 # float64. One iteration fewer is off by 1e-3 and more in the cases above.
 VALUE_RTOL = 1e-5
@@ -298,7 +452,7 @@ class Contender:
     devices: tuple[str, ...] = ("cpu", "cuda")
     note: str = ""
 
-    def enters(self, case: Case) -> bool:
+    def enters(self, case: AnyCase) -> bool:
         """Whether it is timed on this case; the reference only where that is quick.
 
         What keeps nothing is for the sweep, which names it.
@@ -309,12 +463,14 @@ class Contender:
             return self.name != STREAMED
         return self.name in case.contenders
 
-    def definition_for(self, case: Case) -> str:
+    def definition_for(self, case: AnyCase) -> str:
         """The entry of `definitions`, less the distinction that only gradients make."""
         name = self.definitions[case.workload]
         return "alternating" if name == "unrolled" and not case.backward else name
 
-    def note_for(self, case: Case) -> str:
+    def note_for(self, case: AnyCase) -> str:
+        if not isinstance(case, Case):
+            return self.note
         if case.workload != "solve":
             return ""
         unrolled = case.backward and self.definition_for(case) == "unrolled"
@@ -328,7 +484,14 @@ _FEWSTEP: Mapping[Workload, str] = {
     "solve": "alternating",
     "divergence": "symmetric",
     "drift": "drift",
+    "trace": "trace",
+    "trace-training": "trace-training",
+    "log-density": "log-density",
 }
+_TRACES: Mapping[Workload, str] = {w: w for w in ("trace", "trace-training", "log-density")}
+_FIXED: Mapping[Workload, str] = {"trace": "trace", "log-density": "log-density-fixed"}
+_FIXED_TRAINED: Mapping[Workload, str] = {**_FIXED, "trace-training": "trace-training"}
+_PLAIN: Mapping[Workload, str] = {w: f"plain-{w}" for w in _TRACES}
 _TORCH: Mapping[Workload, str] = {
     "solve": "unrolled",
     "divergence": "geomloss",
@@ -372,6 +535,41 @@ CONTENDERS = {
             "ott-jax",
             "peer",
             {"solve": "alternating", "divergence": "ott"},
+        ),
+        Contender(
+            "cpp-solve",
+            "fewstep (cpp), within a solve",
+            "fewstep",
+            "fewstep",
+            _FIXED,
+            ("cpu",),
+            note="probes and weights as in the call before: their products are kept",
+        ),
+        Contender("plain", "velocity alone", "torch", "torch", _PLAIN),
+        Contender(
+            "reverse",
+            "flow_matching-style",
+            "torch",
+            "torch",
+            _FIXED_TRAINED,
+            note="a reverse pass for each of its fixed probes, re-implemented",
+        ),
+        Contender(
+            "ffjord",
+            "FFJORD-style",
+            "torch",
+            "torch",
+            {w: f"{d}-gaussian" for w, d in _FIXED_TRAINED.items()},
+            note="a fixed Gaussian probe, the graph always built; re-implemented",
+        ),
+        Contender("torch-func", "torch.func", "torch", "torch", {"trace": "trace"}),
+        Contender(
+            "zuko",
+            "zuko-style",
+            "torch",
+            "torch",
+            {"trace": "trace"},
+            note="one batched reverse pass with the identity, re-implemented",
         ),
     )
 }

@@ -1,6 +1,7 @@
 """Time `fewstep` beside eager torch, torch.compile and other libraries: one process per row.
 
     python -m benchmarks.run sinkhorn --peers
+    python -m benchmarks.run trace --peers
 
 Every contender solves the same drawn points at the same eps with the same number of iterations,
 must agree with the float64 reference before it is timed, and runs alone on a fixed set of cores.
@@ -26,16 +27,33 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plot, table
-from benchmarks.registry import BUSY_CORES, CASES, CONTENDERS, Case, Contender
+from benchmarks.registry import (
+    ALL_CASES,
+    BUSY_CORES,
+    CONTENDERS,
+    FAMILIES,
+    AnyCase,
+    Case,
+    Contender,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-COLUMNS = (
-    *("case", "workload", "B", "N", "M", "D", "iterations", "cost", "eps_of_mean", "backward"),
-    *("dtype", "contender", "version", "median_s", "q25_s", "q75_s", "repeats", "first_call_s"),
+_TIMED = (
+    *("contender", "version", "median_s", "q25_s", "q75_s", "repeats", "first_call_s"),
     *("peak_mb", "other_cores", "value_error", "grad_error", "speedup_vs_best_peer"),
-    *("pair_iterations_per_s", "device", "threads", "machine", "torch", "commit", "date", "note"),
 )
+_RUN = ("device", "threads", "machine", "torch", "commit", "date", "note")
+COLUMNS = {
+    "sinkhorn": (
+        *("case", "workload", "B", "N", "M", "D", "iterations", "cost", "eps_of_mean", "backward"),
+        *("dtype", *_TIMED, "pair_iterations_per_s", *_RUN),
+    ),
+    "trace": (
+        *("case", "workload", "B", "D", "width", "layers", "estimator", "probes", "steps"),
+        *(*_TIMED, "over_plain", "saved_mb", "rmse", *_RUN),
+    ),
+}
 
 
 def say(text: str) -> None:
@@ -122,13 +140,18 @@ def derive(rows: list[dict[str, Any]], peers: bool) -> None:
     others = [
         row["median_s"]
         for row in rows
-        if "median_s" in row and CONTENDERS[row["contender"]].kind != "fewstep"
+        if "median_s" in row
+        and row["contender"] != "plain"
+        and CONTENDERS[row["contender"]].kind != "fewstep"
     ]
+    plain = next((r.get("median_s") for r in rows if r["contender"] == "plain"), None)
     for row in rows:
         if "median_s" not in row:
             continue
-        pairs = CASES[row["case"]].pairs * row["iterations"]
+        pairs = ALL_CASES[row["case"]].pairs * row["iterations"]
         row["pair_iterations_per_s"] = pairs / row["median_s"]
+        if plain is not None:
+            row["over_plain"] = row["median_s"] / plain
         if peers and others:
             row["speedup_vs_best_peer"] = min(others) / row["median_s"]
 
@@ -148,12 +171,14 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def too_slow(
-    case: Case, contender: Contender, rows: list[dict[str, Any]], limit: float
+    case: AnyCase, contender: Contender, rows: list[dict[str, Any]], limit: float
 ) -> str | None:
     """Why a peer is left out: its calls would pass `limit` seconds at the rate of an earlier case.
 
     The rate is that of the largest case of the same kind, batch and dimension.
     """
+    if not isinstance(case, Case):
+        return None
     kind = (contender.name, case.workload, case.batch, case.d)
     rates = {
         row["N"] * row["M"]: row["pair_iterations_per_s"]
@@ -167,7 +192,7 @@ def too_slow(
 
 
 def attempt(
-    case: Case, contender: Contender, args: argparse.Namespace, scratch: Path
+    case: AnyCase, contender: Contender, args: argparse.Namespace, scratch: Path
 ) -> dict[str, Any]:
     """What one process reports of one contender, or why there is nothing."""
     env = environment(args.threads, scratch)
@@ -188,7 +213,7 @@ def attempt(
 
 
 def run_case(
-    case: Case,
+    case: AnyCase,
     contenders: list[Contender],
     args: argparse.Namespace,
     scratch: Path,
@@ -214,7 +239,9 @@ def run_case(
     rows = list(by_name.values())
     derive(rows, args.peers)
     for row in rows:
-        if "median_s" in row and CONTENDERS[row["contender"]].kind == "fewstep":
+        if "over_plain" in row:
+            say(f"  {CONTENDERS[row['contender']].label}: {row['over_plain']:.2f}x velocity alone")
+        elif "median_s" in row and CONTENDERS[row["contender"]].kind == "fewstep":
             speedup = row.get("speedup_vs_best_peer")
             say(
                 f"  {row['contender']}: {row['pair_iterations_per_s']:.2e} pair-iterations/s"
@@ -223,9 +250,9 @@ def run_case(
     return rows
 
 
-def write(rows: list[dict[str, Any]], path: Path) -> None:
+def write(rows: list[dict[str, Any]], path: Path, op: str = "sinkhorn") -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer = csv.DictWriter(file, COLUMNS[op], lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -235,10 +262,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("op", choices=["sinkhorn"])
+    parser.add_argument("op", choices=FAMILIES)
     parser.add_argument("--peers", action="store_true", help="other libraries too (fewstep[bench])")
     parser.add_argument("--quick", action="store_true", help="small cases, half a second each")
-    parser.add_argument("--case", action="append", choices=CASES, help="only this one; repeatable")
+    parser.add_argument(
+        "--case", action="append", choices=ALL_CASES, help="only this one; repeatable"
+    )
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="only this contender")
     parser.add_argument("--threads", type=int, default=2, help="cores of every process")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -251,6 +280,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
     if not 1 <= args.threads <= cores:
         parser.error(f"--threads must be from 1 to the {cores} cores here, got {args.threads}")
+    if unknown := [name for name in args.case or () if name not in FAMILIES[args.op]]:
+        parser.error(f"--case: {unknown[0]} is none of {args.op}")
     if args.budget is None:
         args.budget = 0.5 if args.quick else 3.0
     if args.rounds < 1:
@@ -263,7 +294,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    cases = [CASES[name] for name in args.case or CASES]
+    family = FAMILIES[args.op]
+    cases = [family[name] for name in args.case or family]
     if not args.case:
         cases = [case for case in cases if (case.quick if args.quick else case.default)]
     wanted = [
@@ -297,12 +329,12 @@ def main(argv: list[str] | None = None) -> None:
             entered = [contender for contender in contenders if contender.enters(case)]
             new = run_case(case, entered, args, Path(scratch), rows) if entered else []
             rows += [row | common for row in new]
-            write(rows, partial)
+            write(rows, partial, args.op)
     if not any("median_s" in row for row in rows):
         sys.exit(f"benchmarks.run: nothing could be timed; the reasons are above and in {partial}")
     os.replace(partial, args.out)
     say(f"\nwrote {args.out} after {(time.monotonic() - start) / 60:.0f} minutes")
-    if any("median_s" in row and CASES[row["case"]].sweep for row in rows):
+    if any("median_s" in row and ALL_CASES[row["case"]].sweep for row in rows):
         if installed("matplotlib"):
             picture = args.out.with_suffix(".png")
             plot.draw(table.read(args.out), picture)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.plot import curves
-from benchmarks.registry import CASES, STREAMED
+from benchmarks.registry import CASES, STREAMED, TRACE_CASES
 from benchmarks.table import ROOT, Row, duration, ours_of, read
 
 # (case, contender, how many times faster ours is to be)
@@ -36,6 +36,27 @@ LARGEST = "sweep_n100000_d3"
 # The largest over the smallest time per pair and iteration in the sweep over N, with nothing kept
 # between passes: what is kept is faster to read the nearer the cache that it fits.
 FLAT = 1.5
+
+# (case, contender of ours, another contender, at most this many times its median)
+TRACES = (
+    ("trace_exact_d64", "cpp", "plain", 2.2),
+    ("trace_exact_d784", "cpp", "plain", 1.5),
+    ("trace_exact_d784", "cpp-solve", "plain", 1.5),
+    ("trace_1_d64", "cpp", "plain", 2.0),
+    ("trace_1_d784", "cpp", "plain", 2.0),
+    ("trace_1_d64_w512", "cpp", "plain", 2.0),
+    ("trace_1_d64_w1024", "cpp", "plain", 2.0),
+    ("trace_8_d64_w512", "cpp", "reverse", 0.95),
+    ("trace_8_d784", "cpp", "reverse", 0.95),
+    ("trace_8_d784", "cpp-solve", "plain", 2.5),
+    ("trace_training_d64", "cpp", "plain", 2.0),
+    ("trace_training_d64_w512", "cpp", "plain", 2.0),
+    ("trace_training_d784", "cpp", "plain", 2.0),
+    ("logp_exact", "cpp", "plain", 1.8),
+    ("logp_1", "cpp", "plain", 2.1),
+)
+SAVED = 2.4  # times what plain training saves
+RMSE = 0.2  # of a fresh probe's log-density, times that of a fixed one
 
 
 def drift_flops(name: str) -> int:
@@ -82,13 +103,38 @@ def compare(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
         yield f"{drift}, matrix products", text, None
 
 
+def compare_traces(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
+    """The same for the trace family."""
+
+    def number(case: str, contender: str, column: str) -> float | None:
+        own = (r[column] for r in rows if (r["case"], r["contender"]) == (case, contender))
+        return next((float(v) for v in own if v), None)
+
+    wanted = [(*target[:3], "median_s", target[3]) for target in TRACES]
+    wanted += [
+        (case, "cpp", "plain", "saved_mb", SAVED)
+        for case, contender, *_ in TRACES
+        if case.startswith("trace_training")
+    ]
+    wanted.append(("logp_1", "cpp", "cpp-solve", "rmse", RMSE))
+    for case, contender, other, column, most in wanted:
+        what = f"{case}, {contender} over {other}" + f", {column}" * (column != "median_s")
+        own, base = number(case, contender, column), number(case, other, column)
+        if own is None or base is None:
+            yield what, "not measured", False
+        else:
+            yield what, f"{own / base:.2f}x, target at most {most}x", own / base <= most
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.targets", description=__doc__)
     default = ROOT / "benchmarks" / "results" / "sinkhorn_cpu.csv"
     parser.add_argument("csv", type=Path, nargs="?", default=default)
     args = parser.parse_args(argv)
     missed = False
-    for what, text, reached in compare(read(args.csv)):
+    rows = read(args.csv)
+    traces = any(row["case"] in TRACE_CASES for row in rows)
+    for what, text, reached in (compare_traces if traces else compare)(rows):
         mark = {True: "reached", False: "MISSED", None: ""}[reached]
         sys.stdout.write(f"{what:48s}{text:52s}{mark}".rstrip() + "\n")
         missed |= reached is False

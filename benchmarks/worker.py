@@ -14,7 +14,6 @@ import json
 import os
 import resource
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,31 @@ import numpy as np
 import torch
 
 from benchmarks.peers import BUILDERS, DEFINITIONS, Run, numpy_outputs
-from benchmarks.registry import CASES, CONTENDERS, GRAD_RTOL, VALUE_RTOL, Contender, Problem, draw
+from benchmarks.registry import (
+    ALL_CASES,
+    CONTENDERS,
+    GRAD_RTOL,
+    AnyCase,
+    Case,
+    Contender,
+    Problem,
+    TraceProblem,
+    draw,
+    draw_trace,
+)
 
 MIN_REPEATS, MAX_REPEATS = 3, 1000
 # Fewer calls than MIN_REPEATS where they take over this many budgets.
 SLOW_BUDGETS = 4
 
 
-def expect(problem: Problem, definition: str) -> list[np.ndarray]:
+def drawn(case: AnyCase, device: str = "cpu") -> Problem | TraceProblem:
+    return draw(case, device) if isinstance(case, Case) else draw_trace(case, device)
+
+
+def expect(problem: Problem | TraceProblem, definition: str) -> list[np.ndarray]:
     """Outputs for the same points in float64 by one of `DEFINITIONS`."""
-    x, y, x_self = (p.astype("f8") for p in (problem.x, problem.y, problem.x_self))
-    return numpy_outputs(DEFINITIONS[definition](replace(problem, x=x, y=y, x_self=x_self))())
+    return numpy_outputs(DEFINITIONS[definition](problem.in_float64)())
 
 
 def errors(outputs: list[np.ndarray], expected: list[np.ndarray]) -> tuple[float, float]:
@@ -101,7 +114,7 @@ def forget_peak(device: str) -> None:
 
 
 def measure(
-    contender: Contender, problem: Problem, expected: list[np.ndarray], budget: float
+    contender: Contender, problem: Problem | TraceProblem, expected: list[np.ndarray], budget: float
 ) -> dict[str, Any]:
     """Errors against `expected`, and, where they are within the tolerances, time and memory.
 
@@ -123,8 +136,9 @@ def measure(
     if len(outputs) > 1:
         row["grad_error"] = grad_error
     del outputs
-    if not (value_error <= VALUE_RTOL and grad_error <= GRAD_RTOL):
+    if not (value_error <= problem.case.value_rtol and grad_error <= GRAD_RTOL):
         return row | {"note": "disagrees with the float64 reference: not timed"}
+    row |= getattr(run, "more", dict)()
     forget_peak(problem.device)
     # One more warm-up call where it costs little: allocators and branch predictors settle.
     if time.perf_counter() - start < budget:
@@ -151,16 +165,16 @@ def machine(device: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.worker", description=__doc__)
-    parser.add_argument("case", choices=CASES)
+    parser.add_argument("case", choices=ALL_CASES)
     parser.add_argument("contender", choices=[*DEFINITIONS, *CONTENDERS])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=float, default=5.0)
     parser.add_argument("--expected", type=Path)
     parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args(argv)
-    case = CASES[args.case]
+    case = ALL_CASES[args.case]
     if args.contender in DEFINITIONS:
-        np.savez(args.result, *expect(draw(case.without_copies), args.contender))
+        np.savez(args.result, *expect(drawn(case.without_copies), args.contender))
         return
     from fewstep._library import BACKENDS, unavailable
 
@@ -174,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     if reason is None:
         with np.load(args.expected) as file:
             expected = list(file.values())
-        row |= measure(contender, draw(case, args.device), expected, args.budget)
+        row |= measure(contender, drawn(case, args.device), expected, args.budget)
     else:
         row["note"] = f"unavailable: {reason}"
     args.result.write_text(json.dumps(row))

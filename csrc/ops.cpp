@@ -24,4 +24,21 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
       "sinkhorn_drift(Tensor x, Tensor y, Tensor x_self, Tensor? uncond, Tensor weights, Tensor guidance, Tensor eps,"
       " int cost, int max_iter, bool joint, bool scaled, bool unit, int? diagonal, int memory_limit)"
       " -> (Tensor velocity, Tensor scale, Tensor rms, Tensor residual, Tensor entropy, Tensor peak)");
+
+  // Stacks [(K + 1) B, ...]: the primal, then K tangents. A probe is known by (seed, step, stage) = key and its sample.
+  m.def(
+      "dual_activate(Tensor z, Tensor? shared, Tensor? shift, int tangents, int kind, float beta, float threshold,"
+      " int inner) -> Tensor");
+  m.def(
+      "dual_activate_backward(Tensor g, Tensor z, Tensor? shared, Tensor? shift, int tangents, int kind, float beta,"
+      " float threshold, int inner) -> Tensor");
+  m.def(
+      "dual_norm(Tensor z, Tensor? shift, Tensor? weight, Tensor? bias, int tangents, int groups, bool centred,"
+      " float eps) -> Tensor");
+  m.def(
+      "dual_norm_backward(Tensor g, Tensor z, Tensor? shift, Tensor? weight, int tangents, int groups, bool centred,"
+      " float eps) -> (Tensor gz, Tensor gw, Tensor gb)");
+  m.def("probe(Tensor like, Tensor key, Tensor? ids, int probes, int kind) -> Tensor");
+  m.def("probe_dot(Tensor y, Tensor key, Tensor? ids, int probes, int kind) -> Tensor");
+  m.def("probe_scale(Tensor g, Tensor key, Tensor? ids, int d, int kind) -> Tensor");
 }

@@ -13,15 +13,21 @@ from fewstep.ops.divergence import (  # noqa: E402
 )
 from fewstep.ops.drift import Drift, sinkhorn_drift  # noqa: E402
 from fewstep.ops.implicit import ConvergenceError  # noqa: E402
+from fewstep.ops.log_density import LogDensity, log_density  # noqa: E402
 from fewstep.ops.sinkhorn import SinkhornResult, sinkhorn, transport  # noqa: E402
+from fewstep.ops.trace import Divergence, divergence  # noqa: E402
 
 __version__ = version("fewstep")
 __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
+    "Divergence",
     "DivergenceResult",
     "Drift",
+    "LogDensity",
     "SinkhornResult",
+    "divergence",
+    "log_density",
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_drift",

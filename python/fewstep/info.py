@@ -10,9 +10,13 @@ import torch
 
 from fewstep import __version__
 from fewstep._library import BACKENDS, DEFAULT_ORDER, cuda_library, load_cpp, unavailable
-from fewstep.ops import drift
+from fewstep.ops import drift, trace
 
-OPS = ("sinkhorn", "sinkhorn_drift")  # the first with the transport and barycenter of its result
+OPS = (
+    "sinkhorn",
+    "sinkhorn_drift",
+    "divergence",
+)  # the first with the transport and barycenter of its result
 
 
 def report() -> str:
@@ -36,11 +40,15 @@ def report() -> str:
     ]
     for op in OPS:
         for device in ("cpu", "cuda"):
-            default = next(b for b in DEFAULT_ORDER[device] if unavailable(b, device) is None)
+            serves = trace.unsupported if op == "divergence" else lambda _: None
+            order = [b for b in DEFAULT_ORDER[device] if serves(b) is None]
+            default = next(b for b in order if unavailable(b, device) is None)
             for backend in BACKENDS:
                 reason = unavailable(backend, device)
                 if op == "sinkhorn_drift":
                     reason = reason or drift.unsupported(backend, None)
+                if op == "divergence":
+                    reason = reason or trace.unsupported(backend)
                 if reason is None and device == "cuda" and not torch.cuda.is_available():
                     reason = "no CUDA device"
                 status = f"no: {reason}" if reason else "yes"

@@ -42,7 +42,13 @@ def save_grid(path: Path, images: Tensor, *, columns: int) -> None:
 
 
 def save_comparison(
-    path: Path, real: Tensor, generated: Tensor, *, columns: int, names: Sequence[str] = ()
+    path: Path,
+    real: Tensor,
+    generated: Tensor,
+    *,
+    columns: int,
+    names: Sequence[str] = (),
+    real_names: Sequence[str] | None = None,
 ) -> None:
     """Write real and generated images side by side, row by row.
 
@@ -52,6 +58,7 @@ def save_comparison(
         generated (Tensor): likewise.
         columns (int): images in a row.
         names (Sequence[str]): of the rows, as many as there are; none where empty.
+        real_names (Sequence[str] | None): of the real rows; None: the same.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -64,13 +71,13 @@ def save_comparison(
     inch = 0.55 / max(h, w)
     figure = Figure((2 * columns * w * inch + 1, rows * h * inch + 0.6), dpi=120)
     FigureCanvasAgg(figure)
-    for axes, images, title in zip(
-        figure.subplots(1, 2), (real, generated), ("real", "generated"), strict=True
-    ):
+    real_names = names if real_names is None else real_names
+    sides = ((real, "real", real_names), (generated, "generated", names))
+    for axes, (images, title, own) in zip(figure.subplots(1, 2), sides, strict=True):
         axes.imshow(montage(images, columns).numpy(), interpolation="nearest")
         axes.set_title(title)
         axes.set_xticks([])
-        axes.set_yticks([h * (i + 0.5) for i in range(len(names))], names)
+        axes.set_yticks([h * (i + 0.5) for i in range(len(own))], own)
         axes.tick_params(length=0)
     figure.tight_layout()
     with replacing(path) as temporary:

@@ -168,7 +168,7 @@ def train(
     data = load(config.data)
     if len(data.images) < 12:
         raise ValueError(f"data: must have at least 12 images, got {len(data.images)}")
-    device = _device(config.device)
+    device = torch_device(config.device)
     run = Run(config, tuple(data.images.shape[1:]), data.names)
     _open(run, out, resume=resume, overwrite=overwrite)
     generator = _fit(run, data, out, device, progress=progress)
@@ -212,7 +212,7 @@ def sample(
 
     Without labels, a conditional generator's classes take turns.
     """
-    noise = torch.randn(n, generator.noise_dim, generator=_seeded(seed, 0))
+    noise = torch.randn(n, generator.noise_dim, generator=seeded(seed, 0))
     if labels is None and generator.classes:
         labels = torch.arange(n) % generator.classes
     images: Tensor = generator(noise, labels)
@@ -234,6 +234,14 @@ def read_run(out: Path) -> Run:
         raise ValueError(f"{out} holds no run of fewstep: {CONFIG} is missing") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def method_of(out: Path) -> str:
+    """The method of a run, by its `config.json`; "wflow" where that cannot tell."""
+    try:
+        return str(json.loads((out / CONFIG).read_text())["method"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return "wflow"
 
 
 def load_generator(out: Path) -> MLPGenerator:
@@ -299,7 +307,7 @@ def _fit(
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, fused=True)
     done = 0
     if (out / CHECKPOINT).exists():
-        _allocate(optimizer)
+        allocate(optimizer)
         done = checkpoint.restore(out / CHECKPOINT, _state(generator, average, optimizer))
 
     writer = SummaryWriter(str(out / LOGS), purge_step=done)
@@ -312,7 +320,7 @@ def _fit(
         mininterval=0.2 if sys.stderr.isatty() else 10,
     )
     classes = _classes(data)
-    with _deferred_signals() as stopped, bar, writer:
+    with deferred_signals() as stopped, bar, writer:
         for step in range(done, config.steps):
             labels, noise, real = _draw(config, classes, step)
             cosine = (1 + math.cos(math.pi * step / config.steps)) / 2
@@ -361,7 +369,7 @@ def _generator(run: Run) -> MLPGenerator:
         )
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -384,7 +392,7 @@ def _draw(config: TrainConfig, classes: list[Tensor], step: int) -> tuple[Tensor
 
     Images are drawn without replacement, or with it from a class of fewer than N.
     """
-    rng = _seeded(config.seed, step + 1)
+    rng = seeded(config.seed, step + 1)
     groups, n = min(config.groups, len(classes)), config.batch
     labels = torch.randperm(len(classes), generator=rng)[:groups]
 
@@ -399,7 +407,7 @@ def _draw(config: TrainConfig, classes: list[Tensor], step: int) -> tuple[Tensor
     return labels, noise, real
 
 
-def _seeded(seed: int, step: int) -> torch.Generator:
+def seeded(seed: int, step: int) -> torch.Generator:
     word = np.random.SeedSequence([seed, step]).generate_state(1)[0]
     return torch.Generator().manual_seed(int(word))
 
@@ -415,7 +423,7 @@ def _state(
     return state
 
 
-def _allocate(optimizer: torch.optim.Optimizer) -> None:
+def allocate(optimizer: torch.optim.Optimizer) -> None:
     """Make Adam create its moments, which it does at its first step; `restore` fills them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -424,7 +432,7 @@ def _allocate(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def _deferred_signals() -> Iterator[threading.Event]:
+def deferred_signals() -> Iterator[threading.Event]:
     """Turn the first SIGINT or SIGTERM into an event; the next one acts as ever."""
     stopped = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)

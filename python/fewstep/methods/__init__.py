@@ -1,5 +1,6 @@
 """Training methods: small callable objects, `(networks, batch) -> loss`."""
 
+from fewstep.methods.reflow import MarginalReflow
 from fewstep.methods.wflow import WFlow
 
-__all__ = ["WFlow"]
+__all__ = ["MarginalReflow", "WFlow"]

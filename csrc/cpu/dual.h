@@ -1,0 +1,80 @@
+// Dual numbers [primal; K tangents] through the layers of a network, and the probes that start and end them.
+// A stack is [K + 1, count], the primal first. Kernels, compiled once per instruction set (dual.inl), work on ranges of
+// samples or elements that the caller hands to threads: PyTorch's own, which its matrix products between them keep
+// warm.
+#pragma once
+
+#include <cstdint>
+
+namespace fewstep::cpu {
+
+enum class Activation : int64_t { silu, gelu, gelu_tanh, tanh, softplus, relu, sigmoid };
+
+template <class T>
+struct Elementwise {
+  Activation kind;
+  T beta, threshold;  // of softplus
+  int64_t count;      // elements of the primal
+  int64_t tangents;
+  const T* z;       // [K + 1, count], or [count] where tangents are shared
+  const T* shared;  // [K, period], the tangents of every sample; or null
+  int64_t period;
+  const T* shift;  // added to element e of the primal before anything else: shift[e / inner % channels]; or null
+  int64_t channels, inner;
+};
+
+// x^ = (x - mean) r (or x r where not centred), r = (mean square + eps)^(-1/2), over rows of n; out = w x^ + b.
+template <class T>
+struct Norm {
+  int64_t rows, n, groups, tangents;
+  bool centred;
+  double eps;
+  const T* z;      // [K + 1, rows, n]
+  const T* shift;  // [period, n] added to row i % period of the primal; or null
+  int64_t period;
+  const T* weight;  // [groups, n] for row i % groups; or null
+  const T* bias;    // likewise
+};
+
+enum class ProbeKind : int64_t { rademacher, hadamard, gaussian, sphere };
+
+// Probe k of sample i has the coordinates [d] drawn from (seed, ids[i], step, stage, k).
+struct Probes {
+  ProbeKind kind;
+  const int64_t* ids;  // [B]; null: the index
+  uint64_t seed;
+  uint32_t step, stage;
+  int64_t batch, count, d;
+};
+
+template <class T>
+struct DualKernels {
+  // out [K + 1, count] = (a(z), a'(z) t_k), elements [begin, end).
+  void (*activate)(const Elementwise<T>&, T* out, int64_t begin, int64_t end);
+  // gz = (g a' + a'' sum_k g_k t_k, g_k a'), of the shape of z.
+  void (*activate_backward)(const Elementwise<T>&, const T* g, T* gz, int64_t begin, int64_t end);
+  // Rows [begin, end). Backward adds to the range's own gw, gb [groups, n].
+  void (*normalize)(const Norm<T>&, T* out, int64_t begin, int64_t end);
+  void (*normalize_backward)(const Norm<T>&, const T* g, T* gz, T* gw, T* gb, int64_t begin, int64_t end);
+  // out [K, B, d], items i + B k in [begin, end).
+  void (*probe)(const Probes&, T* out, int64_t begin, int64_t end);
+  // dots [K, B] of the probes with y [K, B, d]; scratch [d].
+  void (*probe_dot)(const Probes&, const T* y, T* dots, T* scratch, int64_t begin, int64_t end);
+  // out [K, B, d] = g [K, B] times the probes.
+  void (*probe_scale)(const Probes&, const T* g, T* out, int64_t begin, int64_t end);
+};
+
+namespace base {
+extern const DualKernels<float> kDualFloat;
+extern const DualKernels<double> kDualDouble;
+}  // namespace base
+namespace avx2 {
+extern const DualKernels<float> kDualFloat;
+extern const DualKernels<double> kDualDouble;
+}  // namespace avx2
+namespace avx512 {
+extern const DualKernels<float> kDualFloat;
+extern const DualKernels<double> kDualDouble;
+}  // namespace avx512
+
+}  // namespace fewstep::cpu

@@ -1,0 +1,275 @@
+// The CPU ops of dual numbers and probes: tensors in, ranges of work to the kernels, on PyTorch's threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/driver.h"
+#include "cpu/dual.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+namespace cpu = fewstep::cpu;
+
+constexpr int64_t kGrain = 16384;  // elements worth a thread's waking up
+
+template <class T>
+const cpu::DualKernels<T>& kernels() {
+  static constexpr cpu::Compiled<cpu::DualKernels> kByIsa[] = {
+      {cpu::base::kDualFloat, cpu::base::kDualDouble},
+#if defined(__x86_64__)
+      {cpu::avx2::kDualFloat, cpu::avx2::kDualDouble},
+      {cpu::avx512::kDualFloat, cpu::avx512::kDualDouble},
+#endif
+  };
+  return cpu::in_use<T>(kByIsa);
+}
+
+template <class F>
+auto dispatch(const Tensor& x, F&& body) {
+  if (x.scalar_type() == ScalarType::Float) return body(float{});
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "fewstep: float32 or float64 expected");
+  return body(double{});
+}
+
+template <class T>
+const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.data_ptr());
+}
+
+template <class T>
+const T* read_if(const Maybe& t) {
+  return t.has_value() ? read<T>(*t) : nullptr;
+}
+
+template <class T>
+T* write(Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+Maybe contiguous_if(const Maybe& t) { return t.has_value() ? Maybe(contiguous(*t)) : std::nullopt; }
+
+std::vector<int64_t> sizes(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+struct ActivationInputs {
+  Tensor z;
+  Maybe shared, shift;
+  int64_t tangents, kind, inner;
+  double beta, threshold;
+
+  template <class T>
+  cpu::Elementwise<T> as() const {
+    return {static_cast<cpu::Activation>(kind),
+            static_cast<T>(beta),
+            static_cast<T>(threshold),
+            z.numel() / (shared.has_value() ? 1 : tangents + 1),
+            tangents,
+            read<T>(z),
+            read_if<T>(shared),
+            shared.has_value() ? shared->numel() / std::max<int64_t>(tangents, 1) : 0,
+            read_if<T>(shift),
+            shift.has_value() ? shift->numel() : 1,
+            inner};
+  }
+};
+
+Tensor dual_activate(const Tensor& z, const Maybe& shared, const Maybe& shift, int64_t tangents, int64_t kind,
+                     double beta, double threshold, int64_t inner) {
+  const ActivationInputs in{contiguous(z), contiguous_if(shared), contiguous_if(shift), tangents, kind, inner, beta,
+                            threshold};
+  std::vector<int64_t> shape = sizes(z);
+  if (shared.has_value()) shape[0] *= tangents + 1;
+  Tensor out = new_empty(in.z, shape);
+  dispatch(z, [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::Elementwise<T> e = in.as<T>();
+    T* to = write<T>(out);
+    torch::stable::parallel_for(0, e.count, std::max<int64_t>(kGrain / (tangents + 1), 1),
+                                [&](int64_t begin, int64_t end) { kernels<T>().activate(e, to, begin, end); });
+  });
+  return out;
+}
+
+Tensor dual_activate_backward(const Tensor& g, const Tensor& z, const Maybe& shared, const Maybe& shift,
+                              int64_t tangents, int64_t kind, double beta, double threshold, int64_t inner) {
+  const ActivationInputs in{contiguous(z), contiguous_if(shared), contiguous_if(shift), tangents, kind, inner, beta,
+                            threshold};
+  const Tensor gc = contiguous(g);
+  Tensor out = new_empty(in.z, sizes(z));
+  dispatch(z, [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::Elementwise<T> e = in.as<T>();
+    const T* from = read<T>(gc);
+    T* to = write<T>(out);
+    torch::stable::parallel_for(
+        0, e.count, std::max<int64_t>(kGrain / (tangents + 1), 1),
+        [&](int64_t begin, int64_t end) { kernels<T>().activate_backward(e, from, to, begin, end); });
+  });
+  return out;
+}
+
+struct NormInputs {
+  Tensor z;
+  Maybe shift, weight, bias;
+  int64_t tangents, groups;
+  bool centred;
+  double eps;
+
+  int64_t n() const {
+    int64_t own = 1;
+    for (int64_t i = 1; i < z.dim(); ++i) own *= z.size(i);
+    return own / groups;
+  }
+  int64_t rows() const { return z.size(0) / (tangents + 1) * groups; }
+
+  template <class T>
+  cpu::Norm<T> as() const {
+    return {rows(),
+            n(),
+            groups,
+            tangents,
+            centred,
+            eps,
+            read<T>(z),
+            read_if<T>(shift),
+            shift.has_value() ? std::max<int64_t>(shift->numel() / n(), 1) : 1,
+            read_if<T>(weight),
+            read_if<T>(bias)};
+  }
+};
+
+Tensor dual_norm(const Tensor& z, const Maybe& shift, const Maybe& weight, const Maybe& bias, int64_t tangents,
+                 int64_t groups, bool centred, double eps) {
+  const NormInputs in{
+      contiguous(z), contiguous_if(shift), contiguous_if(weight), contiguous_if(bias), tangents, groups, centred, eps};
+  Tensor out = new_empty(in.z, sizes(z));
+  dispatch(z, [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::Norm<T> norm = in.as<T>();
+    T* to = write<T>(out);
+    torch::stable::parallel_for(0, norm.rows, std::max<int64_t>(kGrain / (norm.n * (tangents + 1)), 1),
+                                [&](int64_t begin, int64_t end) { kernels<T>().normalize(norm, to, begin, end); });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dual_norm_backward(const Tensor& g, const Tensor& z, const Maybe& shift,
+                                                      const Maybe& weight, int64_t tangents, int64_t groups,
+                                                      bool centred, double eps) {
+  const NormInputs in{
+      contiguous(z), contiguous_if(shift), contiguous_if(weight), std::nullopt, tangents, groups, centred, eps};
+  const Tensor gc = contiguous(g);
+  const int64_t width = groups * in.n();
+  Tensor gz = new_empty(in.z, sizes(z)), gw = new_zeros(in.z, {width}), gb = new_zeros(in.z, {width});
+  dispatch(z, [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::Norm<T> norm = in.as<T>();
+    // Chunks, and with them the sums over them, do not depend on the number of threads.
+    if (norm.rows == 0) return;
+    const cpu::Chunks chunks = cpu::Chunks::of(norm.rows, 1);
+    std::vector<T> sums(2 * width * chunks.count);
+    const T* from = read<T>(gc);
+    T *to = write<T>(gz), *w = write<T>(gw), *b = write<T>(gb);
+    torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t c = first; c < last; ++c) {
+        T* own = sums.data() + 2 * width * c;
+        kernels<T>().normalize_backward(norm, from, to, own, own + width, c * chunks.rows,
+                                        std::min((c + 1) * chunks.rows, norm.rows));
+      }
+    });
+    for (int64_t c = 0; c < chunks.count; ++c) {
+      const T* own = sums.data() + 2 * width * c;
+      for (int64_t j = 0; j < width; ++j) {
+        w[j] += own[j];
+        b[j] += own[width + j];
+      }
+    }
+  });
+  return {gz, gw, gb};
+}
+
+cpu::Probes probes(const Tensor& key, const Maybe& ids, int64_t batch, int64_t count, int64_t d, int64_t kind) {
+  const int64_t* k = read<int64_t>(key);
+  return {static_cast<cpu::ProbeKind>(kind),
+          read_if<int64_t>(ids),
+          static_cast<uint64_t>(k[0]),
+          static_cast<uint32_t>(k[1]),
+          static_cast<uint32_t>(k[2]),
+          batch,
+          count,
+          d};
+}
+
+template <class F>
+void over_probes(const cpu::Probes& p, const F& body) {
+  torch::stable::parallel_for(0, p.batch * p.count, std::max<int64_t>(kGrain / std::max<int64_t>(p.d, 1), 1), body);
+}
+
+int64_t per_sample(const Tensor& t, int64_t batch) { return batch == 0 ? 0 : t.numel() / batch; }
+
+Tensor probe(const Tensor& like, const Tensor& key, const Maybe& ids, int64_t count, int64_t kind) {
+  const Tensor kc = contiguous(key);
+  const Maybe ic = contiguous_if(ids);
+  std::vector<int64_t> shape = sizes(like);
+  shape.insert(shape.begin(), count);
+  Tensor out = new_empty(like, shape);
+  const cpu::Probes p = probes(kc, ic, like.size(0), count, per_sample(like, like.size(0)), kind);
+  dispatch(like, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = write<T>(out);
+    over_probes(p, [&](int64_t begin, int64_t end) { kernels<T>().probe(p, to, begin, end); });
+  });
+  return out;
+}
+
+Tensor probe_dot(const Tensor& y, const Tensor& key, const Maybe& ids, int64_t count, int64_t kind) {
+  const Tensor kc = contiguous(key), yc = contiguous(y);
+  const Maybe ic = contiguous_if(ids);
+  const int64_t batch = y.size(0) / count;
+  Tensor out = new_empty(y, {count, batch});
+  const cpu::Probes p = probes(kc, ic, batch, count, per_sample(y, batch * count), kind);
+  dispatch(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = write<T>(out);
+    const T* from = read<T>(yc);
+    over_probes(p, [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(p.d);
+      kernels<T>().probe_dot(p, from, to, scratch.data(), begin, end);
+    });
+  });
+  return out;
+}
+
+Tensor probe_scale(const Tensor& g, const Tensor& key, const Maybe& ids, int64_t d, int64_t kind) {
+  const Tensor kc = contiguous(key), gc = contiguous(g);
+  const Maybe ic = contiguous_if(ids);
+  const int64_t count = g.size(0), batch = g.size(1);
+  Tensor out = new_empty(g, {count, batch, d});
+  const cpu::Probes p = probes(kc, ic, batch, count, d, kind);
+  dispatch(g, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = write<T>(out);
+    const T* from = read<T>(gc);
+    over_probes(p, [&](int64_t begin, int64_t end) { kernels<T>().probe_scale(p, from, to, begin, end); });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fewstep, CPU, m) {
+  m.impl("dual_activate", TORCH_BOX(&dual_activate));
+  m.impl("dual_activate_backward", TORCH_BOX(&dual_activate_backward));
+  m.impl("dual_norm", TORCH_BOX(&dual_norm));
+  m.impl("dual_norm_backward", TORCH_BOX(&dual_norm_backward));
+  m.impl("probe", TORCH_BOX(&probe));
+  m.impl("probe_dot", TORCH_BOX(&probe_dot));
+  m.impl("probe_scale", TORCH_BOX(&probe_scale));
+}

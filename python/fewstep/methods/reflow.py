@@ -1,0 +1,407 @@
+"""MarginalReflow: reflow in windows, with the student's marginals aligned to the teacher's.
+
+Source: piecewise reflow, Yan et al., PeRFlow, arXiv 2405.07510; the regulariser after arXiv
+2606.29287, whose equations are not public: the form here is the gradient of the reverse KL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.ops import log_density as densities
+from fewstep.ops import trace
+from fewstep.ops.log_density import METHODS, TRACKERS, Path, standard_normal
+from fewstep.score import convert
+
+Field = Callable[[Tensor, Tensor], Tensor]
+WEIGHTS = ("one", "t^2")
+STARTS = ("teacher", "student")
+
+
+@dataclass(frozen=True)
+class MarginalReflow:
+    """The loss of a few-step student of a flow `x_t = (1 - t) x_data + t eps`, sampled from 1 to 0.
+
+    Time is cut at edges `1 = t_0 > ... > t_K = t_min`. In window k a student step starts from the
+    teacher's marginal `p_{k-1}`, which noise on data gives, and
+
+        trajectory  mean |v(x_t, t) - (x_e - x_s) / (t_k - t_{k-1})|^2,
+                    x_e by Heun on the teacher from x_s, x_t on the line between them;
+        alignment   mean w_k (Dl - <sg s_p(x_k, t_k), x_k>) / D,
+                    x_k by the student's own steps and Dl their change of log-density;
+        loss      = trajectory + lam * alignment.
+
+    The gradient of the alignment is that of `KL(r_k || p_k)`, with r_k the law of x_k and s_p the
+    teacher's score; its value is not. Equal trajectory losses leave marginals open (rotations cost
+    as much as dilations and change nothing); the alignment sees marginals alone. `windows=1` is
+    reflow, `lam=0` PeRFlow, bit for bit.
+
+    Sampling stops at t_min, since scores grow as 1 / t, with one denoise `x - t_min v(x, t_min)`.
+
+    Attributes:
+        windows: K, of equal length.
+        steps: of the student in a window, as at sampling.
+        method: of these steps, "euler" or "heun".
+        solver_steps: Heun steps of the teacher in a window.
+        lam: weight of the alignment.
+        warmup: training steps over which it rises to lam.
+        tracker: of Dl, see `fewstep.log_density`: "logdet" is right for few steps, up to some 64
+            dimensions; "trace" learns a wrong scale with one step a window (the ratio of the
+            variances where that of the deviations is right); "series" for more dimensions.
+        estimator, probes, probe: of traces, see `fewstep.divergence`.
+        start: of a window, "teacher", which the bound of `evaluate` needs, or "student": where its
+            own steps lead, held fixed.
+        weight: w_k, "one" or "t^2", which tames the scores of late windows.
+        t_min: the last edge.
+        backend: of `fewstep.divergence`.
+
+    Raises:
+        ValueError: a number outside its range, an unknown name.
+
+    >>> from fewstep.toys import GaussianMixture
+    >>> teacher = GaussianMixture(torch.tensor([[-2.0, 0], [2, 0]]), torch.full((2, 2), 0.1))
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+    >>> loss, metrics = MarginalReflow()(lambda x, t: net(x), teacher, teacher.sample(64))
+    >>> loss.backward()
+    >>> sorted(metrics)
+    ['alignment', 'change', 'lam', 'nonpositive', 'score', 'stein', 'trajectory']
+    """
+
+    windows: int = 4
+    steps: int = 1
+    method: str = "euler"
+    solver_steps: int = 8
+    lam: float = 0.1
+    warmup: int = 0
+    tracker: str = "logdet"
+    estimator: str = "auto"
+    probes: int = 1
+    probe: str = "rademacher"
+    start: str = "teacher"
+    weight: str = "one"
+    t_min: float = 0.02
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "steps", "solver_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"MarginalReflow: {name} must be at least 1, got {getattr(self, name)}"
+                )
+        for name in ("lam", "warmup"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"MarginalReflow: {name} must be at least 0, got {value}")
+        if not 0 < self.t_min < 1:
+            raise ValueError(f"MarginalReflow: t_min must be in (0, 1), got {self.t_min}")
+        for name, known in (
+            ("method", METHODS),
+            ("tracker", TRACKERS),
+            ("start", STARTS),
+            ("weight", WEIGHTS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"MarginalReflow: {name} must be one of {known}, got {getattr(self, name)!r}"
+                )
+
+    def edges(self, like: Tensor) -> Tensor:
+        """`t_0 ... t_K`, `[K + 1]`, in the dtype and on the device of a tensor."""
+        return torch.linspace(
+            1.0, self.t_min, self.windows + 1, dtype=like.dtype, device=like.device
+        )
+
+    def __call__(
+        self,
+        student: Field,
+        teacher: Field,
+        data: Tensor,
+        *,
+        score: Field | None = None,
+        generator: torch.Generator | None = None,
+        step: int = 0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one training step.
+
+        Args:
+            student (Callable): velocity `(x [B, ...], t [B])`, the network to be trained.
+            teacher (Callable): likewise; runs without gradient.
+            data (Tensor): `[B, ...]`, float32 or float64.
+            score (Callable | None): the teacher's score `(x, t)`; None: from its velocity.
+            generator (torch.Generator | None): of the windows, times and noise.
+            step (int): of training, for the warm-up, and the seed of the probes.
+
+        Returns:
+            tuple: the loss, a scalar, and detached scalars: `trajectory`, `alignment` (a surrogate,
+            not a KL), `lam`, `change` (mean Dl), `score` (mean norm), `stein` (mean of
+            `1 + <x_k, s_p> / D`, 0 in expectation where r_k = p_k), `nonpositive` (share of
+            determinants that are not positive, for "logdet"; 0 for others).
+
+        Raises:
+            ValueError: data without samples or features; as `fewstep.log_density`.
+            TypeError: data that is not floating.
+        """
+        options = self._options(data)
+        if data.shape[0] == 0:
+            raise ValueError(f"MarginalReflow: data must not be empty, got {tuple(data.shape)}")
+        batch, d = data.shape[0], data[0].numel()
+        device = data.device if generator is None else generator.device
+        drawn = {"generator": generator, "device": device}
+        k = torch.randint(self.windows, (batch,), **drawn).to(data.device)  # type: ignore[arg-type]
+        u = torch.rand(batch, dtype=data.dtype, **drawn).to(data.device)  # type: ignore[arg-type]
+        eps = torch.randn(data.shape, dtype=data.dtype, **drawn).to(data.device)  # type: ignore[arg-type]
+        edges = self.edges(data)
+        a, b = edges[k], edges[k + 1]
+        with torch.no_grad():
+            xs = self._starts(student, data, eps, k, edges)
+            xe = heun(teacher, xs, a, b, self.solver_steps)
+            target = (xe - xs) / _wide(b - a, xs)
+            xt = xs + (xe - xs) * _wide(u, xs)
+        trajectory = (student(xt, a + (b - a) * u) - target).square().mean()
+        lam = self.lam * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lam
+        metrics = {"trajectory": trajectory.detach(), "lam": trajectory.new_tensor(lam)}
+        if lam == 0:
+            return trajectory, metrics
+        score = score_of(teacher) if score is None else score
+        surrogate, path, s = self.alignment(student, score, xs, a, b, options=options, step=step)
+        w = b.square() if self.weight == "t^2" else torch.ones_like(b)
+        alignment = (w * surrogate).mean() / d
+        with torch.no_grad():
+            flat_s, flat_x = s.flatten(1), path.x.flatten(1)
+            crossed = path.nonpositive
+            metrics |= {
+                "alignment": alignment.detach(),
+                "change": path.change.mean(),
+                "score": flat_s.norm(dim=1).mean(),
+                "stein": 1 + (flat_s * flat_x).sum(1).mean() / d,
+                "nonpositive": b.new_zeros(()) if crossed is None else crossed.mean(),
+            }
+        return trajectory + lam * alignment, metrics
+
+    def alignment(
+        self,
+        student: Field,
+        score: Field,
+        xs: Tensor,
+        a: Tensor,
+        b: Tensor,
+        *,
+        options: trace.Options | None = None,
+        step: int = 0,
+    ) -> tuple[Tensor, Path, Tensor]:
+        """`Dl - <sg s_p(x_k, b), x_k>` `[B]` of steps from a to b `[B]`, their path, and s_p."""
+        path = self._track(student, xs, a, b, options or self._options(xs), step)
+        with torch.no_grad():
+            s = score(path.x, b)
+        return path.change - (s * path.x).flatten(1).sum(1), path, s
+
+    def sample(self, student: Field, noise: Tensor) -> Tensor:
+        """Samples of the student from standard normal noise `[B, ...]`, with the last denoise."""
+        edges, x = self.edges(noise), noise
+        for k in range(self.windows):
+            x = self._steps(student, x, edges[k].expand(len(x)), edges[k + 1].expand(len(x)))
+        t = edges[-1].expand(len(x))
+        return x - self.t_min * student(x, t)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        student: Field,
+        data: Tensor,
+        *,
+        log_prob: Field,
+        score: Field,
+        tracker: str | None = None,
+        tracker_error: float = 0.0,
+        teacher_tv: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> ReflowReport:
+        """How far the student's laws are from the teacher's, by windows and in the end.
+
+        With total variation, maps contract and the triangle inequality holds, so for starts from
+        the teacher's marginals
+
+            TV(q_K, p_K) <= sum_k TV(r_k, p_k) + teacher_tv,
+            TV(r_k, p_k) <= min(sqrt(KL_k / 2), sqrt(1 - exp(-KL_k)))
+
+        by Pinsker, and by Bretagnolle and Huber; KL_k is what is measured plus `tracker_error`.
+
+        Args:
+            student (Callable): as in training.
+            data (Tensor): `[n, ...]`; more of it makes the standard errors smaller.
+            log_prob (Callable): `log p_t(x)`, `(x [n, ...], t [n]) -> [n]`: of a toy, or
+                `log_prob_of(teacher)`.
+            score (Callable): the teacher's, `(x, t)`.
+            tracker (str | None): another than in training; None: the same.
+            tracker_error (float): a bound on |KL measured - KL| in each window.
+            teacher_tv (float): `sum_k TV(T_k# p_{k-1}, p_k)` for a teacher T whose own flow does
+                not carry its marginals into each other.
+            generator (torch.Generator | None): of the noise.
+
+        Returns:
+            ReflowReport: on the CPU.
+
+        Raises:
+            ValueError: as `fewstep.log_density`; a negative error.
+        """
+        for name, value in (("tracker_error", tracker_error), ("teacher_tv", teacher_tv)):
+            if not value >= 0:
+                raise ValueError(f"evaluate: {name} must be at least 0, got {value}")
+        if tracker is not None and tracker not in TRACKERS:
+            raise ValueError(f"evaluate: tracker must be one of {TRACKERS}, got {tracker!r}")
+        tracker = self.tracker if tracker is None else tracker
+        options, edges = self._options(data), self.edges(data)
+        n, d = data.shape[0], data[0].numel()
+
+        def noise() -> Tensor:
+            device = data.device if generator is None else generator.device
+            drawn = torch.randn(data.shape, generator=generator, dtype=data.dtype, device=device)
+            return drawn.to(data.device)
+
+        kls, errors, steins, crossed = [], [], [], []
+        for k in range(self.windows):
+            a, b = edges[k].expand(n), edges[k + 1].expand(n)
+            xs = (1 - edges[k]) * data + edges[k] * noise()
+            path = self._track(student, xs, a, b, options, k, tracker)
+            ratio = log_prob(xs, a) + path.change - log_prob(path.x, b)
+            kls.append(ratio.mean())
+            errors.append(ratio.std() / math.sqrt(n))
+            stein = (score(path.x, b) * path.x).flatten(1).sum(1)
+            steins.append(1 + stein.mean() / d)
+            share = path.nonpositive
+            crossed.append(edges.new_tensor(math.nan) if share is None else share.mean())
+        x = noise()
+        log_q = standard_normal(x)
+        for k in range(self.windows):
+            a, b = edges[k].expand(n), edges[k + 1].expand(n)
+            path = self._track(student, x, a, b, options, self.windows + k, tracker)
+            x, log_q = path.x, log_q + path.change
+        final = log_q - log_prob(x, edges[-1].expand(n))
+        local = torch.stack(kls).cpu()
+        bounded = (local + tracker_error).clamp_min(0)
+        tv = torch.minimum((bounded / 2).sqrt(), (-torch.expm1(-bounded)).sqrt())
+        return ReflowReport(
+            local_kl=local,
+            local_stderr=torch.stack(errors).cpu(),
+            final_kl=float(final.mean()),
+            final_stderr=float(final.std() / math.sqrt(n)),
+            tv=tv,
+            tv_bound=min(1.0, float(tv.sum()) + teacher_tv),
+            stein=torch.stack(steins).cpu(),
+            nonpositive=torch.stack(crossed).cpu(),
+            tracker=tracker,
+        )
+
+    def _options(self, x: Tensor) -> trace.Options:
+        options = trace.Options(self.estimator, self.probes, self.probe, self.backend)
+        trace.check(options, x, "MarginalReflow")
+        return options
+
+    def _track(
+        self,
+        student: Field,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        options: trace.Options,
+        seed: int,
+        tracker: str | None = None,
+    ) -> Path:
+        times = torch.stack([a + (b - a) * (j / self.steps) for j in range(self.steps + 1)])
+        return densities.track(
+            *(student, x, times, options),
+            method=self.method,
+            tracker=tracker or self.tracker,
+            seed=seed,
+        )
+
+    def _steps(self, student: Field, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The student's steps from a to b `[B]`, as `_track` takes them."""
+        if self.method == "heun":
+            return heun(student, x, a, b, self.steps)
+        h = (b - a) / self.steps
+        for j in range(self.steps):
+            x = x + _wide(h, x) * student(x, a + (b - a) * (j / self.steps))
+        return x
+
+    def _starts(
+        self, student: Field, data: Tensor, eps: Tensor, k: Tensor, edges: Tensor
+    ) -> Tensor:
+        """Where each sample's window k starts, `[B, ...]`."""
+        if self.start == "teacher":
+            a = _wide(edges[k], data)
+            return (1 - a) * data + a * eps
+        x, out = eps, eps
+        for j in range(self.windows - 1):
+            x = self._steps(student, x, edges[j].expand(len(x)), edges[j + 1].expand(len(x)))
+            out = torch.where(_wide(k, x) == j + 1, x, out)
+        return out
+
+
+@dataclass(frozen=True)
+class ReflowReport:
+    """What `MarginalReflow.evaluate` measures; tensors have an entry for each window.
+
+    Attributes:
+        local_kl: `KL(r_k || p_k)`, in nats, and their standard errors `local_stderr`.
+        final_kl: `KL(q_K || p_K)` on the student's own path, and its standard error `final_stderr`.
+        tv: bounds on `TV(r_k, p_k)`.
+        tv_bound: on `TV(q_K, p_K)`.
+        stein: `E[1 + <x, s_p> / D]`, 0 where the laws agree.
+        nonpositive: share of steps that are not invertible, where densities are lower bounds.
+        tracker: of log-densities; only "logdet" is exact for few steps.
+    """
+
+    local_kl: Tensor
+    local_stderr: Tensor
+    final_kl: float
+    final_stderr: float
+    tv: Tensor
+    tv_bound: float
+    stein: Tensor
+    nonpositive: Tensor
+    tracker: str
+
+
+def score_of(teacher: Field) -> Field:
+    """The score of a noise-at-1 velocity: `-(x + (1 - t) v) / t`."""
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return convert(teacher(x, t), x, t, source="velocity", target="score")
+
+    return score
+
+
+def log_prob_of(teacher: Field, *, steps: int = 40) -> Field:
+    """`log p_t(x)` of a teacher's own flow: Heun from t to 1, where its law is N(0, I)."""
+
+    def log_prob(x: Tensor, t: Tensor) -> Tensor:
+        if bool((t >= 1).all()):
+            return standard_normal(x)
+        grid = torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device)[:, None]
+        times = t + (1 - t) * grid
+        out = densities.log_density(teacher, x, times=times, estimator="exact")
+        return out.log_prob
+
+    return log_prob
+
+
+def heun(velocity: Field, x: Tensor, a: Tensor, b: Tensor, steps: int) -> Tensor:
+    """Heun's method from a to b `[B]`, in steps of equal length."""
+    h = (b - a) / steps
+    for j in range(steps):
+        t, wide = a + (b - a) * (j / steps), _wide(h, x)
+        v1 = velocity(x, t)
+        v2 = velocity(x + wide * v1, t + h)
+        x = x + wide / 2 * (v1 + v2)
+    return x
+
+
+def _wide(t: Tensor, x: Tensor) -> Tensor:
+    """`[B]` as `[B, 1, ...]`."""
+    return t.reshape(-1, *(1,) * (x.ndim - 1))

@@ -1,0 +1,121 @@
+"""Dual numbers through activations and norms in plain torch, differentiable twice.
+
+A stack `[(K + 1) B, ...]` holds the primal and then K tangents: a function f takes it to f(z) and
+`f'(z) t_k`. Layers that are linear act on stacks as on any batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "tanh", "softplus", "relu", "sigmoid")
+
+
+def derivative(z: Tensor, kind: str, beta: float, threshold: float) -> tuple[Tensor, Tensor]:
+    """`a(z)` and `a'(z)`."""
+    if kind == "silu":
+        s = z.sigmoid()
+        return z * s, s * (1 + z * (1 - s))
+    if kind == "gelu":
+        cdf = 0.5 * torch.erfc(-z * math.sqrt(0.5))
+        return z * cdf, cdf + z * (-0.5 * z * z).exp() / math.sqrt(2 * math.pi)
+    if kind == "gelu_tanh":
+        c = math.sqrt(2 / math.pi)
+        t = (c * (z + 0.044715 * z**3)).tanh()
+        slope = c * (1 + 3 * 0.044715 * z * z)
+        return 0.5 * z * (1 + t), 0.5 * (1 + t + z * (1 - t * t) * slope)
+    if kind == "tanh":
+        t = z.tanh()
+        return t, 1 - t * t
+    if kind == "softplus":
+        slope = torch.where(beta * z > threshold, torch.ones_like(z), (beta * z).sigmoid())
+        return F.softplus(z, beta, threshold), slope
+    if kind == "relu":
+        return z.relu(), (z > 0).to(z.dtype)
+    s = z.sigmoid()
+    return s, s * (1 - s)
+
+
+def _shifted(z: Tensor, shift: Tensor | None, inner: int) -> Tensor:
+    """Element e gains `shift[e / inner % len(shift)]`."""
+    if shift is None:
+        return z
+    own = shift.flatten()[:, None].expand(-1, inner).flatten()
+    return (z.reshape(-1, own.numel()) + own).reshape(z.shape)
+
+
+def activate(
+    z: Tensor,
+    shared: Tensor | None,
+    shift: Tensor | None,
+    tangents: int,
+    kind: str,
+    beta: float = 1.0,
+    threshold: float = 20.0,
+    inner: int = 1,
+) -> Tensor:
+    """`[a(z_0 + shift); a'(z_0 + shift) t_k]`, `[(K + 1) B, ...]`.
+
+    Args:
+        z (Tensor): `[(K + 1) B, ...]`, or the primal alone, `[B, ...]`, where `shared` is given.
+        shared (Tensor | None): `[K, ...]`, the same tangents for every sample.
+        shift (Tensor | None): added to the primal, a value for each block of `inner` elements, from
+            the start again after the last.
+        tangents (int): K.
+        kind (str): one of `ACTIVATIONS`.
+        beta, threshold (float): of softplus.
+        inner (int): see shift.
+    """
+    if shared is None:
+        primal, *rest = z.reshape(tangents + 1, -1, *z.shape[1:]).unbind(0)
+        t = torch.stack(rest) if rest else primal.new_empty((0, *primal.shape))
+    else:
+        primal, t = z, shared[:, None]
+    a, slope = derivative(_shifted(primal, shift, inner), kind, beta, threshold)
+    return torch.cat([a[None], slope * t]).flatten(0, 1)
+
+
+def norm(
+    z: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tangents: int,
+    groups: int,
+    centred: bool,
+    eps: float,
+) -> Tensor:
+    """`w x^ + b` with `x^ = (x - mean) r`, `r = (mean square + eps)^(-1/2)`, and its tangents
+
+        w r (u - mean u - x^ mean(x^ u)),
+
+    without the means where not `centred` (RMS norm).
+
+    Args:
+        z (Tensor): `[(K + 1) B, ...]`; each sample is `groups` rows.
+        shift (Tensor | None): added to the primal, as many elements as its last rows or samples.
+        weight, bias (Tensor | None): `[groups n]`, for rows of n.
+        tangents (int): K.
+        groups (int): rows of a sample.
+        centred (bool): subtract means.
+        eps (float): added to the mean square.
+    """
+    batch = z.shape[0] // (tangents + 1)
+    stack = z.reshape(tangents + 1, batch, groups, z.shape[1:].numel() // groups)
+    x, u = stack[0], stack[1:]
+    if shift is not None:
+        x = (x.reshape(-1, shift.numel()) + shift.flatten()).reshape(x.shape)
+    if centred:
+        x, u = x - x.mean(-1, keepdim=True), u - u.mean(-1, keepdim=True)
+    r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normal = x * r
+    out = torch.cat([normal[None], r * (u - normal * (normal * u).mean(-1, keepdim=True))])
+    if weight is not None:
+        out = out * weight.reshape(groups, -1)
+    if bias is not None:
+        out = torch.cat([out[:1] + bias.reshape(groups, -1), out[1:]])
+    return out.reshape(z.shape)

@@ -1,0 +1,103 @@
+"""Jacobian traces in plain torch: by whole Jacobians, by products with probes, and by sketches.
+
+`J_i = dv(x_i, t_i) / dx` is the Jacobian of one sample, `[D, D]`; samples do not see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+Product = Callable[[Tensor], Tensor]
+
+
+def jacobian(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Velocity `[B, ...]` and all of `J`, `[B, D, D]`, by D products."""
+    d = x[0].numel()
+    basis = torch.eye(d, dtype=x.dtype, device=x.device)[:, None].expand(d, x.shape[0], d)
+    v, rows = transposed_products(velocity, x, t, basis.reshape(d, *x.shape))
+    return v, rows.flatten(2).movedim(0, 1)
+
+
+def transposed_products(
+    velocity: Velocity, x: Tensor, t: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Velocity `[B, ...]` and `J' v_k`, `[K, B, ...]`, for v `[K, B, ...]`, in reverse mode."""
+    out, pullback = torch.func.vjp(lambda y: velocity(y, t), x)  # type: ignore[misc]
+    if out.shape != x.shape:
+        raise ValueError(f"velocity must return {tuple(x.shape)} like x, got {tuple(out.shape)}")
+    rows: Tensor = torch.func.vmap(lambda u: pullback(u)[0])(v)
+    return out, rows
+
+
+def hutchinson(products: Tensor, v: Tensor) -> Tensor:
+    """`<v_k, J v_k>`, `[K, B]`: each has expectation `tr J` if `E[v v'] = I`."""
+    dots: Tensor = (products.flatten(2) * v.flatten(2)).sum(-1)
+    return dots
+
+
+def standard_error(estimates: Tensor, population: float = float("inf")) -> Tensor:
+    """Of the mean over `estimates` `[K, B]`: `[B]`, NaN for K = 1.
+
+    `population` is their number where they are drawn without replacement.
+    """
+    count = estimates.shape[0]
+    if count == 1:
+        return torch.full_like(estimates[0], float("nan"))
+    error: Tensor = estimates.std(0) * ((1 / count - 1 / population) ** 0.5)
+    return error
+
+
+def hutchpp(product: Product, sketch: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Hutch++: the trace exactly on the range of `J sketch`, by probes on its complement.
+
+    With `Q = orth(J S)`: `tr(Q' J Q) + mean_k <g_k, J g_k>`, `g_k = (I - Q Q') v_k`.
+    Source: Meyer, Musco, Musco, Woodruff, Hutch++: optimal stochastic trace estimation, 2021.
+
+    Args:
+        product (Callable): `[K, B, D]` to `J v_k`; may be that of J' throughout.
+        sketch (Tensor): S, `[K, B, D]`.
+        v (Tensor): probes, `[K, B, D]`.
+
+    Returns:
+        tuple: the estimates of each probe, `[K, B]`, and the exact part, `[B]`.
+    """
+    q = torch.linalg.qr(product(sketch).movedim(0, 2))[0]  # [B, D, K]
+    exact = (product(q.movedim(2, 0)) * q.movedim(2, 0)).sum((0, 2))
+    g = v.movedim(0, 2)
+    g = (g - q @ (q.mT @ g)).movedim(2, 0)
+    return (product(g) * g).sum(-1) + exact, exact
+
+
+def xtrace(product: Product, v: Tensor) -> Tensor:
+    """XTrace: Hutch++ with each probe in turn as the one that is not in the sketch, `[K, B]`.
+
+    With `J V = Q R`, the sketch without probe i spans `Q (I - s_i s_i')`, where s_i is the i-th
+    column of `R^-T`, normalised; `mu_i = v_i - Q x_i` with `x_i = (I - s_i s_i') Q' v_i`, and
+
+        estimate_i = tr H - s_i' H s_i + mu_i' J mu_i,    H = Q' J Q.
+
+    Source: Epperly, Tropp, Webber, XTrace: making the most of every sample in stochastic trace
+    estimation, 2024.
+
+    Args:
+        product (Callable): as of `hutchpp`.
+        v (Tensor): probes `[K, B, D]`, `2 <= K <= D`.
+    """
+    omega = v.movedim(0, 2)  # [B, D, K]
+    y = product(v).movedim(0, 2)
+    q, r = torch.linalg.qr(y)
+    z = product(q.movedim(2, 0)).movedim(0, 2)
+    h, w = q.mT @ z, q.mT @ omega
+    eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device).expand_as(r)
+    s = torch.linalg.solve_triangular(r.mT, eye, upper=False)
+    s = s / s.norm(dim=-2, keepdim=True)
+    inside = w - s * (s * w).sum(-2, keepdim=True)  # x_i
+    outside = (omega * y).sum(-2) - ((z.mT @ omega) * inside).sum(-2) - (inside * r).sum(-2)
+    outside = outside + (inside * (h @ inside)).sum(-2)
+    trace = h.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    estimates: Tensor = (trace - (s * (h @ s)).sum(-2) + outside).movedim(-1, 0)
+    return estimates

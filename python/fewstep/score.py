@@ -1,0 +1,121 @@
+"""Velocities, denoisers, noise predictions and scores: each from any other.
+
+For `x = a(t) x_data + b(t) eps`, with `D = E[x_data | x]`, `e = E[eps | x]`, `s = grad log p(x)`
+and the velocity `v = a' D + b' e` of the probability flow, `x = a D + b e` and `s = -e / b`, so
+
+    D = (b' x - b v) / (a b' - a' b),    e = (a v - a' x) / (a b' - a' b).
+
+Source: Tweedie's formula; Karras et al., EDM, arXiv 2206.00364, for VE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = ("velocity", "denoiser", "noise", "score")
+
+
+def _noise_at_1(t: Tensor) -> tuple[Tensor, ...]:
+    one = torch.ones_like(t)
+    return 1 - t, t, -one, one
+
+
+def _data_at_1(t: Tensor) -> tuple[Tensor, ...]:
+    one = torch.ones_like(t)
+    return t, 1 - t, one, -one
+
+
+def _ve(t: Tensor) -> tuple[Tensor, ...]:
+    one = torch.ones_like(t)
+    return one, t, torch.zeros_like(t), one
+
+
+def _vp(t: Tensor) -> tuple[Tensor, ...]:
+    a, b = t.sqrt(), (1 - t).sqrt()
+    return a, b, 0.5 / a, -0.5 / b
+
+
+_PATHS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "noise-at-1": _noise_at_1,
+    "data-at-1": _data_at_1,
+    "ve": _ve,
+    "vp": _vp,
+}
+PATHS = tuple(_PATHS)
+
+
+def coefficients(path: str, t: Tensor) -> tuple[Tensor, ...]:
+    """`a, b, a', b'` of a path at t.
+
+    Raises:
+        ValueError: an unknown path.
+    """
+    if path not in _PATHS:
+        raise ValueError(f"path must be one of {PATHS}, got {path!r}")
+    return _PATHS[path](t)
+
+
+def convert(
+    value: Tensor,
+    x: Tensor,
+    t: float | Tensor,
+    *,
+    source: str,
+    target: str,
+    path: str = "noise-at-1",
+) -> Tensor:
+    """What a network predicts at x, as another of velocity, denoiser, noise and score.
+
+    Args:
+        value (Tensor): the prediction, of the shape of x.
+        x (Tensor): `[B, ...]`.
+        t (float | Tensor): a scalar or `[B]`; of "ve" the noise level sigma, of "vp" the cumulative
+            product of alphas, with respect to which velocities are derivatives.
+        source, target (str): of `KINDS`.
+        path (str): "noise-at-1", `(1 - t) x_data + t eps`; "data-at-1", `t x_data + (1 - t) eps`;
+            "ve", `x_data + t eps`; "vp", `sqrt(t) x_data + sqrt(1 - t) eps`.
+
+    Returns:
+        Tensor: of the shape of x. Scores, and what is divided by a or b, are infinite where those
+        vanish: keep t away from there.
+
+    Raises:
+        ValueError: an unknown kind or path, or shapes that do not fit.
+
+    >>> x, v = torch.randn(4, 2), torch.randn(4, 2)
+    >>> s = convert(v, x, 0.5, source="velocity", target="score")
+    >>> torch.allclose(s, -(x + 0.5 * v) / 0.5)
+    True
+    """
+    for name, kind in (("source", source), ("target", target)):
+        if kind not in KINDS:
+            raise ValueError(f"convert: {name} must be one of {KINDS}, got {kind!r}")
+    if value.shape != x.shape:
+        raise ValueError(f"convert: value must be {tuple(x.shape)}, got {tuple(value.shape)}")
+    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    if tuple(t.shape) not in ((), (x.shape[0],)):
+        raise ValueError(f"convert: t must be a scalar or ({x.shape[0]},), got {tuple(t.shape)}")
+    if source == target:
+        coefficients(path, t)
+        return value
+    a, b, da, db = coefficients(path, t.reshape(-1, *(1,) * (x.ndim - 1)))
+    if source == "velocity":
+        turn = a * db - da * b
+        denoiser, noise = (db * x - b * value) / turn, (a * value - da * x) / turn
+    elif source == "denoiser":
+        denoiser, noise = value, (x - a * value) / b
+    else:
+        noise = value if source == "noise" else -b * value
+        denoiser = (x - b * noise) / a
+    made: dict[str, Any] = {
+        "velocity": lambda: da * denoiser + db * noise,
+        "denoiser": lambda: denoiser,
+        "noise": lambda: noise,
+        "score": lambda: -noise / b,
+    }
+    out: Tensor = made[target]()
+    return out

@@ -1,0 +1,271 @@
+"""Log-densities, score conversions and the exact teacher: closed forms and laws."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fewstep
+from fewstep import score
+from fewstep.toys import GaussianMixture
+from velocity_nets import TimeMLP, Unknown
+
+F64 = torch.float64
+
+
+def mixture(path: str = "noise-at-1", d: int = 2) -> GaussianMixture:
+    generator = torch.Generator().manual_seed(4)
+    means = 1.5 * torch.randn(3, d, generator=generator, dtype=F64)
+    return GaussianMixture(
+        means, torch.full((3, d), 0.2, dtype=F64), torch.tensor([0.2, 0.3, 0.5], dtype=F64), path
+    )
+
+
+TIMES = {"noise-at-1": 0.3, "data-at-1": 0.3, "ve": 0.8, "vp": 0.6}
+
+
+@pytest.mark.parametrize("path", score.PATHS)
+def test_conversions_are_those_of_the_density(path: str) -> None:
+    teacher, t = mixture(path), TIMES[path]
+    x = teacher.sample(20, t).requires_grad_()
+    (s,) = torch.autograd.grad(teacher.log_prob(x, t).sum(), x)
+    x = x.detach()
+    assert (teacher.score(x, t) - s).abs().max() < 1e-10
+    a, b, da, db = score.coefficients(path, torch.tensor(t, dtype=F64))
+    denoiser = (x + b * b * s) / a  # Tweedie
+    truth = {
+        "score": s,
+        "denoiser": denoiser,
+        "noise": -b * s,
+        "velocity": da * denoiser - db * b * s,
+    }
+    for source in score.KINDS:
+        for target in score.KINDS:
+            found = score.convert(truth[source], x, t, source=source, target=target, path=path)
+            assert (found - truth[target]).abs().max() < 1e-10, (source, target)
+
+
+def test_velocity_moves_the_marginals() -> None:
+    """Continuity: d/dt log p = -div v - v . grad log p along each path."""
+    for path in score.PATHS:
+        teacher = mixture(path)
+        t = torch.full((10,), TIMES[path], dtype=F64, requires_grad=True)
+        x = teacher.sample(10, TIMES[path])
+        (rate,) = torch.autograd.grad(teacher.log_prob(x, t).sum(), t)
+        out = fewstep.divergence(teacher, x, t.detach(), estimator="exact")
+        transport = (out.velocity * teacher.score(x, TIMES[path])).sum(1)
+        assert (rate + out.value + transport).abs().max() < 1e-9, path
+
+
+def test_samples_follow_the_marginal() -> None:
+    teacher = mixture()
+    x = teacher.sample(20_000, 0.4, generator=torch.Generator().manual_seed(0))
+    w = teacher.weights
+    assert w is not None
+    mean = 0.6 * (w[:, None] * teacher.means).sum(0)
+    assert (x.mean(0) - mean).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("tracker", ["trace", "logdet", "series"])
+def test_linear_field_in_closed_form(method: str, tracker: str) -> None:
+    """A step of a linear field is a matrix M: log q changes by -log det M, or by -h tr J."""
+    torch.manual_seed(0)
+    J = 0.4 * torch.randn(3, 3, dtype=F64)
+    field = nn.Sequential(nn.Linear(3, 3, bias=False)).to(F64)
+    with torch.no_grad():
+        field[0].weight.copy_(J)
+    x, h, steps = torch.randn(5, 3, dtype=F64), 0.25, 4
+    eye = torch.eye(3, dtype=F64)
+    M = eye + h * J if method == "euler" else eye + h * J + h * h / 2 * J @ J
+    change = -steps * (h * J.trace() if tracker == "trace" else M.logdet())
+    out = fewstep.log_density(
+        field,
+        x,
+        times=torch.linspace(0, 1, steps + 1),
+        method=method,
+        tracker=tracker,
+        base_at="start",
+        probes=3 if tracker == "series" else 1,
+        probe="hadamard" if tracker == "series" else "rademacher",
+        seed=1,
+    )
+    expected_x = x @ torch.linalg.matrix_power(M, steps).T
+    torch.testing.assert_close(out.x, expected_x)
+    base = -0.5 * x.square().sum(1) - 1.5 * math.log(2 * math.pi)
+    if tracker == "series":  # 3 of the 4 Hadamard rows: unbiased, and the error is known
+        assert ((out.log_prob - base - change).abs() < 6 * out.stderr + 1e-4).all()
+    else:
+        torch.testing.assert_close(out.log_prob, base + change)
+        assert torch.equal(out.stderr, torch.zeros(5, dtype=F64))
+    if tracker == "logdet":
+        assert out.nonpositive is not None
+        assert torch.equal(out.nonpositive, torch.zeros(5, dtype=F64))
+    # Both directions in time: the same path backwards, the same field reversed.
+    back = fewstep.log_density(
+        lambda z, t: -field(z),
+        x,
+        times=torch.linspace(1, 0, steps + 1),
+        method=method,
+        tracker=tracker if tracker != "series" else "logdet",
+        estimator="exact",
+        base_at="start",
+    )
+    torch.testing.assert_close(back.x, expected_x)
+    if tracker != "series":
+        torch.testing.assert_close(back.log_prob, out.log_prob)
+
+
+def test_both_ends_agree() -> None:
+    """log q(x_0) - log q(x_1) is one number, whichever end's law is known."""
+    net = TimeMLP(3, 8, 2).to(F64)
+    x = torch.randn(4, 3, dtype=F64)
+    zero = {"base": lambda z: z.new_zeros(z.shape[0]), "times": [0.0, 0.5, 1.0]}
+    start = fewstep.log_density(net, x, base_at="start", **zero)
+    end = fewstep.log_density(net, x, base_at="end", **zero)
+    torch.testing.assert_close(start.log_prob, -end.log_prob)
+
+
+def test_density_of_the_teacher_and_order_of_heun() -> None:
+    teacher = mixture()
+    x = teacher.sample(30, 0.05)
+    exact = teacher.log_prob(x, 0.05)
+    errors = []
+    for steps in (40, 80):
+        out = fewstep.log_density(
+            teacher,
+            x,
+            times=torch.linspace(0.05, 0.95, steps + 1, dtype=F64),
+            base=lambda z: teacher.log_prob(z, 0.95),
+            estimator="exact",
+        )
+        errors.append((out.log_prob - exact).abs().max())
+    assert errors[1] < 0.02
+    assert errors[0] > 3 * errors[1]
+
+
+def test_fresh_probes_average_out_and_their_error_is_known() -> None:
+    torch.manual_seed(1)
+    net = TimeMLP(8, 16, 3).to(F64)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2)
+    x = torch.randn(256, 8, dtype=F64)
+    times = torch.linspace(0, 1, 21, dtype=F64)
+    exact = fewstep.log_density(net, x, times=times, estimator="exact").log_prob
+    options: dict[str, Any] = {"times": times, "estimator": "hutchinson", "probes": 2}
+    with torch.no_grad():
+        fresh = fewstep.log_density(net, x, **options)
+        fixed = fewstep.log_density(net, x, fresh=False, **options)
+    error, fixed_error = ((out.log_prob - exact).square().mean().sqrt() for out in (fresh, fixed))
+    assert error < fixed_error / 4
+    torch.testing.assert_close(fresh.stderr.square().mean().sqrt(), error, rtol=0.2, atol=0)
+    again = fewstep.log_density(net, x, fresh=False, **options)  # with gradients: nothing kept
+    torch.testing.assert_close(again.log_prob, fixed.log_prob)
+
+
+def test_batch_splits_keep_every_number() -> None:
+    net = TimeMLP(4, 8, 3).to(F64)
+    x, ids = torch.randn(6, 4, dtype=F64), torch.arange(10, 16)
+    options: dict[str, Any] = {"times": [0.0, 0.4, 1.0], "estimator": "hutchinson", "seed": 3}
+    whole = fewstep.log_density(net, x, sample_ids=ids, **options).log_prob
+    parts = [
+        fewstep.log_density(net, x[i], sample_ids=ids[i], **options).log_prob
+        for i in (slice(0, 2), slice(2, 6))
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("tracker", ["trace", "logdet", "series"])
+def test_gradients(tracker: str) -> None:
+    for net in (TimeMLP(3, 5, 2).to(F64), Unknown(3).to(F64)):
+
+        def value(x: Tensor, net: nn.Module = net) -> Tensor:
+            return fewstep.log_density(
+                net, x, times=[0.0, 0.2, 0.3], tracker=tracker, estimator="hutchinson", probes=2
+            ).log_prob
+
+        x = torch.randn(2, 3, dtype=F64, requires_grad=True)
+        assert torch.autograd.gradcheck(value, x)
+        value(x).sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_a_step_that_folds_is_reported() -> None:
+    out = fewstep.log_density(
+        lambda x, t: -3 * x,
+        torch.randn(4, 1, dtype=F64),
+        times=[0.0, 1.0],
+        method="euler",
+        tracker="logdet",
+    )
+    assert out.nonpositive is not None
+    assert torch.equal(out.nonpositive, torch.ones(4, dtype=F64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"times": [0.0]}, "times must be"),
+        ({"times": [0.0, 1.0, 0.5]}, "finite and increase or decrease"),
+        ({"times": [0.0, math.nan]}, "finite and increase or decrease"),
+        ({"times": torch.zeros(2, 3)}, "times must have 4 columns"),
+        ({"method": "rk4"}, "method must be one of"),
+        ({"tracker": "hutch"}, "tracker must be one of"),
+        ({"base_at": "middle"}, "base_at must be"),
+        ({"estimator": "magic"}, "estimator must be one of"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"times": [0.0, 1.0]} | change
+    with pytest.raises(ValueError, match=message):
+        fewstep.log_density(lambda x, t: -x, torch.zeros(4, 2), **arguments)
+
+
+def test_series_refuses_a_radius_of_one() -> None:
+    with pytest.raises(ValueError, match="spectral radius of h J below 1, got 2"):
+        fewstep.log_density(
+            lambda x, t: -2 * x,
+            torch.randn(3, 2),
+            times=[0.0, 1.0],
+            method="euler",
+            tracker="series",
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "flow"}, "source must be one of"),
+        ({"target": "flow"}, "target must be one of"),
+        ({"path": "cosine"}, "path must be one of"),
+        ({"value": torch.zeros(3, 1)}, "value must be"),
+        ({"t": torch.zeros(2)}, "t must be a scalar or"),
+    ],
+)
+def test_bad_conversions(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "value": torch.zeros(3, 2),
+        "x": torch.zeros(3, 2),
+        "t": 0.5,
+        "source": "velocity",
+        "target": "score",
+    } | change
+    with pytest.raises(ValueError, match=message):
+        score.convert(arguments.pop("value"), arguments.pop("x"), arguments.pop("t"), **arguments)
+
+
+def test_bad_mixtures() -> None:
+    m = torch.zeros(2, 3)
+    for arguments, message in (
+        ((m[0], m[0]), "means must be"),
+        ((m, m), "variances must be positive"),
+        ((m, m + 1, torch.zeros(2)), "weights must be positive"),
+        ((m, m + 1, None, "cosine"), "path must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GaussianMixture(*arguments)  # type: ignore[arg-type]

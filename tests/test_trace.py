@@ -1,0 +1,410 @@
+"""`divergence`: against whole Jacobians in float64, its estimators' laws, and where it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+import fewstep
+from fewstep.reference import trace as reference
+from fewstep.reference.probe import probes
+from tolerances import assert_contract
+from velocity_nets import Attention, Convolutions, Film, Residual, TimeMLP, Unknown
+
+F64 = torch.float64
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "two hidden layers": (lambda: TimeMLP(5, 7, 2), (4, 5)),
+    "one hidden layer": (lambda: TimeMLP(5, 7, 1, nn.Tanh), (4, 5)),
+    "three hidden layers": (lambda: TimeMLP(5, 7, 3, nn.Softplus), (4, 5)),
+    "film": (lambda: Film(5, 6), (4, 5)),
+    "residual": (lambda: Residual(5, 6), (4, 5)),
+    "convolutions": (lambda: Convolutions(1, 4), (3, 1, 4, 4)),
+    "attention": (lambda: Attention(3, 4), (2, 5, 3)),
+    "causal attention": (lambda: Attention(3, 4, True), (2, 5, 3)),
+    "unknown": (lambda: Unknown(4), (3, 4)),
+}
+
+
+def jacobians(net: Callable[..., Tensor], x: Tensor, t: Tensor) -> Tensor:
+    """`[B, D, D]`, differentiable."""
+
+    def one(xi: Tensor, ti: Tensor) -> Tensor:
+        return torch.autograd.functional.jacobian(  # type: ignore[no-any-return]
+            lambda y: net(y[None], ti[None])[0].flatten(), xi, create_graph=True
+        ).flatten(1)
+
+    return torch.stack([one(xi, ti) for xi, ti in zip(x, t, strict=True)])
+
+
+def case(name: str, dtype: torch.dtype = F64) -> tuple[nn.Module, Tensor, Tensor]:
+    make, shape = NETS[name]
+    return make().to(dtype), torch.randn(shape, dtype=dtype), torch.rand(shape[0], dtype=dtype)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("way", ["exact", "hutchinson", "hadamard", "auto"])
+def test_value_and_gradients(name: str, backend: str | None, way: str) -> None:
+    net, x, t = case(name)
+    if name == "unknown" and backend is not None:
+        pytest.skip("a named backend refuses it")
+    x.requires_grad_()
+    d = x[0].numel()
+    options: dict[str, Any] = {
+        "exact": {"estimator": "exact"},
+        "hutchinson": {"estimator": "hutchinson", "probes": 3},
+        "hadamard": {"estimator": "hutchinson", "probes": d, "probe": "hadamard"},
+        "auto": {"probes": d},
+    }[way]
+    w, wv = torch.randn(x.shape[0], dtype=F64), torch.randn_like(x)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        J = jacobians(net, x, t)
+        exact = J.diagonal(dim1=1, dim2=2).sum(1)
+        if way == "hutchinson":
+            v = probes(torch.zeros(3, dtype=torch.int64), None, (3, *x.shape), "rademacher", F64)
+            exact = torch.einsum("kbi,bij,kbj->kb", v.flatten(2), J, v.flatten(2)).mean(0)
+        velocity = net(x, t)
+        inputs = [x, *net.parameters()]
+        expected = torch.autograd.grad(
+            (w * exact).sum() + (wv * velocity).sum(), inputs, allow_unused=True
+        )
+        out = fewstep.divergence(net, x, t, backend=backend, **options)
+        found = torch.autograd.grad(
+            (w * out.value).sum() + (wv * out.velocity).sum(), inputs, allow_unused=True
+        )
+        with torch.no_grad():
+            plain = fewstep.divergence(net, x, t, backend=backend, **options)
+    assert bool(out.info) == (name == "unknown" and "structural" not in out.estimator)
+    torch.testing.assert_close(out.velocity, velocity, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(out.value, exact, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(plain.value, exact, rtol=1e-11, atol=1e-11)
+    for actual, want in zip(found, expected, strict=True):
+        assert (actual is None) == (want is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, want, rtol=1e-9, atol=1e-10)
+    if way != "hutchinson":
+        assert out.estimator.startswith("exact")
+        assert torch.equal(out.stderr, torch.zeros(x.shape[0], dtype=F64))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_float32_keeps_the_contract(name: str, capability: str) -> None:
+    net, x, t = case(name, torch.float32)
+    out = fewstep.divergence(net, x, t, estimator="exact")
+    net64 = net.to(F64)
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = jacobians(net64, x.double(), t.double()).diagonal(dim1=1, dim2=2).sum(1)
+    assert_contract("value", out.value, exact.detach())
+
+
+def test_which_networks_are_structural() -> None:
+    for name, structural in (
+        ("two hidden layers", True),
+        ("one hidden layer", True),
+        ("film", True),
+        ("three hidden layers", False),
+        ("residual", False),
+        ("convolutions", False),
+    ):
+        net, x, t = case(name)
+        used = fewstep.divergence(net, x, t, estimator="exact").estimator
+        assert (used == "exact (structural)") == structural, name
+
+
+def test_sequential_and_linear_are_structural() -> None:
+    x = torch.randn(3, 2, 2)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Unflatten(1, (2, 2)))
+    out = fewstep.divergence(net, x, 0.0, estimator="exact")
+    torch.testing.assert_close(out.value, net[1].weight.trace().expand(3))
+
+
+def test_second_derivatives() -> None:
+    net, x, t = case("two hidden layers")
+    x.requires_grad_()
+
+    def value(x: Tensor, estimator: str) -> Tensor:
+        return fewstep.divergence(net, x, t, estimator=estimator, probes=2).value
+
+    for estimator in ("exact", "hutchinson"):
+        assert torch.autograd.gradcheck(lambda x, e=estimator: value(x, e), x)
+        assert torch.autograd.gradgradcheck(lambda x, e=estimator: value(x, e), x)
+
+
+def linear_field(J: Tensor) -> nn.Module:
+    """A field with Jacobian J that no one recognises as linear, `v = J x + 0 * sin`."""
+
+    class Field(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return F.linear(x, J) + 0.0 * torch.sin(x)
+
+    return Field()
+
+
+def test_mean_and_variance_of_the_probes() -> None:
+    """Rademacher `2 (|A|^2 - sum A_ii^2)`, Gaussian `2 |A|^2`, `A = (J + J') / 2`."""
+    torch.manual_seed(3)
+    J = torch.randn(6, 6, dtype=F64)
+    A = (J + J.T) / 2
+    n = 40_000
+    x, t = torch.zeros(n, 6, dtype=F64), torch.zeros(n, dtype=F64)
+    frobenius, diagonal = A.square().sum(), A.diagonal().square().sum()
+    for probe, variance in (
+        ("rademacher", 2 * (frobenius - diagonal)),
+        ("gaussian", 2 * frobenius),
+        ("hadamard", None),
+        ("sphere", None),
+    ):
+        out = fewstep.divergence(
+            linear_field(J), x, t, estimator="hutchinson", probe=probe, seed=11
+        )
+        spread = out.value.std() / math.sqrt(n)
+        assert abs(out.value.mean() - J.trace()) < 4 * spread, probe
+        if variance is not None:
+            torch.testing.assert_close(out.value.var(), variance, rtol=0.05, atol=0)
+
+
+def test_standard_error_is_that_of_the_mean() -> None:
+    torch.manual_seed(3)
+    J = torch.randn(6, 6, dtype=F64)
+    n = 4000
+    x, t = torch.zeros(n, 6, dtype=F64), torch.zeros(n, dtype=F64)
+    out = fewstep.divergence(linear_field(J), x, t, estimator="hutchinson", probes=4)
+    torch.testing.assert_close(out.stderr.square().mean(), out.value.var(), rtol=0.1, atol=0)
+    single = fewstep.divergence(linear_field(J), x, t, estimator="hutchinson")
+    assert single.stderr.isnan().all()
+
+
+def test_sketches_are_unbiased_and_exact_on_low_rank() -> None:
+    torch.manual_seed(0)
+    low = torch.randn(8, 2, dtype=F64) @ torch.randn(2, 8, dtype=F64)
+    full = torch.randn(8, 8, dtype=F64)
+    x, t = torch.zeros(3000, 8, dtype=F64), torch.zeros(3000, dtype=F64)
+    for estimator, count in (("hutch++", 9), ("xtrace", 8)):
+        out = fewstep.divergence(
+            linear_field(full), x, t, estimator=estimator, probes=count, probe="gaussian"
+        )
+        assert abs(out.value.mean() - full.trace()) < 4 * out.value.std() / math.sqrt(3000)
+    out = fewstep.divergence(
+        linear_field(low), x[:5], t[:5], estimator="hutch++", probes=9, probe="gaussian"
+    )
+    torch.testing.assert_close(out.value, low.trace().expand(5), rtol=1e-8, atol=1e-8)
+
+
+def test_a_sample_has_the_same_value_in_any_batch() -> None:
+    net, x, t = case("residual")
+    ids = torch.tensor([7, 3, 2**40, 0])
+    options: dict[str, Any] = {"estimator": "hutchinson", "probes": 2, "seed": 5}
+    whole = fewstep.divergence(net, x, t, sample_ids=ids, **options)
+    for part in ([0], [2, 1], [3]):
+        own = fewstep.divergence(net, x[part], t[part], sample_ids=ids[part], **options)
+        torch.testing.assert_close(own.value, whole.value[part], rtol=1e-13, atol=1e-13)
+    other = fewstep.divergence(net, x, t, sample_ids=ids, **options | {"seed": 6})
+    assert not torch.allclose(other.value, whole.value)
+
+
+def test_auto_takes_what_costs_less() -> None:
+    x, t = torch.randn(64, 8), torch.rand(64)
+    assert fewstep.divergence(TimeMLP(8, 16, 2), x, t).estimator == "exact (structural)"
+    deep = TimeMLP(8, 16, 3)
+    assert fewstep.divergence(deep, x, t).estimator == "hutchinson"
+    assert fewstep.divergence(deep, x, t, probes=8).estimator == "exact (8 tangents)"
+    # One sample in many dimensions: the product of the outer weights costs more than a probe.
+    wide = TimeMLP(512, 256, 2)
+    assert fewstep.divergence(wide, torch.randn(1, 512), t[:1]).estimator == "hutchinson"
+
+
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+@pytest.mark.parametrize("name", ["two hidden layers", "three hidden layers", "residual"])
+def test_compiles_into_one_graph(name: str, estimator: str) -> None:
+    net, x, t = case(name)
+    seed = torch.tensor(3)
+
+    def loss(x: Tensor, t: Tensor, seed: Tensor) -> Tensor:
+        out = fewstep.divergence(net, x, t, estimator=estimator, probes=2, seed=seed)
+        return (out.value * out.velocity.sum(1)).sum()
+
+    torch._dynamo.reset()
+    parameters = list(net.parameters())
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for s in (seed, seed + 1):
+        expected = torch.autograd.grad(loss(x, t, s), parameters)
+        actual = torch.autograd.grad(compiled(x, t, s), parameters)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_activation_checkpointing() -> None:
+    net, x, t = case("residual")
+
+    def value(x: Tensor) -> Tensor:
+        return fewstep.divergence(net, x, t, estimator="hutchinson", probes=2).value
+
+    parameters = list(net.parameters())
+    expected = torch.autograd.grad(value(x).sum(), parameters)
+    again = checkpoint(value, x, use_reentrant=False)
+    assert isinstance(again, Tensor)
+    for a, b in zip(torch.autograd.grad(again.sum(), parameters), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_distributed_data_parallel(tmp_path: Any) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        net, x, t = case("two hidden layers")
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        for estimator in ("exact", "hutchinson"):
+            net.zero_grad()
+            out = fewstep.divergence(wrapped, x, t, estimator=estimator)
+            (out.value.sum() + out.velocity.sum()).backward()
+            found = [p.grad.clone() for p in net.parameters()]
+            net.zero_grad()
+            out = fewstep.divergence(net, x, t, estimator=estimator)
+            (out.value.sum() + out.velocity.sum()).backward()
+            for a, p in zip(found, net.parameters(), strict=True):
+                torch.testing.assert_close(a, p.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_no_probe_is_kept_for_backward() -> None:
+    """Saved: x, and the stack before and after each activation, twice what plain training keeps."""
+    net = TimeMLP(64, 32, 2)
+    x, t = torch.randn(16, 64), torch.rand(16)
+
+    def saved(run: Callable[[], object]) -> int:
+        seen: dict[int, int] = {}
+
+        def pack(z: Tensor) -> Tensor:
+            seen[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes()
+            return z
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda z: z):
+            out = run()
+        own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        assert out is not None
+        return sum(size for where, size in seen.items() if where not in own)
+
+    plain = saved(lambda: net(x, t))
+    ours = saved(lambda: fewstep.divergence(net, x, t, estimator="hutchinson").value)
+    hidden = 4 * 16 * 32 * 4  # bytes: four stacks of activations
+    assert ours <= plain + hidden + 64
+
+
+def test_unknown_functions_fall_back_and_say_so() -> None:
+    net, x, t = case("unknown")
+    for estimator, probes_ in (("exact", 1), ("hutchinson", 2), ("hutch++", 6), ("xtrace", 4)):
+        out = fewstep.divergence(net, x, t, estimator=estimator, probes=probes_)
+        assert out.info == "torch.func: no rule for cumsum"
+    for backend in ("cpp", "reference"):
+        with pytest.raises(ValueError, match="cannot serve this velocity: no rule for cumsum"):
+            fewstep.divergence(net, x, t, estimator="exact", backend=backend)
+
+
+def test_a_function_that_mixes_samples_is_refused() -> None:
+    x, t = torch.randn(4, 3), torch.rand(4)
+    for velocity in (
+        lambda x, t: x - x.mean(0, keepdim=True),
+        lambda x, t: x[torch.tensor([1, 0, 2, 3])],
+        lambda x, t: x.transpose(0, 1).transpose(0, 1),
+        lambda x, t: torch.cat([x[:, :1], x[:, 1:]], 0),
+        lambda x, t: x if x.sum(1) else -x,
+    ):
+        with pytest.raises(ValueError, match="no rule"):
+            fewstep.divergence(velocity, x, t, estimator="hutchinson", backend="cpp")
+
+
+def test_values_shared_by_two_branches() -> None:
+    """A pending bias is added once for each that reads it, whatever the order."""
+    a, b = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        h = a(x)
+        u = h + t[:, None]
+        return h * h + F.silu(u) + b(F.silu(h)) + u - torch.tanh(h) + h
+
+    x, t = torch.randn(4, 3, dtype=F64), torch.rand(4, dtype=F64)
+    exact = jacobians(velocity, x, t).diagonal(dim1=1, dim2=2).sum(1)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            out = fewstep.divergence(velocity, x, t, estimator="exact", backend="cpp")
+        torch.testing.assert_close(out.value, exact)
+        torch.testing.assert_close(out.velocity, velocity(x, t))
+
+
+def test_inside_transforms() -> None:
+    net, x, t = case("three hidden layers")
+
+    def value(xi: Tensor) -> Tensor:
+        return fewstep.divergence(net, xi[None], t[:1], estimator="exact").value[0]
+
+    x.requires_grad_()
+    expected = torch.autograd.grad(
+        fewstep.divergence(net, x, t[:1].expand(4), estimator="exact").value.sum(), x
+    )[0]
+    found = torch.func.vmap(torch.func.grad(value))(x.detach())
+    torch.testing.assert_close(found, expected)
+
+
+def test_strided_expanded_empty() -> None:
+    net = TimeMLP(4, 8, 2).double()
+    x = torch.randn(4, 6, dtype=F64).T[:, :4]
+    t = torch.rand(1, dtype=F64).expand(6)
+    for estimator in ("exact", "hutchinson"):
+        out = fewstep.divergence(net, x, t, estimator=estimator)
+        same = fewstep.divergence(net, x.contiguous(), t.contiguous(), estimator=estimator)
+        torch.testing.assert_close(out.value, same.value)
+        empty = fewstep.divergence(net, x[:0], t[:0], estimator=estimator)
+        assert empty.value.shape == (0,)
+        assert empty.velocity.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"estimator": "magic"}, ValueError, "estimator must be one of"),
+        ({"probe": "uniform"}, ValueError, "probe must be one of"),
+        ({"probes": 0}, ValueError, "probes must be an integer from 1"),
+        ({"probes": 6, "probe": "hadamard"}, ValueError, "probes must be at most D = 5"),
+        ({"estimator": "hutch++", "probes": 2}, ValueError, "at least 3 for 'hutch"),
+        ({"estimator": "xtrace", "probes": 5}, ValueError, "must be even"),
+        ({"t": math.nan}, ValueError, "t must be finite, got nan"),
+        ({"t": torch.full((4,), math.inf, dtype=F64)}, ValueError, "t must be finite"),
+        ({"t": torch.zeros(3)}, ValueError, "t must be a scalar or"),
+        ({"x": torch.zeros(4, 5, dtype=torch.int64)}, TypeError, "x must have a floating dtype"),
+        ({"x": torch.zeros(4)}, ValueError, "x must be"),
+        ({"sample_ids": torch.zeros(4)}, TypeError, "sample_ids must be int64"),
+        ({"sample_ids": torch.arange(3)}, ValueError, "sample_ids must be"),
+        ({"seed": -1}, ValueError, "seed must be an integer"),
+        ({"seed": torch.zeros(())}, TypeError, "seed must be an int64 scalar"),
+        ({"backend": "triton"}, ValueError, "backend 'triton' cannot serve"),
+        ({"velocity": lambda x, t: x[:, :2]}, ValueError, "velocity must return"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    net, x, t = case("two hidden layers")
+    arguments: dict[str, Any] = {"velocity": net, "x": x, "t": t} | change
+    with pytest.raises(error, match=message):
+        fewstep.divergence(
+            arguments.pop("velocity"), arguments.pop("x"), arguments.pop("t"), **arguments
+        )
+
+
+def test_reference_is_differentiable_twice() -> None:
+    net, x, t = case("one hidden layer")
+    x.requires_grad_()
+
+    def value(x: Tensor) -> Tensor:
+        return reference.jacobian(net, x, t)[1].diagonal(dim1=1, dim2=2).sum(1)
+
+    assert torch.autograd.gradcheck(value, x)
+    assert torch.autograd.gradgradcheck(value, x)

@@ -1,0 +1,115 @@
+"""`fewstep train reflow`: runs end to end, repeats itself, resumes, refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep import checkpoint, cli, train_reflow
+from fewstep.methods import MarginalReflow
+
+CONFIG = replace(
+    train_reflow.preset("digits"),
+    teacher_steps=3,
+    student_steps=2,
+    teacher_batch=16,
+    batch=8,
+    width=8,
+    depth=2,
+    checkpoint_every=2,
+    flow=MarginalReflow(lam=0.1, windows=2, solver_steps=1, t_min=0.1),
+)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_reflow, "_EVALUATED", 16)
+    monkeypatch.setattr(train_reflow, "report", lambda *_, **__: [])
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    return checkpoint.load(out / "checkpoint.safetensors")[0]
+
+
+def test_a_run_repeats_and_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_reflow.train(CONFIG, tmp_path / "a", progress=False)
+    assert whole.picture.stat().st_size > 1000
+    assert "KL to teacher, window 2" in whole.table
+    own = train_reflow._loss
+    calls = 0
+
+    def failing(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # a step into the second student
+            raise RuntimeError("power cut")
+        return own(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train_reflow, "_loss", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train_reflow.train(CONFIG, tmp_path / "b", progress=False)
+    monkeypatch.setattr(train_reflow, "_loss", own)
+    train_reflow.train(CONFIG, tmp_path / "b", resume=True, progress=False)
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(
+        not torch.equal(a[f"student.{k[6:]}"], a[k]) for k in a if k.startswith("plain.model")
+    )
+
+
+def test_teacher_from_a_run_and_from_a_function(tmp_path: Path) -> None:
+    train_reflow.train(CONFIG, tmp_path / "a", progress=False)
+    config = replace(CONFIG, teacher=str(tmp_path / "a"))
+    train_reflow.train(config, tmp_path / "b", progress=False)
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[k], b[k]) for k in a if k.startswith(("teacher.ema", "student.ema")))
+    result = train_reflow.train(
+        CONFIG, tmp_path / "c", teacher=lambda x, t: x * t[:, None, None, None], progress=False
+    )
+    assert set(result.outcomes) == {"student", "plain"}
+    with pytest.raises(ValueError, match="has width 8, not 9"):
+        train_reflow.train(replace(config, width=9), tmp_path / "d", progress=False)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    options = "--data digits --teacher-steps 2 --student-steps 1 --batch 4 --teacher-batch 4"
+    options += " --width 8 --windows 2 --solver-steps 1 --t-min 0.1"
+    assert cli.main(["train", "reflow", *options.split(), "--out", str(out)]) == 0
+    assert "with alignment" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["method"] == "reflow"
+    grid = tmp_path / "grid.png"
+    assert cli.main(["sample", str(out), "--n", "4", "--out", str(grid)]) == 0
+    assert grid.exists()
+    assert cli.main(["train", "reflow", *options.split(), "--out", str(out)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_steps": 0}, "student_steps must be an integer"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"ema": 1.0}, "ema must be in"),
+        ({"seed": -1}, "seed must be an integer"),
+    ],
+)
+def test_bad_numbers(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **change)  # type: ignore[arg-type]
+
+
+def test_other_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run of fewstep"):
+        train_reflow.read_run(tmp_path)
+    (tmp_path / "config.json").write_text('{"method": "wflow"}')
+    with pytest.raises(ValueError, match="not the configuration of a reflow run"):
+        train_reflow.load_student(tmp_path)
