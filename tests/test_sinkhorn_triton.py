@@ -17,6 +17,7 @@ from tolerances import assert_contract
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 ARGUMENTS = ("x", "y", "a", "b")
 
 
