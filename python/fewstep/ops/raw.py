@@ -11,10 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._library import shared_memory
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def resident(points: Points) -> bool:
+    """Whether the CUDA kernels keep these problems on chip, with all options but symmetric updates.
+
+    Segments count: those that are too large are solved all the same, slowly.
+    """
+    x, y = points.x, points.y
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        return False
+    if points.cost not in reference.COSTS[:3] or points.labels is not None:
+        return False
+    n, m = x.shape[1], y.shape[1]
+    if points.segments is not None or (n <= 128 and m <= 128):
+        return True
+    blocks = 4 if torch.cuda.get_device_properties(x.device).major in (9, 10) else 1  # of a cluster
+    return m <= 256 and n <= 96 * blocks and shared_memory(x.device) > 130 * 1024
 
 
 def solve(
