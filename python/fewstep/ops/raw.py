@@ -52,8 +52,10 @@ def solve(
     x, y = points.x, points.y
     if backend == "triton":
         cost = reference.COSTS.index(points.cost)
-        op = _triton().sinkhorn.default
-        out: Outputs = op(x, y, a, b, eps, g0, cost, s.max_iter, s.tol)
+        out: Outputs = _triton().sinkhorn.default(
+            *(x, y, a, b, eps, f0, g0, cost, points.diagonal, s.max_iter, s.tol),
+            *(s.start, s.factor, s.temperatures, *s.rho, s.relax, s.simultaneous),
+        )
         return out
     out = torch.ops.fewstep.sinkhorn.default(
         *(x, y, a, b, eps, f0, g0, *_geometry(points), s.max_iter, s.tol, s.start, s.factor),
@@ -73,7 +75,7 @@ def transport(
     out: tuple[Tensor, Tensor]
     if backend == "triton":
         cost = reference.COSTS.index(points.cost)
-        out = _triton().sinkhorn_transport.default(x, y, f, g, b, eps, v, cost)
+        out = _triton().sinkhorn_transport.default(*(x, y, f, g, b, eps, v, cost, points.diagonal))
     else:
         op = torch.ops.fewstep.sinkhorn_transport.default
         out = op(x, y, f, g, b, eps, v, *_geometry(points))
@@ -90,7 +92,7 @@ def gradient(
     out: Tensor
     if backend == "triton":
         cost = reference.COSTS.index(points.cost)
-        out = _triton().sinkhorn_grad.default(x, y, f, g, a, b, eps, cost)
+        out = _triton().sinkhorn_grad.default(*(x, y, f, g, a, b, eps, cost, points.diagonal))
     else:
         out = torch.ops.fewstep.sinkhorn_grad.default(x, y, f, g, a, b, eps, *_geometry(points))
     return out

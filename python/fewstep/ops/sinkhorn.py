@@ -771,10 +771,10 @@ def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) 
     if backend == "keops" and points.cost != "formula":
         return "it serves costs given as functions, and the others have kernels of their own"
     full = backend == "cpp"
-    kept = backend == "cuda" and raw.resident(points)
+    kept = backend == "triton" or (backend == "cuda" and raw.resident(points))
     asked = {
         "costs given as functions": backend != "keops" and points.cost == "formula",
-        "cu_seqlens": not (full or kept) and points.segments is not None,
+        "cu_seqlens": not (full or (backend == "cuda" and kept)) and points.segments is not None,
         "labels": not full and points.labels is not None,
         "exclude_diagonal": not (full or kept) and points.diagonal is not None,
     }
@@ -784,7 +784,7 @@ def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) 
             "several eps": not kept and eps.shape[0] != points.count,
             "anneal": not kept and (s.start is not None or s.temperatures is not None),
             "reach": not kept and s.rho != (None, None),
-            "update='symmetric'": s.simultaneous,
+            "update='symmetric'": backend == "cuda" and s.simultaneous,
             "relax": not kept and s.relax != 1 and not s.simultaneous,
         }
     names = [name for name, used in asked.items() if used]
