@@ -336,10 +336,11 @@ def test_drift(
         )
         answer = emulators[team](request + arrays(x, *clouds, weights, guidance, eps))
         metric = (dtype, (temperatures, groups, plans))
-        velocity, squares, *metrics = split(
+        velocity, squares, distances, pairs, *metrics = split(
             answer,
             (dtype, (temperatures, groups, n, d)),
             (dtype, (temperatures, groups)),
+            *[(torch.float64, (groups,))] * 2,
             *[metric] * 3,
         )
         points = [t.double() for t in (x, *clouds)]
@@ -357,6 +358,18 @@ def test_drift(
             unit=False,
             diagonal=diagonal,
         )
+        counted = points[1 : 1 + (sum(c > 0 for c in counts) if joint else 2)]
+        columns = torch.cat(counted, 1)
+        w = weights.double()[:, : columns.shape[1]]
+        if diagonal is None:
+            columns, w = (
+                torch.cat([points[0], columns], 1),
+                torch.cat([torch.ones(groups, n), w], 1),
+            )
+        size = torch.cdist(points[0], columns)
+        size = size if cost == "euclidean" else size.square()
+        torch.testing.assert_close(distances, (w[:, None] * size).sum((1, 2)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(pairs, n * w.sum(1), rtol=1e-6, atol=0)
         assert_contract("gradient", velocity, expected[0] / scale)
         sums = (expected[0] / scale).square().sum((2, 3))
         assert_contract("gradient", squares, sums)

@@ -301,59 +301,17 @@ struct DriftArguments {
   float* sums;        // [groups] weighted distances and [groups] weights, then squares [temperatures, groups]
 };
 
-// A group's share of the mean distance from x: sum_iu w_u |x_i - u|^2 (euclidean: |x_i - u|) and the weights of its
-// pairs. Squares come from moments about a point of x, sum_i |x_i|^2 W + n sum_u w_u |u|^2 - 2 sum_i x_i . sum_u w_u u,
-// coordinate by coordinate.
+// A group's weighted distances and the weights of its pairs.
 __global__ void __launch_bounds__(kSumThreads) drift_scale_kernel(const __grid_constant__ DriftArguments arguments) {
   __shared__ double scratch[kSumThreads / Block::kLanes];
   const Block team{};
   const DriftProblems& in = arguments.in;
-  const int64_t clouds = in.joint ? in.cloud_count : 2, columns = in.counts[0] + in.counts[1] + in.counts[2];
-  for (int64_t g = blockIdx.x; g < in.groups; g += gridDim.x) {
-    const float* const x = in.x + g * in.n * in.d;
-    double distance = 0, weight = 0;
-    const float* w = in.weights + g * columns;
-    // x counts as a cloud of weights 1 where x_self does not stand for it.
-    for (int64_t c = in.diagonal == kNoDiagonal64 ? -1 : 0; c < clouds; ++c) {
-      const int64_t count = c < 0 ? in.n : c == 0 ? in.counts[0] : c == 1 ? in.counts[1] : in.counts[2];
-      const float* const own = c == 0 ? in.clouds[0] : c == 1 ? in.clouds[1] : in.clouds[2];
-      const float* const points = c < 0 ? x : own + g * count * in.d;
-      double total = 0;
-      for (int64_t j = 0; j < count; ++j) total += c < 0 ? 1.0 : double(w[j]);
-      weight += total;
-      if (in.cost == 2) {
-        for (int64_t pair = team.warp(); pair < in.n * count; pair += team.warps()) {
-          const float* const from = x + pair / count * in.d;
-          const float* const to = points + pair % count * in.d;
-          float squared = 0;
-          for (int64_t k = team.lane(); k < in.d; k += Block::kLanes) squared += (from[k] - to[k]) * (from[k] - to[k]);
-          squared = team.lane_sum(squared);
-          if (team.lane() == 0) distance += (c < 0 ? 1.0 : double(w[pair % count])) * double(sqrtf(squared));
-        }
-      } else {
-        for (int64_t k = team.rank(); k < in.d; k += team.size()) {
-          const float centre = x[k];
-          double first_x = 0, square_x = 0, first = 0, square = 0;
-          for (int64_t i = 0; i < in.n; ++i) {
-            const double v = double(x[i * in.d + k] - centre);
-            first_x += v;
-            square_x += v * v;
-          }
-          for (int64_t j = 0; j < count; ++j) {
-            const double v = double(points[j * in.d + k] - centre), wj = c < 0 ? 1.0 : double(w[j]);
-            first += wj * v;
-            square += wj * v * v;
-          }
-          distance += total * square_x + double(in.n) * square - 2 * first_x * first;
-        }
-      }
-      if (c >= 0) w += count;
-    }
-    distance = block::team_sum(team, distance, scratch);
-    if (team.rank() == 0) {
-      arguments.sums[g] = static_cast<float>(distance);
-      arguments.sums[in.groups + g] = static_cast<float>(weight * double(in.n));
-    }
+  for (int64_t group = blockIdx.x; group < in.groups; group += gridDim.x) {
+    double weight;
+    const double distance = resident::distances_from(team, arguments.drift, group, scratch, &weight);
+    if (team.rank() != 0) continue;
+    arguments.sums[group] = static_cast<float>(distance);
+    arguments.sums[in.groups + group] = static_cast<float>(weight);
   }
 }
 
@@ -476,22 +434,23 @@ cudaError_t drift(const DriftProblems& in, float* parts, float* sums, int* queue
       in.peak};
   const DriftArguments arguments{in, first, queue, velocities, sums};
   constexpr int64_t kMaxGrid = 1 << 16;
-  if (in.groups == 0) return cudaSuccess;
   const int64_t widest = widest_plan(in);
   cudaError_t error = cudaMemsetAsync(queue, 0, sizeof(int), stream);
   if (error != cudaSuccess) return error;
-  if (in.scaled) {
+  if (in.scaled && in.groups > 0) {
     drift_scale_kernel<<<static_cast<unsigned>(std::min(in.groups, kMaxGrid)), kSumThreads, 0, stream>>>(arguments);
     if ((error = cudaGetLastError()) != cudaSuccess) return error;
   }
   drift_finish_scale_kernel<<<1, kSumThreads, 0, stream>>>(arguments);
   if ((error = cudaGetLastError()) != cudaSuccess) return error;
-  error = widest <= 64    ? launch_drift<2>(arguments, widest, stream)
-          : widest <= 160 ? launch_drift<5>(arguments, widest, stream)
-                          : launch_drift<8>(arguments, widest, stream);
-  if (error != cudaSuccess) return error;
+  if (in.groups > 0) {
+    error = widest <= 64    ? launch_drift<2>(arguments, widest, stream)
+            : widest <= 160 ? launch_drift<5>(arguments, widest, stream)
+                            : launch_drift<8>(arguments, widest, stream);
+    if (error != cudaSuccess) return error;
+  }
   drift_rms_kernel<<<static_cast<unsigned>(in.temperatures), kSumThreads, 0, stream>>>(arguments);
-  if ((error = cudaGetLastError()) != cudaSuccess || !in.unit) return error;
+  if ((error = cudaGetLastError()) != cudaSuccess || !in.unit || in.groups == 0) return error;
   const int64_t size = in.groups * in.n * in.d;
   const int64_t blocks = std::min((size + kSumThreads - 1) / kSumThreads, kMaxGrid);
   drift_mix_kernel<<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(arguments);

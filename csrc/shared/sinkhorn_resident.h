@@ -914,6 +914,55 @@ struct Drift {
   T *residual, *entropy, *peak;  // [temperatures, groups, plans]
 };
 
+// A group's share of the mean distance from x, sum_iu w_u |x_i - u|^2 (euclidean: |x_i - u|), and the weights of its
+// pairs. x counts as a cloud of weights 1 where x_self does not stand for it. Squares come from moments about a point c
+// of x, sum_u w_u sum_i |x_i - c|^2 + n sum_u w_u |u - c|^2 - 2 sum_i (x_i - c) . sum_u w_u (u - c), coordinate by
+// coordinate. scratch has one element per warp.
+template <typename T, typename Team>
+FEWSTEP_HD double distances_from(const Team& team, const Drift<T>& in, int64_t group, double* scratch, double* weight) {
+  const T* const x = in.x + group * in.n * in.d;
+  const T* w = in.weights + group * (static_cast<int64_t>(in.counts[0]) + in.counts[1] + in.counts[2]);
+  double distance = 0;
+  *weight = 0;
+  for (int c = in.diagonal == kNoDiagonal ? -1 : 0; c < (in.joint ? in.cloud_count : 2); ++c) {
+    const int count = c < 0 ? in.n : c == 0 ? in.counts[0] : c == 1 ? in.counts[1] : in.counts[2];
+    const T* const cloud = c == 0 ? in.clouds[0] : c == 1 ? in.clouds[1] : in.clouds[2];
+    const T* const points = c < 0 ? x : cloud + group * count * in.d;
+    double total = 0;
+    for (int j = 0; j < count; ++j) total += c < 0 ? 1.0 : double(w[j]);
+    *weight += total * in.n;
+    if (in.cost == 2) {
+      for (int64_t pair = team.warp(); pair < static_cast<int64_t>(in.n) * count; pair += team.warps()) {
+        const T* const from = x + pair / count * in.d;
+        const T* const to = points + pair % count * in.d;
+        T squared = 0;
+        for (int k = team.lane(); k < in.d; k += Team::kLanes) squared += (from[k] - to[k]) * (from[k] - to[k]);
+        squared = team.lane_sum(squared);
+        if (team.lane() == 0) distance += (c < 0 ? 1.0 : double(w[pair % count])) * std::sqrt(double(squared));
+      }
+    } else {
+      for (int k = team.rank(); k < in.d; k += team.size()) {
+        const T centre = x[k];
+        double first_x = 0, square_x = 0, first = 0, square = 0;
+        for (int i = 0; i < in.n; ++i) {
+          const double v = double(x[static_cast<int64_t>(i) * in.d + k] - centre);
+          first_x += v;
+          square_x += v * v;
+        }
+        for (int j = 0; j < count; ++j) {
+          const double v = double(points[static_cast<int64_t>(j) * in.d + k] - centre);
+          const double wj = c < 0 ? 1.0 : double(w[j]);
+          first += wj * v;
+          square += wj * v * v;
+        }
+        distance += total * square_x + in.n * square - 2 * first_x * first;
+      }
+    }
+    if (c >= 0) w += count;
+  }
+  return block::team_sum(team, distance, scratch);
+}
+
 // All plans of a group at all temperatures, by one block; distances of a plan are measured once. `unit` is what a
 // temperature of 1 is in the cost of the points as they are, `scale` what a length of 1 is.
 template <int R, int Q, int kWarps, typename T, typename Team>

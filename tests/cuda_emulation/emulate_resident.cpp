@@ -171,7 +171,20 @@ void drift_all(const Request& q) {
       drift_group<R, Q, kWarps>(team, in, i, q.factor, static_cast<T>(q.tol), memory);
     }
   });
-  output(velocity), output(squares);
+  std::vector<double> distances(q.batch), pairs(q.batch), scratch(kTeamWarps);
+  auto measure = [&](const auto& team) {
+    for (int64_t i = 0; i < q.batch; ++i) {
+      double weight;
+      const double distance = distances_from(team, in, i, scratch.data(), &weight);
+      if (team.rank() == 0) distances[i] = distance, pairs[i] = weight;
+    }
+  };
+  if (q.ranks == 0) {
+    measure(Single{});
+  } else {
+    run_cluster<T>(1, 0, [&](const Threads& team, T*) { measure(team); });
+  }
+  output(velocity), output(squares), output(distances), output(pairs);
   for (const auto& metric : metrics) output(metric);
 }
 
