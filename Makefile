@@ -1,6 +1,7 @@
 # make demo    train a one-step generator of MNIST digits on this CPU   (FAST=1: 8x8 digits, a minute)
 # make test    lint, format, types, tests
-# Both set up .venv the first time and whenever what they install from has changed.
+# make gpu     build, test, check and time all GPU kernels (OUT=runs/gpu, WHEELS=folder with wheels of peers)
+# The first two set up .venv the first time and whenever what they install from has changed.
 PYTHON ?= python3
 BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.[ch]*' -o -name '*.inl')
@@ -12,7 +13,11 @@ else
 DEMO := --data mnist5k --out runs/mnist5k
 endif
 
-.PHONY: demo test lint bench clean
+# Where no .venv was set up, the Python that has torch.
+GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
+OUT ?= runs/gpu
+
+.PHONY: demo test lint bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/fewstep train wflow $(DEMO) --overwrite
@@ -32,6 +37,9 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.run sinkhorn --peers
 	$(BIN)/python -m benchmarks.table
 	$(BIN)/python -m benchmarks.targets
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
 
 .venv/ready: $(BUILD_INPUTS)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed") if sys.version_info < (3, 11) else None'

@@ -1,12 +1,14 @@
 """Two libraries: fewstep._C (C++, always) and fewstep._C_cuda (CUDA, where nvcc is found).
 
 FEWSTEP_CUDA=0 skips CUDA, 1 insists on it, auto (the default) builds it where nvcc is found.
+FEWSTEP_CUDA_ARCHITECTURES=90 (or 80,90,100: the default) says for which compute capabilities.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
@@ -19,7 +21,7 @@ STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 CXX = ["-O3", "-std=c++20", "-fvisibility=hidden", "-pthread", "-Wall", "-g0"]
 # What lets plain loops become vector code without giving up inf and NaN.
 SIMD = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-ARCHITECTURES = ("80", "90", "100")
+ARCHITECTURES = os.environ.get("FEWSTEP_CUDA_ARCHITECTURES", "80,90,100").split(",")
 
 
 def find_toolkit() -> Path | None:
@@ -38,13 +40,13 @@ def sources(pattern: str) -> list[str]:
 
 class Build(BuildExtension):
     def build_extension(self, ext) -> None:
-        for source in getattr(ext, "cuda_sources", []):
-            ext.extra_objects.append(self.compile_cuda(source))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects += pool.map(self.compile_cuda, getattr(ext, "cuda_sources", []))
         super().build_extension(ext)
 
     def compile_cuda(self, source: str) -> str:
         """Compile a torch-free .cu for every architecture; registers and spills go to the log."""
-        target = Path(self.build_temp, source).with_suffix(".o")
+        target = Path(self.build_temp, *ARCHITECTURES, source).with_suffix(".o")
         newest = max(Path(d).stat().st_mtime for d in [source, *sources("csrc/**/*.[ch]*")])
         if not target.exists() or target.stat().st_mtime < newest:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,9 +54,8 @@ class Build(BuildExtension):
             newest_arch = f"compute_{ARCHITECTURES[-1]}"
             gencode.append(f"-gencode=arch={newest_arch},code={newest_arch}")  # PTX, later GPUs
             flags = ["-O3", "-std=c++20", "-lineinfo", "-Xptxas=-v", "-Xcompiler=-fPIC", *gencode]
-            subprocess.run(
-                [str(CUDA / "bin/nvcc"), *flags, "-c", source, "-o", str(target)], check=True
-            )
+            command = [str(CUDA / "bin/nvcc"), "--threads=0", *flags, "-c", source]
+            subprocess.run([*command, "-o", str(target)], check=True)
         return str(target)
 
 

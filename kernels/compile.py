@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -23,8 +24,20 @@ from triton.compiler import ASTSource
 from . import config, sinkhorn
 
 _POINTER = {"float32": "*fp32", "float64": "*fp64"}
-_OTHER = {"Iterations": "*i64", "cost_scale": "fp32"}
-_INTEGERS = ("N", "M", "D", "K", "partials")
+_OTHER = {"Iterations": "*i64", "Annealing": "*i32", "Done": "*i32", "cost_scale": "fp32"}
+_INTEGERS = (
+    "N",
+    "M",
+    "D",
+    "K",
+    "partials",
+    "temperatures",
+    "diagonal",
+    "step",
+    "max_iter",
+    "row_pieces",
+    "column_pieces",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ def compile_kernel(kernel: Any, *, dtype: str, arch: str, launch: dict[str, Any]
     signature |= {name: "i32" for name in _INTEGERS if name in names}
     signature |= dict.fromkeys(constants, "constexpr")
     # The launchers pad the points, and the coordinates of a dot, to multiples of 16.
-    aligned = {"N", "M"} | ({"D"} if launch["DOT"] else set())
+    aligned = {"N", "M"} | ({"D"} if launch.get("DOT") else set())
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
@@ -123,10 +136,15 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
         if key in seen:
             continue
         seen.append(key)
+        if kernel is sinkhorn.sinkhorn_merge_kernel:
+            yield kernel, dtype, launch
+            continue
         large = launch["BLOCK_M"] == (64 if launch["DOT"] else 128)
         apply = kernel is sinkhorn.sinkhorn_apply_kernel
-        row = kernel is sinkhorn.sinkhorn_row_kernel
+        row = kernel in (sinkhorn.sinkhorn_row_kernel, sinkhorn.sinkhorn_symmetric_kernel)
         heavy = launch["EUCLIDEAN"] and large and (row or apply)
+        # Leaving out a diagonal takes registers, so that wide products have smaller tiles then.
+        heavy = heavy and launch["DIAGONAL"] == (launch.get("BLOCK_K") != 64)
         if apply:
             plain_gradient = launch["GRADIENT"] and not launch["NEAR_ONLY"] and launch["DOT"]
             narrow = launch["BLOCK_K"] < 32 and not launch["GRADIENT"]
@@ -136,29 +154,24 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
 
 
 def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
-    for dtype, dim in (("float32", 64), ("float32", 3), ("float64", 64)):
-        for euclidean in (False, True):
-            for batch in (1, 1024):
-                cost = {"EUCLIDEAN": euclidean}
-                update = config.sinkhorn_update(batch, 1024, dim, dtype, arch) | cost
-                yield sinkhorn.sinkhorn_row_kernel, dtype, update
-                yield sinkhorn.sinkhorn_column_kernel, dtype, update
-                for width in (1, 10, 40, 128):
-                    for gradient, near_only in ((False, False), (True, False), (True, True)):
-                        if near_only and not (euclidean and update["DOT"]):
-                            continue
-                        launch = config.sinkhorn_apply(
-                            batch,
-                            1024,
-                            dim,
-                            width,
-                            dtype,
-                            arch,
-                            gradient=gradient,
-                            near_only=near_only,
-                        )
-                        launch |= cost | {"GRADIENT": gradient}
-                        yield sinkhorn.sinkhorn_apply_kernel, dtype, launch
+    cases = itertools.product(
+        (("float32", 64), ("float32", 3), ("float64", 64)), (False, True), (False, True), (1, 1024)
+    )
+    for (dtype, dim), euclidean, diagonal, batch in cases:
+        cost = {"EUCLIDEAN": euclidean, "DIAGONAL": diagonal}
+        update = config.sinkhorn_update(batch, 1024, dim, dtype, arch) | cost
+        yield sinkhorn.sinkhorn_row_kernel, dtype, update
+        yield sinkhorn.sinkhorn_column_kernel, dtype, update
+        yield sinkhorn.sinkhorn_symmetric_kernel, dtype, update
+        yield sinkhorn.sinkhorn_merge_kernel, dtype, config.sinkhorn_merge()
+        for width in (1, 10, 40, 128):
+            for gradient, near_only in ((False, False), (True, False), (True, True)):
+                if near_only and not (euclidean and update["DOT"]):
+                    continue
+                options = {"gradient": gradient, "near_only": near_only, "diagonal": diagonal}
+                shape = (batch, 1024, dim, width, dtype, arch)
+                launch = config.sinkhorn_apply(*shape, **options) | cost | {"GRADIENT": gradient}
+                yield sinkhorn.sinkhorn_apply_kernel, dtype, launch
 
 
 def main() -> int:

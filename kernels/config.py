@@ -83,6 +83,7 @@ def sinkhorn_apply(
     *,
     gradient: bool = False,
     near_only: bool = False,
+    diagonal: bool = False,
 ) -> dict[str, Any]:
     """Launch parameters of the product of the plan with `width` columns.
 
@@ -97,9 +98,20 @@ def sinkhorn_apply(
     launch["DOT_V"] = (launch["DOT"] or wide) and not near_only
     launch["NEAR_ONLY"] = near_only
     if launch["DOT"]:
-        launch["BLOCK_K"] = 32 if near_only or width <= 32 else 64
+        # 64 columns spill with a diagonal to leave out, and on sm_80.
+        narrow = near_only or diagonal or width <= 32 or arch not in ARCHITECTURES[1:]
+        launch["BLOCK_K"] = 32 if narrow else 64
     elif launch["DOT_V"]:
         launch["BLOCK_K"] = 32
     else:
         launch |= {"BLOCK_K": 4 if width <= 4 else 16, "BLOCK_N": _COLUMNS_SMALL}
     return launch
+
+
+def sinkhorn_merge() -> dict[str, Any]:
+    """Launch parameters of the merge of column sums: a thread owns a column.
+
+    >>> sinkhorn_merge()["BLOCK"]
+    128
+    """
+    return {"BLOCK": 128, "num_warps": 4, "num_stages": 2}

@@ -6,6 +6,7 @@ The registered ops have the schemas of csrc/ops.cpp, in the namespace `fewstep_t
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,13 +95,18 @@ def _soft_transform(
     M,
     D,
     cost_scale,
+    diagonal,
+    DIAGONAL: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`log2 sum_j w_j 2^((g_j - C_ij) scale)` for some rows, `[BM]`, online over column tiles."""
+    """`log2 sum_j w_j 2^((g_j - C_ij) scale)` for some rows, `[BM]`, online over column tiles.
+
+    With DIAGONAL less the pairs `j == i + diagonal`.
+    """
     # Columns go along axis REDUCE of a tile. Without a dot they go along axis 0, which the default
     # layout keeps inside one thread, so that no reduction crosses threads.
     REDUCE: tl.constexpr = 1 if DOT else 0
@@ -130,6 +136,9 @@ def _soft_transform(
         )
         cost = tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale
         score = (g - cost) * scale + log_w
+        if DIAGONAL:
+            own = tl.expand_dims(rows + diagonal, REDUCE)
+            score = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("-inf"), score)
         new_top = tl.maximum(top, tl.max(score, REDUCE))
         # While every weight seen is 0 the top is -inf, and -inf - -inf would be NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -137,6 +146,14 @@ def _soft_transform(
         total = total * tl.exp2(top - shift) + tl.sum(p, REDUCE)
         top = new_top
     return top + tl.log2(total)
+
+
+@triton.jit
+def _updated(old, soft, eps, inverse_rho, relax):
+    """A potential from its soft c-transform: damped by `rho / (rho + eps)`, then over-relaxed."""
+    damped = soft / (1 + eps * inverse_rho)
+    base = tl.where(relax == 1, damped, old)  # the old one may be infinite
+    return base + relax * (damped - base)
 
 
 @triton.jit
@@ -153,13 +170,17 @@ def sinkhorn_row_kernel(
     G,
     F_old,
     F,
-    Partial,
-    Residual,
-    Tol,
+    Error,
+    Mass,
+    Done,
+    Settings,
     N,
     M,
     D,
+    temperatures,
+    diagonal,
     cost_scale,
+    DIAGONAL: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -167,47 +188,66 @@ def sinkhorn_row_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`f_i = -eps log sum_j b_j exp((g_j - C_ij) / eps)`, and how far `F_old` was from it.
+    """`f_i = -eps log sum_j b_j exp((g_j - C_ij) / eps)`, damped and relaxed, and how far `F_old`
+    was from it.
 
-    `Partial [B, blocks]` gets each block's share of `sum_i a_i |exp((F_old_i - f_i) / eps) - 1|`.
+    `Error` and `Mass [P, blocks]` get each block's share of `sum_i a_i |r_i - w_i|` and
+    `sum_i a_i r_i`, where `r_i = exp((F_old_i - f_i) / eps)` and w_i = 1, or `exp(-F_old_i / rho)`.
+    `temperatures` problems in a row share points and weights. Settings: tol, 1 / rho_x, 1 / rho_y,
+    relax.
     """
     blocks = N // BLOCK_M
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    if tl.load(Residual + problem) <= tl.load(Tol):
+    if tl.load(Done + problem) > 0:
         return
+    cloud = problem // temperatures
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     eps = tl.load(Eps + problem)
     scale = 1 / eps * LOG2E
     total = _soft_transform(
-        X + problem * N * D,
-        Y + problem * M * D,
-        X_centred + problem * N * D,
-        Y_centred + problem * M * D,
-        X2 + problem * N,
-        Y2 + problem * M,
+        X + cloud * N * D,
+        Y + cloud * M * D,
+        X_centred + cloud * N * D,
+        Y_centred + cloud * M * D,
+        X2 + cloud * N,
+        Y2 + cloud * M,
         G + problem * M,
-        Log_b + problem * M,
+        Log_b + cloud * M,
         scale,
         rows,
         N,
         M,
         D,
         cost_scale,
+        diagonal,
+        DIAGONAL,
         EUCLIDEAN,
         DOT,
         PRECISION,
         BLOCK_N,
         BLOCK_D,
     )
-    f = -total * (eps * LN2)  # [BM]
+    soft = -total * (eps * LN2)  # [BM]
     points = problem * N + rows
-    a = tl.load(A + points)
+    a = tl.load(A + cloud * N + rows)
     old = tl.load(F_old + points)
-    tl.store(F + points, f)
+    inverse_rho = tl.load(Settings + 1)
+    tl.store(F + points, _updated(old, soft, eps, inverse_rho, tl.load(Settings + 3)))
     # A point without mass may have any ratio, also one that overflows.
-    ratio = tl.exp2(tl.where(a == 0, 0.0, (old - f) * scale))
-    tl.store(Partial + problem * blocks + block, tl.sum(a * tl.abs(ratio - 1), 0))
+    ratio = tl.exp2(tl.where(a == 0, 0.0, (old - soft) * scale))
+    wanted = tl.exp2(-tl.where(inverse_rho == 0, 0.0, old) * inverse_rho * LOG2E)
+    tl.store(Error + problem * blocks + block, tl.sum(a * tl.abs(ratio - wanted), 0))
+    tl.store(Mass + problem * blocks + block, tl.sum(a * ratio, 0))
+
+
+@triton.jit
+def _sum_of_pieces(Pieces, count):
+    total = tl.zeros([128], Pieces.dtype.element_ty)
+    for start in range(0, count, 128):
+        piece = start + tl.arange(0, 128)
+        total += tl.load(Pieces + piece, mask=piece < count, other=0.0)
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -219,18 +259,27 @@ def sinkhorn_column_kernel(
     X2,
     Y2,
     Log_a,
+    B,
     Eps,
     F,
     G,
-    Partial,
+    Error,
+    Mass,
     Residual,
     Iterations,
-    Tol,
+    Annealing,
+    Done,
+    Settings,
+    step,
+    max_iter,
     N,
     M,
     D,
+    temperatures,
     partials,
+    diagonal,
     cost_scale,
+    DIAGONAL: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -238,52 +287,253 @@ def sinkhorn_column_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`g_j = -eps log sum_i a_i exp((f_i - C_ij) / eps)`, unless the problem has converged.
+    """`g_j = -eps log sum_i a_i exp((f_i - C_ij) / eps)`, damped and relaxed, unless the problem is
+    done: after `max_iter` iterations at its last temperature, which `Annealing` others come before,
+    or once the residual is at most the tolerance.
 
-    `Partial [B, partials]` holds the residual of the previous iteration in pieces, and every block
+    `Error [P, partials]` holds the residual of the previous iteration in pieces, and every block
     of a problem adds them in the same order, so all decide alike. BLOCK_M counts points of y.
     """
     blocks = M // BLOCK_M
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    tol = tl.load(Tol)
-    if tl.load(Residual + problem) <= tol:
+    if tl.load(Done + problem) > 0:
         return
-    pieces = tl.zeros([128], X.dtype.element_ty)
-    for start in range(0, partials, 128):
-        piece = start + tl.arange(0, 128)
-        pieces += tl.load(Partial + problem * partials + piece, mask=piece < partials, other=0.0)
-    residual = tl.sum(pieces, 0)
+    cloud = problem // temperatures
+    at_eps = step - tl.load(Annealing + problem)  # iterations that have been made there
+    if at_eps > 0:
+        residual = _sum_of_pieces(Error + problem * partials, partials)
+        if (residual <= tl.load(Settings)) | (at_eps >= max_iter):
+            if block == 0:
+                tl.store(Residual + problem, residual)
+                mass = _sum_of_pieces(Mass + problem * partials, partials)
+                tl.store(Residual + problem + tl.num_programs(0) // blocks, mass)
+                tl.store(Done + problem, 1)
+            return
     if block == 0:
-        tl.store(Residual + problem, residual)
-    if residual <= tol:
-        return
-    if block == 0:
-        tl.store(Iterations + problem, tl.load(Iterations + problem) + 1)
+        tl.store(Iterations + problem, step + 1)
     cols = block * BLOCK_M + tl.arange(0, BLOCK_M)
     eps = tl.load(Eps + problem)
     total = _soft_transform(
-        Y + problem * M * D,
-        X + problem * N * D,
-        Y_centred + problem * M * D,
-        X_centred + problem * N * D,
-        Y2 + problem * M,
-        X2 + problem * N,
+        Y + cloud * M * D,
+        X + cloud * N * D,
+        Y_centred + cloud * M * D,
+        X_centred + cloud * N * D,
+        Y2 + cloud * M,
+        X2 + cloud * N,
         F + problem * N,
-        Log_a + problem * N,
+        Log_a + cloud * N,
         1 / eps * LOG2E,
         cols,
         M,
         N,
         D,
         cost_scale,
+        -diagonal,
+        DIAGONAL,
         EUCLIDEAN,
         DOT,
         PRECISION,
         BLOCK_N,
         BLOCK_D,
     )
-    tl.store(G + problem * M + cols, -total * (eps * LN2))
+    points = problem * M + cols
+    # A point without weight has the transform of the last f alone.
+    relax = tl.where(tl.load(B + cloud * M + cols) == 0, 1.0, tl.load(Settings + 3))
+    soft = -total * (eps * LN2)
+    g = _updated(tl.load(G + points), soft, eps, tl.load(Settings + 2), relax)
+    tl.store(G + points, g)
+
+
+@triton.jit
+def sinkhorn_symmetric_kernel(
+    X,
+    Y,
+    X_centred,
+    Y_centred,
+    X2,
+    Y2,
+    A,
+    Log_a,
+    Log_b,
+    Eps,
+    F,
+    G,
+    F_next,
+    Tops,
+    Sums,
+    Row_error,
+    Column_error,
+    Mass,
+    Iterations,
+    Annealing,
+    Done,
+    Settings,
+    step,
+    max_iter,
+    N,
+    M,
+    D,
+    temperatures,
+    row_pieces,
+    column_pieces,
+    diagonal,
+    cost_scale,
+    DIAGONAL: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Both soft c-transforms from each tile of costs once: `F_next` from g as in
+    `sinkhorn_row_kernel`, and this block of rows' share of those from f, as a maximum and a sum per
+    column: `Tops` and `Sums [P, blocks, M]`, for `sinkhorn_merge_kernel`.
+
+    Row_error, Mass `[2, P, row_pieces]` and Column_error `[2, P, column_pieces]`, alternating by
+    step, hold the residuals of the potentials that a step began with. A problem is done once those
+    of the step before were at most the tolerance, or after max_iter iterations at eps.
+    """
+    REDUCE: tl.constexpr = 1 if DOT else 0
+    blocks = N // BLOCK_M
+    problems = tl.num_programs(0) // blocks
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    if tl.load(Done + problem) > 0:
+        return
+    annealing = tl.load(Annealing + problem)
+    if step - 1 - annealing > 0:
+        before = ((step + 1) % 2) * problems + problem
+        rows_off = _sum_of_pieces(Row_error + before * row_pieces, row_pieces)
+        columns_off = _sum_of_pieces(Column_error + before * column_pieces, column_pieces)
+        # NaN is not at most anything.
+        if (rows_off <= tl.load(Settings)) & (columns_off <= tl.load(Settings)):
+            if block == 0:
+                tl.store(Iterations + problem, step - 1)
+                tl.store(Done + problem, 1)
+            return
+    if step - annealing >= max_iter:
+        if block == 0:
+            tl.store(Iterations + problem, step)
+            tl.store(Done + problem, 1)
+        return
+    cloud = problem // temperatures
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    points = problem * N + rows
+    eps = tl.load(Eps + problem)
+    scale = 1 / eps * LOG2E
+    f = tl.load(F + points)
+    f_score = tl.expand_dims(f * scale + tl.load(Log_a + cloud * N + rows), REDUCE)
+    X += cloud * N * D
+    Y += cloud * M * D
+    X_centred += cloud * N * D
+    Y_centred += cloud * M * D
+    Y2 += cloud * M
+    Log_b += cloud * M
+    G += problem * M
+    Tops += (problem * blocks + block) * M
+    Sums += (problem * blocks + block) * M
+    x2 = tl.expand_dims(tl.load(X2 + cloud * N + rows), REDUCE)
+    top = tl.full([BLOCK_M], float("-inf"), X.dtype.element_ty)
+    total = tl.full([BLOCK_M], 0.0, X.dtype.element_ty)
+    for start in range(0, M, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        norms = x2 + tl.expand_dims(tl.load(Y2 + cols), 1 - REDUCE)
+        squared = _squared_distances(
+            X,
+            Y,
+            X_centred,
+            Y_centred,
+            rows,
+            cols,
+            norms,
+            N,
+            M,
+            D,
+            EUCLIDEAN,
+            DOT,
+            PRECISION,
+            BLOCK_D,
+        )
+        cost = (tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale) * scale
+        if DIAGONAL:
+            own = tl.expand_dims(rows + diagonal, REDUCE)
+            cost = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("inf"), cost)
+        g_score = tl.load(G + cols) * scale + tl.load(Log_b + cols)
+        score = tl.expand_dims(g_score, 1 - REDUCE) - cost
+        new_top = tl.maximum(top, tl.max(score, REDUCE))
+        # While every weight seen is 0 the top is -inf, and -inf - -inf would be NaN.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(score - tl.expand_dims(shift, REDUCE))
+        total = total * tl.exp2(top - shift) + tl.sum(p, REDUCE)
+        top = new_top
+        score = f_score - cost
+        own_top = tl.max(score, 1 - REDUCE)  # [BN]
+        shift = tl.where(own_top == float("-inf"), 0.0, own_top)
+        p = tl.exp2(score - tl.expand_dims(shift, 1 - REDUCE))
+        tl.store(Tops + cols, own_top)
+        tl.store(Sums + cols, tl.sum(p, 1 - REDUCE))
+    soft = -(top + tl.log2(total)) * (eps * LN2)  # [BM]
+    inverse_rho = tl.load(Settings + 1)
+    tl.store(F_next + points, _updated(f, soft, eps, inverse_rho, tl.load(Settings + 3)))
+    a = tl.load(A + cloud * N + rows)
+    # A point without mass may have any ratio, also one that overflows.
+    ratio = tl.exp2(tl.where(a == 0, 0.0, (f - soft) * scale))
+    wanted = tl.exp2(-f * inverse_rho * LOG2E)
+    piece = ((step % 2) * problems + problem) * row_pieces + block
+    tl.store(Row_error + piece, tl.sum(a * tl.abs(ratio - wanted), 0))
+    tl.store(Mass + piece, tl.sum(a * ratio, 0))
+
+
+@triton.jit
+def sinkhorn_merge_kernel(
+    B,
+    Eps,
+    G,
+    G_next,
+    Tops,
+    Sums,
+    Column_error,
+    Done,
+    Settings,
+    step,
+    M,
+    temperatures,
+    row_pieces,
+    column_pieces,
+    BLOCK: tl.constexpr,
+):
+    """`G_next` from what the blocks of rows left in `Tops` and `Sums`, merged in order."""
+    problems = tl.num_programs(0) // column_pieces
+    problem = (tl.program_id(0) // column_pieces).to(tl.int64)
+    block = tl.program_id(0) % column_pieces
+    if tl.load(Done + problem) > 0:
+        return
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < M
+    top = tl.full([BLOCK], float("-inf"), G.dtype.element_ty)
+    total = tl.full([BLOCK], 0.0, G.dtype.element_ty)
+    for rows in range(row_pieces):
+        here = (problem * row_pieces + rows) * M + cols
+        part = tl.load(Tops + here, mask=inside, other=float("-inf"))
+        new_top = tl.maximum(top, part)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        sums = tl.load(Sums + here, mask=inside, other=0.0)
+        total = total * tl.exp2(top - shift) + sums * tl.exp2(part - shift)
+        top = new_top
+    eps = tl.load(Eps + problem)
+    total = tl.where(inside, total, 1.0)
+    soft = -(tl.where(inside, top, 0.0) + tl.log2(total)) * (eps * LN2)
+    g = tl.load(G + problem * M + cols, mask=inside, other=0.0)
+    inverse_rho = tl.load(Settings + 2)
+    g_next = _updated(g, soft, eps, inverse_rho, tl.load(Settings + 3))
+    tl.store(G_next + problem * M + cols, g_next, mask=inside)
+    b = tl.load(B + problem // temperatures * M + cols, mask=inside, other=0.0)
+    ratio = tl.exp2(tl.where(b == 0, 0.0, (g - soft) / eps * LOG2E))
+    wanted = tl.exp2(-g * inverse_rho * LOG2E)
+    piece = ((step % 2) * problems + problem) * column_pieces + block
+    tl.store(Column_error + piece, tl.sum(b * tl.abs(ratio - wanted), 0))
 
 
 @triton.jit
@@ -306,7 +556,10 @@ def sinkhorn_apply_kernel(
     M,
     D,
     K,
+    temperatures,
+    diagonal,
     cost_scale,
+    DIAGONAL: tl.constexpr,
     GRADIENT: tl.constexpr,
     NEAR_ONLY: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
@@ -322,7 +575,8 @@ def sinkhorn_apply_kernel(
 
     With GRADIENT, V is y (centred where DOT_V) and `out_i = a_i sum_j p_ij dC_ij/dx_i`, through
     `sum_j w_ij (x_i - y_j)`: pair by pair, or expanded and centred where DOT_V. EUCLIDEAN has
-    large weights `p_ij / C_ij` at near pairs; DOT_V leaves these out and NEAR_ONLY adds them.
+    large weights `p_ij / C_ij` at near pairs; DOT_V leaves these out and NEAR_ONLY adds them. With
+    DIAGONAL the pairs `j == i + diagonal` are left out. `temperatures` problems share their points.
     """
     REDUCE: tl.constexpr = 1 if DOT else 0
     OUT_REDUCE: tl.constexpr = 1 if DOT or DOT_V else 0
@@ -332,17 +586,18 @@ def sinkhorn_apply_kernel(
     rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * BLOCK_K
     ks = first + tl.arange(0, BLOCK_K)
-    X += problem * N * D
-    Y += problem * M * D
-    X_centred += problem * N * D
-    Y_centred += problem * M * D
-    V += problem * M * K
-    Y2 += problem * M
+    cloud = problem // temperatures
+    X += cloud * N * D
+    Y += cloud * M * D
+    X_centred += cloud * N * D
+    Y_centred += cloud * M * D
+    V += (cloud if GRADIENT else problem) * M * K
+    Y2 += cloud * M
     G += problem * M
-    Log_b += problem * M
+    Log_b += cloud * M
     points = problem * N + rows
     scale = 1 / tl.load(Eps + problem) * LOG2E
-    x2 = tl.expand_dims(tl.load(X2 + points), REDUCE)
+    x2 = tl.expand_dims(tl.load(X2 + cloud * N + rows), REDUCE)
     f = tl.expand_dims(tl.load(F + points), REDUCE)
     mass = tl.full([BLOCK_M], 0.0, X.dtype.element_ty)
     out = tl.zeros([BLOCK_M, BLOCK_K] if OUT_REDUCE else [BLOCK_K, BLOCK_M], X.dtype.element_ty)
@@ -369,6 +624,9 @@ def sinkhorn_apply_kernel(
         )
         cost = tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale
         p = tl.exp2((f + g - cost) * scale + log_b)
+        if DIAGONAL:
+            own = tl.expand_dims(rows + diagonal, REDUCE)
+            p = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, 0.0, p)
         if GRADIENT and EUCLIDEAN:
             p = tl.where(cost == 0, 0.0, p / tl.where(cost == 0, 1.0, cost))
         if SPLIT:
@@ -394,7 +652,7 @@ def sinkhorn_apply_kernel(
             offsets = rows[:, None] * D + ks[None, :]
             x = tl.load(X_centred + offsets, mask=ks[None, :] < K, other=0.0)
             out = mass[:, None] * x - out
-        a = tl.expand_dims(tl.load(A + points), OUT_REDUCE)
+        a = tl.expand_dims(tl.load(A + cloud * N + rows), OUT_REDUCE)
         out *= a if EUCLIDEAN else (2 * cost_scale) * a
     elif tl.program_id(1) == 0:
         tl.store(Mass + points, mass)
@@ -490,12 +748,37 @@ def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
+# Annealing by a factor begins at most so many times above eps: the number of launches must not
+# depend on the data. Beyond it float32 has no digit of a cost left.
+_MOST_ANNEALING = 2.0**40
+
+
+def _temperatures(
+    eps: Tensor, start: Tensor | None, factor: float, schedule: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The temperature of each step `[steps, P]` up to the first at eps in all problems, and how
+    many of its steps a problem makes before eps `[P]`."""
+    steps = [] if schedule is None else [t.expand_as(eps) for t in schedule.unbind()]
+    count = torch.full_like(eps, len(steps), dtype=torch.int32)
+    if start is not None:
+        most = math.ceil(math.log(_MOST_ANNEALING) / -math.log(factor))
+        now = torch.minimum(start, eps * _MOST_ANNEALING)
+        for _ in range(most + 1):
+            annealing = now > eps
+            count += annealing
+            steps.append(torch.where(annealing, now, eps))
+            now = now * factor
+    return torch.stack([*steps, eps]).contiguous(), count
+
+
 @torch.library.custom_op(
     "fewstep_triton::sinkhorn",
     mutates_args=(),
-    schema="(Tensor x, Tensor y, Tensor a, Tensor b, Tensor eps, Tensor? g0, int cost, "
-    "int max_iter, float? tol) -> (Tensor f, Tensor g, Tensor value, Tensor residual, "
-    "Tensor iterations, Tensor converged)",
+    schema="(Tensor x, Tensor y, Tensor a, Tensor b, Tensor eps, Tensor? f0, Tensor? g0, int cost, "
+    "int? diagonal, int max_iter, float? tol, Tensor? start, float factor, Tensor? schedule, "
+    "float? rho_x, float? rho_y, float relax, bool simultaneous) -> (Tensor f, Tensor g, "
+    "Tensor value, "
+    "Tensor residual, Tensor iterations, Tensor converged)",
 )
 def sinkhorn(
     x: Tensor,
@@ -503,21 +786,32 @@ def sinkhorn(
     a: Tensor,
     b: Tensor,
     eps: Tensor,
+    f0: Tensor | None,
     g0: Tensor | None,
     cost: int,
+    diagonal: int | None,
     max_iter: int,
     tol: float | None,
+    start: Tensor | None,
+    factor: float,
+    schedule: Tensor | None,
+    rho_x: float | None,
+    rho_y: float | None,
+    relax: float,
+    simultaneous: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Two launches per iteration and one more; see `fewstep.ops.sinkhorn` for the meaning.
 
-    The host never waits: it launches `max_iter` iterations, and the blocks of a problem that has
-    converged return at once.
+    The host never waits: it launches as many iterations as a problem can make, and the blocks of a
+    problem that is done return at once. Simultaneous updates compute each cost once for both
+    potentials.
     """
     dtype, arch = _dtype(x), _architecture(x.device)
     batch, n, dim = x.shape
-    m = y.shape[1]
-    rows = config.sinkhorn_update(batch, n, dim, dtype, arch)
-    cols = config.sinkhorn_update(batch, m, dim, dtype, arch)
+    m, problems = y.shape[1], eps.shape[0]
+    temperatures = problems // batch if batch else 1
+    rows = config.sinkhorn_update(problems, n, dim, dtype, arch)
+    cols = config.sinkhorn_update(problems, m, dim, dtype, arch)
     n_padded, m_padded = _padded(n, rows), _padded(m, cols)
     if batch == 0:
         empty = x.new_empty(0)
@@ -529,47 +823,156 @@ def sinkhorn(
             empty.long(),
             empty.bool(),
         )
-    clouds = _clouds(x, y, n_padded, m_padded, rows)
-    weights, log_a, log_b, eps = (
-        _pad(a, n_padded),
-        _log2(a, n_padded),
-        _log2(b, m_padded),
-        eps.contiguous(),
+    mass_a, mass_b = a.sum(1, keepdim=True), b.sum(1, keepdim=True)
+    each, annealing = _temperatures(eps, start, factor, schedule)
+    inverse = [0.0 if rho is None else 1 / rho for rho in (rho_x, rho_y)]
+    # An iteration without a potential before it is taken in full. Filled on the device: a copy from
+    # the host cannot be captured in a graph.
+    numbers = (-1.0 if tol is None else tol, *inverse, relax)
+    settings = torch.stack([x.new_full((2,), value) for value in numbers], 1)
+    settings[0, 3].fill_(1.0)
+    problem = _Solve(
+        clouds=_clouds(x, y, n_padded, m_padded, rows),
+        weights=(_pad(a / mass_a, n_padded), _pad(b / mass_a, m_padded)),
+        logs=(_log2(a, n_padded), _log2(b, m_padded)),
+        f0=None if f0 is None else _pad(f0, n_padded),
+        g=x.new_zeros((problems, m_padded)) if g0 is None else _pad(g0, m_padded),
+        each=each,
+        annealing=annealing,
+        settings=settings,
+        max_iter=max_iter,
+        temperatures=temperatures,
+        constants=(0 if diagonal is None else diagonal, _COST_SCALE[cost]),
+        rows=rows | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == _EUCLIDEAN},
+        cols=cols | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == _EUCLIDEAN},
     )
-    # Iteration k (from 0) writes f[k % 2]; the infinities before it make its residual infinite.
-    f = x.new_full((2, batch, n_padded), torch.inf)
-    g = x.new_zeros((batch, m_padded)) if g0 is None else _pad(g0, m_padded)
-    partials = n_padded // rows["BLOCK_M"]
-    partial = x.new_zeros((batch, partials))
-    residual = x.new_full((batch,), torch.inf)
-    iterations = torch.zeros_like(residual, dtype=torch.int64)
-    limit = x.new_full((1,), -1.0 if tol is None else tol)
-    scale, euclidean = _COST_SCALE[cost], cost == _EUCLIDEAN
+    with _on(x.device):
+        f, g, residual, mass, iterations = (_symmetric if simultaneous else _alternate)(problem)
+    f, g = f[:, :n].contiguous(), g[:, :m].contiguous()
+    converged = residual <= (1e-3 if tol is None else tol)
+    a, b, mass_a, mass_b = (t.repeat_interleave(temperatures, 0) for t in (a, b, mass_a, mass_b))
+    value = (a * _penalised(f, rho_x)).sum(1) + (b * _penalised(g, rho_y)).sum(1)
+    if (rho_x, rho_y) != (None, None) or relax != 1 or simultaneous:
+        value = value - eps * mass_a[:, 0] * (mass - mass_b[:, 0])
+    return f, g, value, residual, iterations, converged
+
+
+@dataclass(frozen=True)
+class _Solve:
+    """What both kinds of iteration are given; points are padded."""
+
+    clouds: _Clouds
+    weights: tuple[Tensor, Tensor]  # a and b over the mass of a, [B, points]
+    logs: tuple[Tensor, Tensor]
+    f0: Tensor | None
+    g: Tensor  # [P, points of y]
+    each: Tensor  # temperatures of the steps, the last one for all later ones, [steps, P]
+    annealing: Tensor  # steps before eps, [P]
+    settings: Tensor  # of the first step and of the others, [2, 4]
+    max_iter: int
+    temperatures: int
+    constants: tuple[int, float]
+    rows: dict[str, Any]  # launch parameters
+    cols: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """As many as a problem can make."""
+        return self.each.shape[0] - 1 + self.max_iter
+
+    def eps(self, step: int) -> Tensor:
+        return self.each[min(step, self.each.shape[0] - 1)]
+
+    def setting(self, step: int) -> Tensor:
+        return self.settings[int(step > 0 or self.f0 is not None)]
+
+    def blocks(self, side: int) -> int:
+        return self.clouds.shape[side] // (self.rows, self.cols)[side]["BLOCK_M"]
+
+
+_Solved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # f, g, residual, mass, iterations
+
+
+def _alternate(s: _Solve) -> _Solved:
+    """f from g, then g from f."""
+    problems, partials = s.g.shape[0], s.blocks(0)
+    # Step k (from 0) writes f[k % 2]; the infinities before it make its residual infinite.
+    f = s.g.new_full((2, problems, s.clouds.shape[0]), torch.inf)
+    if s.f0 is not None:
+        f[1] = s.f0
+    g = s.g.clone()
+    pieces = f.new_zeros((2, problems, partials))
+    measured = f.new_full((2, problems), torch.inf)
+    iterations = torch.zeros_like(s.annealing, dtype=torch.int64)
+    done = torch.zeros_like(s.annealing)
 
     def update_rows(k: int) -> None:
-        sinkhorn_row_kernel[(batch * partials,)](
-            *(*clouds.pointers, weights, log_b, eps, g, f[(k + 1) % 2], f[k % 2]),
-            *(partial, residual, limit, *clouds.shape, scale),
-            EUCLIDEAN=euclidean,
-            **rows,
+        sinkhorn_row_kernel[(problems * partials,)](
+            *(*s.clouds.pointers, s.weights[0], s.logs[1], s.eps(k), g, f[(k + 1) % 2], f[k % 2]),
+            *(*pieces, done, s.setting(k), *s.clouds.shape, s.temperatures, *s.constants),
+            **s.rows,
         )
 
-    with _on(x.device):
-        for k in range(max_iter):
-            update_rows(k)
-            sinkhorn_column_kernel[(batch * (m_padded // cols["BLOCK_M"]),)](
-                *(*clouds.pointers, log_a, eps, f[k % 2], g),
-                *(partial, residual, iterations, limit, *clouds.shape, partials, scale),
-                EUCLIDEAN=euclidean,
-                **cols,
-            )
-        update_rows(max_iter)
-    residual = torch.where(residual <= limit, residual, partial.sum(1))
-    converged = residual <= (limit if tol is not None else 1e-3)
-    last = torch.where((iterations % 2 == 1)[:, None], f[0], f[1])[:, :n].contiguous()
-    g = g[:, :m].clone()
-    value = (a * last).sum(1) + (b * g).sum(1)
-    return last, g, value, residual, iterations, converged
+    for k in range(s.steps):
+        update_rows(k)
+        sinkhorn_column_kernel[(problems * s.blocks(1),)](
+            *(*s.clouds.pointers, s.logs[0], s.weights[1], s.eps(k), f[k % 2], g, *pieces),
+            *(measured, iterations, s.annealing, done, s.setting(k), k, s.max_iter),
+            *(*s.clouds.shape, s.temperatures, partials, *s.constants),
+            **s.cols,
+        )
+    update_rows(s.steps)
+    residual, mass = torch.where(done > 0, measured, pieces.sum(2))
+    last = torch.where((iterations % 2 == 1)[:, None], f[0], f[1])
+    return last, g, residual, mass, iterations
+
+
+def _symmetric(s: _Solve) -> _Solved:
+    """Both potentials from the last two, mixed with them, and one step in full at the end."""
+    problems, (n, m, _) = s.g.shape[0], s.clouds.shape
+    merge = config.sinkhorn_merge()
+    row_pieces, column_pieces = s.blocks(0), -(-m // merge["BLOCK"])
+    # Step k goes from [k % 2] to the other one.
+    f, g = s.g.new_zeros((2, problems, n)), torch.stack([s.g, s.g])
+    if s.f0 is not None:
+        f[0] = s.f0
+    tops, sums = s.g.new_empty((2, problems, row_pieces, m))
+    row_error, mass = s.g.new_zeros((2, 2, problems, row_pieces))
+    column_error = s.g.new_zeros((2, problems, column_pieces))
+    iterations = torch.zeros_like(s.annealing, dtype=torch.int64)
+    done = torch.zeros_like(s.annealing)
+
+    def step(k: int, source: int, eps: Tensor, setting: Tensor, done: Tensor) -> None:
+        pieces = (s.temperatures, row_pieces, column_pieces)
+        sinkhorn_symmetric_kernel[(problems * row_pieces,)](
+            *(*s.clouds.pointers, s.weights[0], *s.logs, eps, f[source], g[source], f[1 - source]),
+            *(tops, sums, row_error, column_error, mass, iterations, s.annealing, done, setting),
+            *(k, s.max_iter, *s.clouds.shape, *pieces, *s.constants),
+            **s.rows,
+        )
+        sinkhorn_merge_kernel[(problems * column_pieces,)](
+            *(s.weights[1], eps, g[source], g[1 - source], tops, sums, column_error, done, setting),
+            *(k, m, *pieces),
+            **merge,
+        )
+
+    for k in range(s.steps + 1):  # the last one tells those that are done
+        step(k, k % 2, s.eps(k), s.setting(k), done)
+    odd = (iterations % 2 == 1)[:, None]
+    f[0], g[0] = torch.where(odd, f[1], f[0]), torch.where(odd, g[1], g[0])
+    # A step in full, and one that measures what came out; step 0 looks at no residual.
+    full, everyone = s.settings[0], torch.zeros_like(done)
+    step(0, 0, s.each[-1], full, everyone)
+    step(0, 1, s.each[-1], full, everyone)
+    residual = torch.maximum(row_error[0].sum(1), column_error[0].sum(1))
+    massless = (s.weights[1] == 0).repeat_interleave(s.temperatures, 0)
+    # A point without weight has the transform of the f that came out.
+    return f[1], torch.where(massless, g[0], g[1]), residual, mass[0].sum(1), iterations
+
+
+def _penalised(potential: Tensor, rho: float | None) -> Tensor:
+    """`rho (1 - exp(-f / rho))`, what a potential adds to the dual; f for a constraint."""
+    return potential if rho is None else -rho * torch.expm1(-potential / rho)
 
 
 def _apply(
@@ -582,16 +985,17 @@ def _apply(
     eps: Tensor,
     v: Tensor | None,
     cost: int,
+    diagonal: int | None,
     near_only: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the product: `v [B, M, K]` for transport, None for the gradient."""
+    """Launch the product: `v [P, M, K]` for transport, None for the gradient."""
     dtype, arch = _dtype(x), _architecture(x.device)
     gradient = v is None
     batch, n, dim = x.shape
-    m = y.shape[1]
+    m, problems = y.shape[1], eps.shape[0]
     width = dim if v is None else v.shape[2]
-    options = {"gradient": gradient, "near_only": near_only}
-    launch = config.sinkhorn_apply(batch, n, dim, width, dtype, arch, **options)
+    options = {"gradient": gradient, "near_only": near_only, "diagonal": diagonal is not None}
+    launch = config.sinkhorn_apply(problems, n, dim, width, dtype, arch, **options)
     n_padded, m_padded = _padded(n, launch), _padded(m, launch)
     if batch == 0:
         return x.new_empty((0, n, width)), x.new_empty((0, n))
@@ -602,16 +1006,18 @@ def _apply(
     else:
         _check_offsets("v", v, m_padded, launch)
         values = torch.nn.functional.pad(v, (0, 0, 0, m_padded - m)).contiguous()
-    out = x.new_empty((batch, n_padded, width))
-    mass = x.new_empty((batch, n_padded))
+    out = x.new_empty((problems, n_padded, width))
+    mass = x.new_empty((problems, n_padded))
     weights = f if a is None else _pad(a, n_padded)
     # Without mass in padded rows nothing overflows there.
     f, g = _pad(f, n_padded, -torch.inf), _pad(g, m_padded)
-    grid = (batch * (n_padded // launch["BLOCK_M"]), -(-width // launch["BLOCK_K"]))
+    grid = (problems * (n_padded // launch["BLOCK_M"]), -(-width // launch["BLOCK_K"]))
     with _on(x.device):
         sinkhorn_apply_kernel[grid](
             *(*clouds.pointers, f, g, weights, _log2(b, m_padded), eps.contiguous()),
-            *(values, out, mass, *clouds.shape, width, _COST_SCALE[cost]),
+            *(values, out, mass, *clouds.shape, width, problems // batch),
+            *(0 if diagonal is None else diagonal, _COST_SCALE[cost]),
+            DIAGONAL=diagonal is not None,
             GRADIENT=gradient,
             EUCLIDEAN=cost == _EUCLIDEAN,
             **launch,
@@ -622,32 +1028,48 @@ def _apply(
 @torch.library.custom_op(
     "fewstep_triton::sinkhorn_transport",
     mutates_args=(),
-    schema="(Tensor x, Tensor y, Tensor f, Tensor g, Tensor b, Tensor eps, Tensor v, int cost)"
-    " -> (Tensor out, Tensor mass)",
+    schema="(Tensor x, Tensor y, Tensor f, Tensor g, Tensor b, Tensor eps, Tensor v, int cost, "
+    "int? diagonal) -> (Tensor out, Tensor mass)",
 )
 def sinkhorn_transport(
-    x: Tensor, y: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor, v: Tensor, cost: int
+    x: Tensor,
+    y: Tensor,
+    f: Tensor,
+    g: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    v: Tensor,
+    cost: int,
+    diagonal: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """`sum_j p_ij v_j [B, N, K]` and `sum_j p_ij [B, N]`."""
+    """`sum_j p_ij v_j [P, N, K]` and `sum_j p_ij [P, N]`."""
     width = v.shape[2]
     # The mass is wanted of an empty v too.
     v = v if width > 0 else v.new_zeros((*v.shape[:2], 1))
-    out, mass = _apply(x, y, f, g, None, b, eps, v, cost, False)
+    out, mass = _apply(x, y, f, g, None, b, eps, v, cost, diagonal, False)
     return out[..., :width].contiguous(), mass.contiguous()
 
 
 @torch.library.custom_op(
     "fewstep_triton::sinkhorn_grad",
     mutates_args=(),
-    schema="(Tensor x, Tensor y, Tensor f, Tensor g, Tensor a, Tensor b, Tensor eps, int cost)"
-    " -> Tensor",
+    schema="(Tensor x, Tensor y, Tensor f, Tensor g, Tensor a, Tensor b, Tensor eps, int cost, "
+    "int? diagonal) -> Tensor",
 )
 def sinkhorn_grad(
-    x: Tensor, y: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Tensor, cost: int
+    x: Tensor,
+    y: Tensor,
+    f: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    cost: int,
+    diagonal: int | None,
 ) -> Tensor:
-    """`sum_j a_i p_ij dC_ij/dx_i [B, N, D]`."""
+    """`sum_j a_i p_ij dC_ij/dx_i [P, N, D]`."""
     dim = x.shape[2]
-    out, _ = _apply(x, y, f, g, a, b, eps, None, cost, False)
+    out, _ = _apply(x, y, f, g, a, b, eps, None, cost, diagonal, False)
     if cost == _EUCLIDEAN and config.uses_dot(dim, _dtype(x)):
-        out = out + _apply(x, y, f, g, a, b, eps, None, cost, True)[0]
+        out = out + _apply(x, y, f, g, a, b, eps, None, cost, diagonal, True)[0]
     return out[..., :dim].contiguous()

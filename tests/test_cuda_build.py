@@ -293,19 +293,23 @@ def test_emulated_transport_and_gradient(
     v = torch.randn(batch, m, values, dtype=dtype)
     sizes = {"batch": batch, "n": n, "m": m, "d": d}
 
-    request = header("transport", dtype, team, cost=cost, k=values, **sizes)
-    answer = emulators[team](request + arrays(x, y, f, g, b, eps, v))
-    out, mass = split(answer, (dtype, (batch, n, values)), (dtype, (batch, n)))
-    expected = exact_transport(*wide((x, y, f, g, b, eps, v)), cost=cost)
-    if values > 0:
-        assert_contract("plan", out, expected[0], scale=v)
-    assert_contract("plan", mass, expected[1])
+    # A diagonal that is left out travels as a negative max_iter, less 3.
+    for diagonal in (None, -1):
+        flag = {} if diagonal is None else {"max_iter": diagonal - 3}
+        points = Points(*wide((x, y)), cost, diagonal=diagonal)
+        request = header("transport", dtype, team, cost=cost, k=values, **sizes, **flag)
+        answer = emulators[team](request + arrays(x, y, f, g, b, eps, v))
+        out, mass = split(answer, (dtype, (batch, n, values)), (dtype, (batch, n)))
+        expected = reference.transport(points, *wide((f, g, b, eps, v)))
+        if values > 0:
+            assert_contract("plan", out, expected[0], scale=v)
+        assert_contract("plan", mass, expected[1])
 
-    request = header("grad", dtype, team, cost=cost, k=d, **sizes)
-    answer = emulators[team](request + arrays(x, y, f, g, a, b, eps))
-    (grad,) = split(answer, (dtype, (batch, n, d)))
-    slope = exact_gradient(*wide((x, y, f, g, a, b, eps)), cost=cost)
-    assert_contract("gradient", grad, slope)
+        request = header("grad", dtype, team, cost=cost, k=d, **sizes, **flag)
+        answer = emulators[team](request + arrays(x, y, f, g, a, b, eps))
+        (grad,) = split(answer, (dtype, (batch, n, d)))
+        slope = reference.gradient(points, *wide((f, g, a, b, eps)))
+        assert_contract("gradient", grad, slope)
 
 
 def cuobjdump() -> str | None:
@@ -338,8 +342,8 @@ def test_compiled_kernels_do_not_spill() -> None:
             kernels.setdefault(arch, {})[name] = int(stack)
     assert {"sm_80", "sm_90", "sm_100"} <= set(kernels)
     for target, stacks in kernels.items():
-        # 2 dtypes x (3 places of the solve, transport, gradient).
-        assert sum("sinkhorn" in name for name in stacks) == 10, target
+        # 2 dtypes x (3 places of the solve, transport, gradient); the resident solver and drift.
+        assert sum("sinkhorn" in name for name in stacks) == 10 + 14, target
         assert {name: stack for name, stack in stacks.items() if stack > 0} == {}, target
 
 
@@ -347,15 +351,18 @@ def test_library_registers_without_a_device() -> None:
     program = f"""
 import torch, fewstep
 torch.ops.load_library({str(built_library())!r})
-for op in ("sinkhorn", "sinkhorn_transport", "sinkhorn_grad"):
+for op in ("sinkhorn", "sinkhorn_transport", "sinkhorn_grad", "sinkhorn_drift"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fewstep::{{op}}", "CUDA"), op
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-# The last two outgrow shared memory on every device.
-DEVICE_SHAPES = [*SHAPES, (300, 64, 64, 16), (1, 400, 390, 5), (3, 700, 130, 70)]
+# Small ones also run under compute-sanitizer; the last two outgrow shared memory everywhere.
+DEVICE_SHAPES = [
+    *(pytest.param(shape, id=f"small-{shape}") for shape in SHAPES),
+    *((300, 64, 64, 16), (1, 400, 390, 5), (3, 700, 130, 70)),
+]
 
 
 @pytest.mark.gpu

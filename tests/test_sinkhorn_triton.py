@@ -17,6 +17,7 @@ from tolerances import assert_contract
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 ARGUMENTS = ("x", "y", "a", "b")
 
 
@@ -31,6 +32,13 @@ def problem(
         w /= w.sum(-1, keepdim=True)
     x, y = torch.randn(batch, n, dim, dtype=dtype), torch.randn(batch, m, dim, dtype=dtype) + 0.3
     return {k: t.to(DEVICE) for k, t in zip(ARGUMENTS, (x, y, *weights), strict=True)}
+
+
+def arguments(
+    g0: Tensor | None = None, cost: int = 0, max_iter: int = 1, tol: float | None = None
+) -> tuple[object, ...]:
+    """What follows eps in the raw op."""
+    return (None, g0, cost, None, max_iter, tol, None, 1.0, None, None, None, 1.0, False)
 
 
 def compare(data: dict[str, Tensor], *, kind: str = "potential", **options: object) -> None:
@@ -79,6 +87,40 @@ def test_agrees_with_reference(
     data = problem(shape, dtype)
     eps = torch.linspace(0.1, 0.3, shape[0], dtype=dtype, device=DEVICE) * shape[3]
     compare(data, eps=eps, cost=cost, max_iter=3)
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "anneal": {"anneal": 0.3, "max_iter": 2},
+    "temperatures": {"anneal": [3.0, 1.0], "max_iter": 2, "tol": 0.3},
+    "reach": {"reach": (1.5, None), "max_iter": 3},
+    "reach of y": {"reach": (None, 2.0), "max_iter": 3, "tol": 1e-2},
+    "relax": {"relax": 1.3, "max_iter": 3},
+    "diagonal": {"exclude_diagonal": -2, "max_iter": 3},
+    "symmetric": {"update": "symmetric", "max_iter": 3},
+    "symmetric, to a tolerance": {"update": "symmetric", "max_iter": 9, "tol": 2e-2},
+    "symmetric, annealed": {"update": "symmetric", "anneal": 0.4, "max_iter": 2, "tol": 1e-1},
+    "symmetric, with all": {
+        "update": "symmetric",
+        "anneal": [5.0, 3.0],
+        "reach": (2.0, 1.0),
+        "exclude_diagonal": 1,
+    },
+    "several": {"exclude_diagonal": 1, "relax": 0.8, "reach": 2.0, "anneal": [4.0]},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options: dict[str, object], dtype: torch.dtype) -> None:
+    data = problem((2, 9, 13, 18 if dtype == torch.float32 else 3), dtype)
+    eps = torch.tensor([0.2, 1.0], dtype=dtype, device=DEVICE) * data["x"].shape[2]
+    compare(data, **{"eps": eps, "cost": "sqeuclidean", "max_iter": 2} | options)
+
+
+def test_several_temperatures() -> None:
+    data = problem((2, 9, 13, 3), torch.float64)
+    eps = torch.tensor([[0.2, 1.0, 3.0], [0.5, 2.0, 4.0]], dtype=torch.float64, device=DEVICE)
+    compare(data, eps=eps, cost="euclidean", max_iter=2)
 
 
 @pytest.mark.parametrize("dim", [2, 17])
@@ -196,7 +238,9 @@ def test_nan_stays_in_its_problem(where: str) -> None:
     op = torch.ops.fewstep_triton.sinkhorn.default
     data[where].view(2, -1)[0, 0] = torch.nan
     eps = torch.full((2,), 0.3, device=DEVICE)
-    f, g, value, residual, iterations, converged = op(*data.values(), eps, None, 0, 3, 1e-9)
+    f, g, value, residual, iterations, converged = op(
+        *data.values(), eps, *arguments(max_iter=3, tol=1e-9)
+    )
     assert f[0].isnan().all()
     assert g[0].isnan().all()
     assert value[0].isnan()
@@ -212,7 +256,7 @@ def test_half_precision_is_refused() -> None:
     fewstep.sinkhorn(**data, eps=0.3, max_iter=1, backend="triton")
     half = [t.bfloat16() for t in data.values()]
     with pytest.raises(TypeError, match=r"x must be float32 or float64, got torch\.bfloat16"):
-        torch.ops.fewstep_triton.sinkhorn.default(*half, half[0].new_ones(1), None, 0, 1, None)
+        torch.ops.fewstep_triton.sinkhorn.default(*half, half[0].new_ones(1), *arguments())
 
 
 def test_opcheck() -> None:
@@ -223,7 +267,31 @@ def test_opcheck() -> None:
     x, y, a, b = data.values()
     f, g = result.f, result.g
     v = torch.randn(2, 4, 3, device=DEVICE)
-    torch.library.opcheck(ops.sinkhorn.default, (x, y, a, b, eps, None, 0, 1, None))
-    torch.library.opcheck(ops.sinkhorn.default, (x, y, a, b, eps, g, 2, 1, 1e-2))
-    torch.library.opcheck(ops.sinkhorn_transport.default, (x, y, f, g, b, eps, v, 1))
-    torch.library.opcheck(ops.sinkhorn_grad.default, (x, y, f, g, a, b, eps, 2))
+    torch.library.opcheck(ops.sinkhorn.default, (x, y, a, b, eps, *arguments()))
+    torch.library.opcheck(
+        ops.sinkhorn.default, (x, y, a, b, eps, *arguments(g0=g, cost=2, tol=1e-2))
+    )
+    torch.library.opcheck(ops.sinkhorn_transport.default, (x, y, f, g, b, eps, v, 1, None))
+    torch.library.opcheck(ops.sinkhorn_grad.default, (x, y, f, g, a, b, eps, 2, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("update", ["alternating", "symmetric"])
+def test_device_capture_in_a_graph(update: str) -> None:
+    """With the schedule of temperatures, whose length depends on the data."""
+    data = problem((2, 300, 280, 20))
+
+    def work() -> tuple[Tensor, ...]:
+        result = fewstep.sinkhorn(
+            **data, eps=2.0, anneal=0.5, tol=1e-3, max_iter=5, update=update, backend="triton"
+        )
+        return result.f, result.g, result.value, result.iterations
+
+    expected = work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    graph.replay()
+    torch.cuda.synchronize()
+    for one, other in zip(captured, expected, strict=True):
+        assert torch.equal(one, other)

@@ -6,10 +6,12 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <tuple>
 
 #include "cuda/sinkhorn.cuh"
+#include "cuda/sinkhorn_resident.cuh"
 
 // Weak, so that the library loads where torch was built without CUDA.
 extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
@@ -86,32 +88,114 @@ void dispatch(const Tensor& t, Fn fn) {
 
 using Maybe = std::optional<Tensor>;
 
-// What the CPU kernels have and these do not; fewstep.ops sends such calls elsewhere.
-void check_plain(const Maybe& matrix, const Maybe& segment_x, const Maybe& segment_y, const Maybe& label_x,
-                 const Maybe& label_y, const Maybe& label_cost, std::optional<int64_t> diagonal) {
-  const bool plain = !matrix && !segment_x && !segment_y && !label_x && !label_y && !label_cost && !diagonal;
-  STD_TORCH_CHECK(plain, "sinkhorn: CUDA kernels have no matrix, segments, labels or diagonal");
+// What a problem that stays on chip may have besides; a float32 one.
+struct Options {
+  const Maybe &f0, &g0, &segment_x, &segment_y, &start, &schedule;
+  int64_t temperatures;
+  std::optional<int64_t> diagonal;
+  double factor;
+  std::optional<double> rho_x, rho_y;
+  double relax;
+  bool any() const {
+    return segment_x || start || schedule || temperatures != 1 || diagonal || rho_x || rho_y || relax != 1;
+  }
+};
+
+using Solution = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Solution solve_resident(const fewstep::cuda::ResidentPlan& plan, const Tensor& x, const Tensor& y, const Tensor& a,
+                        const Tensor& b, const Tensor& eps, int64_t cost, int64_t max_iter, std::optional<double> tol,
+                        const Options& o, cudaStream_t stream) {
+  const int64_t n = x.size(1), m = y.size(1), problems = eps.size(0), lead = o.segment_x ? o.temperatures : problems;
+  auto optional = [](const Maybe& t) { return t ? Maybe(contiguous(*t)) : Maybe(); };
+  auto pointer = [](const Maybe& t) { return t ? data<float>(*t) : nullptr; };
+  auto offsets = [](const Maybe& t) { return t ? data<int64_t>(*t) : nullptr; };
+  const Tensor xc = contiguous(x), yc = contiguous(y), ac = contiguous(a), bc = contiguous(b), ec = contiguous(eps);
+  const Maybe f0 = optional(o.f0), g0 = optional(o.g0), start = optional(o.start), schedule = optional(o.schedule);
+  const Maybe segment_x = optional(o.segment_x), segment_y = optional(o.segment_y);
+  Tensor f = new_empty(x, {lead, n}), g = new_empty(x, {lead, m});
+  Tensor value = new_empty(x, {problems}), residual = new_empty(x, {problems});
+  Tensor iterations = new_empty(x, {problems}, ScalarType::Long);
+  Tensor converged = new_empty(x, {problems}, ScalarType::Bool);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  fewstep::cuda::ResidentProblems in{};
+  in.x = data<float>(xc);
+  in.y = data<float>(yc);
+  in.a = data<float>(ac);
+  in.b = data<float>(bc);
+  in.eps = data<float>(ec);
+  in.start = pointer(start);
+  in.f0 = pointer(f0);
+  in.g0 = pointer(g0);
+  in.segment_x = offsets(segment_x);
+  in.segment_y = offsets(segment_y);
+  in.count = problems / o.temperatures;
+  in.temperatures = o.temperatures;
+  in.n = n;
+  in.m = m;
+  in.d = x.size(2);
+  in.cost = cost;
+  in.diagonal = o.diagonal.value_or(fewstep::cuda::kNoDiagonal64);
+  in.schedule = pointer(schedule);
+  in.scheduled = schedule ? schedule->size(0) : 0;
+  in.max_iter = max_iter;
+  in.factor = static_cast<float>(o.factor);
+  in.tol = static_cast<float>(tol.value_or(-1));
+  in.converged_at = static_cast<float>(tol.value_or(kDefaultTol));
+  in.rho_x = o.rho_x ? static_cast<float>(*o.rho_x) : kInfinity;
+  in.rho_y = o.rho_y ? static_cast<float>(*o.rho_y) : kInfinity;
+  in.relax = static_cast<float>(o.relax);
+  in.f = mutable_data<float>(f);
+  in.g = mutable_data<float>(g);
+  in.value = mutable_data<float>(value);
+  in.residual = mutable_data<float>(residual);
+  in.iterations = mutable_data<int64_t>(iterations);
+  in.converged = mutable_data<bool>(converged);
+  const Tensor queue = new_empty(x, {2}, ScalarType::Int), workspace = new_empty(x, {o.segment_x ? n : 0});
+  check(fewstep::cuda::solve_resident(plan, in, mutable_data<int>(queue), mutable_data<float>(workspace), stream));
+  return {f, g, value, residual, iterations, converged};
 }
 
-// f0 is not looked at: an alternating iteration overwrites it.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
-    const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& eps, const Maybe&,
-    const Maybe& g0, const Maybe& matrix, const Maybe& segment_x, const Maybe& segment_y, const Maybe& label_x,
-    const Maybe& label_y, const Maybe& label_cost, int64_t cost, std::optional<int64_t> diagonal, int64_t max_iter,
-    std::optional<double> tol, const Maybe& start, double, const Maybe& schedule, std::optional<double> rho_x,
-    std::optional<double> rho_y, double relax, bool simultaneous, bool, int64_t) {
-  check_plain(matrix, segment_x, segment_y, label_x, label_y, label_cost, diagonal);
-  STD_TORCH_CHECK(!start && !schedule && !rho_x && !rho_y && relax == 1 && !simultaneous,
-                  "sinkhorn: CUDA kernels have alternating, balanced iterations at one temperature");
+Solution sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& eps,
+                  const Maybe& f0, const Maybe& g0, const Maybe& matrix, const Maybe& segment_x, const Maybe& segment_y,
+                  const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost, int64_t cost,
+                  std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol, const Maybe& start,
+                  double factor, const Maybe& schedule, std::optional<double> rho_x, std::optional<double> rho_y,
+                  double relax, bool simultaneous, bool, int64_t) {
+  STD_TORCH_CHECK(!matrix && !label_x && !label_y && !label_cost && !simultaneous,
+                  "sinkhorn: CUDA kernels have no matrix, labels or symmetric updates");
   check_points(x, y, cost);
   const int64_t batch = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
   check_input(a, "a", x, {batch, n});
   check_input(b, "b", x, {batch, m});
-  check_input(eps, "eps", x, {batch});
-  if (g0) check_input(*g0, "g0", x, {batch, m});
+  STD_TORCH_CHECK(segment_x.has_value() == segment_y.has_value() && (!segment_x || batch == 1),
+                  "sinkhorn: segments of x and y go together, over flat points");
+  const int64_t count = segment_x ? segment_x->size(0) - 1 : batch;
+  const int64_t temperatures = count > 0 ? eps.size(0) / count : 1;
+  check_input(eps, "eps", x, {count * temperatures});
+  const int64_t lead = segment_x ? temperatures : count * temperatures;
+  if (f0) check_input(*f0, "f0", x, {lead, n});
+  if (g0) check_input(*g0, "g0", x, {lead, m});
+  if (start) check_input(*start, "start", x, {count * temperatures});
+  if (schedule) check_input(*schedule, "schedule", x, {schedule->size(0)});
   STD_TORCH_CHECK(1 <= max_iter && max_iter <= INT32_MAX, "sinkhorn: max_iter must be in 1..2^31-1, got ", max_iter);
+  STD_TORCH_CHECK(!diagonal || (-kMaxSize <= *diagonal && *diagonal <= kMaxSize), "sinkhorn: diagonal is too far off");
+  // An alternating iteration overwrites f0, unless it is relaxed.
+  const Options options{f0,           g0,       segment_x, segment_y, start, schedule,
+                        temperatures, diagonal, factor,    rho_x,     rho_y, relax};
+  if (x.scalar_type() == ScalarType::Float && count > 0) {
+    const Device device(x);
+    fewstep::cuda::ResidentPlan plan;
+    // Of segments only the total is known here; larger ones than planned for have a kernel of their own.
+    check(segment_x ? fewstep::cuda::plan_segments(n, m, &plan) : fewstep::cuda::plan_resident(n, m, &plan));
+    if (plan.columns > 0) {
+      return solve_resident(plan, x, y, a, b, eps, cost, max_iter, tol, options, device.stream);
+    }
+  }
+  STD_TORCH_CHECK(count == 0 || !options.any(),
+                  "sinkhorn: CUDA kernels serve this for small float32 problems only, got [", n, ", ", m, "]");
 
-  Tensor f = new_empty(x, {batch, n}), g = new_empty(x, {batch, m});
+  Tensor f = new_empty(x, {lead, n}), g = new_empty(x, {lead, m});
   Tensor value = new_empty(x, {batch}), residual = new_empty(x, {batch});
   Tensor iterations = new_empty(x, {batch}, ScalarType::Long), converged = new_empty(x, {batch}, ScalarType::Bool);
   if (batch > 0) {
@@ -134,31 +218,59 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
   return {f, g, value, residual, iterations, converged};
 }
 
+// The points of a product, for eps of all problems.
+fewstep::cuda::Clouds clouds_of(const Tensor& x, const Tensor& y, const Tensor& f, const Tensor& g, const Tensor& eps,
+                                const Maybe& matrix, const Maybe& segment_x, const Maybe& segment_y,
+                                const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost, int64_t cost,
+                                std::optional<int64_t> diagonal) {
+  STD_TORCH_CHECK(!matrix && !label_x && !label_y && !label_cost, "sinkhorn: CUDA kernels have no matrix or labels");
+  STD_TORCH_CHECK(segment_x.has_value() == segment_y.has_value(), "sinkhorn: segments of x and y go together");
+  STD_TORCH_CHECK(!diagonal || (-kMaxSize <= *diagonal && *diagonal <= kMaxSize), "sinkhorn: diagonal is too far off");
+  check_points(x, y, cost);
+  const int64_t batch = x.size(0), n = x.size(1), m = y.size(1), problems = eps.size(0);
+  const int64_t count = segment_x ? segment_x->size(0) - 1 : batch;
+  check_input(eps, "eps", x, {problems});
+  STD_TORCH_CHECK(segment_x    ? problems == count
+                  : count == 0 ? problems == 0
+                               : problems % count == 0,
+                  "sinkhorn: eps must have a multiple of ", count, " elements, got ", problems);
+  check_input(f, "f", x, {segment_x ? 1 : problems, n});
+  check_input(g, "g", x, {segment_x ? 1 : problems, m});
+  const int64_t temperatures = segment_x || count == 0 ? 1 : problems / count;
+  return {problems,
+          temperatures,
+          n,
+          m,
+          x.size(2),
+          segment_x ? data<int64_t>(*segment_x) : nullptr,
+          segment_y ? data<int64_t>(*segment_y) : nullptr,
+          cost,
+          diagonal.value_or(INT64_MIN)};
+}
+
 std::tuple<Tensor, Tensor> sinkhorn_transport(const Tensor& x, const Tensor& y, const Tensor& f, const Tensor& g,
                                               const Tensor& b, const Tensor& eps, const Tensor& v, const Maybe& matrix,
                                               const Maybe& segment_x, const Maybe& segment_y, const Maybe& label_x,
                                               const Maybe& label_y, const Maybe& label_cost, int64_t cost,
                                               std::optional<int64_t> diagonal) {
-  check_plain(matrix, segment_x, segment_y, label_x, label_y, label_cost, diagonal);
-  check_points(x, y, cost);
+  const Maybe cut_x = segment_x ? Maybe(contiguous(*segment_x)) : Maybe();
+  const Maybe cut_y = segment_y ? Maybe(contiguous(*segment_y)) : Maybe();
+  const auto clouds = clouds_of(x, y, f, g, eps, matrix, cut_x, cut_y, label_x, label_y, label_cost, cost, diagonal);
   STD_TORCH_CHECK(v.dim() == 3, "sinkhorn: v must have 3 dimensions, got ", v.dim());
-  const int64_t batch = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2), k = v.size(2);
-  check_input(f, "f", x, {batch, n});
-  check_input(g, "g", x, {batch, m});
-  check_input(b, "b", x, {batch, m});
-  check_input(eps, "eps", x, {batch});
-  check_input(v, "v", x, {batch, m, k});
+  const int64_t k = v.size(2), lead = f.size(0);
+  check_input(b, "b", x, {x.size(0), clouds.m});
+  check_input(v, "v", x, {lead, clouds.m, k});
 
-  Tensor out = new_empty(x, {batch, n, k}), mass = new_empty(x, {batch, n});
-  if (batch > 0) {
+  Tensor out = new_empty(x, {lead, clouds.n, k}), mass = new_empty(x, {lead, clouds.n});
+  if (clouds.batch > 0) {
     const Device device(x);
     const Tensor xc = contiguous(x), yc = contiguous(y), fc = contiguous(f), gc = contiguous(g);
     const Tensor bc = contiguous(b), ec = contiguous(eps), vc = contiguous(v);
     dispatch(x, [&](auto zero) {
       using T = decltype(zero);
-      check(fewstep::cuda::sinkhorn_transport(data<T>(xc), data<T>(yc), data<T>(fc), data<T>(gc), data<T>(bc),
-                                              data<T>(ec), data<T>(vc), batch, n, m, d, k, cost, mutable_data<T>(out),
-                                              mutable_data<T>(mass), device.stream));
+      check(fewstep::cuda::sinkhorn_transport(clouds, data<T>(xc), data<T>(yc), data<T>(fc), data<T>(gc), data<T>(bc),
+                                              data<T>(ec), data<T>(vc), k, mutable_data<T>(out), mutable_data<T>(mass),
+                                              device.stream));
     });
   }
   return {out, mass};
@@ -168,27 +280,85 @@ Tensor sinkhorn_grad(const Tensor& x, const Tensor& y, const Tensor& f, const Te
                      const Tensor& b, const Tensor& eps, const Maybe& matrix, const Maybe& segment_x,
                      const Maybe& segment_y, const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost,
                      int64_t cost, std::optional<int64_t> diagonal) {
-  check_plain(matrix, segment_x, segment_y, label_x, label_y, label_cost, diagonal);
-  check_points(x, y, cost);
-  const int64_t batch = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
-  check_input(f, "f", x, {batch, n});
-  check_input(g, "g", x, {batch, m});
-  check_input(a, "a", x, {batch, n});
-  check_input(b, "b", x, {batch, m});
-  check_input(eps, "eps", x, {batch});
+  const Maybe cut_x = segment_x ? Maybe(contiguous(*segment_x)) : Maybe();
+  const Maybe cut_y = segment_y ? Maybe(contiguous(*segment_y)) : Maybe();
+  const auto clouds = clouds_of(x, y, f, g, eps, matrix, cut_x, cut_y, label_x, label_y, label_cost, cost, diagonal);
+  check_input(a, "a", x, {x.size(0), clouds.n});
+  check_input(b, "b", x, {x.size(0), clouds.m});
 
-  Tensor grad_x = new_empty(x, {batch, n, d});
-  if (batch > 0) {
+  Tensor grad_x = new_empty(x, {f.size(0), clouds.n, clouds.d});
+  if (clouds.batch > 0) {
     const Device device(x);
     const Tensor xc = contiguous(x), yc = contiguous(y), fc = contiguous(f), gc = contiguous(g);
     const Tensor ac = contiguous(a), bc = contiguous(b), ec = contiguous(eps);
     dispatch(x, [&](auto zero) {
       using T = decltype(zero);
-      check(fewstep::cuda::sinkhorn_grad(data<T>(xc), data<T>(yc), data<T>(fc), data<T>(gc), data<T>(ac), data<T>(bc),
-                                         data<T>(ec), batch, n, m, d, cost, mutable_data<T>(grad_x), device.stream));
+      check(fewstep::cuda::sinkhorn_grad(clouds, data<T>(xc), data<T>(yc), data<T>(fc), data<T>(gc), data<T>(ac),
+                                         data<T>(bc), data<T>(ec), mutable_data<T>(grad_x), device.stream));
     });
   }
   return grad_x;
+}
+
+Solution sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, const Maybe& uncond,
+                        const Tensor& weights, const Tensor& guidance, const Tensor& eps, int64_t cost,
+                        int64_t max_iter, bool joint, bool scaled, bool unit, std::optional<int64_t> diagonal,
+                        int64_t) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "sinkhorn_drift: CUDA kernels have float32 only");
+  check_points(x, y, cost);
+  check_points(x, x_self, cost);
+  if (uncond) check_points(x, *uncond, cost);
+  const int64_t groups = x.size(0), n = x.size(1), d = x.size(2), count = eps.size(0), clouds = uncond ? 3 : 2;
+  const int64_t columns = y.size(1) + x_self.size(1) + (uncond ? uncond->size(1) : 0);
+  check_input(weights, "weights", x, {groups, columns});
+  check_input(guidance, "guidance", x, {groups});
+  check_input(eps, "eps", x, {count});
+  STD_TORCH_CHECK(1 <= max_iter && max_iter <= INT32_MAX, "sinkhorn_drift: max_iter must be in 1..2^31-1");
+  STD_TORCH_CHECK(!diagonal || (-kMaxSize <= *diagonal && *diagonal <= kMaxSize), "sinkhorn_drift: diagonal");
+
+  fewstep::cuda::DriftProblems in{};
+  in.groups = groups;
+  in.temperatures = count;
+  in.n = n;
+  in.d = d;
+  in.cost = cost;
+  in.max_iter = max_iter;
+  in.diagonal = diagonal.value_or(fewstep::cuda::kNoDiagonal64);
+  in.joint = joint;
+  in.scaled = scaled;
+  in.unit = unit;
+  in.cloud_count = clouds;
+  in.counts[0] = y.size(1);
+  in.counts[1] = x_self.size(1);
+  in.counts[2] = uncond ? uncond->size(1) : 0;
+  Tensor velocity = new_empty(x, {unit ? 1 : count, groups, n, d});
+  Tensor scale = new_empty(x, {}), rms = new_empty(x, {count}), residual = new_empty(x, {count, groups, in.plans()});
+  Tensor entropy = new_empty(x, {count, groups, in.plans()}), peak = new_empty(x, {count, groups, in.plans()});
+  const Device device(x);
+  STD_TORCH_CHECK(fewstep::cuda::drift_fits(in), "sinkhorn_drift: CUDA kernels have groups of up to ",
+                  fewstep::cuda::kMaxDriftRows, " points and plans of up to ", fewstep::cuda::kMaxDriftColumns,
+                  ", got ", n, " and ", columns);
+  const Tensor xc = contiguous(x), yc = contiguous(y), sc = contiguous(x_self), wc = contiguous(weights);
+  const Tensor uc = uncond ? contiguous(*uncond) : sc, gc = contiguous(guidance), ec = contiguous(eps);
+  in.x = data<float>(xc);
+  in.clouds[0] = data<float>(yc);
+  in.clouds[1] = data<float>(sc);
+  in.clouds[2] = data<float>(uc);
+  in.weights = data<float>(wc);
+  in.guidance = data<float>(gc);
+  in.eps = data<float>(ec);
+  in.velocity = mutable_data<float>(velocity);
+  in.scale = mutable_data<float>(scale);
+  in.rms = mutable_data<float>(rms);
+  in.residual = mutable_data<float>(residual);
+  in.entropy = mutable_data<float>(entropy);
+  in.peak = mutable_data<float>(peak);
+  // Freed on return; torch hands them out again in stream order, after the kernels.
+  const Tensor parts = new_empty(x, {in.parts_elements()}), sums = new_empty(x, {in.sums_elements()});
+  const Tensor queue = new_empty(x, {1}, ScalarType::Int);
+  check(fewstep::cuda::drift(in, mutable_data<float>(parts), mutable_data<float>(sums), mutable_data<int>(queue),
+                             device.stream));
+  return {velocity, scale, rms, residual, entropy, peak};
 }
 
 }  // namespace
@@ -197,4 +367,5 @@ STABLE_TORCH_LIBRARY_IMPL(fewstep, CUDA, m) {
   m.impl("sinkhorn", TORCH_BOX(&sinkhorn));
   m.impl("sinkhorn_transport", TORCH_BOX(&sinkhorn_transport));
   m.impl("sinkhorn_grad", TORCH_BOX(&sinkhorn_grad));
+  m.impl("sinkhorn_drift", TORCH_BOX(&sinkhorn_drift));
 }

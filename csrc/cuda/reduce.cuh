@@ -1,5 +1,7 @@
-// The thread block as a team, see shared/sinkhorn_block.h.
+// The thread block, or a cluster of them, as a team: see shared/sinkhorn_block.h and sinkhorn_resident.h.
 #pragma once
+
+#include <cooperative_groups.h>
 
 namespace fewstep::cuda {
 
@@ -28,6 +30,51 @@ struct Block {
     }
     return value;
   }
+
+  __device__ int ranks() const { return 1; }
+  __device__ int block() const { return 0; }
+  __device__ void sync_all() const { __syncthreads(); }
+  __device__ void sync_lanes() const { __syncwarp(); }
+  __device__ bool any(bool flag) const { return __syncthreads_or(flag); }
+  __device__ bool lane_any(bool flag) const { return __any_sync(0xffffffffu, flag); }
+  template <typename T>
+  __device__ T* peer(T* own, int) const {
+    return own;
+  }
+
+  // Element by element over the lanes: at each step a lane hands half of its elements to its partner and keeps the
+  // other half, which takes R + 4 shuffles instead of 5 R, and R more to tell every lane.
+  template <typename T, int R>
+  __device__ void lane_sums(T (&values)[R]) const {
+    static_assert(R == 8);
+    int offset = kLanes / 2;
+#pragma unroll
+    for (int half = R / 2; half > 0; half /= 2, offset /= 2) {
+      const bool upper = lane() & offset;
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const T sent = upper ? values[i] : values[i + half], kept = upper ? values[i + half] : values[i];
+        values[i] = kept + __shfl_xor_sync(0xffffffffu, sent, offset);
+      }
+    }
+    T sum = values[0];
+    for (; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+#pragma unroll
+    for (int i = 0; i < R; ++i) values[i] = __shfl_sync(0xffffffffu, sum, i * (kLanes / R));
+  }
 };
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Blocks of one cluster that share a problem.
+struct Cluster : Block {
+  __device__ int ranks() const { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
+  __device__ int block() const { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
+  __device__ void sync_all() const { cooperative_groups::this_cluster().sync(); }
+  template <typename T>
+  __device__ T* peer(T* own, int rank) const {
+    return cooperative_groups::this_cluster().map_shared_rank(own, rank);
+  }
+};
+#endif
 
 }  // namespace fewstep::cuda

@@ -35,8 +35,9 @@ template <typename T>
 struct ApplyArguments {
   block::Application<T> first;  // problem 0; eps comes from `eps`
   const T* eps;                 // [batch]
-  int64_t batch;
-  int row_tiles, value_tiles;
+  Clouds clouds;
+  int64_t row_tiles;  // of a problem, or of all segments
+  int value_tiles;
 };
 
 template <typename T>
@@ -88,30 +89,63 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), kMinBlocks<T, kPlace>)
   }
 }
 
+// Tiles of rows of a segment begin where those of the segments before it cannot reach.
+__device__ int64_t first_tile(const int64_t* segments, int64_t index) { return segments[index] / kApplyRows + index; }
+
+// The segment that a tile of rows belongs to; the last tiles of a segment may be without rows.
+__device__ int64_t segment_of(const int64_t* segments, int64_t count, int64_t tile) {
+  int64_t low = 0, high = count - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (first_tile(segments, middle) <= tile) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
 template <bool kGradient, typename T>
 __global__ void __launch_bounds__(kApplyThreads, 1) sinkhorn_apply_kernel(const ApplyArguments<T> arguments) {
   __shared__ T stage[block::kStageElements];
   __shared__ T weights[kApplyRows * block::kColumns];
-  const int64_t tiles = static_cast<int64_t>(arguments.row_tiles) * arguments.value_tiles;
-  for (int64_t tile = blockIdx.x; tile < arguments.batch * tiles; tile += gridDim.x) {
-    const int64_t index = tile / tiles;
-    const int within = static_cast<int>(tile % tiles);
+  const Clouds& clouds = arguments.clouds;
+  const int64_t row_tiles = arguments.row_tiles * (clouds.segment_x == nullptr ? clouds.batch : 1);
+  for (int64_t tile = blockIdx.x; tile < row_tiles * arguments.value_tiles; tile += gridDim.x) {
     block::Application<T> p = arguments.first;
-    const int64_t n = p.n, m = p.m;
-    p.x += index * n * p.d;
-    p.y += index * m * p.d;
-    p.f += index * n;
-    p.g += index * m;
-    p.b += index * m;
-    p.v += index * m * p.k;
-    p.out += index * n * p.k;
-    if constexpr (kGradient) {
-      p.a += index * n;
+    int64_t index, row_tile = tile / arguments.value_tiles, row, column, point, other;
+    if (clouds.segment_x == nullptr) {
+      index = row_tile / arguments.row_tiles;
+      row_tile %= arguments.row_tiles;
+      row = index * clouds.n;
+      column = index * clouds.m;
+      point = index / clouds.temperatures * clouds.n;
+      other = index / clouds.temperatures * clouds.m;
     } else {
-      p.mass += index * n;
+      index = segment_of(clouds.segment_x, clouds.batch, row_tile);
+      row_tile -= first_tile(clouds.segment_x, index);
+      point = row = clouds.segment_x[index];
+      other = column = clouds.segment_y[index];
+      p.n = static_cast<int>(clouds.segment_x[index + 1] - row);
+      p.m = static_cast<int>(clouds.segment_y[index + 1] - column);
+      if (row_tile * kApplyRows >= p.n) continue;
+    }
+    p.x += point * p.d;
+    p.y += other * p.d;
+    p.f += row;
+    p.g += column;
+    p.b += other;
+    p.v += (kGradient ? other : column) * p.k;
+    p.out += row * p.k;
+    if constexpr (kGradient) {
+      p.a += point;
+    } else {
+      p.mass += row;
     }
     p.eps = arguments.eps[index];
-    block::apply<kGradient>(Block{}, p, within / arguments.value_tiles, within % arguments.value_tiles, stage, weights);
+    const int value_tile = static_cast<int>(tile % arguments.value_tiles);
+    block::apply<kGradient>(Block{}, p, static_cast<int>(row_tile), value_tile, stage, weights);
   }
 }
 
@@ -132,14 +166,37 @@ cudaError_t launch(const SinkhornPlan& plan, const SolveArguments<T>& arguments,
 }
 
 template <bool kGradient, typename T>
-cudaError_t launch_apply(const block::Application<T>& first, const T* eps, int64_t batch, cudaStream_t stream) {
-  if (batch == 0) return cudaSuccess;
-  ApplyArguments<T> arguments{first, eps, batch, (first.n + kApplyRows - 1) / kApplyRows,
-                              std::max(1, (first.k + block::kValues - 1) / block::kValues)};
-  const int64_t tiles = batch * arguments.row_tiles * arguments.value_tiles;
+cudaError_t launch_apply(const block::Application<T>& first, const Clouds& clouds, const T* eps, cudaStream_t stream) {
+  if (clouds.batch == 0 || first.n == 0) return cudaSuccess;
+  const int64_t rows = (clouds.n + kApplyRows - 1) / kApplyRows;
+  const int64_t segments = clouds.n / kApplyRows + clouds.batch;
+  const ApplyArguments<T> arguments{first, eps, clouds, clouds.segment_x == nullptr ? rows : segments,
+                                    std::max(1, (first.k + block::kValues - 1) / block::kValues)};
+  const int64_t tiles = (clouds.segment_x == nullptr ? clouds.batch * rows : segments) * int64_t{arguments.value_tiles};
   sinkhorn_apply_kernel<kGradient>
       <<<static_cast<unsigned>(std::min(tiles, kMaxBlocks)), kApplyThreads, 0, stream>>>(arguments);
   return cudaGetLastError();
+}
+
+template <typename T>
+block::Application<T> application(const Clouds& clouds, const T* x, const T* y, const T* f, const T* g, const T* a,
+                                  const T* b, const T* v, int64_t k, T* out, T* mass) {
+  return {x,
+          y,
+          f,
+          g,
+          a,
+          b,
+          v,
+          T(1),
+          static_cast<int>(clouds.n),
+          static_cast<int>(clouds.m),
+          static_cast<int>(clouds.d),
+          static_cast<int>(k),
+          static_cast<int>(clouds.cost),
+          clouds.diagonal == INT64_MIN ? block::kNoDiagonal : static_cast<int>(clouds.diagonal),
+          out,
+          mass};
 }
 
 }  // namespace
@@ -195,57 +252,27 @@ cudaError_t sinkhorn(const SinkhornPlan& plan, const T* x, const T* y, const T* 
 }
 
 template <typename T>
-cudaError_t sinkhorn_transport(const T* x, const T* y, const T* f, const T* g, const T* b, const T* eps, const T* v,
-                               int64_t batch, int64_t n, int64_t m, int64_t d, int64_t k, int64_t cost, T* out, T* mass,
-                               cudaStream_t stream) {
-  const block::Application<T> first{x,
-                                    y,
-                                    f,
-                                    g,
-                                    nullptr,
-                                    b,
-                                    v,
-                                    T(1),
-                                    static_cast<int>(n),
-                                    static_cast<int>(m),
-                                    static_cast<int>(d),
-                                    static_cast<int>(k),
-                                    static_cast<int>(cost),
-                                    out,
-                                    mass};
-  return launch_apply<false>(first, eps, batch, stream);
+cudaError_t sinkhorn_transport(const Clouds& clouds, const T* x, const T* y, const T* f, const T* g, const T* b,
+                               const T* eps, const T* v, int64_t k, T* out, T* mass, cudaStream_t stream) {
+  const auto first = application<T>(clouds, x, y, f, g, nullptr, b, v, k, out, mass);
+  return launch_apply<false>(first, clouds, eps, stream);
 }
 
 template <typename T>
-cudaError_t sinkhorn_grad(const T* x, const T* y, const T* f, const T* g, const T* a, const T* b, const T* eps,
-                          int64_t batch, int64_t n, int64_t m, int64_t d, int64_t cost, T* grad_x,
-                          cudaStream_t stream) {
-  const block::Application<T> first{x,
-                                    y,
-                                    f,
-                                    g,
-                                    a,
-                                    b,
-                                    y,
-                                    T(1),
-                                    static_cast<int>(n),
-                                    static_cast<int>(m),
-                                    static_cast<int>(d),
-                                    static_cast<int>(d),
-                                    static_cast<int>(cost),
-                                    grad_x,
-                                    nullptr};
-  return launch_apply<true>(first, eps, batch, stream);
+cudaError_t sinkhorn_grad(const Clouds& clouds, const T* x, const T* y, const T* f, const T* g, const T* a, const T* b,
+                          const T* eps, T* grad_x, cudaStream_t stream) {
+  const auto first = application<T>(clouds, x, y, f, g, a, b, y, clouds.d, grad_x, nullptr);
+  return launch_apply<true>(first, clouds, eps, stream);
 }
 
-#define FEWSTEP_INSTANTIATE(T)                                                                                         \
-  template cudaError_t sinkhorn(const SinkhornPlan&, const T*, const T*, const T*, const T*, const T*, const T*,       \
-                                int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, T*, T*, T*, T*,  \
-                                T*, int64_t*, bool*, cudaStream_t);                                                    \
-  template cudaError_t sinkhorn_transport(const T*, const T*, const T*, const T*, const T*, const T*, const T*,        \
-                                          int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, T*, T*, cudaStream_t); \
-  template cudaError_t sinkhorn_grad(const T*, const T*, const T*, const T*, const T*, const T*, const T*, int64_t,    \
-                                     int64_t, int64_t, int64_t, int64_t, T*, cudaStream_t);
+#define FEWSTEP_INSTANTIATE(T)                                                                                        \
+  template cudaError_t sinkhorn(const SinkhornPlan&, const T*, const T*, const T*, const T*, const T*, const T*,      \
+                                int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, T*, T*, T*, T*, \
+                                T*, int64_t*, bool*, cudaStream_t);                                                   \
+  template cudaError_t sinkhorn_transport(const Clouds&, const T*, const T*, const T*, const T*, const T*, const T*,  \
+                                          const T*, int64_t, T*, T*, cudaStream_t);                                   \
+  template cudaError_t sinkhorn_grad(const Clouds&, const T*, const T*, const T*, const T*, const T*, const T*,       \
+                                     const T*, T*, cudaStream_t);
 
 FEWSTEP_INSTANTIATE(float)
 FEWSTEP_INSTANTIATE(double)

@@ -28,15 +28,23 @@ cudaError_t sinkhorn(const SinkhornPlan& plan, const T* x, const T* y, const T* 
                      double tol, double converged_at, T* workspace, T* f, T* g, T* value, T* residual,
                      int64_t* iterations, bool* converged, cudaStream_t stream);
 
-// v [batch, m, k] -> out [batch, n, k], mass [batch, n].
+// Which points a product is about: `temperatures` problems in a row share theirs, or, with segments [batch + 1], flat
+// points are cut at segment_x and segment_y (n and m are their numbers, and temperatures 1).
+struct Clouds {
+  int64_t batch, temperatures, n, m, d;  // batch counts problems
+  const int64_t* segment_x;
+  const int64_t* segment_y;
+  int64_t cost, diagonal;  // INT64_MIN: none
+};
+
+// v [batch, m, k] -> out [batch, n, k], mass [batch, n]; x [batch / temperatures, n, d], b likewise.
 template <typename T>
-cudaError_t sinkhorn_transport(const T* x, const T* y, const T* f, const T* g, const T* b, const T* eps, const T* v,
-                               int64_t batch, int64_t n, int64_t m, int64_t d, int64_t k, int64_t cost, T* out, T* mass,
-                               cudaStream_t stream);
+cudaError_t sinkhorn_transport(const Clouds& clouds, const T* x, const T* y, const T* f, const T* g, const T* b,
+                               const T* eps, const T* v, int64_t k, T* out, T* mass, cudaStream_t stream);
 
 // -> grad_x [batch, n, d].
 template <typename T>
-cudaError_t sinkhorn_grad(const T* x, const T* y, const T* f, const T* g, const T* a, const T* b, const T* eps,
-                          int64_t batch, int64_t n, int64_t m, int64_t d, int64_t cost, T* grad_x, cudaStream_t stream);
+cudaError_t sinkhorn_grad(const Clouds& clouds, const T* x, const T* y, const T* f, const T* g, const T* a, const T* b,
+                          const T* eps, T* grad_x, cudaStream_t stream);
 
 }  // namespace fewstep::cuda

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cfloat>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 
@@ -13,9 +14,11 @@
 #define FEWSTEP_HD __host__ __device__ __forceinline__
 // Register arrays need indices known at compile time.
 #define FEWSTEP_UNROLL _Pragma("unroll")
+#define FEWSTEP_ROLLED _Pragma("unroll 1")
 #else
 #define FEWSTEP_HD inline
 #define FEWSTEP_UNROLL
+#define FEWSTEP_ROLLED
 #endif
 
 namespace fewstep::block {
@@ -23,6 +26,7 @@ namespace fewstep::block {
 constexpr int kRows = 4;      // rows of a cost tile that one warp works on at once
 constexpr int kColumns = 64;  // columns of a cost tile
 constexpr int kDepth = 32;    // coordinates staged at a time
+constexpr int kNoDiagonal = INT_MIN;
 constexpr int kValues = 128;  // columns of v that apply() accumulates at once
 // An odd leading dimension: lanes on different points fall into different banks.
 constexpr int kStageStride = kDepth + 1;
@@ -360,8 +364,9 @@ struct Application {
   const T* v;  // [m, k], or y where kGradient
   T eps;
   int n, m, d, k, cost;
-  T* out;   // [n, k]
-  T* mass;  // [n], written unless kGradient
+  int diagonal;  // pairs j == i + diagonal are left out; kNoDiagonal
+  T* out;        // [n, k]
+  T* mass;       // [n], written unless kGradient
 };
 
 // With p_ij = b_j exp((f_i + g_j - c_ij) / eps): sum_j p_ij v_j and sum_j p_ij, or where kGradient
@@ -395,7 +400,8 @@ FEWSTEP_HD void apply(const Team& team, const Application<T>& p, int row_tile, i
       FEWSTEP_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const T c = finish_cost(squared[r][q], p.cost);
-        T w = inside ? exp2(potential[r] + h - c * inverse) : T(0);
+        const bool left_out = p.diagonal != kNoDiagonal && int64_t{j0} + column == int64_t{row0} + r + p.diagonal;
+        T w = inside && !left_out ? exp2(potential[r] + h - c * inverse) : T(0);
         mass[r] += w;
         if (kGradient && p.cost == 0) w *= 2;
         if (kGradient && p.cost == 2) w = c == 0 ? T(0) : w / c;

@@ -79,15 +79,26 @@ def unavailable(backend: str, device_type: str) -> str | None:
     return None
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that the CUDA kernels count on for a block of a device.
+
+    The compute capabilities 8.0, 9.x and 10.x have 163 KB and more, others at least 99 KB.
+    """
+    p = torch.cuda.get_device_properties(device)
+    return (163 if (p.major, p.minor) == (8, 0) or p.major in (9, 10) else 99) * 1024
+
+
 def choose_backend(
     op: str,
     device_type: str,
     requested: str | None,
     unsupported: Callable[[str], str | None] = lambda _: None,
+    first: str | None = None,
 ) -> str:
     """The backend that serves `op`: the requested one, `FEWSTEP_BACKEND`, or the first available.
 
-    `unsupported` says why a backend cannot do what the call asks for, or None.
+    `unsupported` says why a backend cannot do what the call asks for, or None. `first` goes before
+    the order of the device.
 
     Raises:
         ValueError: an unknown backend, or one that cannot serve the call (with the reason).
@@ -99,6 +110,7 @@ def choose_backend(
     name = requested or os.environ.get("FEWSTEP_BACKEND")
     if name is None:
         order = DEFAULT_ORDER.get(device_type, ("reference",))
+        order = order if first is None else (first, *order)
         return next(b for b in order if reason(b) is None)
     if name not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {BACKENDS}, got {name!r}")

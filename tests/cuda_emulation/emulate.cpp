@@ -1,15 +1,14 @@
 // Runs the per-block kernels of csrc/shared/sinkhorn_block.h on the host: a request on stdin, the answer on stdout.
 // Request: int64 {op, double?, threaded?, place, batch, n, m, d, k, cost, max_iter}, double {tol, converged_at}, then
-// the arrays of the op in its order. Arrays are heap blocks of the exact size, for the sanitizers to watch.
-#include <barrier>
+// the arrays of the op in its order. Of a product a negative max_iter is a diagonal that is left out, less 3. Arrays
+// are heap blocks of the exact size, for the sanitizers to watch.
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
-#include <memory>
-#include <thread>
 #include <vector>
 
 #include "shared/sinkhorn_block.h"
+#include "teams.h"
 
 namespace {
 
@@ -44,72 +43,10 @@ std::vector<T> poisoned(int64_t count) {
   return std::vector<T>(count, std::numeric_limits<T>::quiet_NaN());
 }
 
-struct Single {
-  static constexpr int kLanes = 1;
-  int rank() const { return 0; }
-  int size() const { return 1; }
-  int lane() const { return 0; }
-  int warp() const { return 0; }
-  int warps() const { return 1; }
-  void sync() const {}
-  template <typename T>
-  T lane_sum(T value) const {
-    return value;
-  }
-  template <typename T>
-  T lane_max(T value) const {
-    return value;
-  }
-};
-
-constexpr int kTeamLanes = 2, kTeamWarps = 3;
-
-struct Warp {
-  std::barrier<> barrier{kTeamLanes};
-  double slot[kTeamLanes];
-};
-
-struct Shared {
-  std::barrier<> barrier{kTeamLanes * kTeamWarps};
-  Warp warp[kTeamWarps];
-};
-
-struct Threads {
-  static constexpr int kLanes = kTeamLanes;
-  Shared* shared;
-  int index;
-  int rank() const { return index; }
-  int size() const { return kTeamLanes * kTeamWarps; }
-  int lane() const { return index % kTeamLanes; }
-  int warp() const { return index / kTeamLanes; }
-  int warps() const { return kTeamWarps; }
-  void sync() const { shared->barrier.arrive_and_wait(); }
-  template <typename T, typename Combine>
-  T exchange(T value, Combine combine) const {
-    Warp& w = shared->warp[warp()];
-    w.slot[lane()] = value;
-    w.barrier.arrive_and_wait();
-    T result = static_cast<T>(w.slot[0]);
-    for (int l = 1; l < kTeamLanes; ++l) result = combine(result, static_cast<T>(w.slot[l]));
-    w.barrier.arrive_and_wait();
-    return result;
-  }
-  template <typename T>
-  T lane_sum(T value) const {
-    return exchange(value, [](T p, T q) { return p + q; });
-  }
-  template <typename T>
-  T lane_max(T value) const {
-    return exchange(value, [](T p, T q) { return q > p ? q : p; });
-  }
-};
-
 template <typename Run>
 void run_team(bool threaded, Run run) {
   if (!threaded) return run(Single{});
-  Shared shared;
-  std::vector<std::jthread> threads;
-  for (int i = 0; i < kTeamLanes * kTeamWarps; ++i) threads.emplace_back([&, i] { run(Threads{&shared, i}); });
+  run_cluster<char>(1, 0, [&](const Threads& team, char*) { run(team); });
 }
 
 template <typename T>
@@ -128,7 +65,7 @@ void solve_all(const Request& q) {
     const Solution<T> out{&f[i * n],    &g[i * m],      &value[i],
                           &residual[i], &iterations[i], reinterpret_cast<bool*>(&converged[i])};
     const Stop<T> stop{static_cast<int>(q.max_iter), static_cast<T>(q.tol), static_cast<T>(q.converged_at)};
-    const int size = q.threaded ? kTeamLanes * kTeamWarps : 1;
+    const int size = q.threaded ? kTeamThreads : 1;
     const int64_t vectors = vector_elements(n, m, size);
     // In shared memory the stage lies over the vectors.
     auto cost = poisoned<T>(q.place == kDirect ? 0 : n * m);
@@ -174,6 +111,7 @@ void apply_all(const Request& q) {
                            static_cast<int>(d),
                            static_cast<int>(k),
                            static_cast<int>(q.cost),
+                           q.max_iter < 0 ? static_cast<int>(q.max_iter) + 3 : kNoDiagonal,
                            out.data() + i * n * k,
                            mass.data() + (kGradient ? 0 : i * n)};
     auto stage = poisoned<T>(kStageElements), weights = poisoned<T>(warps * kRows * kColumns);

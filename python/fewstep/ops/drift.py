@@ -124,9 +124,10 @@ def sinkhorn_drift(
             the same points, where an int k is given; True is k = 0. Then x_self stands for x in s.
         memory_limit (int): bytes that each thread may take for the distances and kernels of the
             group that it works on; what does not fit is computed again in every iteration.
-        backend (str | None): "reference", "cpp", or "triton" and "cuda", which have the kernels of
-            `sinkhorn` for the iterations and then form the plans, as the reference does. Default:
-            the environment variable FEWSTEP_BACKEND, else the fastest one for the device.
+        backend (str | None): "reference", "cpp", "cuda" or "triton". Default: the environment
+            variable FEWSTEP_BACKEND, else the fastest one for the device. "cuda" keeps groups of up
+            to 64 points and plans of up to 256 columns on chip, in float32; otherwise it and
+            "triton" have the kernels of `sinkhorn` for the iterations and then form the plans.
 
     Returns:
         Drift: velocity, scale, rms, residual, entropy, peak. No gradient flows through any.
@@ -164,14 +165,19 @@ def sinkhorn_drift(
     if memory_limit < 0:
         raise ValueError(f"sinkhorn_drift: memory_limit must not be negative, got {memory_limit}")
     diagonal = _diagonal(exclude_diagonal, x, x_self, form)
-    chosen = choose_backend(
-        "sinkhorn_drift", x.device.type, backend, lambda name: unsupported(name, diagonal)
-    )
-
     lead, n, d = x.shape[:-2], x.shape[-2], x.shape[-1]
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
     groups = math.prod(lead)
     flat = {name: t.detach().to(dtype).reshape(groups, *t.shape[-2:]) for name, t in clouds.items()}
+    counts = [t.shape[1] for t in flat.values()][1:]
+    kept = raw_drift.resident(flat["x"], counts, form == "joint")
+    chosen = choose_backend(
+        "sinkhorn_drift",
+        x.device.type,
+        backend,
+        lambda name: unsupported(name, diagonal, kept),
+        first="cuda" if kept else None,
+    )
     temperatures, several = _temperatures(eps, x, dtype)
     w = _guidance(guidance, x, uncond, dtype).reshape(-1).expand(groups)
     columns = _weights(weights, lead, flat, dtype)
@@ -181,7 +187,7 @@ def sinkhorn_drift(
         factor = (w * (n_self / size))[:, None].expand(groups, size)
         columns = torch.cat([columns[:, :-size], columns[:, -size:] * factor], 1)
     if _readable(x, columns):
-        _check_weights(columns, [t.shape[-2] for t in clouds.values()][1:], form)
+        _check_weights(columns, counts, form)
 
     velocity, scale, rms, *plans = raw_drift.drift(
         chosen,
@@ -246,12 +252,15 @@ def _diagonal(exclude: bool | int, x: Tensor, x_self: Tensor, form: str) -> int 
     return int(exclude) if exclude is not True else 0
 
 
-def unsupported(backend: str, diagonal: int | None) -> str | None:
-    """What of a call a backend cannot do."""
+def unsupported(backend: str, diagonal: int | None, resident: bool = False) -> str | None:
+    """What of a call a backend cannot do, where `resident` says that CUDA keeps it on chip."""
     if backend == "keops":
         return "it has no drift"
-    if backend in ("triton", "cuda") and diagonal is not None:
-        return "it does not support exclude_diagonal"
+    if diagonal is None:
+        return None
+    if backend == "triton" or (backend == "cuda" and not resident):
+        size = " for more than small float32 groups" if backend == "cuda" else ""
+        return f"it does not support exclude_diagonal{size}"
     return None
 
 

@@ -11,10 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._library import shared_memory
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def resident(points: Points) -> bool:
+    """Whether the CUDA kernels keep these problems on chip, with all options but symmetric updates.
+
+    Segments count: those that are too large are solved all the same, slowly.
+    """
+    x, y = points.x, points.y
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        return False
+    if points.cost not in reference.COSTS[:3] or points.labels is not None:
+        return False
+    n, m = x.shape[1], y.shape[1]
+    if points.segments is not None or (n <= 128 and m <= 128):
+        return True
+    blocks = 4 if torch.cuda.get_device_properties(x.device).major in (9, 10) else 1  # of a cluster
+    return m <= 256 and n <= 96 * blocks and shared_memory(x.device) > 130 * 1024
 
 
 def solve(
@@ -33,8 +51,10 @@ def solve(
         return python.solve(points, a, b, eps, f0, g0, s)  # type: ignore[no-any-return]
     if backend == "triton":
         x, y, cost = points.x, points.y, reference.COSTS.index(points.cost)
-        op = _triton().sinkhorn.default
-        out: Outputs = op(x, y, a, b, eps, g0, cost, s.max_iter, s.tol)
+        out: Outputs = _triton().sinkhorn.default(
+            *(x, y, a, b, eps, f0, g0, cost, points.diagonal, s.max_iter, s.tol),
+            *(s.start, s.factor, s.temperatures, *s.rho, s.relax, s.simultaneous),
+        )
         return out
     return _direct(  # type: ignore[no-any-return]
         torch.ops.fewstep.sinkhorn.default, *_solve_arguments(points, a, b, eps, f0, g0, s)
@@ -90,7 +110,7 @@ def transport(
     out: tuple[Tensor, Tensor]
     if backend == "triton":
         cost = reference.COSTS.index(points.cost)
-        out = _triton().sinkhorn_transport.default(x, y, f, g, b, eps, v, cost)
+        out = _triton().sinkhorn_transport.default(*(x, y, f, g, b, eps, v, cost, points.diagonal))
     else:
         op = torch.ops.fewstep.sinkhorn_transport.default
         out = _direct(op, x, y, f, g, b, eps, v, *_geometry(points))
@@ -107,7 +127,7 @@ def gradient(
     out: Tensor
     if backend == "triton":
         cost = reference.COSTS.index(points.cost)
-        out = _triton().sinkhorn_grad.default(x, y, f, g, a, b, eps, cost)
+        out = _triton().sinkhorn_grad.default(*(x, y, f, g, a, b, eps, cost, points.diagonal))
     else:
         op = torch.ops.fewstep.sinkhorn_grad.default
         out = _direct(op, x, y, f, g, a, b, eps, *_geometry(points))

@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._library import shared_memory
 from fewstep.ops import raw
 from fewstep.reference import drift as reference
 from fewstep.reference.sinkhorn import Points, Schedule
+
+
+def resident(x: Tensor, counts: list[int], joint: bool) -> bool:
+    """Whether the CUDA kernels keep groups of x `[G, N, D]` and clouds of `counts` on chip."""
+    if x.device.type != "cuda" or x.dtype != torch.float32 or x.shape[1] > 64:
+        return False
+    columns = sum(counts) if joint else max(counts)
+    return columns <= (256 if shared_memory(x.device) >= 163 * 1024 else 128)
 
 
 def drift(
@@ -34,7 +43,8 @@ def drift(
     memory_limit: int,
 ) -> reference.Outputs:
     """`fewstep.reference.drift.drift` by a backend."""
-    if backend == "cpp":
+    clouds = [t.shape[1] for t in (y, x_self, uncond) if t is not None]
+    if backend == "cpp" or (backend == "cuda" and resident(x, clouds, joint)):
         out: reference.Outputs = torch.ops.fewstep.sinkhorn_drift.default(
             *(x, y, x_self, uncond, weights, guidance, eps, reference.COSTS.index(cost)),
             *(max_iter, joint, scaled, unit, diagonal, memory_limit),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep.ops import differentiable
+from fewstep.ops import differentiable, raw
 from fewstep.ops.implicit import Constants, Problem, transposed
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
@@ -378,7 +378,12 @@ def sinkhorn(
     schedule = _annealed(schedule, anneal, points, e, read)
     f0, g0 = (None, None) if init is None else _initial(init, batch, temperatures, points, dtype)
     chosen = choose_backend(
-        "sinkhorn", device.type, backend, lambda name: _unsupported(name, points, e, schedule)
+        "sinkhorn",
+        device.type,
+        backend,
+        lambda name: _unsupported(name, points, e, schedule),
+        # A launch for all problems, rather than two per iteration.
+        first="cuda" if raw.resident(points) else None,
     )
     if check_finite:
         checked = {"x": x, "y": y, "C": C, "init f": f0, "init g": g0}
@@ -766,20 +771,23 @@ def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) 
         return None
     if backend == "keops" and points.cost != "formula":
         return "it serves costs given as functions, and the others have kernels of their own"
+    full = backend == "cpp"
+    kept = backend == "triton" or (backend == "cuda" and raw.resident(points))
     asked = {
         "costs given as functions": backend != "keops" and points.cost == "formula",
-        "cu_seqlens": backend != "cpp" and points.segments is not None,
-        "labels": backend != "cpp" and points.labels is not None,
-        "exclude_diagonal": backend != "cpp" and points.diagonal is not None,
+        "cu_seqlens": not (full or (backend == "cuda" and kept)) and points.segments is not None,
+        "labels": not full and points.labels is not None,
+        "exclude_diagonal": not (full or kept) and points.diagonal is not None,
     }
     if backend in ("triton", "cuda"):
         asked |= {
             f"cost {points.cost!r}": points.cost not in reference.COSTS[:3],
-            "several eps": eps.shape[0] != points.count,
-            "anneal": s.start is not None or s.temperatures is not None,
-            "reach": s.rho != (None, None),
-            "update='symmetric'": s.simultaneous,
-            "relax": s.relax != 1 and not s.simultaneous,
+            "several eps": not kept and eps.shape[0] != points.count,
+            "anneal": not kept and (s.start is not None or s.temperatures is not None),
+            "reach": not kept and s.rho != (None, None),
+            "update='symmetric'": backend == "cuda" and s.simultaneous,
+            "relax": not kept and s.relax != 1 and not s.simultaneous,
         }
     names = [name for name, used in asked.items() if used]
-    return f"it has no {', '.join(names)}" if names else None
+    size = " for more than small float32 problems" if backend == "cuda" and not kept else ""
+    return f"it has no {', '.join(names)}{size}" if names else None

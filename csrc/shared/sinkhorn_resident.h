@@ -1,0 +1,1033 @@
+// Sinkhorn on problems that stay on chip, as one team sees them: a thread block, the blocks of a cluster that share the
+// rows of a problem, or their emulation on the host.
+//
+// Distances C lie in shared memory and K = 2^(shift_i + h_j - k C_ij) in registers: a warp owns R rows, a lane every
+// kLanes-th of up to Q kLanes columns. An iteration is one pass over K,
+//
+//     s_i = sum_j K_ij v_j,  u_i = 1 / s_i,  q_j = sum_i a_i u_i K_ij,  v_j = b_j / q_j,
+//
+// with F_i = shift_i + log2 u_i and H_j = h_j + log2 v_j the potentials in units of eps ln 2, log2 b_j included in H.
+// Where a scaling leaves its safe range the potentials are taken into K anew ("absorbed"), from row sums around their
+// maxima; a column whose sum has underflowed gets a log-sum-exp of its own.
+//
+// On top of what sinkhorn_block.h asks of a Team: ranks(), block() (which of the ranks), sync_all() (a barrier of all
+// ranks), peer(pointer, rank) (the same place in the memory of a rank), any(flag) (of a block, also a barrier),
+// lane_any(flag), sync_lanes(), and lane_sums(values) (element by element).
+#pragma once
+
+#include <limits>
+
+#include "sinkhorn_block.h"
+
+namespace fewstep::resident {
+
+using block::exp2;
+using block::finish_cost;
+using block::kLowest;
+using block::kNoDiagonal;
+using block::largest;
+using block::least;
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+constexpr int kParts = 4;                 // clouds that make up the columns
+constexpr int kDepth = 16;                // coordinates staged at a time
+constexpr int kStageStride = kDepth + 1;  // lanes on different points fall into different banks
+constexpr int kScalars = 3;               // that a pass hands from each warp to all others
+
+// Entries of K below 2^-126 (2^-1022) are 0. With scalings up to 2^kSafe they are at most 2^(-126 + 2 kSafe) of their
+// row, and a column sum above kLow does not feel them.
+template <typename T>
+struct Range {
+  static constexpr T kSafe = 0x1p24, kHalf = 0x1p12, kLow = 0x1p-50, kHigh = 0x1p100;
+};
+template <>
+struct Range<double> {
+  static constexpr double kSafe = 0x1p200, kHalf = 0x1p100, kLow = 0x1p-800, kHigh = 0x1p900;
+};
+
+FEWSTEP_HD double reciprocal(double value) { return 1 / value; }
+
+FEWSTEP_HD float reciprocal(float value) {
+#ifdef __CUDA_ARCH__
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(value));
+  return r;
+#else
+  return 1 / value;
+#endif
+}
+
+// Within 2^-22, absolutely for arguments near 1 and relatively elsewhere.
+FEWSTEP_HD float log2(float value) {
+#ifdef __CUDA_ARCH__
+  float l;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(l) : "f"(value));
+  return l;
+#else
+  return ::log2f(value);
+#endif
+}
+
+FEWSTEP_HD double log2(double value) { return ::log2(value); }
+
+template <typename T>
+FEWSTEP_HD bool within(T value, T low, T high) {
+  return value >= low && value <= high;
+}
+
+// Columns of a problem: the points of up to kParts clouds [.., d], one after the other. end[p] is the first column
+// after part p, INT_MAX for the last one.
+template <typename T>
+struct Columns {
+  const T* data[kParts];
+  int end[kParts];
+
+  FEWSTEP_HD const T* point(int j, int d) const {
+    const T* from = data[0];
+    int first = 0;
+    FEWSTEP_UNROLL
+    for (int p = 1; p < kParts; ++p) {
+      if (j < end[p - 1]) continue;
+      from = data[p];
+      first = end[p - 1];
+    }
+    return from + static_cast<int64_t>(j - first) * d;
+  }
+};
+
+template <typename T>
+struct Points {
+  const T* x;  // [n, d]
+  Columns<T> y;
+  int n, m, d, cost;
+  // The pair of row i and column diagonal_begin + i + diagonal is left out if that column is below diagonal_end.
+  int diagonal, diagonal_begin, diagonal_end;
+
+  FEWSTEP_HD bool excluded(int i, int j) const {
+    return diagonal != kNoDiagonal && j >= diagonal_begin && j < diagonal_end &&
+           static_cast<int64_t>(j) - diagonal_begin == static_cast<int64_t>(i) + diagonal;
+  }
+};
+
+// What is iterated, alike for all problems of a call.
+template <typename T>
+struct Schedule {
+  const T* temperatures;  // [scheduled], one iteration at each before anything else
+  int scheduled;
+  T factor;      // of annealing from `start` down to eps
+  int max_iter;  // at eps
+  T tol;         // a negative one is never reached
+  T converged_at;
+  T rho_x, rho_y;  // penalties of the marginals; inf: they are constraints
+  T relax;
+  bool unit_start;  // from v_j = 1 rather than from g = 0
+};
+
+template <typename T>
+struct Marginals {
+  const T* a;  // [n], or null: 1 / n
+  const T* b;  // [m], relative weights where b_total is not 1
+  T b_total;
+  const T* f0;  // [n] or null
+  const T* g0;  // [m] or null
+};
+
+// Where things are in the memory of a block of up to kWarps warps, in elements: all offsets are known at compile time,
+// and costs [rows, m] come last.
+template <int R, int Q, int kLanes, int kWarps>
+struct Layout {
+  static constexpr int kRows = kWarps * R, kColumns = Q * kLanes;
+  static constexpr int kA = 0, kShift = kRows, kF = 2 * kRows, kU = 4 * kRows;  // f and u twice: now and next
+  static constexpr int kB = 6 * kRows, kH = kB + kColumns, kV = kH + kColumns, kLse = kV + kColumns;
+  static constexpr int kScalar = kLse + kColumns;                                 // [2, kScalars, kWarps]
+  static constexpr int kPartial = kScalar + (2 * kScalars * kWarps + 3) / 4 * 4;  // [2, kWarps, kColumns]
+  // In the same place, points that are being measured: [kColumns + kRows, kStageStride].
+  static constexpr int kPoints = (kColumns + kRows) * kStageStride;
+  static constexpr int kTwo = 2 * (kWarps < 2 ? 2 : kWarps) * kColumns;
+  static constexpr int kSpace = kTwo > kPoints ? kTwo : kPoints;
+  static constexpr int kCost = (kPartial + kSpace + 3) / 4 * 4;
+
+  // `matrices` is 1 for a solve and 2 for a drift, whose weights follow the costs.
+  static FEWSTEP_HD int64_t elements(int64_t rows, int64_t m, int matrices) { return kCost + matrices * rows * m; }
+};
+
+// Where a plan's share of a drift goes, and how it is weighted: A / sum(A), or in the joint form A+ sum(A-) for columns
+// below `positive` and -A- sum(A+) for the others, with A_ij = p_ij.
+template <typename T>
+struct Share {
+  int positive;
+  bool joint;
+  T factor;
+  bool add;  // to what is there
+  T* out;    // [n, d]
+};
+
+// rho (1 - exp(-f / rho)): what a potential adds to the dual, f itself for a constraint (rho = inf).
+template <typename T>
+FEWSTEP_HD T penalised(T f, T rho) {
+  return std::isinf(rho) ? f : -rho * std::expm1(-f / rho);
+}
+
+template <int R, int Q, int kWarps, typename T, typename Team>
+class Solver {
+ public:
+  static constexpr int kLanes = Team::kLanes;
+  using At = Layout<R, Q, kLanes, kWarps>;
+
+  // Rows of this block: ranks share them evenly, in order.
+  FEWSTEP_HD Solver(const Team& team, const Points<T>& points, T* memory) : team_(team), p_(points), memory_(memory) {
+    const int each = (p_.n + team.ranks() - 1) / team.ranks();
+    first_ = least(each * team.block(), p_.n);
+    rows_ = least(each, p_.n - first_);
+  }
+
+  FEWSTEP_HD int first() const { return first_; }
+  FEWSTEP_HD int rows() const { return rows_; }
+  FEWSTEP_HD int row_of(int r) const { return team_.warp() * R + r; }
+  FEWSTEP_HD int column_of(int q) const { return team_.lane() + q * kLanes; }
+
+  // Distances by differences, which lose nothing to cancellation, into shared memory. Begins and ends with sync().
+  FEWSTEP_HD void measure(T (&c)[R][Q]) {
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) c[r][q] = 0;
+    }
+    T* const right = at(At::kPartial);
+    T* const left = right + p_.m * kStageStride;
+    FEWSTEP_ROLLED
+    for (int k0 = 0; k0 < p_.d; k0 += kDepth) {
+      team_.sync();
+      FEWSTEP_ROLLED
+      for (int e = team_.rank(); e < (p_.m + rows_) * kDepth; e += team_.size()) {
+        const int point = e / kDepth, k = e % kDepth;
+        const T* from = point < p_.m ? p_.y.point(point, p_.d) : row(point - p_.m);
+        right[point * kStageStride + k] = k0 + k < p_.d ? from[k0 + k] : T(0);
+      }
+      team_.sync();
+      if (rows_ == 0) continue;
+      FEWSTEP_ROLLED
+      for (int k = 0; k < kDepth; ++k) {
+        T x[R];
+        FEWSTEP_UNROLL
+        for (int r = 0; r < R; ++r) x[r] = left[least(row_of(r), rows_ - 1) * kStageStride + k];
+        FEWSTEP_UNROLL
+        for (int q = 0; q < Q; ++q) {
+          if (q * kLanes >= p_.m) continue;
+          const T y = right[least(column_of(q), p_.m - 1) * kStageStride + k];
+          FEWSTEP_UNROLL
+          for (int r = 0; r < R; ++r) c[r][q] += (x[r] - y) * (x[r] - y);
+        }
+      }
+    }
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const int i = row_of(r);
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        const int j = column_of(q);
+        if (i >= rows_ || j >= p_.m) continue;
+        at(At::kCost)[i * p_.m + j] = p_.excluded(first_ + i, j) ? kInfinity<T> : finish_cost(c[r][q], p_.cost);
+      }
+    }
+    team_.sync();
+  }
+
+  // All iterations at `eps`, and at the temperatures before it. `start` is where annealing begins, at most eps for
+  // none. The state stays for what follows: potentials(), row_mass(), weights of the plan.
+  FEWSTEP_HD void solve(T (&k)[R][Q], const Schedule<T>& s, const Marginals<T>& w, T eps, T start) {
+    s_ = s;
+    plain_ = std::isinf(s.rho_x) && std::isinf(s.rho_y) && s.relax == 1;
+    relax_ = w.f0 == nullptr ? T(1) : s.relax;  // an iteration without a potential before it is taken in full
+    step_ = iterations_ = 0;
+    annealed_ = start;
+    final_ = false;
+    temperature_ = next_temperature(eps);
+    set_temperature();
+    begin(w);
+    bool absorb = true, measured = false;
+    int at_eps = 0;
+    while (true) {
+      if (absorb || !pass<false>(k)) pass<true>(k);
+      // The pass after an iteration at eps tells the error of its rows.
+      if (measured) {
+        ++at_eps;
+        if (at_eps == s.max_iter || s.tol >= 0) {
+          residual_ = total(0) / a_total_;
+          if (at_eps == s.max_iter || residual_ <= s.tol) return;
+        }
+      }
+      accept();
+      absorb = finish_columns();
+      ++iterations_;
+      relax_ = s.relax;
+      measured = final_;
+      if (final_) continue;
+      const T next = next_temperature(eps);
+      if (next == temperature_) continue;
+      change_temperature(next, absorb);
+      absorb = true;
+    }
+  }
+
+  // f, g, value and the rest of a problem that has been solved. Ends with sync_all().
+  FEWSTEP_HD void write(T eps, const block::Solution<T>& out) {
+    const T unit = 1 / k_, mass = total(1);
+    T value = 0;
+    FEWSTEP_ROLLED
+    for (int i = team_.rank(); i < rows_; i += team_.size()) {
+      const T f = potential(i) * unit;
+      out.f[first_ + i] = f;
+      if (at(At::kA)[i] != 0) value += at(At::kA)[i] * penalised(f, s_.rho_x);
+    }
+    soft_of_massless_columns();
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      const T b = at(At::kB)[j];
+      const T g = unit * (b > 0 ? at(At::kH)[j] + log2(at(At::kV)[j]) - log2(b) : -damping_y_ * at(At::kLse)[j]);
+      if (team_.block() != 0) continue;
+      out.g[j] = g;
+      if (b != 0) value += b * penalised(g, s_.rho_y);
+    }
+    parity_ = 1 - parity_;
+    hand_over(0, value);
+    team_.sync_all();
+    value = total(0);
+    if (!plain_) value -= eps * (mass - a_total_ * b_total_);
+    if (team_.block() == 0 && team_.rank() == 0) {
+      *out.value = value;
+      *out.residual = residual_;
+      *out.iterations = iterations_;
+      *out.converged = residual_ <= s_.converged_at;
+    }
+    team_.sync_all();
+  }
+
+  // The plan's share of a drift, from the K of a solve of one rank: `factor` times the weighted points into `out`, and
+  // three sums over the rows, of |sum_j p_ij - 1|, of the entropy (in nats) and of the largest entry of the normalised
+  // plan, into `sums`. Returns this thread's share of the squares in `out`.
+  FEWSTEP_HD T finish_drift(T (&k)[R][Q], const Share<T>& io, T (&sums)[kScalars]) {
+    T positive[R], negative[R], bits[R], peak[R];
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) positive[r] = negative[r] = bits[r] = peak[r] = 0;
+    FEWSTEP_UNROLL
+    for (int q = 0; q < Q; ++q) {
+      const int j = column_of(q);
+      if (j >= p_.m) continue;
+      const T v = at(At::kV)[j], h = at(At::kH)[j] + log2(v);
+      const bool minus = j >= io.positive;
+      FEWSTEP_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int i = least(row_of(r), rows_ - 1);
+        const T e = k[r][q] * v;
+        // Where a pair is left out its exponent is -inf and e is 0.
+        bits[r] += e * largest(at(At::kShift)[i] + h - k_ * at(At::kCost)[i * p_.m + j], T(-1000));
+        peak[r] = largest(e, peak[r]);
+        (minus ? negative[r] : positive[r]) += e;
+        k[r][q] = e;
+      }
+    }
+    team_.lane_sums(positive);
+    team_.lane_sums(negative);
+    team_.lane_sums(bits);
+    T part[kScalars] = {};
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
+      peak[r] = team_.lane_max(peak[r]);
+      const T total = positive[r] + negative[r], u = at(At::kU + u_)[least(row_of(r), rows_ - 1)];
+      if (row_of(r) < rows_) {
+        part[0] += std::abs(u * total - 1);
+        part[1] += (log2(total) - bits[r] / total) * T(0.69314718055994530942);
+        part[2] += peak[r] / total;
+      }
+      const T to_positive = io.factor * (io.joint ? u * u * negative[r] : 1 / total);
+      const T to_negative = io.factor * (io.joint ? -(u * u) * positive[r] : 1 / total);
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        if (row_of(r) >= rows_ || column_of(q) >= p_.m) continue;
+        weights(row_of(r))[column_of(q)] = k[r][q] * (column_of(q) >= io.positive ? to_negative : to_positive);
+      }
+    }
+    parity_ = 1 - parity_;
+    FEWSTEP_UNROLL
+    for (int which = 0; which < kScalars; ++which) {
+      if (team_.lane() == 0) scalars(parity_, which)[team_.warp()] = part[which];
+    }
+    team_.sync();
+    FEWSTEP_UNROLL
+    for (int which = 0; which < kScalars; ++which) sums[which] = total(which);
+    return combine(io);
+  }
+
+ private:
+  FEWSTEP_HD T* at(int offset) const { return memory_ + offset; }
+  FEWSTEP_HD const T* row(int i) const { return p_.x + static_cast<int64_t>(first_ + i) * p_.d; }
+
+  FEWSTEP_HD T next_temperature(T eps) {
+    if (step_ < s_.scheduled) return s_.temperatures[step_++];
+    if (annealed_ > eps) {
+      const T now = annealed_;
+      annealed_ *= s_.factor;
+      return now;
+    }
+    final_ = true;
+    return eps;
+  }
+
+  FEWSTEP_HD void set_temperature() {
+    k_ = block::inverse_temperature(temperature_);
+    damping_x_ = std::isinf(s_.rho_x) ? T(1) : s_.rho_x / (s_.rho_x + temperature_);
+    damping_y_ = std::isinf(s_.rho_y) ? T(1) : s_.rho_y / (s_.rho_y + temperature_);
+    target_x_ = std::isinf(s_.rho_x) ? T(0) : temperature_ / s_.rho_x;
+  }
+
+  // Potentials to start from. Begins with sync_all(): a problem before this one may still be read.
+  FEWSTEP_HD void begin(const Marginals<T>& w) {
+    team_.sync_all();
+    parity_ = 0;
+    bool massless = false;
+    T part = 0;
+    FEWSTEP_ROLLED
+    for (int i = team_.rank(); i < rows_; i += team_.size()) {
+      const T a = w.a == nullptr ? T(1) / T(p_.n) : w.a[first_ + i];
+      at(At::kA)[i] = a;
+      at(At::kF + f_)[i] = w.f0 == nullptr ? T(0) : w.f0[first_ + i] * k_;
+      part += a;
+    }
+    hand_over(1, part);
+    part = 0;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      const T b = w.b[j] / w.b_total;
+      const T g = w.g0 == nullptr ? T(0) : w.g0[j] * k_;
+      at(At::kB)[j] = b;
+      at(At::kH)[j] = s_.unit_start ? (b > 0 ? T(0) : log2(b)) : g + log2(b);
+      at(At::kV)[j] = b > 0 ? T(1) : T(0);
+      part += b;
+      massless = massless || b == 0;
+    }
+    hand_over(0, part);
+    massless_ = team_.any(massless);
+    team_.sync_all();
+    a_total_ = total(1);
+    // All ranks have all columns.
+    T own = 0;
+    FEWSTEP_ROLLED
+    for (int w0 = team_.lane(); w0 < team_.warps(); w0 += kLanes) own += scalars(parity_, 0)[w0];
+    b_total_ = team_.lane_sum(own);
+  }
+
+  FEWSTEP_HD T* scalars(int parity, int which) const { return at(At::kScalar) + (parity * kScalars + which) * kWarps; }
+  FEWSTEP_HD T* partial(int parity, int warp) const {
+    return at(At::kPartial) + (parity * (kWarps < 2 ? 2 : kWarps) + warp) * At::kColumns;
+  }
+
+  // Leaves a warp's sum of `part` for all ranks to read after sync_all().
+  FEWSTEP_HD void hand_over(int which, T part) {
+    part = team_.lane_sum(part);
+    if (team_.lane() == 0) scalars(parity_, which)[team_.warp()] = part;
+  }
+
+  // Sum over warps and ranks, in the same order everywhere.
+  FEWSTEP_HD T total(int which) const {
+    T sum = 0;
+    FEWSTEP_ROLLED
+    for (int e = team_.lane(); e < team_.ranks() * team_.warps(); e += kLanes) {
+      sum += team_.peer(scalars(parity_, which), e / team_.warps())[e % team_.warps()];
+    }
+    return team_.lane_sum(sum);
+  }
+
+  FEWSTEP_HD T* weights(int i) const { return at(At::kCost) + (rows_ + i) * p_.m; }
+
+  // out_i = sum_j w_ij z_j for the points of the columns, relative to the first point of x, which is of no consequence
+  // but to rounding: the weights of a row add up to a number that belongs to all plans together. A warp makes its rows.
+  FEWSTEP_HD T combine(const Share<T>& io) {
+    constexpr int kS = 4;  // coordinates of a lane
+    T squares = 0;
+    FEWSTEP_ROLLED
+    for (int d0 = 0; d0 < p_.d; d0 += kS * kLanes) {
+      T sum[R][kS], origin[kS];
+      FEWSTEP_UNROLL
+      for (int s = 0; s < kS; ++s) {
+        const int d = d0 + s * kLanes + team_.lane();
+        origin[s] = d < p_.d ? p_.x[d] : T(0);
+        FEWSTEP_UNROLL
+        for (int r = 0; r < R; ++r) sum[r][s] = 0;
+      }
+      FEWSTEP_ROLLED
+      for (int j = 0; j < p_.m; ++j) {
+        const T* const point = p_.y.point(j, p_.d);
+        T z[kS];
+        FEWSTEP_UNROLL
+        for (int s = 0; s < kS; ++s) {
+          const int d = d0 + s * kLanes + team_.lane();
+          z[s] = d < p_.d ? point[d] - origin[s] : T(0);
+        }
+        FEWSTEP_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const T w = weights(least(row_of(r), rows_ - 1))[j];
+          FEWSTEP_UNROLL
+          for (int s = 0; s < kS; ++s) sum[r][s] += w * z[s];
+        }
+      }
+      FEWSTEP_ROLLED
+      for (int s = 0; s < kS; ++s) {
+        const int d = d0 + s * kLanes + team_.lane();
+        FEWSTEP_UNROLL
+        for (int r = 0; r < R; ++r) {
+          // An index known at compile time, for a loop that is not unrolled.
+          T value = 0;
+          FEWSTEP_UNROLL
+          for (int t = 0; t < kS; ++t) value = t == s ? sum[r][t] : value;
+          if (row_of(r) >= rows_ || d >= p_.d) continue;
+          // The same thread wrote what is added to.
+          T* const to = io.out + static_cast<int64_t>(row_of(r)) * p_.d + d;
+          if (io.add) value += *to;
+          *to = value;
+          squares += value * value;
+        }
+      }
+    }
+    return squares;
+  }
+
+  FEWSTEP_HD void accept() {
+    u_ = At::kRows - u_;
+    if (absorbed_) f_ = At::kRows - f_;
+  }
+
+  // F_i as of the last row update that was accepted. After a pass that absorbs, f has it: its scaling may be inf.
+  FEWSTEP_HD T potential(int i) const {
+    return absorbed_ ? at(At::kF + f_)[i] : at(At::kShift)[i] + log2(at(At::kU + u_)[i]);
+  }
+
+  // H and F from scalings, where these are in use.
+  FEWSTEP_HD void fold() {
+    FEWSTEP_ROLLED
+    for (int i = team_.rank(); i < rows_; i += team_.size()) at(At::kF + f_)[i] = potential(i);
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      if (!(at(At::kB)[j] > 0)) continue;
+      at(At::kH)[j] += log2(at(At::kV)[j]);
+      at(At::kV)[j] = 1;
+    }
+    team_.sync();
+  }
+
+  FEWSTEP_HD void change_temperature(T next, bool folded) {
+    if (!folded) fold();
+    const T ratio = temperature_ / next;
+    temperature_ = next;
+    set_temperature();
+    FEWSTEP_ROLLED
+    for (int i = team_.rank(); i < rows_; i += team_.size()) at(At::kF + f_)[i] *= ratio;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      const T b = at(At::kB)[j];
+      if (b > 0) at(At::kH)[j] = (at(At::kH)[j] - log2(b)) * ratio + log2(b);
+    }
+    team_.sync();
+  }
+
+  // Row update and column sums, from K or, with kAbsorb, from the potentials f and h, which are then in K. Ends with
+  // sync_all(). Returns whether it counts: a scaling may have left its range.
+  template <bool kAbsorb>
+  FEWSTEP_HD bool pass(T (&k)[R][Q]) {
+    T s[R];
+    if constexpr (kAbsorb) {
+      absorb(k);
+      FEWSTEP_UNROLL
+      for (int r = 0; r < R; ++r) s[r] = 1;
+    } else {
+      FEWSTEP_UNROLL
+      for (int r = 0; r < R; ++r) s[r] = 0;
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        const T v = column_of(q) < p_.m ? at(At::kV)[column_of(q)] : T(0);
+        FEWSTEP_UNROLL
+        for (int r = 0; r < R; ++r) s[r] += k[r][q] * v;
+      }
+      team_.lane_sums(s);
+    }
+    parity_ = 1 - parity_;
+    T error = 0, mass = 0;
+    bool safe = true;
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const int i = row_of(r);
+      if (i >= rows_) {
+        s[r] = 0;
+        continue;
+      }
+      const T a = at(At::kA)[i], before = at(At::kU + u_)[i];
+      const T shift = at(At::kShift)[i];
+      T next = reciprocal(s[r]), full = shift, wanted = 1;
+      if (!plain_) {
+        const T f = kAbsorb ? at(At::kF + f_)[i] : shift + log2(before);
+        full = damping_x_ * (shift - log2(s[r]));
+        if (relax_ != 1) full = f + relax_ * (full - f);
+        next = exp2(full - shift);
+        if (target_x_ != 0) wanted = exp2(-target_x_ * f);
+      }
+      safe = safe && within(next, 1 / Range<T>::kSafe, Range<T>::kSafe);
+      // A row without mass may have any sum, also one that overflows.
+      if (a != 0) {
+        error += a * std::abs(before * s[r] - wanted);
+        mass += a * before * s[r];
+      }
+      s[r] = a == 0 ? T(0) : a * next;
+      if (team_.lane() != 0) continue;
+      at(At::kU + At::kRows - u_)[i] = next;
+      if constexpr (kAbsorb) at(At::kF + At::kRows - f_)[i] = full;
+    }
+    FEWSTEP_UNROLL
+    for (int q = 0; q < Q; ++q) {
+      if (column_of(q) >= p_.m) continue;
+      T sum = 0;
+      FEWSTEP_UNROLL
+      for (int r = 0; r < R; ++r) sum += s[r] * k[r][q];
+      partial(parity_, team_.warp())[column_of(q)] = sum;
+    }
+    if (team_.lane() == 0) {
+      scalars(parity_, 0)[team_.warp()] = error;
+      scalars(parity_, 1)[team_.warp()] = mass;
+      scalars(parity_, 2)[team_.warp()] = safe ? T(0) : T(1);
+    }
+    team_.sync_all();
+    if constexpr (kAbsorb) {
+      absorbed_ = true;
+      return true;
+    }
+    bool unsafe = false;
+    FEWSTEP_ROLLED
+    for (int e = team_.lane(); e < team_.ranks() * team_.warps(); e += kLanes) {
+      unsafe = unsafe || team_.peer(scalars(parity_, 2), e / team_.warps())[e % team_.warps()] != 0;
+    }
+    if (team_.lane_any(unsafe)) {
+      fold();
+      return false;
+    }
+    absorbed_ = false;
+    return true;
+  }
+
+  // K with rows that sum to 1, and u of the potentials f.
+  FEWSTEP_HD void absorb(T (&k)[R][Q]) {
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const int i = row_of(r);
+      if (i >= rows_) {
+        FEWSTEP_UNROLL
+        for (int q = 0; q < Q; ++q) k[r][q] = 0;
+        continue;
+      }
+      T top = kLowest<T>;
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        const int j = column_of(q);
+        k[r][q] = j < p_.m ? at(At::kH)[j] - k_ * at(At::kCost)[i * p_.m + j] : -kInfinity<T>;
+        top = largest(k[r][q], top);
+      }
+      top = team_.lane_max(top);
+      T sum = 0;
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        k[r][q] = exp2(k[r][q] - top);
+        sum += k[r][q];
+      }
+      sum = team_.lane_sum(sum);
+      const T inverse = reciprocal(sum);
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) k[r][q] *= inverse;
+      if (team_.lane() == 0) {
+        const T shift = -(top + log2(sum));
+        at(At::kShift)[i] = shift;
+        at(At::kU + u_)[i] = exp2(at(At::kF + f_)[i] - shift);
+      }
+    }
+    team_.sync_lanes();
+  }
+
+  // v from the column sums of all ranks. Every rank does the same and comes to the same bits. Ends with sync(). Returns
+  // whether the potentials have been folded, for the next pass to absorb.
+  FEWSTEP_HD bool finish_columns() {
+    const T high = absorbed_ ? Range<T>::kHalf : Range<T>::kSafe;
+    bool far = false, bad = false;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      const T b = at(At::kB)[j];
+      if (b == 0) continue;
+      T sum = 0;
+      FEWSTEP_ROLLED
+      for (int rank = 0; rank < team_.ranks(); ++rank) {
+        FEWSTEP_ROLLED
+        for (int w = 0; w < team_.warps(); ++w) sum += team_.peer(partial(parity_, w), rank)[j];
+      }
+      if (!within(sum, Range<T>::kLow, Range<T>::kHigh)) {
+        bad = true;
+        at(At::kV)[j] = -at(At::kV)[j];  // marks the column
+        continue;
+      }
+      const T h = at(At::kH)[j],
+              next = plain_ ? b * reciprocal(sum) : exp2(relaxed_column(j, h - log2(sum), at(At::kV)[j]) - h);
+      far = far || !within(next, 1 / high, high);
+      at(At::kV)[j] = next;
+    }
+    if (!team_.any(far || bad)) return false;
+    if (team_.any(bad)) {
+      column_lse();
+      FEWSTEP_ROLLED
+      for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+        if (!(at(At::kV)[j] < 0)) continue;
+        at(At::kH)[j] = relaxed_column(j, -at(At::kLse)[j], -at(At::kV)[j]);
+        at(At::kV)[j] = 1;
+      }
+      team_.sync();
+    }
+    fold();
+    return true;
+  }
+
+  // H_j for the soft c-transform `full` of column j, damped and relaxed, where v_j was `before`.
+  FEWSTEP_HD T relaxed_column(int j, T full, T before) const {
+    const T log_b = log2(at(At::kB)[j]), damped = damping_y_ * full;
+    if (relax_ == 1) return damped + log_b;
+    const T g = at(At::kH)[j] + log2(before) - log_b;
+    return g + relax_ * (damped - g) + log_b;
+  }
+
+  // lse_j = log2 sum_i a_i 2^(F_i - k C_ij) of the columns whose v is negative, by all ranks. Contains sync_all().
+  FEWSTEP_HD void column_lse() {
+    T* const fa = at(At::kU + At::kRows - u_);
+    FEWSTEP_ROLLED
+    for (int i = team_.rank(); i < rows_; i += team_.size()) fa[i] = potential(i) + log2(at(At::kA)[i]);
+    team_.sync();
+    // What was read last was of the other parity: all ranks have passed a barrier since.
+    T* const tops = partial(1 - parity_, 0);
+    T* const sums = partial(1 - parity_, 1);
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      if (!(at(At::kV)[j] < 0)) continue;
+      T top = kLowest<T>;
+      FEWSTEP_ROLLED
+      for (int i = 0; i < rows_; ++i) top = largest(fa[i] - k_ * at(At::kCost)[i * p_.m + j], top);
+      T sum = 0;
+      FEWSTEP_ROLLED
+      for (int i = 0; i < rows_; ++i) sum += exp2(fa[i] - k_ * at(At::kCost)[i * p_.m + j] - top);
+      tops[j] = top;
+      sums[j] = sum;
+    }
+    team_.sync_all();
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      if (!(at(At::kV)[j] < 0)) continue;
+      T top = kLowest<T>;
+      FEWSTEP_ROLLED
+      for (int rank = 0; rank < team_.ranks(); ++rank) top = largest(team_.peer(tops, rank)[j], top);
+      T sum = 0;
+      FEWSTEP_ROLLED
+      for (int rank = 0; rank < team_.ranks(); ++rank) {
+        sum += team_.peer(sums, rank)[j] * exp2(team_.peer(tops, rank)[j] - top);
+      }
+      at(At::kLse)[j] = top + log2(sum);
+    }
+    team_.sync_all();
+  }
+
+  // lse of the columns without mass, from the f that came out: their g has a meaning too.
+  FEWSTEP_HD void soft_of_massless_columns() {
+    if (!massless_) return;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      if (!(at(At::kB)[j] > 0)) at(At::kV)[j] = -1;
+    }
+    team_.sync();
+    column_lse();
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      if (!(at(At::kB)[j] > 0)) at(At::kV)[j] = 0;
+    }
+    team_.sync();
+  }
+
+  const Team& team_;
+  Points<T> p_;
+  T* const memory_;
+  Schedule<T> s_;
+  int first_, rows_;
+  int f_ = 0, u_ = 0;  // which of two
+  int parity_ = 0, step_ = 0, iterations_ = 0;
+  bool plain_ = true, final_ = false, absorbed_ = false, massless_ = false;
+  T k_ = 0, temperature_ = 0, annealed_ = 0, relax_ = 1;
+  T damping_x_ = 1, damping_y_ = 1, target_x_ = 0;
+  T a_total_ = 1, b_total_ = 1, residual_ = 0;
+};
+
+// 2^(h_j - cost) needs costs in units of eps ln 2.
+template <typename T>
+struct PairCost {
+  Points<T> p;
+  T k;
+  FEWSTEP_HD T operator()(int i, int j) const {
+    if (p.excluded(i, j)) return kInfinity<T>;
+    const T* x = p.x + static_cast<int64_t>(i) * p.d;
+    const T* y = p.y.point(j, p.d);
+    T squared = 0;
+    FEWSTEP_ROLLED
+    for (int c = 0; c < p.d; ++c) squared += (x[c] - y[c]) * (x[c] - y[c]);
+    return finish_cost(squared, p.cost) * k;
+  }
+};
+
+// The same iterations for a problem of any size by one block that keeps nothing but potentials: each update is a
+// log-sum-exp around its maximum, and a pair's distance is computed wherever it is needed. out.f, out.g and next [n]
+// hold potentials in units of eps ln 2 meanwhile; scratch has one element per warp.
+template <typename T, typename Team>
+FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Schedule<T>& s, const Marginals<T>& w, T eps,
+                               T start, T* next, T* scratch, const block::Solution<T>& out) {
+  const bool plain = std::isinf(s.rho_x) && std::isinf(s.rho_y) && s.relax == 1;
+  T* f = out.f;
+  T* const g = out.g;
+  T relax = w.f0 == nullptr ? T(1) : s.relax, k = 1;
+  FEWSTEP_ROLLED
+  for (int i = team.rank(); i < p.n; i += team.size()) f[i] = w.f0 == nullptr ? T(0) : w.f0[i];
+  FEWSTEP_ROLLED
+  for (int j = team.rank(); j < p.m; j += team.size()) g[j] = w.g0 == nullptr ? T(0) : w.g0[j];
+  T a_part = 0, b_part = 0;
+  FEWSTEP_ROLLED
+  for (int i = team.rank(); i < p.n; i += team.size()) a_part += w.a[i];
+  FEWSTEP_ROLLED
+  for (int j = team.rank(); j < p.m; j += team.size()) b_part += w.b[j];
+  const T a_total = block::team_sum(team, a_part, scratch), b_total = block::team_sum(team, b_part, scratch);
+  int step = 0, at_eps = 0, iterations = 0;
+  T annealed = start, residual = 0, mass = 0;
+  bool final = false;
+  while (true) {
+    // The row update that follows the last iteration measures it, at its temperature.
+    const bool measured = final;
+    T temperature = eps;
+    if (!final) {
+      if (step < s.scheduled) {
+        temperature = s.temperatures[step++];
+      } else if (annealed > eps) {
+        temperature = annealed;
+        annealed *= s.factor;
+      } else {
+        final = true;
+      }
+    }
+    const T k_next = block::inverse_temperature(temperature), ratio = k_next / k;
+    k = k_next;
+    FEWSTEP_ROLLED
+    for (int i = team.rank(); i < p.n; i += team.size()) f[i] *= ratio;
+    FEWSTEP_ROLLED
+    for (int j = team.rank(); j < p.m; j += team.size()) g[j] *= ratio;
+    team.sync();
+    const T damping_x = std::isinf(s.rho_x) ? T(1) : s.rho_x / (s.rho_x + temperature);
+    const T damping_y = std::isinf(s.rho_y) ? T(1) : s.rho_y / (s.rho_y + temperature);
+    const PairCost<T> cost{p, k};
+    T error = 0, moved = 0;
+    FEWSTEP_ROLLED
+    for (int i = team.warp(); i < p.n; i += team.warps()) {
+      T top = kLowest<T>;
+      FEWSTEP_ROLLED
+      for (int j = team.lane(); j < p.m; j += Team::kLanes) top = largest(g[j] + log2(w.b[j]) - cost(i, j), top);
+      top = team.lane_max(top);
+      T sum = 0;
+      FEWSTEP_ROLLED
+      for (int j = team.lane(); j < p.m; j += Team::kLanes) sum += exp2(g[j] + log2(w.b[j]) - cost(i, j) - top);
+      const T soft = -(top + log2(team.lane_sum(sum))), full = damping_x * soft, a = w.a[i];
+      if (a != 0 && team.lane() == 0) {
+        const T row = exp2(f[i] - soft), wanted = std::isinf(s.rho_x) ? T(1) : exp2(-f[i] * temperature / s.rho_x);
+        error += a * std::abs(row - wanted);
+        moved += a * row;
+      }
+      if (team.lane() == 0) next[i] = relax == 1 ? full : f[i] + relax * (full - f[i]);
+    }
+    error = block::team_sum(team, error, scratch);
+    moved = block::team_sum(team, moved, scratch);
+    if (measured) {
+      residual = error / a_total;
+      mass = moved;
+      ++at_eps;
+      if (at_eps == s.max_iter || (s.tol >= 0 && residual <= s.tol)) break;
+    }
+    FEWSTEP_ROLLED
+    for (int i = team.rank(); i < p.n; i += team.size()) f[i] = next[i];
+    team.sync();
+    FEWSTEP_ROLLED
+    for (int j = team.rank(); j < p.m; j += team.size()) {
+      T top = kLowest<T>;
+      FEWSTEP_ROLLED
+      for (int i = 0; i < p.n; ++i) top = largest(f[i] + log2(w.a[i]) - cost(i, j), top);
+      T sum = 0;
+      FEWSTEP_ROLLED
+      for (int i = 0; i < p.n; ++i) sum += exp2(f[i] + log2(w.a[i]) - cost(i, j) - top);
+      const T full = -damping_y * (top + log2(sum));
+      g[j] = relax == 1 || w.b[j] == 0 ? full : g[j] + relax * (full - g[j]);
+    }
+    team.sync();
+    ++iterations;
+    relax = s.relax;
+  }
+  const T unit = 1 / k;
+  T value = 0;
+  FEWSTEP_ROLLED
+  for (int i = team.rank(); i < p.n; i += team.size()) {
+    f[i] *= unit;
+    if (w.a[i] != 0) value += w.a[i] * penalised(f[i], s.rho_x);
+  }
+  FEWSTEP_ROLLED
+  for (int j = team.rank(); j < p.m; j += team.size()) {
+    g[j] *= unit;
+    if (w.b[j] != 0) value += w.b[j] * penalised(g[j], s.rho_y);
+  }
+  value = block::team_sum(team, value, scratch);
+  if (!plain) value -= eps * (mass - a_total * b_total);
+  if (team.rank() == 0) {
+    *out.value = value;
+    *out.residual = residual;
+    *out.iterations = iterations;
+    *out.converged = residual <= s.converged_at;
+  }
+  team.sync();
+}
+
+// A drift: the clouds of all groups, and where the results of group 0 go.
+template <typename T>
+struct Drift {
+  const T* x;                   // [groups, n, d]
+  const T* clouds[kParts - 1];  // y, x_self, uncond: [groups, counts, d]
+  int counts[kParts - 1];
+  int cloud_count;
+  const T* weights;   // [groups, sum of counts], relative
+  const T* guidance;  // [groups]
+  int64_t groups;
+  int n, d, cost, diagonal;
+  bool joint;
+  const T* eps;  // [temperatures], in units of `unit`
+  int temperatures, max_iter;
+  T* velocity;                   // [temperatures, groups, n, d]
+  T* squares;                    // [temperatures, groups]
+  T *residual, *entropy, *peak;  // [temperatures, groups, plans]
+};
+
+// A group's share of the mean distance from x, sum_iu w_u |x_i - u|^2 (euclidean: |x_i - u|), and the weights of its
+// pairs. x counts as a cloud of weights 1 where x_self does not stand for it. Squares come from moments about a point c
+// of x, sum_u w_u sum_i |x_i - c|^2 + n sum_u w_u |u - c|^2 - 2 sum_i (x_i - c) . sum_u w_u (u - c), coordinate by
+// coordinate. scratch has one element per warp.
+template <typename T, typename Team>
+FEWSTEP_HD double distances_from(const Team& team, const Drift<T>& in, int64_t group, double* scratch, double* weight) {
+  const T* const x = in.x + group * in.n * in.d;
+  const T* w = in.weights + group * (static_cast<int64_t>(in.counts[0]) + in.counts[1] + in.counts[2]);
+  double distance = 0;
+  *weight = 0;
+  for (int c = in.diagonal == kNoDiagonal ? -1 : 0; c < (in.joint ? in.cloud_count : 2); ++c) {
+    const int count = c < 0 ? in.n : c == 0 ? in.counts[0] : c == 1 ? in.counts[1] : in.counts[2];
+    const T* const cloud = c == 0 ? in.clouds[0] : c == 1 ? in.clouds[1] : in.clouds[2];
+    const T* const points = c < 0 ? x : cloud + group * count * in.d;
+    double total = 0;
+    for (int j = 0; j < count; ++j) total += c < 0 ? 1.0 : double(w[j]);
+    *weight += total * in.n;
+    if (in.cost == 2) {
+      for (int64_t pair = team.warp(); pair < static_cast<int64_t>(in.n) * count; pair += team.warps()) {
+        const T* const from = x + pair / count * in.d;
+        const T* const to = points + pair % count * in.d;
+        T squared = 0;
+        for (int k = team.lane(); k < in.d; k += Team::kLanes) squared += (from[k] - to[k]) * (from[k] - to[k]);
+        squared = team.lane_sum(squared);
+        if (team.lane() == 0) distance += (c < 0 ? 1.0 : double(w[pair % count])) * std::sqrt(double(squared));
+      }
+    } else {
+      for (int k = team.rank(); k < in.d; k += team.size()) {
+        const T centre = x[k];
+        double first_x = 0, square_x = 0, first = 0, square = 0;
+        for (int i = 0; i < in.n; ++i) {
+          const double v = double(x[static_cast<int64_t>(i) * in.d + k] - centre);
+          first_x += v;
+          square_x += v * v;
+        }
+        for (int j = 0; j < count; ++j) {
+          const double v = double(points[static_cast<int64_t>(j) * in.d + k] - centre);
+          const double wj = c < 0 ? 1.0 : double(w[j]);
+          first += wj * v;
+          square += wj * v * v;
+        }
+        distance += total * square_x + in.n * square - 2 * first_x * first;
+      }
+    }
+    if (c >= 0) w += count;
+  }
+  return block::team_sum(team, distance, scratch);
+}
+
+// All plans of a group at all temperatures, by one block; distances of a plan are measured once. `unit` is what a
+// temperature of 1 is in the cost of the points as they are, `scale` what a length of 1 is.
+template <int R, int Q, int kWarps, typename T, typename Team>
+FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, int64_t group, double unit, T scale, T* memory) {
+  const int plans = in.joint ? 1 : in.cloud_count;
+  T k[R][Q];
+  FEWSTEP_ROLLED
+  for (int plan = 0; plan < plans; ++plan) {
+    const T* const x = in.x + group * in.n * in.d;
+    Points<T> p{x, {}, in.n, 0, in.d, in.cost, kNoDiagonal, 0, 0};
+    const T* weights = in.weights + group * (static_cast<int64_t>(in.counts[0]) + in.counts[1] + in.counts[2]);
+    FEWSTEP_UNROLL
+    for (int c = 0; c < kParts; ++c) {
+      p.y.data[c] = x;
+      p.y.end[c] = INT_MAX;
+    }
+    // Indices known at compile time keep all of this in registers.
+    FEWSTEP_UNROLL
+    for (int c = 0; c < kParts - 1; ++c) {
+      if (c >= in.cloud_count) continue;
+      if (!in.joint && c < plan) weights += in.counts[c];
+      if (!in.joint && c != plan) continue;
+      if (c == 1 && in.diagonal != kNoDiagonal) {
+        p.diagonal = in.diagonal;
+        p.diagonal_begin = p.m;
+        p.diagonal_end = p.m + in.counts[c];
+      }
+      p.m += in.counts[c];
+      const T* const cloud = in.clouds[c] + group * in.counts[c] * in.d;
+      if (!in.joint) {
+        p.y.data[0] = cloud;
+        continue;
+      }
+      p.y.data[c] = cloud;
+      if (c + 1 < in.cloud_count) p.y.end[c] = p.m;
+    }
+    Solver<R, Q, kWarps, T, Team> solver(team, p, memory);
+    solver.measure(k);
+    T total = 0;
+    FEWSTEP_ROLLED
+    for (int j = team.lane(); j < p.m; j += Team::kLanes) total += weights[j];
+    total = team.lane_sum(total);
+    const Schedule<T> schedule{nullptr, 0, T(1), in.max_iter, T(-1), T(0), kInfinity<T>, kInfinity<T>, T(1), true};
+    const Marginals<T> marginals{nullptr, weights, total, nullptr, nullptr};
+    FEWSTEP_ROLLED
+    for (int t = 0; t < in.temperatures; ++t) {
+      solver.solve(k, schedule, marginals, static_cast<T>(in.eps[t] * unit), T(0));
+      const int64_t at = t * in.groups + group;
+      const T guidance = in.guidance[group];
+      const T factor = plan == 0 ? (in.joint ? T(1) : 1 + guidance) : plan == 1 ? T(-1) : -guidance;
+      T* const out = in.velocity + at * in.n * in.d;
+      const Share<T> share{in.joint ? in.counts[0] : p.m, in.joint, factor / scale, plan > 0, out};
+      T sums[kScalars];
+      T squares = solver.finish_drift(k, share, sums);
+      if (team.rank() == 0) {
+        in.residual[at * plans + plan] = sums[0] / in.n;
+        in.entropy[at * plans + plan] = sums[1] / in.n;
+        in.peak[at * plans + plan] = sums[2] / in.n;
+      }
+      if (plan + 1 < plans) continue;
+      team.sync();  // all have read the scalars
+      squares = block::team_sum(team, squares, memory + Layout<R, Q, Team::kLanes, kWarps>::kScalar);
+      if (team.rank() == 0) in.squares[at] = squares;
+    }
+  }
+}
+
+}  // namespace fewstep::resident

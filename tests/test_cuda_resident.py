@@ -1,0 +1,536 @@
+"""The resident CUDA solver and drift: emulated on the host, and on a device if there is one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fewstep
+from fewstep.ops import raw
+from fewstep.reference import drift as drift_reference
+from fewstep.reference import sinkhorn as reference
+from fewstep.reference.sinkhorn import Points, Schedule
+from test_cuda_build import arrays, split, wide
+from tolerances import assert_contract
+
+ROOT = Path(__file__).resolve().parent.parent
+COSTS = reference.COSTS[:3]
+NO_DIAGONAL = -(2**63)
+# A thread alone under the address sanitizer; 3 warps of 2 threads, and clusters of such blocks,
+# under the thread sanitizer.
+TEAMS = {"alone": 0, "block": 1, "cluster": 3}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+Emulator = Callable[[bytes], bytes]
+
+
+@pytest.fixture(scope="session")
+def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emulator]:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("resident")
+    source = ROOT / "tests/cuda_emulation/emulate_resident.cpp"
+
+    def build(sanitizer: str, ranks: int) -> Emulator:
+        target = folder / sanitizer
+        # A sanitizer may be missing, or refuse the machine's address layout: then without it.
+        for extra in ([f"-fsanitize={sanitizer}"], []):
+            flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}/csrc"]
+            command = [compiler, *flags, *extra, str(source), "-o", str(target), "-pthread"]
+            made = subprocess.run(command, capture_output=True, text=True)
+            empty = header("solve", torch.float32, ranks, batch=0)
+            if made.returncode != 0:
+                continue
+            if subprocess.run([target], input=empty, capture_output=True).returncode == 0:
+                break
+        else:
+            pytest.fail(made.stderr)
+
+        def run(request: bytes) -> bytes:
+            done = subprocess.run([target], input=request, capture_output=True)
+            assert done.returncode == 0, done.stderr.decode()
+            return done.stdout
+
+        return run
+
+    threads = build("thread", 1)
+    return {"alone": build("address", 0), "block": threads, "cluster": threads}
+
+
+def header(
+    op: str,
+    dtype: torch.dtype,
+    ranks: int,
+    *,
+    batch: int,
+    n: int = 1,
+    m: int = 1,
+    d: int = 1,
+    cost: str = "sqeuclidean",
+    diagonal: int | None = None,
+    max_iter: int = 1,
+    flags: tuple[int, int, int, int] = (0, 0, 0, 0),
+    unit: bool = False,
+    numbers: tuple[float, ...] = (-1.0, 1e-3, 1.0, math.inf, math.inf, 1.0),
+) -> bytes:
+    integers = (("solve", "direct", "drift").index(op), dtype == torch.float64, ranks)
+    where = NO_DIAGONAL if diagonal is None else diagonal
+    sizes = (batch, n, m, d, COSTS.index(cost), where, max_iter)
+    return struct.pack("15q6d", *integers, *sizes, *flags, unit, *numbers)
+
+
+def make(
+    batch: int, n: int, m: int, d: int, dtype: torch.dtype, cost: str = "sqeuclidean"
+) -> tuple[Tensor, ...]:
+    """x, y, a, b, eps; one zero weight on either side where there is room."""
+    rng = torch.Generator().manual_seed(batch + 10 * n + 100 * m + d)
+    x = torch.randn(batch, n, d, generator=rng, dtype=torch.float64) / d**0.5
+    y = torch.randn(batch, m, d, generator=rng, dtype=torch.float64) / d**0.5 + 0.3
+    x[:, 0] = y[:, 0]
+    a = torch.rand(batch, n, generator=rng, dtype=torch.float64) + 0.1
+    b = torch.rand(batch, m, generator=rng, dtype=torch.float64) + 0.1
+    a[:, n // 2] *= n < 3
+    b[:, -1] *= m < 3
+    eps = torch.linspace(0.05, 0.3, batch, dtype=torch.float64)
+    return tuple(t.to(dtype) for t in (x, y, a / a.sum(-1, True), b / b.sum(-1, True), eps))
+
+
+def solve_emulated(
+    run: Emulator,
+    ranks: int,
+    inputs: tuple[Tensor, ...],
+    schedule: Schedule,
+    *,
+    cost: str = "sqeuclidean",
+    diagonal: int | None = None,
+    f0: Tensor | None = None,
+    g0: Tensor | None = None,
+    op: str = "solve",
+) -> list[Tensor]:
+    x, y = inputs[:2]
+    (batch, n, d), m, dtype, s = x.shape, y.shape[1], x.dtype, schedule
+    optional = (s.start, s.temperatures, f0, g0)
+    present = (
+        int(s.start is not None),
+        0 if s.temperatures is None else len(s.temperatures),
+        int(f0 is not None),
+        int(g0 is not None),
+    )
+    tol = -1.0 if s.tol is None else s.tol
+    rho = [math.inf if r is None else r for r in s.rho]
+    numbers = (tol, reference.DEFAULT_TOL if s.tol is None else tol, s.factor, *rho, s.relax)
+    request = header(
+        op,
+        dtype,
+        ranks,
+        batch=batch,
+        n=n,
+        m=m,
+        d=d,
+        cost=cost,
+        diagonal=diagonal,
+        max_iter=s.max_iter,
+        flags=present,
+        numbers=numbers,
+    )
+    given = [t.to(dtype) for t in optional if t is not None]
+    answer = run(request + arrays(*inputs, *given))
+    per_problem = [(t, (batch,)) for t in (dtype, dtype, torch.int64, torch.bool)]
+    return split(answer, (dtype, (batch, n)), (dtype, (batch, m)), *per_problem)
+
+
+def exact(
+    inputs: tuple[Tensor, ...],
+    schedule: Schedule,
+    *,
+    cost: str = "sqeuclidean",
+    diagonal: int | None = None,
+    f0: Tensor | None = None,
+    g0: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    x, y, a, b, eps = wide(inputs)
+    up = lambda t: None if t is None else t.double()  # noqa: E731
+    schedule = replace(schedule, start=up(schedule.start), temperatures=up(schedule.temperatures))
+    points = Points(x, y, cost, diagonal=diagonal)
+    return reference.solve(points, a, b, eps, up(f0), up(g0), schedule)
+
+
+def check(
+    run: Emulator,
+    ranks: int,
+    inputs: tuple[Tensor, ...],
+    schedule: Schedule,
+    *,
+    op: str = "solve",
+    **options: Any,
+) -> list[Tensor]:
+    """Held to the numerics contract against the reference in float64."""
+    actual = solve_emulated(run, ranks, inputs, schedule, op=op, **options)
+    expected = exact(inputs, schedule, **options)
+    cost = options.get("cost", "sqeuclidean")
+    scale = reference.cost_matrix(*wide(inputs[:2]), cost).max().clamp_min(1e-3)
+    if (g0 := options.get("g0")) is not None:
+        scale = scale + g0.abs().max()
+    assert_contract("potential", actual[0], expected[0], scale=scale)
+    assert_contract("potential", actual[1], expected[1], scale=scale)
+    # Values near zero are differences of the size of the potentials.
+    assert_contract("value", actual[2], expected[2], scale=scale)
+    assert_contract("plan", actual[3], expected[3], scale=expected[3].max().clamp_min(1.0))
+    assert torch.equal(actual[4], expected[4])
+    assert torch.equal(actual[5], expected[5])
+    return actual
+
+
+SHAPES = [(2, 1, 1, 1), (1, 1, 9, 2), (2, 7, 13, 3), (1, 12, 16, 40), (3, 9, 2, 17)]
+
+
+@DTYPES
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_solve(
+    emulators: dict[str, Emulator], shape: tuple[int, ...], team: str, dtype: torch.dtype
+) -> None:
+    for cost in COSTS if team == "alone" else COSTS[:1]:
+        inputs = make(*shape, dtype)
+        check(emulators[team], TEAMS[team], inputs, Schedule(max_iter=6), cost=cost)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "anneal": {"start": torch.tensor([4.0, 0.1]), "factor": 0.4, "max_iter": 3},
+    "temperatures": {"temperatures": torch.tensor([2.0, 0.5, 0.3]), "max_iter": 3, "tol": 1e-1},
+    "both": {"temperatures": torch.tensor([2.0]), "start": torch.tensor([1.0, 1.0]), "factor": 0.5},
+    "reach": {"rho": (0.5, 0.5), "max_iter": 7, "tol": 1e-4},
+    "reach of x": {"rho": (0.3, None), "max_iter": 7},
+    "reach of y": {"rho": (None, 2.0), "start": torch.tensor([1.0, 1.0]), "factor": 0.3},
+    "relax": {"relax": 1.4, "max_iter": 8},
+    "relax and reach": {"relax": 0.7, "rho": (1.0, 3.0), "max_iter": 6},
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("op", ["solve", "direct"])
+@pytest.mark.parametrize("team", ["alone", "cluster"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(
+    emulators: dict[str, Emulator],
+    options: dict[str, Any],
+    team: str,
+    op: str,
+    dtype: torch.dtype,
+) -> None:
+    inputs = make(2, 8, 11, 3, dtype)
+    schedule = Schedule(**{"max_iter": 5} | options)
+    check(emulators[team], TEAMS[team], inputs, schedule, op=op)
+    check(emulators[team], TEAMS[team], inputs, schedule, op=op, diagonal=-1)
+
+
+@DTYPES
+@pytest.mark.parametrize("op", ["solve", "direct"])
+def test_starts(emulators: dict[str, Emulator], op: str, dtype: torch.dtype) -> None:
+    inputs = make(2, 8, 11, 2, dtype)
+    f0, g0 = torch.randn(2, 8).to(dtype), torch.randn(2, 11).to(dtype)
+    for schedule in (Schedule(max_iter=1), Schedule(max_iter=3, relax=1.2)):
+        check(emulators["alone"], 0, inputs, schedule, op=op, f0=f0, g0=g0)
+        # So far off that sums around the old potentials overflow, and residuals are rounding.
+        far = {"f0": 1e4 * f0, "g0": 1e4 * g0}
+        actual = solve_emulated(emulators["alone"], 0, inputs, schedule, op=op, **far)
+        expected = exact(inputs, schedule, **far)
+        assert_contract("potential", actual[0], expected[0], scale=far["g0"])
+        assert_contract("potential", actual[1], expected[1], scale=far["g0"])
+
+
+@DTYPES
+@pytest.mark.parametrize("team", TEAMS)
+def test_stop_is_per_problem(emulators: dict[str, Emulator], team: str, dtype: torch.dtype) -> None:
+    x, y, a, b, eps = make(3, 8, 11, 2, dtype)
+    schedule = Schedule(max_iter=25, tol=1e-3)
+    actual = check(emulators[team], TEAMS[team], (x, y, a, b, 5 * eps), schedule)
+    assert len(set(actual[4].tolist())) == 3
+
+
+@DTYPES
+@pytest.mark.parametrize("team", TEAMS)
+def test_cold_and_far(emulators: dict[str, Emulator], team: str, dtype: torch.dtype) -> None:
+    """Costs of 1e4 eps: scalings leave their range, and columns underflow, in every iteration."""
+    x, y, a, b, eps = make(1, 9, 14, 3, dtype)
+    inputs = (x + 1000, y + 1000, a, b, eps / 500)
+    schedule = Schedule(max_iter=4)
+    actual = solve_emulated(emulators[team], TEAMS[team], inputs, schedule)
+    expected = exact(inputs, schedule)
+    scale = reference.cost_matrix(*wide(inputs[:2]), "sqeuclidean").max()
+    assert_contract("potential", actual[0], expected[0], scale=scale)
+    assert_contract("potential", actual[1], expected[1], scale=scale)
+    assert actual[3].isfinite().all()
+
+
+@pytest.mark.parametrize("team", TEAMS)
+def test_colder_by_and_by(emulators: dict[str, Emulator], team: str) -> None:
+    """Scalings drift: K is taken anew once in a while, and in between iterations have none."""
+    x, y, a, b, eps = make(1, 12, 16, 2, torch.float32)
+    schedule = Schedule(max_iter=40)
+    check(emulators[team], TEAMS[team], (x, y, a, b, 0.05 * eps), schedule)
+
+
+def test_nan_stays_in_its_problem(emulators: dict[str, Emulator]) -> None:
+    x, *rest = make(2, 5, 6, 2, torch.float32)
+    clean = solve_emulated(emulators["alone"], 0, (x, *rest), Schedule(max_iter=5, tol=1e-3))
+    x[0, 3, 0] = torch.nan
+    for team, ranks in TEAMS.items():
+        actual = solve_emulated(emulators[team], ranks, (x, *rest), Schedule(max_iter=5, tol=1e-3))
+        assert actual[2].isnan().tolist() == [True, False]
+        assert actual[5].tolist()[0] is False
+        assert_contract("potential", actual[0][1], clean[0][1].double())
+
+
+@DTYPES
+@pytest.mark.parametrize("team", ["alone", "block"])
+@pytest.mark.parametrize("form", ["split", "joint"])
+@pytest.mark.parametrize("counts", [(6, 5, 0), (6, 5, 4)], ids=str)
+def test_drift(
+    emulators: dict[str, Emulator],
+    counts: tuple[int, int, int],
+    form: str,
+    team: str,
+    dtype: torch.dtype,
+) -> None:
+    groups, n, d, temperatures = 2, 5, 135, 2
+    joint = form == "joint"
+    rng = torch.Generator().manual_seed(sum(counts) + joint)
+    x, *clouds = (
+        (torch.randn(groups, c, d, generator=rng, dtype=torch.float64) + 5).to(dtype)
+        for c in (n, *counts)
+    )
+    weights = torch.rand(groups, sum(counts), generator=rng, dtype=torch.float64).to(dtype)
+    weights[:, 1] = 0
+    guidance = torch.tensor([0.5, 2.0], dtype=dtype) * (counts[2] > 0)
+    eps = torch.tensor([0.1, 1.0], dtype=dtype)
+    columns = sum(counts) if joint else max(counts)
+    if team == "block" and columns > 16:
+        pytest.skip("more columns than the small team holds")
+    scale, unit = 1.3, 1.3**2 * d
+    plans = 1 if joint else 2 + (counts[2] > 0)
+    for diagonal, cost in ((None, "half_sqeuclidean"), (1, "euclidean")):
+        request = header(
+            "drift",
+            dtype,
+            TEAMS[team],
+            batch=groups,
+            n=n,
+            m=counts[0],
+            d=d,
+            cost=cost,
+            diagonal=diagonal,
+            max_iter=6,
+            flags=(counts[1], counts[2], temperatures, int(joint)),
+            numbers=(scale, 0.0, unit, 0.0, 0.0, 0.0),
+        )
+        answer = emulators[team](request + arrays(x, *clouds, weights, guidance, eps))
+        metric = (dtype, (temperatures, groups, plans))
+        velocity, squares, distances, pairs, *metrics = split(
+            answer,
+            (dtype, (temperatures, groups, n, d)),
+            (dtype, (temperatures, groups)),
+            *[(torch.float64, (groups,))] * 2,
+            *[metric] * 3,
+        )
+        points = [t.double() for t in (x, *clouds)]
+        # In units of `scale` only the velocity changes: the cost and eps are those of the points.
+        expected = drift_reference.drift(
+            *points[:3],
+            points[3] if counts[2] > 0 else None,
+            weights.double(),
+            guidance.double(),
+            eps.double() * unit,
+            cost=cost,
+            max_iter=6,
+            joint=joint,
+            scaled=False,
+            unit=False,
+            diagonal=diagonal,
+        )
+        counted = points[1 : 1 + (sum(c > 0 for c in counts) if joint else 2)]
+        columns = torch.cat(counted, 1)
+        w = weights.double()[:, : columns.shape[1]]
+        if diagonal is None:
+            columns, w = (
+                torch.cat([points[0], columns], 1),
+                torch.cat([torch.ones(groups, n), w], 1),
+            )
+        size = torch.cdist(points[0], columns)
+        size = size if cost == "euclidean" else size.square()
+        torch.testing.assert_close(distances, (w[:, None] * size).sum((1, 2)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(pairs, n * w.sum(1), rtol=1e-6, atol=0)
+        assert_contract("gradient", velocity, expected[0] / scale)
+        sums = (expected[0] / scale).square().sum((2, 3))
+        assert_contract("gradient", squares, sums)
+        for mine, true in zip(metrics, expected[3:], strict=True):
+            assert_contract("plan", mine, true, scale=true.max().clamp_min(1.0))
+
+
+# Those called small also run under compute-sanitizer. The last two take a cluster of blocks.
+DEVICE_SHAPES = [
+    *(pytest.param(shape, id=f"small-{shape}") for shape in SHAPES),
+    *((700, 64, 64, 16), (40, 128, 100, 33), (9, 90, 200, 5), (5, 256, 256, 64), (2, 190, 129, 7)),
+]
+
+
+def fewstep_and_exact(
+    inputs: tuple[Tensor, ...], **options: Any
+) -> tuple[fewstep.SinkhornResult, fewstep.SinkhornResult]:
+    """On the device by the CUDA kernels, and in float64 on the CPU by the reference."""
+    found = []
+    for backend, device, dtype in (
+        ("cuda", "cuda", torch.float32),
+        ("reference", "cpu", torch.float64),
+    ):
+        x, y, a, b, eps = (t.to(device, dtype) for t in inputs)
+        moved = {k: t.to(device, dtype) if isinstance(t, Tensor) else t for k, t in options.items()}
+        if "cu_seqlens" in options:
+            moved["cu_seqlens"] = tuple(cu.to(device) for cu in options["cu_seqlens"])
+        x.requires_grad_()
+        found.append((fewstep.sinkhorn(x, y, a=a, b=b, eps=eps, backend=backend, **moved), x))
+    (result, x), (exact_result, exact_x) = found
+    (grad,) = torch.autograd.grad(result.value.sum(), x)
+    (slope,) = torch.autograd.grad(exact_result.value.sum(), exact_x)
+    assert_contract("gradient", grad.cpu(), slope)
+    scale = reference.cost_matrix(*wide(inputs[:2]), options.get("cost", "sqeuclidean")).max()
+    assert_contract("potential", result.f.cpu(), exact_result.f.detach(), scale=scale)
+    assert_contract("potential", result.g.cpu(), exact_result.g.detach(), scale=scale)
+    assert_contract("value", result.value.detach().cpu(), exact_result.value.detach(), scale=scale)
+    assert torch.equal(result.iterations.cpu(), exact_result.iterations)
+    v = torch.randn_like(inputs[1])
+    moved_v = result.transport(v.cuda()).cpu()
+    assert_contract("plan", moved_v, exact_result.transport(v.double()).detach(), scale=v)
+    return result, exact_result
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("shape", DEVICE_SHAPES)
+def test_device_solve(shape: tuple[int, ...], cost: str) -> None:
+    fewstep_and_exact(make(*shape, torch.float32), cost=cost, max_iter=15)
+
+
+DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
+    "small-anneal": {"anneal": 0.4},
+    "small-temperatures": {"anneal": torch.tensor([2.0, 0.5])},
+    "small-reach": {"reach": (0.7, 0.9)},
+    "small-relax": {"relax": 1.3},
+    "small-diagonal": {"exclude_diagonal": 1},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 9, 13, 4), (2, 250, 140, 20)], ids=["few", "cluster"])
+@pytest.mark.parametrize("options", DEVICE_OPTIONS.values(), ids=DEVICE_OPTIONS)
+def test_device_options(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    fewstep_and_exact(make(*shape, torch.float32), max_iter=9, **options)
+
+
+@pytest.mark.gpu
+def test_device_small_segments_and_temperatures() -> None:
+    """One of the problems is empty, and one too large to stay on chip."""
+    sizes_x, sizes_y = torch.tensor([5, 0, 300, 64]), torch.tensor([9, 0, 40, 70])
+    cu = tuple(
+        torch.cat([torch.zeros(1, dtype=torch.int64), s.cumsum(0)]) for s in (sizes_x, sizes_y)
+    )
+    x, y = torch.randn(369, 3), torch.randn(119, 3) + 0.3
+    weights = [torch.repeat_interleave(1 / s.float(), s) for s in (sizes_x, sizes_y)]
+    for eps in (torch.full((4,), 0.5), torch.rand(4, 3) + 0.2):
+        inputs = (x, y, *weights, eps)
+        if eps.ndim == 1:
+            fewstep_and_exact(inputs, cu_seqlens=cu, max_iter=9)
+        result = fewstep.sinkhorn(
+            x.cuda(), y.cuda(), eps=eps.cuda(), cu_seqlens=tuple(c.cuda() for c in cu), max_iter=9
+        )
+        exact_result = fewstep.sinkhorn(
+            x.double(), y.double(), eps=eps.double(), cu_seqlens=cu, max_iter=9
+        )
+        assert_contract("potential", result.f.cpu(), exact_result.f, scale=x.square().sum(1).max())
+    batch = make(3, 9, 13, 4, torch.float32)
+    several = torch.rand(3, 2) + 0.1
+    fewstep_and_exact((*batch[:4], several), max_iter=9, tol=1e-3)
+
+
+@pytest.mark.gpu
+def test_device_is_the_default_where_it_serves_and_repeats() -> None:
+    x, y, a, b, eps = (t.cuda() for t in make(50, 64, 60, 8, torch.float32))
+    assert raw.resident(Points(x, y))
+    one, other = (fewstep.sinkhorn(x, y, a=a, b=b, eps=eps, max_iter=20) for _ in range(2))
+    named = fewstep.sinkhorn(x, y, a=a, b=b, eps=eps, max_iter=20, backend="cuda")
+    assert torch.equal(one.f, other.f)
+    assert torch.equal(one.g, named.g)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["split", "joint"])
+@pytest.mark.parametrize(
+    ("groups", "n", "counts", "d"),
+    [
+        pytest.param(2, 5, (6, 5, 0), 7, id="small"),
+        pytest.param(3, 60, (64, 64, 16), 200, id="joint-144"),
+        pytest.param(150, 64, (64, 100, 0), 32, id="many"),
+    ],
+)
+def test_device_drift(groups: int, n: int, counts: tuple[int, int, int], d: int, form: str) -> None:
+    x, y, x_self, uncond = (torch.randn(groups, c, d) + 3 for c in (n, *counts))
+    for normalize in (True, False, "scale"):
+        for diagonal, cost in ((False, "half_sqeuclidean"), (True, "euclidean")):
+            options: dict[str, Any] = {
+                "eps": [0.1, 0.5] if normalize is not False else [1.0, 5.0],
+                "max_iter": 8,
+                "form": form,
+                "cost": cost,
+                "normalize": normalize,
+                "exclude_diagonal": diagonal,
+            }
+            guided = {"guidance": 0.5} if counts[2] > 0 else {}
+            clouds = [x, y, x_self]
+            mine = fewstep.sinkhorn_drift(
+                *(t.cuda() for t in clouds),
+                **options,
+                **guided,
+                **({"uncond": uncond.cuda()} if guided else {}),
+                backend="cuda",
+            )
+            true = fewstep.sinkhorn_drift(
+                *(t.double() for t in clouds),
+                **options,
+                **guided,
+                **({"uncond": uncond.double()} if guided else {}),
+                backend="reference",
+            )
+            assert_contract("gradient", mine.velocity.cpu(), true.velocity)
+            assert_contract("gradient", mine.rms.cpu(), true.rms)
+            for name in ("scale", "residual", "entropy", "peak"):
+                found, wanted = getattr(mine, name).cpu(), getattr(true, name)
+                assert_contract("plan", found, wanted, scale=wanted.max().clamp_min(1.0))
+
+
+@pytest.mark.gpu
+def test_device_small_capture_in_a_graph() -> None:
+    x, y, a, b, eps = (t.cuda() for t in make(4, 30, 40, 3, torch.float32))
+    schedule = Schedule(max_iter=20, tol=1e-4, start=torch.full((4,), 3.0).cuda(), factor=0.5)
+
+    def work() -> tuple[Tensor, ...]:
+        drift = fewstep.sinkhorn_drift(x, y, y, eps=0.1, backend="cuda")
+        return *raw.solve("cuda", Points(x, y), a, b, eps, None, None, schedule), drift.velocity
+
+    wanted = work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    graph.replay()
+    torch.cuda.synchronize()
+    for one, other in zip(captured, wanted, strict=True):
+        assert torch.equal(one, other)
