@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 # A pair is near where |x - y|^2 < NEAR (|x|^2 + |y|^2): cancellation in the expanded square has
 # then cost more than 6 of the 24 bits.
 NEAR = tl.constexpr(1 / 64)
+# Alternating iterations at most after symmetric ones, as in `fewstep.reference.sinkhorn`.
+LAST_STEPS = 10
 
 
 @triton.jit
@@ -776,9 +778,8 @@ def _temperatures(
     mutates_args=(),
     schema="(Tensor x, Tensor y, Tensor a, Tensor b, Tensor eps, Tensor? f0, Tensor? g0, int cost, "
     "int? diagonal, int max_iter, float? tol, Tensor? start, float factor, Tensor? schedule, "
-    "float? rho_x, float? rho_y, float relax, bool simultaneous) -> (Tensor f, Tensor g, "
-    "Tensor value, "
-    "Tensor residual, Tensor iterations, Tensor converged)",
+    "float? rho_x, float? rho_y, float relax, bool simultaneous, bool single) -> (Tensor f, "
+    "Tensor g, Tensor value, Tensor residual, Tensor iterations, Tensor converged)",
 )
 def sinkhorn(
     x: Tensor,
@@ -799,6 +800,7 @@ def sinkhorn(
     rho_y: float | None,
     relax: float,
     simultaneous: bool,
+    single: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Two launches per iteration and one more; see `fewstep.ops.sinkhorn` for the meaning.
 
@@ -840,6 +842,8 @@ def sinkhorn(
         each=each,
         annealing=annealing,
         settings=settings,
+        last_steps=1 if tol is None else LAST_STEPS,
+        single=single,
         max_iter=max_iter,
         temperatures=temperatures,
         constants=(0 if diagonal is None else diagonal, _COST_SCALE[cost]),
@@ -869,6 +873,8 @@ class _Solve:
     each: Tensor  # temperatures of the steps, the last one for all later ones, [steps, P]
     annealing: Tensor  # steps before eps, [P]
     settings: Tensor  # of the first step and of the others, [2, 4]
+    last_steps: int  # alternating ones at most, after symmetric ones
+    single: bool  # f and g are to stay the same
     max_iter: int
     temperatures: int
     constants: tuple[int, float]
@@ -928,7 +934,7 @@ def _alternate(s: _Solve) -> _Solved:
 
 
 def _symmetric(s: _Solve) -> _Solved:
-    """Both potentials from the last two, mixed with them, and one step in full at the end."""
+    """Both potentials from the last two, mixed with them, and alternating steps at the end."""
     problems, (n, m, _) = s.g.shape[0], s.clouds.shape
     merge = config.sinkhorn_merge()
     row_pieces, column_pieces = s.blocks(0), -(-m // merge["BLOCK"])
@@ -960,14 +966,24 @@ def _symmetric(s: _Solve) -> _Solved:
         step(k, k % 2, s.eps(k), s.setting(k), done)
     odd = (iterations % 2 == 1)[:, None]
     f[0], g[0] = torch.where(odd, f[1], f[0]), torch.where(odd, g[1], g[0])
+    if not s.single:
+        last = replace(
+            s,
+            f0=f[0],
+            g=g[0],
+            each=s.each[-1:],
+            annealing=torch.zeros_like(s.annealing),
+            settings=torch.stack([s.settings[0], s.settings[0]]),
+            max_iter=s.last_steps,
+        )
+        last_f, last_g, residual, last_mass, _ = _alternate(last)
+        return last_f, last_g, residual, last_mass, iterations
     # A step in full, and one that measures what came out; step 0 looks at no residual.
     full, everyone = s.settings[0], torch.zeros_like(done)
     step(0, 0, s.each[-1], full, everyone)
     step(0, 1, s.each[-1], full, everyone)
     residual = torch.maximum(row_error[0].sum(1), column_error[0].sum(1))
-    massless = (s.weights[1] == 0).repeat_interleave(s.temperatures, 0)
-    # A point without weight has the transform of the f that came out.
-    return f[1], torch.where(massless, g[0], g[1]), residual, mass[0].sum(1), iterations
+    return f[1], g[1], residual, mass[0].sum(1), iterations
 
 
 def _penalised(potential: Tensor, rho: float | None) -> Tensor:

@@ -38,7 +38,7 @@ def arguments(
     g0: Tensor | None = None, cost: int = 0, max_iter: int = 1, tol: float | None = None
 ) -> tuple[object, ...]:
     """What follows eps in the raw op."""
-    return (None, g0, cost, None, max_iter, tol, None, 1.0, None, None, None, 1.0, False)
+    return (None, g0, cost, None, max_iter, tol, None, 1.0, *[None] * 3, 1.0, False, False)
 
 
 def compare(data: dict[str, Tensor], *, kind: str = "potential", **options: object) -> None:
@@ -115,6 +115,19 @@ def test_options(options: dict[str, object], dtype: torch.dtype) -> None:
     data = problem((2, 9, 13, 18 if dtype == torch.float32 else 3), dtype)
     eps = torch.tensor([0.2, 1.0], dtype=dtype, device=DEVICE) * data["x"].shape[2]
     compare(data, **{"eps": eps, "cost": "sqeuclidean", "max_iter": 2} | options)
+
+
+def test_one_potential_for_a_cloud_with_itself() -> None:
+    data = problem((2, 9, 9, 3), torch.float64)
+    x, a = data["x"], data["a"]
+    options = {"eps": 1.0, "max_iter": 3, "update": "symmetric"}
+    single, exact = (
+        fewstep.sinkhorn(x, x, a=a, b=a, backend=backend, **options)
+        for backend in ("triton", "reference")
+    )
+    assert torch.equal(single.f, single.g)
+    assert_contract("potential", single.f, exact.f)
+    assert_contract("plan", single.residual, exact.residual, scale=torch.ones(1))
 
 
 def test_several_temperatures() -> None:

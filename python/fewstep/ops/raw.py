@@ -53,7 +53,7 @@ def solve(
         x, y, cost = points.x, points.y, reference.COSTS.index(points.cost)
         out: Outputs = _triton().sinkhorn.default(
             *(x, y, a, b, eps, f0, g0, cost, points.diagonal, s.max_iter, s.tol),
-            *(s.start, s.factor, s.temperatures, *s.rho, s.relax, s.simultaneous),
+            *(s.start, s.factor, s.temperatures, *s.rho, s.relax, s.simultaneous, s.single),
         )
         return out
     return _direct(  # type: ignore[no-any-return]
