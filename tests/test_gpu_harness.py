@@ -141,6 +141,8 @@ def test_who_takes_part() -> None:
             if definition is not None and not name.startswith("flash"):
                 assert (case.workload, name) in BUILDERS
                 assert "cuda" in CONTENDERS[name].devices
+    for name in ("b256_n256_d64", "drift_joint_b26752_n64_m72_d512"):
+        assert {"cuda", "triton"} <= set(gpu.GPU_CASES[name].contenders)
     assert gpu.definition_of("flash-sinkhorn", gpu.GPU_CASES["n10000_d64"]) == "alternating"
     assert gpu.definition_of("flash-sinkhorn", gpu.GPU_CASES["n10000_d64_grad"]) is None
 

@@ -69,7 +69,8 @@ def divergence(
     The primal and all tangents go through the network together, by its own `forward`: every
     function in `fewstep.ops.dual` has a fused forward and backward, and any other falls back to
     `torch.func`, with the reason in `info`. Probes depend on the seed, the sample's id, the probe's
-    number and the coordinate alone; none is stored, backward draws them again.
+    number and the coordinate alone; where the first layer is linear they are not stored, backward
+    draws them again.
 
     Args:
         velocity (Callable): a module or function, `velocity(x, t)` of the shape of x; each sample's
