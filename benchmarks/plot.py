@@ -31,14 +31,17 @@ def draw(rows: list[Row], path: Path) -> None:
 
     panels = curves(rows)
     ours = ours_of(rows)
+    drawn = [c for c in CONTENDERS if any(c in by_contender for by_contender in panels.values())]
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for ax, (d, by_contender) in zip(axes, panels.items(), strict=True):
-            for index, contender in enumerate(c for c in CONTENDERS if c in by_contender):
+            for index, contender in enumerate(drawn):
+                if contender not in by_contender:
+                    continue
                 n, seconds = zip(*by_contender[contender], strict=True)
                 own = contender in (ours, STREAMED)
-                banded = contender == (STREAMED if STREAMED in by_contender else ours)
+                banded = contender == STREAMED or (contender == ours and STREAMED not in drawn)
                 ax.plot(
                     n,
                     seconds,

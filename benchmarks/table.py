@@ -119,7 +119,7 @@ def memory(rows: list[Row], columns: list[str]) -> str:
 def render(rows: list[Row]) -> str:
     """One line per case, one column per contender; in parentheses, how much slower than ours."""
     ours = ours_of(rows)
-    present = {row["contender"] for row in rows}
+    present = {row["contender"] for row in rows if not CASES[row["case"]].sweep}
     columns = [ours, *(c for c in CONTENDERS if c in present - {ours, "reference"})]
     by_key = {(row["case"], row["contender"]): row for row in rows}
     lines = [
