@@ -983,7 +983,7 @@ def _symmetric(s: _Solve) -> _Solved:
     step(0, 0, s.each[-1], full, everyone)
     step(0, 1, s.each[-1], full, everyone)
     residual = torch.maximum(row_error[0].sum(1), column_error[0].sum(1))
-    return f[1], g[1], residual, mass[0].sum(1), iterations
+    return f[1], f[1], residual, mass[0].sum(1), iterations
 
 
 def _penalised(potential: Tensor, rho: float | None) -> Tensor:

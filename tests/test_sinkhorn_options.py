@@ -517,7 +517,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"cu_seqlens needs flat x \[N, D\], got \(1, 4, 2\)",
     ),
-    ({"reach": 1.0, "backend": "triton"}, ValueError, r"'triton' cannot serve .* no reach"),
+    ({"cost": "l1", "backend": "triton"}, ValueError, r"'triton' cannot serve .* no cost 'l1'"),
 ]
 
 
