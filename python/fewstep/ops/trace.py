@@ -151,7 +151,7 @@ class Solver:
             try:
                 found = self._structural(x, t, backend)
             except UnsupportedError as reason:
-                _remember(self.velocity, "structural", str(reason))
+                _remember(self.velocity, "structural", reason.args[0])
             else:
                 if found is not None:
                     return found
@@ -161,7 +161,7 @@ class Solver:
             return self._duals(x, t, key, backend)
         except UnsupportedError as reason:
             self.refuse(reason)
-            return self._fallback(x, t, key, str(reason))
+            return self._fallback(x, t, key, reason.args[0])
 
     def backend(self, x: Tensor) -> str:
         """Of the kernels, for x: "cpp" or "reference"."""
@@ -175,7 +175,7 @@ class Solver:
             raise ValueError(
                 f"divergence: backend {self.options.backend!r} cannot serve this velocity: {reason}"
             ) from reason
-        _remember(self.velocity, "dual", str(reason))
+        _remember(self.velocity, "dual", reason.args[0])
 
     def run(self, h: Any, t: Tensor) -> Any:
         if isinstance(self.velocity, torch.nn.Sequential):
