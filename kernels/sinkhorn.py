@@ -82,6 +82,16 @@ def _squared_distances(
 
 
 @triton.jit
+def _accumulated(top, total, score, AXIS: tl.constexpr):
+    """Maxima and sums `sum 2^(score - top)` so far, with those of a tile along an axis."""
+    new_top = tl.maximum(top, tl.max(score, AXIS))
+    # While every weight seen is 0 the top is -inf, and -inf - -inf would be NaN.
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(score - tl.expand_dims(shift, AXIS))
+    return new_top, total * tl.exp2(top - shift) + tl.sum(p, AXIS)
+
+
+@triton.jit
 def _soft_transform(
     X,
     Y,
@@ -141,12 +151,7 @@ def _soft_transform(
         if DIAGONAL:
             own = tl.expand_dims(rows + diagonal, REDUCE)
             score = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("-inf"), score)
-        new_top = tl.maximum(top, tl.max(score, REDUCE))
-        # While every weight seen is 0 the top is -inf, and -inf - -inf would be NaN.
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(score - tl.expand_dims(shift, REDUCE))
-        total = total * tl.exp2(top - shift) + tl.sum(p, REDUCE)
-        top = new_top
+        top, total = _accumulated(top, total, score, REDUCE)
     return top + tl.log2(total)
 
 
@@ -464,12 +469,7 @@ def sinkhorn_symmetric_kernel(
             cost = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("inf"), cost)
         g_score = tl.load(G + cols) * scale + tl.load(Log_b + cols)
         score = tl.expand_dims(g_score, 1 - REDUCE) - cost
-        new_top = tl.maximum(top, tl.max(score, REDUCE))
-        # While every weight seen is 0 the top is -inf, and -inf - -inf would be NaN.
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(score - tl.expand_dims(shift, REDUCE))
-        total = total * tl.exp2(top - shift) + tl.sum(p, REDUCE)
-        top = new_top
+        top, total = _accumulated(top, total, score, REDUCE)
         score = f_score - cost
         own_top = tl.max(score, 1 - REDUCE)  # [BN]
         shift = tl.where(own_top == float("-inf"), 0.0, own_top)

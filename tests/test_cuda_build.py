@@ -7,7 +7,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,13 +16,13 @@ import torch
 from torch import Tensor
 
 import fewstep
+from emulation import Emulator, build_emulator
 from fewstep._library import cuda_library
 from fewstep.ops import raw
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 from tolerances import assert_contract
 
-ROOT = Path(__file__).resolve().parent.parent
 COSTS = reference.COSTS[:3]  # those that the CUDA kernels have
 
 
@@ -56,39 +55,16 @@ def exact_gradient(
 
 
 PLACES = ("shared", "workspace", "direct")
-Emulator = Callable[[bytes], bytes]
 
 
 @pytest.fixture(scope="session")
 def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emulator]:
     """A team of one under the address sanitizer, a team of threads under the thread sanitizer."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("emulation")
-    source = ROOT / "tests/cuda_emulation/emulate.cpp"
 
     def build(team: str, sanitizer: str) -> Emulator:
-        target = folder / team
-        # A sanitizer may be missing, or refuse the machine's address layout: then without it.
-        for extra in ([f"-fsanitize={sanitizer}"], []):
-            flags = ["-std=c++20", "-O0", "-g", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}/csrc"]
-            command = [compiler, *flags, *extra, str(source), "-o", str(target), "-pthread"]
-            made = subprocess.run(command, capture_output=True, text=True)
-            empty = header("solve", torch.float32, team, batch=0)
-            if made.returncode != 0:
-                continue
-            if subprocess.run([target], input=empty, capture_output=True).returncode == 0:
-                break
-        else:
-            pytest.fail(made.stderr)
-
-        def run(request: bytes) -> bytes:
-            done = subprocess.run([target], input=request, capture_output=True)
-            assert done.returncode == 0, done.stderr.decode()
-            return done.stdout
-
-        return run
+        empty = header("solve", torch.float32, team, batch=0)
+        return build_emulator("emulate.cpp", folder / team, sanitizer, empty, optimise="-O0")
 
     return {"single": build("single", "address"), "threads": build("threads", "thread")}
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 import struct
-import subprocess
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fewstep
+from emulation import Emulator, build_emulator
 from fewstep.ops import raw
 from fewstep.reference import drift as drift_reference
 from fewstep.reference import sinkhorn as reference
@@ -23,45 +20,22 @@ from fewstep.reference.sinkhorn import Points, Schedule
 from test_cuda_build import arrays, split, wide
 from tolerances import assert_contract
 
-ROOT = Path(__file__).resolve().parent.parent
 COSTS = reference.COSTS[:3]
 NO_DIAGONAL = -(2**63)
 # A thread alone under the address sanitizer; 3 warps of 2 threads, and clusters of such blocks,
 # under the thread sanitizer.
 TEAMS = {"alone": 0, "block": 1, "cluster": 3}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-Emulator = Callable[[bytes], bytes]
 
 
 @pytest.fixture(scope="session")
 def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emulator]:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("resident")
-    source = ROOT / "tests/cuda_emulation/emulate_resident.cpp"
 
     def build(sanitizer: str, ranks: int) -> Emulator:
+        empty = header("solve", torch.float32, ranks, batch=0)
         target = folder / sanitizer
-        # A sanitizer may be missing, or refuse the machine's address layout: then without it.
-        for extra in ([f"-fsanitize={sanitizer}"], []):
-            flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}/csrc"]
-            command = [compiler, *flags, *extra, str(source), "-o", str(target), "-pthread"]
-            made = subprocess.run(command, capture_output=True, text=True)
-            empty = header("solve", torch.float32, ranks, batch=0)
-            if made.returncode != 0:
-                continue
-            if subprocess.run([target], input=empty, capture_output=True).returncode == 0:
-                break
-        else:
-            pytest.fail(made.stderr)
-
-        def run(request: bytes) -> bytes:
-            done = subprocess.run([target], input=request, capture_output=True)
-            assert done.returncode == 0, done.stderr.decode()
-            return done.stdout
-
-        return run
+        return build_emulator("emulate_resident.cpp", target, sanitizer, empty, optimise="-O1")
 
     threads = build("thread", 1)
     return {"alone": build("address", 0), "block": threads, "cluster": threads}

@@ -399,13 +399,10 @@ class Solver {
   }
 
   PassResult self_pass() {
-    parallel_for(chunks_.count, threads_, [&](int64_t c) {
-      T* sums = parts_ + c * p_.m_padded;
-      std::fill_n(sums, p_.m_padded, T(0));
+    PassResult result = over_chunks(true, [&](int64_t c, T* sums) {
       kernel_.self_pass(p_, SelfPass<T>{f_, b_, sums}, begin(c), end(c));
+      return PassResult{};
     });
-    kernel_.add_parts(p_.m_padded, chunks_.count, parts_);
-    PassResult result;
     if (kernel_.self_update(at_.n, a_, f_, parts_, rows_, f_next_, &result)) return result;
     const T* triangle = std::exchange(p_.cached, nullptr);
     result = log_pass(false);

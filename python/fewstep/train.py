@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -279,18 +279,27 @@ def _open(run: Run, out: Path, *, resume: bool, overwrite: bool) -> None:
         read_run(out)
         if (out / CHECKPOINT).exists() and not overwrite:
             raise ValueError(f"{out} holds a run already: give --resume or --overwrite")
-        for path in (out / CHECKPOINT, out / PICTURE):
-            path.unlink(missing_ok=True)
+    start_run(out, "wflow", run.config, run.image_shape, classes=run.names)
+
+
+def start_run(
+    out: Path, method: str, config: Any, image_shape: tuple[int, ...], **more: object
+) -> None:
+    """Make `out` hold a new run, of a dataclass `config`, and nothing of one that it held."""
+    path = out / CONFIG
+    if path.exists() or (out / CHECKPOINT).exists():
+        for file in (out / CHECKPOINT, out / PICTURE):
+            file.unlink(missing_ok=True)
         shutil.rmtree(out / LOGS, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "fewstep": fewstep.__version__,
-        "method": "wflow",
-        "config": asdict(run.config),
-        "image_shape": run.image_shape,
-        "classes": run.names,
+        "method": method,
+        "config": asdict(config),
+        "image_shape": image_shape,
+        **more,
     }
-    with checkpoint.replacing(config) as temporary:
+    with checkpoint.replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import fewstep
 from fewstep import checkpoint, plots
 from fewstep.data import Images, load
 from fewstep.methods import MarginalReflow
@@ -32,6 +30,7 @@ from fewstep.train import (
     deferred_signals,
     require_extra,
     seeded,
+    start_run,
     torch_device,
 )
 
@@ -371,18 +370,7 @@ def _open(
             json.loads(path.read_text())["fewstep"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from error
-        for file in (out / CHECKPOINT, out / PICTURE):
-            file.unlink(missing_ok=True)
-        shutil.rmtree(out / LOGS, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "fewstep": fewstep.__version__,
-        "method": "reflow",
-        "config": asdict(config),
-        "image_shape": shape,
-    }
-    with checkpoint.replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    start_run(out, "reflow", config, shape)
 
 
 def _fit(

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "requests.h"
 #include "shared/sinkhorn_resident.h"
 #include "teams.h"
 
@@ -21,27 +22,6 @@ struct Request {
 };
 
 enum Op { kSolve, kSolveDirectly, kDrift };
-
-void read(void* target, size_t bytes) {
-  if (std::fread(target, 1, bytes, stdin) != bytes) std::exit(2);
-}
-
-template <typename T>
-std::vector<T> input(int64_t count) {
-  std::vector<T> values(count);
-  read(values.data(), count * sizeof(T));
-  return values;
-}
-
-template <typename T>
-void output(const std::vector<T>& values) {
-  std::fwrite(values.data(), sizeof(T), values.size(), stdout);
-}
-
-template <typename T>
-std::vector<T> poisoned(int64_t count) {
-  return std::vector<T>(count, std::numeric_limits<T>::quiet_NaN());
-}
 
 // Rows per warp and column groups per lane, so that small teams hold the problems of the tests.
 constexpr int kAloneR = 16, kAloneQ = 24, kThreadsR = 4, kThreadsQ = 8;
