@@ -44,7 +44,8 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
 
   // One element-wise pass of a sampler outside its network; row `row` of the table [K, 1 or B, 8] has the coefficients.
   m.def(
-      "heun_combine(Tensor x, Tensor? low, Tensor[] terms, Tensor table, int row, bool want_low) -> (Tensor, Tensor)");
+      "heun_combine(Tensor x, Tensor? low, Tensor[] terms, Tensor table, int row, bool want_low, bool want_net)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def(
       "heun_combine_out(Tensor x, Tensor? low, Tensor[] terms, Tensor table, int row, Tensor? seeds,"
       " Tensor(a!)? high, Tensor(b!)? out_low, Tensor(c!)? net, Tensor(d!)? wrong) -> ()");

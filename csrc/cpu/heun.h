@@ -1,18 +1,18 @@
-// A step of a sampler outside its network: one linear combination of the state and what the network returned, with
-// noise, element by element, in one pass. Compiled once per instruction set (heun.inl).
+// A step of a sampler outside its network: combinations of the state and of what the network returned, with noise,
+// element by element, in one pass. Compiled once per instruction set (heun.inl).
 #pragma once
 
 #include <cstdint>
 
 namespace fewstep::cpu {
 
-// y = c[0] (x + low) + sum_j c[j] F_j + c[6] n in float64, or in float32 for a float32 state without low; outputs may
+// A row of shared/heun.h, in float64, or in float32 for a float32 state without low. The state is x + low; outputs may
 // be the inputs themselves, element for element.
 template <class T, class F>
 struct Combine {
   const T* x;
-  const T* low;  // the rest of the state, x + low; or null
-  const F* terms[5];
+  const T* low;  // or null
+  const F* terms[2];
   int64_t count;               // of terms
   const double* coefficients;  // [rows, 8]
   bool per_sample;             // rows is B, else 1
@@ -21,7 +21,7 @@ struct Combine {
   int64_t d;                   // elements of a sample
   T* high;                     // y, rounded; or null
   T* out_low;                  // what rounding left of y; or null
-  F* net;                      // c[7] y; or null
+  F* net;                      // or null
 };
 
 template <class T, class F>

@@ -22,11 +22,15 @@ struct Numbers {
     const Stored v = __builtin_convertvector(value, Stored);
     __builtin_memcpy(p, &v, kWhole ? sizeof(v) : n * sizeof(S));
   }
+
+  static FEWSTEP_INLINE Vec<A> rounded(Vec<A> value) {
+    return __builtin_convertvector(__builtin_convertvector(value, Stored), Vec<A>);
+  }
 };
 
 constexpr int kPart = 256;  // elements whose noise is made at once
 
-// Elements [begin, end) with the coefficients c, terms of which there are kCount; noise[0] belongs to element begin.
+// Elements [begin, end) with the coefficients c and kCount terms; noise[0] belongs to element begin.
 template <class A, int kCount, class S, class F>
 FEWSTEP_INLINE Vec<A> part(const Combine<S, F>& in, const double* c, const double* noise, int64_t begin, int64_t end) {
   A factor[heun::kColumns];
@@ -35,22 +39,27 @@ FEWSTEP_INLINE Vec<A> part(const Combine<S, F>& in, const double* c, const doubl
   for_each_vector<A>(end - begin, [&](auto whole, int64_t k, int64_t n) {
     constexpr bool kWhole = decltype(whole)::kWhole;
     const int64_t e = begin + k;
-    Vec<A> y = Numbers<A, S>::template get<kWhole>(in.x + e, n);
-    if (in.low != nullptr) y += Numbers<A, S>::template get<kWhole>(in.low + e, n);
-    y *= factor[0];
-#pragma GCC unroll 5
-    for (int j = 0; j < kCount; ++j) y += factor[j + 1] * Numbers<A, F>::template get<kWhole>(in.terms[j] + e, n);
+    Vec<A> x = Numbers<A, S>::template get<kWhole>(in.x + e, n), term[kCount + 1];
+    if (in.low != nullptr) x += Numbers<A, S>::template get<kWhole>(in.low + e, n);
+    Vec<A> y = factor[0] * x;
+    for (int j = 0; j < kCount; ++j) {
+      term[j] = Numbers<A, F>::template get<kWhole>(in.terms[j] + e, n);
+      y += factor[j + 1] * term[j];
+    }
     if (noise != nullptr) y += factor[heun::kNoise] * Numbers<A, double>::template get<kWhole>(noise + k, n);
     wrong += y * A(0);
     if (in.high != nullptr) Numbers<A, S>::template put<kWhole>(in.high + e, y, n);
     if constexpr (sizeof(A) > sizeof(S)) {
       if (in.out_low != nullptr) {
-        typedef S Stored __attribute__((vector_size(sizeof(S) * kLanes<A>)));
-        const Vec<A> rounded = __builtin_convertvector(__builtin_convertvector(y, Stored), Vec<A>);
+        const Vec<A> rounded = Numbers<A, S>::rounded(y);
         Numbers<A, S>::template put<kWhole>(in.out_low + e, y - rounded, n);
       }
     }
-    if (in.net != nullptr) Numbers<A, F>::template put<kWhole>(in.net + e, factor[heun::kScale] * y, n);
+    if (in.net != nullptr) {
+      Vec<A> net = factor[heun::kScale] * y + factor[heun::kNet] * x;
+      for (int j = 0; j < kCount; ++j) net += factor[heun::kNet + 1 + j] * term[j];
+      Numbers<A, F>::template put<kWhole>(in.net + e, net, n);
+    }
   });
   return wrong;
 }
@@ -90,14 +99,8 @@ bool combine_in(const Combine<S, F>& in, int64_t begin, int64_t end) {
       return combine_as<A, 0>(in, begin, end);
     case 1:
       return combine_as<A, 1>(in, begin, end);
-    case 2:
-      return combine_as<A, 2>(in, begin, end);
-    case 3:
-      return combine_as<A, 3>(in, begin, end);
-    case 4:
-      return combine_as<A, 4>(in, begin, end);
     default:
-      return combine_as<A, 5>(in, begin, end);
+      return combine_as<A, 2>(in, begin, end);
   }
 }
 

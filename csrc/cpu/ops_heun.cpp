@@ -51,6 +51,9 @@ T* write_if(const Maybe& t) {
   return t.has_value() ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
 
+// A call of contiguous goes through the dispatcher: as long as the whole pass over a small state.
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : contiguous(t); }
+
 void check_output(const Maybe& t, const char* name, const Tensor& x) {
   if (!t.has_value()) return;
   STD_TORCH_CHECK(t->is_contiguous() && t->numel() == x.numel(), "heun_combine: ", name,
@@ -90,7 +93,7 @@ void run(const Tensor& x, const Maybe& low, const std::vector<Tensor>& terms, co
 
 void combine_out(const Tensor& x, const Maybe& low, const std::vector<Tensor>& terms, const Tensor& table, int64_t row,
                  const Maybe& seeds, const Maybe& high, const Maybe& out_low, const Maybe& net, const Maybe& wrong) {
-  STD_TORCH_CHECK(terms.size() <= heun::kTerms, "heun_combine: at most 5 terms, got ", terms.size());
+  STD_TORCH_CHECK(terms.size() <= heun::kTerms, "heun_combine: at most 2 terms, got ", terms.size());
   STD_TORCH_CHECK(table.dim() == 3 && table.size(2) == heun::kColumns && table.is_contiguous() &&
                       table.scalar_type() == ScalarType::Double && row >= 0 && row < table.size(0) &&
                       (table.size(1) == 1 || table.size(1) == x.size(0)),
@@ -98,13 +101,14 @@ void combine_out(const Tensor& x, const Maybe& low, const std::vector<Tensor>& t
   check_output(high, "high", x);
   check_output(out_low, "out_low", x);
   check_output(net, "net", x);
-  const Tensor xc = contiguous(x);
-  const Maybe lc = low.has_value() ? Maybe(contiguous(*low)) : std::nullopt;
+  const Tensor xc = dense(x);
+  const Maybe lc = low.has_value() ? Maybe(dense(*low)) : std::nullopt;
   std::vector<Tensor> own;
+  own.reserve(terms.size());
   for (const Tensor& t : terms) {
     STD_TORCH_CHECK(t.numel() == x.numel() && t.scalar_type() == terms[0].scalar_type(),
                     "heun_combine: terms must have the size of x and one dtype");
-    own.push_back(contiguous(t));
+    own.push_back(dense(t));
   }
   const ScalarType state = x.scalar_type();
   const ScalarType other = net.has_value() ? net->scalar_type() : terms.empty() ? state : terms[0].scalar_type();
@@ -120,13 +124,15 @@ void combine_out(const Tensor& x, const Maybe& low, const std::vector<Tensor>& t
   }
 }
 
-std::tuple<Tensor, Tensor> combine(const Tensor& x, const Maybe& low, const std::vector<Tensor>& terms,
-                                   const Tensor& table, int64_t row, bool want_low) {
-  const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  Tensor high = new_empty(x, shape), rest = new_empty(x, want_low ? shape : std::vector<int64_t>{0});
-  combine_out(x, low, terms, table, row, std::nullopt, high, want_low ? Maybe(rest) : std::nullopt, std::nullopt,
-              std::nullopt);
-  return {high, rest};
+std::tuple<Tensor, Tensor, Tensor> combine(const Tensor& x, const Maybe& low, const std::vector<Tensor>& terms,
+                                           const Tensor& table, int64_t row, bool want_low, bool want_net) {
+  const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end()), none{0};
+  const Tensor& like = terms.empty() ? x : terms[0];
+  Tensor high = new_empty(x, shape), rest = new_empty(x, want_low ? shape : none);
+  Tensor net = new_empty(like, want_net ? shape : none);
+  combine_out(x, low, terms, table, row, std::nullopt, high, want_low ? Maybe(rest) : std::nullopt,
+              want_net ? Maybe(net) : std::nullopt, std::nullopt);
+  return {high, rest, net};
 }
 
 }  // namespace

@@ -5,8 +5,9 @@
 
 namespace fewstep::heun {
 
-// One row of the table, in float64: y = c[0] x + sum_j c[j] F_j + c[kNoise] n, and the network's input c[kScale] y.
-constexpr int kTerms = 5, kNoise = 6, kScale = 7, kColumns = 8;
+// One row c of the table, in float64, with state x, the network's outputs F and U, and noise n:
+//   y = c[0] x + c[1] F + c[2] U + c[3] n,    the network's next input = c[7] y + c[4] x + c[5] F + c[6] U.
+constexpr int kTerms = 2, kNoise = 3, kNet = 4, kScale = 7, kColumns = 8;
 
 // The noise of a sample with seed s at row k: apart from the probes of fewstep.divergence by the stage.
 constexpr uint32_t kStage = 15;

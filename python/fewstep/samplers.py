@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import weakref
@@ -270,6 +271,7 @@ def edm_sample(
     True
     """
     check_state("edm_sample", latents, state)
+    given = sigmas is not None
     if sigmas is None:
         _check_count("edm_sample", "steps", steps)
         sigmas = karras_sigmas(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
@@ -290,7 +292,10 @@ def edm_sample(
         if levels.shape[1] < 2:
             raise ValueError("edm_sample: log_density needs two levels above 0")
     name = pick(latents, backend)
-    plan = edm_plan(levels, churn, weight, precondition)
+    if given or guidance is not None or log_density is not None:
+        plan = edm_plan(levels, churn, weight, precondition)
+    else:
+        plan = _known_plan(steps, sigma_min, sigma_max, rho, churn, precondition)
     networks = (denoiser,) if uncond is None else (denoiser, uncond)
     if cuda_graph:
         if latents.device.type != "cuda" or log_density is not None:
@@ -529,14 +534,14 @@ def edm_plan(
     skip2, out2, in2 = _preconditioning(divisor, precondition)
     a, b = h * (1 - skip1) / hat, -h * out1 / hat
     half = h / 2 * (1 - skip2) / divisor
-    own, first, second = 1 + a / 2 + half * (1 + a), b / 2 + half * b, -h / 2 * out2 / divisor
+    own, first = 1 + a / 2 + half * (1 + a), b / 2 + half * b
     if euler:
-        own[-1], first[-1], second[-1] = 1 + a[-1], b[-1], 0
-    one = torch.ones_like(in1[:1])
-    predictor = _row(1 + a, (b,), torch.zeros_like(h), in2, guidance)
-    noise_after = torch.cat((noise[1:], torch.zeros_like(one)))
-    corrector = _row(own, (first, second), noise_after, torch.cat((in1[1:], one)), guidance)
-    start = _row(sigma[:1], (), noise[:1], in1[:1], guidance)[0]
+        own[-1], first[-1] = 1 + a[-1], b[-1]
+    zero, one = torch.zeros_like(h), torch.ones_like(h)
+    noise_after, scale_after = torch.cat((noise[1:], zero[:1])), torch.cat((in1[1:], one[:1]))
+    predictor = _row(own, first, guidance, net=(in2 * (1 + a), in2 * b))
+    corrector = _row(one, -h / 2 * out2 / divisor, guidance, noise=noise_after, scale=scale_after)
+    start = _row(sigma[:1], None, guidance, noise=noise[:1], scale=in1[:1])[0]
     given = torch.stack((hat, divisor), 1).flatten(0, 1)
     traces = torch.stack((h / 2 * out1 * in1 / hat, h / 2 * out2 * in2 / divisor), 1)
     constant = -(h / 2 * ((1 - skip1) / hat + (1 - skip2) / divisor)).sum(0)
@@ -551,6 +556,20 @@ def edm_plan(
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _known_plan(
+    steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    rho: float,
+    churn: Churn,
+    precondition: float | None,
+) -> Plan:
+    """EDM's own schedules, whose tables take longer to make than a step of a small network."""
+    levels = karras_sigmas(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    return edm_plan(levels[None], churn, None, precondition)
+
+
 def flow_plan(times: Tensor, churn: Churn, guidance: Tensor | None) -> Plan:
     """Of `flow_sample` at times `[R, S + 1]`."""
     t = times.T
@@ -561,13 +580,12 @@ def flow_plan(times: Tensor, churn: Churn, guidance: Tensor | None) -> Plan:
     keep = torch.where(now < 1, (1 - raised) / (1 - now).clamp_min(1e-300), 1)
     noise = churn.noise * (raised.square() - (keep * now).square()).clamp_min(0).sqrt()
     h = after - raised
-    zero, one = torch.zeros_like(h), torch.ones_like(h)
-    predictor = _row(one, (h,), zero, one, guidance)
+    one, last = torch.ones_like(h), torch.zeros_like(h[:1])
     keep_after = torch.cat((keep[1:], one[:1]))
-    noise_after = torch.cat((noise[1:], zero[:1]))
-    parts = (keep_after * h / 2,) * 2
-    corrector = _row(keep_after, parts, noise_after, one, guidance)
-    start = _row((keep * now)[:1], (), noise[:1], one[:1], guidance)[0]
+    noise_after = torch.cat((noise[1:], last))
+    predictor = _row(one, h / 2, guidance, net=(one, h))
+    corrector = _row(keep_after, keep_after * h / 2, guidance, noise=noise_after, scale=one)
+    start = _row((keep * now)[:1], None, guidance, noise=noise[:1], scale=one[:1])[0]
     given = torch.stack((raised, after), 1).flatten(0, 1)
     table = rows(torch.stack((predictor, corrector), 1), start)
     return Plan(table, given, steps, euler=False, scaled=False)
@@ -575,17 +593,27 @@ def flow_plan(times: Tensor, churn: Churn, guidance: Tensor | None) -> Plan:
 
 def _row(
     own: Tensor,
-    parts: tuple[Tensor, ...],
-    noise: Tensor,
-    scale: Tensor,
+    part: Tensor | None,
     guidance: Tensor | None,
+    *,
+    noise: Tensor | None = None,
+    net: tuple[Tensor, Tensor] | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """Rows of a table, `[S, R, 8]`; with guidance w each part is that of w C + (1 - w) U."""
-    terms: list[Tensor] = []
-    for part in parts:
-        terms += [part] if guidance is None else [guidance * part, (1 - guidance) * part]
-    columns = [own, *terms]
-    columns += [torch.zeros_like(own)] * (NOISE - len(columns)) + [noise, scale]
+    """Rows of a table, `[S, R, 8]`, from the factors of state and network in y and in the input.
+
+    With guidance w the network's part is that of `w F + (1 - w) U`.
+    """
+    zero = torch.zeros_like(own)
+
+    def shares(value: Tensor | None) -> tuple[Tensor, Tensor]:
+        if value is None or guidance is None:
+            return zero if value is None else value, zero
+        return guidance * value, (1 - guidance) * value
+
+    first = (own, *shares(part), zero if noise is None else noise)
+    second = (zero, *shares(None)) if net is None else (net[0], *shares(net[1]))
+    columns = (*first, *second, zero if scale is None else scale)
     return torch.stack(torch.broadcast_tensors(*columns), -1)  # type: ignore[no-untyped-call]
 
 
@@ -616,22 +644,22 @@ class _Tracked:
         assert plan.traces is not None
         self.plan, self.guidance = plan, guidance
         self.solvers = [trace.Solver(network, options) for network in networks]
-        pairs = plan.traces.reshape(-1, 2, plan.traces.shape[1]).to(log_density.device)  # [S, 2, R]
-        zero = torch.zeros_like(pairs[:, 0])
-        row = _row(zero + 1, (pairs[:, 0], pairs[:, 1]), zero, zero, guidance)
-        table = rows(torch.stack((row, row), 1))
-        self.tracker = Tracker(backend, log_density, table)
+        weights = plan.traces.to(log_density.device)
+        row = _row(torch.ones_like(weights), weights, guidance)
+        self.tracker = Tracker(backend, log_density, rows(row.reshape(-1, 2, *row.shape[1:])))
 
     def call(self, net: Tensor, level: Tensor, index: int) -> list[Tensor]:
         assert self.plan.traces is not None
-        outs: list[Tensor] = []
-        shares: list[Any] = [1.0] if self.guidance is None else [self.guidance, 1 - self.guidance]
-        for solver, share in zip(self.solvers, shares, strict=True):
-            found = solver(net, level, trace.make_key(0, index // 2, index % 2))
-            weight = self.plan.traces[index].to(found.stderr) * share
-            self.tracker.add([found.value], [found.stderr], weight, found.estimator)
-            outs.append(found.velocity)
-        return outs
+        key = trace.make_key(0, index // 2, index % 2)
+        found = [solver(net, level, key) for solver in self.solvers]
+        weight = self.plan.traces[index].to(level)
+        if self.guidance is None:
+            weights = [weight]
+        else:
+            share = self.guidance.to(level)
+            weights = [weight * share, weight * (1 - share)]
+        self.tracker.advance(found, weights, FIRST + index)
+        return [one.velocity for one in found]
 
     def result(self, x: Tensor) -> HeunResult:
         assert self.plan.constant is not None
@@ -658,16 +686,10 @@ def _follow(
 
     run.advance([], 1, 0)
     for step in _steps(plan.steps, progress):
-        first = evaluate(run.net, 2 * step)
-        row = FIRST + 2 * step
-        if plan.euler and step == plan.steps - 1:
-            run.advance(first, row + 1, step)
-            continue
-        middle = run.predict(first, row, step)
-        second = evaluate(middle, 2 * step + 1)
-        run.correct(first, second, row + 1, step)
-        if tracked is not None:
-            tracked.tracker.step(row + 1)
+        alone = plan.euler and step == plan.steps - 1
+        for index in (2 * step,) if alone else (2 * step, 2 * step + 1):
+            middle = index == 2 * step and not alone
+            run.advance(evaluate(run.net, index), FIRST + index, step, middle=middle)
     return run.finish()
 
 

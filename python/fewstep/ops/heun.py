@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from fewstep.ops import raw_heun, trace
 from fewstep.ops.differentiable import is_transformed
 
 STATES = raw_heun.STATES
-FIRST = 2  # row of the table after evaluation 0: row 0 draws latents, row 1 starts a sampler
+FIRST = 2  # row of the table for evaluation 0: row 0 draws latents, row 1 starts a sampler
 Velocity = Callable[..., Any]
 
 
@@ -164,16 +164,12 @@ def heun_solve(
             key = trace.make_key(seed, index // 2, index % 2) if fresh else first_key
             found = traced(net, levels[index], key)
             out = found.velocity
-            tracker.add([found.value], [found.stderr], h[index // 2] / 2, found.estimator)
+            tracker.advance([found], [h[index // 2] / 2], FIRST + index)
         return [run.accept(out, index // 2)]
 
     for step in range(h.shape[0]):
-        first = evaluate(run.net, 2 * step)
-        middle = run.predict(first, FIRST + 2 * step, step)
-        second = evaluate(middle, 2 * step + 1)
-        run.correct(first, second, FIRST + 2 * step + 1, step)
-        if tracker is not None:
-            tracker.step(FIRST + 2 * step + 1)
+        for index in (2 * step, 2 * step + 1):
+            run.advance(evaluate(run.net, index), FIRST + index, step, middle=index == 2 * step)
         if keep:
             path.append(run.high.to(x.dtype, copy=not run.functional))
     out = run.finish()
@@ -186,8 +182,11 @@ def heun_solve(
 class Run:
     """The state of a solve, and the passes over it that a table describes.
 
-    With autograd or `torch.compile` every pass makes new tensors, else they write into buffers. The
-    network's input is the state itself where that has its dtype and scale.
+    A step is two passes. The first one leaves in the state what is known of the next one, and makes
+    the network's input in the middle; the second one adds the rest, so that no output of the
+    network is held while it runs again. With autograd or `torch.compile` every pass makes new
+    tensors, else they write into buffers. Between steps the network's input is the state itself
+    where that has its dtype and scale.
 
     Attributes:
         high: the state, without what rounding left of it.
@@ -208,9 +207,8 @@ class Run:
     ) -> None:
         self.who, self.backend, self.table, self.seeds = who, backend, table, seeds
         self.functional = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        self.functional |= is_transformed()
         if is_transformed():
-            self.backend = "reference"
+            self.functional, self.backend = True, "reference"
         self.dtype = x.dtype
         wide = state == "float64" or x.dtype == torch.float64
         self.compensated = state == "compensated" and not wide
@@ -219,7 +217,7 @@ class Run:
         self.same = not scaled and self.high.dtype == x.dtype
         self.net = x
         self.own = False  # whether the buffers are ours yet: the first state is the caller's
-        self.middle: Tensor | None = None
+        self.buffer: Tensor | None = None  # for inputs that are not the state
         on_cpu = x.device.type == "cpu"
         self.checked = (on_cpu if check_finite is None else check_finite) and not self.functional
         self.wrong = x.new_zeros(1, dtype=torch.int32) if self.checked else None
@@ -235,59 +233,35 @@ class Run:
             )
         return out if out.dtype == self.dtype else out.to(self.dtype)
 
-    def _check(self, step: int) -> None:
-        if self.flag is not None and self.flag[0]:
-            raise ValueError(f"{self.who}: the state is not finite after step {step}")
-
-    def predict(self, terms: list[Tensor], row: int, step: int) -> Tensor:
-        """The network's input at the end of a step from the state and the first evaluation."""
+    def advance(self, terms: list[Tensor], row: int, step: int, *, middle: bool = False) -> None:
+        """The next state and the network's next input, by a row of the table."""
         if self.functional:
-            y, _ = raw_heun.combine(
-                self.backend, self.high, self.low, terms, self.table, row, False
+            self.high, self.low, net = raw_heun.combine(
+                *(self.backend, self.high, self.low, terms, self.table, row),
+                want_low=self.compensated,
+                want_net=middle,
             )
-            return y.to(self.dtype)
-        if self.middle is None:
-            self.middle = torch.empty_like(self.net, memory_format=torch.contiguous_format)
-        raw_heun.combine_into(
-            *(self.backend, self.high, self.low, terms, self.table, row),
-            net=self.middle,
-            wrong=self.wrong,
-        )
-        self._check(step)
-        return self.middle
-
-    def correct(self, first: list[Tensor], second: list[Tensor], row: int, step: int) -> None:
-        """The next state from both evaluations."""
-        if not self.functional and first[0].numel() and _same_memory(first[0], second[0]):
-            raise ValueError(
-                f"{self.who}: the network returned the same memory twice, at step {step}:"
-                " it must return new tensors"
-            )
-        self.advance([*first, *second], row, step)
-
-    def advance(self, terms: list[Tensor], row: int, step: int) -> None:
-        """The next state by a row of the table, and the network's input from it."""
-        if self.functional:
-            self.high, self.low = raw_heun.combine(
-                *(self.backend, self.high, self.low, terms, self.table, row, self.compensated)
-            )
-            self.net = self.high.to(self.dtype)
+            self.net = self.high.to(self.dtype) if net is None else net.to(self.dtype)
             return
         high, low = self.high, self.low
         if not self.own:  # the first state stays as it was
             self.high = torch.empty_like(high, memory_format=torch.contiguous_format)
             self.low = torch.empty_like(self.high) if self.compensated else None
-            self.net = self.high if self.same else torch.empty_like(self.high, dtype=self.dtype)
             self.own = True
+        apart = middle or not self.same
+        if apart and self.buffer is None:
+            self.buffer = torch.empty_like(self.high, dtype=self.dtype)
         raw_heun.combine_into(
             *(self.backend, high, low, terms, self.table, row),
             seeds=self.seeds,
             high=self.high,
             out_low=self.low,
-            net=None if self.same else self.net,
+            net=self.buffer if apart else None,
             wrong=self.wrong,
         )
-        self._check(step)
+        self.net = cast(Tensor, self.buffer) if apart else self.high
+        if self.flag is not None and self.flag[0]:
+            raise ValueError(f"{self.who}: the state is not finite at step {step}")
 
     def finish(self) -> Tensor:
         """The state in the dtype of the input."""
@@ -297,46 +271,35 @@ class Run:
 
 
 class Tracker:
-    """A log-density beside a state: `log q - h/2 (tr J1 + tr J2)`, and its variance over probes."""
+    """A log-density beside a state, `log q - h/2 (tr J1 + tr J2)`, and its variance over probes."""
 
     def __init__(self, backend: str, log_density: Tensor, table: Tensor) -> None:
         self.run = Run("log_density", backend, log_density.double(), table, "float64", False)
-        self.traces: list[Tensor] = []
         self.variance = torch.zeros_like(log_density)
         self.estimator = ""
 
-    def add(
-        self, traces: list[Tensor], errors: list[Tensor], weight: Tensor, estimator: str
-    ) -> None:
-        """Traces of an evaluation, with what a step weighs them by."""
-        self.traces += [value.to(torch.float64) for value in traces]
-        for error in errors:
-            self.variance = self.variance + (weight * error).square()
-        self.estimator = estimator
-
-    def step(self, row: int) -> None:
-        self.run.advance(self.traces, row, 0)
-        self.traces = []
+    def advance(self, found: list[trace.Divergence], weights: list[Tensor], row: int) -> None:
+        """Past an evaluation; its traces' errors are weighed as the traces are."""
+        for one, weight in zip(found, weights, strict=True):
+            self.variance = self.variance + (weight * one.stderr).square()
+            self.estimator = one.estimator
+        self.run.advance([one.value.double() for one in found], row, 0)
 
     def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.run.high.to(dtype), self.variance.sqrt().to(dtype)
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr()
-
-
 def _table(h: Tensor) -> Tensor:
-    """Two rows a step of length h, `[S, R]`: `x + h v1`, then `x + h/2 (v1 + v2)`."""
+    """Of steps h `[S, R]`: `x + h/2 v1` with the input `x + h v1`, then the state `+ h/2 v2`."""
     zero, one = torch.zeros_like(h), torch.ones_like(h)
-    predictor = (one, h, zero, zero, zero, zero, zero, one)
-    corrector = (one, h / 2, h / 2, zero, zero, zero, zero, one)
-    return rows(torch.stack((torch.stack(predictor, -1), torch.stack(corrector, -1)), 1))
+    first = (one, h / 2, zero, zero, one, h, zero, zero)
+    second = (one, h / 2, zero, zero, zero, zero, zero, one)
+    return rows(torch.stack((torch.stack(first, -1), torch.stack(second, -1)), 1))
 
 
 def _log_table(h: Tensor) -> Tensor:
     zero, one = torch.zeros_like(h), torch.ones_like(h)
-    row = torch.stack((one, -h / 2, -h / 2, zero, zero, zero, zero, one), -1)
+    row = torch.stack((one, -h / 2, zero, zero, zero, zero, zero, one), -1)
     return rows(torch.stack((row, row), 1))
 
 

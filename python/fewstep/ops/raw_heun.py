@@ -12,6 +12,7 @@ from fewstep.reference import heun as reference
 Maybe = Tensor | None
 STATES = ("float32", "compensated", "float64")
 _LOW = (torch.float16, torch.bfloat16)
+_combine_out = torch.ops.fewstep.heun_combine_out.default
 
 
 def combine_into(
@@ -33,7 +34,7 @@ def combine_into(
     Args:
         high (Tensor | None): receives y in the state's dtype.
         out_low (Tensor | None): what rounding left of y.
-        net (Tensor | None): the network's input, `c_7 y`, in the network's dtype.
+        net (Tensor | None): the network's next input, in the network's dtype.
         wrong (Tensor | None): int32 `[1]`, set to 1 where a result is not finite.
     """
     if backend == "triton":
@@ -42,22 +43,23 @@ def combine_into(
         kernels.combine(x, low, terms, table, row, seeds, high, out_low, net, wrong)
         return
     if backend in ("cpp", "cuda"):
-        own, wide = terms, net
-        if backend == "cpp":  # its kernels read and write float32 for networks in half precision
-            own = [term.float() if term.dtype in _LOW else term for term in terms]
-            wide = torch.empty_like(x) if net is not None and net.dtype in _LOW else net
-        torch.ops.fewstep.heun_combine_out.default(
-            x, low, own, table, row, seeds, high, out_low, wide, wrong
-        )
-        if net is not None and wide is not None and wide is not net:
-            net.copy_(wide)
+        halves = terms if net is None else (net,)
+        if backend == "cpp" and halves and halves[0].dtype in _LOW:
+            # Its kernels read and write float32 for networks in half precision.
+            wide = None if net is None else net.float()
+            own = [term.float() for term in terms]
+            _combine_out(x, low, own, table, row, seeds, high, out_low, wide, wrong)
+            if net is not None and wide is not None:
+                net.copy_(wide)
+            return
+        _combine_out(x, low, terms, table, row, seeds, high, out_low, net, wrong)
         return
     dtype = torch.float32 if _plain(x, low, out_low) else torch.float64
     own_row = table[row].to(dtype)
     noise = None if seeds is None else reference.noise(seeds, row, tuple(x.shape[1:])).to(dtype)
-    y = reference.combine(x, low, terms, own_row, noise)
+    y, z = reference.combine(x, low, terms, own_row, noise)
     if net is not None:
-        net.copy_(own_row[:, reference.SCALE].reshape(-1, *(1,) * (x.ndim - 1)) * y)
+        net.copy_(z)
     if wrong is not None:
         wrong.bitwise_or_((~y.isfinite()).any().to(torch.int32))
     for target, part in zip((high, out_low), reference.split(y, x.dtype), strict=True):
@@ -71,43 +73,73 @@ def _plain(x: Tensor, low: Maybe, out_low: Maybe) -> bool:
 
 
 def combine(
-    backend: str, x: Tensor, low: Maybe, terms: list[Tensor], table: Tensor, row: int, wanted: bool
-) -> tuple[Tensor, Maybe]:
-    """One pass to new tensors y and, where wanted, what rounding left of it; with gradients.
+    backend: str,
+    x: Tensor,
+    low: Maybe,
+    terms: list[Tensor],
+    table: Tensor,
+    row: int,
+    *,
+    want_low: bool = False,
+    want_net: bool = False,
+) -> tuple[Tensor, Maybe, Maybe]:
+    """One pass to new tensors: y, what rounding left of it, the network's next input.
 
-    Gradients reach x and the terms through y; low is taken for a constant.
+    Gradients go through y and the network's input; low is taken for a constant.
     """
     if backend == "cpp" and not table.requires_grad:
         own = [term.float() if term.dtype in _LOW else term for term in terms]
-        high, rest = torch.ops.fewstep.heun_combine.default(x, low, own, table, row, wanted)
-        return high, rest if wanted else None
-    wide = torch.float32 if _plain(x, low, x if wanted else None) else torch.float64
-    y = reference.combine(x, low, terms, table[row].to(wide))
+        high, rest, net = torch.ops.fewstep.heun_combine.default(
+            x, low, own, table, row, want_low, want_net
+        )
+        return high, rest if want_low else None, net if want_net else None
+    wide = torch.float32 if _plain(x, low, x if want_low else None) else torch.float64
+    y, z = reference.combine(x, low, terms, table[row].to(wide))
     high, rest = reference.split(y, x.dtype)
-    return high, rest.detach() if wanted else None
+    net = z.to(terms[0].dtype if terms else x.dtype)
+    return high, rest.detach() if want_low else None, net if want_net else None
 
 
 def _fake_combine(
-    x: Tensor, low: Maybe, terms: list[Tensor], table: Tensor, row: int, want_low: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape if want_low else (0,))
+    x: Tensor,
+    low: Maybe,
+    terms: list[Tensor],
+    table: Tensor,
+    row: int,
+    want_low: bool,
+    want_net: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = terms[0] if terms else x
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape if want_low else (0,)),
+        like.new_empty(x.shape if want_net else (0,)),
+    )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, terms, table, ctx.row, _ = inputs
-    ctx.dtypes = [term.dtype for term in terms]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, terms, table, ctx.row, _, ctx.want_net = inputs
+    ctx.dtypes = [x.dtype, *(term.dtype for term in terms)]
     ctx.save_for_backward(table)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, g: Tensor, _: Any, g_net: Tensor) -> tuple[Any, ...]:
     """A combination is linear: nothing but its coefficients is saved."""
     if ctx.needs_input_grad[3]:
         raise NotImplementedError("heun_combine: the table has no gradient")
     (table,) = ctx.saved_tensors
-    own = table[ctx.row].to(g.dtype).T.reshape(reference.COLUMNS, -1, *(1,) * (g.ndim - 1))
-    terms = [(own[j + 1] * g).to(dtype) for j, dtype in enumerate(ctx.dtypes)]
-    return own[0] * g, None, terms, None, None, None
+    c = table[ctx.row].to(g.dtype).T.reshape(reference.COLUMNS, -1, *(1,) * (g.ndim - 1))
+    if ctx.want_net:
+        g_net = g_net.to(g.dtype)
+        g = g + c[reference.SCALE] * g_net
+    grads = []
+    for j, dtype in enumerate(ctx.dtypes):
+        own = c[j] * g
+        if ctx.want_net:
+            own = own + c[reference.NET + j] * g_net
+        grads.append(own.to(dtype))
+    return grads[0], None, grads[1:], *(None,) * 4
 
 
 torch.library.register_fake("fewstep::heun_combine", _fake_combine)

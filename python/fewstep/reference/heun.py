@@ -1,9 +1,10 @@
-"""A step of a sampler outside its network: one linear combination of the state and predictions.
+"""A step of a sampler outside its network: combinations of the state and of predictions.
 
 A sampler is a table of coefficients, float64 `[K, 1 or B, 8]`, and the order in which its network
-is called. Row c of the table makes, with state x, the network's outputs F_j and normal noise n,
+is called. Row c of the table makes, with state x, up to two outputs F and U of the network and
+normal noise n, the next state y and the network's next input z:
 
-    y = c_0 x + sum_j c_j F_j + c_6 n,    next input of the network: c_7 y.
+    y = c_0 x + c_1 F + c_2 U + c_3 n,    z = c_7 y + c_4 x + c_5 F + c_6 U.
 """
 
 from __future__ import annotations
@@ -13,32 +14,37 @@ from torch import Tensor
 
 from fewstep.reference.probe import normals, philox
 
-TERMS, NOISE, SCALE, COLUMNS = 5, 6, 7, 8
+TERMS, NOISE, NET, SCALE, COLUMNS = 2, 3, 4, 7, 8
 _STAGE = 15  # of the noise: apart from the probes of `fewstep.divergence`
 _MASK = 0xFFFFFFFF
 
 
 def combine(
     x: Tensor, low: Tensor | None, terms: list[Tensor], row: Tensor, noise: Tensor | None = None
-) -> Tensor:
-    """`c_0 (x + low) + sum_j c_j F_j + c_6 n` in the dtype of row.
+) -> tuple[Tensor, Tensor]:
+    """The next state and the network's next input, in the dtype of row.
 
     Args:
         x (Tensor): `[B, ...]`, the state, or of a state `x + low` that part.
         low (Tensor | None): what rounding to the dtype of x left of the state.
-        terms (list[Tensor]): F, up to 5 of the shape of x.
+        terms (list[Tensor]): F and U, as far as there are any.
         row (Tensor): coefficients c, `[1 or B, 8]`.
         noise (Tensor | None): n.
 
     Returns:
-        Tensor: of the shape of x.
+        tuple[Tensor, Tensor]: y and z, of the shape of x.
     """
     c = row.T.reshape(COLUMNS, -1, *(1,) * (x.ndim - 1))
-    y = x.to(row.dtype) if low is None else x.to(row.dtype) + low
-    y = c[0] * y
+    x = x.to(row.dtype) if low is None else x.to(row.dtype) + low
+    y = c[0] * x
     for j, term in enumerate(terms):
-        y = y + c[j + 1] * term
-    return y if noise is None else y + c[NOISE] * noise
+        y = y + c[1 + j] * term
+    if noise is not None:
+        y = y + c[NOISE] * noise
+    z = c[SCALE] * y + c[NET] * x
+    for j, term in enumerate(terms):
+        z = z + c[NET + 1 + j] * term
+    return y, z
 
 
 def split(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
