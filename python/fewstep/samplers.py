@@ -271,11 +271,10 @@ def edm_sample(
     True
     """
     check_state("edm_sample", latents, state)
-    given = sigmas is not None
-    if sigmas is None:
+    levels = None if sigmas is None else _check_sigmas("edm_sample", sigmas, latents)
+    schedule = (steps, sigma_min, sigma_max, rho)
+    if levels is None:
         _check_count("edm_sample", "steps", steps)
-        sigmas = karras_sigmas(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-    levels = _check_sigmas("edm_sample", sigmas, latents)
     churn = Churn(S_churn, S_min, S_max, S_noise)
     churn.check("edm_sample")
     weight = _check_guidance("edm_sample", guidance, uncond, latents)
@@ -287,15 +286,17 @@ def edm_sample(
         trace.check(trace.Options(estimator, probes), latents, "edm_sample")
         if churn.amount > 0:
             raise ValueError(f"edm_sample: S_churn must be 0 with log_density, got {churn.amount}")
+        levels = _schedule(*schedule) if levels is None else levels
         if bool((levels[:, -1] == 0).all()):
             levels = levels[:, :-1]
         if levels.shape[1] < 2:
             raise ValueError("edm_sample: log_density needs two levels above 0")
     name = pick(latents, backend)
-    if given or guidance is not None or log_density is not None:
-        plan = edm_plan(levels, churn, weight, precondition)
+    if levels is None and weight is None:
+        plan = _known_plan(schedule, churn, precondition)
     else:
-        plan = _known_plan(steps, sigma_min, sigma_max, rho, churn, precondition)
+        own = _schedule(*schedule) if levels is None else levels
+        plan = edm_plan(own, churn, weight, precondition)
     networks = (denoiser,) if uncond is None else (denoiser, uncond)
     if cuda_graph:
         if latents.device.type != "cuda" or log_density is not None:
@@ -556,18 +557,17 @@ def edm_plan(
     )
 
 
+def _schedule(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """`[1, N + 1]`"""
+    return karras_sigmas(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[None]
+
+
 @functools.lru_cache(maxsize=64)
 def _known_plan(
-    steps: int,
-    sigma_min: float,
-    sigma_max: float,
-    rho: float,
-    churn: Churn,
-    precondition: float | None,
+    schedule: tuple[int, float, float, float], churn: Churn, precondition: float | None
 ) -> Plan:
     """EDM's own schedules, whose tables take longer to make than a step of a small network."""
-    levels = karras_sigmas(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-    return edm_plan(levels[None], churn, None, precondition)
+    return edm_plan(_schedule(*schedule), churn, None, precondition)
 
 
 def flow_plan(times: Tensor, churn: Churn, guidance: Tensor | None) -> Plan:
