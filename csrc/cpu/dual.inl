@@ -466,7 +466,7 @@ void fill(const Probes& p, int64_t item, T* out) {
 
 template <class T>
 void probe(const Probes& p, T* out, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) fill(p, item, out + item * p.d);
+  for (int64_t item = begin; item < end; ++item) fill(p, item, out + (item - begin) * p.d);
 }
 
 template <class T>
@@ -492,9 +492,106 @@ void probe_scale(const Probes& p, const T* g, T* out, int64_t begin, int64_t end
   }
 }
 
+constexpr int kColumns = 2;                                     // vectors of a panel
+constexpr int kMostRows = FEWSTEP_VECTOR_BYTES == 64 ? 14 : 6;  // of a tile: 2 + 1 + 28 registers of 32, or of 16
 template <class T>
-constexpr DualKernels<T> kKernels = {activate<T>, activate_backward<T>, normalize<T>,  normalize_backward<T>,
-                                     probe<T>,    probe_dot<T>,         probe_scale<T>};
+constexpr int64_t kPanel = kColumns * kLanes<T>;
+
+template <class T>
+void pack(const Matrix<T>& m, T* panels, int64_t begin, int64_t end) {
+  constexpr int64_t P = kPanel<T>;
+  for (int64_t p = begin; p < end; ++p) {
+    T* out = panels + p * m.depth * P;
+    const T* from = m.source + p * P * m.column;
+    const int64_t n = m.cols - p * P;
+    if (n < P) {
+      for (int64_t k = 0; k < m.depth; ++k) {
+        for (int64_t j = 0; j < P; ++j) out[k * P + j] = j < n ? from[k * m.row + j * m.column] : T(0);
+      }
+    } else if (m.column == 1) {
+      for (int64_t k = 0; k < m.depth; ++k) {
+        for (int c = 0; c < kColumns; ++c) store(out + k * P + c * kLanes<T>, load(from + k * m.row + c * kLanes<T>));
+      }
+    } else {
+      // 8 lines of the source at a time, a cache line of each.
+      for (int64_t k0 = 0; k0 < m.depth; k0 += 16) {
+        const int64_t k1 = k0 + 16 < m.depth ? k0 + 16 : m.depth;
+        for (int64_t j = 0; j < P; j += 8) {
+          for (int64_t k = k0; k < k1; ++k) {
+#pragma GCC unroll 8
+            for (int64_t i = j; i < j + 8; ++i) out[k * P + i] = from[k * m.row + i * m.column];
+          }
+        }
+      }
+    }
+  }
+}
+
+// R rows of a product with one panel, in registers.
+template <int R, class T>
+void product_tile(const T* a, int64_t lda, const T* b, int64_t depth, int64_t n, T* out, int64_t ldo) {
+  Vec<T> acc[R][kColumns] = {};
+  for (int64_t k = 0; k < depth; ++k, b += kPanel<T>) {
+    Vec<T> w[kColumns];
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; ++c) w[c] = load(b + c * kLanes<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> v = splat(a[r * lda + k]);
+#pragma GCC unroll 2
+      for (int c = 0; c < kColumns; ++c) acc[r][c] += v * w[c];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t left = n - c * kLanes<T>;
+      if (left >= kLanes<T>) {
+        store(out + r * ldo + c * kLanes<T>, acc[r][c]);
+      } else if (left > 0) {
+        __builtin_memcpy(out + r * ldo + c * kLanes<T>, &acc[r][c], left * sizeof(T));
+      }
+    }
+  }
+}
+
+template <int R, class T>
+FEWSTEP_INLINE void product_rows(int64_t rows, const T* a, int64_t lda, const T* b, int64_t depth, int64_t n, T* out,
+                                 int64_t ldo) {
+  if (rows == R) return product_tile<R>(a, lda, b, depth, n, out, ldo);
+  if constexpr (R > 1) product_rows<R - 1>(rows, a, lda, b, depth, n, out, ldo);
+}
+
+template <class T>
+void multiply(const T* a, int64_t lda, int64_t rows, const T* panels, int64_t stride, int64_t depth, int64_t cols,
+              T* out, int64_t ldo) {
+  // Rows a multiple of 4 KiB apart share the eight lines of one set of the first-level cache.
+  const bool aliased = lda * int64_t(sizeof(T)) % 4096 == 0;
+  const int64_t most = aliased && kMostRows > 8 ? 8 : kMostRows, blocks = (rows + most - 1) / most;
+  for (int64_t j = 0; j < cols; j += kPanel<T>, panels += stride) {
+    for (int64_t block = 0, i = 0; block < blocks; ++block) {
+      const int64_t own = (rows - i) / (blocks - block);  // as even as can be
+      product_rows<kMostRows>(own, a + i * lda, lda, panels, depth, cols - j, out + i * ldo + j, ldo);
+      i += own;
+    }
+  }
+}
+
+template <class T>
+void dots(const T* a, const T* b, int64_t rows, int64_t n, T* out) {
+  for (int64_t i = 0; i < rows; ++i, a += n, b += n) {
+    Vec<T> total = {};
+    for_each_vector<T>(
+        n, [&](auto w, int64_t j, int64_t m) { total += fetch<w.kWhole>(a + j, m) * fetch<w.kWhole>(b + j, m); });
+    out[i] = sum<T>(total);
+  }
+}
+
+template <class T>
+constexpr DualKernels<T> kKernels = {activate<T>,  activate_backward<T>, normalize<T>, normalize_backward<T>, probe<T>,
+                                     probe_dot<T>, probe_scale<T>,       pack<T>,      multiply<T>,           dots<T>,
+                                     kPanel<T>};
 
 }  // namespace
 

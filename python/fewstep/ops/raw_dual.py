@@ -91,6 +91,11 @@ def norm(
     return reference.norm(z, shift, weight, bias, tangents, groups, centred, eps)
 
 
+def probe_index(kind: str) -> int:
+    """Of a kind of probes, as the C++ ops take it."""
+    return reference_probe.PROBES.index(kind)
+
+
 def probe(backend: str, like: Tensor, key: Tensor, ids: Maybe, count: int, kind: str) -> Tensor:
     """`count` probes for each sample of `like` `[B, ...]`: `[K, B, ...]`."""
     if backend == "cpp":

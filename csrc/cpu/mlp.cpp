@@ -1,0 +1,314 @@
+#include "cpu/mlp.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/driver.h"
+
+namespace fewstep::cpu {
+namespace {
+
+template <class T>
+const DualKernels<T>& kernels() {
+  static constexpr Compiled<DualKernels> kByIsa[] = {
+      {base::kDualFloat, base::kDualDouble},
+#if defined(__x86_64__)
+      {avx2::kDualFloat, avx2::kDualDouble},
+      {avx512::kDualFloat, avx512::kDualDouble},
+#endif
+  };
+  return in_use<T>(kByIsa);
+}
+
+constexpr int64_t kKeptBytes = 64 << 20;  // of a thread's workspace between calls
+
+template <class T>
+struct Packed {
+  Matrix<T> matrix;
+  T* panels;
+
+  static int64_t width() { return kernels<T>().panel; }
+  int64_t count() const { return (matrix.cols + width() - 1) / width(); }
+  int64_t stride() const { return matrix.depth * width(); }
+  int64_t size() const { return count() * stride(); }
+
+  // out [rows, cols] = a [rows, depth of the part that begins at `from`] times it.
+  void multiply(const T* a, int64_t lda, int64_t rows, T* out, int64_t from, int64_t depth) const {
+    kernels<T>().multiply(a, lda, rows, panels + from * width(), stride(), depth, matrix.cols, out, matrix.cols);
+  }
+  void multiply(const T* a, int64_t rows, T* out) const { multiply(a, matrix.depth, rows, out, 0, matrix.depth); }
+};
+
+template <class T>
+Packed<T> transposed(const Layer<T>& layer) {
+  return {{layer.weight, 1, layer.in, layer.in, layer.out}, nullptr};
+}
+
+template <class T>
+Packed<T> straight(const T* source, int64_t depth, int64_t cols) {
+  return {{source, cols, 1, depth, cols}, nullptr};
+}
+
+// Packs all of them, in one loop over the threads.
+template <class T>
+void pack(std::vector<Packed<T>>& packed, int64_t threads) {
+  static thread_local Buffer<T> memory;
+  if (memory.bytes() > kKeptBytes) memory.release();
+  int64_t size = 0, panels = 0;
+  for (const Packed<T>& p : packed) {
+    size += p.size();
+    panels += p.count();
+  }
+  T* at = memory.get(size);
+  for (Packed<T>& p : packed) {
+    p.panels = at;
+    at += p.size();
+  }
+  parallel_for(panels, threads, [&](int64_t i) {
+    auto p = packed.begin();
+    for (; i >= p->count(); ++p) i -= p->count();
+    kernels<T>().pack(p->matrix, p->panels, i, i + 1);
+  });
+}
+
+// Samples [begin, end) and the memory of the thread that has them.
+template <class T>
+struct Tile {
+  int64_t begin, end;
+  T *a, *b, *c, *v;
+
+  int64_t count() const { return end - begin; }
+};
+
+// Samples in tiles of some 64 rows with their tangents, which keeps three stacks of the widest layer in cache.
+template <class T, class Body>
+void for_each_tile(const Mlp<T>& in, int64_t tangents, int64_t threads, const Body& body) {
+  int64_t widest = 1;
+  for (const Layer<T>& layer : in.layers) widest = std::max({widest, layer.in, layer.out});
+  const int64_t size = std::max<int64_t>(64 / (tangents + 1), 8), tiles = (in.batch + size - 1) / size;
+  const int64_t stack = round_up((tangents + 1) * std::min(size, in.batch) * widest, 16);
+  parallel_for(tiles, threads, [&](int64_t i) {
+    static thread_local Buffer<T> memory;
+    T* own = memory.get(4 * stack);
+    body(Tile<T>{i * size, std::min((i + 1) * size, in.batch), own, own + stack, own + 2 * stack, own + 3 * stack});
+    if (memory.bytes() > kKeptBytes) memory.release();
+  });
+}
+
+template <class T>
+Elementwise<T> elementwise(const Layer<T>& layer, int64_t tangents, const Tile<T>& tile, const T* z) {
+  const int64_t count = tile.count() * layer.out;
+  const T* shift = layer.shift != nullptr && layer.each ? layer.shift + tile.begin * layer.out : layer.shift;
+  return {
+      layer.kind, layer.beta, layer.threshold, count, tangents, z, nullptr, 0, shift, layer.each ? count : layer.out,
+      1};
+}
+
+template <class T>
+void add_shift(const Layer<T>& layer, const Tile<T>& tile, T* out) {
+  if (layer.shift == nullptr) return;
+  for (int64_t i = 0; i < tile.count(); ++i) {
+    const T* shift = layer.shift + (layer.each ? (tile.begin + i) * layer.out : 0);
+    for (int64_t j = 0; j < layer.out; ++j) out[i * layer.out + j] += shift[j];
+  }
+}
+
+// The rows of a tile in a stack [K + 1, B, n] that lies behind `stacks`.
+template <class T, class Body>
+void for_each_stream(const Mlp<T>& in, const Tile<T>& tile, int64_t tangents, int64_t n, const Body& body) {
+  for (int64_t k = 0; k <= tangents; ++k) body((k * in.batch + tile.begin) * n, k * tile.count() * n, tile.count() * n);
+}
+
+template <class T>
+double work_of(const Mlp<T>& in, int64_t streams) {
+  double work = 0;
+  for (const Layer<T>& layer : in.layers) work += double(layer.in) * layer.out;
+  return work * in.batch * streams;
+}
+
+template <class T>
+void probe_tile(const Mlp<T>& in, const ProbePass<T>& pass, const std::vector<Packed<T>>& weights, const Tile<T>& t) {
+  const DualKernels<T>& run = kernels<T>();
+  const int64_t count = t.count(), tangents = pass.probes.count, d = in.d(), depth = in.depth();
+  if (pass.first == nullptr || pass.last == nullptr) {
+    for (int64_t k = 0; k < tangents; ++k) {
+      run.probe(pass.probes, t.v + k * count * d, k * in.batch + t.begin, k * in.batch + t.end);
+    }
+  }
+  T *z = t.a, *h = t.b, *kept = pass.kept;
+  for (int64_t l = 0; l + 1 < depth; ++l) {
+    const Layer<T>& layer = in.layers[l];
+    const Packed<T>& w = weights[l];
+    const int64_t n = layer.out;
+    if (l > 0) {
+      w.multiply(h, (tangents + 1) * count, z);
+    } else {
+      w.multiply(in.x + t.begin * layer.in, count, z);
+      if (pass.first == nullptr) {
+        w.multiply(t.v, d, tangents * count, z + count * n, in.low, d);
+      } else {
+        for (int64_t k = 0; k < tangents; ++k) {
+          std::memcpy(z + (k + 1) * count * n, pass.first + (k * in.batch + t.begin) * n, count * n * sizeof(T));
+        }
+      }
+    }
+    if (kept != nullptr) {
+      for_each_stream(in, t, tangents, n, [&](int64_t whole, int64_t own, int64_t size) {
+        std::memcpy(kept + whole, z + own, size * sizeof(T));
+      });
+      kept += (tangents + 1) * in.batch * n;
+    }
+    run.activate(elementwise(layer, tangents, t, z), z, 0, count * n);
+    std::swap(z, h);
+  }
+  const Layer<T>& end = in.layers.back();
+  T* velocity = pass.velocity + t.begin * d;
+  if (pass.last != nullptr) {
+    weights.back().multiply(h, count, velocity);
+    for (int64_t k = 0; k < tangents; ++k) {
+      const int64_t at = k * in.batch + t.begin;
+      run.dots(pass.last + at * end.in, h + (k + 1) * count * end.in, count, end.in, pass.dots + at);
+    }
+  } else {
+    weights.back().multiply(h, (tangents + 1) * count, z);
+    std::memcpy(velocity, z, count * d * sizeof(T));
+    for (int64_t k = 0; k < tangents; ++k) {
+      run.dots(t.v + k * count * d, z + (k + 1) * count * d, count, d, pass.dots + k * in.batch + t.begin);
+    }
+  }
+  add_shift(end, t, velocity);
+}
+
+template <class T>
+void trace_tile(const Mlp<T>& in, const TracePass<T>& pass, const std::vector<Packed<T>>& weights, const T* ones,
+                const Tile<T>& t) {
+  const DualKernels<T>& run = kernels<T>();
+  const int64_t count = t.count(), n1 = in.layers[0].out, n2 = in.layers[1].out;
+  const auto slopes = [&](const Layer<T>& layer, const T* z, T* out) {  // [a(z); a'(z)]
+    Elementwise<T> e = elementwise(layer, 1, t, z);
+    e.shared = ones;
+    e.period = layer.out;
+    run.activate(e, out, 0, e.count);
+  };
+  weights[0].multiply(in.x + t.begin * in.layers[0].in, count, t.a);
+  slopes(in.layers[0], t.a, t.b);
+  weights[1].multiply(t.b, count, t.a);
+  slopes(in.layers[1], t.a, t.c);
+  T* velocity = pass.velocity + t.begin * in.d();
+  weights[2].multiply(t.c, count, velocity);
+  add_shift(in.layers[2], t, velocity);
+  weights[3].multiply(t.b + count * n1, count, t.a);
+  run.dots(t.a, t.c + count * n2, count, n2, pass.value + t.begin);
+}
+
+template <class T>
+void backward_tile(const Mlp<T>& in, const BackwardPass<T>& pass, const std::vector<Packed<T>>& weights,
+                   const Tile<T>& t) {
+  const DualKernels<T>& run = kernels<T>();
+  const int64_t count = t.count(), tangents = pass.tangents, depth = in.depth();
+  const T* kept = pass.kept;
+  int64_t at = 0;
+  for (int64_t l = 0; l + 1 < depth; ++l) at += (tangents + 1) * in.batch * in.layers[l].out;
+  T *z = t.a, *h = t.b, *g = t.c;
+  weights[depth - 1].multiply(pass.velocity + t.begin * in.d(), count, g);
+  for (int64_t l = depth - 2; l >= 0; --l) {
+    const Layer<T>& layer = in.layers[l];
+    const int64_t n = layer.out;
+    at -= (tangents + 1) * in.batch * n;
+    for_each_stream(in, t, tangents, n, [&](int64_t whole, int64_t own, int64_t size) {
+      std::memcpy(z + own, kept + at + whole, size * sizeof(T));
+    });
+    const Elementwise<T> e = elementwise(layer, tangents, t, z);
+    run.activate(e, h, 0, e.count);
+    if (l == depth - 2) {
+      for (int64_t k = 0; k < tangents; ++k) {
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t row = k * in.batch + t.begin + i;
+          const T up = pass.dots[row];
+          const T* last = pass.last + row * n;
+          T *to = g + ((k + 1) * count + i) * n, *scaled = h + ((k + 1) * count + i) * n;
+          for (int64_t j = 0; j < n; ++j) {
+            to[j] = up * last[j];
+            scaled[j] *= up;
+          }
+        }
+      }
+    }
+    for_each_stream(in, t, tangents, n, [&](int64_t whole, int64_t own, int64_t size) {
+      std::memcpy(pass.h + at + whole, h + own, size * sizeof(T));
+    });
+    run.activate_backward(e, g, h, 0, e.count);
+    for_each_stream(in, t, tangents, n, [&](int64_t whole, int64_t own, int64_t size) {
+      std::memcpy(pass.z + at + whole, h + own, size * sizeof(T));
+    });
+    if (l > 0) {
+      weights[l].multiply(h, (tangents + 1) * count, g);
+    } else if (pass.x != nullptr) {
+      weights[0].multiply(h, count, pass.x + t.begin * layer.in);
+    }
+  }
+}
+
+int64_t team(double work, int64_t threads) { return work < kWorthATeam ? 1 : threads; }
+
+}  // namespace
+
+template <class T>
+void mlp_probes(const Mlp<T>& in, const ProbePass<T>& pass, int64_t threads) {
+  const int64_t own = team(work_of(in, pass.probes.count + 1), threads);
+  with_team(own, [&] {
+    std::vector<Packed<T>> weights;
+    for (const Layer<T>& layer : in.layers) weights.push_back(transposed(layer));
+    pack(weights, own);
+    for_each_tile(in, pass.probes.count, own, [&](const Tile<T>& t) { probe_tile(in, pass, weights, t); });
+  });
+}
+
+template <class T>
+void mlp_trace(const Mlp<T>& in, const TracePass<T>& pass, int64_t threads) {
+  const int64_t n1 = in.layers[0].out, n2 = in.layers[1].out, d = in.d();
+  const int64_t own = team(work_of(in, 1), threads);
+  with_team(own, [&] {
+    std::vector<Packed<T>> weights;
+    for (const Layer<T>& layer : in.layers) weights.push_back(transposed(layer));
+    weights.push_back(pass.core != nullptr ? straight(pass.core, n1, n2) : straight(in.layers[2].weight, d, n2));
+    pack(weights, own);
+    static thread_local Buffer<T> memory;
+    if (pass.core == nullptr) {
+      Packed<T> core = straight<T>(nullptr, n1, n2);
+      core.panels = memory.get(core.size());
+      const int64_t width = core.width();
+      parallel_for(core.count(), own, [&](int64_t p) {
+        T* to = core.panels + p * core.stride();
+        const T* factor = weights[1].panels + p * core.stride();  // W_2' lies in panels as its product with this does
+        kernels<T>().multiply(in.layers[0].weight + in.low, in.layers[0].in, n1,
+                              weights[3].panels + p * weights[3].stride(), 0, d, width, to, width);
+        for (int64_t i = 0; i < n1 * width; ++i) to[i] *= factor[i];
+      });
+      weights[3] = core;
+    }
+    const std::vector<T> ones(std::max(n1, n2), T(1));
+    for_each_tile(in, 1, own, [&](const Tile<T>& t) { trace_tile(in, pass, weights, ones.data(), t); });
+    if (memory.bytes() > kKeptBytes) memory.release();
+  });
+}
+
+template <class T>
+void mlp_backward(const Mlp<T>& in, const BackwardPass<T>& pass, int64_t threads) {
+  const int64_t own = team(work_of(in, pass.tangents + 1), threads);
+  with_team(own, [&] {
+    std::vector<Packed<T>> weights;
+    for (const Layer<T>& layer : in.layers) weights.push_back(straight(layer.weight, layer.out, layer.in));
+    pack(weights, own);
+    for_each_tile(in, pass.tangents, own, [&](const Tile<T>& t) { backward_tile(in, pass, weights, t); });
+  });
+}
+
+template void mlp_probes(const Mlp<float>&, const ProbePass<float>&, int64_t);
+template void mlp_probes(const Mlp<double>&, const ProbePass<double>&, int64_t);
+template void mlp_trace(const Mlp<float>&, const TracePass<float>&, int64_t);
+template void mlp_trace(const Mlp<double>&, const TracePass<double>&, int64_t);
+template void mlp_backward(const Mlp<float>&, const BackwardPass<float>&, int64_t);
+template void mlp_backward(const Mlp<double>&, const BackwardPass<double>&, int64_t);
+
+}  // namespace fewstep::cpu
