@@ -497,6 +497,43 @@ constexpr int kMostRows = FEWSTEP_VECTOR_BYTES == 64 ? 14 : 6;  // of a tile: 2 
 template <class T>
 constexpr int64_t kPanel = kColumns * kLanes<T>;
 
+// out[j, i] = from[i, j] for a square of vectors.
+template <class T>
+FEWSTEP_INLINE void turn(const T* from, int64_t row, T* out, int64_t step) {
+#if FEWSTEP_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    __m512d two[16];  // pairs of rows, then fours, interleaved within 128 bits
+    for (int i = 0; i < 16; i += 2) {
+      const __m512 a = load(from + i * row), b = load(from + (i + 1) * row);
+      two[i] = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
+      two[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+    }
+    __m512 four[16];
+    for (int i = 0; i < 16; i += 4) {
+      for (int h = 0; h < 2; ++h) {
+        four[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(two[i + h], two[i + 2 + h]));
+        four[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(two[i + h], two[i + 2 + h]));
+      }
+    }
+    // four[4 g + j] has columns j, 4 + j, 8 + j and 12 + j of rows 4 g to 4 g + 3.
+    for (int j = 0; j < 4; ++j) {
+      const __m512 a = _mm512_shuffle_f32x4(four[j], four[4 + j], 0x88);
+      const __m512 b = _mm512_shuffle_f32x4(four[j], four[4 + j], 0xdd);
+      const __m512 c = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x88);
+      const __m512 d = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0xdd);
+      store<T>(out + j * step, _mm512_shuffle_f32x4(a, c, 0x88));
+      store<T>(out + (4 + j) * step, _mm512_shuffle_f32x4(b, d, 0x88));
+      store<T>(out + (8 + j) * step, _mm512_shuffle_f32x4(a, c, 0xdd));
+      store<T>(out + (12 + j) * step, _mm512_shuffle_f32x4(b, d, 0xdd));
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < kLanes<T>; ++i) {
+    for (int j = 0; j < kLanes<T>; ++j) out[j * step + i] = from[i * row + j];
+  }
+}
+
 template <class T>
 void pack(const Matrix<T>& m, T* panels, int64_t begin, int64_t end) {
   constexpr int64_t P = kPanel<T>;
@@ -513,24 +550,31 @@ void pack(const Matrix<T>& m, T* panels, int64_t begin, int64_t end) {
         for (int c = 0; c < kColumns; ++c) store(out + k * P + c * kLanes<T>, load(from + k * m.row + c * kLanes<T>));
       }
     } else {
-      // 8 lines of the source at a time, a cache line of each.
-      for (int64_t k0 = 0; k0 < m.depth; k0 += 16) {
-        const int64_t k1 = k0 + 16 < m.depth ? k0 + 16 : m.depth;
-        for (int64_t j = 0; j < P; j += 8) {
-          for (int64_t k = k0; k < k1; ++k) {
-#pragma GCC unroll 8
-            for (int64_t i = j; i < j + 8; ++i) out[k * P + i] = from[k * m.row + i * m.column];
+      for (int64_t k0 = 0; k0 < m.depth; k0 += kLanes<T>) {
+        const int64_t k1 = k0 + kLanes<T> < m.depth ? k0 + kLanes<T> : m.depth;
+        if (m.row == 1 && k1 - k0 == kLanes<T>) {
+          for (int c = 0; c < kColumns; ++c) {
+            turn<T>(from + k0 + c * kLanes<T> * m.column, m.column, out + k0 * P + c * kLanes<T>, P);
           }
+          continue;
+        }
+        for (int64_t k = k0; k < k1; ++k) {
+          for (int64_t j = 0; j < P; ++j) out[k * P + j] = from[k * m.row + j * m.column];
         }
       }
     }
   }
 }
 
-// R rows of a product with one panel, in registers.
+// R rows of a product with one panel, in registers; n of its columns are stored.
 template <int R, class T>
 void product_tile(const T* a, int64_t lda, const T* b, int64_t depth, int64_t n, T* out, int64_t ldo) {
-  Vec<T> acc[R][kColumns] = {};
+  Vec<T> acc[R][kColumns];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; ++c) acc[r][c] = Vec<T>{};
+  }
   for (int64_t k = 0; k < depth; ++k, b += kPanel<T>) {
     Vec<T> w[kColumns];
 #pragma GCC unroll 2
@@ -542,18 +586,17 @@ void product_tile(const T* a, int64_t lda, const T* b, int64_t depth, int64_t n,
       for (int c = 0; c < kColumns; ++c) acc[r][c] += v * w[c];
     }
   }
+  T edge[R * kPanel<T>];
+  const bool whole = n >= kPanel<T>;
+  T* to = whole ? out : edge;
+  const int64_t step = whole ? ldo : kPanel<T>;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int c = 0; c < kColumns; ++c) {
-      const int64_t left = n - c * kLanes<T>;
-      if (left >= kLanes<T>) {
-        store(out + r * ldo + c * kLanes<T>, acc[r][c]);
-      } else if (left > 0) {
-        __builtin_memcpy(out + r * ldo + c * kLanes<T>, &acc[r][c], left * sizeof(T));
-      }
-    }
+    for (int c = 0; c < kColumns; ++c) store(to + r * step + c * kLanes<T>, acc[r][c]);
   }
+  if (whole) return;
+  for (int r = 0; r < R; ++r) __builtin_memcpy(out + r * ldo, edge + r * kPanel<T>, n * sizeof(T));
 }
 
 template <int R, class T>

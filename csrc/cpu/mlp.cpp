@@ -80,14 +80,15 @@ struct Tile {
   int64_t count() const { return end - begin; }
 };
 
-// Samples in tiles of some 64 rows with their tangents, which keeps three stacks of the widest layer in cache.
+// Samples in tiles of some 32 rows, `rows` of each sample: four stacks, `streams` of each sample, stay in cache.
 template <class T, class Body>
-void for_each_tile(const Mlp<T>& in, int64_t tangents, int64_t threads, const Body& body) {
+void for_each_tile(const Mlp<T>& in, int64_t rows, int64_t streams, int64_t threads, const Body& body) {
   int64_t widest = 1;
   for (const Layer<T>& layer : in.layers) widest = std::max({widest, layer.in, layer.out});
-  const int64_t size = std::max<int64_t>(64 / (tangents + 1), 8), tiles = (in.batch + size - 1) / size;
-  const int64_t stack = round_up((tangents + 1) * std::min(size, in.batch) * widest, 16);
-  parallel_for(tiles, threads, [&](int64_t i) {
+  const int64_t share = (in.batch + threads - 1) / threads;
+  const int64_t size = std::max<int64_t>(std::min(std::max<int64_t>(32 / rows, 8), share), 1);
+  const int64_t stack = round_up(streams * size * widest, 16);
+  parallel_for((in.batch + size - 1) / size, threads, [&](int64_t i) {
     static thread_local Buffer<T> memory;
     T* own = memory.get(4 * stack);
     body(Tile<T>{i * size, std::min((i + 1) * size, in.batch), own, own + stack, own + 2 * stack, own + 3 * stack});
@@ -170,10 +171,10 @@ void probe_tile(const Mlp<T>& in, const ProbePass<T>& pass, const std::vector<Pa
       run.dots(pass.last + at * end.in, h + (k + 1) * count * end.in, count, end.in, pass.dots + at);
     }
   } else {
-    weights.back().multiply(h, (tangents + 1) * count, z);
-    std::memcpy(velocity, z, count * d * sizeof(T));
+    weights.back().multiply(h, count, velocity);
+    weights.back().multiply(h + count * end.in, tangents * count, z);
     for (int64_t k = 0; k < tangents; ++k) {
-      run.dots(t.v + k * count * d, z + (k + 1) * count * d, count, d, pass.dots + k * in.batch + t.begin);
+      run.dots(t.v + k * count * d, z + k * count * d, count, d, pass.dots + k * in.batch + t.begin);
     }
   }
   add_shift(end, t, velocity);
@@ -260,7 +261,8 @@ void mlp_probes(const Mlp<T>& in, const ProbePass<T>& pass, int64_t threads) {
     std::vector<Packed<T>> weights;
     for (const Layer<T>& layer : in.layers) weights.push_back(transposed(layer));
     pack(weights, own);
-    for_each_tile(in, pass.probes.count, own, [&](const Tile<T>& t) { probe_tile(in, pass, weights, t); });
+    for_each_tile(in, pass.probes.count + 1, pass.probes.count + 1, own,
+                  [&](const Tile<T>& t) { probe_tile(in, pass, weights, t); });
   });
 }
 
@@ -288,7 +290,7 @@ void mlp_trace(const Mlp<T>& in, const TracePass<T>& pass, int64_t threads) {
       weights[3] = core;
     }
     const std::vector<T> ones(std::max(n1, n2), T(1));
-    for_each_tile(in, 1, own, [&](const Tile<T>& t) { trace_tile(in, pass, weights, ones.data(), t); });
+    for_each_tile(in, 1, 2, own, [&](const Tile<T>& t) { trace_tile(in, pass, weights, ones.data(), t); });
     if (memory.bytes() > kKeptBytes) memory.release();
   });
 }
@@ -300,7 +302,8 @@ void mlp_backward(const Mlp<T>& in, const BackwardPass<T>& pass, int64_t threads
     std::vector<Packed<T>> weights;
     for (const Layer<T>& layer : in.layers) weights.push_back(straight(layer.weight, layer.out, layer.in));
     pack(weights, own);
-    for_each_tile(in, pass.tangents, own, [&](const Tile<T>& t) { backward_tile(in, pass, weights, t); });
+    for_each_tile(in, pass.tangents + 1, pass.tangents + 1, own,
+                  [&](const Tile<T>& t) { backward_tile(in, pass, weights, t); });
   });
 }
 
