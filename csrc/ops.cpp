@@ -46,10 +46,9 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
   m.def("probe_dot(Tensor y, Tensor key, Tensor? ids, int probes, int kind) -> Tensor");
   m.def("mlp_probes(" MLP
         ", Tensor key, Tensor? ids, int probes, int probe, Tensor? first, Tensor? last, bool keep)"
-        " -> (Tensor velocity, Tensor dots, Tensor kept)");
+        " -> (Tensor velocity, Tensor dots, Tensor kept, Tensor last)");
   m.def("mlp_backward(Tensor grad_velocity, Tensor grad_dots, " MLP
-        ", Tensor last, Tensor kept, bool want_x)"
-        " -> (Tensor grad_kept, Tensor inputs, Tensor grad_x)");
+        ", Tensor key, Tensor? ids, int probe, Tensor last, Tensor kept, bool[] wanted) -> Tensor[]");
   m.def("mlp_trace(" MLP ", Tensor? core) -> (Tensor velocity, Tensor value)");
   m.def("probe_scale(Tensor g, Tensor key, Tensor? ids, int d, int kind) -> Tensor");
 }

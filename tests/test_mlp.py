@@ -179,17 +179,16 @@ def test_weights_changed_in_place_are_refused() -> None:
 def test_raw_ops() -> None:
     shape = (3, 1, 2, 0, (4, 3), 2)
     p, _ = live(program(shape, torch.float64), torch.float64)
-    fixed = (make_key(0), None, 2, 0)
+    fixed = (make_key(0), None, 2, 0)  # key, ids, count, kind
     ops = torch.ops.fewstep
     tests = ("test_schema", "test_faketensor")
-    last = torch.randn(2, 3, 3, dtype=torch.float64)
-    arguments = (*p.arguments(), *fixed)
-    torch.library.opcheck(ops.mlp_probes, (*arguments, None, last, True), test_utils=tests)
+    arguments = (*p.arguments(), *fixed, None, None, True)
+    torch.library.opcheck(ops.mlp_probes, arguments, test_utils=tests)
     torch.library.opcheck(ops.mlp_trace, (*p.arguments(), None), test_utils=tests)
-    velocity, dots, kept = ops.mlp_probes(*arguments, None, last, True)
+    velocity, dots, kept, last = ops.mlp_probes(*arguments)
     with pytest.raises(NotImplementedError, match="no derivatives"):
         velocity.sum().backward()
     own = [t.detach() for t in (velocity, dots)]
-    torch.library.opcheck(
-        ops.mlp_backward, (*own, *p.arguments(), last, kept.detach(), True), test_utils=tests
-    )
+    wanted = [True, False, True, True, False, True, False]
+    arguments = (*own, *p.arguments(), make_key(0), None, 0, last.detach(), kept.detach(), wanted)
+    torch.library.opcheck(ops.mlp_backward, arguments, test_utils=tests)

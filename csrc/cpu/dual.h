@@ -75,6 +75,9 @@ struct DualKernels {
   // out [rows, cols] = a [rows, depth] m, m [depth, cols] in panels `stride` apart.
   void (*multiply)(const T* a, int64_t lda, int64_t rows, const T* panels, int64_t stride, int64_t depth, int64_t cols,
                    T* out, int64_t ldo);
+  // The same for a' in place of a: a [depth, rows].
+  void (*multiply_turned)(const T* a, int64_t lda, int64_t rows, const T* panels, int64_t stride, int64_t depth,
+                          int64_t cols, T* out, int64_t ldo);
   // out[i] = <a_i, b_i> of rows [n].
   void (*dots)(const T* a, const T* b, int64_t rows, int64_t n, T* out);
   int64_t panel;  // columns of one

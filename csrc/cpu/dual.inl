@@ -567,7 +567,7 @@ void pack(const Matrix<T>& m, T* panels, int64_t begin, int64_t end) {
 }
 
 // R rows of a product with one panel, in registers; n of its columns are stored.
-template <int R, class T>
+template <int R, bool kTurned, class T>
 void product_tile(const T* a, int64_t lda, const T* b, int64_t depth, int64_t n, T* out, int64_t ldo) {
   Vec<T> acc[R][kColumns];
 #pragma GCC unroll 16
@@ -581,7 +581,7 @@ void product_tile(const T* a, int64_t lda, const T* b, int64_t depth, int64_t n,
     for (int c = 0; c < kColumns; ++c) w[c] = load(b + c * kLanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec<T> v = splat(a[r * lda + k]);
+      const Vec<T> v = splat(kTurned ? a[k * lda + r] : a[r * lda + k]);
 #pragma GCC unroll 2
       for (int c = 0; c < kColumns; ++c) acc[r][c] += v * w[c];
     }
@@ -599,23 +599,24 @@ void product_tile(const T* a, int64_t lda, const T* b, int64_t depth, int64_t n,
   for (int r = 0; r < R; ++r) __builtin_memcpy(out + r * ldo, edge + r * kPanel<T>, n * sizeof(T));
 }
 
-template <int R, class T>
+template <int R, bool kTurned, class T>
 FEWSTEP_INLINE void product_rows(int64_t rows, const T* a, int64_t lda, const T* b, int64_t depth, int64_t n, T* out,
                                  int64_t ldo) {
-  if (rows == R) return product_tile<R>(a, lda, b, depth, n, out, ldo);
-  if constexpr (R > 1) product_rows<R - 1>(rows, a, lda, b, depth, n, out, ldo);
+  if (rows == R) return product_tile<R, kTurned>(a, lda, b, depth, n, out, ldo);
+  if constexpr (R > 1) product_rows<R - 1, kTurned>(rows, a, lda, b, depth, n, out, ldo);
 }
 
-template <class T>
+template <bool kTurned, class T>
 void multiply(const T* a, int64_t lda, int64_t rows, const T* panels, int64_t stride, int64_t depth, int64_t cols,
               T* out, int64_t ldo) {
   // Rows a multiple of 4 KiB apart share the eight lines of one set of the first-level cache.
-  const bool aliased = lda * int64_t(sizeof(T)) % 4096 == 0;
+  const bool aliased = !kTurned && lda * int64_t(sizeof(T)) % 4096 == 0;
   const int64_t most = aliased && kMostRows > 8 ? 8 : kMostRows, blocks = (rows + most - 1) / most;
   for (int64_t j = 0; j < cols; j += kPanel<T>, panels += stride) {
     for (int64_t block = 0, i = 0; block < blocks; ++block) {
       const int64_t own = (rows - i) / (blocks - block);  // as even as can be
-      product_rows<kMostRows>(own, a + i * lda, lda, panels, depth, cols - j, out + i * ldo + j, ldo);
+      const T* from = kTurned ? a + i : a + i * lda;
+      product_rows<kMostRows, kTurned>(own, from, lda, panels, depth, cols - j, out + i * ldo + j, ldo);
       i += own;
     }
   }
@@ -632,9 +633,9 @@ void dots(const T* a, const T* b, int64_t rows, int64_t n, T* out) {
 }
 
 template <class T>
-constexpr DualKernels<T> kKernels = {activate<T>,  activate_backward<T>, normalize<T>, normalize_backward<T>, probe<T>,
-                                     probe_dot<T>, probe_scale<T>,       pack<T>,      multiply<T>,           dots<T>,
-                                     kPanel<T>};
+constexpr DualKernels<T> kKernels = {activate<T>,        activate_backward<T>, normalize<T>,   normalize_backward<T>,
+                                     probe<T>,           probe_dot<T>,         probe_scale<T>, pack<T>,
+                                     multiply<false, T>, multiply<true, T>,    dots<T>,        kPanel<T>};
 
 }  // namespace
 

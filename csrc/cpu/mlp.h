@@ -30,7 +30,7 @@ struct Mlp {
   int64_t depth() const { return static_cast<int64_t>(layers.size()); }
 };
 
-// Velocity and products with K probes v: first, last and kept may be null.
+// Velocity and products with K probes v. What may be null: first, last, kept, made.
 template <class T>
 struct ProbePass {
   Probes probes;
@@ -39,6 +39,7 @@ struct ProbePass {
   T* velocity;     // [B, D]
   T* dots;         // [K, B]
   T* kept;         // z [K + 1, B, H_l] of every hidden layer without its shift, one after the other
+  T* made;         // W_n' v, likewise
 };
 
 // Velocity and exact trace of three layers.
@@ -49,15 +50,14 @@ struct TracePass {
   T* value;       // [B]
 };
 
-// Gradients for what ProbePass made with `last` given.
+// Gradients for what ProbePass made, where not null; `kept` and `last` are what it kept and made.
 template <class T>
 struct BackwardPass {
-  int64_t tangents;
+  Probes probes;
   const T *velocity, *dots;  // gradients for them
-  const T *last, *kept;      // as there
-  T* z;                      // gradients for `kept`, laid out like it
-  T* h;                      // the layers' inputs [K + 1, B, H_l], likewise; the last one's tangents times `dots`
-  T* x;                      // [B, in], or null
+  const T *last, *kept;
+  T* x;                             // [B, in]
+  std::vector<T*> weights, shifts;  // of every layer
 };
 
 template <class T>

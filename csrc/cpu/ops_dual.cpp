@@ -303,16 +303,17 @@ struct MlpInputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> mlp_probes(const Tensor& x, int64_t low, std::vector<Tensor> weights,
-                                              std::vector<Maybe> shifts, std::vector<int64_t> kinds,
-                                              std::vector<double> options, const Tensor& key, const Maybe& ids,
-                                              int64_t count, int64_t kind, const Maybe& first, const Maybe& last,
-                                              bool keep) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_probes(const Tensor& x, int64_t low, std::vector<Tensor> weights,
+                                                      std::vector<Maybe> shifts, std::vector<int64_t> kinds,
+                                                      std::vector<double> options, const Tensor& key, const Maybe& ids,
+                                                      int64_t count, int64_t kind, const Maybe& first,
+                                                      const Maybe& last, bool keep) {
   const MlpInputs in(x, low, weights, shifts, kinds, options);
   const Tensor kc = contiguous(key);
   const Maybe ic = contiguous_if(ids), fc = contiguous_if(first), lc = contiguous_if(last);
   Tensor velocity = new_empty(in.x, {in.batch(), in.d()}), dots = new_empty(in.x, {count, in.batch()});
   Tensor kept = new_empty(in.x, {keep ? in.hidden(count) : 0});
+  Tensor made = new_empty(in.x, {keep ? count : 0, in.batch(), in.weights.back().size(1)});
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const cpu::ProbePass<T> pass{probes(kc, ic, in.batch(), count, in.d(), kind),
@@ -320,27 +321,47 @@ std::tuple<Tensor, Tensor, Tensor> mlp_probes(const Tensor& x, int64_t low, std:
                                  read_if<T>(lc),
                                  write<T>(velocity),
                                  write<T>(dots),
-                                 keep ? write<T>(kept) : nullptr};
+                                 keep ? write<T>(kept) : nullptr,
+                                 keep ? write<T>(made) : nullptr};
     cpu::mlp_probes(in.as<T>(), pass, torch::stable::get_num_threads());
   });
-  return {velocity, dots, kept};
+  return {velocity, dots, kept, made};
 }
 
-std::tuple<Tensor, Tensor, Tensor> mlp_backward(const Tensor& grad_velocity, const Tensor& grad_dots, const Tensor& x,
-                                                int64_t low, std::vector<Tensor> weights, std::vector<Maybe> shifts,
-                                                std::vector<int64_t> kinds, std::vector<double> options,
-                                                const Tensor& last, const Tensor& kept, bool want_x) {
+// Gradients for x, the weights and the shifts, in this order; of those not wanted, nothing in a tensor.
+std::vector<Tensor> mlp_backward(const Tensor& grad_velocity, const Tensor& grad_dots, const Tensor& x, int64_t low,
+                                 std::vector<Tensor> weights, std::vector<Maybe> shifts, std::vector<int64_t> kinds,
+                                 std::vector<double> options, const Tensor& key, const Maybe& ids, int64_t kind,
+                                 const Tensor& last, const Tensor& kept, std::vector<bool> wanted) {
   const MlpInputs in(x, low, weights, shifts, kinds, options);
-  const Tensor gv = contiguous(grad_velocity), gd = contiguous(grad_dots), lc = contiguous(last);
-  Tensor z = new_empty(kept, {kept.numel()}), h = new_empty(kept, {kept.numel()});
-  Tensor gx = new_empty(in.x, {want_x ? in.batch() : 0, in.x.size(1)});
+  const Tensor gv = contiguous(grad_velocity), gd = contiguous(grad_dots), kc = contiguous(key);
+  const Maybe ic = contiguous_if(ids);
+  const size_t n = weights.size();
+  std::vector<Tensor> out;
+  const auto add = [&](const Tensor& like) {
+    out.push_back(new_empty(in.x, wanted[out.size()] ? sizes(like) : std::vector<int64_t>{0}));
+  };
+  add(x);
+  for (const Tensor& w : weights) add(w);
+  for (const Maybe& s : shifts) add(s.has_value() ? *s : out[0]);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    const cpu::BackwardPass<T> pass{gd.size(0),    read<T>(gv), read<T>(gd), read<T>(lc),
-                                    read<T>(kept), write<T>(z), write<T>(h), want_x ? write<T>(gx) : nullptr};
+    const auto at = [&](size_t i) { return wanted[i] ? write<T>(out[i]) : nullptr; };
+    cpu::BackwardPass<T> pass{probes(kc, ic, in.batch(), gd.size(0), in.d(), kind),
+                              read<T>(gv),
+                              read<T>(gd),
+                              read<T>(last),
+                              read<T>(kept),
+                              at(0),
+                              {},
+                              {}};
+    for (size_t l = 0; l < n; ++l) {
+      pass.weights.push_back(at(1 + l));
+      pass.shifts.push_back(at(1 + n + l));
+    }
     cpu::mlp_backward(in.as<T>(), pass, torch::stable::get_num_threads());
   });
-  return {z, h, gx};
+  return out;
 }
 
 std::tuple<Tensor, Tensor> mlp_trace(const Tensor& x, int64_t low, std::vector<Tensor> weights,

@@ -238,9 +238,7 @@ class _Probes(torch.autograd.Function):
         ctx: Any, program: Program, source: Source, x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.source, ctx.rest = source, (program.low, program.shape, program.kinds, program.options)
-        end = program.weights[-1]
-        last = (_drawn(program, source) @ end).view(source.count, x.shape[0], end.shape[1])
-        velocity, dots, kept = _run(program, source, None, last, keep=True)
+        velocity, dots, kept, last = _run(program, source, None, None, keep=True)
         ctx.save_for_backward(x, *tensors, last, kept)
         return velocity, dots
 
@@ -253,32 +251,11 @@ class _Probes(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             return None, None, *_by_reference(program, source, wanted, (gv, gd))
-        z, h, gx = torch.ops.fewstep.mlp_backward.default(
-            gv, gd, *program.arguments(), last, kept, wanted[0]
+        grads = torch.ops.fewstep.mlp_backward.default(
+            *(gv, gd, *program.arguments(), source.key, source.ids),
+            *(raw_dual.probe_index(source.kind), last, kept, wanted),
         )
-        batch, count = x.shape[0], source.count
-        sizes = [(count + 1) * batch * w.shape[0] for w in program.weights[:-1]]
-        outs = [
-            g.view(-1, w.shape[0]) for g, w in zip(z.split(sizes), program.weights, strict=False)
-        ]
-        inputs = [i.view(-1, g.shape[1]) for i, g in zip(h.split(sizes), outs, strict=True)]
-        grads: list[Tensor | None] = [None] * (2 * n)
-        v = _drawn(program, source)
-        if wanted[1]:
-            first = outs[0][:batch].T @ x
-            own = first[:, program.low : program.low + v.shape[1]]
-            own.addmm_(outs[0][batch:].T, v)
-            grads[0] = first
-        for i in range(1, n - 1):
-            if wanted[1 + i]:
-                grads[i] = outs[i].T @ inputs[i - 1]
-        if wanted[n]:
-            grads[n - 1] = torch.addmm(v.T @ inputs[-1][batch:], gv.T, inputs[-1][:batch])
-        for i, shift in enumerate(program.shifts):
-            if wanted[1 + n + i] and shift is not None:
-                up = gv if i == n - 1 else outs[i][:batch]
-                grads[n + i] = up.sum(0) if shift.ndim == 1 else up
-        return None, None, gx if wanted[0] else None, *grads
+        return None, None, *(g if want else None for g, want in zip(grads, wanted, strict=True))
 
 
 def _by_reference(
@@ -303,9 +280,9 @@ def _drawn(program: Program, source: Source) -> Tensor:
 
 def _run(
     program: Program, source: Source, first: Tensor | None, last: Tensor | None, *, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        out: tuple[Tensor, Tensor, Tensor] = torch.ops.fewstep.mlp_probes.default(
+        out: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.fewstep.mlp_probes.default(
             *program.arguments(),
             *(source.key, source.ids, source.count),
             *(raw_dual.probe_index(source.kind), first, last, keep),
@@ -325,7 +302,7 @@ def probe_products(program: Program, source: Source) -> tuple[Tensor, Tensor]:
             part, end = program.outer[0], program.weights[-1]
             first = _kept(source.cache, "first", (part,), lambda: _drawn(program, source) @ part.T)
             last = _kept(source.cache, "last", (end,), lambda: _drawn(program, source) @ end)
-        velocity, dots, _ = _run(program, source, first, last, keep=False)
+        velocity, dots, *_ = _run(program, source, first, last, keep=False)
     return velocity.view(program.shape), dots
 
 
@@ -345,13 +322,22 @@ def _fake_probes(x: Tensor, low: int, weights: Sequence[Tensor], *rest: Any) -> 
     batch = x.shape[0]
     hidden = sum(w.shape[0] for w in weights[:-1]) * (count + 1) * batch if keep else 0
     size = (batch, weights[-1].shape[0])
-    return x.new_empty(size), x.new_empty((count, batch)), x.new_empty((hidden,))
+    made = (count if keep else 0, batch, weights[-1].shape[1])
+    kept = x.new_empty((hidden,)), x.new_empty(made)
+    return x.new_empty(size), x.new_empty((count, batch)), *kept
 
 
-def _fake_backward(gv: Tensor, gd: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, kept, want_x = rest
-    gx = x.new_empty((x.shape[0] if want_x else 0, x.shape[1]))
-    return kept.new_empty(kept.shape), kept.new_empty(kept.shape), gx
+def _fake_backward(
+    gv: Tensor,
+    gd: Tensor,
+    x: Tensor,
+    low: int,
+    weights: Sequence[Tensor],
+    shifts: Sequence[Tensor | None],
+    *rest: Any,
+) -> list[Tensor]:
+    like = (x, *weights, *(x if s is None else s for s in shifts))
+    return [x.new_empty(t.shape if want else (0,)) for t, want in zip(like, rest[-1], strict=True)]
 
 
 def _fake_trace(x: Tensor, low: int, weights: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
