@@ -97,13 +97,15 @@ struct Tile {
   int64_t count() const { return end - begin; }
 };
 
-// Samples in tiles of some 32 rows, `rows` of each sample: four stacks, `streams` of each sample, stay in cache.
+// Samples in tiles, `rows` of each sample, whose products are some 28 or 56 rows: twice or four times what registers
+// hold. All threads get as many. Four stacks, `streams` of each sample, stay in cache.
 template <class T, class Body>
 void for_each_tile(const Mlp<T>& in, int64_t rows, int64_t streams, int64_t threads, const Body& body) {
   int64_t widest = 1;
   for (const Layer<T>& layer : in.layers) widest = std::max({widest, layer.in, layer.out});
-  const int64_t share = (in.batch + threads - 1) / threads;
-  const int64_t size = std::max<int64_t>(std::min(std::max<int64_t>(32 / rows, 8), share), 1);
+  const int64_t share = std::max<int64_t>((in.batch + threads - 1) / threads, 1);
+  const int64_t most = std::clamp<int64_t>(56 / rows, 8, 28), tiles = (share + most - 1) / most;
+  const int64_t size = (share + tiles - 1) / tiles;
   const int64_t stack = round_up(streams * size * widest, 16);
   parallel_for((in.batch + size - 1) / size, threads, [&](int64_t i) {
     static thread_local Buffer<T> memory;
