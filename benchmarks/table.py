@@ -1,6 +1,7 @@
-"""Write the README's claim and benchmark table from the CSV files: `python -m benchmarks.table`.
+"""Write the README's claim and benchmark tables from the CSV files: `python -m benchmarks.table`.
 
-Both replace what stands between their two marker comments. `--check` writes nothing and exits with
+Each replaces what stands between its two marker comments, those of a family other than Sinkhorn's
+by the family's name. `--check` writes nothing and exits with
 1 where README and CSV disagree; without a CSV file there must be nothing between the markers.
 """
 
@@ -13,13 +14,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.registry import ALL_CASES, BUSY_CORES, CASES, CONTENDERS, Case
+from benchmarks.registry import ALL_CASES, BUSY_CORES, CASES, CONTENDERS, FAMILIES, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, str]
-COMMAND = "python -m benchmarks.run sinkhorn --peers"
+SINKHORN = "sinkhorn"
 # What the README's claim is about.
 CLAIMED = "n2048_d64"
+
+
+def command(family: str) -> str:
+    return f"python -m benchmarks.run {family} --peers"
+
+
+def family_of(rows: list[Row]) -> str:
+    """The family that has the first row's case."""
+    return next(name for name, cases in FAMILIES.items() if rows[0]["case"] in cases)
 
 
 def read(path: Path) -> list[Row]:
@@ -100,7 +110,7 @@ def claim(rows: list[Row]) -> str:
     return (
         f"{case.iterations} Sinkhorn iterations between {case.n} and {case.m} points in "
         f"{case.d} dimensions take {duration(own)} ({where}): {listing}. "
-        f"[All figures](#benchmarks), measured by `{COMMAND}`{_device(timed[ours])}."
+        f"[All figures](#benchmarks), measured by `{command(SINKHORN)}`{_device(timed[ours])}."
     )
 
 
@@ -114,6 +124,80 @@ def memory(rows: list[Row], columns: list[str]) -> str:
     peaks = {r["contender"]: float(r["peak_mb"]) for r in timed if r["case"] == case.name}
     listing = ", ".join(f"{CONTENDERS[c].label} {peaks[c]:.0f} MB" for c in columns if c in peaks)
     return f"Peak memory beyond the inputs at {case.shape}: {listing}. "
+
+
+def footer(rows: list[Row], columns: list[str], same: str, more: str) -> str:
+    """What all rows share: machine, versions, what differs, and the command."""
+    timed = [row for row in rows if row["median_s"]]
+    versions = listed(timed, lambda r: f"{CONTENDERS[r['contender']].package} {r['version']}")
+    slow = [
+        f"{CONTENDERS[c].label} {duration(max(calls))}"
+        for c in columns
+        if (calls := [float(r["first_call_s"]) for r in timed if r["contender"] == c])
+        and max(calls) > 1
+    ]
+    notes = [
+        listed([r for r in timed if r["note"] == note], _label) + f": {note}"
+        for note in dict.fromkeys(r["note"] for r in timed if r["note"])
+    ]
+    first = rows[0]
+    busy = listed(
+        [row for row in timed if float(row["other_cores"]) > BUSY_CORES],
+        lambda r: f"{_label(r)} {r['case']}",
+    )
+    return (
+        f"Medians on {listed(timed, lambda r: r['machine'])}, threads: {first['threads']}; "
+        f"{versions}; commit {first['commit']}, {first['date']}. {same}; "
+        "each agreed with its float64 definition before it was timed"
+        + (f". First calls, not counted, took up to: {', '.join(slow)}" if slow else "")
+        + ". "
+        + (f"What differs: {'; '.join(notes)}. " if notes else "")
+        + (f"On a machine busy with other work: {busy}. " if busy else "")
+        + f"{more}Command: `{command(family_of(rows))}`{_device(first)}."
+    )
+
+
+def render_family(rows: list[Row]) -> str:
+    """As `render`, for the families whose cases run the same network in every column."""
+    ours = ours_of(rows)
+    cases = FAMILIES[family_of(rows)]
+    present = {row["contender"] for row in rows}
+    columns = [ours, *(c for c in CONTENDERS if c in present - {ours, "reference"})]
+    by_key = {(row["case"], row["contender"]): row for row in rows}
+    lines = [
+        "| case | " + " | ".join(CONTENDERS[c].label for c in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for name, case in cases.items():
+        own = by_key.get((name, ours))
+        if own is None:
+            continue
+        seconds = float(own["median_s"]) if own["median_s"] else None
+        cells = [cell(by_key.get((name, c)), seconds) for c in columns]
+        lines.append(f"| {_what(own)}; {case.shape} | " + " | ".join(cells) + " |")
+    more = ""
+    for column, what, unit in (
+        ("saved_mb", "Saved for backward", " MB"),
+        ("rmse", "RMSE of the log-density", " nats"),
+    ):
+        for name in dict.fromkeys(r["case"] for r in rows if r.get(column)):
+            own = [r for r in rows if r["case"] == name and r[column] and r["median_s"]]
+            listing = ", ".join(f"{_label(r)} {float(r[column]):.3g}{unit}" for r in own)
+            more += f"{what}, {_what(own[0])}, {cases[name].shape}: {listing}. "
+    lines += ["", footer(rows, columns, "Same networks, inputs and probes", more)]
+    return "\n".join(lines)
+
+
+def _what(row: Row) -> str:
+    """Workload, estimator and steps of a row."""
+    parts = [row["workload"].replace("-", " ")]
+    if row.get("estimator") == "exact":
+        parts.append("exact")
+    elif row.get("probes"):
+        parts.append(f"{row['probes']} probe" + "s" * (row["probes"] != "1"))
+    if row.get("steps"):
+        parts.append(f"{row['steps']} steps")
+    return ", ".join(parts)
 
 
 def render(rows: list[Row]) -> str:
@@ -135,35 +219,10 @@ def render(rows: list[Row]) -> str:
         cells = [cell(by_key.get((name, c)), seconds) for c in columns]
         lines.append(f"| {title(case, done[0])} | " + " | ".join(cells) + " |")
     timed = [row for row in rows if row["median_s"]]
-    versions = listed(timed, lambda r: f"{CONTENDERS[r['contender']].package} {r['version']}")
-    slow = [
-        f"{CONTENDERS[c].label} {duration(max(calls))}"
-        for c in columns
-        if (calls := [float(r["first_call_s"]) for r in timed if r["contender"] == c])
-        and max(calls) > 1
-    ]
-    notes = [
-        listed([r for r in timed if r["note"] == note], _label) + f": {note}"
-        for note in dict.fromkeys(r["note"] for r in timed if r["note"])
-    ]
-    first = rows[0]
-    busy = listed(
-        [row for row in timed if float(row["other_cores"]) > BUSY_CORES],
-        lambda r: f"{_label(r)} {r['case']}",
-    )
-    lines += [
-        "",
-        f"Medians on {listed(timed, lambda r: r['machine'])}, threads: {first['threads']}; "
-        f"{versions}; commit {first['commit']}, {first['date']}. Same points, eps and number of "
-        "iterations; each agreed with its float64 definition before it was timed"
-        + (f". First calls, not counted, took up to: {', '.join(slow)}" if slow else "")
-        + ". "
-        + (f"What differs: {'; '.join(notes)}. " if notes else "")
-        + (f"On a machine busy with other work: {busy}. " if busy else "")
-        + f"{memory(rows, columns)}Command: `{COMMAND}`{_device(first)}.",
-    ]
+    same = "Same points, eps and number of iterations"
+    lines += ["", footer(rows, columns, same, memory(rows, columns))]
     if any(CASES[row["case"]].sweep for row in timed):
-        picture = f"benchmarks/results/sinkhorn_{first['device']}.png"
+        picture = f"benchmarks/results/sinkhorn_{rows[0]['device']}.png"
         lines += ["", f"![Time per pair of points and iteration against N]({picture})"]
     return "\n".join(lines)
 
@@ -194,16 +253,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.table", description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 where README is out of date")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--csv", type=Path, action="append", help="default: results/sinkhorn_*.csv")
+    parser.add_argument("--csv", type=Path, action="append", help="default: all of results/")
     args = parser.parse_args(argv)
     results = ROOT / "benchmarks" / "results"
-    complete = [results / f"sinkhorn_{device}.csv" for device in ("cpu", "cuda")]
-    tables = [read(path) for path in args.csv or complete if args.csv or path.exists()]
-    if not tables and not args.check:
-        parser.error(f"no results in {results}: run `{COMMAND}`")
-    old = args.readme.read_text()
-    new = replaced(old, "claim", next(filter(None, map(claim, tables)), ""))
-    new = replaced(new, "benchmarks", "\n\n".join(map(render, tables)))
+    tables: dict[str, list[list[Row]]] = {}
+    if args.csv:
+        for path in args.csv:
+            rows = read(path)
+            tables.setdefault(family_of(rows), []).append(rows)
+    else:
+        for family in FAMILIES:
+            paths = [results / f"{family}_{device}.csv" for device in ("cpu", "cuda")]
+            tables[family] = [read(path) for path in paths if path.exists()]
+    if not any(tables.values()) and not args.check:
+        parser.error(f"no results in {results}: run `{command(SINKHORN)}`")
+    old = new = args.readme.read_text()
+    for family, own in tables.items():
+        if family == SINKHORN:
+            new = replaced(new, "claim", next(filter(None, map(claim, own)), ""))
+            new = replaced(new, "benchmarks", "\n\n".join(map(render, own)))
+        else:
+            new = replaced(new, family, "\n\n".join(map(render_family, own)))
     if args.check:
         if new != old:
             sys.stderr.write(f"{args.readme} differs from the CSV: python -m benchmarks.table\n")

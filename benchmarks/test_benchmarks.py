@@ -21,6 +21,7 @@ from benchmarks.registry import (
     CASES,
     CONTENDERS,
     GRAD_RTOL,
+    TRACE_CASES,
     VALUE_RTOL,
     Case,
     draw,
@@ -303,3 +304,27 @@ def test_run_names_too_many_threads(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["sinkhorn", "--threads", "100000"])
     assert "got 100000" in capsys.readouterr().err
+
+
+def test_a_table_for_every_other_family(tmp_path: Path) -> None:
+    rows = [
+        {"contender": "cpp", "median_s": "0.001", "version": "0.1.0"},
+        {"contender": "plain", "median_s": "0.0005", "version": "2.13.0", "note": "differs"},
+    ]
+    shared = dict.fromkeys(run.COLUMNS["trace"], "") | TRACE_CASES["trace_training_d64"].columns()
+    shared |= {"device": "cpu", "threads": 2, "other_cores": 0, "first_call_s": 0.1, "saved_mb": 3}
+    path = tmp_path / "trace_cpu.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, run.COLUMNS["trace"])
+        writer.writeheader()
+        writer.writerows(shared | row for row in rows)
+    readme = tmp_path / "README.md"
+    readme.write_text(MARKED + "<!-- trace:begin -->\n<!-- trace:end -->\n")
+    arguments = [f"--readme={readme}", f"--csv={path}"]
+    assert table.main([*arguments, "--check"]) == 1
+    assert table.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith(MARKED)
+    assert "| trace training, 1 probe; D 64, width 256, 3 linear, B 256 | 1.00 ms | 500 us" in text
+    assert "fewstep (cpp) 3 MB, velocity alone 3 MB. " in text
+    assert "velocity alone: differs. Command: `python -m benchmarks.run trace --peers`" in text

@@ -11,6 +11,10 @@
   ", int max_iter, float? tol, Tensor? start, float factor, Tensor? schedule, float? rho_x, float? rho_y, " \
   "float relax, bool simultaneous, bool self, int memory_limit"
 
+// Linear layers on x, whose columns from `low` on are differentiated; all but the last have an activation, of two
+// options.
+#define MLP "Tensor x, int low, Tensor[] weights, Tensor?[] shifts, int[] kinds, float[] options"
+
 #define SOLUTION "Tensor f, Tensor g, Tensor value, Tensor residual, Tensor iterations, Tensor converged"
 
 STABLE_TORCH_LIBRARY(fewstep, m) {
@@ -40,6 +44,12 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
       " float eps) -> (Tensor gz, Tensor gw, Tensor gb)");
   m.def("probe(Tensor like, Tensor key, Tensor? ids, int probes, int kind) -> Tensor");
   m.def("probe_dot(Tensor y, Tensor key, Tensor? ids, int probes, int kind) -> Tensor");
+  m.def("mlp_probes(" MLP
+        ", Tensor key, Tensor? ids, int probes, int probe, Tensor? first, Tensor? last, bool keep)"
+        " -> (Tensor velocity, Tensor dots, Tensor kept, Tensor last)");
+  m.def("mlp_backward(Tensor grad_velocity, Tensor grad_dots, " MLP
+        ", Tensor key, Tensor? ids, int probe, Tensor last, Tensor kept, bool[] wanted) -> Tensor[]");
+  m.def("mlp_trace(" MLP ", Tensor? core) -> (Tensor velocity, Tensor value)");
   m.def("probe_scale(Tensor g, Tensor key, Tensor? ids, int d, int kind) -> Tensor");
 
   // One element-wise pass of a sampler outside its network; row `row` of the table [K, 1 or B, 8] has the coefficients.

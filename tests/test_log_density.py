@@ -213,7 +213,7 @@ def test_a_step_that_folds_is_reported() -> None:
         ({"times": [0.0]}, "times must be"),
         ({"times": [0.0, 1.0, 0.5]}, "finite and increase or decrease"),
         ({"times": [0.0, math.nan]}, "finite and increase or decrease"),
-        ({"times": torch.zeros(2, 3)}, "times must have 4 columns"),
+        ({"times": torch.zeros(3, 2)}, "times must have 4 rows"),
         ({"method": "rk4"}, "method must be one of"),
         ({"tracker": "hutch"}, "tracker must be one of"),
         ({"base_at": "middle"}, "base_at must be"),

@@ -69,7 +69,7 @@ def test_dilation_and_rotation() -> None:
     base = log_density.standard_normal
 
     def kl(A: Tensor, steps: int) -> float:
-        times = torch.linspace(0, 1, steps + 1, dtype=F64)[:, None].expand(-1, n)
+        times = torch.linspace(0, 1, steps + 1, dtype=F64).expand(n, -1)
         path = log_density.track(
             linear(A), x, times, OPTIONS, method="heun" if steps > 1 else "euler", tracker="logdet"
         )

@@ -47,6 +47,14 @@ struct Probes {
   int64_t batch, count, d;
 };
 
+// A matrix whose element (k, j) is at source[k row + j column]. Packed: panels [depth, panel] of columns side by side,
+// zeros beyond cols, as `multiply` reads them.
+template <class T>
+struct Matrix {
+  const T* source;
+  int64_t row, column, depth, cols;
+};
+
 template <class T>
 struct DualKernels {
   // out [K + 1, count] = (a(z), a'(z) t_k), elements [begin, end).
@@ -56,12 +64,23 @@ struct DualKernels {
   // Rows [begin, end). Backward adds to the range's own gw, gb [groups, n].
   void (*normalize)(const Norm<T>&, T* out, int64_t begin, int64_t end);
   void (*normalize_backward)(const Norm<T>&, const T* g, T* gz, T* gw, T* gb, int64_t begin, int64_t end);
-  // out [K, B, d], items i + B k in [begin, end).
+  // Items i + B k in [begin, end) of [K, B, d] to out [end - begin, d].
   void (*probe)(const Probes&, T* out, int64_t begin, int64_t end);
   // dots [K, B] of the probes with y [K, B, d]; scratch [d].
   void (*probe_dot)(const Probes&, const T* y, T* dots, T* scratch, int64_t begin, int64_t end);
   // out [K, B, d] = g [K, B] times the probes.
   void (*probe_scale)(const Probes&, const T* g, T* out, int64_t begin, int64_t end);
+  // Panels [begin, end) of a matrix.
+  void (*pack)(const Matrix<T>&, T* panels, int64_t begin, int64_t end);
+  // out [rows, cols] = a [rows, depth] m, m [depth, cols] in panels `stride` apart.
+  void (*multiply)(const T* a, int64_t lda, int64_t rows, const T* panels, int64_t stride, int64_t depth, int64_t cols,
+                   T* out, int64_t ldo);
+  // The same for a' in place of a: a [depth, rows].
+  void (*multiply_turned)(const T* a, int64_t lda, int64_t rows, const T* panels, int64_t stride, int64_t depth,
+                          int64_t cols, T* out, int64_t ldo);
+  // out[i] = <a_i, b_i> of rows [n].
+  void (*dots)(const T* a, const T* b, int64_t rows, int64_t n, T* out);
+  int64_t panel;  // columns of one
 };
 
 namespace base {

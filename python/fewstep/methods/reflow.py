@@ -312,7 +312,8 @@ class MarginalReflow:
         seed: int,
         tracker: str | None = None,
     ) -> Path:
-        times = torch.stack([a + (b - a) * (j / self.steps) for j in range(self.steps + 1)])
+        nodes = [a + (b - a) * (j / self.steps) for j in range(self.steps + 1)]
+        times = torch.stack(nodes, 1)
         return densities.track(
             *(student, x, times, options),
             method=self.method,
@@ -383,8 +384,8 @@ def log_prob_of(teacher: Field, *, steps: int = 40) -> Field:
     def log_prob(x: Tensor, t: Tensor) -> Tensor:
         if bool((t >= 1).all()):
             return standard_normal(x)
-        grid = torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device)[:, None]
-        times = t + (1 - t) * grid
+        grid = torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device)
+        times = t[:, None] + (1 - t[:, None]) * grid
         out = densities.log_density(teacher, x, times=times, estimator="exact")
         return out.log_prob
 

@@ -219,7 +219,7 @@ class Dual(_Traced):
     def joined(self) -> Tensor:
         """`[(K + 1) B, ...]`, still without the shift."""
         if self.pending is not None:
-            flat = raw_dual.linear(self.flat, self.pending)
+            flat = F.linear(self.flat, self.pending)
             self.flat, self.pending, self.owned = flat, None, True
         if self.shared is not None:
             tangents = self.shared[:, None].expand(-1, *self.flat.shape)
@@ -363,7 +363,7 @@ def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Dual:
     lazy = source.basis or source.cache is not None
     if lazy and not torch.is_grad_enabled() and h.ndim == 2:
         return Dual(source, h.stack(), shift=bias, pending=weight)
-    return Dual(source, raw_dual.linear(h.stack(), weight), shift=bias, owned=True)
+    return Dual(source, F.linear(h.stack(), weight), shift=bias, owned=True)
 
 
 def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
@@ -375,7 +375,7 @@ def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
         shared = source.tangents[:, 0] @ part.T
         return Dual(source, F.linear(primal, weight), shared=shared, shift=bias, owned=True)
     if source.tangents is not None:
-        return Dual(source, raw_dual.linear(h.stack(), weight), shift=bias, owned=True)
+        return Dual(source, F.linear(h.stack(), weight), shift=bias, owned=True)
     if source.cache is not None and not torch.is_grad_enabled() and not _plain():
         part = weight[:, h.low : h.low + h.width]
         fixed = _kept(

@@ -90,7 +90,7 @@ def log_density(
     Args:
         velocity (Callable): as of `fewstep.divergence`; called with t `[B]`.
         x (Tensor): `[B, ...]`, at the first time.
-        times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[S + 1, B]` with nodes
+        times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` with nodes
             of each sample; increasing or decreasing.
         base (Callable | None): log-density `[B]` of the known law; None: N(0, I).
         base_at (str): "end": the law at the last time is known, and `log_prob` is that of x.
@@ -155,7 +155,7 @@ def track(
     seed: int | Tensor = 0,
     ids: Tensor | None = None,
 ) -> Path:
-    """Steps through times `[S + 1, B]` and the change of log-density along them."""
+    """Steps through times `[B, S + 1]` and the change of log-density along them."""
     solver = trace.Solver(velocity, options, ids, fixed=not fresh, cache={})
     change = x.new_zeros(x.shape[0])
     variance = torch.zeros_like(change)
@@ -163,8 +163,10 @@ def track(
     name = tracker
     heun = method == "heun"
     first_key = trace.make_key(seed)
-    for step in range(times.shape[0] - 1):
-        t, h = times[step], times[step + 1] - times[step]
+    nodes = times.T.contiguous()
+    steps = nodes.shape[0] - 1
+    for step in range(steps):
+        t, h = nodes[step], nodes[step + 1] - nodes[step]
         wide = h.reshape(-1, *(1,) * (x.ndim - 1))
 
         def key(stage: int, step: int = step) -> Tensor:
@@ -177,12 +179,14 @@ def track(
                 second = solver(x + wide * first.velocity, t + h, key(1))
                 x = x + wide / 2 * (first.velocity + second.velocity)
                 change = change - h / 2 * (first.value + second.value)
-                spread = (first.stderr.square() + second.stderr.square()) / 4
             else:
                 x = x + wide * first.velocity
                 change = change - h * first.value
+            if not name.startswith("exact"):
                 spread = first.stderr.square()
-            variance = variance + h.square() * spread
+                if heun:
+                    spread = (spread + second.stderr.square()) / 4
+                variance = variance + h.square() * spread
             continue
         if tracker == "logdet":
             x, log_det, sign = _determinant(solver, x, t, h, heun)
@@ -192,7 +196,6 @@ def track(
             x, log_det, spread = _series(solver, x, t, h, heun, key(0))
             variance = variance + spread
         change = change - log_det
-    steps = times.shape[0] - 1
     return Path(x, change, variance, None if crossed is None else crossed / steps, name)
 
 
@@ -268,19 +271,19 @@ def _series(
 
 
 def _check_times(times: Tensor | Sequence[float], x: Tensor) -> Tensor:
-    """`[S + 1, B]`"""
+    """`[B, S + 1]`"""
     nodes = torch.as_tensor(times, dtype=x.dtype, device=x.device)
-    if nodes.ndim not in (1, 2) or nodes.shape[0] < 2:
+    if nodes.ndim not in (1, 2) or nodes.shape[-1] < 2:
         raise ValueError(
-            f"log_density: times must be [S + 1] or [S + 1, B] with S at least 1,"
+            f"log_density: times must be [S + 1] or [B, S + 1] with S at least 1,"
             f" got {tuple(nodes.shape)}"
         )
-    if nodes.ndim == 2 and nodes.shape[1] != x.shape[0]:
-        raise ValueError(f"log_density: times must have {x.shape[0]} columns, got {nodes.shape[1]}")
+    if nodes.ndim == 2 and nodes.shape[0] != x.shape[0]:
+        raise ValueError(f"log_density: times must have {x.shape[0]} rows, got {nodes.shape[0]}")
     if not torch.compiler.is_compiling():
-        steps = nodes.detach().diff(dim=0)
+        steps = nodes.detach().diff(dim=-1)
         if not bool(((steps > 0).all() | (steps < 0).all()) & steps.isfinite().all()):
             raise ValueError(
                 f"log_density: times must be finite and increase or decrease, got {times}"
             )
-    return nodes if nodes.ndim == 2 else nodes[:, None].expand(-1, x.shape[0])
+    return nodes if nodes.ndim == 2 else nodes.expand(x.shape[0], -1)

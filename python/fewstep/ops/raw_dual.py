@@ -16,9 +16,6 @@ from fewstep.reference import probe as reference_probe
 
 Maybe = Tensor | None
 
-_HAS_ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_ONEDNN = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN else None
-
 
 def _call(op: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Without gradients, past the Python that torch runs for them: half of a small call's time."""
@@ -56,14 +53,6 @@ def activate(
     return reference.activate(z, shared, shift, tangents, kind, beta, threshold, inner)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x W'`, for many rows by oneDNN where torch has it: a tenth faster than its default."""
-    fast = _ONEDNN is not None and x.dtype == torch.float32 and x.device.type == "cpu"
-    if fast and x.shape[0] >= 384 and not torch.is_grad_enabled():
-        return _call(_ONEDNN, x, weight, None, "none", [], "")  # type: ignore[arg-type]
-    return torch.nn.functional.linear(x, weight)
-
-
 def norm(
     backend: str,
     z: Tensor,
@@ -89,6 +78,11 @@ def norm(
             eps,
         )
     return reference.norm(z, shift, weight, bias, tangents, groups, centred, eps)
+
+
+def probe_index(kind: str) -> int:
+    """Of a kind of probes, as the C++ ops take it."""
+    return reference_probe.PROBES.index(kind)
 
 
 def probe(backend: str, like: Tensor, key: Tensor, ids: Maybe, count: int, kind: str) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep.ops import dual, raw_dual
+from fewstep.ops import dual, mlp, raw_dual
 from fewstep.ops.differentiable import is_transformed
 from fewstep.ops.dual import UnsupportedError
 from fewstep.reference import trace as reference
@@ -147,6 +147,11 @@ class Solver:
         options = self.options
         backend = self.backend(x)
         refused = _refused(self.velocity)
+        program = self._program(x, t, backend)
+        if program is not None:
+            found = self._by_program(program, x, key)
+            if found is not None:
+                return found
         if options.estimator in ("auto", "exact") and "structural" not in refused:
             try:
                 found = self._structural(x, t, backend)
@@ -182,6 +187,43 @@ class Solver:
             return self.velocity(h)
         return self.velocity(h, t)
 
+    def _program(self, x: Tensor, t: Tensor, backend: str) -> mlp.Program | None:
+        """Of a network that one compiled op can run whole, else None."""
+        options = self.options
+        if backend != "cpp" or "mlp" in _refused(self.velocity) or torch.compiler.is_compiling():
+            return None
+        if options.estimator not in ("auto", "exact", "hutchinson"):
+            return None
+        if options.probes > mlp.MOST_PROBES or torch.is_autocast_enabled("cpu"):
+            return None
+        try:
+            return mlp.record(self.run, x, t)
+        except UnsupportedError as reason:
+            _remember(self.velocity, "mlp", reason.args[0])
+            return None
+
+    def _by_program(self, program: mlp.Program, x: Tensor, key: Tensor) -> Divergence | None:
+        """None where another way is right, or cheaper."""
+        options, d = self.options, x.shape[1:].numel()
+        grad = torch.is_grad_enabled()
+        if options.estimator != "hutchinson" and len(program.weights) <= 3:
+            budget = dual.Budget(options.probes, kept=self.cache is not None and not grad)
+            if options.estimator == "exact" or budget.allows(x.shape[0], program.outer):
+                if len(program.weights) < 3 or program.differentiable():
+                    return None
+                v, value = mlp.trace(program, None if grad else self.cache)
+                return Divergence(v, value, torch.zeros_like(value), "exact (structural)")
+        if self._exact(d):
+            return None
+        source = self._source(key, "cpp")
+        v, dots = mlp.probe_products(program, source)
+        return self._mean(v, dots, d)
+
+    def _source(self, key: Tensor, backend: str) -> dual.Source:
+        cache = self.cache if self.fixed and not torch.is_grad_enabled() else None
+        options = self.options
+        return dual.Source(backend, options.probes, key, self.ids, options.probe, cache=cache)
+
     def _structural(self, x: Tensor, t: Tensor, backend: str) -> Divergence | None:
         """None where the probes asked for are cheaper."""
         cache = None if torch.is_grad_enabled() else self.cache
@@ -216,15 +258,7 @@ class Solver:
                 return dual.products(self.run, x, t, u.reshape(-1, *x.shape), backend)
 
             return self._sketch(x, key, product, backend)
-        source = dual.Source(
-            backend,
-            options.probes,
-            key,
-            self.ids,
-            options.probe,
-            cache=self.cache if self.fixed and not torch.is_grad_enabled() else None,
-        )
-        v, dots = dual.probe_products(self.run, x, t, source)
+        v, dots = dual.probe_products(self.run, x, t, self._source(key, backend))
         return self._mean(v, dots, d)
 
     def _mean(self, v: Tensor, dots: Tensor, d: int, info: str = "") -> Divergence:

@@ -7,6 +7,7 @@ A stack `[(K + 1) B, ...]` holds the primal and then K tangents: a function f ta
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -119,3 +120,29 @@ def norm(
     if bias is not None:
         out = torch.cat([out[:1] + bias.reshape(groups, -1), out[1:]])
     return out.reshape(z.shape)
+
+
+def mlp_probes(
+    x: Tensor,
+    low: int,
+    weights: Sequence[Tensor],
+    shifts: Sequence[Tensor | None],
+    kinds: Sequence[int],
+    options: Sequence[float],
+    v: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Velocity `[B, D]` and `<v_k, J v_k>`, `[K, B]`, of linear layers with activations between.
+
+    x `[B, in]` has the D coordinates that J is for from column `low` on; v `[K, B, D]`; weights
+    `[out, in]`, shifts `[out]` or `[B, out]` or None; `options` has beta and threshold of each
+    activation, one after the other.
+    """
+    h, tangents = x, F.pad(v, (low, x.shape[1] - low - v.shape[2]))
+    for i, (weight, shift) in enumerate(zip(weights, shifts, strict=True)):
+        h, tangents = h @ weight.T, tangents @ weight.T
+        h = h if shift is None else h + shift
+        if i < len(kinds):
+            kind = ACTIVATIONS[kinds[i]]
+            h, slope = derivative(h, kind, options[2 * i], options[2 * i + 1])
+            tangents = slope * tangents
+    return h, (v * tangents).sum(2)
