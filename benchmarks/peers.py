@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import traces
+from benchmarks import heuns, traces
 from benchmarks.dense import (
     dense_drift,
     divergence_averaged,
@@ -341,11 +341,12 @@ BUILDERS: dict[tuple[str, str], Callable[[Any], Run]] = {
     ("drift", "compile"): partial(_torch_drift, compiled=True),
 }
 
-BUILDERS |= traces.BUILDERS
+BUILDERS |= traces.BUILDERS | heuns.BUILDERS
 
 # What contenders are held to, run on float64 points.
 DEFINITIONS: dict[str, Callable[[Any], Run]] = {
     **traces.DEFINITIONS,
+    **heuns.DEFINITIONS,
     "alternating": BUILDERS["solve", "reference"],
     "unrolled": BUILDERS["solve", "eager"],
     "averaged": _torch_averaged,

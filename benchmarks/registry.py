@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 Array = np.ndarray
 TraceWorkload = Literal["trace", "trace-training", "log-density"]
-Workload = Literal["solve", "divergence", "drift"] | TraceWorkload
+Workload = Literal["solve", "divergence", "drift", "edm"] | TraceWorkload
 
 
 @dataclass(frozen=True)
@@ -415,10 +415,89 @@ def draw_trace(case: TraceCase, device: str = "cpu") -> TraceProblem:
     return TraceProblem(case, x, rng.random(case.batch).astype(case.dtype), device)
 
 
-AnyCase = Case | TraceCase
+@dataclass(frozen=True)
+class HeunCase:
+    """Samples of a small network by EDM's deterministic sampler.
+
+    Attributes:
+        state: shape of the samples; a network of linear layers for `[B, D]`, of convolutions for
+            images.
+        steps: of the schedule, in 2 steps - 1 evaluations.
+    """
+
+    name: str
+    state: tuple[int, ...]
+    steps: int = 18
+    contenders: tuple[str, ...] = ()
+    quick: bool = False
+    default: bool = True
+
+    workload: ClassVar[Literal["edm"]] = "edm"
+    sweep = False
+    iterations = None
+    backward = False
+    dtype = "float32"
+    value_rtol = 1e-4  # of the mean sample: the largest error, of 35 evaluations in float32
+
+    @property
+    def without_copies(self) -> HeunCase:
+        return self
+
+    @property
+    def shape(self) -> str:
+        return f"state {' x '.join(map(str, self.state))}"
+
+    @property
+    def pairs(self) -> int:
+        return self.state[0]
+
+    def columns(self) -> dict[str, Any]:
+        """What a CSV row says of its case."""
+        state = " x ".join(map(str, self.state))
+        return {"case": self.name, "workload": self.workload, "state": state, "steps": self.steps}
+
+
+@dataclass(frozen=True)
+class HeunProblem:
+    """A sampler's case with its latents drawn."""
+
+    case: HeunCase
+    x: Array = field(repr=False)
+    device: str = "cpu"
+
+    @property
+    def iterations(self) -> int:
+        return self.case.steps
+
+    @property
+    def in_float64(self) -> HeunProblem:
+        return replace(self, x=self.x.astype("f8"))
+
+
+_STATES = ((64, 2), (1024, 2), (256, 64), (64, 3072), (16, 3, 32, 32))
+HEUN_CASES = {
+    case.name: case
+    for case in (
+        *(HeunCase("edm_" + "x".join(map(str, state)), state) for state in _STATES),
+        HeunCase("edm_small", (3, 5), 4, quick=True, default=False),
+    )
+}
+
+
+def draw_heun(case: HeunCase, device: str = "cpu") -> HeunProblem:
+    """Normal latents, seeded."""
+    x = np.random.default_rng(0).standard_normal(case.state).astype(case.dtype)
+    return HeunProblem(case, x, device)
+
+
+AnyCase = Case | TraceCase | HeunCase
 # What `benchmarks.run` can be asked for.
-FAMILIES: Mapping[str, Mapping[str, AnyCase]] = {"sinkhorn": CASES, "trace": TRACE_CASES}
-ALL_CASES: Mapping[str, AnyCase] = {**CASES, **TRACE_CASES}
+FAMILIES: Mapping[str, Mapping[str, AnyCase]] = {
+    "sinkhorn": CASES,
+    "trace": TRACE_CASES,
+    "heun": HEUN_CASES,
+}
+ALL_CASES: Mapping[str, AnyCase] = {**CASES, **TRACE_CASES, **HEUN_CASES}
 
 
 # Error allowed to value (largest over its mean) and gradients (relative norm), float32 against
@@ -487,15 +566,17 @@ _FEWSTEP: Mapping[Workload, str] = {
     "trace": "trace",
     "trace-training": "trace-training",
     "log-density": "log-density",
+    "edm": "edm",
 }
 _TRACES: Mapping[Workload, str] = {w: w for w in ("trace", "trace-training", "log-density")}
 _FIXED: Mapping[Workload, str] = {"trace": "trace", "log-density": "log-density-fixed"}
 _FIXED_TRAINED: Mapping[Workload, str] = {**_FIXED, "trace-training": "trace-training"}
-_PLAIN: Mapping[Workload, str] = {w: f"plain-{w}" for w in _TRACES}
+_PLAIN: Mapping[Workload, str] = {w: f"plain-{w}" for w in (*_TRACES, "edm")}
 _TORCH: Mapping[Workload, str] = {
     "solve": "unrolled",
     "divergence": "geomloss",
     "drift": "drift",
+    "edm": "edm",
 }
 _AVERAGED: Mapping[Workload, str] = {"solve": "averaged", "divergence": "geomloss"}
 
@@ -545,7 +626,7 @@ CONTENDERS = {
             ("cpu",),
             note="probes and weights as in the call before: their products are kept",
         ),
-        Contender("plain", "velocity alone", "torch", "torch", _PLAIN),
+        Contender("plain", "network alone", "torch", "torch", _PLAIN),
         Contender(
             "reverse",
             "flow_matching-style",
@@ -571,5 +652,15 @@ CONTENDERS = {
             {"trace": "trace"},
             note="one batched reverse pass with the identity, re-implemented",
         ),
+        Contender(
+            "k-diffusion",
+            "k-diffusion-style",
+            "torch",
+            "torch",
+            {"edm": "edm"},
+            note="its sample_heun, re-implemented",
+        ),
+        Contender("diffusers", "diffusers Heun", "diffusers", "peer", {"edm": "edm"}),
+        Contender("torchdiffeq", "torchdiffeq heun2", "torchdiffeq", "peer", {"edm": "edm"}),
     )
 }

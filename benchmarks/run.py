@@ -2,6 +2,7 @@
 
     python -m benchmarks.run sinkhorn --peers
     python -m benchmarks.run trace --peers
+    python -m benchmarks.run heun --peers
 
 Every contender solves the same drawn points at the same eps with the same number of iterations,
 must agree with the float64 reference before it is timed, and runs alone on a fixed set of cores.
@@ -53,6 +54,7 @@ COLUMNS = {
         *("case", "workload", "B", "D", "width", "layers", "estimator", "probes", "steps"),
         *(*_TIMED, "over_plain", "saved_mb", "rmse", *_RUN),
     ),
+    "heun": ("case", "workload", "state", "steps", *_TIMED, "over_plain", *_RUN),
 }
 
 
@@ -240,7 +242,9 @@ def run_case(
     derive(rows, args.peers)
     for row in rows:
         if "over_plain" in row:
-            say(f"  {CONTENDERS[row['contender']].label}: {row['over_plain']:.2f}x velocity alone")
+            say(
+                f"  {CONTENDERS[row['contender']].label}: {row['over_plain']:.2f}x the network alone"
+            )
         elif "median_s" in row and CONTENDERS[row["contender"]].kind == "fewstep":
             speedup = row.get("speedup_vs_best_peer")
             say(

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.plot import curves
-from benchmarks.registry import CASES, STREAMED, TRACE_CASES
-from benchmarks.table import ROOT, Row, duration, ours_of, read
+from benchmarks.registry import CASES, STREAMED
+from benchmarks.table import ROOT, Row, duration, family_of, ours_of, read
 
 # (case, contender, how many times faster ours is to be)
 SPEEDUPS = (
@@ -54,6 +54,13 @@ TRACES = (
     ("trace_training_d784", "cpp", "plain", 2.0),
     ("logp_exact", "cpp", "plain", 1.8),
     ("logp_1", "cpp", "plain", 2.1),
+)
+HEUNS = (
+    ("edm_64x2", "cpp", "plain", 1.10),
+    ("edm_1024x2", "cpp", "plain", 1.10),
+    ("edm_256x64", "cpp", "plain", 1.10),
+    ("edm_64x3072", "cpp", "plain", 1.10),
+    ("edm_16x3x32x32", "cpp", "plain", 1.03),
 )
 SAVED = 2.4  # times what plain training saves
 RMSE = 0.2  # of a fresh probe's log-density, times that of a fixed one
@@ -103,20 +110,22 @@ def compare(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
         yield f"{drift}, matrix products", text, None
 
 
-def compare_traces(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
-    """The same for the trace family."""
+def compare_ratios(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
+    """The same for the families whose targets are at most so many times another contender."""
 
     def number(case: str, contender: str, column: str) -> float | None:
         own = (r[column] for r in rows if (r["case"], r["contender"]) == (case, contender))
         return next((float(v) for v in own if v), None)
 
-    wanted = [(*target[:3], "median_s", target[3]) for target in TRACES]
-    wanted += [
-        (case, "cpp", "plain", "saved_mb", SAVED)
-        for case, contender, *_ in TRACES
-        if case.startswith("trace_training")
-    ]
-    wanted.append(("logp_1", "cpp", "cpp-solve", "rmse", RMSE))
+    targets = HEUNS if family_of(rows) == "heun" else TRACES
+    wanted = [(*target[:3], "median_s", target[3]) for target in targets]
+    if targets is TRACES:
+        wanted += [
+            (case, "cpp", "plain", "saved_mb", SAVED)
+            for case, *_ in TRACES
+            if case.startswith("trace_training")
+        ]
+        wanted.append(("logp_1", "cpp", "cpp-solve", "rmse", RMSE))
     for case, contender, other, column, most in wanted:
         what = f"{case}, {contender} over {other}" + f", {column}" * (column != "median_s")
         own, base = number(case, contender, column), number(case, other, column)
@@ -133,8 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     missed = False
     rows = read(args.csv)
-    traces = any(row["case"] in TRACE_CASES for row in rows)
-    for what, text, reached in (compare_traces if traces else compare)(rows):
+    comparison = compare if family_of(rows) == "sinkhorn" else compare_ratios
+    for what, text, reached in comparison(rows):
         mark = {True: "reached", False: "MISSED", None: ""}[reached]
         sys.stdout.write(f"{what:48s}{text:52s}{mark}".rstrip() + "\n")
         missed |= reached is False

@@ -28,9 +28,12 @@ from benchmarks.registry import (
     AnyCase,
     Case,
     Contender,
+    HeunCase,
+    HeunProblem,
     Problem,
     TraceProblem,
     draw,
+    draw_heun,
     draw_trace,
 )
 
@@ -39,11 +42,16 @@ MIN_REPEATS, MAX_REPEATS = 3, 1000
 SLOW_BUDGETS = 4
 
 
-def drawn(case: AnyCase, device: str = "cpu") -> Problem | TraceProblem:
+AnyProblem = Problem | TraceProblem | HeunProblem
+
+
+def drawn(case: AnyCase, device: str = "cpu") -> AnyProblem:
+    if isinstance(case, HeunCase):
+        return draw_heun(case, device)
     return draw(case, device) if isinstance(case, Case) else draw_trace(case, device)
 
 
-def expect(problem: Problem | TraceProblem, definition: str) -> list[np.ndarray]:
+def expect(problem: AnyProblem, definition: str) -> list[np.ndarray]:
     """Outputs for the same points in float64 by one of `DEFINITIONS`."""
     return numpy_outputs(DEFINITIONS[definition](problem.in_float64)())
 
@@ -114,7 +122,7 @@ def forget_peak(device: str) -> None:
 
 
 def measure(
-    contender: Contender, problem: Problem | TraceProblem, expected: list[np.ndarray], budget: float
+    contender: Contender, problem: AnyProblem, expected: list[np.ndarray], budget: float
 ) -> dict[str, Any]:
     """Errors against `expected`, and, where they are within the tolerances, time and memory.
 
