@@ -1,4 +1,4 @@
-// What all kernels of a sampler's step share: the table of coefficients and the noise.
+// What all kernels of a sampler's step share: the table of coefficients, the noise, and the arithmetic of CUDA's.
 #pragma once
 
 #include "shared/philox.h"
@@ -13,5 +13,107 @@ constexpr int kTerms = 2, kNoise = 3, kNet = 4, kScale = 7, kColumns = 8;
 constexpr uint32_t kStage = 15;
 
 FEWSTEP_HD philox::Stream noise(int64_t seed, int64_t row) { return {uint64_t(seed), 0, uint32_t(row), kStage}; }
+
+// A pass over states S and a network's numbers F. The state is x + low; outputs may be the inputs themselves.
+template <class S, class F>
+struct Pass {
+  const S* x;
+  const S* low;  // or null
+  const F* terms[kTerms];
+  int count;                   // of terms
+  const double* coefficients;  // [rows, 8]
+  bool per_sample;             // rows is B, else 1
+  const int64_t* seeds;        // [B]; null: no noise
+  int64_t row;                 // of the table, which the noise depends on
+  int64_t batch, d;            // one sample of all elements where nothing differs between samples
+  S* high;                     // y, rounded; or null
+  S* out_low;                  // what rounding left of y; or null
+  F* net;                      // or null
+};
+
+// Elements that a thread takes at once: those of a Philox block of normals.
+constexpr int kGroup = 4;
+
+template <class T>
+struct alignas(kGroup * sizeof(T)) Four {
+  T v[kGroup];
+};
+
+// The first n of four numbers at p, or with kWhole all of them in one access.
+template <bool kWhole, class A, class T>
+FEWSTEP_HD void load_four(const T* p, int64_t n, A out[kGroup]) {
+  Four<T> four = {};
+  if constexpr (kWhole) {
+    four = *reinterpret_cast<const Four<T>*>(p);
+  } else {
+    for (int i = 0; i < n; ++i) four.v[i] = p[i];
+  }
+  for (int i = 0; i < kGroup; ++i) out[i] = static_cast<A>(four.v[i]);
+}
+
+template <bool kWhole, class T, class A>
+FEWSTEP_HD void store_four(T* p, int64_t n, const A values[kGroup]) {
+  Four<T> four;
+  for (int i = 0; i < kGroup; ++i) four.v[i] = static_cast<T>(values[i]);
+  if constexpr (kWhole) {
+    *reinterpret_cast<Four<T>*>(p) = four;
+  } else {
+    for (int i = 0; i < n; ++i) p[i] = four.v[i];
+  }
+}
+
+// Group g of a sample, in arithmetic A. False where a result is not finite.
+template <class A, bool kWhole, bool kNoisy, class S, class F>
+FEWSTEP_HD bool combine_group(const Pass<S, F>& in, int64_t sample, int64_t g) {
+  const int64_t at = sample * in.d + g * kGroup;
+  const int64_t left = in.d - g * kGroup, n = left < kGroup ? left : kGroup;
+  const double* c = in.coefficients + (in.per_sample ? sample * kColumns : 0);
+  A x[kGroup], low[kGroup], term[kTerms][kGroup], y[kGroup], z[kGroup];
+  load_four<kWhole>(in.x + at, n, x);
+  if (in.low != nullptr) {
+    load_four<kWhole>(in.low + at, n, low);
+    for (int i = 0; i < kGroup; ++i) x[i] += low[i];
+  }
+  const A own = A(c[0]), scale = A(c[kScale]), before = A(c[kNet]);
+  for (int i = 0; i < kGroup; ++i) y[i] = own * x[i];
+#pragma unroll
+  for (int j = 0; j < kTerms; ++j) {
+    if (j >= in.count) break;
+    load_four<kWhole>(in.terms[j] + at, n, term[j]);
+    const A factor = A(c[1 + j]);
+    for (int i = 0; i < kGroup; ++i) y[i] += factor * term[j][i];
+  }
+  if (kNoisy && c[kNoise] != 0) {
+    double normal[kGroup];
+    philox::normals(philox::draw(noise(in.seeds[sample], in.row), 0, uint32_t(g)), normal);
+    const A factor = A(c[kNoise]);
+    for (int i = 0; i < kGroup; ++i) y[i] += factor * A(normal[i]);
+  }
+  for (int i = 0; i < kGroup; ++i) z[i] = scale * y[i] + before * x[i];
+#pragma unroll
+  for (int j = 0; j < kTerms; ++j) {
+    if (j >= in.count) break;
+    const A factor = A(c[kNet + 1 + j]);
+    for (int i = 0; i < kGroup; ++i) z[i] += factor * term[j][i];
+  }
+  A wrong = 0;  // stays 0 while all results are finite
+  for (int i = 0; i < kGroup; ++i) wrong += i < n ? y[i] * A(0) : A(0);
+  if (in.high != nullptr) store_four<kWhole>(in.high + at, n, y);
+  if (in.out_low != nullptr) {
+    for (int i = 0; i < kGroup; ++i) low[i] = y[i] - static_cast<A>(static_cast<S>(y[i]));
+    store_four<kWhole>(in.out_low + at, n, low);
+  }
+  if (in.net != nullptr) store_four<kWhole>(in.net + at, n, z);
+  return wrong == 0;
+}
+
+// In float32 for a float32 state with nothing kept of its rest, else in float64, which memory hides.
+template <bool kWhole, bool kNoisy, class S, class F>
+FEWSTEP_HD bool combine_at(const Pass<S, F>& in, int64_t sample, int64_t g) {
+  if (sizeof(S) == 4 && in.low == nullptr && in.out_low == nullptr) {
+    return combine_group<float, kWhole, kNoisy>(in, sample, g);
+  }
+  return combine_group<double, kWhole, kNoisy>(in, sample, g);
+}
 
 }  // namespace fewstep::heun

@@ -48,11 +48,21 @@ FEWSTEP_HD Words draw(const Stream& s, uint32_t k, uint32_t block) {
 
 // Standard normals by Box-Muller from words of a block, computed in float64 so that float32 is rounded but once.
 FEWSTEP_HD void normals(const Words& words, double out[4]) {
-  constexpr double kUnit = 1.0 / 4294967296.0, kTwoPi = 6.283185307179586476925;
+  constexpr double kUnit = 1.0 / 4294967296.0;
+#ifndef __CUDA_ARCH__
+  constexpr double kTwoPi = 6.283185307179586476925;
+#endif
   for (int i = 0; i < 4; i += 2) {
-    const double radius = sqrt(-2 * log((words.w[i] + 0.5) * kUnit)), angle = kTwoPi * (words.w[i + 1] + 0.5) * kUnit;
-    out[i] = radius * cos(angle);
-    out[i + 1] = radius * sin(angle);
+    const double radius = sqrt(-2 * log((words.w[i] + 0.5) * kUnit)), turn = (words.w[i + 1] + 0.5) * kUnit;
+#ifdef __CUDA_ARCH__
+    double sine, cosine;  // of whole turns, which need no local memory for their reduction
+    sincospi(2 * turn, &sine, &cosine);
+    out[i] = radius * cosine;
+    out[i + 1] = radius * sine;
+#else
+    out[i] = radius * cos(kTwoPi * turn);
+    out[i + 1] = radius * sin(kTwoPi * turn);
+#endif
   }
 }
 
