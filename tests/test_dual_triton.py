@@ -25,8 +25,11 @@ def on(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [*(("silu", s) for s in SHAPES), *((kind, SHAPES[1]) for kind in reference.ACTIVATIONS[1:])],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activation(kind: str, shape: tuple[int, int, int, int, str], dtype: torch.dtype) -> None:
     z, shared, shift = inputs(shape, dtype)
@@ -74,7 +77,7 @@ def test_norm(shape: tuple[int, int, int, int, bool, int | None, bool], dtype: t
 
 
 @pytest.mark.parametrize("kind", PROBES)
-@pytest.mark.parametrize("d", [1, 3, 130, 784])
+@pytest.mark.parametrize("d", [1, 3, 513])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_probes(kind: str, d: int, dtype: torch.dtype) -> None:
     count = min(3, d)
@@ -127,6 +130,6 @@ def test_ops() -> None:
 
 
 def test_long_rows_are_left_to_the_reference() -> None:
-    z = torch.randn(2, 4097, device=DEVICE)
+    z = torch.randn(2, 2049, device=DEVICE)
     actual = raw_dual.norm("triton", z, None, None, None, 1, 1, True, 1e-5)
     torch.testing.assert_close(actual, reference.norm(z, None, None, None, 1, 1, True, 1e-5))
