@@ -21,10 +21,17 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import config, sinkhorn
+from . import config, dual, sinkhorn
 
 _POINTER = {"float32": "*fp32", "float64": "*fp64"}
-_OTHER = {"Iterations": "*i64", "Annealing": "*i32", "Done": "*i32", "cost_scale": "fp32"}
+_OTHER = {
+    "Iterations": "*i64",
+    "Annealing": "*i32",
+    "Done": "*i32",
+    "cost_scale": "fp32",
+    "Key": "*i64",
+    "Ids": "*i64",
+}
 _INTEGERS = (
     "N",
     "M",
@@ -37,6 +44,22 @@ _INTEGERS = (
     "max_iter",
     "row_pieces",
     "column_pieces",
+    "B",
+    "bits",
+    "channels",
+    "count",
+    "groups",
+    "inner",
+    "n",
+    "period",
+    "rows",
+    "tangents",
+)
+_DUALS = (
+    dual.dual_activate_kernel,
+    dual.dual_norm_kernel,
+    dual.dual_norm_backward_kernel,
+    dual.probe_kernel,
 )
 
 
@@ -139,6 +162,10 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
         if kernel is sinkhorn.sinkhorn_merge_kernel:
             yield kernel, dtype, launch
             continue
+        if kernel in _DUALS:
+            if not heaviest or _heavy(kernel, launch):
+                yield kernel, dtype, launch
+            continue
         large = launch["BLOCK_M"] == (64 if launch["DOT"] else 128)
         apply = kernel is sinkhorn.sinkhorn_apply_kernel
         row = kernel in (sinkhorn.sinkhorn_row_kernel, sinkhorn.sinkhorn_symmetric_kernel)
@@ -151,6 +178,34 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
             heavy = heavy and not plain_gradient and not narrow and launch["BLOCK_K"] > 4
         if heavy or not heaviest:
             yield kernel, dtype, launch
+
+
+def _heavy(kernel: Any, launch: dict[str, Any]) -> bool:
+    """Of the kernels of duals: gelu's backward, the longest rows, products with the sphere."""
+    if kernel is dual.dual_activate_kernel:
+        own = launch["KIND"] == 1 and launch["BACKWARD"]
+    elif kernel is dual.probe_kernel:
+        own = launch["KIND"] == 3 and launch["MODE"] == 1
+    else:
+        own = launch["BLOCK"] >= min(config.LONGEST_ROW.values()) and launch["CENTRED"]
+    return bool(own)
+
+
+def _dual_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    for dtype in _POINTER:
+        launch = config.dual_activate(dtype, arch)
+        for kind, backward, shared in itertools.product(range(7), (False, True), (False, True)):
+            flags = {"KIND": kind, "BACKWARD": backward, "SHARED": shared, "SHIFT": True}
+            flags |= {"BETA": 1.0, "THRESHOLD": 20.0}
+            yield dual.dual_activate_kernel, dtype, launch | flags
+        for n, centred in itertools.product((64, config.LONGEST_ROW[dtype]), (False, True)):
+            flags = {"CENTRED": centred, "SHIFT": True, "WEIGHT": True, "EPS": 1e-5}
+            launch = config.dual_norm(n, dtype, arch) | flags
+            yield dual.dual_norm_kernel, dtype, launch | {"BIAS": True}
+            yield dual.dual_norm_backward_kernel, dtype, launch
+        for kind, mode in itertools.product(range(4), range(3)):
+            flags = {"KIND": kind, "MODE": mode, "IDS": True}
+            yield dual.probe_kernel, dtype, config.probe(dtype, arch) | flags
 
 
 def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
@@ -172,6 +227,7 @@ def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
                 shape = (batch, 1024, dim, width, dtype, arch)
                 launch = config.sinkhorn_apply(*shape, **options) | cost | {"GRADIENT": gradient}
                 yield sinkhorn.sinkhorn_apply_kernel, dtype, launch
+    yield from _dual_launches(arch)
 
 
 def main() -> int:

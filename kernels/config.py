@@ -115,3 +115,53 @@ def sinkhorn_merge() -> dict[str, Any]:
     128
     """
     return {"BLOCK": 128, "num_warps": 4, "num_stages": 2}
+
+
+# Elements of a row that a norm's program holds in registers.
+LONGEST_ROW = {"float32": 2048, "float64": 1024}
+
+
+def dual_activate(dtype: str, arch: str) -> dict[str, Any]:
+    """Launch parameters of the activations: a thread owns some elements with all their tangents.
+
+    >>> dual_activate("float32", "sm_90")["BLOCK"]
+    1024
+    """
+    return {"BLOCK": 1024 if dtype == "float32" else 512, "num_warps": 4, "num_stages": 1}
+
+
+def dual_norm(n: int, dtype: str, arch: str) -> dict[str, Any]:
+    """Launch parameters of the norms: a program owns a row of n, 16 elements a thread at most.
+
+    Raises:
+        ValueError: a row longer than `LONGEST_ROW`.
+
+    >>> dual_norm(300, "float32", "sm_90")["BLOCK"]
+    512
+    """
+    if not 1 <= n <= LONGEST_ROW[dtype]:
+        raise ValueError(f"dual_norm: rows must have 1 to {LONGEST_ROW[dtype]} elements, got {n}")
+    block = 1 << (n - 1).bit_length()
+    lanes = 64 if arch.startswith("gfx") else 32
+    own = 8 if dtype == "float32" else 4
+    warps = min(max(block // (own * lanes), 1), 16)
+    return {"BLOCK": block, "num_warps": warps, "num_stages": 1}
+
+
+def dual_norm_parts(batch: int) -> int:
+    """Parts of a batch that have their own sums of weight gradients: of the batch alone, so that
+    the same bits come from every device.
+
+    >>> dual_norm_parts(4096)
+    64
+    """
+    return min(batch, 64)
+
+
+def probe(dtype: str, arch: str) -> dict[str, Any]:
+    """Launch parameters of the probes: a program draws one, 512 coordinates at a time.
+
+    >>> probe("float32", "sm_90")["BLOCK"]
+    512
+    """
+    return {"BLOCK": 512, "num_warps": 4, "num_stages": 1}

@@ -5,7 +5,6 @@ The registered ops have the schemas of csrc/ops.cpp, in the namespace `fewstep_t
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .launch import architecture, dtype_name, on
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -666,19 +666,6 @@ _EUCLIDEAN = 2
 _COST_SCALE = (1.0, 0.5, 1.0)
 
 
-def _architecture(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "cpu"
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _padded(points: int, launch: dict[str, Any]) -> int:
     """Points of one side, so that whole tiles cover it as rows and as columns."""
     block = max(launch["BLOCK_M"], launch["BLOCK_N"])
@@ -744,12 +731,6 @@ def _clouds(x: Tensor, y: Tensor, n: int, m: int, launch: dict[str, Any]) -> _Cl
     return _Clouds(xs, ys, xc, yc, xc.square().sum(2), yc.square().sum(2), shape)
 
 
-def _dtype(x: Tensor) -> str:
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"sinkhorn: x must be float32 or float64, got {x.dtype}")
-    return str(x.dtype).removeprefix("torch.")
-
-
 # Annealing by a factor begins at most so many times above eps: the number of launches must not
 # depend on the data. Beyond it float32 has no digit of a cost left.
 _MOST_ANNEALING = 2.0**40
@@ -808,7 +789,7 @@ def sinkhorn(
     problem that is done return at once. Simultaneous updates compute each cost once for both
     potentials.
     """
-    dtype, arch = _dtype(x), _architecture(x.device)
+    dtype, arch = dtype_name("sinkhorn", x), architecture(x.device)
     batch, n, dim = x.shape
     m, problems = y.shape[1], eps.shape[0]
     temperatures = problems // batch if batch else 1
@@ -850,7 +831,7 @@ def sinkhorn(
         rows=rows | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == _EUCLIDEAN},
         cols=cols | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == _EUCLIDEAN},
     )
-    with _on(x.device):
+    with on(x.device):
         f, g, residual, mass, iterations = (_symmetric if simultaneous else _alternate)(problem)
     f, g = f[:, :n].contiguous(), g[:, :m].contiguous()
     converged = residual <= (1e-3 if tol is None else tol)
@@ -1005,7 +986,7 @@ def _apply(
     near_only: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch the product: `v [P, M, K]` for transport, None for the gradient."""
-    dtype, arch = _dtype(x), _architecture(x.device)
+    dtype, arch = dtype_name("sinkhorn", x), architecture(x.device)
     gradient = v is None
     batch, n, dim = x.shape
     m, problems = y.shape[1], eps.shape[0]
@@ -1028,7 +1009,7 @@ def _apply(
     # Without mass in padded rows nothing overflows there.
     f, g = _pad(f, n_padded, -torch.inf), _pad(g, m_padded)
     grid = (problems * (n_padded // launch["BLOCK_M"]), -(-width // launch["BLOCK_K"]))
-    with _on(x.device):
+    with on(x.device):
         sinkhorn_apply_kernel[grid](
             *(*clouds.pointers, f, g, weights, _log2(b, m_padded), eps.contiguous()),
             *(values, out, mass, *clouds.shape, width, problems // batch),
@@ -1086,6 +1067,6 @@ def sinkhorn_grad(
     """`sum_j a_i p_ij dC_ij/dx_i [P, N, D]`."""
     dim = x.shape[2]
     out, _ = _apply(x, y, f, g, a, b, eps, None, cost, diagonal, False)
-    if cost == _EUCLIDEAN and config.uses_dot(dim, _dtype(x)):
+    if cost == _EUCLIDEAN and config.uses_dot(dim, dtype_name("sinkhorn", x)):
         out = out + _apply(x, y, f, g, a, b, eps, None, cost, diagonal, True)[0]
     return out[..., :dim].contiguous()

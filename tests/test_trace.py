@@ -241,6 +241,19 @@ def test_compiles_into_one_graph(name: str, estimator: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+def test_torch_func_says_what_to_do_under_checkpointing() -> None:
+    net, x = Unknown(3), torch.randn(2, 3, requires_grad=True)
+
+    def value(x: Tensor) -> Tensor:
+        return fewstep.divergence(net, x, 0.3, estimator="hutchinson").value.sum()
+
+    with pytest.raises(RuntimeError, match="checkpoint with use_reentrant=True"):
+        checkpoint(value, x, use_reentrant=False)
+    checkpoint(value, x, use_reentrant=True).backward()
+    (g,) = torch.autograd.grad(value(x), x)
+    torch.testing.assert_close(x.grad, g)
+
+
 def test_activation_checkpointing() -> None:
     net, x, t = case("residual")
 

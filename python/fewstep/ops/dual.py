@@ -32,7 +32,7 @@ class Source:
     """The tangents that a forward starts with.
 
     Attributes:
-        backend: of the kernels, "cpp" or "reference".
+        backend: of the kernels, "cpp", "triton" or "reference".
         count: K.
         key: of probes that are drawn where they are needed, int64 `(seed, step, stage)`.
         ids: of the samples, or None.

@@ -5,6 +5,8 @@ Shapes are those of `fewstep.reference.dual` and `fewstep.reference.probe`.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,18 @@ from fewstep.reference import dual as reference
 from fewstep.reference import probe as reference_probe
 
 Maybe = Tensor | None
+
+
+COMPILED = ("cpp", "triton")
+
+
+def _ops(backend: str) -> Any:
+    """The ops of a compiled backend."""
+    if backend == "cpp":
+        return torch.ops.fewstep
+    importlib.import_module("fewstep.kernels.dual")
+    _register("fewstep_triton")
+    return torch.ops.fewstep_triton
 
 
 def _call(op: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -37,10 +51,10 @@ def activate(
     inner: int = 1,
 ) -> Tensor:
     """`fewstep.reference.dual.activate` by a backend."""
-    if backend == "cpp":
+    if backend in COMPILED:
         index = reference.ACTIVATIONS.index(kind)
         return _call(
-            torch.ops.fewstep.dual_activate.default,
+            _ops(backend).dual_activate.default,
             z,
             shared,
             shift,
@@ -51,6 +65,13 @@ def activate(
             inner,
         )
     return reference.activate(z, shared, shift, tangents, kind, beta, threshold, inner)
+
+
+def _fits(z: Tensor, groups: int) -> bool:
+    """Whether Triton's kernels take rows so long; the reference serves others."""
+    config = importlib.import_module("fewstep.kernels.config")
+    most: int = config.LONGEST_ROW[str(z.dtype).removeprefix("torch.")]
+    return 0 < z.shape[1:].numel() // groups <= most
 
 
 def norm(
@@ -65,9 +86,9 @@ def norm(
     eps: float,
 ) -> Tensor:
     """`fewstep.reference.dual.norm` by a backend."""
-    if backend == "cpp":
+    if backend == "cpp" or (backend == "triton" and _fits(z, groups)):
         return _call(
-            torch.ops.fewstep.dual_norm.default,
+            _ops(backend).dual_norm.default,
             z,
             shift,
             weight,
@@ -87,17 +108,17 @@ def probe_index(kind: str) -> int:
 
 def probe(backend: str, like: Tensor, key: Tensor, ids: Maybe, count: int, kind: str) -> Tensor:
     """`count` probes for each sample of `like` `[B, ...]`: `[K, B, ...]`."""
-    if backend == "cpp":
+    if backend in COMPILED:
         index = reference_probe.PROBES.index(kind)
-        return _call(torch.ops.fewstep.probe.default, like, key, ids, count, index)
+        return _call(_ops(backend).probe.default, like, key, ids, count, index)
     return reference_probe.probes(key.to(like.device), ids, (count, *like.shape), kind, like.dtype)
 
 
 def probe_dot(backend: str, y: Tensor, key: Tensor, ids: Maybe, count: int, kind: str) -> Tensor:
     """`<v_k, y_k>` for y `[K B, ...]`: `[K, B]`."""
-    if backend == "cpp":
+    if backend in COMPILED:
         index = reference_probe.PROBES.index(kind)
-        return _call(torch.ops.fewstep.probe_dot.default, y, key, ids, count, index)
+        return _call(_ops(backend).probe_dot.default, y, key, ids, count, index)
     like = y.detach().reshape(count, -1, *y.shape[1:])
     v = reference_probe.probes(key.to(y.device), ids, tuple(like.shape), kind, y.dtype)
     return (v.flatten(2) * y.reshape(count, like.shape[1], -1)).sum(-1)
@@ -105,9 +126,9 @@ def probe_dot(backend: str, y: Tensor, key: Tensor, ids: Maybe, count: int, kind
 
 def probe_scale(backend: str, g: Tensor, key: Tensor, ids: Maybe, d: int, kind: str) -> Tensor:
     """`g_k v_k` for g `[K, B]`: `[K, B, D]`."""
-    if backend == "cpp":
+    if backend in COMPILED:
         index = reference_probe.PROBES.index(kind)
-        return _call(torch.ops.fewstep.probe_scale.default, g, key, ids, d, index)
+        return _call(_ops(backend).probe_scale.default, g, key, ids, d, index)
     v = reference_probe.probes(key.to(g.device), ids, (*g.shape, d), kind, g.dtype)
     return v * g[..., None]
 
@@ -153,12 +174,12 @@ def _setup_activate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(z, shared, shift)
 
 
-def _backward_activate(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def _backward_activate(ops: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
     z, shared, shift = ctx.saved_tensors
     tangents, inner = ctx.options[0], ctx.options[-1]
     if ctx.needs_input_grad[1]:
         raise NotImplementedError("dual_activate: shared tangents have no gradient; expand them")
-    gz = torch.ops.fewstep.dual_activate_backward.default(g, z, shared, shift, *ctx.options)
+    gz = ops.dual_activate_backward.default(g, z, shared, shift, *ctx.options)
     gs = None
     if ctx.needs_input_grad[2]:
         batch = z.shape[0] if shared is not None else z.shape[0] // (tangents + 1)
@@ -171,9 +192,9 @@ def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(z, shift, weight, bias)
 
 
-def _backward_norm(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def _backward_norm(ops: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
     z, shift, weight, bias = ctx.saved_tensors
-    gz, gw, gb = torch.ops.fewstep.dual_norm_backward.default(g, z, shift, weight, *ctx.options)
+    gz, gw, gb = ops.dual_norm_backward.default(g, z, shift, weight, *ctx.options)
     gs = None
     if shift is not None and ctx.needs_input_grad[1]:
         gs = _as_shift(gz[: z.shape[0] // (ctx.options[0] + 1)], shift, 1)
@@ -205,7 +226,7 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.options = inputs[4:]
 
 
-def _backward_second_activate(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def _backward_second_activate(_: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
     """Of `dual_activate_backward`, by the reference: once more, and no further."""
     tangents, kind, beta, threshold, inner = ctx.options
 
@@ -217,7 +238,7 @@ def _backward_second_activate(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return *_through_reference(gradient, ctx.saved_tensors, (g,)), *(None,) * 5
 
 
-def _backward_second_norm(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+def _backward_second_norm(_: Any, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """Of `dual_norm_backward`, by the reference: once more, and no further."""
     tangents, groups, centred, eps = ctx.options
     z, weight = ctx.saved_tensors[1], ctx.saved_tensors[3]
@@ -243,10 +264,10 @@ def _setup_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(key, ids)
 
 
-def _backward_dot(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def _backward_dot(ops: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
     key, ids = ctx.saved_tensors
     d = ctx.shape[1:].numel()
-    gy = torch.ops.fewstep.probe_scale.default(g, key, ids, d, ctx.kind)
+    gy = ops.probe_scale.default(g, key, ids, d, ctx.kind)
     return gy.reshape(ctx.shape), *(None,) * 4
 
 
@@ -255,20 +276,35 @@ def _setup_scale(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(key, ids)
 
 
-def _backward_scale(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def _backward_scale(ops: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
     key, ids = ctx.saved_tensors
-    dots = torch.ops.fewstep.probe_dot.default(g.flatten(0, 1), key, ids, g.shape[0], ctx.kind)
+    dots = ops.probe_dot.default(g.flatten(0, 1), key, ids, g.shape[0], ctx.kind)
     return dots, *(None,) * 4
 
 
-for _name, _fake, _setup, _backward in (
-    ("dual_activate", _fake_activate, _setup_activate, _backward_activate),
-    ("dual_activate_backward", _fake_activate_backward, _setup_second, _backward_second_activate),
-    ("dual_norm", _fake_norm, _setup_norm, _backward_norm),
-    ("dual_norm_backward", _fake_norm_backward, _setup_second, _backward_second_norm),
-    ("probe", _fake_probe, _no_gradient, lambda ctx, g: (None,) * 5),
-    ("probe_dot", _fake_probe_dot, _setup_dot, _backward_dot),
-    ("probe_scale", _fake_probe_scale, _setup_scale, _backward_scale),
-):
-    torch.library.register_fake(f"fewstep::{_name}", _fake)
-    torch.library.register_autograd(f"fewstep::{_name}", _backward, setup_context=_setup)
+_registered: set[str] = set()
+
+
+def _register(namespace: str) -> None:
+    """Attach fake kernels and derivatives to the ops of a namespace, once."""
+    if namespace in _registered:
+        return
+    _registered.add(namespace)
+    ops = getattr(torch.ops, namespace)
+    second = _setup_second
+    for name, fake, setup, backward in (
+        ("dual_activate", _fake_activate, _setup_activate, _backward_activate),
+        ("dual_activate_backward", _fake_activate_backward, second, _backward_second_activate),
+        ("dual_norm", _fake_norm, _setup_norm, _backward_norm),
+        ("dual_norm_backward", _fake_norm_backward, second, _backward_second_norm),
+        ("probe", _fake_probe, _no_gradient, lambda ops, ctx, g: (None,) * 5),
+        ("probe_dot", _fake_probe_dot, _setup_dot, _backward_dot),
+        ("probe_scale", _fake_probe_scale, _setup_scale, _backward_scale),
+    ):
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_autograd(
+            f"{namespace}::{name}", functools.partial(backward, ops), setup_context=setup
+        )
+
+
+_register("fewstep")

@@ -86,8 +86,8 @@ def divergence(
         seed (int | Tensor): at least 0; an int64 scalar tensor changes without a recompilation.
         sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample keeps its probes in any
             batch. None: its index.
-        backend (str | None): "cpp", "reference", or None for the fastest one. A named one raises
-            where the network has a function that duals do not know.
+        backend (str | None): "cpp", "triton", "reference", or None for the fastest one. A named one
+            raises where the network has a function that duals do not know.
 
     Returns:
         Divergence: differentiable with respect to parameters, x and t.
@@ -169,10 +169,10 @@ class Solver:
             return self._fallback(x, t, key, reason.args[0])
 
     def backend(self, x: Tensor) -> str:
-        """Of the kernels, for x: "cpp" or "reference"."""
+        """Of the kernels, for x: "cpp", "triton" or "reference"."""
         name = choose_backend("divergence", x.device.type, self.options.backend, unsupported)
         compiled = x.dtype in (torch.float32, torch.float64) and not is_transformed()
-        return name if compiled and name == "cpp" else "reference"
+        return name if compiled and name in raw_dual.COMPILED else "reference"
 
     def refuse(self, reason: UnsupportedError) -> None:
         """Remember that duals do not serve; raise where a backend was named."""
@@ -319,9 +319,9 @@ class Solver:
 
 def unsupported(backend: str) -> str | None:
     """Why a backend cannot serve divergences, or None."""
-    if backend in ("cpp", "reference"):
+    if backend in (*raw_dual.COMPILED, "reference"):
         return None
-    return "divergences have the backends cpp and reference"
+    return "divergences have the backends cpp, triton and reference"
 
 
 _REFUSED: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()

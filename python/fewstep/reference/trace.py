@@ -26,7 +26,16 @@ def transposed_products(
     velocity: Velocity, x: Tensor, t: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Velocity `[B, ...]` and `J' v_k`, `[K, B, ...]`, for v `[K, B, ...]`, in reverse mode."""
-    out, pullback = torch.func.vjp(lambda y: velocity(y, t), x)  # type: ignore[misc]
+    try:
+        out, pullback = torch.func.vjp(lambda y: velocity(y, t), x)  # type: ignore[misc]
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        raise RuntimeError(
+            "divergence: torch.func, which this velocity is left to (see `info` of a call outside),"
+            " does not work under activation checkpointing; give its functions rules"
+            " (fewstep.ops.dual.register) or checkpoint with use_reentrant=True"
+        ) from error
     if out.shape != x.shape:
         raise ValueError(f"velocity must return {tuple(x.shape)} like x, got {tuple(out.shape)}")
     rows: Tensor = torch.func.vmap(lambda u: pullback(u)[0])(v)

@@ -1,0 +1,633 @@
+"""Dual numbers and probes in Triton, with the schemas and bits of the C++ ops.
+
+The registered ops are in the namespace `fewstep_triton`. Nothing is summed by atomics: the same
+bits in every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .launch import architecture, dtype_name, on
+
+LOG2E = tl.constexpr(1.4426950408889634)
+_ROW = tl.constexpr(0xFFFF)  # the k of the numbers that choose Hadamard rows
+GAUSSIAN = tl.constexpr(2)  # kinds in the order of `fewstep.reference.probe.PROBES`
+SPHERE = tl.constexpr(3)
+
+
+@triton.jit
+def _sigmoid(z):
+    e = tl.exp2(-tl.abs(z) * LOG2E)
+    return tl.where(z < 0, e, 1.0) / (1 + e)
+
+
+@triton.jit
+def _tanh(z):
+    """`tanh z` and `1 - tanh^2 z`."""
+    e = tl.exp2(-2 * tl.abs(z) * LOG2E)
+    t = (1 - e) / (1 + e)
+    return tl.where(z < 0, -t, t), 4 * e / ((1 + e) * (1 + e))
+
+
+@triton.jit
+def _evaluate(z, BETA: tl.constexpr, THRESHOLD: tl.constexpr, KIND: tl.constexpr):
+    """`a(z)`, `a'(z)` and `a''(z)`, kinds in the order of `fewstep.reference.dual.ACTIVATIONS`."""
+    if KIND == 0:  # silu
+        s = _sigmoid(z)
+        c = 1 - s
+        a = z * s
+        d1 = s + a * c
+        d2 = s * c * (2 + z * (c - s))
+    elif KIND == 1:  # gelu
+        density = 0.3989422804014327 * tl.exp2(z * z * -0.7213475204444817)
+        cdf = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
+        a = z * cdf
+        d1 = cdf + z * density
+        d2 = density * (2 - z * z)
+    elif KIND == 2:  # gelu_tanh
+        u1 = 0.7978845608028654 * (1 + 0.134145 * z * z)
+        t, w = _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
+        a = 0.5 * z * (1 + t)
+        d1 = 0.5 * (1 + t + z * w * u1)
+        d2 = w * (u1 + z * (0.10703222440890037 * z - t * u1 * u1))
+    elif KIND == 3:  # tanh
+        a, d1 = _tanh(z)
+        d2 = -2 * a * d1
+    elif KIND == 4:  # softplus
+        y = BETA * z
+        e = tl.exp2(-tl.abs(y) * LOG2E)
+        s = tl.where(y < 0, e, 1.0) / (1 + e)
+        far = y > THRESHOLD
+        a = tl.where(far, z, tl.maximum(z, 0.0) + tl.log(1 + e) / BETA)
+        d1 = tl.where(far, 1.0, s)
+        d2 = tl.where(far, 0.0, BETA * s * (1 - s))
+    elif KIND == 5:  # relu
+        a = tl.where(z < 0, 0.0, z)
+        d1 = tl.where(z > 0, 1.0, z * 0)
+        d2 = z * 0
+    else:  # sigmoid
+        a = _sigmoid(z)
+        d1 = a * (1 - a)
+        d2 = d1 * (1 - 2 * a)
+    return a, d1, d2
+
+
+@triton.jit
+def dual_activate_kernel(
+    Z,
+    Shared,
+    Shift,
+    G,
+    Out,
+    count,
+    tangents,
+    period,
+    channels,
+    inner,
+    BETA: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    KIND: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    SHARED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`(a(z), a'(z) t_k)`, or with BACKWARD `(g a' + a'' sum_k g_k t_k, g_k a')`.
+
+    `Z`, `G` and `Out` are `[K + 1, count]`; with SHARED the tangents of element e are those of
+    `e % period` in `Shared [K, period]`, `Z` is `[count]`, and backward has none for them. Element
+    e is shifted by `Shift[e / inner % channels]`.
+    """
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = e < count
+    z = tl.load(Z + e, mask=mask, other=0.0)
+    if SHIFT:
+        z += tl.load(Shift + e // inner % channels, mask=mask, other=0.0)
+    a, d1, d2 = _evaluate(z, BETA, THRESHOLD, KIND)
+    second = z * 0
+    at = e
+    own = Shared + e % period if SHARED else Z + e + count
+    for _ in range(tangents):
+        at += count
+        t = tl.load(own, mask=mask, other=0.0)
+        own += period if SHARED else count
+        if BACKWARD:
+            g = tl.load(G + at, mask=mask, other=0.0)
+            second += g * t
+            if not SHARED:
+                tl.store(Out + at, g * d1, mask=mask)
+        else:
+            tl.store(Out + at, d1 * t, mask=mask)
+    if BACKWARD:
+        a = tl.load(G + e, mask=mask, other=0.0) * d1 + second * d2
+    tl.store(Out + e, a, mask=mask)
+
+
+@triton.jit
+def _normal_row(
+    Z,
+    Shift,
+    row,
+    cols,
+    n,
+    period,
+    EPS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """`x^` `[BN]`, 0 beyond n, and r of a row of the primal."""
+    mask = cols < n
+    x = tl.load(Z + row * n + cols, mask=mask, other=0.0)
+    if SHIFT:
+        x += tl.load(Shift + row % period * n + cols, mask=mask, other=0.0)
+    if CENTRED:
+        x = tl.where(mask, x - tl.sum(x, 0) / n, 0.0)
+    r = 1 / tl.sqrt(tl.sum(x * x, 0) / n + EPS)
+    return x * r, r
+
+
+@triton.jit
+def _means(v, normal, n, CENTRED: tl.constexpr):
+    """Of v, 0 where not CENTRED, and of `x^ v`."""
+    plain = tl.sum(v, 0) / n if CENTRED else tl.sum(v * 0, 0)
+    return plain, tl.sum(normal * v, 0) / n
+
+
+@triton.jit
+def dual_norm_kernel(
+    Z,
+    Shift,
+    Weight,
+    Bias,
+    Out,
+    rows,
+    n,
+    groups,
+    tangents,
+    period,
+    EPS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`w x^ + b` and `w r (u_k - mean u_k - x^ mean(x^ u_k))` of a row of n, one a program.
+
+    `Z` and `Out` are `[K + 1, rows, n]`, `Weight` and `Bias` `[groups, n]` for `row % groups`.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < n
+    normal, r = _normal_row(Z, Shift, row, cols, n, period, EPS, CENTRED, SHIFT)
+    w = normal * 0 + 1
+    if WEIGHT:
+        w = tl.load(Weight + row % groups * n + cols, mask=mask, other=0.0)
+    out = normal * w
+    if BIAS:
+        out += tl.load(Bias + row % groups * n + cols, mask=mask, other=0.0)
+    tl.store(Out + row * n + cols, out, mask=mask)
+    at = row
+    for _ in range(tangents):
+        at += rows
+        u = tl.load(Z + at * n + cols, mask=mask, other=0.0)
+        plain, along = _means(u, normal, n, CENTRED)
+        tl.store(Out + at * n + cols, w * r * (u - plain - normal * along), mask=mask)
+
+
+@triton.jit
+def dual_norm_backward_kernel(
+    Z,
+    Shift,
+    Weight,
+    G,
+    Out,
+    Sum_w,
+    Sum_b,
+    rows,
+    n,
+    groups,
+    tangents,
+    period,
+    EPS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of `dual_norm_kernel`: program (group, part) has that group of every
+    `programs`-th sample and writes its sums `[part, group, n]` for weight and bias.
+
+    `P v = r (v - mean v - x^ mean(x^ v))` is the symmetric Jacobian of x^: tangents get `P(w g_k)`;
+    the primal gains `-r (x^ <w g_k, P u_k> / n + mean(x^ u) P(w g_k) + mean(x^ w g_k) P(u_k))`.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < n
+    zero = tl.load(Z + cols, mask=cols < 0, other=0.0)
+    w = zero + 1
+    if WEIGHT:
+        w = tl.load(Weight + group * n + cols, mask=mask, other=0.0)
+    sum_w = zero
+    sum_b = zero
+    sample = part
+    while sample < rows // groups:
+        row = sample * groups + group
+        normal, r = _normal_row(Z, Shift, row, cols, n, period, EPS, CENTRED, SHIFT)
+        g = tl.load(G + row * n + cols, mask=mask, other=0.0)
+        sum_w += g * normal
+        sum_b += g
+        plain, along = _means(w * g, normal, n, CENTRED)
+        out = r * (w * g - plain - normal * along)
+        at = row
+        for _ in range(tangents):
+            at += rows
+            u = tl.load(Z + at * n + cols, mask=mask, other=0.0)
+            gk = tl.load(G + at * n + cols, mask=mask, other=0.0)
+            u_plain, u_along = _means(u, normal, n, CENTRED)
+            g_plain, g_along = _means(w * gk, normal, n, CENTRED)
+            inner = tl.sum(w * gk * u, 0) / n - g_plain * u_plain - g_along * u_along
+            pu = r * (u - u_plain - normal * u_along)
+            pg = r * (w * gk - g_plain - normal * g_along)
+            tl.store(Out + at * n + cols, pg, mask=mask)
+            sum_w += gk * pu
+            out -= r * (r * inner * normal + u_along * pg + g_along * pu)
+        tl.store(Out + row * n + cols, out, mask=mask)
+        sample += tl.num_programs(1)
+    to = (part * groups + group) * n + cols
+    tl.store(Sum_w + to, sum_w, mask=mask)
+    tl.store(Sum_b + to, sum_b, mask=mask)
+
+
+@triton.jit
+def _words(Key, sample, k, blocks):
+    """Four 32-bit words of Philox for each block of a probe: csrc/shared/philox.h."""
+    seed = tl.load(Key)
+    zero = blocks * 0
+    step = zero + tl.load(Key + 1)
+    c0 = blocks | tl.load(Key + 2) << 28
+    c2 = k | (sample >> 32) << 16
+    return tl.philox(
+        seed,
+        c0.to(tl.uint32),
+        step.to(tl.uint32),
+        (zero + c2).to(tl.uint32),
+        (zero + sample).to(tl.uint32),
+    )
+
+
+@triton.jit
+def _four(w0, w1, w2, w3, BLOCK: tl.constexpr):
+    """Words of a block side by side, `[BLOCK]`."""
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
+
+
+@triton.jit
+def _circle(u):
+    """sin and cos of `2 pi u`, u in [0, 1], by their series on an eighth of the circle: those of
+    libraries keep memory for arguments that do not occur here."""
+    quarter = tl.floor(4 * u + 0.5)
+    x = (u - 0.25 * quarter) * 6.283185307179586
+    y = x * x
+    s = 1 - y * (1 / 110) * (1 - y * (1 / 156) * (1 - y * (1 / 210) * (1 - y * (1 / 272))))
+    s = x * (1 - y * (1 / 6) * (1 - y * (1 / 20) * (1 - y * (1 / 42) * (1 - y * (1 / 72) * s))))
+    c = 1 - y * (1 / 90) * (1 - y * (1 / 132) * (1 - y * (1 / 182) * (1 - y * (1 / 240))))
+    c = 1 - y * (1 / 2) * (1 - y * (1 / 12) * (1 - y * (1 / 30) * (1 - y * (1 / 56) * c)))
+    n = quarter.to(tl.int32) % 4
+    odd = n % 2 == 1
+    sine = tl.where(odd, c, s)
+    cosine = tl.where(odd, s, c)
+    return tl.where(n >= 2, -sine, sine), tl.where((n == 1) | (n == 2), -cosine, cosine)
+
+
+@triton.jit
+def _normals(Key, sample, k, start, BLOCK: tl.constexpr):
+    """Standard normals by Box-Muller in float64, `[BLOCK]` from coordinate `start` on."""
+    w0, w1, w2, w3 = _words(Key, sample, k, (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.int64))
+    UNIT: tl.constexpr = 2.3283064365386963e-10  # 2^-32
+    first = tl.sqrt(-2 * tl.log((w0.to(tl.float64) + 0.5) * UNIT))
+    second = tl.sqrt(-2 * tl.log((w2.to(tl.float64) + 0.5) * UNIT))
+    sine, cosine = _circle((w1.to(tl.float64) + 0.5) * UNIT)
+    other_sine, other_cosine = _circle((w3.to(tl.float64) + 0.5) * UNIT)
+    return _four(first * cosine, first * sine, second * other_cosine, second * other_sine, BLOCK)
+
+
+@triton.jit
+def _parity(v):
+    v = v ^ (v >> 16)
+    v = v ^ (v >> 8)
+    v = v ^ (v >> 4)
+    v = v ^ (v >> 2)
+    v = v ^ (v >> 1)
+    return v & 1
+
+
+@triton.jit
+def _signs(Key, sample, k, start, bits, HADAMARD: tl.constexpr, BLOCK: tl.constexpr):
+    """1 where a probe is -1, `[BLOCK]` int64 from coordinate `start` on."""
+    blocks = (start // 128 + tl.arange(0, BLOCK // 128)).to(tl.int64)
+    w0, w1, w2, w3 = _words(Key, sample, k * 0 if HADAMARD else k, blocks)
+    words = _four(w0, w1, w2, w3, BLOCK // 32).to(tl.int64)
+    signs = tl.reshape((words[:, None] >> tl.arange(0, 32)[None, :]) & 1, [BLOCK])
+    if HADAMARD:
+        # Row k of a random order of all 2^bits, as philox.h chooses it.
+        only = tl.arange(0, 1).to(tl.int64)
+        r0, r1, r2, r3 = _words(Key, sample, _ROW, only)
+        mask = (1 << bits) - 1
+        shift = (bits + 1) // 2
+        row = (k * (r0.to(tl.int64) | 1) + r2.to(tl.int64)) & mask
+        row = row ^ (row >> shift)
+        row = (row * (r1.to(tl.int64) | 1) + r3.to(tl.int64)) & mask
+        row = row ^ (row >> shift)
+        signs = signs ^ _parity((start + tl.arange(0, BLOCK)).to(tl.int64) & row)
+    return signs
+
+
+@triton.jit
+def probe_kernel(
+    Key,
+    Ids,
+    Y,
+    Out,
+    B,
+    D,
+    bits,
+    KIND: tl.constexpr,
+    MODE: tl.constexpr,
+    IDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Probe k of sample i, one a program, number `i + B k`: drawn (MODE 0), its product with
+    `y [K, B, D]` (1), or times `y [K, B]` (2)."""
+    item = tl.program_id(0).to(tl.int64)
+    sample = item % B
+    k = item // B
+    if IDS:
+        sample = tl.load(Ids + sample)
+    T: tl.constexpr = Out.dtype.element_ty
+    factor = tl.full([1], 1.0, T)
+    if MODE == 2:
+        factor *= tl.load(Y + item)
+    if KIND == SPHERE:
+        squares = tl.zeros([BLOCK], tl.float64)
+        for start in range(0, D, BLOCK):
+            v = _normals(Key, sample, k, start, BLOCK)
+            squares += tl.where(start + tl.arange(0, BLOCK) < D, v * v, 0.0)
+        scale = tl.sqrt(D / tl.sum(squares, 0)).to(T)
+    total = tl.zeros([BLOCK], T)
+    for start in range(0, D, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < D
+        if KIND >= GAUSSIAN:
+            v = _normals(Key, sample, k, start, BLOCK).to(T)
+            if KIND == SPHERE:
+                v *= scale
+        else:
+            v = (1 - 2 * _signs(Key, sample, k, start, bits, KIND == 1, BLOCK)).to(T)
+        if MODE == 1:
+            total += v * tl.load(Y + item * D + cols, mask=mask, other=0.0)
+        else:
+            tl.store(Out + item * D + cols, v * factor, mask=mask)
+    if MODE == 1:
+        tl.store(Out + item, tl.sum(total, 0))
+
+
+def _contiguous(*tensors: Tensor | None) -> Any:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _row(like: Tensor) -> int:
+    return like.shape[1:].numel()
+
+
+def _elementwise(
+    z: Tensor,
+    shared: Tensor | None,
+    shift: Tensor | None,
+    g: Tensor | None,
+    out: Tensor,
+    tangents: int,
+    kind: int,
+    beta: float,
+    threshold: float,
+    inner: int,
+) -> Tensor:
+    z, shared, shift, g = _contiguous(z, shared, shift, g)
+    count = z.numel() // (1 if shared is not None else tangents + 1)
+    if count == 0:
+        return out
+    launch = config.dual_activate(dtype_name("dual_activate", z), architecture(z.device))
+    with on(z.device):
+        dual_activate_kernel[(triton.cdiv(count, launch["BLOCK"]),)](
+            *(z, z if shared is None else shared, z if shift is None else shift),
+            *(z if g is None else g, out, count, tangents),
+            1 if shared is None else shared.numel() // max(tangents, 1),
+            *(1 if shift is None else shift.numel(), inner),
+            BETA=beta,
+            THRESHOLD=threshold,
+            KIND=kind,
+            BACKWARD=g is not None,
+            SHARED=shared is not None,
+            SHIFT=shift is not None,
+            **launch,
+        )
+    return out
+
+
+@torch.library.custom_op(
+    "fewstep_triton::dual_activate",
+    mutates_args=(),
+    schema="(Tensor z, Tensor? shared, Tensor? shift, int tangents, int kind, float beta, "
+    "float threshold, int inner) -> Tensor",
+)
+def dual_activate(
+    z: Tensor,
+    shared: Tensor | None,
+    shift: Tensor | None,
+    tangents: int,
+    kind: int,
+    beta: float,
+    threshold: float,
+    inner: int,
+) -> Tensor:
+    """See `fewstep.reference.dual.activate`."""
+    lead = z.shape[0] * (1 if shared is None else tangents + 1)
+    out = z.new_empty((lead, *z.shape[1:]))
+    return _elementwise(z, shared, shift, None, out, tangents, kind, beta, threshold, inner)
+
+
+@torch.library.custom_op(
+    "fewstep_triton::dual_activate_backward",
+    mutates_args=(),
+    schema="(Tensor g, Tensor z, Tensor? shared, Tensor? shift, int tangents, int kind, "
+    "float beta, float threshold, int inner) -> Tensor",
+)
+def dual_activate_backward(
+    g: Tensor,
+    z: Tensor,
+    shared: Tensor | None,
+    shift: Tensor | None,
+    tangents: int,
+    kind: int,
+    beta: float,
+    threshold: float,
+    inner: int,
+) -> Tensor:
+    """The gradient for z."""
+    out = z.new_empty(z.shape)
+    return _elementwise(z, shared, shift, g, out, tangents, kind, beta, threshold, inner)
+
+
+def _norm_arguments(z: Tensor, shift: Tensor | None, tangents: int, groups: int) -> tuple[Any, ...]:
+    """rows, n, groups, tangents and period of the kernels."""
+    n = _row(z) // groups
+    rows = z.shape[0] // (tangents + 1) * groups
+    return rows, n, groups, tangents, 1 if shift is None else shift.numel() // n
+
+
+@torch.library.custom_op(
+    "fewstep_triton::dual_norm",
+    mutates_args=(),
+    schema="(Tensor z, Tensor? shift, Tensor? weight, Tensor? bias, int tangents, int groups, "
+    "bool centred, float eps) -> Tensor",
+)
+def dual_norm(
+    z: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tangents: int,
+    groups: int,
+    centred: bool,
+    eps: float,
+) -> Tensor:
+    """See `fewstep.reference.dual.norm`; rows of up to `config.LONGEST_ROW`."""
+    out = z.new_empty(z.shape)
+    z, shift, weight, bias = (
+        None if t is None else t.contiguous() for t in (z, shift, weight, bias)
+    )  # type: ignore[assignment]
+    rows, n, *rest = _norm_arguments(z, shift, tangents, groups)
+    if rows == 0:
+        return out
+    launch = config.dual_norm(n, dtype_name("dual_norm", z), architecture(z.device))
+    with on(z.device):
+        dual_norm_kernel[(rows,)](
+            *(z if t is None else t for t in (z, shift, weight, bias)),
+            *(out, rows, n, *rest),
+            EPS=eps,
+            CENTRED=centred,
+            SHIFT=shift is not None,
+            WEIGHT=weight is not None,
+            BIAS=bias is not None,
+            **launch,
+        )
+    return out
+
+
+@torch.library.custom_op(
+    "fewstep_triton::dual_norm_backward",
+    mutates_args=(),
+    schema="(Tensor g, Tensor z, Tensor? shift, Tensor? weight, int tangents, int groups, "
+    "bool centred, float eps) -> (Tensor gz, Tensor gw, Tensor gb)",
+)
+def dual_norm_backward(
+    g: Tensor,
+    z: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    tangents: int,
+    groups: int,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for z, and for weight and bias `[groups n]`."""
+    out, width = z.new_empty(z.shape), _row(z)
+    g, z, shift, weight = _contiguous(g, z, shift, weight)
+    rows, n, *rest = _norm_arguments(z, shift, tangents, groups)
+    if rows == 0:
+        return out, z.new_zeros(width), z.new_zeros(width)
+    parts = config.dual_norm_parts(rows // groups)
+    sums = z.new_empty((2, parts, width))
+    launch = config.dual_norm(n, dtype_name("dual_norm", z), architecture(z.device))
+    with on(z.device):
+        dual_norm_backward_kernel[(groups, parts)](
+            *(z if t is None else t for t in (z, shift, weight)),
+            *(g, out, sums[0], sums[1], rows, n, *rest),
+            EPS=eps,
+            CENTRED=centred,
+            SHIFT=shift is not None,
+            WEIGHT=weight is not None,
+            **launch,
+        )
+    gw, gb = sums.sum(1)
+    return out, gw.clone(), gb.clone()
+
+
+def _probes(
+    mode: int,
+    y: Tensor,
+    out: Tensor,
+    key: Tensor,
+    ids: Tensor | None,
+    shape: tuple[int, int, int],
+    kind: int,
+) -> Tensor:
+    count, batch, d = shape
+    if count * batch == 0:
+        return out
+    key = key.to(y.device)
+    ids = None if ids is None else ids.to(y.device).contiguous()
+    launch = config.probe(dtype_name("probe", y), architecture(y.device))
+    with on(y.device):
+        probe_kernel[(count * batch,)](
+            *(key.contiguous(), key if ids is None else ids, y, out, batch, d),
+            max(d - 1, 0).bit_length(),
+            KIND=kind,
+            MODE=mode,
+            IDS=ids is not None,
+            **launch,
+        )
+    return out
+
+
+@torch.library.custom_op(
+    "fewstep_triton::probe",
+    mutates_args=(),
+    schema="(Tensor like, Tensor key, Tensor? ids, int probes, int kind) -> Tensor",
+)
+def probe(like: Tensor, key: Tensor, ids: Tensor | None, probes: int, kind: int) -> Tensor:
+    """`[K, B, ...]`"""
+    out = like.new_empty((probes, *like.shape))
+    shape = (probes, like.shape[0], _row(like))
+    return _probes(0, out, out, key, ids, shape, kind)
+
+
+@torch.library.custom_op(
+    "fewstep_triton::probe_dot",
+    mutates_args=(),
+    schema="(Tensor y, Tensor key, Tensor? ids, int probes, int kind) -> Tensor",
+)
+def probe_dot(y: Tensor, key: Tensor, ids: Tensor | None, probes: int, kind: int) -> Tensor:
+    """`<v_k, y_k>` `[K, B]` for y `[K B, ...]`."""
+    batch = y.shape[0] // probes
+    out = y.new_empty((probes, batch))
+    return _probes(1, y.contiguous(), out, key, ids, (probes, batch, _row(y)), kind)
+
+
+@torch.library.custom_op(
+    "fewstep_triton::probe_scale",
+    mutates_args=(),
+    schema="(Tensor g, Tensor key, Tensor? ids, int d, int kind) -> Tensor",
+)
+def probe_scale(g: Tensor, key: Tensor, ids: Tensor | None, d: int, kind: int) -> Tensor:
+    """`g_k v_k` `[K, B, D]` for g `[K, B]`."""
+    out = g.new_empty((*g.shape, d))
+    return _probes(2, g.contiguous(), out, key, ids, (*g.shape, d), kind)  # type: ignore[arg-type]
