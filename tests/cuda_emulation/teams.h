@@ -1,8 +1,10 @@
-// Thread blocks on the host, for the Team of csrc/shared/sinkhorn_block.h and sinkhorn_resident.h: one thread alone, or
-// threads with real barriers, in one block or a cluster of blocks.
+// Thread blocks on the host, for the Team of csrc/shared/sinkhorn_block.h, sinkhorn_resident.h and tf32.h: one thread
+// alone, or threads with real barriers, in one block or a cluster of blocks; warps of 32 have tensor cores.
 #pragma once
 
 #include <barrier>
+#include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -12,6 +14,7 @@
 
 struct Single {
   static constexpr int kLanes = 1;
+  static constexpr bool kTensor = false;
   int rank() const { return 0; }
   int size() const { return 1; }
   int lane() const { return 0; }
@@ -40,41 +43,70 @@ struct Single {
   void lane_sums(T (&)[R]) const {}
 };
 
-constexpr int kTeamLanes = 2, kTeamWarps = 3, kTeamThreads = kTeamLanes * kTeamWarps;
+constexpr int kMmaLanes = 32;
 
+template <int kLanes>
 struct Warp {
-  std::barrier<> barrier{kTeamLanes};
-  double slot[kTeamLanes];
+  std::barrier<> barrier{kLanes};
+  double slot[kLanes];
+  float a[kLanes][4], b[kLanes][2];  // what the lanes hand to a tensor core
 };
 
+// A copy that has not arrived.
+struct Copy {
+  float* to;
+  const float* from;
+  int count, group;
+  bool inside;
+};
+
+struct Copies {
+  std::vector<Copy> pending;
+  int group = 0;
+};
+
+template <int kLanes, int kWarps>
 struct BlockState {
-  std::barrier<> barrier{kTeamThreads};
-  Warp warp[kTeamWarps];
-  bool flag[kTeamThreads];
+  static constexpr int kThreads = kLanes * kWarps;
+  std::barrier<> barrier{kThreads};
+  Warp<kLanes> warp[kWarps];
+  bool flag[kThreads];
+  Copies copies[kThreads];
   char* memory = nullptr;  // what stands for shared memory, alike in all blocks
 };
 
+template <int kLanes, int kWarps>
 struct ClusterState {
-  explicit ClusterState(int ranks) : barrier(ranks * kTeamThreads), block(ranks) {}
+  explicit ClusterState(int ranks) : barrier(ranks * kLanes * kWarps), block(ranks) {}
   std::barrier<> barrier;
-  std::vector<BlockState> block;
+  std::vector<BlockState<kLanes, kWarps>> block;
 };
 
-struct Threads {
-  static constexpr int kLanes = kTeamLanes;
-  ClusterState* cluster;
+// What a tensor core reads of a float: its low bits do not count.
+inline double operand(float value) { return std::bit_cast<float>(std::bit_cast<uint32_t>(value) & 0xffffe000u); }
+
+inline float towards_zero(double value) {
+  const auto nearest = static_cast<float>(value);
+  return std::abs(double(nearest)) > std::abs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
+template <int kLanes_, int kWarps_>
+struct ThreadsOf {
+  static constexpr int kLanes = kLanes_, kWarps = kWarps_;
+  static constexpr bool kTensor = kLanes == kMmaLanes;
+  ClusterState<kLanes, kWarps>* cluster;
   int own_block, index;
-  BlockState& state() const { return cluster->block[own_block]; }
+  BlockState<kLanes, kWarps>& state() const { return cluster->block[own_block]; }
   int rank() const { return index; }
-  int size() const { return kTeamThreads; }
-  int lane() const { return index % kTeamLanes; }
-  int warp() const { return index / kTeamLanes; }
-  int warps() const { return kTeamWarps; }
+  int size() const { return kLanes * kWarps; }
+  int lane() const { return index % kLanes; }
+  int warp() const { return index / kLanes; }
+  int warps() const { return kWarps; }
   int ranks() const { return static_cast<int>(cluster->block.size()); }
   int block() const { return own_block; }
   void sync() const { state().barrier.arrive_and_wait(); }
   void sync_all() const { cluster->barrier.arrive_and_wait(); }
-  void sync_lanes() const { state().warp[warp()].barrier.arrive_and_wait(); }
+  void sync_lanes() const { own_warp().barrier.arrive_and_wait(); }
   bool any(bool flag) const {
     state().flag[index] = flag;
     sync();
@@ -89,11 +121,11 @@ struct Threads {
   }
   template <typename T, typename Combine>
   T exchange(T value, Combine combine) const {
-    Warp& w = state().warp[warp()];
+    Warp<kLanes>& w = own_warp();
     w.slot[lane()] = value;
     w.barrier.arrive_and_wait();
     T result = static_cast<T>(w.slot[0]);
-    for (int l = 1; l < kTeamLanes; ++l) result = combine(result, static_cast<T>(w.slot[l]));
+    for (int l = 1; l < kLanes; ++l) result = combine(result, static_cast<T>(w.slot[l]));
     w.barrier.arrive_and_wait();
     return result;
   }
@@ -110,21 +142,62 @@ struct Threads {
   void lane_sums(T (&values)[R]) const {
     for (T& value : values) value = lane_sum(value);
   }
+
+  // mma.m16n8k8: element (row, k) of a is with lane row % 8 * 4 + k % 4, and so on. What is added is rounded towards 0.
+  void multiply(float (&c)[4], const float (&a)[4], const float (&b)[2]) const {
+    Warp<kLanes>& w = own_warp();
+    for (int e = 0; e < 4; ++e) w.a[lane()][e] = a[e];
+    for (int e = 0; e < 2; ++e) w.b[lane()][e] = b[e];
+    w.barrier.arrive_and_wait();
+    for (int e = 0; e < 4; ++e) {
+      const int row = lane() / 4 + e / 2 * 8, column = lane() % 4 * 2 + e % 2;
+      double sum = c[e];
+      for (int k = 0; k < 8; ++k) {
+        sum += operand(w.a[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2]) * operand(w.b[column * 4 + k % 4][k / 4]);
+      }
+      c[e] = towards_zero(sum);
+    }
+    w.barrier.arrive_and_wait();
+  }
+
+  template <int kCount>
+  void copy(float* to, const float* from, bool inside) const {
+    Copies& own = state().copies[index];
+    own.pending.push_back({to, from, kCount, own.group, inside});
+  }
+  void commit() const { ++state().copies[index].group; }
+  template <int kGroups>
+  void arrived() const {
+    Copies& own = state().copies[index];
+    std::erase_if(own.pending, [&](const Copy& copy) {
+      if (copy.group >= own.group - kGroups) return false;
+      for (int i = 0; i < copy.count; ++i) copy.to[i] = copy.inside ? copy.from[i] : 0.0f;
+      return true;
+    });
+  }
+
+ private:
+  Warp<kLanes>& own_warp() const { return state().warp[warp()]; }
 };
 
-// run(team) in every thread of a cluster whose blocks have `bytes` of memory each, on the heap and filled with NaN.
-template <typename T, typename Run>
+using Threads = ThreadsOf<2, 3>;
+using WideThreads = ThreadsOf<kMmaLanes, 2>;
+constexpr int kTeamLanes = Threads::kLanes, kTeamWarps = Threads::kWarps;
+
+// run(team) in every thread of a cluster whose blocks have `count` elements of memory each, on the heap and filled with
+// NaN.
+template <typename T, typename Team = Threads, typename Run>
 void run_cluster(int ranks, int64_t count, Run run) {
-  ClusterState cluster(ranks);
+  ClusterState<Team::kLanes, Team::kWarps> cluster(ranks);
   std::vector<std::unique_ptr<std::vector<T>>> memories;
-  for (BlockState& block : cluster.block) {
+  for (auto& block : cluster.block) {
     memories.push_back(std::make_unique<std::vector<T>>(count, std::numeric_limits<T>::quiet_NaN()));
     block.memory = reinterpret_cast<char*>(memories.back()->data());
   }
   std::vector<std::jthread> threads;
   for (int b = 0; b < ranks; ++b) {
-    for (int i = 0; i < kTeamThreads; ++i) {
-      threads.emplace_back([&, b, i] { run(Threads{&cluster, b, i}, memories[b]->data()); });
+    for (int i = 0; i < Team::kLanes * Team::kWarps; ++i) {
+      threads.emplace_back([&, b, i] { run(Team{&cluster, b, i}, memories[b]->data()); });
     }
   }
 }

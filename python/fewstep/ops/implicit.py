@@ -70,6 +70,7 @@ class Constants(NamedTuple):
     rho_y: float | None = None
     diagonal: int | None = None  # pairs j == i + diagonal are left out
     symmetric: bool = False  # x is y, a is b, f is g: derivatives are those of V(x, x, a, a)
+    precision: str = "tf32x3"  # of `Points`
     formula: Callable[[Any, Any], Any] | None = None  # of `Points`
 
     @property
@@ -103,7 +104,7 @@ def points_of(p: Problem, c: Constants) -> Points:
     segments = None if p.segment_x is None or p.segment_y is None else (p.segment_x, p.segment_y)
     labels = None if p.label_x is None or p.label_y is None else (p.label_x, p.label_y)
     fixed = (p.matrix, segments, labels, p.label_cost, c.diagonal, c.formula)
-    return Points(p.x, p.y, c.cost, *fixed)
+    return Points(p.x, p.y, c.cost, *fixed, c.precision)
 
 
 def transposed(p: Problem, c: Constants) -> tuple[Problem, Constants]:
