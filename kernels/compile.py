@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import config, sinkhorn
+from . import config, hessian, sinkhorn
 
 _POINTER = {"float32": "*fp32", "float64": "*fp64"}
 _OTHER = {"Iterations": "*i64", "Annealing": "*i32", "Done": "*i32", "cost_scale": "fp32"}
@@ -136,7 +136,7 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
         if key in seen:
             continue
         seen.append(key)
-        if kernel is sinkhorn.sinkhorn_merge_kernel:
+        if "DOT" not in launch:
             yield kernel, dtype, launch
             continue
         large = launch["BLOCK_M"] == (64 if launch["DOT"] else 128)
@@ -163,7 +163,14 @@ def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
         yield sinkhorn.sinkhorn_row_kernel, dtype, update
         yield sinkhorn.sinkhorn_column_kernel, dtype, update
         yield sinkhorn.sinkhorn_symmetric_kernel, dtype, update
+        yield sinkhorn.sinkhorn_cost_kernel, dtype, update
         yield sinkhorn.sinkhorn_merge_kernel, dtype, config.sinkhorn_merge()
+        yield sinkhorn.sinkhorn_kept_kernel, dtype, config.sinkhorn_kept(dtype, arch)
+        yield sinkhorn.sinkhorn_kept_merge_kernel, dtype, config.sinkhorn_kept_merge()
+        if dtype == "float64":
+            second = config.sinkhorn_hessian(batch, 1024, arch) | cost
+            yield hessian.sinkhorn_hessian_kernel, dtype, second | {"SUMS": False}
+            yield hessian.sinkhorn_hessian_kernel, dtype, second | {"SUMS": True}
         for width in (1, 10, 40, 128):
             for gradient, near_only in ((False, False), (True, False), (True, True)):
                 if near_only and not (euclidean and update["DOT"]):

@@ -66,7 +66,7 @@ def solve(
         out: Outputs = _triton().sinkhorn.default(
             *(x, y, a, b, eps, f0, g0, cost, points.diagonal, s.max_iter, s.tol),
             *(s.start, s.factor, s.temperatures, *s.rho, s.relax, s.simultaneous, s.single),
-            PRECISIONS.index(points.precision),
+            *(s.memory_limit, PRECISIONS.index(points.precision)),
         )
         return out
     return _direct(  # type: ignore[no-any-return]
@@ -147,6 +147,28 @@ def gradient(
     else:
         op = torch.ops.fewstep.sinkhorn_grad.default
         out = _direct(op, x, y, f, g, a, b, eps, *_geometry(points))
+    return out
+
+
+def hessian(
+    points: Points,
+    u: tuple[Tensor, Tensor],
+    f: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    change: tuple[Tensor, Tensor, Tensor, Tensor],
+    eps: Tensor,
+    sums: bool,
+) -> Tensor:
+    """The derivative of `gradient` along u and `change` (of f, g, a, b), or sums; by Triton.
+
+    See `fewstep.kernels.hessian`.
+    """
+    importlib.import_module("fewstep.kernels.hessian")
+    how = (reference.COSTS.index(points.cost), points.diagonal, sums)
+    op = torch.ops.fewstep_triton.sinkhorn_hessian.default
+    out: Tensor = op(points.x, points.y, *u, f, g, a, b, *change, eps, *how)
     return out
 
 

@@ -59,7 +59,8 @@ def drift(
         e = e.expand(x.shape[0])
         g0 = torch.where(b > 0, -e[:, None] * b.log(), 0.0)
         schedule = Schedule(max_iter=max_iter)
-        f, g, *_ = raw.solve(backend, Points(x, z, cost, precision=precision), a, b, e, None, g0, schedule)
+        points = Points(x, z, cost, precision=precision)
+        f, g, *_ = raw.solve(backend, points, a, b, e, None, g0, schedule)
         k = ((f[:, :, None] + g[:, None, :] - C) / e[:, None, None]).exp()
         return torch.where(b[:, None, :] > 0, b[:, None, :] * k, 0.0)
 

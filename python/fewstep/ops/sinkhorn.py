@@ -294,7 +294,8 @@ def sinkhorn(
         C (Tensor | None): costs `[N, M]` or `[B, N, M]` instead of points.
         memory_limit (int): bytes that the C++ kernels may use, for each problem that a thread works
             on, to keep distances and exponentials between iterations; beyond, they are computed
-            anew.
+            anew. "triton" keeps the costs of all problems of alternating updates if they take no
+            more than this, where points have so many coordinates that reading them is quicker.
         precision (str | None): how kernels of "cuda" and "triton" multiply float32 points on tensor
             cores, from 17 coordinates on: "tf32x3", in two parts of TF32 each and so with the
             accuracy of float32; "tf32", in one part, about twice as fast, where products are off by
