@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fewstep
 from emulation import Emulator, build_emulator
+from fewstep._library import DEVICE_TESTED
 from fewstep.ops import raw
 from fewstep.reference import drift as drift_reference
 from fewstep.reference import sinkhorn as reference
@@ -318,7 +319,6 @@ def test_drift(
     weights[:, 1] = 0
     guidance = torch.tensor([0.5, 2.0], dtype=dtype) * (counts[2] > 0)
     eps = torch.tensor([0.1, 1.0], dtype=dtype)
-    columns = sum(counts) if joint else max(counts)
     if team == "wide" and dtype == torch.float64:
         pytest.skip("tensor cores take float32")
     ranks = WIDE if team == "wide" else TEAMS[team]
@@ -432,6 +432,7 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
     "small-reach": {"reach": (0.7, 0.9)},
     "small-relax": {"relax": 1.3},
     "small-diagonal": {"exclude_diagonal": 1},
+    "small-precision": {"precision": "float32"},
 }
 
 
@@ -455,9 +456,8 @@ def test_device_small_segments_and_temperatures() -> None:
         inputs = (x, y, *weights, eps)
         if eps.ndim == 1:
             fewstep_and_exact(inputs, cu_seqlens=cu, max_iter=9)
-        result = fewstep.sinkhorn(
-            x.cuda(), y.cuda(), eps=eps.cuda(), cu_seqlens=tuple(c.cuda() for c in cu), max_iter=9
-        )
+        moved = {"eps": eps.cuda(), "cu_seqlens": tuple(c.cuda() for c in cu)}
+        result = fewstep.sinkhorn(x.cuda(), y.cuda(), **moved, max_iter=9, backend="cuda")
         exact_result = fewstep.sinkhorn(
             x.double(), y.double(), eps=eps.double(), cu_seqlens=cu, max_iter=9
         )
@@ -468,13 +468,15 @@ def test_device_small_segments_and_temperatures() -> None:
 
 
 @pytest.mark.gpu
-def test_device_is_the_default_where_it_serves_and_repeats() -> None:
-    x, y, a, b, eps = (t.cuda() for t in make(50, 64, 60, 8, torch.float32))
+def test_device_runs_repeat_and_are_asked_for_by_name() -> None:
+    x, y, a, b, eps = (t.cuda() for t in make(50, 64, 60, 24, torch.float32))
     assert raw.resident(Points(x, y))
-    one, other = (fewstep.sinkhorn(x, y, a=a, b=b, eps=eps, max_iter=20) for _ in range(2))
-    named = fewstep.sinkhorn(x, y, a=a, b=b, eps=eps, max_iter=20, backend="cuda")
+    options: dict[str, Any] = {"a": a, "b": b, "eps": eps, "max_iter": 20}
+    one, other = (fewstep.sinkhorn(x, y, **options, backend="cuda") for _ in range(2))
     assert torch.equal(one.f, other.f)
-    assert torch.equal(one.g, named.g)
+    assert torch.equal(one.g, other.g)
+    default = "cuda" if "cuda" in DEVICE_TESTED else "reference"
+    assert fewstep.sinkhorn(x, y, **options)._problem.backend == default
 
 
 @pytest.mark.gpu

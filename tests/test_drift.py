@@ -641,6 +641,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"backend": "keops"}, ValueError, r"backend 'keops' cannot serve this call"),
     ({"backend": "cuda"}, ValueError, r"backend 'cuda' cannot serve.*not cpu"),
     ({"memory_limit": -1}, ValueError, r"memory_limit must not be negative, got -1"),
+    ({"precision": "bf16"}, ValueError, r"precision must be one of .*, got 'bf16'"),
     ({"weights": torch.ones(7)}, ValueError, r"weights must have shape \(8,\), got \(7,\)"),
     ({"weights": torch.zeros(8)}, ValueError, r"weights of y must not be zero.*sum of 0.0"),
     (

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fewstep.ops import raw
 
 pytest.importorskip("triton")
 
@@ -59,6 +62,26 @@ def test_launches_are_legal(arch: str, dtype: str) -> None:
 def test_unknown_dtype() -> None:
     with pytest.raises(ValueError, match="dtype must be 'float32' or 'float64', got 'bfloat16'"):
         config.sinkhorn_update(1, 1, 1, "bfloat16", "sm_90")
+
+
+def test_temperatures_are_not_copied_from_the_host() -> None:
+    """Which a graph of CUDA could not capture; a fill it can."""
+
+    class Ops(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Ops() as seen:
+        filled = raw.from_numbers([2.0, 0.5], torch.device("meta"), torch.float32)
+    assert filled.shape == (2,)
+    assert set(seen.names) == {"aten.full.default", "aten.stack.default"}
+    on_cpu = raw.from_numbers([2.0, 0.5], torch.device("cpu"), torch.float64)
+    assert on_cpu.tolist() == [2.0, 0.5]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted here")

@@ -96,8 +96,8 @@ def constants(
     symmetric: bool = False,
 ) -> Constants:
     symmetric = symmetric and points.formula is None  # which may not be symmetric
-    how = (points.diagonal, symmetric, points.precision, points.formula)
-    return Constants(points.cost, backend, *rho, *how)
+    cost, diagonal, precision = points.cost, points.diagonal, points.precision
+    return Constants(cost, backend, *rho, diagonal, symmetric, precision, points.formula)
 
 
 def _problem(

@@ -128,9 +128,10 @@ def sinkhorn_drift(
         precision (str | None): of distances and barycentres on GPUs: "tf32x3", "tf32" or "float32",
             as for `sinkhorn`. Default: "tf32x3".
         backend (str | None): "reference", "cpp", "cuda" or "triton". Default: the environment
-            variable FEWSTEP_BACKEND, else the fastest one for the device. "cuda" keeps groups of up
-            to 64 points and plans of up to 256 columns on chip, in float32; otherwise it and
-            "triton" have the kernels of `sinkhorn` for the iterations and then form the plans.
+            variable FEWSTEP_BACKEND, else the fastest one that has been tested on the device; on
+            GPUs "reference", see `sinkhorn`. "cuda" keeps groups of up to 64 points and plans of up
+            to 256 columns on chip, in float32; otherwise it and "triton" have the kernels of
+            `sinkhorn` for the iterations and then form the plans.
 
     Returns:
         Drift: velocity, scale, rms, residual, entropy, peak. No gradient flows through any.
@@ -298,7 +299,7 @@ def _temperatures(
     values = list(eps) if isinstance(eps, Sequence) else [eps]
     if not values or not all(0 < e < math.inf for e in values):
         raise ValueError(f"sinkhorn_drift: eps must be positive and finite, got {eps}")
-    return torch.tensor(values, dtype=dtype, device=x.device), several
+    return raw.from_numbers(values, x.device, dtype), several
 
 
 def _guidance(

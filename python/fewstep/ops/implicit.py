@@ -510,8 +510,8 @@ def _right_hand_sides(system: System, u: _Direction) -> tuple[Tensor, Tensor]:
     p = system.p
     if _streams(p, system.c):
         r = _streamed(p, system.c, (u.x, u.y), change=(None, None, None, u.b), sums=True)
-        change = (None, None, None, u.a)
-        return r, _streamed(*transposed(p, system.c), (u.y, u.x), change=change, sums=True)
+        of_a = (None, None, None, u.a)
+        return r, _streamed(*transposed(p, system.c), (u.y, u.x), change=of_a, sums=True)
     r, s = torch.zeros_like(p.f), torch.zeros_like(p.g)
     for block in blocks(p, system.c):
         change = u.cost_change(block)

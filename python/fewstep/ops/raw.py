@@ -6,6 +6,7 @@ Shapes are those of `fewstep.reference.sinkhorn`.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ def checked_precision(op: str, precision: str | None) -> str:
     if precision not in PRECISIONS:
         raise ValueError(f"{op}: precision must be one of {PRECISIONS}, got {precision!r}")
     return precision
+
+
+def from_numbers(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`[len(values)]`, filled on a device: a graph of CUDA cannot capture copies from the host."""
+    plain = len(values) > 0 and all(isinstance(value, int | float) for value in values)
+    if device.type == "cpu" or not plain:
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 def resident(points: Points) -> bool:

@@ -304,7 +304,8 @@ def sinkhorn(
             dtype whatever it says. Default: "tf32x3".
         backend (str | None): "reference", "cpp", "triton", "cuda" or "keops" (a cost function).
             Default: the environment variable FEWSTEP_BACKEND, else the fastest one for the device
-            and the options.
+            and the options that has been tested there: on GPUs "reference", which forms C, since
+            "triton" and "cuda" have only been emulated so far.
         check_finite (bool): look for NaN and inf first; on a GPU also check the signs and sums of
             weights and the sign of eps, which costs a synchronisation there.
 
@@ -626,13 +627,17 @@ def _annealed(
         T = eps.shape[0] // max(points.count, 1)
         start = _largest_cost(points).repeat_interleave(T)
         return replace(schedule, start=start, factor=float(anneal))
-    steps = torch.as_tensor(anneal, dtype=eps.dtype, device=eps.device)
+    if isinstance(anneal, Tensor):
+        steps = anneal.to(device=eps.device, dtype=eps.dtype)
+    else:
+        steps = raw.from_numbers(anneal, eps.device, eps.dtype)
     if steps.ndim != 1:
         raise ValueError(
             f"sinkhorn: anneal must be a factor or temperatures [S], got {tuple(steps.shape)}"
         )
-    if read and not bool(((steps > 0) & steps.isfinite()).all()):
-        raise ValueError(f"sinkhorn: anneal must be positive and finite, got {steps.tolist()}")
+    values = (steps.tolist() if read else []) if isinstance(anneal, Tensor) else list(anneal)
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError(f"sinkhorn: anneal must be positive and finite, got {values}")
     return replace(schedule, temperatures=steps.detach())
 
 
@@ -734,7 +739,7 @@ def _eps(
         if not 0 < eps < float("inf"):
             raise ValueError(f"sinkhorn: eps must be positive and finite, got {eps}")
         return like.new_full((count,), eps, dtype=dtype), ()
-    e = eps if isinstance(eps, Tensor) else torch.tensor(eps, dtype=dtype, device=like.device)
+    e = eps if isinstance(eps, Tensor) else raw.from_numbers(eps, like.device, dtype)
     if e.requires_grad:
         raise ValueError("sinkhorn: eps must not require a gradient, got one that does")
     if e.device != like.device and e.ndim > 0:
