@@ -41,7 +41,7 @@ template <typename T, typename Run>
 void run_team(int64_t ranks, int64_t n, int64_t m, int matrices, Run run) {
   using Alone = Layout<kAloneR, kAloneQ, 1, 1>;
   if (ranks > 0) return run_threads<T, kThreadsR, kThreadsQ, Threads>(ranks, n, m, matrices, run);
-  if (ranks < 0) return run_threads<T, kWideR, kWideQ, WideThreads>(-ranks, n, m, matrices, run);
+  if (ranks < 0) return run_threads<T, kWideR, kWideQ, WideTeam>(-ranks, n, m, matrices, run);
   if (n > Alone::kRows || m > Alone::kColumns) std::exit(4);
   auto memory = poisoned<T>(Alone::elements(n, m, matrices));
   run.template operator()<kAloneR, kAloneQ, 1>(Single{}, memory.data());

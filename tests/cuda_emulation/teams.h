@@ -1,12 +1,16 @@
 // Thread blocks on the host, for the Team of csrc/shared/sinkhorn_block.h, sinkhorn_resident.h and tf32.h: one thread
-// alone, or threads with real barriers, in one block or a cluster of blocks; warps of 32 have tensor cores.
+// alone, or threads with real barriers, in one block or a cluster of blocks; or, for warps of 32, which have tensor
+// cores, fibers that take turns from barrier to barrier: what is read without one has not been written yet.
 #pragma once
+
+#include <ucontext.h>
 
 #include <barrier>
 #include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <thread>
@@ -45,9 +49,91 @@ struct Single {
 
 constexpr int kMmaLanes = 32;
 
+// Fibers of one thread. One at a time runs, up to a barrier at which others are missing.
+class Fibers {
+ public:
+  // run(index) in each of `count` fibers.
+  static void run(int count, const std::function<void(int)>& run) {
+    Fibers fibers(count, run);
+    active_ = &fibers;
+    swapcontext(&fibers.main_, &fibers.fibers_[0].context);
+    active_ = nullptr;
+  }
+
+  // Lets the next one run.
+  static void yield() {
+    Fibers& own = *active_;
+    const size_t before = own.current_;
+    own.advance();
+    if (own.current_ != before) swapcontext(&own.fibers_[before].context, &own.fibers_[own.current_].context);
+  }
+
+ private:
+  static constexpr size_t kStack = size_t{1} << 18;
+  struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(kStack);
+    bool done = false;
+  };
+
+  Fibers(int count, const std::function<void(int)>& run) : run_(run), fibers_(count), left_(count) {
+    for (Fiber& fiber : fibers_) prepare(fiber.context, fiber.stack.data());
+  }
+
+  // By itself, since getcontext may return twice.
+  [[gnu::noinline]] static void prepare(ucontext_t& context, char* stack) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStack;
+    makecontext(&context, &Fibers::enter, 0);
+  }
+
+  static void enter() {
+    Fibers& own = *active_;
+    const size_t index = own.current_;
+    own.run_(static_cast<int>(index));
+    own.fibers_[index].done = true;
+    if (--own.left_ == 0) setcontext(&own.main_);
+    own.advance();
+    setcontext(&own.fibers_[own.current_].context);
+  }
+
+  void advance() {
+    do current_ = (current_ + 1) % fibers_.size();
+    while (fibers_[current_].done);
+  }
+
+  static inline Fibers* active_ = nullptr;
+  const std::function<void(int)>& run_;
+  std::vector<Fiber> fibers_;
+  ucontext_t main_;
+  size_t current_ = 0;
+  int left_;
+};
+
+class FiberBarrier {
+ public:
+  explicit FiberBarrier(int count) : count_(count) {}
+  void arrive_and_wait() {
+    const int64_t own = generation_;
+    if (++arrived_ == count_) {
+      arrived_ = 0;
+      ++generation_;
+    }
+    while (generation_ == own) Fibers::yield();
+  }
+
+ private:
+  int count_, arrived_ = 0;
+  int64_t generation_ = 0;
+};
+
+template <int kLanes>
+using Barrier = std::conditional_t<kLanes == kMmaLanes, FiberBarrier, std::barrier<>>;
+
 template <int kLanes>
 struct Warp {
-  std::barrier<> barrier{kLanes};
+  Barrier<kLanes> barrier{kLanes};
   double slot[kLanes];
   float a[kLanes][4], b[kLanes][2];  // what the lanes hand to a tensor core
 };
@@ -68,7 +154,7 @@ struct Copies {
 template <int kLanes, int kWarps>
 struct BlockState {
   static constexpr int kThreads = kLanes * kWarps;
-  std::barrier<> barrier{kThreads};
+  Barrier<kLanes> barrier{kThreads};
   Warp<kLanes> warp[kWarps];
   bool flag[kThreads];
   Copies copies[kThreads];
@@ -78,7 +164,7 @@ struct BlockState {
 template <int kLanes, int kWarps>
 struct ClusterState {
   explicit ClusterState(int ranks) : barrier(ranks * kLanes * kWarps), block(ranks) {}
-  std::barrier<> barrier;
+  Barrier<kLanes> barrier;
   std::vector<BlockState<kLanes, kWarps>> block;
 };
 
@@ -181,8 +267,8 @@ struct ThreadsOf {
 };
 
 using Threads = ThreadsOf<2, 3>;
-using WideThreads = ThreadsOf<kMmaLanes, 2>;
-constexpr int kTeamLanes = Threads::kLanes, kTeamWarps = Threads::kWarps;
+using WideTeam = ThreadsOf<kMmaLanes, 2>;
+constexpr int kTeamLanes = Threads::kLanes, kTeamWarps = Threads::kWarps, kTeamThreads = kTeamLanes * kTeamWarps;
 
 // run(team) in every thread of a cluster whose blocks have `count` elements of memory each, on the heap and filled with
 // NaN.
@@ -194,10 +280,12 @@ void run_cluster(int ranks, int64_t count, Run run) {
     memories.push_back(std::make_unique<std::vector<T>>(count, std::numeric_limits<T>::quiet_NaN()));
     block.memory = reinterpret_cast<char*>(memories.back()->data());
   }
+  constexpr int kThreads = Team::kLanes * Team::kWarps;
+  auto one = [&](int index) {
+    const int b = index / kThreads;
+    run(Team{&cluster, b, index % kThreads}, memories[b]->data());
+  };
+  if constexpr (Team::kTensor) return Fibers::run(ranks * kThreads, one);
   std::vector<std::jthread> threads;
-  for (int b = 0; b < ranks; ++b) {
-    for (int i = 0; i < Team::kLanes * Team::kWarps; ++i) {
-      threads.emplace_back([&, b, i] { run(Team{&cluster, b, i}, memories[b]->data()); });
-    }
-  }
+  for (int index = 0; index < ranks * kThreads; ++index) threads.emplace_back([&, index] { one(index); });
 }

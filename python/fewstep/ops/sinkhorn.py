@@ -299,7 +299,7 @@ def sinkhorn(
         precision (str | None): how kernels of "cuda" and "triton" multiply float32 points on tensor
             cores, from 17 coordinates on: "tf32x3", in two parts of TF32 each and so with the
             accuracy of float32; "tf32", in one part, about twice as fast, where products are off by
-            up to 2^-10 of themselves, a cost by 0.2 % of `|x|^2 + |y|^2` about the middle of the
+            up to 2^-9 of themselves, a cost by 0.2 % of `|x|^2 + |y|^2` about the middle of the
             points; "float32", without tensor cores. Other backends, and float64, compute in their
             dtype whatever it says. Default: "tf32x3".
         backend (str | None): "reference", "cpp", "triton", "cuda" or "keops" (a cost function).
