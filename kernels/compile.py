@@ -137,12 +137,14 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
             continue
         seen.append(key)
         if "DOT" not in launch:
-            yield kernel, dtype, launch
+            most = {"EUCLIDEAN": True, "DIAGONAL": True, "SUMS": False}
+            if not heaviest or all(launch.get(name, most[name]) == most[name] for name in most):
+                yield kernel, dtype, launch
             continue
         large = launch["BLOCK_M"] == (64 if launch["DOT"] else 128)
         apply = kernel is sinkhorn.sinkhorn_apply_kernel
         row = kernel in (sinkhorn.sinkhorn_row_kernel, sinkhorn.sinkhorn_symmetric_kernel)
-        heavy = launch["EUCLIDEAN"] and large and (row or apply)
+        heavy = launch["EUCLIDEAN"] and large and (row or apply) and launch["PRECISION"] != "tf32"
         # Leaving out a diagonal takes registers, so that wide products have smaller tiles then.
         heavy = heavy and launch["DIAGONAL"] == (launch.get("BLOCK_K") != 64)
         if apply:
@@ -154,12 +156,18 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
 
 
 def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
-    cases = itertools.product(
-        (("float32", 64), ("float32", 3), ("float64", 64)), (False, True), (False, True), (1, 1024)
+    # precision="float32" takes what few dimensions do.
+    points = (
+        ("float32", 64, "tf32x3"),
+        ("float32", 64, "tf32"),
+        ("float32", 3, "float32"),
+        ("float32", 3, "tf32x3"),
+        ("float64", 64, "tf32x3"),
     )
-    for (dtype, dim), euclidean, diagonal, batch in cases:
+    cases = itertools.product(points, (False, True), (False, True), (1, 1024))
+    for (dtype, dim, precision), euclidean, diagonal, batch in cases:
         cost = {"EUCLIDEAN": euclidean, "DIAGONAL": diagonal}
-        update = config.sinkhorn_update(batch, 1024, dim, dtype, arch) | cost
+        update = config.sinkhorn_update(batch, 1024, dim, dtype, arch, precision) | cost
         yield sinkhorn.sinkhorn_row_kernel, dtype, update
         yield sinkhorn.sinkhorn_column_kernel, dtype, update
         yield sinkhorn.sinkhorn_symmetric_kernel, dtype, update
@@ -176,7 +184,7 @@ def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
                 if near_only and not (euclidean and update["DOT"]):
                     continue
                 options = {"gradient": gradient, "near_only": near_only, "diagonal": diagonal}
-                shape = (batch, 1024, dim, width, dtype, arch)
+                shape = (batch, 1024, dim, width, dtype, arch, precision)
                 launch = config.sinkhorn_apply(*shape, **options) | cost | {"GRADIENT": gradient}
                 yield sinkhorn.sinkhorn_apply_kernel, dtype, launch
 
