@@ -262,8 +262,8 @@ def test_colder_by_and_by(emulators: dict[str, Emulator], team: str) -> None:
     check(emulators[team], TEAMS[team], (x, y, a, b, 0.05 * eps), schedule)
 
 
-# Aligned to 16 bytes or not, with a last stage that is part empty, and a warp without rows.
-TENSOR_SHAPES = [(2, 13, 50, 33), (1, 16, 7, 20), (1, 3, 19, 64)]
+# Aligned to 16 bytes or not, with a last stage that is part empty, and many stages.
+TENSOR_SHAPES = [(2, 13, 50, 33), (1, 16, 7, 20), (1, 11, 50, 260)]
 
 
 @pytest.mark.parametrize("cost", COSTS)

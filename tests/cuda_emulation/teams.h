@@ -98,15 +98,19 @@ class Fibers {
     setcontext(&own.fibers_[own.current_].context);
   }
 
+  // To any of the others, so that warps drift apart; in the same order every time.
   void advance() {
-    do current_ = (current_ + 1) % fibers_.size();
-    while (fibers_[current_].done);
+    do {
+      state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+      current_ = (state_ >> 33) % fibers_.size();
+    } while (fibers_[current_].done);
   }
 
   static inline Fibers* active_ = nullptr;
   const std::function<void(int)>& run_;
   std::vector<Fiber> fibers_;
   ucontext_t main_;
+  uint64_t state_ = 1;
   size_t current_ = 0;
   int left_;
 };
@@ -250,6 +254,8 @@ struct ThreadsOf {
   void copy(float* to, const float* from, bool inside) const {
     Copies& own = state().copies[index];
     own.pending.push_back({to, from, kCount, own.group, inside});
+    // It may be written at any time from now on.
+    for (int i = 0; i < kCount; ++i) to[i] = std::numeric_limits<float>::quiet_NaN();
   }
   void commit() const { ++state().copies[index].group; }
   template <int kGroups>
