@@ -23,8 +23,8 @@ from tolerances import assert_contract, error
 
 COSTS = reference.COSTS[:3]
 NO_DIAGONAL = -(2**63)
-# A thread alone, and 2 warps of 32 fibers with tensor cores, under the address sanitizer; 3 warps of
-# 2 threads, and clusters of such blocks, under the thread sanitizer.
+# A thread alone, and 2 warps of 32 fibers with tensor cores, under the address sanitizer; 3 warps
+# of 2 threads, and clusters of such blocks, under the thread sanitizer.
 TEAMS = {"alone": 0, "block": 1, "cluster": 3}
 WIDE, WIDE_CLUSTER = -1, -2
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
