@@ -154,7 +154,7 @@ def sinkhorn_hessian(batch: int, rows: int, arch: str) -> dict[str, Any]:
     """Launch parameters of products with second derivatives, in float64: a thread owns a row.
 
     >>> sinkhorn_hessian(64, 4096, "sm_90")["BLOCK_K"]
-    8
+    16
     """
     launch = sinkhorn_update(batch, rows, 1, "float64", arch)
     kept = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
