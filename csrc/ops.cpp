@@ -9,7 +9,7 @@
 #define SOLVE                                                                                               \
   "Tensor x, Tensor y, Tensor a, Tensor b, Tensor eps, Tensor? f0, Tensor? g0, " GEOMETRY                   \
   ", int max_iter, float? tol, Tensor? start, float factor, Tensor? schedule, float? rho_x, float? rho_y, " \
-  "float relax, bool simultaneous, bool self, int memory_limit"
+  "float relax, bool simultaneous, bool self, int memory_limit, int precision"
 
 // Linear layers on x, whose columns from `low` on are differentiated; all but the last have an activation, of two
 // options.
@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
         ") -> Tensor");
   m.def(
       "sinkhorn_drift(Tensor x, Tensor y, Tensor x_self, Tensor? uncond, Tensor weights, Tensor guidance, Tensor eps,"
-      " int cost, int max_iter, bool joint, bool scaled, bool unit, int? diagonal, int memory_limit)"
+      " int cost, int max_iter, bool joint, bool scaled, bool unit, int? diagonal, int memory_limit,"
+      " int precision)"
       " -> (Tensor velocity, Tensor scale, Tensor rms, Tensor residual, Tensor entropy, Tensor peak)");
 
   // Stacks [(K + 1) B, ...]: the primal, then K tangents. A probe is known by (seed, step, stage) = key and its sample.

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import config, dual, sinkhorn
+from . import config, dual, hessian, sinkhorn
 
 _POINTER = {"float32": "*fp32", "float64": "*fp64"}
 _OTHER = {
@@ -159,8 +159,10 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
         if key in seen:
             continue
         seen.append(key)
-        if kernel is sinkhorn.sinkhorn_merge_kernel:
-            yield kernel, dtype, launch
+        if "DOT" not in launch:
+            most = {"EUCLIDEAN": True, "DIAGONAL": True, "SUMS": False}
+            if not heaviest or all(launch.get(name, most[name]) == most[name] for name in most):
+                yield kernel, dtype, launch
             continue
         if kernel in _DUALS:
             if not heaviest or _heavy(kernel, launch):
@@ -169,7 +171,7 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
         large = launch["BLOCK_M"] == (64 if launch["DOT"] else 128)
         apply = kernel is sinkhorn.sinkhorn_apply_kernel
         row = kernel in (sinkhorn.sinkhorn_row_kernel, sinkhorn.sinkhorn_symmetric_kernel)
-        heavy = launch["EUCLIDEAN"] and large and (row or apply)
+        heavy = launch["EUCLIDEAN"] and large and (row or apply) and launch["PRECISION"] != "tf32"
         # Leaving out a diagonal takes registers, so that wide products have smaller tiles then.
         heavy = heavy and launch["DIAGONAL"] == (launch.get("BLOCK_K") != 64)
         if apply:
@@ -209,22 +211,35 @@ def _dual_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
 
 
 def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
-    cases = itertools.product(
-        (("float32", 64), ("float32", 3), ("float64", 64)), (False, True), (False, True), (1, 1024)
+    # precision="float32" takes what few dimensions do.
+    points = (
+        ("float32", 64, "tf32x3"),
+        ("float32", 64, "tf32"),
+        ("float32", 3, "float32"),
+        ("float32", 3, "tf32x3"),
+        ("float64", 64, "tf32x3"),
     )
-    for (dtype, dim), euclidean, diagonal, batch in cases:
+    cases = itertools.product(points, (False, True), (False, True), (1, 1024))
+    for (dtype, dim, precision), euclidean, diagonal, batch in cases:
         cost = {"EUCLIDEAN": euclidean, "DIAGONAL": diagonal}
-        update = config.sinkhorn_update(batch, 1024, dim, dtype, arch) | cost
+        update = config.sinkhorn_update(batch, 1024, dim, dtype, arch, precision) | cost
         yield sinkhorn.sinkhorn_row_kernel, dtype, update
         yield sinkhorn.sinkhorn_column_kernel, dtype, update
         yield sinkhorn.sinkhorn_symmetric_kernel, dtype, update
+        yield sinkhorn.sinkhorn_cost_kernel, dtype, update
         yield sinkhorn.sinkhorn_merge_kernel, dtype, config.sinkhorn_merge()
+        yield sinkhorn.sinkhorn_kept_kernel, dtype, config.sinkhorn_kept(dtype, arch)
+        yield sinkhorn.sinkhorn_kept_merge_kernel, dtype, config.sinkhorn_kept_merge()
+        if dtype == "float64":
+            second = config.sinkhorn_hessian(batch, 1024, arch) | cost
+            yield hessian.sinkhorn_hessian_kernel, dtype, second | {"SUMS": False}
+            yield hessian.sinkhorn_hessian_kernel, dtype, second | {"SUMS": True}
         for width in (1, 10, 40, 128):
             for gradient, near_only in ((False, False), (True, False), (True, True)):
                 if near_only and not (euclidean and update["DOT"]):
                     continue
                 options = {"gradient": gradient, "near_only": near_only, "diagonal": diagonal}
-                shape = (batch, 1024, dim, width, dtype, arch)
+                shape = (batch, 1024, dim, width, dtype, arch, precision)
                 launch = config.sinkhorn_apply(*shape, **options) | cost | {"GRADIENT": gradient}
                 yield sinkhorn.sinkhorn_apply_kernel, dtype, launch
     yield from _dual_launches(arch)

@@ -20,12 +20,52 @@ _DIFFERENCES = 16
 _COLUMNS_DOT, _COLUMNS, _COLUMNS_SMALL = 32, 16, 8
 
 
-def uses_dot(dim: int, dtype: str) -> bool:
+# Coordinates from which costs are quicker to read twice than to compute twice, without and with
+# tensor cores: on an H100 8 bytes at 3 TB/s against 4 D operations at 50 TFLOP/s, 12 D at 400.
+_KEPT_FROM, _KEPT_FROM_DOT = 24, 80
+# Iterations that pay for writing costs.
+_KEPT_STEPS = 4
+
+# The values of `precision` in the ops, in order.
+PRECISIONS = ("tf32x3", "tf32", "float32")
+
+
+def uses_dot(dim: int, dtype: str, precision: str = "tf32x3") -> bool:
     """Whether distances are dots on tensor cores rather than sums of squared differences."""
-    return dtype == "float32" and dim > _DIFFERENCES
+    return dtype == "float32" and dim > _DIFFERENCES and precision != "float32"
 
 
-def sinkhorn_update(batch: int, rows: int, dim: int, dtype: str, arch: str) -> dict[str, Any]:
+def _input_precision(arch: str, precision: str) -> str:
+    if arch.startswith("gfx"):
+        return "ieee"
+    return "tf32" if precision == "tf32" else "tf32x3"
+
+
+def keeps_costs(
+    clouds: int,
+    n: int,
+    m: int,
+    dim: int,
+    steps: int,
+    dtype: str,
+    memory_limit: int,
+    precision: str = "tf32x3",
+) -> bool:
+    """Whether alternating iterations read costs from memory instead of computing them twice.
+
+    >>> keeps_costs(1, 4096, 4096, 512, 100, "float32", memory_limit=2**27)
+    True
+    >>> keeps_costs(1, 4096, 4096, 3, 100, "float32", memory_limit=2**27)
+    False
+    """
+    least = _KEPT_FROM_DOT if uses_dot(dim, dtype, precision) else _KEPT_FROM
+    size = 4 if dtype == "float32" else 8
+    return dim >= least and steps >= _KEPT_STEPS and clouds * n * m * size <= memory_limit
+
+
+def sinkhorn_update(
+    batch: int, rows: int, dim: int, dtype: str, arch: str, precision: str = "tf32x3"
+) -> dict[str, Any]:
     """Launch parameters of the two potential updates.
 
     Distances are dots on tensor cores for float32 with `dim > 16`. Blocks of rows are large where
@@ -38,6 +78,7 @@ def sinkhorn_update(batch: int, rows: int, dim: int, dtype: str, arch: str) -> d
         dim (int): coordinates of a point.
         dtype (str): "float32" or "float64".
         arch (str): "sm_80", "sm_90", "sm_100" or "gfx942"; any other is taken for "sm_80".
+        precision (str): one of `PRECISIONS`: of dots, and whether there are any.
 
     Returns:
         dict: the kernel's constants (upper case) and the compiler's options (lower case).
@@ -52,7 +93,7 @@ def sinkhorn_update(batch: int, rows: int, dim: int, dtype: str, arch: str) -> d
     """
     if dtype not in ("float32", "float64"):
         raise ValueError(f"sinkhorn: dtype must be 'float32' or 'float64', got {dtype!r}")
-    dot = uses_dot(dim, dtype)
+    dot = uses_dot(dim, dtype, precision)
     large, small = (64, 16) if dot else (128, 32)
     columns = _COLUMNS_DOT if dot else _COLUMNS if dtype == "float32" else _COLUMNS_SMALL
     fills = batch * -(-rows // large) >= _PROCESSORS.get(arch, _PROCESSORS["sm_80"])
@@ -60,7 +101,7 @@ def sinkhorn_update(batch: int, rows: int, dim: int, dtype: str, arch: str) -> d
     launch: dict[str, Any] = {
         "DOT": dot,
         # AMD's matrix cores take float32 as it is.
-        "PRECISION": "ieee" if arch.startswith("gfx") else "tf32x3",
+        "PRECISION": _input_precision(arch, precision),
         "BLOCK_M": block,
         "BLOCK_N": columns,
         "BLOCK_D": 16,
@@ -80,6 +121,7 @@ def sinkhorn_apply(
     width: int,
     dtype: str,
     arch: str,
+    precision: str = "tf32x3",
     *,
     gradient: bool = False,
     near_only: bool = False,
@@ -93,8 +135,8 @@ def sinkhorn_apply(
     >>> sinkhorn_apply(8, 512, 64, 10, "float32", "sm_90")["DOT_V"]
     True
     """
-    launch = sinkhorn_update(batch, rows, dim, dtype, arch)
-    wide = width > 16 and dtype == "float32" and not gradient
+    launch = sinkhorn_update(batch, rows, dim, dtype, arch, precision)
+    wide = width > 16 and dtype == "float32" and not gradient and precision != "float32"
     launch["DOT_V"] = (launch["DOT"] or wide) and not near_only
     launch["NEAR_ONLY"] = near_only
     if launch["DOT"]:
@@ -106,6 +148,40 @@ def sinkhorn_apply(
     else:
         launch |= {"BLOCK_K": 4 if width <= 4 else 16, "BLOCK_N": _COLUMNS_SMALL}
     return launch
+
+
+def sinkhorn_hessian(batch: int, rows: int, arch: str) -> dict[str, Any]:
+    """Launch parameters of products with second derivatives, in float64: a thread owns a row.
+
+    >>> sinkhorn_hessian(64, 4096, "sm_90")["BLOCK_K"]
+    16
+    """
+    launch = sinkhorn_update(batch, rows, 1, "float64", arch)
+    kept = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
+    return {name: launch[name] for name in kept if name in launch} | {"BLOCK_K": 16}
+
+
+def sinkhorn_kept(dtype: str, arch: str) -> dict[str, Any]:
+    """Launch parameters of the updates from kept costs.
+
+    A thread owns some columns of a tile, so that sums over its rows cross no threads; those over
+    columns do once, at the end.
+
+    >>> sinkhorn_kept("float32", "sm_90")["BLOCK_N"]
+    256
+    """
+    columns = 256 if dtype == "float32" else 128
+    launch: dict[str, Any] = {"BLOCK_M": 16, "BLOCK_N": columns, "num_warps": 4}
+    return launch if arch.startswith("gfx") else launch | {"maxnreg": 255}
+
+
+def sinkhorn_kept_merge() -> dict[str, Any]:
+    """Launch parameters of their merge: a thread owns a column, BLOCK_N rows at a time.
+
+    >>> sinkhorn_kept_merge()["BLOCK"]
+    128
+    """
+    return {"BLOCK": 128, "BLOCK_N": 16, "num_warps": 4}
 
 
 def sinkhorn_merge() -> dict[str, Any]:

@@ -22,6 +22,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 # A pair is near where |x - y|^2 < NEAR (|x|^2 + |y|^2): cancellation in the expanded square has
 # then cost more than 6 of the 24 bits.
 NEAR = tl.constexpr(1 / 64)
+# A sum of exponentials in this range has lost nothing to underflow or overflow. Larger exponents
+# than MOST, a sum of which is still finite, put it out of range.
+SAFE_LOW, SAFE_HIGH, MOST = tl.constexpr(2.0**-60), tl.constexpr(2.0**100), tl.constexpr(104.0)
 # Alternating iterations at most after symmetric ones, as in `fewstep.reference.sinkhorn`.
 LAST_STEPS = 10
 
@@ -164,6 +167,16 @@ def _updated(old, soft, eps, inverse_rho, relax):
 
 
 @triton.jit
+def _store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, piece):
+    """How far the potential before an update was from its soft c-transform, over a block."""
+    # A point without mass may have any ratio, also one that overflows.
+    ratio = tl.exp2(tl.where(a == 0, 0.0, (old - soft) * scale))
+    wanted = tl.exp2(-tl.where(inverse_rho == 0, 0.0, old) * inverse_rho * LOG2E)
+    tl.store(Error + piece, tl.sum(a * tl.abs(ratio - wanted), 0))
+    tl.store(Mass + piece, tl.sum(a * ratio, 0))
+
+
+@triton.jit
 def sinkhorn_row_kernel(
     X,
     Y,
@@ -241,11 +254,7 @@ def sinkhorn_row_kernel(
     old = tl.load(F_old + points)
     inverse_rho = tl.load(Settings + 1)
     tl.store(F + points, _updated(old, soft, eps, inverse_rho, tl.load(Settings + 3)))
-    # A point without mass may have any ratio, also one that overflows.
-    ratio = tl.exp2(tl.where(a == 0, 0.0, (old - soft) * scale))
-    wanted = tl.exp2(-tl.where(inverse_rho == 0, 0.0, old) * inverse_rho * LOG2E)
-    tl.store(Error + problem * blocks + block, tl.sum(a * tl.abs(ratio - wanted), 0))
-    tl.store(Mass + problem * blocks + block, tl.sum(a * ratio, 0))
+    _store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, problem * blocks + block)
 
 
 @triton.jit
@@ -350,6 +359,222 @@ def sinkhorn_column_kernel(
     soft = -total * (eps * LN2)
     g = _updated(tl.load(G + points), soft, eps, tl.load(Settings + 2), relax)
     tl.store(G + points, g)
+
+
+@triton.jit
+def sinkhorn_cost_kernel(
+    X,
+    Y,
+    X_centred,
+    Y_centred,
+    X2,
+    Y2,
+    C,
+    N,
+    M,
+    D,
+    diagonal,
+    cost_scale,
+    DIAGONAL: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Costs `C [B, N, M]`, infinite for pairs that are left out; a tile each."""
+    REDUCE: tl.constexpr = 1 if DOT else 0
+    blocks = N // BLOCK_M
+    cloud = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x2 = tl.expand_dims(tl.load(X2 + cloud * N + rows), REDUCE)
+    squared = _squared_distances(
+        X + cloud * N * D,
+        Y + cloud * M * D,
+        X_centred + cloud * N * D,
+        Y_centred + cloud * M * D,
+        rows,
+        cols,
+        x2 + tl.expand_dims(tl.load(Y2 + cloud * M + cols), 1 - REDUCE),
+        N,
+        M,
+        D,
+        EUCLIDEAN,
+        DOT,
+        PRECISION,
+        BLOCK_D,
+    )
+    cost = tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale
+    if DIAGONAL:
+        own = tl.expand_dims(rows + diagonal, REDUCE)
+        cost = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("inf"), cost)
+    first = tl.expand_dims((cloud * N + rows) * M, REDUCE)
+    tl.store(C + first + tl.expand_dims(cols, 1 - REDUCE), cost)
+
+
+@triton.jit
+def sinkhorn_kept_kernel(
+    C,
+    A,
+    Log_a,
+    Log_b,
+    Eps,
+    G,
+    F_old,
+    F,
+    Sums,
+    Error,
+    Mass,
+    Done,
+    Settings,
+    N,
+    M,
+    temperatures,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`sinkhorn_row_kernel` from costs in memory, and from the same costs, of which a cache may
+    still have some, this block's share `Sums [P, blocks, M]` of the mass that the new f and the old
+    g bring to the columns, `sum_i a_i exp((f_i + g_j - C_ij) / eps)`: near 1, so that no maximum
+    has to be taken out.
+
+    Rows are summed around the old f, and around their maxima where that is far off.
+    """
+    blocks = N // BLOCK_M
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    if tl.load(Done + problem) > 0:
+        return
+    cloud = problem // temperatures
+    own = tl.arange(0, BLOCK_M)
+    rows = block * BLOCK_M + own
+    points = problem * N + rows
+    eps = tl.load(Eps + problem)
+    scale = 1 / eps * LOG2E
+    C += (cloud * N + block * BLOCK_M) * M
+    G += problem * M
+    Log_b += cloud * M
+    Sums += (problem * blocks + block) * M
+    old = tl.load(F_old + points)
+    guess = tl.where(tl.abs(old) < float("inf"), old, 0.0) * scale  # [BM]
+    # A slot per column of a tile: threads meet once, after the last tile.
+    total = tl.zeros([BLOCK_M, BLOCK_N], C.dtype.element_ty)
+    for start in range(0, M, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        inside = cols < M
+        g = tl.load(G + cols, mask=inside, other=0.0) * scale
+        g += tl.load(Log_b + cols, mask=inside, other=float("-inf"))
+        c = tl.load(C + own[:, None] * M + cols[None, :], mask=inside[None, :], other=0.0)
+        total += tl.exp2(tl.minimum(guess[:, None] + g[None, :] - c * scale, MOST))
+    sums = tl.sum(total, 1)
+    safe = (sums >= SAFE_LOW) & (sums <= SAFE_HIGH)
+    soft = tl.log2(tl.where(safe, sums, 1.0)) - guess
+    if tl.min(safe.to(tl.int32), 0) == 0:
+        top = tl.full([BLOCK_M], float("-inf"), C.dtype.element_ty)
+        exact = tl.full([BLOCK_M], 0.0, C.dtype.element_ty)
+        for start in range(0, M, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            inside = cols < M
+            g = tl.load(G + cols, mask=inside, other=0.0) * scale
+            g += tl.load(Log_b + cols, mask=inside, other=float("-inf"))
+            c = tl.load(C + own[:, None] * M + cols[None, :], mask=inside[None, :], other=0.0)
+            top, exact = _accumulated(top, exact, g[None, :] - c * scale, 1)
+        soft = tl.where(safe, soft, top + tl.log2(exact))
+    soft = -soft * (eps * LN2)
+    a = tl.load(A + cloud * N + rows)
+    inverse_rho = tl.load(Settings + 1)
+    f = _updated(old, soft, eps, inverse_rho, tl.load(Settings + 3))
+    tl.store(F + points, f)
+    _store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, problem * blocks + block)
+    f_score = f * scale + tl.load(Log_a + cloud * N + rows)
+    for start in range(0, M, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        inside = cols < M
+        g = tl.load(G + cols, mask=inside, other=0.0) * scale
+        c = tl.load(C + own[:, None] * M + cols[None, :], mask=inside[None, :], other=0.0)
+        p = tl.exp2(tl.minimum(f_score[:, None] + g[None, :] - c * scale, MOST))
+        tl.store(Sums + cols, tl.sum(p, 0), mask=inside)
+
+
+@triton.jit
+def sinkhorn_kept_merge_kernel(
+    C,
+    Log_a,
+    B,
+    Eps,
+    F,
+    G,
+    Sums,
+    Error,
+    Mass,
+    Residual,
+    Iterations,
+    Annealing,
+    Done,
+    Settings,
+    step,
+    max_iter,
+    N,
+    M,
+    temperatures,
+    partials,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`sinkhorn_column_kernel` from what the blocks of rows left in `Sums`, in order; where a sum
+    has underflowed or overflowed, from a log-sum-exp of the column's own. BLOCK_N counts rows.
+    """
+    blocks = tl.cdiv(M, BLOCK)
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    if tl.load(Done + problem) > 0:
+        return
+    cloud = problem // temperatures
+    at_eps = step - tl.load(Annealing + problem)  # iterations that have been made there
+    if at_eps > 0:
+        residual = _sum_of_pieces(Error + problem * partials, partials)
+        if (residual <= tl.load(Settings)) | (at_eps >= max_iter):
+            if block == 0:
+                tl.store(Residual + problem, residual)
+                mass = _sum_of_pieces(Mass + problem * partials, partials)
+                tl.store(Residual + problem + tl.num_programs(0) // blocks, mass)
+                tl.store(Done + problem, 1)
+            return
+    if block == 0:
+        tl.store(Iterations + problem, step + 1)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < M
+    eps = tl.load(Eps + problem)
+    scale = 1 / eps * LOG2E
+    g = tl.load(G + problem * M + cols, mask=inside, other=0.0)
+    total = tl.zeros([BLOCK], C.dtype.element_ty)
+    for first in range(0, partials, BLOCK_N):
+        piece = first + tl.arange(0, BLOCK_N)
+        here = (problem * partials + piece[:, None]) * M + cols[None, :]
+        exists = (piece < partials)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(Sums + here, mask=exists, other=0.0), 0)
+    safe = ((total >= SAFE_LOW) & (total <= SAFE_HIGH)) | (cols >= M)
+    soft = tl.log2(tl.where(safe & inside, total, 1.0)) - g * scale
+    if tl.min(safe.to(tl.int32), 0) == 0:
+        top = tl.full([BLOCK], float("-inf"), C.dtype.element_ty)
+        exact = tl.full([BLOCK], 0.0, C.dtype.element_ty)
+        for first in range(0, N, BLOCK_N):
+            rows = first + tl.arange(0, BLOCK_N)
+            exists = rows < N
+            f = tl.load(F + problem * N + rows, mask=exists, other=0.0) * scale
+            f += tl.load(Log_a + cloud * N + rows, mask=exists, other=float("-inf"))
+            here = (cloud * N + rows)[:, None] * M + cols[None, :]
+            c = tl.load(C + here, mask=exists[:, None] & inside[None, :], other=0.0)
+            top, exact = _accumulated(top, exact, f[:, None] - c * scale, 0)
+        soft = tl.where(safe, soft, top + tl.log2(exact))
+    soft = -soft * (eps * LN2)
+    # A point without weight has the transform of the last f alone.
+    massless = tl.load(B + cloud * M + cols, mask=inside, other=0.0) == 0
+    relax = tl.where(massless, 1.0, tl.load(Settings + 3))
+    g = _updated(g, soft, eps, tl.load(Settings + 2), relax)
+    tl.store(G + problem * M + cols, g, mask=inside)
 
 
 @triton.jit
@@ -662,23 +887,23 @@ def sinkhorn_apply_kernel(
     tl.store(Out + offsets, out, mask=tl.expand_dims(ks, 1 - OUT_REDUCE) < K)
 
 
-_EUCLIDEAN = 2
-_COST_SCALE = (1.0, 0.5, 1.0)
+EUCLIDEAN = 2
+COST_SCALE = (1.0, 0.5, 1.0)
 
 
-def _padded(points: int, launch: dict[str, Any]) -> int:
+def padded(points: int, launch: dict[str, Any]) -> int:
     """Points of one side, so that whole tiles cover it as rows and as columns."""
     block = max(launch["BLOCK_M"], launch["BLOCK_N"])
     return -(-points // block) * block
 
 
-def _pad(t: Tensor, points: int, value: float = 0.0) -> Tensor:
+def pad(t: Tensor, points: int, value: float = 0.0) -> Tensor:
     """`[B, n] -> [B, points]`; zeros are right for weights, so padding counts for nothing."""
     return torch.nn.functional.pad(t, (0, points - t.shape[1]), value=value).contiguous()
 
 
 def _log2(weights: Tensor, points: int) -> Tensor:
-    return _pad(weights, points).log2()
+    return pad(weights, points).log2()
 
 
 @dataclass(frozen=True)
@@ -759,8 +984,9 @@ def _temperatures(
     mutates_args=(),
     schema="(Tensor x, Tensor y, Tensor a, Tensor b, Tensor eps, Tensor? f0, Tensor? g0, int cost, "
     "int? diagonal, int max_iter, float? tol, Tensor? start, float factor, Tensor? schedule, "
-    "float? rho_x, float? rho_y, float relax, bool simultaneous, bool single) -> (Tensor f, "
-    "Tensor g, Tensor value, Tensor residual, Tensor iterations, Tensor converged)",
+    "float? rho_x, float? rho_y, float relax, bool simultaneous, bool single, int memory_limit, "
+    "int precision) -> (Tensor f, Tensor g, Tensor value, Tensor residual, Tensor iterations, "
+    "Tensor converged)",
 )
 def sinkhorn(
     x: Tensor,
@@ -782,20 +1008,23 @@ def sinkhorn(
     relax: float,
     simultaneous: bool,
     single: bool,
+    memory_limit: int,
+    precision: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Two launches per iteration and one more; see `fewstep.ops.sinkhorn` for the meaning.
+    """Two launches per iteration and one or two more; see `fewstep.sinkhorn` for the meaning.
 
     The host never waits: it launches as many iterations as a problem can make, and the blocks of a
     problem that is done return at once. Simultaneous updates compute each cost once for both
     potentials.
     """
     dtype, arch = dtype_name("sinkhorn", x), architecture(x.device)
+    how = config.PRECISIONS[precision]
     batch, n, dim = x.shape
     m, problems = y.shape[1], eps.shape[0]
     temperatures = problems // batch if batch else 1
-    rows = config.sinkhorn_update(problems, n, dim, dtype, arch)
-    cols = config.sinkhorn_update(problems, m, dim, dtype, arch)
-    n_padded, m_padded = _padded(n, rows), _padded(m, cols)
+    rows = config.sinkhorn_update(problems, n, dim, dtype, arch, how)
+    cols = config.sinkhorn_update(problems, m, dim, dtype, arch, how)
+    n_padded, m_padded = padded(n, rows), padded(m, cols)
     if batch == 0:
         empty = x.new_empty(0)
         return (
@@ -814,25 +1043,30 @@ def sinkhorn(
     numbers = (-1.0 if tol is None else tol, *inverse, relax)
     settings = torch.stack([x.new_full((2,), value) for value in numbers], 1)
     settings[0, 3].fill_(1.0)
+    kept = not simultaneous and config.keeps_costs(
+        batch, n_padded, m_padded, dim, max_iter, dtype, memory_limit, how
+    )
     problem = _Solve(
         clouds=_clouds(x, y, n_padded, m_padded, rows),
-        weights=(_pad(a / mass_a, n_padded), _pad(b / mass_a, m_padded)),
+        weights=(pad(a / mass_a, n_padded), pad(b / mass_a, m_padded)),
         logs=(_log2(a, n_padded), _log2(b, m_padded)),
-        f0=None if f0 is None else _pad(f0, n_padded),
-        g=x.new_zeros((problems, m_padded)) if g0 is None else _pad(g0, m_padded),
+        f0=None if f0 is None else pad(f0, n_padded),
+        g=x.new_zeros((problems, m_padded)) if g0 is None else pad(g0, m_padded),
         each=each,
         annealing=annealing,
         settings=settings,
         last_steps=1 if tol is None else LAST_STEPS,
         single=single,
+        kept=kept,
         max_iter=max_iter,
         temperatures=temperatures,
-        constants=(0 if diagonal is None else diagonal, _COST_SCALE[cost]),
-        rows=rows | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == _EUCLIDEAN},
-        cols=cols | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == _EUCLIDEAN},
+        constants=(0 if diagonal is None else diagonal, COST_SCALE[cost]),
+        rows=rows | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == EUCLIDEAN},
+        cols=cols | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == EUCLIDEAN},
     )
+    iterate = _symmetric if simultaneous else _alternate_kept if kept else _alternate
     with on(x.device):
-        f, g, residual, mass, iterations = (_symmetric if simultaneous else _alternate)(problem)
+        f, g, residual, mass, iterations = iterate(problem)
     f, g = f[:, :n].contiguous(), g[:, :m].contiguous()
     converged = residual <= (1e-3 if tol is None else tol)
     a, b, mass_a, mass_b = (t.repeat_interleave(temperatures, 0) for t in (a, b, mass_a, mass_b))
@@ -856,6 +1090,7 @@ class _Solve:
     settings: Tensor  # of the first step and of the others, [2, 4]
     last_steps: int  # alternating ones at most, after symmetric ones
     single: bool  # f and g are to stay the same
+    kept: bool  # costs are in memory
     max_iter: int
     temperatures: int
     constants: tuple[int, float]
@@ -912,6 +1147,41 @@ def _alternate(s: _Solve) -> _Solved:
     residual, mass = torch.where(done > 0, measured, pieces.sum(2))
     last = torch.where((iterations % 2 == 1)[:, None], f[0], f[1])
     return last, g, residual, mass, iterations
+
+
+def _alternate_kept(s: _Solve) -> _Solved:
+    """The same from costs in memory."""
+    problems, (n, m, _) = s.g.shape[0], s.clouds.shape
+    launch, merge = (
+        config.sinkhorn_kept(dtype_name("sinkhorn", s.g), architecture(s.g.device)),
+        config.sinkhorn_kept_merge(),
+    )
+    count, partials, columns = s.clouds.x.shape[0], n // launch["BLOCK_M"], -(-m // merge["BLOCK"])
+    C = s.g.new_empty((count, n, m))
+    tiles = (count * (n // s.rows["BLOCK_M"]), m // s.rows["BLOCK_N"])
+    sinkhorn_cost_kernel[tiles](*s.clouds.pointers, C, *s.clouds.shape, *s.constants, **s.rows)
+    f = s.g.new_full((2, problems, n), torch.inf)
+    if s.f0 is not None:
+        f[1] = s.f0
+    g, sums = s.g.clone(), s.g.new_empty((problems, partials, m))
+    pieces = f.new_zeros((2, problems, partials))
+    measured = f.new_full((2, problems), torch.inf)
+    iterations = torch.zeros_like(s.annealing, dtype=torch.int64)
+    done = torch.zeros_like(s.annealing)
+    for k in range(s.steps + 1):  # the last one tells those that are done
+        sinkhorn_kept_kernel[(problems * partials,)](
+            *(C, s.weights[0], *s.logs, s.eps(k), g, f[(k + 1) % 2], f[k % 2], sums, *pieces),
+            *(done, s.setting(k), n, m, s.temperatures),
+            **launch,
+        )
+        sinkhorn_kept_merge_kernel[(problems * columns,)](
+            *(C, s.logs[0], s.weights[1], s.eps(k), f[k % 2], g, sums, *pieces, measured),
+            *(iterations, s.annealing, done, s.setting(k), k, s.max_iter),
+            *(n, m, s.temperatures, partials),
+            **merge,
+        )
+    last = torch.where((iterations % 2 == 1)[:, None], f[0], f[1])
+    return last, g, *measured, iterations
 
 
 def _symmetric(s: _Solve) -> _Solved:
@@ -983,6 +1253,7 @@ def _apply(
     v: Tensor | None,
     cost: int,
     diagonal: int | None,
+    precision: int,
     near_only: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch the product: `v [P, M, K]` for transport, None for the gradient."""
@@ -992,8 +1263,9 @@ def _apply(
     m, problems = y.shape[1], eps.shape[0]
     width = dim if v is None else v.shape[2]
     options = {"gradient": gradient, "near_only": near_only, "diagonal": diagonal is not None}
-    launch = config.sinkhorn_apply(problems, n, dim, width, dtype, arch, **options)
-    n_padded, m_padded = _padded(n, launch), _padded(m, launch)
+    how = config.PRECISIONS[precision]
+    launch = config.sinkhorn_apply(problems, n, dim, width, dtype, arch, how, **options)
+    n_padded, m_padded = padded(n, launch), padded(m, launch)
     if batch == 0:
         return x.new_empty((0, n, width)), x.new_empty((0, n))
     clouds = _clouds(x, y, n_padded, m_padded, launch)
@@ -1005,18 +1277,18 @@ def _apply(
         values = torch.nn.functional.pad(v, (0, 0, 0, m_padded - m)).contiguous()
     out = x.new_empty((problems, n_padded, width))
     mass = x.new_empty((problems, n_padded))
-    weights = f if a is None else _pad(a, n_padded)
+    weights = f if a is None else pad(a, n_padded)
     # Without mass in padded rows nothing overflows there.
-    f, g = _pad(f, n_padded, -torch.inf), _pad(g, m_padded)
+    f, g = pad(f, n_padded, -torch.inf), pad(g, m_padded)
     grid = (problems * (n_padded // launch["BLOCK_M"]), -(-width // launch["BLOCK_K"]))
     with on(x.device):
         sinkhorn_apply_kernel[grid](
             *(*clouds.pointers, f, g, weights, _log2(b, m_padded), eps.contiguous()),
             *(values, out, mass, *clouds.shape, width, problems // batch),
-            *(0 if diagonal is None else diagonal, _COST_SCALE[cost]),
+            *(0 if diagonal is None else diagonal, COST_SCALE[cost]),
             DIAGONAL=diagonal is not None,
             GRADIENT=gradient,
-            EUCLIDEAN=cost == _EUCLIDEAN,
+            EUCLIDEAN=cost == EUCLIDEAN,
             **launch,
         )
     return out[:, :n], mass[:, :n]
@@ -1026,7 +1298,7 @@ def _apply(
     "fewstep_triton::sinkhorn_transport",
     mutates_args=(),
     schema="(Tensor x, Tensor y, Tensor f, Tensor g, Tensor b, Tensor eps, Tensor v, int cost, "
-    "int? diagonal) -> (Tensor out, Tensor mass)",
+    "int? diagonal, int precision) -> (Tensor out, Tensor mass)",
 )
 def sinkhorn_transport(
     x: Tensor,
@@ -1038,12 +1310,13 @@ def sinkhorn_transport(
     v: Tensor,
     cost: int,
     diagonal: int | None,
+    precision: int,
 ) -> tuple[Tensor, Tensor]:
     """`sum_j p_ij v_j [P, N, K]` and `sum_j p_ij [P, N]`."""
     width = v.shape[2]
     # The mass is wanted of an empty v too.
     v = v if width > 0 else v.new_zeros((*v.shape[:2], 1))
-    out, mass = _apply(x, y, f, g, None, b, eps, v, cost, diagonal, False)
+    out, mass = _apply(x, y, f, g, None, b, eps, v, cost, diagonal, precision, False)
     return out[..., :width].contiguous(), mass.contiguous()
 
 
@@ -1051,7 +1324,7 @@ def sinkhorn_transport(
     "fewstep_triton::sinkhorn_grad",
     mutates_args=(),
     schema="(Tensor x, Tensor y, Tensor f, Tensor g, Tensor a, Tensor b, Tensor eps, int cost, "
-    "int? diagonal) -> Tensor",
+    "int? diagonal, int precision) -> Tensor",
 )
 def sinkhorn_grad(
     x: Tensor,
@@ -1063,10 +1336,11 @@ def sinkhorn_grad(
     eps: Tensor,
     cost: int,
     diagonal: int | None,
+    precision: int,
 ) -> Tensor:
     """`sum_j a_i p_ij dC_ij/dx_i [P, N, D]`."""
-    dim = x.shape[2]
-    out, _ = _apply(x, y, f, g, a, b, eps, None, cost, diagonal, False)
-    if cost == _EUCLIDEAN and config.uses_dot(dim, dtype_name("sinkhorn", x)):
-        out = out + _apply(x, y, f, g, a, b, eps, None, cost, diagonal, True)[0]
+    dim, how = x.shape[2], (cost, diagonal, precision)
+    out, _ = _apply(x, y, f, g, a, b, eps, None, *how, False)
+    if cost == EUCLIDEAN and config.uses_dot(dim, dtype_name("sinkhorn", x), config.PRECISIONS[precision]):
+        out = out + _apply(x, y, f, g, a, b, eps, None, *how, True)[0]
     return out[..., :dim].contiguous()

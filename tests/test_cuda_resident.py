@@ -13,18 +13,20 @@ from torch import Tensor
 
 import fewstep
 from emulation import Emulator, build_emulator
+from fewstep._library import DEVICE_TESTED
 from fewstep.ops import raw
 from fewstep.reference import drift as drift_reference
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 from test_cuda_build import arrays, split, wide
-from tolerances import assert_contract
+from tolerances import assert_contract, error
 
 COSTS = reference.COSTS[:3]
 NO_DIAGONAL = -(2**63)
-# A thread alone under the address sanitizer; 3 warps of 2 threads, and clusters of such blocks,
-# under the thread sanitizer.
+# A thread alone, and 2 warps of 32 fibers with tensor cores, under the address sanitizer; 3 warps
+# of 2 threads, and clusters of such blocks, under the thread sanitizer.
 TEAMS = {"alone": 0, "block": 1, "cluster": 3}
+WIDE, WIDE_CLUSTER = -1, -2
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 
 
@@ -38,7 +40,8 @@ def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emulator]:
         return build_emulator("emulate_resident.cpp", target, sanitizer, empty, optimise="-O1")
 
     threads = build("thread", 1)
-    return {"alone": build("address", 0), "block": threads, "cluster": threads}
+    alone = build("address", 0)
+    return {"alone": alone, "wide": alone, "block": threads, "cluster": threads}
 
 
 def header(
@@ -55,12 +58,14 @@ def header(
     max_iter: int = 1,
     flags: tuple[int, int, int, int] = (0, 0, 0, 0),
     unit: bool = False,
+    precision: str = "tf32x3",
     numbers: tuple[float, ...] = (-1.0, 1e-3, 1.0, math.inf, math.inf, 1.0),
 ) -> bytes:
     integers = (("solve", "direct", "drift").index(op), dtype == torch.float64, ranks)
     where = NO_DIAGONAL if diagonal is None else diagonal
     sizes = (batch, n, m, d, COSTS.index(cost), where, max_iter)
-    return struct.pack("15q6d", *integers, *sizes, *flags, unit, *numbers)
+    how = raw.PRECISIONS.index(precision)
+    return struct.pack("16q6d", *integers, *sizes, *flags, unit, how, *numbers)
 
 
 def make(
@@ -90,6 +95,7 @@ def solve_emulated(
     f0: Tensor | None = None,
     g0: Tensor | None = None,
     op: str = "solve",
+    precision: str = "tf32x3",
 ) -> list[Tensor]:
     x, y = inputs[:2]
     (batch, n, d), m, dtype, s = x.shape, y.shape[1], x.dtype, schedule
@@ -115,6 +121,7 @@ def solve_emulated(
         diagonal=diagonal,
         max_iter=s.max_iter,
         flags=present,
+        precision=precision,
         numbers=numbers,
     )
     given = [t.to(dtype) for t in optional if t is not None]
@@ -255,6 +262,31 @@ def test_colder_by_and_by(emulators: dict[str, Emulator], team: str) -> None:
     check(emulators[team], TEAMS[team], (x, y, a, b, 0.05 * eps), schedule)
 
 
+# Aligned to 16 bytes or not, with a last stage that is part empty, and many stages.
+TENSOR_SHAPES = [(2, 13, 50, 33), (1, 16, 7, 20), (1, 11, 50, 260)]
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("shape", TENSOR_SHAPES, ids=str)
+def test_tensor_cores(emulators: dict[str, Emulator], shape: tuple[int, ...], cost: str) -> None:
+    """Far from the origin, and with equal points, whose root is all cancellation."""
+    x, y, *rest = make(*shape, torch.float32)
+    inputs = (x + 30, y + 30, *rest)
+    ranks = WIDE_CLUSTER if shape[0] == 2 else WIDE
+    found = check(emulators["wide"], ranks, inputs, Schedule(max_iter=5), cost=cost)
+    one = solve_emulated(
+        emulators["wide"], ranks, inputs, Schedule(max_iter=5), cost=cost, precision="tf32"
+    )
+    expected = exact(inputs, Schedule(max_iter=5), cost=cost)
+    worse = error("potential", one[0], expected[0]), error("potential", found[0], expected[0])
+    # 2^-9 of |x|^2 + |y|^2, a root of which is off by more.
+    assert 4 * worse[1] < worse[0] < (1e-2 if cost == "euclidean" else 2e-3)
+    plain = solve_emulated(
+        emulators["wide"], ranks, inputs, Schedule(max_iter=5), cost=cost, precision="float32"
+    )
+    assert_contract("potential", plain[0], expected[0], scale=expected[0])
+
+
 def test_nan_stays_in_its_problem(emulators: dict[str, Emulator]) -> None:
     x, *rest = make(2, 5, 6, 2, torch.float32)
     clean = solve_emulated(emulators["alone"], 0, (x, *rest), Schedule(max_iter=5, tol=1e-3))
@@ -267,7 +299,7 @@ def test_nan_stays_in_its_problem(emulators: dict[str, Emulator]) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("team", ["alone", "block"])
+@pytest.mark.parametrize("team", ["alone", "block", "wide"])
 @pytest.mark.parametrize("form", ["split", "joint"])
 @pytest.mark.parametrize("counts", [(6, 5, 0), (6, 5, 4)], ids=str)
 def test_drift(
@@ -288,16 +320,16 @@ def test_drift(
     weights[:, 1] = 0
     guidance = torch.tensor([0.5, 2.0], dtype=dtype) * (counts[2] > 0)
     eps = torch.tensor([0.1, 1.0], dtype=dtype)
-    columns = sum(counts) if joint else max(counts)
-    if team == "block" and columns > 16:
-        pytest.skip("more columns than the small team holds")
+    if team == "wide" and dtype == torch.float64:
+        pytest.skip("tensor cores take float32")
+    ranks = WIDE if team == "wide" else TEAMS[team]
     scale, unit = 1.3, 1.3**2 * d
     plans = 1 if joint else 2 + (counts[2] > 0)
     for diagonal, cost in ((None, "half_sqeuclidean"), (1, "euclidean")):
         request = header(
             "drift",
             dtype,
-            TEAMS[team],
+            ranks,
             batch=groups,
             n=n,
             m=counts[0],
@@ -401,6 +433,7 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
     "small-reach": {"reach": (0.7, 0.9)},
     "small-relax": {"relax": 1.3},
     "small-diagonal": {"exclude_diagonal": 1},
+    "small-precision": {"precision": "float32"},
 }
 
 
@@ -424,9 +457,8 @@ def test_device_small_segments_and_temperatures() -> None:
         inputs = (x, y, *weights, eps)
         if eps.ndim == 1:
             fewstep_and_exact(inputs, cu_seqlens=cu, max_iter=9)
-        result = fewstep.sinkhorn(
-            x.cuda(), y.cuda(), eps=eps.cuda(), cu_seqlens=tuple(c.cuda() for c in cu), max_iter=9
-        )
+        moved = {"eps": eps.cuda(), "cu_seqlens": tuple(c.cuda() for c in cu)}
+        result = fewstep.sinkhorn(x.cuda(), y.cuda(), **moved, max_iter=9, backend="cuda")
         exact_result = fewstep.sinkhorn(
             x.double(), y.double(), eps=eps.double(), cu_seqlens=cu, max_iter=9
         )
@@ -437,13 +469,15 @@ def test_device_small_segments_and_temperatures() -> None:
 
 
 @pytest.mark.gpu
-def test_device_is_the_default_where_it_serves_and_repeats() -> None:
-    x, y, a, b, eps = (t.cuda() for t in make(50, 64, 60, 8, torch.float32))
+def test_device_runs_repeat_and_are_asked_for_by_name() -> None:
+    x, y, a, b, eps = (t.cuda() for t in make(50, 64, 60, 24, torch.float32))
     assert raw.resident(Points(x, y))
-    one, other = (fewstep.sinkhorn(x, y, a=a, b=b, eps=eps, max_iter=20) for _ in range(2))
-    named = fewstep.sinkhorn(x, y, a=a, b=b, eps=eps, max_iter=20, backend="cuda")
+    options: dict[str, Any] = {"a": a, "b": b, "eps": eps, "max_iter": 20}
+    one, other = (fewstep.sinkhorn(x, y, **options, backend="cuda") for _ in range(2))
     assert torch.equal(one.f, other.f)
-    assert torch.equal(one.g, named.g)
+    assert torch.equal(one.g, other.g)
+    default = "cuda" if "cuda" in DEVICE_TESTED else "reference"
+    assert fewstep.sinkhorn(x, y, **options)._problem.backend == default
 
 
 @pytest.mark.gpu

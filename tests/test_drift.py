@@ -576,7 +576,7 @@ def test_op_passes_opcheck() -> None:
     x, y, x_self, u = clouds(2, 9, 6, 7, 4, d=3)
     eps, w = torch.tensor([0.5, 1.0], dtype=x.dtype), torch.ones(2, dtype=x.dtype)
     op = torch.ops.fewstep.sinkhorn_drift.default
-    rest = (2**26,)
+    rest = (2**26, 0)
     ones = torch.ones(2, 17, dtype=x.dtype)
     torch.library.opcheck(op, (x, y, x_self, u, ones, w, eps, 1, 5, False, True, True, None, *rest))
     leaf = x.clone().requires_grad_()
@@ -641,6 +641,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"backend": "keops"}, ValueError, r"backend 'keops' cannot serve this call"),
     ({"backend": "cuda"}, ValueError, r"backend 'cuda' cannot serve.*not cpu"),
     ({"memory_limit": -1}, ValueError, r"memory_limit must not be negative, got -1"),
+    ({"precision": "bf16"}, ValueError, r"precision must be one of .*, got 'bf16'"),
     ({"weights": torch.ones(7)}, ValueError, r"weights must have shape \(8,\), got \(7,\)"),
     ({"weights": torch.zeros(8)}, ValueError, r"weights of y must not be zero.*sum of 0.0"),
     (

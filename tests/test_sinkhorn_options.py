@@ -467,6 +467,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"relax": 2.0}, ValueError, r"relax must be above 0 and below 2, got 2.0"),
     ({"relax": 1.5, "update": "symmetric"}, ValueError, r"relax must be 1 with .* got 1.5"),
     ({"memory_limit": -1}, ValueError, r"memory_limit must not be negative, got -1"),
+    ({"precision": "tf16"}, ValueError, r"sinkhorn: precision must be one of .*, got 'tf16'"),
     ({"eps": []}, ValueError, r"eps must have a temperature, got \(0,\)"),
     ({"eps": [0.1, 0.0]}, ValueError, r"eps must be positive and finite, got 0.0"),
     ({"exclude_diagonal": 0, "y": Y[:1]}, ValueError, r"exclude_diagonal needs two .* got 4 and 1"),

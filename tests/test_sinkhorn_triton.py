@@ -6,15 +6,20 @@ and few iterations.
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 
 import fewstep
+from fewstep.ops import implicit, raw
 from fewstep.reference import sinkhorn as reference
 from tolerances import assert_contract
 
 pytest.importorskip("triton")
+
+from fewstep.kernels import config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -38,7 +43,7 @@ def arguments(
     g0: Tensor | None = None, cost: int = 0, max_iter: int = 1, tol: float | None = None
 ) -> tuple[object, ...]:
     """What follows eps in the raw op."""
-    return (None, g0, cost, None, max_iter, tol, None, 1.0, *[None] * 3, 1.0, False, False)
+    return (None, g0, cost, None, max_iter, tol, None, 1.0, *[None] * 3, 1.0, False, False, 0, 0)
 
 
 def compare(data: dict[str, Tensor], *, kind: str = "potential", **options: object) -> None:
@@ -115,6 +120,39 @@ def test_options(options: dict[str, object], dtype: torch.dtype) -> None:
     data = problem((2, 9, 13, 18 if dtype == torch.float32 else 3), dtype)
     eps = torch.tensor([0.2, 1.0], dtype=dtype, device=DEVICE) * data["x"].shape[2]
     compare(data, **{"eps": eps, "cost": "sqeuclidean", "max_iter": 2} | options)
+
+
+KEPT: dict[str, dict[str, object]] = {
+    "plain": {},
+    "to a tolerance": {"max_iter": 9, "tol": 0.1},
+    "reach": {"reach": (1.5, 3.0), "tol": 1e-2},
+    "cold": {"scale": 0.1},
+    "several": {"exclude_diagonal": 1, "relax": 0.8, "reach": (None, 2.0), "anneal": [40.0, 30.0]},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("options", KEPT.values(), ids=KEPT)
+def test_kept_costs(
+    options: dict[str, object], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As computed ones, and with more columns than a tile; where it is cold columns underflow."""
+    # Many dimensions are slow in the interpreter.
+    monkeypatch.setattr(config, "_KEPT_FROM", 3)
+    monkeypatch.setattr(config, "_KEPT_FROM_DOT", 18)
+    data = problem((2, 18, 131, 18) if dtype == torch.float32 else (2, 35, 37, 3), dtype)
+    scale = data["x"].shape[2] * float(str(options.get("scale", 1.0)))
+    eps = torch.tensor([0.2, 1.0], dtype=dtype, device=DEVICE) * scale
+    rest = {k: v for k, v in options.items() if k != "scale"}
+    compare(data, **{"eps": eps, "cost": "sqeuclidean", "max_iter": 4} | rest)
+
+
+def test_costs_are_kept_where_that_pays() -> None:
+    told = {"dim": 80, "steps": 4, "dtype": "float32", "memory_limit": 2**15}
+    assert config.keeps_costs(2, 32, 128, **told)
+    for no in ({"dim": 79}, {"steps": 3}, {"memory_limit": 2**15 - 1}, {"dtype": "float64"}):
+        assert not config.keeps_costs(2, 32, 128, **told | no)
+    assert config.keeps_costs(2, 32, 128, **told | {"dim": 24, "precision": "float32"})
 
 
 def test_one_potential_for_a_cloud_with_itself() -> None:
@@ -284,8 +322,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         ops.sinkhorn.default, (x, y, a, b, eps, *arguments(g0=g, cost=2, tol=1e-2))
     )
-    torch.library.opcheck(ops.sinkhorn_transport.default, (x, y, f, g, b, eps, v, 1, None))
-    torch.library.opcheck(ops.sinkhorn_grad.default, (x, y, f, g, a, b, eps, 2, 1))
+    torch.library.opcheck(ops.sinkhorn_transport.default, (x, y, f, g, b, eps, v, 1, None, 0))
+    torch.library.opcheck(ops.sinkhorn_grad.default, (x, y, f, g, a, b, eps, 2, 1, 0))
 
 
 @pytest.mark.gpu
@@ -308,3 +346,63 @@ def test_device_capture_in_a_graph(update: str) -> None:
     torch.cuda.synchronize()
     for one, other in zip(captured, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("cost", "options"),
+    [
+        ("sqeuclidean", {"reach": (1.0, None)}),
+        ("half_sqeuclidean", {"exclude_diagonal": -1}),
+        ("euclidean", {"exclude_diagonal": 1}),
+        ("euclidean", {}),
+    ],
+    ids=str,
+)
+def test_second_derivatives_by_the_kernel(
+    cost: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by blocks in torch: every variable, points without weight, and points that are equal."""
+    data = problem((2, 33, 9, 2), torch.float64)
+    data["x"][:, :5] = data["y"][:, :5]
+    eps = {"eps": torch.tensor([0.4, 1.0], dtype=torch.float64, device=DEVICE)}
+    solved = fewstep.sinkhorn(**data, **eps, cost=cost, max_iter=60, **options, backend="reference")
+    p = implicit.Problem(*data.values(), None, solved.f, solved.g, eps["eps"])
+    rho = solved._problem.schedule.rho
+    c = implicit.Constants(cost, "triton", *rho, solved._problem.points.diagonal)
+    directions = [torch.randn_like(t) for t in data.values()]
+    for weights in directions[2:]:
+        weights -= weights.mean(-1, keepdim=True)  # of no mass
+    u = (*directions, None)
+    of_potentials = [t - t.mean(-1, keepdim=True) for t in map(torch.randn_like, (p.f, p.g))]
+
+    def found() -> list[Tensor]:
+        need = (True, True, True, True, False)
+        one_sided = implicit.hessian_product((None, u[1], *(None,) * 3), p, c, need)
+        return [
+            *implicit.hessian_product(u, p, c, need),
+            *one_sided,
+            *implicit.potentials_adjoint(*of_potentials, p, c, need),
+        ]
+
+    exact = found()
+    monkeypatch.setattr(implicit, "BLOCKS_PAIRS", 0)
+    calls = []
+    kernel = raw.hessian
+    monkeypatch.setattr(raw, "hessian", lambda *args: calls.append(args) or kernel(*args))
+    for mine, true in zip(found(), exact, strict=True):
+        assert_contract("gradient", mine, true)
+    assert len(calls) == 12
+
+
+def test_second_derivatives_are_in_float64() -> None:
+    data = problem((1, 3, 4, 2), torch.float64)
+    x, y, a, b = data.values()
+    eps = torch.full((1,), 0.5, dtype=x.dtype, device=DEVICE)
+    arguments = (x, y, x, y, a, b, a, b, a, b, a, b, eps, 1, None)
+    importlib.import_module("fewstep.kernels.hessian")
+    op = torch.ops.fewstep_triton.sinkhorn_hessian.default
+    for sums in (False, True):
+        torch.library.opcheck(op, (*arguments, sums))
+    assert op(*(t[:0] if isinstance(t, Tensor) else t for t in arguments), False).shape == (0, 3, 2)
+    with pytest.raises(TypeError, match=r"x must be float64, got torch\.float32"):
+        op(x.float(), *arguments[1:], False)

@@ -126,7 +126,8 @@ OutputsWithGrad sinkhorn_with_grad(const Tensor& x, const Tensor& y, const Tenso
                                    std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol,
                                    const Maybe& start, double factor, const Maybe& schedule,
                                    std::optional<double> rho_x, std::optional<double> rho_y, double relax,
-                                   bool simultaneous, bool self, int64_t memory_limit, bool want_x, bool want_y) {
+                                   bool simultaneous, bool self, int64_t memory_limit, int64_t, bool want_x,
+                                   bool want_y) {
   constexpr double kDefaultTol = 1e-3, kBalanced = std::numeric_limits<double>::infinity();
   const Problems p =
       problems(x, y, a, b, eps, matrix, segment_x, segment_y, label_x, label_y, label_cost, cost, diagonal);
@@ -173,10 +174,10 @@ Outputs sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor
                  const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost, int64_t cost,
                  std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol, const Maybe& start,
                  double factor, const Maybe& schedule, std::optional<double> rho_x, std::optional<double> rho_y,
-                 double relax, bool simultaneous, bool self, int64_t memory_limit) {
+                 double relax, bool simultaneous, bool self, int64_t memory_limit, int64_t precision) {
   auto [f, g, value, residual, iterations, converged, grad_x, grad_y] = sinkhorn_with_grad(
       x, y, a, b, eps, f0, g0, matrix, segment_x, segment_y, label_x, label_y, label_cost, cost, diagonal, max_iter,
-      tol, start, factor, schedule, rho_x, rho_y, relax, simultaneous, self, memory_limit, false, false);
+      tol, start, factor, schedule, rho_x, rho_y, relax, simultaneous, self, memory_limit, precision, false, false);
   return {f, g, value, residual, iterations, converged};
 }
 
@@ -222,7 +223,8 @@ cpu::Cloud<T> cloud_of(const Tensor& t) {
 
 Outputs sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, const Maybe& uncond,
                        const Tensor& weights, const Tensor& guidance, const Tensor& eps, int64_t cost, int64_t max_iter,
-                       bool joint, bool scaled, bool unit, std::optional<int64_t> diagonal, int64_t memory_limit) {
+                       bool joint, bool scaled, bool unit, std::optional<int64_t> diagonal, int64_t memory_limit,
+                       int64_t) {
   const Tensor xc = coordinates_contiguous(x), yc = coordinates_contiguous(y), sc = coordinates_contiguous(x_self);
   const Maybe uc = uncond.has_value() ? Maybe(coordinates_contiguous(*uncond)) : std::nullopt;
   const Tensor wc = contiguous(weights), gc = contiguous(guidance), ec = contiguous(eps);

@@ -96,6 +96,7 @@ struct Options {
   double factor;
   std::optional<double> rho_x, rho_y;
   double relax;
+  int64_t precision;
   bool any() const {
     return segment_x || start || schedule || temperatures != 1 || diagonal || rho_x || rho_y || relax != 1;
   }
@@ -135,6 +136,7 @@ Solution solve_resident(const fewstep::cuda::ResidentPlan& plan, const Tensor& x
   in.m = m;
   in.d = x.size(2);
   in.cost = cost;
+  in.precision = o.precision;
   in.diagonal = o.diagonal.value_or(fewstep::cuda::kNoDiagonal64);
   in.schedule = pointer(schedule);
   in.scheduled = schedule ? schedule->size(0) : 0;
@@ -161,7 +163,7 @@ Solution sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tenso
                   const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost, int64_t cost,
                   std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol, const Maybe& start,
                   double factor, const Maybe& schedule, std::optional<double> rho_x, std::optional<double> rho_y,
-                  double relax, bool simultaneous, bool, int64_t) {
+                  double relax, bool simultaneous, bool, int64_t, int64_t precision) {
   STD_TORCH_CHECK(!matrix && !label_x && !label_y && !label_cost && !simultaneous,
                   "sinkhorn: CUDA kernels have no matrix, labels or symmetric updates");
   check_points(x, y, cost);
@@ -181,8 +183,8 @@ Solution sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tenso
   STD_TORCH_CHECK(1 <= max_iter && max_iter <= INT32_MAX, "sinkhorn: max_iter must be in 1..2^31-1, got ", max_iter);
   STD_TORCH_CHECK(!diagonal || (-kMaxSize <= *diagonal && *diagonal <= kMaxSize), "sinkhorn: diagonal is too far off");
   // An alternating iteration overwrites f0, unless it is relaxed.
-  const Options options{f0,           g0,       segment_x, segment_y, start, schedule,
-                        temperatures, diagonal, factor,    rho_x,     rho_y, relax};
+  const Options options{f0,       g0,     segment_x, segment_y, start, schedule, temperatures,
+                        diagonal, factor, rho_x,     rho_y,     relax, precision};
   if (x.scalar_type() == ScalarType::Float && count > 0) {
     const Device device(x);
     fewstep::cuda::ResidentPlan plan;
@@ -302,8 +304,8 @@ Tensor sinkhorn_grad(const Tensor& x, const Tensor& y, const Tensor& f, const Te
 
 Solution sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, const Maybe& uncond,
                         const Tensor& weights, const Tensor& guidance, const Tensor& eps, int64_t cost,
-                        int64_t max_iter, bool joint, bool scaled, bool unit, std::optional<int64_t> diagonal,
-                        int64_t) {
+                        int64_t max_iter, bool joint, bool scaled, bool unit, std::optional<int64_t> diagonal, int64_t,
+                        int64_t precision) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "sinkhorn_drift: CUDA kernels have float32 only");
   check_points(x, y, cost);
   check_points(x, x_self, cost);
@@ -322,6 +324,7 @@ Solution sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, 
   in.n = n;
   in.d = d;
   in.cost = cost;
+  in.precision = precision;
   in.max_iter = max_iter;
   in.diagonal = diagonal.value_or(fewstep::cuda::kNoDiagonal64);
   in.joint = joint;

@@ -1,4 +1,4 @@
-// The thread block, or a cluster of them, as a team: see shared/sinkhorn_block.h and sinkhorn_resident.h.
+// The thread block, or a cluster of them, as a team: see shared/sinkhorn_block.h, sinkhorn_resident.h and tf32.h.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -7,8 +7,14 @@ namespace fewstep::cuda {
 
 struct Block {
   static constexpr int kLanes = 32;
+  static constexpr bool kTensor = true;
 
-  __device__ int rank() const { return static_cast<int>(threadIdx.x); }
+  // Opaque: addresses and conditions are computed where they are used, not kept in registers from the start.
+  __device__ int rank() const {
+    int index = static_cast<int>(threadIdx.x);
+    asm volatile("" : "+r"(index));
+    return index;
+  }
   __device__ int size() const { return static_cast<int>(blockDim.x); }
   __device__ int lane() const { return rank() % kLanes; }
   __device__ int warp() const { return rank() / kLanes; }
@@ -40,6 +46,29 @@ struct Block {
   template <typename T>
   __device__ T* peer(T* own, int) const {
     return own;
+  }
+
+  __device__ void multiply(float (&c)[4], const float (&a)[4], const float (&b)[2]) const {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+  }
+
+  template <int kCount>
+  __device__ void copy(float* to, const float* from, bool inside) const {
+    const auto target = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    constexpr int kBytes = kCount * static_cast<int>(sizeof(float));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(from), "n"(kBytes),
+                 "r"(inside ? kBytes : 0)
+                 : "memory");
+  }
+  __device__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  template <int kGroups>
+  __device__ void arrived() const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
   }
 
   // Element by element over the lanes: at each step a lane hands half of its elements to its partner and keeps the

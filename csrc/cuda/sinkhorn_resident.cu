@@ -10,16 +10,17 @@ namespace fewstep::cuda {
 namespace {
 
 constexpr int kR = 8;  // rows of a warp
-// Warps per block: 128 registers per thread for 16, 168 for 12. K takes 8 Q of them.
+// Warps per block: 128 registers per thread for 16, 168 for 12, 255 for 8. K takes 8 Q of them.
 template <int Q>
 constexpr int kWarps = Q == 8 ? 12 : 16;
+constexpr int kClusterWarps = 8;
 constexpr int kDriftWarps = kMaxDriftRows / kR;
-constexpr int kMaxRanks = 4;
+constexpr int kMaxRanks = 8;
 constexpr int kDirectThreads = 256;
 constexpr int kSumThreads = 256;
 
-template <int Q>
-using SolveLayout = resident::Layout<kR, Q, Block::kLanes, kWarps<Q>>;
+template <int Q, int kW>
+using SolveLayout = resident::Layout<kR, Q, Block::kLanes, kW>;
 template <int Q>
 using DriftLayout = resident::Layout<kR, Q, Block::kLanes, kDriftWarps>;
 
@@ -27,7 +28,7 @@ struct Arguments {
   ResidentProblems in;
   int64_t items;     // of the queue: clouds, or problems where there are few clouds
   int64_t per_item;  // temperatures
-  int64_t capacity;  // elements of costs in a block's memory
+  int64_t capacity;  // elements of a block's memory
   int* queue;
   float* workspace;
 };
@@ -58,7 +59,8 @@ __device__ resident::Points<float> points_of(const ResidentProblems& in, const I
           static_cast<int>(in.cost),
           diagonal,
           0,
-          item.m};
+          item.m,
+          static_cast<int>(in.precision)};
 }
 
 __device__ resident::Schedule<float> schedule_of(const ResidentProblems& in) {
@@ -104,13 +106,13 @@ __device__ int64_t take(const Team& team, int* queue, int* next) {
   return item;
 }
 
-template <int Q>
+template <int Q, int kW>
 __device__ bool fits(const Item& item, int ranks, int warps, int64_t capacity) {
   const int64_t rows = (item.n + ranks - 1) / ranks;
-  return rows <= warps * kR && item.m <= Q * Block::kLanes && rows * item.m <= capacity;
+  return rows <= warps * kR && item.m <= Q * Block::kLanes && SolveLayout<Q, kW>::elements(rows, item.m, 1) <= capacity;
 }
 
-template <int Q, typename Team>
+template <int Q, int kW, typename Team>
 __device__ void solve_items(const Arguments& arguments) {
   extern __shared__ __align__(16) float memory[];
   __shared__ int next;
@@ -131,8 +133,8 @@ __device__ void solve_items(const Arguments& arguments) {
       }
       continue;
     }
-    if (!fits<Q>(item, team.ranks(), team.warps(), arguments.capacity)) continue;  // direct_kernel
-    resident::Solver<kR, Q, kWarps<Q>, float, Team> solver(team, points_of(in, item), memory);
+    if (!fits<Q, kW>(item, team.ranks(), team.warps(), arguments.capacity)) continue;  // direct_kernel
+    resident::Solver<kR, Q, kW, float, Team> solver(team, points_of(in, item), memory);
     float k[kR][Q];
     solver.measure(k);
     for (int64_t t = first; t < first + arguments.per_item; ++t) {
@@ -147,19 +149,19 @@ __device__ void solve_items(const Arguments& arguments) {
 template <int Q>
 __global__ void __launch_bounds__(kWarps<Q>* Block::kLanes, 1)
     resident_kernel(const __grid_constant__ Arguments arguments) {
-  solve_items<Q, Block>(arguments);
+  solve_items<Q, kWarps<Q>, Block>(arguments);
 }
 
 // Only launched where there are clusters.
-__global__ void __launch_bounds__(kWarps<8>* Block::kLanes, 1)
+__global__ void __launch_bounds__(kClusterWarps* Block::kLanes, 1)
     resident_cluster_kernel(const __grid_constant__ Arguments arguments) {
 #if __CUDA_ARCH__ >= 900
-  solve_items<8, Cluster>(arguments);
+  solve_items<8, kClusterWarps, Cluster>(arguments);
 #endif
 }
 
 // The segments that are too large for the kernel before it.
-template <int Q>
+template <int Q, int kW>
 __global__ void __launch_bounds__(kDirectThreads, 1)
     direct_kernel(const __grid_constant__ Arguments arguments, int ranks, int warps) {
   __shared__ float scratch[kDirectThreads / Block::kLanes];
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kDirectThreads, 1)
     const int64_t cloud = take(team, arguments.queue + 1, &next);
     if (cloud >= in.count) return;
     const Item item = item_of(in, cloud);
-    if (item.n == 0 || item.m == 0 || fits<Q>(item, ranks, warps, arguments.capacity)) continue;
+    if (item.n == 0 || item.m == 0 || fits<Q, kW>(item, ranks, warps, arguments.capacity)) continue;
     for (int64_t t = 0; t < in.temperatures; ++t) {
       const Place at = place_of(in, item, t);
       const float eps = in.eps[at.number], start = in.start == nullptr ? 0.0f : in.start[at.number];
@@ -198,11 +200,11 @@ struct Device {
 // What a kernel has besides in static shared memory, rounded up.
 constexpr int kStaticShared = 128;
 
-template <int Q>
+template <int Q, int kW>
 bool plan_for(int64_t n, int64_t m, int ranks, const Device& device, ResidentPlan* plan) {
   const int64_t rows = (n + ranks - 1) / ranks, warps = (rows + kR - 1) / kR;
-  const int64_t bytes = SolveLayout<Q>::elements(rows, m, 1) * static_cast<int64_t>(sizeof(float));
-  if (warps > kWarps<Q> || m > Q * Block::kLanes || bytes + kStaticShared > device.shared_limit) return false;
+  const int64_t bytes = SolveLayout<Q, kW>::elements(rows, m, 1) * static_cast<int64_t>(sizeof(float));
+  if (warps > kW || m > Q * Block::kLanes || bytes + kStaticShared > device.shared_limit) return false;
   *plan = {Q, ranks, static_cast<int>(warps) * Block::kLanes, static_cast<int>(bytes)};
   return true;
 }
@@ -243,9 +245,12 @@ cudaError_t plan_resident(int64_t n, int64_t m, ResidentPlan* plan) {
   Device device;
   const cudaError_t error = device.read();
   if (error != cudaSuccess) return error;
-  if (plan_for<2>(n, m, 1, device, plan) || plan_for<4>(n, m, 1, device, plan)) return cudaSuccess;
-  for (int ranks = 1; ranks <= (device.major >= 9 ? kMaxRanks : 1); ranks *= 2) {
-    if (plan_for<8>(n, m, ranks, device, plan)) return cudaSuccess;
+  if (plan_for<2, kWarps<2>>(n, m, 1, device, plan) || plan_for<4, kWarps<4>>(n, m, 1, device, plan) ||
+      plan_for<8, kWarps<8>>(n, m, 1, device, plan)) {
+    return cudaSuccess;
+  }
+  for (int ranks = 2; ranks <= kMaxRanks && device.major >= 9; ranks *= 2) {
+    if (plan_for<8, kClusterWarps>(n, m, ranks, device, plan)) return cudaSuccess;
   }
   return cudaSuccess;
 }
@@ -271,10 +276,7 @@ cudaError_t solve_resident(const ResidentPlan& plan, const ResidentProblems& pro
   const bool few = problems.count * plan.ranks < 2 * int64_t{device.processors};
   const int64_t per_item = few ? 1 : problems.temperatures;
   const int64_t items = problems.count * (problems.temperatures / per_item);
-  const int64_t fixed = plan.columns == 2   ? SolveLayout<2>::kCost
-                        : plan.columns == 4 ? SolveLayout<4>::kCost
-                                            : SolveLayout<8>::kCost;
-  const int64_t capacity = plan.shared_bytes / static_cast<int64_t>(sizeof(float)) - fixed;
+  const int64_t capacity = plan.shared_bytes / static_cast<int64_t>(sizeof(float));
   const Arguments arguments{problems, items, per_item, capacity, queue, workspace};
   if (plan.columns == 2) {
     error = launch(resident_kernel<2>, items, plan.threads, plan.shared_bytes, 1, stream, arguments);
@@ -287,7 +289,10 @@ cudaError_t solve_resident(const ResidentPlan& plan, const ResidentProblems& pro
   }
   if (error != cudaSuccess || problems.segment_x == nullptr) return error;
   const int warps = plan.threads / Block::kLanes;
-  auto direct = plan.columns == 2 ? direct_kernel<2> : plan.columns == 4 ? direct_kernel<4> : direct_kernel<8>;
+  auto direct = plan.columns == 2   ? direct_kernel<2, kWarps<2>>
+                : plan.columns == 4 ? direct_kernel<4, kWarps<4>>
+                : plan.ranks == 1   ? direct_kernel<8, kWarps<8>>
+                                    : direct_kernel<8, kClusterWarps>;
   return launch(direct, problems.count, kDirectThreads, 0, 1, stream, arguments, plan.ranks, warps);
 }
 
@@ -423,6 +428,7 @@ cudaError_t drift(const DriftProblems& in, float* parts, float* sums, int* queue
       static_cast<int>(in.d),
       static_cast<int>(in.cost),
       in.diagonal == kNoDiagonal64 ? resident::kNoDiagonal : static_cast<int>(in.diagonal),
+      static_cast<int>(in.precision),
       in.joint,
       in.eps,
       static_cast<int>(in.temperatures),

@@ -35,7 +35,7 @@ struct ResidentProblems {
   const float* g0;
   const int64_t* segment_x;
   const int64_t* segment_y;
-  int64_t count, temperatures, n, m, d, cost, diagonal;
+  int64_t count, temperatures, n, m, d, cost, diagonal, precision;  // fewstep::tf32::Precision
   // See fewstep::resident::Schedule; an infinite rho is a constraint.
   const float* schedule;
   int64_t scheduled, max_iter;
@@ -61,7 +61,7 @@ struct DriftProblems {
   const float* weights;   // [groups, sum of counts]
   const float* guidance;  // [groups]
   const float* eps;       // [temperatures]
-  int64_t groups, temperatures, n, d, cost, max_iter, diagonal;
+  int64_t groups, temperatures, n, d, cost, max_iter, diagonal, precision;
   bool joint, scaled, unit;
   float* velocity;                   // [temperatures, groups, n, d], or [groups, n, d] where `unit`
   float* scale;                      // []

@@ -12,12 +12,14 @@
 //
 // On top of what sinkhorn_block.h asks of a Team: ranks(), block() (which of the ranks), sync_all() (a barrier of all
 // ranks), peer(pointer, rank) (the same place in the memory of a rank), any(flag) (of a block, also a barrier),
-// lane_any(flag), sync_lanes(), and lane_sums(values) (element by element).
+// lane_any(flag), sync_lanes(), and lane_sums(values) (element by element). A team with tensor cores has those of
+// tf32.h besides.
 #pragma once
 
 #include <limits>
 
 #include "sinkhorn_block.h"
+#include "tf32.h"
 
 namespace fewstep::resident {
 
@@ -33,6 +35,7 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 constexpr int kParts = 4;                 // clouds that make up the columns
 constexpr int kDepth = 16;                // coordinates staged at a time
 constexpr int kStageStride = kDepth + 1;  // lanes on different points fall into different banks
+constexpr int kMmaStride = kDepth + 4;    // so do the lanes of a fragment, and points are aligned to 16 bytes
 constexpr int kScalars = 3;               // that a pass hands from each warp to all others
 
 // Entries of K below 2^-126 (2^-1022) are 0. With scalings up to 2^kSafe they are at most 2^(-126 + 2 kSafe) of their
@@ -103,6 +106,10 @@ struct Points {
   int n, m, d, cost;
   // The pair of row i and column diagonal_begin + i + diagonal is left out if that column is below diagonal_end.
   int diagonal, diagonal_begin, diagonal_end;
+  int precision;  // tf32::Precision
+
+  // Few coordinates are quicker, and lose nothing to cancellation, without tensor cores.
+  FEWSTEP_HD bool by_products() const { return precision != tf32::kFloat32 && d > kDepth; }
 
   FEWSTEP_HD bool excluded(int i, int j) const {
     return diagonal != kNoDiagonal && j >= diagonal_begin && j < diagonal_end &&
@@ -148,8 +155,18 @@ struct Layout {
   static constexpr int kSpace = kTwo > kPoints ? kTwo : kPoints;
   static constexpr int kCost = (kPartial + kSpace + 3) / 4 * 4;
 
+  // Columns in whole tiles of tensor cores, and two stages of points on their way to them.
+  static FEWSTEP_HD int64_t tiled(int64_t m) { return (m + 15) / 16 * 16; }
+  static FEWSTEP_HD int64_t stages(int64_t points) { return 2 * points * kMmaStride; }
+  // Where they are: before there are costs, and after the weights of a drift have been read.
+  static FEWSTEP_HD int64_t behind_costs(int64_t rows, int64_t m) { return kCost + (rows * m + 3) / 4 * 4; }
+
   // `matrices` is 1 for a solve and 2 for a drift, whose weights follow the costs.
-  static FEWSTEP_HD int64_t elements(int64_t rows, int64_t m, int matrices) { return kCost + matrices * rows * m; }
+  static FEWSTEP_HD int64_t elements(int64_t rows, int64_t m, int matrices) {
+    const int64_t measured = kPartial + stages(tiled(m) + rows), kept = kCost + matrices * rows * m;
+    const int64_t combined = matrices == 1 ? 0 : behind_costs(rows, m) + stages(tiled(m));
+    return block::largest(block::largest(measured, kept), combined);
+  }
 };
 
 // Where a plan's share of a drift goes, and how it is weighted: A / sum(A), or in the joint form A+ sum(A-) for columns
@@ -173,6 +190,7 @@ template <int R, int Q, int kWarps, typename T, typename Team>
 class Solver {
  public:
   static constexpr int kLanes = Team::kLanes;
+  static constexpr bool kTensor = Team::kTensor && sizeof(T) == sizeof(float);
   using At = Layout<R, Q, kLanes, kWarps>;
 
   // Rows of this block: ranks share them evenly, in order.
@@ -180,6 +198,7 @@ class Solver {
     const int each = (p_.n + team.ranks() - 1) / team.ranks();
     first_ = least(each * team.block(), p_.n);
     rows_ = least(each, p_.n - first_);
+    tiled_ = static_cast<int>(At::tiled(p_.m));
   }
 
   FEWSTEP_HD int first() const { return first_; }
@@ -187,51 +206,12 @@ class Solver {
   FEWSTEP_HD int row_of(int r) const { return team_.warp() * R + r; }
   FEWSTEP_HD int column_of(int q) const { return team_.lane() + q * kLanes; }
 
-  // Distances by differences, which lose nothing to cancellation, into shared memory. Begins and ends with sync().
+  // Distances into shared memory; c is scratch. Begins and ends with sync().
   FEWSTEP_HD void measure(T (&c)[R][Q]) {
-    FEWSTEP_UNROLL
-    for (int r = 0; r < R; ++r) {
-      FEWSTEP_UNROLL
-      for (int q = 0; q < Q; ++q) c[r][q] = 0;
+    if constexpr (kTensor) {
+      if (p_.by_products()) return measure_by_products();
     }
-    T* const right = at(At::kPartial);
-    T* const left = right + p_.m * kStageStride;
-    FEWSTEP_ROLLED
-    for (int k0 = 0; k0 < p_.d; k0 += kDepth) {
-      team_.sync();
-      FEWSTEP_ROLLED
-      for (int e = team_.rank(); e < (p_.m + rows_) * kDepth; e += team_.size()) {
-        const int point = e / kDepth, k = e % kDepth;
-        const T* from = point < p_.m ? p_.y.point(point, p_.d) : row(point - p_.m);
-        right[point * kStageStride + k] = k0 + k < p_.d ? from[k0 + k] : T(0);
-      }
-      team_.sync();
-      if (rows_ == 0) continue;
-      FEWSTEP_ROLLED
-      for (int k = 0; k < kDepth; ++k) {
-        T x[R];
-        FEWSTEP_UNROLL
-        for (int r = 0; r < R; ++r) x[r] = left[least(row_of(r), rows_ - 1) * kStageStride + k];
-        FEWSTEP_UNROLL
-        for (int q = 0; q < Q; ++q) {
-          if (q * kLanes >= p_.m) continue;
-          const T y = right[least(column_of(q), p_.m - 1) * kStageStride + k];
-          FEWSTEP_UNROLL
-          for (int r = 0; r < R; ++r) c[r][q] += (x[r] - y) * (x[r] - y);
-        }
-      }
-    }
-    FEWSTEP_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const int i = row_of(r);
-      FEWSTEP_UNROLL
-      for (int q = 0; q < Q; ++q) {
-        const int j = column_of(q);
-        if (i >= rows_ || j >= p_.m) continue;
-        at(At::kCost)[i * p_.m + j] = p_.excluded(first_ + i, j) ? kInfinity<T> : finish_cost(c[r][q], p_.cost);
-      }
-    }
-    team_.sync();
+    measure_by_differences(c);
   }
 
   // All iterations at `eps`, and at the temperatures before it. `start` is where annealing begins, at most eps for
@@ -308,18 +288,19 @@ class Solver {
   // three sums over the rows, of |sum_j p_ij - 1|, of the entropy (in nats) and of the largest entry of the normalised
   // plan, into `sums`. Returns this thread's share of the squares in `out`.
   FEWSTEP_HD T finish_drift(T (&k)[R][Q], const Share<T>& io, T (&sums)[kScalars]) {
+    const int lane = team_.lane(), first_row = row_of(0);
     T positive[R], negative[R], bits[R], peak[R];
     FEWSTEP_UNROLL
     for (int r = 0; r < R; ++r) positive[r] = negative[r] = bits[r] = peak[r] = 0;
     FEWSTEP_UNROLL
     for (int q = 0; q < Q; ++q) {
-      const int j = column_of(q);
+      const int j = lane + q * kLanes;
       if (j >= p_.m) continue;
       const T v = at(At::kV)[j], h = at(At::kH)[j] + log2(v);
       const bool minus = j >= io.positive;
       FEWSTEP_UNROLL
       for (int r = 0; r < R; ++r) {
-        const int i = least(row_of(r), rows_ - 1);
+        const int i = least(first_row + r, rows_ - 1);
         const T e = k[r][q] * v;
         // Where a pair is left out its exponent is -inf and e is 0.
         bits[r] += e * largest(at(At::kShift)[i] + h - k_ * at(At::kCost)[i * p_.m + j], T(-1000));
@@ -335,8 +316,8 @@ class Solver {
     FEWSTEP_UNROLL
     for (int r = 0; r < R; ++r) {
       peak[r] = team_.lane_max(peak[r]);
-      const T total = positive[r] + negative[r], u = at(At::kU + u_)[least(row_of(r), rows_ - 1)];
-      if (row_of(r) < rows_) {
+      const T total = positive[r] + negative[r], u = at(At::kU + u_)[least(first_row + r, rows_ - 1)];
+      if (first_row + r < rows_) {
         part[0] += std::abs(u * total - 1);
         part[1] += (log2(total) - bits[r] / total) * T(0.69314718055994530942);
         part[2] += peak[r] / total;
@@ -345,8 +326,9 @@ class Solver {
       const T to_negative = io.factor * (io.joint ? -(u * u) * positive[r] : 1 / total);
       FEWSTEP_UNROLL
       for (int q = 0; q < Q; ++q) {
-        if (row_of(r) >= rows_ || column_of(q) >= p_.m) continue;
-        weights(row_of(r))[column_of(q)] = k[r][q] * (column_of(q) >= io.positive ? to_negative : to_positive);
+        if (first_row + r >= rows_ || lane + q * kLanes >= p_.m) continue;
+        weights(first_row + r)[lane + q * kLanes] =
+            k[r][q] * (lane + q * kLanes >= io.positive ? to_negative : to_positive);
       }
     }
     parity_ = 1 - parity_;
@@ -357,6 +339,9 @@ class Solver {
     team_.sync();
     FEWSTEP_UNROLL
     for (int which = 0; which < kScalars; ++which) sums[which] = total(which);
+    if constexpr (kTensor) {
+      if (p_.by_products()) return combine_by_products(io);
+    }
     return combine(io);
   }
 
@@ -440,6 +425,241 @@ class Solver {
   }
 
   FEWSTEP_HD T* weights(int i) const { return at(At::kCost) + (rows_ + i) * p_.m; }
+
+  // These lose nothing to cancellation.
+  FEWSTEP_HD void measure_by_differences(T (&c)[R][Q]) {
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) c[r][q] = 0;
+    }
+    T* const right = at(At::kPartial);
+    T* const left = right + p_.m * kStageStride;
+    FEWSTEP_ROLLED
+    for (int k0 = 0; k0 < p_.d; k0 += kDepth) {
+      team_.sync();
+      FEWSTEP_ROLLED
+      for (int e = team_.rank(); e < (p_.m + rows_) * kDepth; e += team_.size()) {
+        const int point = e / kDepth, k = e % kDepth;
+        const T* from = point < p_.m ? p_.y.point(point, p_.d) : row(point - p_.m);
+        right[point * kStageStride + k] = k0 + k < p_.d ? from[k0 + k] : T(0);
+      }
+      team_.sync();
+      if (rows_ == 0) continue;
+      FEWSTEP_ROLLED
+      for (int k = 0; k < kDepth; ++k) {
+        T x[R];
+        FEWSTEP_UNROLL
+        for (int r = 0; r < R; ++r) x[r] = left[least(row_of(r), rows_ - 1) * kStageStride + k];
+        FEWSTEP_UNROLL
+        for (int q = 0; q < Q; ++q) {
+          if (q * kLanes >= p_.m) continue;
+          const T y = right[least(column_of(q), p_.m - 1) * kStageStride + k];
+          FEWSTEP_UNROLL
+          for (int r = 0; r < R; ++r) c[r][q] += (x[r] - y) * (x[r] - y);
+        }
+      }
+    }
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const int i = row_of(r);
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        const int j = column_of(q);
+        if (i >= rows_ || j >= p_.m) continue;
+        at(At::kCost)[i * p_.m + j] = p_.excluded(first_ + i, j) ? kInfinity<T> : finish_cost(c[r][q], p_.cost);
+      }
+    }
+    team_.sync();
+  }
+
+  FEWSTEP_HD T squared_distance(int i, int j) const {
+    const T* const x = row(i);
+    const T* const y = p_.y.point(j, p_.d);
+    T squared = 0;
+    FEWSTEP_ROLLED
+    for (int k = 0; k < p_.d; ++k) squared += (x[k] - y[k]) * (x[k] - y[k]);
+    return squared;
+  }
+
+  FEWSTEP_HD bool aligned() const {
+    uintptr_t bits = reinterpret_cast<uintptr_t>(p_.x);
+    FEWSTEP_UNROLL
+    for (int part = 0; part < kParts; ++part) bits |= reinterpret_cast<uintptr_t>(p_.y.data[part]);
+    return p_.d % 4 == 0 && bits % 16 == 0;
+  }
+
+  // Begins to copy kDepth coordinates from k0 of the first `points` points, the columns up to a whole tile and then
+  // this block's rows, into a stage [points, kMmaStride]; zeros where there are none. A thread has `wide` (4 or 1)
+  // coordinates of some points.
+  FEWSTEP_HD void fetch(T* stage, int points, int k0, int wide) const {
+    const int pieces = kDepth / wide, own = team_.rank() % pieces * wide;
+    const bool inside = k0 + own < p_.d;
+    const int k = inside ? k0 + own : 0;
+    FEWSTEP_ROLLED
+    for (int point = team_.rank() / pieces; point < points; point += team_.size() / pieces) {
+      const T* const from = k + (point < tiled_ ? p_.y.point(least(point, p_.m - 1), p_.d) : row(point - tiled_));
+      const bool exists = inside && (point < p_.m || point >= tiled_);
+      T* const to = stage + point * kMmaStride + own;
+      wide == 4 ? team_.template copy<4>(to, from, exists) : team_.template copy<1>(to, from, exists);
+    }
+    team_.commit();
+  }
+
+  // Subtracts the first point of x from what this thread has copied.
+  FEWSTEP_HD void centre(T* stage, int points, int k0, int wide) const {
+    const int pieces = kDepth / wide, own = team_.rank() % pieces * wide;
+    FEWSTEP_ROLLED
+    for (int k = own; k < own + wide && k0 + k < p_.d; ++k) {
+      const T origin = p_.x[k0 + k];
+      FEWSTEP_ROLLED
+      for (int point = team_.rank() / pieces; point < points; point += team_.size() / pieces) {
+        stage[point * kMmaStride + k] -= origin;
+      }
+    }
+  }
+
+  // use(stage, k0) for all coordinates in turn, about the first point of x: what is expanded there is as large as the
+  // distances. Copies of the next stage are under way meanwhile.
+  template <typename Use>
+  FEWSTEP_HD void stream(T* memory, int points, Use use) {
+    const int wide = aligned() ? 4 : 1;
+    T* now = memory;
+    T* later = memory + points * kMmaStride;
+    // The first round only copies, and the last one copies nothing.
+    FEWSTEP_ROLLED
+    for (int k0 = -kDepth; k0 < p_.d; k0 += kDepth) {
+      fetch(later, k0 + kDepth < p_.d ? points : 0, k0 + kDepth, wide);
+      if (k0 >= 0) {
+        team_.template arrived<1>();
+        centre(now, points, k0, wide);
+        team_.sync();
+        use(now, k0);
+        team_.sync();
+      }
+      T* const used = now;
+      now = later;
+      later = used;
+    }
+  }
+
+  // |x - y|^2 = |x|^2 + |y|^2 - 2 x.y on tensor cores, columns along the long side of a tile. What they add
+  // up is summed outside of them: they round towards zero. Roots of near pairs would be all cancellation: by
+  // differences.
+  FEWSTEP_HD void measure_by_products() {
+    static_assert(R == 8 && kLanes == 32 && At::kPartial % 4 == 0);
+    constexpr T kNear = T(1) / 64;
+    const int group = team_.lane() / 4, quad = team_.lane() % 4, points = tiled_ + rows_;
+    const bool three = p_.precision == tf32::kThree;
+    T* const norm_y = at(At::kH);
+    T* const norm_x = at(At::kShift);
+    T product[2 * Q][4];
+    FEWSTEP_UNROLL
+    for (int s = 0; s < 2 * Q; ++s) {
+      FEWSTEP_UNROLL
+      for (int e = 0; e < 4; ++e) product[s][e] = 0;
+    }
+    team_.sync();
+    FEWSTEP_ROLLED
+    for (int e = team_.rank(); e < points; e += team_.size()) (e < tiled_ ? norm_y[e] : norm_x[e - tiled_]) = 0;
+    stream(at(At::kPartial), points, [&](const T* stage, int) {
+      FEWSTEP_ROLLED
+      for (int e = team_.rank(); e < points; e += team_.size()) {
+        T norm = 0;
+        FEWSTEP_UNROLL
+        for (int k = 0; k < kDepth; ++k) {
+          const T v = stage[e * kMmaStride + (k + e) % kDepth];
+          norm += v * v;
+        }
+        (e < tiled_ ? norm_y[e] : norm_x[e - tiled_]) += norm;
+      }
+      if (rows_ == 0) return;
+      const T* const x = stage + (tiled_ + least(team_.warp() * R + group, rows_ - 1)) * kMmaStride + quad;
+      FEWSTEP_ROLLED
+      for (int k = 0; k < kDepth; k += 8) {
+        const T* const y = stage + group * kMmaStride + quad + k;
+        tf32::Factor<2> right;
+        right.split({x[k], x[k + 4]});
+        FEWSTEP_UNROLL
+        for (int s = 0; s < 2 * Q; ++s) {
+          if (s * 16 >= p_.m) continue;
+          const T* const first = y + s * 16 * kMmaStride;
+          const T* const second = first + 8 * kMmaStride;
+          tf32::Factor<4> left;
+          left.split({first[0], second[0], first[4], second[4]});
+          T sum[4] = {};
+          tf32::multiply(team_, sum, sum, left, right, three);
+          FEWSTEP_UNROLL
+          for (int e = 0; e < 4; ++e) product[s][e] += sum[e];
+        }
+      }
+    });
+    FEWSTEP_UNROLL
+    for (int s = 0; s < 2 * Q; ++s) {
+      FEWSTEP_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int i = team_.warp() * R + 2 * quad + e % 2, j = s * 16 + group + e / 2 * 8;
+        if (i < rows_ && j < p_.m) at(At::kCost)[i * p_.m + j] = product[s][e];
+      }
+    }
+    team_.sync();
+    FEWSTEP_ROLLED
+    for (int e = team_.rank(); e < rows_ * p_.m; e += team_.size()) {
+      const int i = e / p_.m, j = e % p_.m;
+      const T norms = norm_x[i] + norm_y[j];
+      T squared = norms - 2 * at(At::kCost)[e];
+      if (p_.cost == 2 && squared < kNear * norms) squared = squared_distance(i, j);
+      if (squared < 0) squared = 0;  // NaN stays
+      at(At::kCost)[e] = p_.excluded(first_ + i, j) ? kInfinity<T> : finish_cost(squared, p_.cost);
+    }
+    team_.sync();
+  }
+
+  // combine() on tensor cores, coordinates along the long side of a tile: a warp keeps the weights of its rows, in
+  // whose place the points then pass. Of a tile's 8 points lane t has the neighbours 2 t and 2 t + 1, in different
+  // banks.
+  FEWSTEP_HD T combine_by_products(const Share<T>& io) {
+    static_assert(R == 8 && kLanes == 32 && At::kCost % 4 == 0);
+    const int group = team_.lane() / 4, quad = team_.lane() % 4, i = team_.warp() * R + group;
+    const bool three = p_.precision == tf32::kThree;
+    T w[4 * Q][2];
+    FEWSTEP_UNROLL
+    for (int s = 0; s < 4 * Q; ++s) {
+      FEWSTEP_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int j = s * 8 + 2 * quad + e;
+        w[s][e] = i < rows_ && j < p_.m ? weights(i)[j] : T(0);
+      }
+    }
+    team_.sync();
+    T squares = 0;
+    stream(at(static_cast<int>(At::behind_costs(rows_, p_.m))), tiled_, [&](const T* stage, int k0) {
+      T sum[2][4] = {}, small[2][4] = {};
+      FEWSTEP_UNROLL
+      for (int s = 0; s < 4 * Q; ++s) {
+        if (s * 8 >= p_.m) continue;
+        const T* const first = stage + 2 * quad * kMmaStride + group + s * 8 * kMmaStride;
+        const T* const second = first + kMmaStride;
+        tf32::Factor<4> left;
+        tf32::Factor<2> right;
+        left.split({first[0], first[8], second[0], second[8]});
+        right.split(w[s]);
+        tf32::multiply(team_, sum[s % 2], small[s % 2], left, right, three);
+      }
+      FEWSTEP_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int to_row = team_.warp() * R + 2 * quad + e % 2, k = k0 + group + e / 2 * 8;
+        if (to_row >= rows_ || k >= p_.d) continue;
+        T value = sum[0][e] + sum[1][e] + (small[0][e] + small[1][e]);
+        // The same thread wrote what is added to.
+        T* const to = io.out + static_cast<int64_t>(to_row) * p_.d + k;
+        if (io.add) value += *to;
+        *to = value;
+        squares += value * value;
+      }
+    });
+    return squares;
+  }
 
   // out_i = sum_j w_ij z_j for the points of the columns, relative to the first point of x, which is of no consequence
   // but to rounding: the weights of a row add up to a number that belongs to all plans together. A warp makes its rows.
@@ -535,6 +755,7 @@ class Solver {
   // sync_all(). Returns whether it counts: a scaling may have left its range.
   template <bool kAbsorb>
   FEWSTEP_HD bool pass(T (&k)[R][Q]) {
+    const int lane = team_.lane(), first_row = row_of(0);
     T s[R];
     if constexpr (kAbsorb) {
       absorb(k);
@@ -545,7 +766,7 @@ class Solver {
       for (int r = 0; r < R; ++r) s[r] = 0;
       FEWSTEP_UNROLL
       for (int q = 0; q < Q; ++q) {
-        const T v = column_of(q) < p_.m ? at(At::kV)[column_of(q)] : T(0);
+        const T v = lane + q * kLanes < p_.m ? at(At::kV)[lane + q * kLanes] : T(0);
         FEWSTEP_UNROLL
         for (int r = 0; r < R; ++r) s[r] += k[r][q] * v;
       }
@@ -556,7 +777,7 @@ class Solver {
     bool safe = true;
     FEWSTEP_UNROLL
     for (int r = 0; r < R; ++r) {
-      const int i = row_of(r);
+      const int i = first_row + r;
       if (i >= rows_) {
         s[r] = 0;
         continue;
@@ -584,11 +805,11 @@ class Solver {
     }
     FEWSTEP_UNROLL
     for (int q = 0; q < Q; ++q) {
-      if (column_of(q) >= p_.m) continue;
+      if (lane + q * kLanes >= p_.m) continue;
       T sum = 0;
       FEWSTEP_UNROLL
       for (int r = 0; r < R; ++r) sum += s[r] * k[r][q];
-      partial(parity_, team_.warp())[column_of(q)] = sum;
+      partial(parity_, team_.warp())[lane + q * kLanes] = sum;
     }
     if (team_.lane() == 0) {
       scalars(parity_, 0)[team_.warp()] = error;
@@ -615,9 +836,10 @@ class Solver {
 
   // K with rows that sum to 1, and u of the potentials f.
   FEWSTEP_HD void absorb(T (&k)[R][Q]) {
+    const int lane = team_.lane(), first_row = row_of(0);
     FEWSTEP_UNROLL
     for (int r = 0; r < R; ++r) {
-      const int i = row_of(r);
+      const int i = first_row + r;
       if (i >= rows_) {
         FEWSTEP_UNROLL
         for (int q = 0; q < Q; ++q) k[r][q] = 0;
@@ -626,7 +848,7 @@ class Solver {
       T top = kLowest<T>;
       FEWSTEP_UNROLL
       for (int q = 0; q < Q; ++q) {
-        const int j = column_of(q);
+        const int j = lane + q * kLanes;
         k[r][q] = j < p_.m ? at(At::kH)[j] - k_ * at(At::kCost)[i * p_.m + j] : -kInfinity<T>;
         top = largest(k[r][q], top);
       }
@@ -756,7 +978,7 @@ class Solver {
   Points<T> p_;
   T* const memory_;
   Schedule<T> s_;
-  int first_, rows_;
+  int first_, rows_, tiled_;
   int f_ = 0, u_ = 0;  // which of two
   int parity_ = 0, step_ = 0, iterations_ = 0;
   bool plain_ = true, final_ = false, absorbed_ = false, massless_ = false;
@@ -905,7 +1127,7 @@ struct Drift {
   const T* weights;   // [groups, sum of counts], relative
   const T* guidance;  // [groups]
   int64_t groups;
-  int n, d, cost, diagonal;
+  int n, d, cost, diagonal, precision;
   bool joint;
   const T* eps;  // [temperatures], in units of `unit`
   int temperatures, max_iter;
@@ -972,7 +1194,7 @@ FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, int64_t group,
   FEWSTEP_ROLLED
   for (int plan = 0; plan < plans; ++plan) {
     const T* const x = in.x + group * in.n * in.d;
-    Points<T> p{x, {}, in.n, 0, in.d, in.cost, kNoDiagonal, 0, 0};
+    Points<T> p{x, {}, in.n, 0, in.d, in.cost, kNoDiagonal, 0, 0, in.precision};
     const T* weights = in.weights + group * (static_cast<int64_t>(in.counts[0]) + in.counts[1] + in.counts[2]);
     FEWSTEP_UNROLL
     for (int c = 0; c < kParts; ++c) {

@@ -41,7 +41,8 @@ def report() -> str:
     for op in OPS:
         for device in ("cpu", "cuda"):
             serves = trace.unsupported if op == "divergence" else lambda _: None
-            order = [b for b in DEFAULT_ORDER[device] if serves(b) is None]
+            # KeOps is the default for cost functions alone.
+            order = [b for b in DEFAULT_ORDER[device] if b != "keops" and serves(b) is None]
             default = next(b for b in order if unavailable(b, device) is None)
             for backend in BACKENDS:
                 reason = unavailable(backend, device)

@@ -1,7 +1,7 @@
 // Runs csrc/shared/sinkhorn_resident.h on the host: a request on stdin, the answer on stdout.
-// Request: int64 {op, double?, ranks (0: one thread alone), batch, n, m, d, cost, diagonal, max_iter, has_start,
-// scheduled, has_f0, has_g0, unit_start}, double {tol, converged_at, factor, rho_x, rho_y, relax}, then the arrays of
-// the op. An infinite rho is a constraint.
+// Request: int64 {op, double?, ranks (0: one thread alone, negative: so many blocks with warps of 32), batch, n, m, d,
+// cost, diagonal, max_iter, has_start, scheduled, has_f0, has_g0, unit_start, precision}, double {tol, converged_at,
+// factor, rho_x, rho_y, relax}, then the arrays of the op. An infinite rho is a constraint.
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -17,31 +17,34 @@ using namespace fewstep;
 using namespace fewstep::resident;
 
 struct Request {
-  int64_t op, is_double, ranks, batch, n, m, d, cost, diagonal, max_iter, has_start, scheduled, has_f0, has_g0, unit;
+  int64_t op, is_double, ranks, batch, n, m, d, cost, diagonal, max_iter, has_start, scheduled, has_f0, has_g0, unit,
+      precision;
   double tol, converged_at, factor, rho_x, rho_y, relax;
 };
 
 enum Op { kSolve, kSolveDirectly, kDrift };
 
 // Rows per warp and column groups per lane, so that small teams hold the problems of the tests.
-constexpr int kAloneR = 16, kAloneQ = 24, kThreadsR = 4, kThreadsQ = 8;
+constexpr int kAloneR = 16, kAloneQ = 24, kThreadsR = 4, kThreadsQ = 8, kWideR = 8, kWideQ = 2;
 
 // run.operator()<R, Q, warps>(team, memory) by a team of which each block has `rows` rows of `m` columns at most.
+template <typename T, int R, int Q, typename Team, typename Run>
+void run_threads(int64_t ranks, int64_t n, int64_t m, int matrices, Run run) {
+  using Block = Layout<R, Q, Team::kLanes, Team::kWarps>;
+  const int64_t rows = (n + ranks - 1) / ranks;
+  if (rows > Block::kRows || m > Block::kColumns) std::exit(4);
+  run_cluster<T, Team>(static_cast<int>(ranks), Block::elements(rows, m, matrices),
+                       [&](const Team& team, T* memory) { run.template operator()<R, Q, Team::kWarps>(team, memory); });
+}
+
 template <typename T, typename Run>
 void run_team(int64_t ranks, int64_t n, int64_t m, int matrices, Run run) {
   using Alone = Layout<kAloneR, kAloneQ, 1, 1>;
-  using Block = Layout<kThreadsR, kThreadsQ, kTeamLanes, kTeamWarps>;
-  const int64_t blocks = largest<int64_t>(ranks, 1), rows = (n + blocks - 1) / blocks;
-  if (rows > (ranks == 0 ? Alone::kRows : Block::kRows) || m > (ranks == 0 ? Alone::kColumns : Block::kColumns)) {
-    std::exit(4);
-  }
-  if (ranks == 0) {
-    auto memory = poisoned<T>(Alone::elements(rows, m, matrices));
-    return run.template operator()<kAloneR, kAloneQ, 1>(Single{}, memory.data());
-  }
-  run_cluster<T>(static_cast<int>(ranks), Block::elements(rows, m, matrices), [&](const Threads& team, T* memory) {
-    run.template operator()<kThreadsR, kThreadsQ, kTeamWarps>(team, memory);
-  });
+  if (ranks > 0) return run_threads<T, kThreadsR, kThreadsQ, Threads>(ranks, n, m, matrices, run);
+  if (ranks < 0) return run_threads<T, kWideR, kWideQ, WideTeam>(-ranks, n, m, matrices, run);
+  if (n > Alone::kRows || m > Alone::kColumns) std::exit(4);
+  auto memory = poisoned<T>(Alone::elements(n, m, matrices));
+  run.template operator()<kAloneR, kAloneQ, 1>(Single{}, memory.data());
 }
 
 template <typename T>
@@ -73,7 +76,8 @@ void solve_all(const Request& q) {
                         static_cast<int>(q.cost),
                         q.diagonal == INT64_MIN ? kNoDiagonal : static_cast<int>(q.diagonal),
                         0,
-                        static_cast<int>(m)};
+                        static_cast<int>(m),
+                        static_cast<int>(q.precision)};
       const Marginals<T> w{&a[i * n], &b[i * m], T(1), q.has_f0 ? &f0[i * n] : nullptr,
                            q.has_g0 ? &g0[i * m] : nullptr};
       const block::Solution<T> out{&f[i * n],    &g[i * m],      &value[i],
@@ -88,7 +92,7 @@ void solve_all(const Request& q) {
         solve_directly(team, p, schedule, w, e, s, next.data(), scratch.data(), out);
       });
     };
-    if (q.ranks == 0) {
+    if (q.ranks <= 0) {
       run(Single{});
     } else {
       run_cluster<T>(1, 0, [&](const Threads& team, T*) { run(team); });
@@ -137,6 +141,7 @@ void drift_all(const Request& q) {
   in.d = static_cast<int>(d);
   in.cost = static_cast<int>(q.cost);
   in.diagonal = q.diagonal == INT64_MIN ? kNoDiagonal : static_cast<int>(q.diagonal);
+  in.precision = static_cast<int>(q.precision);
   in.joint = q.has_g0 != 0;
   in.eps = eps.data();
   in.temperatures = static_cast<int>(temperatures);
@@ -159,7 +164,7 @@ void drift_all(const Request& q) {
       if (team.rank() == 0) distances[i] = distance, pairs[i] = weight;
     }
   };
-  if (q.ranks == 0) {
+  if (q.ranks <= 0) {
     measure(Single{});
   } else {
     run_cluster<T>(1, 0, [&](const Threads& team, T*) { measure(team); });

@@ -1,10 +1,16 @@
-// Thread blocks on the host, for the Team of csrc/shared/sinkhorn_block.h and sinkhorn_resident.h: one thread alone, or
-// threads with real barriers, in one block or a cluster of blocks.
+// Thread blocks on the host, for the Team of csrc/shared/sinkhorn_block.h, sinkhorn_resident.h and tf32.h: one thread
+// alone, or threads with real barriers, in one block or a cluster of blocks; or, for warps of 32, which have tensor
+// cores, fibers that take turns from barrier to barrier: what is read without one has not been written yet.
 #pragma once
 
+#include <ucontext.h>
+
 #include <barrier>
+#include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <thread>
@@ -12,6 +18,7 @@
 
 struct Single {
   static constexpr int kLanes = 1;
+  static constexpr bool kTensor = false;
   int rank() const { return 0; }
   int size() const { return 1; }
   int lane() const { return 0; }
@@ -40,41 +47,156 @@ struct Single {
   void lane_sums(T (&)[R]) const {}
 };
 
-constexpr int kTeamLanes = 2, kTeamWarps = 3, kTeamThreads = kTeamLanes * kTeamWarps;
+constexpr int kMmaLanes = 32;
 
-struct Warp {
-  std::barrier<> barrier{kTeamLanes};
-  double slot[kTeamLanes];
+// Fibers of one thread. One at a time runs, up to a barrier at which others are missing.
+class Fibers {
+ public:
+  // run(index) in each of `count` fibers.
+  static void run(int count, const std::function<void(int)>& run) {
+    Fibers fibers(count, run);
+    active_ = &fibers;
+    swapcontext(&fibers.main_, &fibers.fibers_[0].context);
+    active_ = nullptr;
+  }
+
+  // Lets the next one run.
+  static void yield() {
+    Fibers& own = *active_;
+    const size_t before = own.current_;
+    own.advance();
+    if (own.current_ != before) swapcontext(&own.fibers_[before].context, &own.fibers_[own.current_].context);
+  }
+
+ private:
+  static constexpr size_t kStack = size_t{1} << 18;
+  struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(kStack);
+    bool done = false;
+  };
+
+  Fibers(int count, const std::function<void(int)>& run) : run_(run), fibers_(count), left_(count) {
+    for (Fiber& fiber : fibers_) prepare(fiber.context, fiber.stack.data());
+  }
+
+  // By itself, since getcontext may return twice.
+  [[gnu::noinline]] static void prepare(ucontext_t& context, char* stack) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStack;
+    makecontext(&context, &Fibers::enter, 0);
+  }
+
+  static void enter() {
+    Fibers& own = *active_;
+    const size_t index = own.current_;
+    own.run_(static_cast<int>(index));
+    own.fibers_[index].done = true;
+    if (--own.left_ == 0) setcontext(&own.main_);
+    own.advance();
+    setcontext(&own.fibers_[own.current_].context);
+  }
+
+  // To any of the others, so that warps drift apart; in the same order every time.
+  void advance() {
+    do {
+      state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+      current_ = (state_ >> 33) % fibers_.size();
+    } while (fibers_[current_].done);
+  }
+
+  static inline Fibers* active_ = nullptr;
+  const std::function<void(int)>& run_;
+  std::vector<Fiber> fibers_;
+  ucontext_t main_;
+  uint64_t state_ = 1;
+  size_t current_ = 0;
+  int left_;
 };
 
+class FiberBarrier {
+ public:
+  explicit FiberBarrier(int count) : count_(count) {}
+  void arrive_and_wait() {
+    const int64_t own = generation_;
+    if (++arrived_ == count_) {
+      arrived_ = 0;
+      ++generation_;
+    }
+    while (generation_ == own) Fibers::yield();
+  }
+
+ private:
+  int count_, arrived_ = 0;
+  int64_t generation_ = 0;
+};
+
+template <int kLanes>
+using Barrier = std::conditional_t<kLanes == kMmaLanes, FiberBarrier, std::barrier<>>;
+
+template <int kLanes>
+struct Warp {
+  Barrier<kLanes> barrier{kLanes};
+  double slot[kLanes];
+  float a[kLanes][4], b[kLanes][2];  // what the lanes hand to a tensor core
+};
+
+// A copy that has not arrived.
+struct Copy {
+  float* to;
+  const float* from;
+  int count, group;
+  bool inside;
+};
+
+struct Copies {
+  std::vector<Copy> pending;
+  int group = 0;
+};
+
+template <int kLanes, int kWarps>
 struct BlockState {
-  std::barrier<> barrier{kTeamThreads};
-  Warp warp[kTeamWarps];
-  bool flag[kTeamThreads];
+  static constexpr int kThreads = kLanes * kWarps;
+  Barrier<kLanes> barrier{kThreads};
+  Warp<kLanes> warp[kWarps];
+  bool flag[kThreads];
+  Copies copies[kThreads];
   char* memory = nullptr;  // what stands for shared memory, alike in all blocks
 };
 
+template <int kLanes, int kWarps>
 struct ClusterState {
-  explicit ClusterState(int ranks) : barrier(ranks * kTeamThreads), block(ranks) {}
-  std::barrier<> barrier;
-  std::vector<BlockState> block;
+  explicit ClusterState(int ranks) : barrier(ranks * kLanes * kWarps), block(ranks) {}
+  Barrier<kLanes> barrier;
+  std::vector<BlockState<kLanes, kWarps>> block;
 };
 
-struct Threads {
-  static constexpr int kLanes = kTeamLanes;
-  ClusterState* cluster;
+// What a tensor core reads of a float: its low bits do not count.
+inline double operand(float value) { return std::bit_cast<float>(std::bit_cast<uint32_t>(value) & 0xffffe000u); }
+
+inline float towards_zero(double value) {
+  const auto nearest = static_cast<float>(value);
+  return std::abs(double(nearest)) > std::abs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
+template <int kLanes_, int kWarps_>
+struct ThreadsOf {
+  static constexpr int kLanes = kLanes_, kWarps = kWarps_;
+  static constexpr bool kTensor = kLanes == kMmaLanes;
+  ClusterState<kLanes, kWarps>* cluster;
   int own_block, index;
-  BlockState& state() const { return cluster->block[own_block]; }
+  BlockState<kLanes, kWarps>& state() const { return cluster->block[own_block]; }
   int rank() const { return index; }
-  int size() const { return kTeamThreads; }
-  int lane() const { return index % kTeamLanes; }
-  int warp() const { return index / kTeamLanes; }
-  int warps() const { return kTeamWarps; }
+  int size() const { return kLanes * kWarps; }
+  int lane() const { return index % kLanes; }
+  int warp() const { return index / kLanes; }
+  int warps() const { return kWarps; }
   int ranks() const { return static_cast<int>(cluster->block.size()); }
   int block() const { return own_block; }
   void sync() const { state().barrier.arrive_and_wait(); }
   void sync_all() const { cluster->barrier.arrive_and_wait(); }
-  void sync_lanes() const { state().warp[warp()].barrier.arrive_and_wait(); }
+  void sync_lanes() const { own_warp().barrier.arrive_and_wait(); }
   bool any(bool flag) const {
     state().flag[index] = flag;
     sync();
@@ -89,11 +211,11 @@ struct Threads {
   }
   template <typename T, typename Combine>
   T exchange(T value, Combine combine) const {
-    Warp& w = state().warp[warp()];
+    Warp<kLanes>& w = own_warp();
     w.slot[lane()] = value;
     w.barrier.arrive_and_wait();
     T result = static_cast<T>(w.slot[0]);
-    for (int l = 1; l < kTeamLanes; ++l) result = combine(result, static_cast<T>(w.slot[l]));
+    for (int l = 1; l < kLanes; ++l) result = combine(result, static_cast<T>(w.slot[l]));
     w.barrier.arrive_and_wait();
     return result;
   }
@@ -110,21 +232,66 @@ struct Threads {
   void lane_sums(T (&values)[R]) const {
     for (T& value : values) value = lane_sum(value);
   }
+
+  // mma.m16n8k8: element (row, k) of a is with lane row % 8 * 4 + k % 4, and so on. What is added is rounded towards 0.
+  void multiply(float (&c)[4], const float (&a)[4], const float (&b)[2]) const {
+    Warp<kLanes>& w = own_warp();
+    for (int e = 0; e < 4; ++e) w.a[lane()][e] = a[e];
+    for (int e = 0; e < 2; ++e) w.b[lane()][e] = b[e];
+    w.barrier.arrive_and_wait();
+    for (int e = 0; e < 4; ++e) {
+      const int row = lane() / 4 + e / 2 * 8, column = lane() % 4 * 2 + e % 2;
+      double sum = c[e];
+      for (int k = 0; k < 8; ++k) {
+        sum += operand(w.a[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2]) * operand(w.b[column * 4 + k % 4][k / 4]);
+      }
+      c[e] = towards_zero(sum);
+    }
+    w.barrier.arrive_and_wait();
+  }
+
+  template <int kCount>
+  void copy(float* to, const float* from, bool inside) const {
+    Copies& own = state().copies[index];
+    own.pending.push_back({to, from, kCount, own.group, inside});
+    // It may be written at any time from now on.
+    for (int i = 0; i < kCount; ++i) to[i] = std::numeric_limits<float>::quiet_NaN();
+  }
+  void commit() const { ++state().copies[index].group; }
+  template <int kGroups>
+  void arrived() const {
+    Copies& own = state().copies[index];
+    std::erase_if(own.pending, [&](const Copy& copy) {
+      if (copy.group >= own.group - kGroups) return false;
+      for (int i = 0; i < copy.count; ++i) copy.to[i] = copy.inside ? copy.from[i] : 0.0f;
+      return true;
+    });
+  }
+
+ private:
+  Warp<kLanes>& own_warp() const { return state().warp[warp()]; }
 };
 
-// run(team) in every thread of a cluster whose blocks have `bytes` of memory each, on the heap and filled with NaN.
-template <typename T, typename Run>
+using Threads = ThreadsOf<2, 3>;
+using WideTeam = ThreadsOf<kMmaLanes, 2>;
+constexpr int kTeamLanes = Threads::kLanes, kTeamWarps = Threads::kWarps, kTeamThreads = kTeamLanes * kTeamWarps;
+
+// run(team) in every thread of a cluster whose blocks have `count` elements of memory each, on the heap and filled with
+// NaN.
+template <typename T, typename Team = Threads, typename Run>
 void run_cluster(int ranks, int64_t count, Run run) {
-  ClusterState cluster(ranks);
+  ClusterState<Team::kLanes, Team::kWarps> cluster(ranks);
   std::vector<std::unique_ptr<std::vector<T>>> memories;
-  for (BlockState& block : cluster.block) {
+  for (auto& block : cluster.block) {
     memories.push_back(std::make_unique<std::vector<T>>(count, std::numeric_limits<T>::quiet_NaN()));
     block.memory = reinterpret_cast<char*>(memories.back()->data());
   }
+  constexpr int kThreads = Team::kLanes * Team::kWarps;
+  auto one = [&](int index) {
+    const int b = index / kThreads;
+    run(Team{&cluster, b, index % kThreads}, memories[b]->data());
+  };
+  if constexpr (Team::kTensor) return Fibers::run(ranks * kThreads, one);
   std::vector<std::jthread> threads;
-  for (int b = 0; b < ranks; ++b) {
-    for (int i = 0; i < kTeamThreads; ++i) {
-      threads.emplace_back([&, b, i] { run(Threads{&cluster, b, i}, memories[b]->data()); });
-    }
-  }
+  for (int index = 0; index < ranks * kThreads; ++index) threads.emplace_back([&, index] { one(index); });
 }

@@ -96,7 +96,8 @@ def constants(
     symmetric: bool = False,
 ) -> Constants:
     symmetric = symmetric and points.formula is None  # which may not be symmetric
-    return Constants(points.cost, backend, *rho, points.diagonal, symmetric, points.formula)
+    cost, diagonal, precision = points.cost, points.diagonal, points.precision
+    return Constants(cost, backend, *rho, diagonal, symmetric, precision, points.formula)
 
 
 def _problem(
@@ -616,7 +617,8 @@ class _ConditionalTangent(_Once):
 _SCHEMA = (
     "Tensor x, Tensor y, Tensor a, Tensor b, Tensor? matrix, Tensor f, Tensor g, Tensor eps,"
     " Tensor? segment_x, Tensor? segment_y, Tensor? label_x, Tensor? label_y, Tensor? label_cost,"
-    " str cost, str backend, float? rho_x, float? rho_y, int? diagonal, bool symmetric"
+    " str cost, str backend, float? rho_x, float? rho_y, int? diagonal, bool symmetric,"
+    ' str precision="tf32x3"'
 )
 
 

@@ -70,6 +70,7 @@ def sinkhorn_divergence(
     labels: tuple[Tensor, Tensor] | None = None,
     label_cost: Tensor | None = None,
     memory_limit: int = 2**27,
+    precision: str | None = None,
     backend: str | None = None,
     check_finite: bool = False,
 ) -> DivergenceResult:
@@ -100,8 +101,8 @@ def sinkhorn_divergence(
         labels (tuple | None): classes `(lx [.., N], ly [.., M])`, int64.
         label_cost (Tensor | None): symmetric `W [L, L]`; a pair costs `W[lx_i, ly_j]` more.
 
-    cost, max_iter, tol, anneal, cu_seqlens, memory_limit, backend and check_finite are those of
-    `sinkhorn`, as is update for the problem between x and y.
+    cost, max_iter, tol, anneal, cu_seqlens, memory_limit, precision, backend and check_finite are
+    those of `sinkhorn`, as is update for the problem between x and y.
 
     Returns:
         DivergenceResult: value, residual, iterations, converged, and the three problems.
@@ -137,6 +138,7 @@ def sinkhorn_divergence(
         anneal=anneal,
         reach=reach,
         memory_limit=memory_limit,
+        precision=precision,
         backend=backend,
         check_finite=check_finite,
     )

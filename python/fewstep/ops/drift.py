@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep.ops import raw_drift
+from fewstep.ops import raw, raw_drift
 from fewstep.reference import drift as reference
 
 FORMS = ("split", "joint")
@@ -59,6 +59,7 @@ def sinkhorn_drift(
     normalize: bool | str = True,
     exclude_diagonal: bool | int = False,
     memory_limit: int = 2**26,
+    precision: str | None = None,
     backend: str | None = None,
 ) -> Drift:
     """The velocity that carries generated points x to real ones y, for many groups in one call.
@@ -124,10 +125,13 @@ def sinkhorn_drift(
             the same points, where an int k is given; True is k = 0. Then x_self stands for x in s.
         memory_limit (int): bytes that each thread may take for the distances and kernels of the
             group that it works on; what does not fit is computed again in every iteration.
+        precision (str | None): of distances and barycentres on GPUs: "tf32x3", "tf32" or "float32",
+            as for `sinkhorn`. Default: "tf32x3".
         backend (str | None): "reference", "cpp", "cuda" or "triton". Default: the environment
-            variable FEWSTEP_BACKEND, else the fastest one for the device. "cuda" keeps groups of up
-            to 64 points and plans of up to 256 columns on chip, in float32; otherwise it and
-            "triton" have the kernels of `sinkhorn` for the iterations and then form the plans.
+            variable FEWSTEP_BACKEND, else the fastest one that has been tested on the device; on
+            GPUs "reference", see `sinkhorn`. "cuda" keeps groups of up to 64 points and plans of up
+            to 256 columns on chip, in float32; otherwise it and "triton" have the kernels of
+            `sinkhorn` for the iterations and then form the plans.
 
     Returns:
         Drift: velocity, scale, rms, residual, entropy, peak. No gradient flows through any.
@@ -164,6 +168,7 @@ def sinkhorn_drift(
         raise ValueError(f"sinkhorn_drift: max_iter must be at least 1, got {max_iter}")
     if memory_limit < 0:
         raise ValueError(f"sinkhorn_drift: memory_limit must not be negative, got {memory_limit}")
+    precision = raw.checked_precision("sinkhorn_drift", precision)
     diagonal = _diagonal(exclude_diagonal, x, x_self, form)
     lead, n, d = x.shape[:-2], x.shape[-2], x.shape[-1]
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
@@ -205,6 +210,7 @@ def sinkhorn_drift(
         unit=normalize is True,
         diagonal=diagonal,
         memory_limit=memory_limit,
+        precision=precision,
     )
     velocity = velocity.reshape(velocity.shape[0], *lead, n, d)
     plans = [t.reshape(t.shape[0], *lead, t.shape[2]) for t in plans]
@@ -293,7 +299,7 @@ def _temperatures(
     values = list(eps) if isinstance(eps, Sequence) else [eps]
     if not values or not all(0 < e < math.inf for e in values):
         raise ValueError(f"sinkhorn_drift: eps must be positive and finite, got {eps}")
-    return torch.tensor(values, dtype=dtype, device=x.device), several
+    return raw.from_numbers(values, x.device, dtype), several
 
 
 def _guidance(

@@ -27,14 +27,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep._library import triton_unavailable
 from fewstep.ops import raw
-from fewstep.reference.sinkhorn import Points, weight_gradient
+from fewstep.reference.sinkhorn import COSTS, Points, weight_gradient
 
 # Pairs of points in a block of rows, which takes about ten arrays of that size. GPUs take more.
 BLOCK_PAIRS = 2**18
 _GPU_BLOCKS = 16
 # Pairs up to which `e` is kept for all products with it.
 KEPT_PAIRS = 2**20
+# Pairs beyond which a kernel, where there is one, takes the place of blocks in torch.
+BLOCKS_PAIRS = 2**20
 # L1 error of both marginals, as a fraction of the mass, from which Newton's method may start.
 START_BOUND = 1e-2
 # A step of Newton's method after which potentials are taken as converged: its decrement, which
@@ -70,6 +73,7 @@ class Constants(NamedTuple):
     rho_y: float | None = None
     diagonal: int | None = None  # pairs j == i + diagonal are left out
     symmetric: bool = False  # x is y, a is b, f is g: derivatives are those of V(x, x, a, a)
+    precision: str = "tf32x3"  # of `Points`
     formula: Callable[[Any, Any], Any] | None = None  # of `Points`
 
     @property
@@ -103,7 +107,7 @@ def points_of(p: Problem, c: Constants) -> Points:
     segments = None if p.segment_x is None or p.segment_y is None else (p.segment_x, p.segment_y)
     labels = None if p.label_x is None or p.label_y is None else (p.label_x, p.label_y)
     fixed = (p.matrix, segments, labels, p.label_cost, c.diagonal, c.formula)
-    return Points(p.x, p.y, c.cost, *fixed)
+    return Points(p.x, p.y, c.cost, *fixed, c.precision)
 
 
 def transposed(p: Problem, c: Constants) -> tuple[Problem, Constants]:
@@ -478,9 +482,36 @@ class _Direction:
         return out
 
 
+def _streams(p: Problem, c: Constants) -> bool:
+    """Whether a kernel has the derivatives of the plan of this many pairs."""
+    large = p.a.shape[0] * p.a.shape[1] * p.b.shape[1] > BLOCKS_PAIRS
+    plain = c.cost in COSTS[:3] and p.label_cost is None and p.segment_x is None
+    there = c.backend in ("triton", "cuda") and triton_unavailable(p.x.device.type) is None
+    return large and plain and there
+
+
+def _streamed(
+    p: Problem,
+    c: Constants,
+    u: tuple[Tensor | None, Tensor | None] = (None, None),
+    *,
+    change: tuple[Tensor | None, ...] = (None,) * 4,
+    sums: bool = False,
+) -> Tensor:
+    """`raw.hessian` along u and `change` of f, g, a, b; None for zero."""
+    full = zip((*u, *change), (p.x, p.y, p.f, p.g, p.a, p.b), strict=True)
+    ux, uy, df, dg, da, db = (torch.zeros_like(like) if t is None else t for t, like in full)
+    points, of = points_of(p, c), (p.f, p.g, p.a, p.b)
+    return raw.hessian(points, (ux, uy), *of, (df, dg, da, db), p.eps, sums)
+
+
 def _right_hand_sides(system: System, u: _Direction) -> tuple[Tensor, Tensor]:
     """(r, s) of the module's docstring."""
     p = system.p
+    if _streams(p, system.c):
+        r = _streamed(p, system.c, (u.x, u.y), change=(None, None, None, u.b), sums=True)
+        of_a = (None, None, None, u.a)
+        return r, _streamed(*transposed(p, system.c), (u.y, u.x), change=of_a, sums=True)
     r, s = torch.zeros_like(p.f), torch.zeros_like(p.g)
     for block in blocks(p, system.c):
         change = u.cost_change(block)
@@ -518,7 +549,14 @@ def hessian_product(u: Directions, p: Problem, c: Constants, need: Flags) -> Ten
     direction = _Direction(u, p)
     df, dg = system.solve(*_right_hand_sides(system, direction))
     of_x, of_y, of_a, of_b, of_matrix = out = _zeros(p, need)
-    for block in blocks(p, c) if need[0] or need[1] or need[4] else ():
+    streams = _streams(p, c)
+    if streams:
+        u_x, u_y, u_a, u_b = direction.x, direction.y, direction.a, direction.b
+        if of_x is not None:
+            of_x += _streamed(p, c, (u_x, u_y), change=(df, dg, u_a, u_b))
+        if of_y is not None:
+            of_y += _streamed(*transposed(p, c), (u_y, u_x), change=(dg, df, u_b, u_a))
+    for block in blocks(p, c) if not streams and (need[0] or need[1] or need[4]) else ():
         dC = direction.cost_change(block)
         z = df[block.index][..., None] + dg[block.problems, None]
         change = direction.plan_change(block, z if dC is None else z - dC)
@@ -560,7 +598,15 @@ def potentials_adjoint(uf: Tensor, ug: Tensor, p: Problem, c: Constants, need: F
     mf, mg = system.solve_adjoint(uf.double(), ug.double())
     dtype, p = p.f.dtype, system.p
     of_x, of_y, of_a, of_b, of_matrix = out = _zeros(p, need)
-    for block in blocks(p, c):
+    streams = _streams(p, c)
+    if streams:
+        seen = ((of_x, of_a, (p, c), mf, mg), (of_y, of_b, transposed(p, c), mg, mf))
+        for points, weights, side, own, other in seen:
+            if points is not None:
+                points += _streamed(*side, change=(None, None, own, other))
+            if weights is not None:
+                weights += _streamed(*side, change=(None, None, None, other), sums=True)
+    for block in () if streams else blocks(p, c):
         left, right = mf[block.index][..., None], mg[block.problems, None]
         w = block.e * (left * block.b + block.a * right)
         _add(of_matrix, block.index, w)

@@ -6,6 +6,7 @@ Shapes are those of `fewstep.reference.sinkhorn`.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,25 @@ from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# How GPU kernels multiply float32; the numbers of fewstep::tf32::Precision in csrc/shared/tf32.h.
+PRECISIONS = ("tf32x3", "tf32", "float32")
+
+
+def checked_precision(op: str, precision: str | None) -> str:
+    """The precision that was asked for, or the default."""
+    if precision is None:
+        return PRECISIONS[0]
+    if precision not in PRECISIONS:
+        raise ValueError(f"{op}: precision must be one of {PRECISIONS}, got {precision!r}")
+    return precision
+
+
+def from_numbers(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`[len(values)]`, filled on a device: a graph of CUDA cannot capture copies from the host."""
+    plain = len(values) > 0 and all(isinstance(value, int | float) for value in values)
+    if device.type == "cpu" or not plain:
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 def resident(points: Points) -> bool:
@@ -31,8 +51,9 @@ def resident(points: Points) -> bool:
     n, m = x.shape[1], y.shape[1]
     if points.segments is not None or (n <= 128 and m <= 128):
         return True
-    blocks = 4 if torch.cuda.get_device_properties(x.device).major in (9, 10) else 1  # of a cluster
-    return m <= 256 and n <= 96 * blocks and shared_memory(x.device) > 130 * 1024
+    # A block has up to 96 rows, and each of the 8 of a cluster 64.
+    rows = 512 if torch.cuda.get_device_properties(x.device).major in (9, 10) else 96
+    return m <= 256 and n <= rows and shared_memory(x.device) > 130 * 1024
 
 
 def solve(
@@ -54,6 +75,7 @@ def solve(
         out: Outputs = _triton().sinkhorn.default(
             *(x, y, a, b, eps, f0, g0, cost, points.diagonal, s.max_iter, s.tol),
             *(s.start, s.factor, s.temperatures, *s.rho, s.relax, s.simultaneous, s.single),
+            *(s.memory_limit, PRECISIONS.index(points.precision)),
         )
         return out
     return _direct(  # type: ignore[no-any-return]
@@ -97,7 +119,8 @@ def _solve_arguments(
 ) -> tuple[Any, ...]:
     tensors = (points.x, points.y, a, b, eps, f0, g0, *_geometry(points))
     steps = (s.max_iter, s.tol, s.start, s.factor, s.temperatures)
-    return *tensors, *steps, *s.rho, s.relax, s.simultaneous, s.single, s.memory_limit
+    how = (s.simultaneous, s.single, s.memory_limit, PRECISIONS.index(points.precision))
+    return *tensors, *steps, *s.rho, s.relax, *how
 
 
 def transport(
@@ -109,8 +132,9 @@ def transport(
     x, y = points.x, points.y
     out: tuple[Tensor, Tensor]
     if backend == "triton":
-        cost = reference.COSTS.index(points.cost)
-        out = _triton().sinkhorn_transport.default(*(x, y, f, g, b, eps, v, cost, points.diagonal))
+        how = (reference.COSTS.index(points.cost), points.diagonal)
+        precision = PRECISIONS.index(points.precision)
+        out = _triton().sinkhorn_transport.default(x, y, f, g, b, eps, v, *how, precision)
     else:
         op = torch.ops.fewstep.sinkhorn_transport.default
         out = _direct(op, x, y, f, g, b, eps, v, *_geometry(points))
@@ -126,11 +150,34 @@ def gradient(
     x, y = points.x, points.y
     out: Tensor
     if backend == "triton":
-        cost = reference.COSTS.index(points.cost)
-        out = _triton().sinkhorn_grad.default(*(x, y, f, g, a, b, eps, cost, points.diagonal))
+        how = (reference.COSTS.index(points.cost), points.diagonal)
+        precision = PRECISIONS.index(points.precision)
+        out = _triton().sinkhorn_grad.default(x, y, f, g, a, b, eps, *how, precision)
     else:
         op = torch.ops.fewstep.sinkhorn_grad.default
         out = _direct(op, x, y, f, g, a, b, eps, *_geometry(points))
+    return out
+
+
+def hessian(
+    points: Points,
+    u: tuple[Tensor, Tensor],
+    f: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    change: tuple[Tensor, Tensor, Tensor, Tensor],
+    eps: Tensor,
+    sums: bool,
+) -> Tensor:
+    """The derivative of `gradient` along u and `change` (of f, g, a, b), or sums; by Triton.
+
+    See `fewstep.kernels.hessian`.
+    """
+    importlib.import_module("fewstep.kernels.hessian")
+    how = (reference.COSTS.index(points.cost), points.diagonal, sums)
+    op = torch.ops.fewstep_triton.sinkhorn_hessian.default
+    out: Tensor = op(points.x, points.y, *u, f, g, a, b, *change, eps, *how)
     return out
 
 

@@ -41,6 +41,7 @@ def drift(
     unit: bool,
     diagonal: int | None,
     memory_limit: int,
+    precision: str,
 ) -> reference.Outputs:
     """`fewstep.reference.drift.drift` by a backend."""
     clouds = [t.shape[1] for t in (y, x_self, uncond) if t is not None]
@@ -48,6 +49,7 @@ def drift(
         out: reference.Outputs = torch.ops.fewstep.sinkhorn_drift.default(
             *(x, y, x_self, uncond, weights, guidance, eps, reference.COSTS.index(cost)),
             *(max_iter, joint, scaled, unit, diagonal, memory_limit),
+            raw.PRECISIONS.index(precision),
         )
         return out
 
@@ -57,7 +59,8 @@ def drift(
         e = e.expand(x.shape[0])
         g0 = torch.where(b > 0, -e[:, None] * b.log(), 0.0)
         schedule = Schedule(max_iter=max_iter)
-        f, g, *_ = raw.solve(backend, Points(x, z, cost), a, b, e, None, g0, schedule)
+        points = Points(x, z, cost, precision=precision)
+        f, g, *_ = raw.solve(backend, points, a, b, e, None, g0, schedule)
         k = ((f[:, :, None] + g[:, None, :] - C) / e[:, None, None]).exp()
         return torch.where(b[:, None, :] > 0, b[:, None, :] * k, 0.0)
 
@@ -88,6 +91,7 @@ def _fake(
     unit: bool,
     diagonal: int | None,
     memory_limit: int,
+    precision: int,
 ) -> reference.Outputs:
     groups, count = x.shape[0], eps.shape[0]
     plans = (count, groups, 1 if joint else 2 + (uncond is not None))
@@ -106,7 +110,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: reference.Outputs) -> None
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-    return (None,) * 14
+    return (None,) * 15
 
 
 def _vmap(

@@ -239,6 +239,7 @@ def sinkhorn(
     label_cost: Tensor | None = None,
     C: Tensor | None = None,
     memory_limit: int = 2**27,
+    precision: str | None = None,
     backend: str | None = None,
     check_finite: bool = False,
 ) -> SinkhornResult:
@@ -293,10 +294,18 @@ def sinkhorn(
         C (Tensor | None): costs `[N, M]` or `[B, N, M]` instead of points.
         memory_limit (int): bytes that the C++ kernels may use, for each problem that a thread works
             on, to keep distances and exponentials between iterations; beyond, they are computed
-            anew.
+            anew. "triton" keeps the costs of all problems of alternating updates if they take no
+            more than this, where points have so many coordinates that reading them is quicker.
+        precision (str | None): how kernels of "cuda" and "triton" multiply float32 points on tensor
+            cores, from 17 coordinates on: "tf32x3", in two parts of TF32 each and so with the
+            accuracy of float32; "tf32", in one part, about twice as fast, where products are off by
+            up to 2^-9 of themselves, a cost by 0.2 % of `|x|^2 + |y|^2` about the middle of the
+            points; "float32", without tensor cores. Other backends, and float64, compute in their
+            dtype whatever it says. Default: "tf32x3".
         backend (str | None): "reference", "cpp", "triton", "cuda" or "keops" (a cost function).
             Default: the environment variable FEWSTEP_BACKEND, else the fastest one for the device
-            and the options.
+            and the options that has been tested there: on GPUs "reference", which forms C, since
+            "triton" and "cuda" have only been emulated so far.
         check_finite (bool): look for NaN and inf first; on a GPU also check the signs and sums of
             weights and the sign of eps, which costs a synchronisation there.
 
@@ -342,6 +351,7 @@ def sinkhorn(
     read = read and not torch.compiler.is_compiling() and not differentiable.is_transformed()
     points, batch, dtype = _points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
     points = _labelled(points, batch, labels, label_cost, dtype, read)
+    points = replace(points, precision=raw.checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
     e, temperatures = _eps(eps, lead, points.x, dtype, read)
     rho = _penalties(reach, points.cost)
@@ -617,13 +627,17 @@ def _annealed(
         T = eps.shape[0] // max(points.count, 1)
         start = _largest_cost(points).repeat_interleave(T)
         return replace(schedule, start=start, factor=float(anneal))
-    steps = torch.as_tensor(anneal, dtype=eps.dtype, device=eps.device)
+    if isinstance(anneal, Tensor):
+        steps = anneal.to(device=eps.device, dtype=eps.dtype)
+    else:
+        steps = raw.from_numbers(anneal, eps.device, eps.dtype)
     if steps.ndim != 1:
         raise ValueError(
             f"sinkhorn: anneal must be a factor or temperatures [S], got {tuple(steps.shape)}"
         )
-    if read and not bool(((steps > 0) & steps.isfinite()).all()):
-        raise ValueError(f"sinkhorn: anneal must be positive and finite, got {steps.tolist()}")
+    values = (steps.tolist() if read else []) if isinstance(anneal, Tensor) else list(anneal)
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError(f"sinkhorn: anneal must be positive and finite, got {values}")
     return replace(schedule, temperatures=steps.detach())
 
 
@@ -725,7 +739,7 @@ def _eps(
         if not 0 < eps < float("inf"):
             raise ValueError(f"sinkhorn: eps must be positive and finite, got {eps}")
         return like.new_full((count,), eps, dtype=dtype), ()
-    e = eps if isinstance(eps, Tensor) else torch.tensor(eps, dtype=dtype, device=like.device)
+    e = eps if isinstance(eps, Tensor) else raw.from_numbers(eps, like.device, dtype)
     if e.requires_grad:
         raise ValueError("sinkhorn: eps must not require a gradient, got one that does")
     if e.device != like.device and e.ndim > 0:

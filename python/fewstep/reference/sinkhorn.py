@@ -36,6 +36,7 @@ class Points:
         label_cost: `W [L, L']`; a pair costs `W[lx_i, ly_j]` more.
         diagonal: pairs `j == i + diagonal` are left out.
         formula: with cost "formula", a function of `x [.., N, 1, D]` and `y [.., 1, M, D]`.
+        precision: one of `PRECISIONS`, for the kernels of GPUs.
     """
 
     x: Tensor
@@ -47,6 +48,7 @@ class Points:
     label_cost: Tensor | None = None
     diagonal: int | None = None
     formula: Callable[[Any, Any], Any] | None = None
+    precision: str = "tf32x3"
 
     @property
     def count(self) -> int:
@@ -70,6 +72,7 @@ class Points:
             None if self.label_cost is None else self.label_cost.mT,
             None if self.diagonal is None else -self.diagonal,
             None if formula is None else lambda y, x: formula(x, y),
+            self.precision,
         )
 
     def problem(self, i: int) -> tuple[Points, slice, slice]:
