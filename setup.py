@@ -81,7 +81,7 @@ if CUDA is not None:
     library = next(d for d in (CUDA / "lib64", CUDA / "lib") if d.exists())
     extension = CppExtension(
         "fewstep._C_cuda",
-        ["csrc/cuda/ops_cuda.cpp"],
+        sources("csrc/cuda/*.cpp"),
         include_dirs=[str(ROOT / "csrc"), str(CUDA / "include")],
         extra_compile_args=[*CXX, *STABLE],
         # libtorch brings libtorch_cuda, which has the current stream, where torch has CUDA.

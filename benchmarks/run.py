@@ -242,9 +242,8 @@ def run_case(
     derive(rows, args.peers)
     for row in rows:
         if "over_plain" in row:
-            say(
-                f"  {CONTENDERS[row['contender']].label}: {row['over_plain']:.2f}x the network alone"
-            )
+            label = CONTENDERS[row["contender"]].label
+            say(f"  {label}: {row['over_plain']:.2f}x the network alone")
         elif "median_s" in row and CONTENDERS[row["contender"]].kind == "fewstep":
             speedup = row.get("speedup_vs_best_peer")
             say(

@@ -1341,6 +1341,7 @@ def sinkhorn_grad(
     """`sum_j a_i p_ij dC_ij/dx_i [P, N, D]`."""
     dim, how = x.shape[2], (cost, diagonal, precision)
     out, _ = _apply(x, y, f, g, a, b, eps, None, *how, False)
-    if cost == EUCLIDEAN and config.uses_dot(dim, dtype_name("sinkhorn", x), config.PRECISIONS[precision]):
+    dtype = dtype_name("sinkhorn", x)
+    if cost == EUCLIDEAN and config.uses_dot(dim, dtype, config.PRECISIONS[precision]):
         out = out + _apply(x, y, f, g, a, b, eps, None, *how, True)[0]
     return out[..., :dim].contiguous()

@@ -1,5 +1,3 @@
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,40 +8,20 @@
 #include <optional>
 #include <tuple>
 
+#include "cuda/device.h"
 #include "cuda/sinkhorn.cuh"
 #include "cuda/sinkhorn_resident.cuh"
 
-// Weak, so that the library loads where torch was built without CUDA.
-extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-
 namespace {
 
+using fewstep::cuda::check;
+using fewstep::cuda::Device;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
 
 // Sizes are ints inside a block, with room for the end of a tile.
 constexpr int64_t kMaxSize = int64_t{1} << 30;
 constexpr double kDefaultTol = 1e-3;
-
-void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "sinkhorn: ", cudaGetErrorString(error)); }
-
-// Makes the tensor's device current for torch's CUDA runtime and for ours, which is linked statically.
-class Device {
- public:
-  explicit Device(const Tensor& t) : guard_(t.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "sinkhorn: this torch was built without CUDA");
-    check(cudaSetDevice(t.get_device_index()));
-    void* handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &handle));
-    stream = static_cast<cudaStream_t>(handle);
-  }
-  cudaStream_t stream;
-
- private:
-  DeviceGuard guard_;
-};
 
 void check_input(const Tensor& t, const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), "sinkhorn: ", name,

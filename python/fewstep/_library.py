@@ -11,14 +11,13 @@ from types import ModuleType
 
 import torch
 
-# Backends whose own synchronisation has passed `pytest -m gpu` on a device, in order of preference.
-# CUDA C++ has not yet, see benchmarks/results/GPU_STATUS.md: until then it runs where it is named.
-# Triton's kernels are run by the tests, in its interpreter.
+# Kernels that have passed `pytest -m gpu` on a device, in order of preference. None has yet, see
+# benchmarks/results/GPU_STATUS.md: until then they run where they are named.
 DEVICE_TESTED: tuple[str, ...] = ()
 # Order of preference per device type; the first one available is the default.
 DEFAULT_ORDER = {
     "cpu": ("cpp", "keops", "reference"),
-    "cuda": ("triton", *DEVICE_TESTED, "keops", "reference"),
+    "cuda": (*DEVICE_TESTED, "keops", "reference"),
 }
 BACKENDS = ("reference", "cpp", "cuda", "triton", "keops")
 
