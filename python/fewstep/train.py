@@ -6,20 +6,13 @@ import importlib.util
 import json
 import math
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fewstep
 from fewstep import checkpoint, plots
@@ -27,8 +20,10 @@ from fewstep.data import Images, load
 from fewstep.methods import WFlow
 from fewstep.metrics import MetricRow, report
 from fewstep.networks import MLPGenerator
+from fewstep.stages import CHECKPOINT, LOGS, Network, Stage, fit, seeded, torch_device
 
-CHECKPOINT, CONFIG, LOGS, PICTURE = "checkpoint.safetensors", "config.json", "logs", "samples.png"
+CONFIG, PICTURE = "config.json", "samples.png"
+T = TypeVar("T")
 EXTRA = ("matplotlib", "mlxtend", "ot", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm")
 
 
@@ -86,7 +81,6 @@ class TrainConfig:
             raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
 
 
-_WARM_UP = 50  # steps
 PRESETS = {
     "digits": TrainConfig("digits", steps=1000, batch=64),
     "mnist5k": TrainConfig("mnist5k"),
@@ -165,12 +159,20 @@ def train(
     'samples.png'
     """
     require_extra()
-    data = load(config.data)
-    if len(data.images) < 12:
-        raise ValueError(f"data: must have at least 12 images, got {len(data.images)}")
+    data = load_enough(config.data)
     device = torch_device(config.device)
     run = Run(config, tuple(data.images.shape[1:]), data.names)
-    _open(run, out, resume=resume, overwrite=overwrite)
+    began = None
+    if resume:
+        earlier = read_run(out)
+        began = {**vars(earlier.config), "image_shape": earlier.image_shape}
+        began["classes"] = earlier.names
+    open_run(
+        *(out, "wflow", config, run.image_shape),
+        began=began,
+        overwrite=overwrite,
+        classes=run.names,
+    )
     generator = _fit(run, data, out, device, progress=progress)
     rows, picture = evaluate(generator, data, out, seed=config.seed)
     return TrainResult(generator, rows, picture)
@@ -225,15 +227,27 @@ def read_run(out: Path) -> Run:
     Raises:
         ValueError: it is missing, or is not one of fewstep.
     """
-    path = out / CONFIG
-    try:
-        content = json.loads(path.read_text())
+
+    def parse(content: dict[str, Any]) -> Run:
         config = TrainConfig(**{**content["config"], "flow": WFlow(**content["config"]["flow"])})
         return Run(config, tuple(map(int, content["image_shape"])), tuple(content["classes"]))
+
+    return read_config(out, parse)
+
+
+def read_config(out: Path, parse: Callable[[dict[str, Any]], T], *, kind: str = "a run") -> T:
+    """What `parse` makes of a run's `config.json`.
+
+    Raises:
+        ValueError: it is missing, or `parse` takes exception to it.
+    """
+    path = out / CONFIG
+    try:
+        return parse(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise ValueError(f"{out} holds no run of fewstep: {CONFIG} is missing") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+        raise ValueError(f"{path} is not the configuration of {kind}: {error}") from error
 
 
 def method_of(out: Path) -> str:
@@ -263,23 +277,56 @@ def require_extra() -> None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def _open(run: Run, out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make `out` hold `run` and nothing of another run; refuse where that is not asked for."""
-    config = out / CONFIG
-    if resume:
-        began, asked = ({**vars(r.config), **vars(r)} for r in (read_run(out), run))
-        for name in sorted(began.keys() - {"config"}):
+def load_enough(source: str) -> Images:
+    """`fewstep.data.load`, of as many images as the metrics take.
+
+    Raises:
+        ValueError: data that cannot be loaded, fewer than 12 images.
+    """
+    data = load(source)
+    if len(data.images) < 12:
+        raise ValueError(f"data: must have at least 12 images, got {len(data.images)}")
+    return data
+
+
+def open_run(
+    out: Path,
+    method: str,
+    config: Any,
+    image_shape: tuple[int, ...],
+    *,
+    began: Mapping[str, object] | None,
+    overwrite: bool,
+    **more: object,
+) -> None:
+    """Make `out` hold this run and nothing of another; refuse where that is not asked for.
+
+    Args:
+        out (Path): folder of the run.
+        method (str): its name.
+        config (dataclass): of the run.
+        image_shape (tuple): of the data.
+        began (Mapping | None): configuration and shape of the run in `out` that is to be resumed.
+        overwrite (bool): replace a run that is in `out`.
+        more: further entries of `config.json`.
+
+    Raises:
+        ValueError: `out` is in use, or holds a run of another configuration.
+    """
+    if began is not None:
+        asked = {**vars(config), "image_shape": image_shape, **more}
+        for name in sorted(asked):
             if began[name] != asked[name]:
                 raise ValueError(
                     f"{out} holds a run of another configuration: {name} is {began[name]},"
                     f" not {asked[name]}"
                 )
         return
-    if config.exists() or (out / CHECKPOINT).exists():
-        read_run(out)
+    if (out / CONFIG).exists() or (out / CHECKPOINT).exists():
+        read_config(out, lambda content: content["fewstep"])
         if (out / CHECKPOINT).exists() and not overwrite:
             raise ValueError(f"{out} holds a run already: give --resume or --overwrite")
-    start_run(out, "wflow", run.config, run.image_shape, classes=run.names)
+    start_run(out, method, config, image_shape, **more)
 
 
 def start_run(
@@ -306,64 +353,30 @@ def start_run(
 def _fit(
     run: Run, data: Images, out: Path, device: torch.device, *, progress: bool
 ) -> MLPGenerator:
-    from torch.utils.tensorboard import SummaryWriter
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    config, classes = run.config, _classes(data)
+    network = Network(_generator(run).to(device), lr=config.lr, ema=config.ema)
 
-    config = run.config
-    generator = _generator(run).to(device)
-    averaging = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
-    average = AveragedModel(generator, multi_avg_fn=averaging)
-    optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, fused=True)
-    done = 0
-    if (out / CHECKPOINT).exists():
-        allocate(optimizer)
-        done = checkpoint.restore(out / CHECKPOINT, _state(generator, average, optimizer))
+    def update(step: int) -> dict[str, Tensor]:
+        labels, noise, real = _draw(config, classes, step)
+        loss, metrics = config.flow(
+            network.model,
+            noise.to(device),
+            real.to(device),
+            labels.to(device) if run.names else None,
+        )
+        network.step(loss, step / config.steps, step)
+        return {"drift": metrics.pop("drift"), "loss": loss, **metrics}
 
-    writer = SummaryWriter(str(out / LOGS), purge_step=done)
-    bar = tqdm(
-        initial=done,
-        total=config.steps,
-        desc=config.data,
-        unit="step",
-        disable=not progress,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
+    fit(
+        [Stage("", config.steps, update)],
+        {"": network},
+        out,
+        title=config.data,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        progress=progress,
     )
-    classes = _classes(data)
-    with deferred_signals() as stopped, bar, writer:
-        for step in range(done, config.steps):
-            labels, noise, real = _draw(config, classes, step)
-            cosine = (1 + math.cos(math.pi * step / config.steps)) / 2
-            optimizer.param_groups[0]["lr"] = config.lr * cosine * min(1, (step + 1) / _WARM_UP)
-            loss, metrics = config.flow(
-                generator,
-                noise.to(device),
-                real.to(device),
-                labels.to(device) if run.names else None,
-            )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            average.update_parameters(generator)
-            bar.update()
-
-            save = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
-            if save or stopped.is_set() or step % config.log_every == 0:
-                values = {name: value.item() for name, value in metrics.items()}
-                if not all(map(math.isfinite, values.values())):
-                    raise FloatingPointError(f"not finite at step {step}: {values}; lower lr")
-                bar.set_postfix(drift=f"{values['drift']:.4f}", refresh=False)
-                if step % config.log_every == 0:
-                    for name, value in (("loss", loss.item()), *values.items()):
-                        writer.add_scalar(name, value, step)
-            if save or stopped.is_set():
-                writer.flush()
-                state = _state(generator, average, optimizer)
-                checkpoint.save(out / CHECKPOINT, state, step=step + 1)
-            if stopped.is_set():
-                raise KeyboardInterrupt(
-                    f"stopped after step {step + 1} of {config.steps}; --resume continues"
-                )
-    return cast(MLPGenerator, average.module.cpu().eval())
+    return cast(MLPGenerator, network.averaged.cpu().eval())
 
 
 def _generator(run: Run) -> MLPGenerator:
@@ -376,17 +389,6 @@ def _generator(run: Run) -> MLPGenerator:
             width=run.config.width,
             depth=run.config.depth,
         )
-
-
-def torch_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {error}") from error
-    return device
 
 
 def _classes(data: Images) -> list[Tensor]:
@@ -414,53 +416,3 @@ def _draw(config: TrainConfig, classes: list[Tensor], step: int) -> tuple[Tensor
     real = torch.stack([choose(classes[k]) for k in labels.tolist()])
     noise = torch.randn(2, groups, n, config.noise_dim, generator=rng)
     return labels, noise, real
-
-
-def seeded(seed: int, step: int) -> torch.Generator:
-    word = np.random.SeedSequence([seed, step]).generate_state(1)[0]
-    return torch.Generator().manual_seed(int(word))
-
-
-def _state(
-    generator: MLPGenerator, average: AveragedModel, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """The live tensors of a run, by their names in a checkpoint."""
-    state = {f"model.{name}": t for name, t in generator.state_dict().items()}
-    state |= {f"ema.{name}": t for name, t in average.state_dict().items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
-    return state
-
-
-def allocate(optimizer: torch.optim.Optimizer) -> None:
-    """Make Adam create its moments, which it does at its first step; `restore` fills them."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-
-
-@contextmanager
-def deferred_signals() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into an event; the next one acts as ever."""
-    stopped = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        restore()
-        stopped.set()
-
-    for number in signals:
-        signal.signal(number, stop)
-    try:
-        yield stopped
-    finally:
-        restore()
