@@ -64,7 +64,7 @@ def diff_augment(
 
 
 def _colour(x: Tensor, u: Tensor) -> Tensor:
-    brightness, saturation, contrast = u[:, :, None, None, None].to(x.dtype)
+    brightness, saturation, contrast = u[:, :, None, None, None].to(x.dtype).unbind()
     x = x + brightness - 0.5
     mean = x.mean(1, keepdim=True)
     x = mean + (x - mean) * 2 * saturation
@@ -73,7 +73,7 @@ def _colour(x: Tensor, u: Tensor) -> Tensor:
 
 
 def _translate(x: Tensor, u: Tensor) -> Tensor:
-    for axis, share in zip((2, 3), u, strict=True):
+    for axis, share in zip((2, 3), u.unbind(), strict=True):
         side = x.shape[axis]
         reach = int(side * _SHIFT + 0.5)
         shift = (share * (2 * reach + 1)).long() - reach
@@ -86,7 +86,7 @@ def _translate(x: Tensor, u: Tensor) -> Tensor:
 
 def _cutout(x: Tensor, u: Tensor) -> Tensor:
     holes = []
-    for axis, share in zip((2, 3), u, strict=True):
+    for axis, share in zip((2, 3), u.unbind(), strict=True):
         side = x.shape[axis]
         size = int(side * _HOLE + 0.5)
         # The centre is any pixel, so a hole may reach over the edge.

@@ -205,7 +205,8 @@ class EDMPrecond(nn.Module):
         square = wide.square() + self.sigma_data**2
         out = self.network(x * square.rsqrt(), sigma.log() / 4, *condition)
         skip = self.sigma_data**2 / square
-        return skip * x + wide * self.sigma_data * square.rsqrt() * out
+        denoised: Tensor = skip * x + wide * self.sigma_data * square.rsqrt() * out
+        return denoised
 
 
 class LinePrecond(nn.Module):
@@ -233,7 +234,8 @@ class LinePrecond(nn.Module):
         s = sigma / (1 + sigma)
         wide = s.reshape(-1, *(1,) * (x.ndim - 1))
         z = x * (1 - wide)
-        return z - wide * self.network(z, s, *condition)
+        out: Tensor = z - wide * self.network(z, s, *condition)
+        return out
 
 
 class MLPDiscriminator(nn.Module):
@@ -257,6 +259,8 @@ class MLPDiscriminator(nn.Module):
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(width, 1)
         self.embedding = nn.Embedding(classes, width) if classes else None
+        if self.embedding is not None:
+            nn.init.normal_(self.embedding.weight, std=width**-0.5)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """x `[B, ...]` of D values each and labels int64 `[B]` (with classes only) to `[B, 1]`."""
@@ -301,6 +305,6 @@ def _logits(
     network: MLPDiscriminator | ConvDiscriminator, hidden: Tensor, labels: Tensor | None
 ) -> Tensor:
     out: Tensor = network.head(hidden)
-    if network.embedding is None:
-        return out
-    return out + (hidden * network.embedding(labels)).mean(1, keepdim=True)
+    if network.embedding is not None:
+        out = out + (hidden * network.embedding(labels)).sum(1, keepdim=True)
+    return out

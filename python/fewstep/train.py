@@ -22,7 +22,7 @@ from fewstep.metrics import MetricRow, report
 from fewstep.networks import MLPGenerator
 from fewstep.stages import CHECKPOINT, LOGS, Network, Stage, fit, seeded, torch_device
 
-CONFIG, PICTURE = "config.json", "samples.png"
+CONFIG, PAIRS, PICTURE = "config.json", "pairs", "samples.png"
 T = TypeVar("T")
 EXTRA = ("matplotlib", "mlxtend", "ot", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm")
 
@@ -337,7 +337,8 @@ def start_run(
     if path.exists() or (out / CHECKPOINT).exists():
         for file in (out / CHECKPOINT, out / PICTURE):
             file.unlink(missing_ok=True)
-        shutil.rmtree(out / LOGS, ignore_errors=True)
+        for folder in (LOGS, PAIRS):
+            shutil.rmtree(out / folder, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "fewstep": fewstep.__version__,

@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fewstep import checkpoint, plots
+from fewstep import checkpoint, pairs, plots
 from fewstep.data import Images
 from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import ReflowReport, heun, log_prob_of, score_of
-from fewstep.metrics import MetricRow, report
-from fewstep.networks import VelocityMLP
+from fewstep.metrics import MetricRow, aligned, report
+from fewstep.networks import LinePrecond, VelocityMLP
 from fewstep.stages import CHECKPOINT, Network, Stage, fit, seeded, torch_device
 from fewstep.train import PICTURE, load_enough, open_run, read_config, require_extra
 
@@ -213,6 +213,21 @@ def load_student(out: Path) -> tuple[VelocityMLP, MarginalReflow]:
     return student.eval(), config.flow
 
 
+def load_teacher(out: Path) -> pairs.Teacher:
+    """The teacher of a run as a denoiser of `x = x_data + sigma eps`, for `fewstep pairs`.
+
+    With t = sigma / (1 + sigma) and x_t = x / (1 + sigma) it is `D = x_t - t v(x_t, t)`.
+
+    Raises:
+        ValueError: as `load_student`.
+    """
+    config, shape = read_run(out)
+    velocity = _network(config, shape)
+    state = {f"teacher.ema.module.{name}": t for name, t in velocity.state_dict().items()}
+    checkpoint.restore(out / CHECKPOINT, state)
+    return pairs.Teacher(LinePrecond(velocity.eval()), shape)
+
+
 @torch.no_grad()
 def sample(student: VelocityMLP, flow: MarginalReflow, n: int, *, seed: int = 0) -> Tensor:
     """n images `[n, C, H, W]` from seeded noise, cut to [-1, 1]."""
@@ -260,26 +275,22 @@ def evaluate(
 
 def format_outcomes(outcomes: dict[str, Outcome]) -> str:
     """A table of both students, with the real-vs-real floor where there is one."""
-    aligned, plain = outcomes["student"], outcomes["plain"]
+    own, plain = outcomes["student"], outcomes["plain"]
     lines = [("metric", "with alignment", "without", "real vs real")]
-    for a, b in zip(aligned.rows, plain.rows, strict=True):
+    for a, b in zip(own.rows, plain.rows, strict=True):
         lines.append((a.name, f"{a.value:.3g}", f"{b.value:.3g}", f"{a.floor:.3g}"))
 
     def law(name: str, value: Callable[[ReflowReport], float]) -> None:
-        lines.append((name, f"{value(aligned.laws):.3g}", f"{value(plain.laws):.3g}", ""))
+        lines.append((name, f"{value(own.laws):.3g}", f"{value(plain.laws):.3g}", ""))
 
-    for k in range(len(aligned.laws.local_kl)):
+    for k in range(len(own.laws.local_kl)):
         law(f"KL to teacher, window {k + 1}", functools.partial(_local, k=k))
     law("KL to teacher, sampled", lambda r: r.final_kl)
     law("its standard error", lambda r: r.final_stderr)
     law("bound on TV", lambda r: r.tv_bound)
     law("largest Stein check", lambda r: float(r.stein.abs().max()))
     law("non-positive determinants", lambda r: float(r.nonpositive.mean()))
-    widths = [max(len(line[c]) for line in lines) for c in range(4)]
-    return "\n".join(
-        f"{line[0]:<{widths[0]}}  " + "  ".join(f"{line[c]:>{widths[c]}}" for c in (1, 2, 3))
-        for line in lines
-    )
+    return aligned(lines)
 
 
 def _local(report: ReflowReport, k: int) -> float:

@@ -112,7 +112,8 @@ class LinesMatching:
         sigmas = karras_sigmas(
             self.levels, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
         )
-        return sigmas[:-1].to(like)
+        levels: Tensor = sigmas[:-1].to(like)
+        return levels
 
     def points(
         self, x0: Tensor, x1: Tensor, *, generator: torch.Generator | None = None
@@ -267,7 +268,8 @@ def adaptive_weight(
     first, second = (
         torch.autograd.grad(value, weight, retain_graph=True)[0].norm() for value in (loss, other)
     )
-    return (first / (second + 1e-4)).clamp(low, high).detach()
+    ratio: Tensor = first / (second + 1e-4)
+    return ratio.clamp(low, high).detach()
 
 
 def pseudo_huber(output: Tensor, target: Tensor) -> Tensor:
@@ -277,7 +279,7 @@ def pseudo_huber(output: Tensor, target: Tensor) -> Tensor:
     """
     d = output[0].numel()
     c = 0.00054 * d
-    squared = (output - target).flatten(1).square().sum(1)
+    squared: Tensor = (output - target).flatten(1).square().sum(1)
     return squared / ((squared + c * c).sqrt() + c) / d  # the difference without its cancellation
 
 
