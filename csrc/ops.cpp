@@ -41,4 +41,11 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
   m.def("probe(Tensor like, Tensor key, Tensor? ids, int probes, int kind) -> Tensor");
   m.def("probe_dot(Tensor y, Tensor key, Tensor? ids, int probes, int kind) -> Tensor");
   m.def("probe_scale(Tensor g, Tensor key, Tensor? ids, int d, int kind) -> Tensor");
+
+  // One element-wise pass of a sampler outside its network; row `row` of the table [K, 1 or B, 8] has the coefficients.
+  m.def(
+      "heun_combine(Tensor x, Tensor? low, Tensor[] terms, Tensor table, int row, bool want_low) -> (Tensor, Tensor)");
+  m.def(
+      "heun_combine_out(Tensor x, Tensor? low, Tensor[] terms, Tensor table, int row, Tensor? seeds,"
+      " Tensor(a!)? high, Tensor(b!)? out_low, Tensor(c!)? net, Tensor(d!)? wrong) -> ()");
 }

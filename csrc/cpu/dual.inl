@@ -261,21 +261,6 @@ void activate_backward(const Elementwise<T>& in, const T* g, T* gz, int64_t begi
 }
 #undef FEWSTEP_BY_KIND
 
-struct Whole {
-  static constexpr bool kWhole = true;
-};
-struct Part {
-  static constexpr bool kWhole = false;
-};
-
-// body(Whole or Part, j, lanes) over a row of n.
-template <class T, class Body>
-FEWSTEP_INLINE void for_each_vector(int64_t n, const Body& body) {
-  int64_t j = 0;
-  for (; j + kLanes<T> <= n; j += kLanes<T>) body(Whole{}, j, int64_t(kLanes<T>));
-  if (j < n) body(Part{}, j, n - j);
-}
-
 template <class T>
 struct Means {
   T plain, normal;  // of v and of x^ v

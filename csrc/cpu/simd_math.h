@@ -262,3 +262,18 @@ FEWSTEP_INLINE void log2_all(const T (&in)[R], T (&out)[R]) {
     for (int i = 0; i < kLanes<T> && r + i < R; ++i) out[r + i] = v[i];
   }
 }
+
+struct Whole {
+  static constexpr bool kWhole = true;
+};
+struct Part {
+  static constexpr bool kWhole = false;
+};
+
+// body(Whole or Part, j, lanes) over a row of n.
+template <class T, class Body>
+FEWSTEP_INLINE void for_each_vector(int64_t n, const Body& body) {
+  int64_t j = 0;
+  for (; j + kLanes<T> <= n; j += kLanes<T>) body(Whole{}, j, int64_t(kLanes<T>));
+  if (j < n) body(Part{}, j, n - j);
+}

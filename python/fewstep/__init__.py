@@ -12,10 +12,19 @@ from fewstep.ops.divergence import (  # noqa: E402
     sinkhorn_divergence,
 )
 from fewstep.ops.drift import Drift, sinkhorn_drift  # noqa: E402
+from fewstep.ops.heun import HeunResult, heun_solve, heun_step  # noqa: E402
 from fewstep.ops.implicit import ConvergenceError  # noqa: E402
 from fewstep.ops.log_density import LogDensity, log_density  # noqa: E402
 from fewstep.ops.sinkhorn import SinkhornResult, sinkhorn, transport  # noqa: E402
 from fewstep.ops.trace import Divergence, divergence  # noqa: E402
+from fewstep.samplers import (  # noqa: E402
+    edm_sample,
+    few_step_sigmas,
+    flow_sample,
+    karras_sigmas,
+    latents,
+    multistep_sample,
+)
 
 __version__ = version("fewstep")
 __all__ = [
@@ -24,10 +33,19 @@ __all__ = [
     "Divergence",
     "DivergenceResult",
     "Drift",
+    "HeunResult",
     "LogDensity",
     "SinkhornResult",
     "divergence",
+    "edm_sample",
+    "few_step_sigmas",
+    "flow_sample",
+    "heun_solve",
+    "heun_step",
+    "karras_sigmas",
+    "latents",
     "log_density",
+    "multistep_sample",
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_drift",

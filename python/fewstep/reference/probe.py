@@ -73,12 +73,7 @@ def probes(
         return torch.stack(philox(counter, (seed & _MASK, seed >> 32 & _MASK)), -1)
 
     if kind in ("gaussian", "sphere"):
-        words = draw(ks, torch.arange(-(-d // 4), device=device)).double()
-        unit = (words + 0.5) / 2**32
-        radius = (-2 * unit[..., 0::2].log()).sqrt()
-        angle = 2 * math.pi * unit[..., 1::2]
-        normal = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
-        v = normal.flatten(2)[..., :d]
+        v = normals(draw(ks, torch.arange(-(-d // 4), device=device))).flatten(2)[..., :d]
         if kind == "sphere":
             v = v.to(dtype) * (d / v.square().sum(-1, keepdim=True)).sqrt().to(dtype)
         return v.to(dtype).reshape(shape)
@@ -91,6 +86,14 @@ def probes(
     if kind == "hadamard":
         sign = sign ^ _parity(coordinates & _rows(draw, ks, d))
     return (1 - 2 * sign).to(dtype).expand(count, batch, d).reshape(shape)
+
+
+def normals(words: Tensor) -> Tensor:
+    """Box-Muller: standard normals in float64 from 32-bit words `[..., 4]`, of the same shape."""
+    unit = (words.double() + 0.5) / 2**32
+    radius = (-2 * unit[..., 0::2].log()).sqrt()
+    angle = 2 * math.pi * unit[..., 1::2]
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(-2)
 
 
 def _rows(draw, k: Tensor, d: int) -> Tensor:  # type: ignore[no-untyped-def]

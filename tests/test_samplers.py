@@ -1,0 +1,405 @@
+"""Samplers against plain loops in float64, with Gaussian data as the oracle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fewstep
+from fewstep import samplers
+from fewstep.reference import heun as reference
+from fewstep.toys import GaussianMixture
+from tolerances import assert_contract
+
+Network = Callable[[Tensor, Tensor], Tensor]
+
+
+def wide(sigma: Tensor, x: Tensor) -> Tensor:
+    return sigma.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def gaussian(sd: float) -> Network:
+    """The exact denoiser of N(0, sd^2 I)."""
+    return lambda x, sigma: x * (sd**2 / (sd**2 + wide(sigma, x).square())).to(x.dtype)
+
+
+def mixture() -> GaussianMixture:
+    means = torch.tensor([[-1.0, 0.5], [1.0, 0.0], [0.0, 1.5]], dtype=torch.float64)
+    return GaussianMixture(means, torch.full_like(means, 0.05), path="ve")
+
+
+def edm(
+    denoiser: Network,
+    latents: Tensor,
+    sigmas: Tensor,
+    *,
+    churn: tuple[float, float, float, float] = (0.0, 0.0, math.inf, 1.0),
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """Algorithm 2 of EDM, line by line in float64; sigmas `[N + 1]` or `[B, N + 1]`."""
+    amount, low, high, size = churn
+    levels = sigmas.double().expand(latents.shape[0], -1).T
+    steps = len(levels) - 1
+    x = latents.double() * wide(levels[0], latents)
+
+    def noise(i: int) -> Tensor:
+        if seeds is None:
+            return torch.zeros_like(x)
+        row = 1 if i == 0 else samplers.FIRST + 2 * (i - 1) + 1  # of the pass that adds it
+        return reference.noise(seeds, row, tuple(x.shape[1:]))
+
+    for i in range(steps):
+        now, after = levels[i], levels[i + 1]
+        inside = (now >= low) & (now <= high)
+        gamma = min(amount / steps, math.sqrt(2) - 1) * inside.double()
+        hat = now * (1 + gamma)
+        x = x + wide((hat**2 - now**2).sqrt(), x) * size * noise(i)
+        d1 = (x - denoiser(x, hat)) / wide(hat, x)
+        following = x + wide(after - hat, x) * d1
+        if bool((after > 0).all()):
+            d2 = (following - denoiser(following, after)) / wide(after, x)
+            following = x + wide(after - hat, x) * (d1 + d2) / 2
+        x = following
+    return x
+
+
+@pytest.mark.parametrize("state", ["float32", "compensated", "float64"])
+@pytest.mark.parametrize("steps", [1, 2, 18, 512])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_edm_agrees_with_float64(state: str, steps: int, backend: str) -> None:
+    """1e-6 relative against a float64 sampler of the same float32 denoiser."""
+    teacher, latents = mixture(), torch.randn(64, 2)
+
+    def single(x: Tensor, sigma: Tensor) -> Tensor:
+        return teacher.denoiser(x.double(), sigma.double()).float()
+
+    def rounded(x: Tensor, sigma: Tensor) -> Tensor:
+        return single(x.float(), sigma).double()
+
+    own = fewstep.edm_sample(single, latents, steps=steps, state=state, backend=backend)
+    exact = edm(rounded, latents, fewstep.karras_sigmas(steps))
+    assert own.dtype == torch.float32
+    error = float((own - exact).norm() / exact.norm())
+    assert error < (2e-5 if state == "float32" else 1e-6), error
+
+
+def test_compensated_is_as_good_as_float64() -> None:
+    teacher, latents = mixture(), torch.randn(500, 2)
+
+    def single(x: Tensor, sigma: Tensor) -> Tensor:
+        return teacher.denoiser(x.double(), sigma.double()).float()
+
+    exact = edm(teacher.denoiser, latents, fewstep.karras_sigmas(512))
+    errors = {
+        state: float((fewstep.edm_sample(single, latents, steps=512, state=state) - exact).norm())
+        for state in ("float32", "compensated", "float64")
+    }
+    assert errors["compensated"] < 2 * errors["float64"]
+
+
+GAIN = {0.25: (1.272, 1.068, 1.012), 0.5: (1.220, 1.055, 1.010), 1.0: (1.175, 1.045, 1.008)}
+
+
+@pytest.mark.parametrize("sd", GAIN)
+def test_gain_on_gaussian_data(sd: float) -> None:
+    """The table of METHODS.md 4.1: how much too wide N steps make N(0, sd^2)."""
+    latents = torch.randn(1, 4, dtype=torch.float64)
+    for steps, gain in zip((10, 18, 40), GAIN[sd], strict=True):
+        out = fewstep.edm_sample(gaussian(sd), latents, steps=steps)
+        ratio = (out / (sd * latents * 80 / math.hypot(80, sd))).mean()
+        assert abs(float(ratio) - gain) < 1e-3
+
+
+CHURN = (20.0, 0.05, 50.0, 1.003)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_churn_line_by_line(capability: str, backend: str) -> None:
+    latents, seeds = torch.randn(7, 3, 5, dtype=torch.float64), torch.arange(7) * 2**40 + 3
+    out = fewstep.edm_sample(
+        *(gaussian(0.7), latents),
+        S_churn=CHURN[0],
+        S_min=CHURN[1],
+        S_max=CHURN[2],
+        S_noise=CHURN[3],
+        seeds=seeds,
+        backend=backend,
+    )
+    exact = edm(gaussian(0.7), latents, fewstep.karras_sigmas(18), churn=CHURN, seeds=seeds)
+    assert_contract("value", out, exact)
+
+
+@pytest.mark.parametrize("churn", [0.0, 10.0, 40.0])
+def test_churn_keeps_the_law_of_gaussian_data(churn: float) -> None:
+    """The oracle that noise added after the network ran, or not rescaled, fails."""
+    latents, seeds = fewstep.latents(torch.arange(4000), (2,)), torch.arange(4000)
+    out = fewstep.edm_sample(gaussian(1.0), latents, steps=80, S_churn=churn, seeds=seeds)
+    assert abs(float(out.std()) - 1) < 0.025
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return x * wide((2 * t - 1) / (t**2 + (1 - t) ** 2), x)
+
+    flow = fewstep.flow_sample(velocity, latents, steps=80, S_churn=churn, seeds=seeds)
+    assert abs(float(flow.std()) - 1) < 0.025
+
+
+def test_per_sample_levels_guidance_and_batches() -> None:
+    latents, seeds = torch.randn(5, 3), torch.arange(5) + 11
+    levels = torch.stack([fewstep.karras_sigmas(6, sigma_max=80.0 / (i + 1)) for i in range(5)])
+    weights = torch.linspace(0, 2, 5)
+    options: dict[str, Any] = {"S_churn": 3.0, "uncond": gaussian(0.5)}
+    whole = fewstep.edm_sample(
+        gaussian(1.0), latents, sigmas=levels, seeds=seeds, guidance=weights, **options
+    )
+    for i in range(5):
+        alone = fewstep.edm_sample(
+            gaussian(1.0),
+            latents[i : i + 1],
+            sigmas=levels[i],
+            seeds=seeds[i : i + 1],
+            guidance=float(weights[i]),
+            **options,
+        )
+        torch.testing.assert_close(alone[0], whole[i], rtol=2e-6, atol=1e-6)
+    half = fewstep.edm_sample(
+        gaussian(1.0),
+        latents[2:],
+        sigmas=levels[2:],
+        seeds=seeds[2:],
+        guidance=weights[2:],
+        **options,
+    )
+    assert torch.equal(half, whole[2:])
+
+
+def test_guidance_is_that_of_denoisers() -> None:
+    latents = torch.randn(4, 3, dtype=torch.float64)
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        none = gaussian(0.5)(x, sigma)
+        return none + 1.7 * (gaussian(1.0)(x, sigma) - none)
+
+    own = fewstep.edm_sample(gaussian(1.0), latents, guidance=1.7, uncond=gaussian(0.5))
+    assert_contract("value", own, edm(guided, latents, fewstep.karras_sigmas(18)))
+
+
+class Raw(nn.Module):
+    """A network that wants scaled inputs and `ln(sigma) / 4`."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(d + 1, d)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        out: Tensor = torch.tanh(self.layer(torch.cat((x, noise[:, None]), 1)))
+        return out
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_preconditioning(backend: str) -> None:
+    net, s = Raw(3).double(), 0.5
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        level = wide(sigma, x)
+        total = level**2 + s**2
+        out = net(x / total.sqrt(), sigma.log() / 4)
+        return s**2 / total * x + level * s / total.sqrt() * out
+
+    latents, seeds = torch.randn(6, 3, dtype=torch.float64), torch.arange(6)
+    options: dict[str, Any] = {"S_churn": 5.0, "seeds": seeds, "backend": backend}
+    own = fewstep.edm_sample(net, latents, precondition=s, **options)
+    assert_contract("value", own, fewstep.edm_sample(denoiser, latents, **options))
+    with torch.no_grad():
+        exact = edm(denoiser, latents, fewstep.karras_sigmas(18), churn=(5, 0, 1e9, 1), seeds=seeds)
+    assert_contract("value", own, exact)
+
+
+def test_log_density_of_edm_samples() -> None:
+    """Against the exact density of Gaussian data at the last level, and of the raw network."""
+    d, steps = 3, 200
+    latents = torch.randn(8, d, dtype=torch.float64)
+    start = fewstep.ops.log_density.standard_normal(latents) - d * math.log(80.0)
+    out = fewstep.edm_sample(
+        gaussian(1.0), latents, steps=steps, log_density=start, estimator="exact"
+    )
+    scale = torch.tensor(math.hypot(1, 0.002), dtype=torch.float64)
+    exact = torch.distributions.Normal(0.0, scale).log_prob(out.x).sum(1)
+    # At 80 the law is N(0, 1 + 80^2), not N(0, 80^2): 5e-4 of log-density
+    torch.testing.assert_close(out.log_density, exact, rtol=0, atol=5e-3)
+    assert out.estimator == "exact (3 tangents)"
+    assert not out.stderr.any()
+
+    net, s = Raw(d).double(), 0.5
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        level = wide(sigma, x)
+        total = level**2 + s**2
+        return s**2 / total * x + level * s / total.sqrt() * net(x / total.sqrt(), sigma.log() / 4)
+
+    options: dict[str, Any] = {"log_density": start, "steps": 6}
+    fused = fewstep.edm_sample(net, latents, precondition=s, **options)
+    plain = fewstep.edm_sample(denoiser, latents, **options)
+    assert_contract("value", fused.log_density, plain.log_density.detach())
+    both = fewstep.edm_sample(*(denoiser, latents), guidance=1.0, uncond=gaussian(0.3), **options)
+    assert_contract("value", both.log_density, plain.log_density.detach())
+
+
+def test_latents_are_those_of_the_seed(capability: str) -> None:
+    seeds = torch.tensor([0, 5, 2**62, 77])
+    own = fewstep.latents(seeds, (3, 11), dtype=torch.float64)
+    torch.testing.assert_close(own, reference.noise(seeds, 0, (3, 11)), rtol=1e-14, atol=1e-14)
+    assert torch.equal(fewstep.latents(seeds[2:], (3, 11), dtype=torch.float64), own[2:])
+    many = fewstep.latents(torch.arange(2000), (50,))
+    assert abs(float(many.mean())) < 0.01
+    assert abs(float(many.std()) - 1) < 0.01
+    assert float(many[:, 0] @ many[:, 1]) / 2000 < 0.07
+
+
+def test_samples_are_the_same_with_other_networks_inputs() -> None:
+    """In half precision the state stays float32; strided tensors are read as they are."""
+    latents = torch.randn(6, 8)
+    exact = fewstep.edm_sample(gaussian(0.5), latents)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = fewstep.edm_sample(gaussian(0.5), latents.to(dtype))
+        assert low.dtype == dtype
+        assert float((low.float() - exact).norm() / exact.norm()) < 0.02
+    strided = torch.randn(8, 6).T
+
+    def turned(x: Tensor, sigma: Tensor) -> Tensor:
+        return gaussian(0.5)(x, sigma).T.contiguous().T
+
+    torch.testing.assert_close(
+        fewstep.edm_sample(turned, strided), fewstep.edm_sample(gaussian(0.5), strided.contiguous())
+    )
+    empty = fewstep.edm_sample(gaussian(0.5), torch.randn(0, 3))
+    assert empty.shape == (0, 3)
+
+
+def test_evaluations_and_levels() -> None:
+    seen: list[float] = []
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        assert sigma.shape == (4,)
+        assert x.dtype == sigma.dtype == torch.float32
+        seen.append(float(sigma[0]))
+        return x / 2
+
+    before = torch.randn(4, 2)
+    latents = before.clone()
+    fewstep.edm_sample(denoiser, latents, steps=5)
+    assert torch.equal(latents, before)
+    levels = fewstep.karras_sigmas(5, dtype=torch.float32).tolist()
+    assert seen == [levels[0], *[v for level in levels[1:5] for v in (level, level)]]
+
+
+def test_multistep_modes() -> None:
+    """For an exact line, "line" and "reuse" coincide and return the endpoint at every step."""
+    latents, end = torch.randn(5, 3), torch.randn(5, 3)
+
+    def perfect(x: Tensor, sigma: Tensor) -> Tensor:
+        torch.testing.assert_close(x, end_at(sigma), rtol=1e-5, atol=1e-4)
+        return end
+
+    def end_at(sigma: Tensor) -> Tensor:
+        return wide(sigma, latents) * latents + (end if float(sigma[0]) < 80 else 0 * end)
+
+    sigmas = fewstep.few_step_sigmas([0, 3, 5])
+    for mode in ("line", "reuse"):
+        # At the first level x is 80 latents, without the endpoint: "line" keeps to that line.
+        out = fewstep.multistep_sample(
+            perfect if mode == "reuse" else lambda x, s: end, latents, sigmas=sigmas, mode=mode
+        )
+        assert torch.equal(out, end)
+    seeds = torch.arange(5)
+    seen: list[Tensor] = []
+
+    def watch(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(x.clone())
+        return end
+
+    fewstep.multistep_sample(watch, latents, sigmas=sigmas, seeds=seeds)
+    for k, x in enumerate(seen[1:]):
+        eta = reference.noise(seeds, samplers.FIRST + k, (3,))
+        torch.testing.assert_close(x.double(), end + sigmas[k + 1] * eta, rtol=1e-5, atol=1e-4)
+    assert fewstep.few_step_sigmas(1).tolist() == [80.0]
+    s = fewstep.few_step_sigmas(4, grid="uniform_s")
+    torch.testing.assert_close((s / (1 + s)).diff(), (s / (1 + s)).diff()[:1].expand(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"sigmas": [1.0, 2.0, 0.0]}, "sigmas must be finite"),
+        ({"sigmas": [2.0, 1.0, -1.0]}, "sigmas must be finite"),
+        ({"sigmas": [math.inf, 1.0]}, "sigmas must be finite"),
+        ({"sigmas": [1.0]}, "sigmas must be"),
+        ({"sigmas": torch.ones(3, 4)}, "sigmas must have 2 rows, got 3"),
+        ({"S_churn": -1.0}, "S_churn must be at least 0 and finite, got -1.0"),
+        ({"S_noise": math.nan}, "S_noise must be at least 0 and finite, got nan"),
+        ({"guidance": 2.0}, "guidance needs uncond"),
+        ({"uncond": gaussian(1.0)}, "uncond needs guidance"),
+        ({"guidance": torch.ones(3), "uncond": gaussian(1.0)}, "guidance must be finite"),
+        ({"seeds": torch.arange(3)}, r"seeds must be \(2,\), got \(3,\)"),
+        ({"seeds": torch.tensor([0, -1])}, "seeds must be at least 0, got -1"),
+        ({"precondition": 0.0}, "precondition must be positive, got 0.0"),
+        ({"state": "half"}, "state must be one of"),
+        ({"sigma_min": 90.0}, "sigma_min and sigma_max"),
+        ({"rho": 0.0}, "rho must be positive, got 0.0"),
+        ({"log_density": torch.zeros(3)}, r"log_density must be \(2,\), got \(3,\)"),
+        ({"log_density": torch.zeros(2), "S_churn": 1.0}, "S_churn must be 0"),
+        ({"cuda_graph": True}, "cuda_graph needs latents on a CUDA device"),
+        ({"backend": "cuda"}, "backend 'cuda' cannot serve"),
+        ({"backend": "keops"}, "backend 'keops' cannot serve"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_input(options: dict[str, Any], message: str) -> None:
+    called: list[int] = []
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        called.append(1)
+        return x
+
+    with pytest.raises(ValueError, match=message):
+        fewstep.edm_sample(denoiser, torch.randn(2, 3), **options)
+    assert not called
+
+
+def test_bad_networks_are_named_with_their_step() -> None:
+    latents = torch.randn(2, 3)
+    with pytest.raises(ValueError, match=r"must return \(2, 3\), got \(2, 1\) at step 0"):
+        fewstep.edm_sample(lambda x, sigma: x[:, :1], latents)
+
+    def late(x: Tensor, sigma: Tensor) -> Tensor:
+        return x / 2 if float(sigma[0]) > 1 else x * math.nan
+
+    step = int((fewstep.karras_sigmas(18)[1:] <= 1).nonzero()[0])
+    with pytest.raises(ValueError, match=f"not finite after step {step}"):
+        fewstep.edm_sample(late, latents)
+    kept = torch.empty(2, 3)
+    with pytest.raises(ValueError, match="same memory twice, at step 0"):
+        fewstep.edm_sample(lambda x, sigma: torch.div(x, 2, out=kept), latents)
+    with pytest.raises(TypeError, match="floating"):
+        fewstep.edm_sample(gaussian(1.0), torch.ones(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="times must decrease"):
+        fewstep.flow_sample(gaussian(1.0), latents, times=[0.0, 1.0])
+    with pytest.raises(ValueError, match="sigmas must be positive and decreasing"):
+        fewstep.multistep_sample(gaussian(1.0), latents, sigmas=[1.0, 0.0])
+    with pytest.raises(ValueError, match="mode must be one of"):
+        fewstep.multistep_sample(gaussian(1.0), latents, sigmas=[1.0], mode="none")
+    for steps, grid in (([0, 0], "edm_subset"), ([0, 18], "edm_subset"), ([1], "uniform_s")):
+        with pytest.raises(ValueError, match="steps must be"):
+            fewstep.few_step_sigmas(steps, grid=grid)
+    with pytest.raises(TypeError, match="int64"):
+        fewstep.latents(torch.zeros(2), (3,))
+
+
+def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    fewstep.edm_sample(gaussian(1.0), torch.randn(2, 3), steps=3, progress=True)
+    assert "sampling: 100%" in capsys.readouterr().err
