@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import fewstep
-from fewstep._standin import edm_sample, karras_sigmas, latents
 from fewstep.checkpoint import checksum, replacing
 from fewstep.metrics import one_thread
+from fewstep.samplers import edm_sample, karras_sigmas, latents
 from fewstep.stages import torch_device
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
@@ -66,7 +66,7 @@ class PairsConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-        if self.seed + self.n > 2**63:
+        if self.seed + self.shards * self.shard_size > 2**63:
             raise ValueError(f"seed must leave room for n seeds below 2^63, got {self.seed}")
         if self.shard_size % self.batch:
             raise ValueError(
@@ -408,7 +408,7 @@ def _batch(
     dtype = DTYPES[config.dtype]
     seeds = torch.arange(config.seed + start, config.seed + start + config.batch, device=device)
     # The sampler starts from what is stored.
-    x0 = latents(seeds, teacher.shape, device=device).to(dtype).float()
+    x0 = latents(seeds, teacher.shape).to(dtype).float()
     labels = seeds % teacher.classes if teacher.classes else None
 
     def denoiser(x: Tensor, level: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import checkpoint, pairs, plots
-from fewstep._standin import edm_sample, karras_sigmas, latents, multistep_sample
 from fewstep.data import Images
 from fewstep.methods import LinesMatching
-from fewstep.methods.reflow import heun
 from fewstep.metrics import MetricRow, Straightness, aligned, report, straightness
 from fewstep.networks import ConvDiscriminator, EDMPrecond, LinePrecond, ResidualMLP
+from fewstep.ops.heun import heun_solve
+from fewstep.samplers import edm_sample, few_step_sigmas, latents, multistep_sample
 from fewstep.stages import CHECKPOINT, Network, Stage, fit, seeded, torch_device
 from fewstep.train import PAIRS, PICTURE, load_enough, open_run, read_config, require_extra
 
@@ -97,9 +97,12 @@ class LinesConfig:
             raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
 
 
+_SOT = LinesMatching(law="sot", indices=(0, 3, 5))
 PRESETS = {
-    "digits": LinesConfig("digits", conditional=False),
-    "mnist5k": LinesConfig("mnist5k", width=512, depth=4, lr=1e-3),
+    "digits": LinesConfig("digits", conditional=False, lines=_SOT),
+    "mnist5k": LinesConfig(
+        "mnist5k", teacher_steps=4000, student_steps=4000, batch=128, width=384, lines=_SOT
+    ),
 }
 
 
@@ -289,7 +292,13 @@ def sampling_sigmas(lines: LinesMatching, steps: int) -> Tensor:
     indices = lines.indices if lines.law == "sot" else (0, *range(3, lines.levels, 2))
     if not 1 <= steps <= len(indices):
         raise ValueError(f"steps must be from 1 to {len(indices)}, got {steps}")
-    return lines.schedule(torch.zeros((), dtype=torch.float64))[list(indices[:steps])]
+    return few_step_sigmas(
+        indices[:steps],
+        teacher_steps=lines.levels,
+        sigma_min=lines.sigma_min,
+        sigma_max=lines.sigma_max,
+        rho=lines.rho,
+    )
 
 
 @torch.no_grad()
@@ -401,10 +410,9 @@ def _straightness(
     lines = run.config.lines
     high, low = (v / (1 + v) for v in (lines.sigma_max, lines.sigma_min))
     times = torch.linspace(high, low, _NODES + 1)
-    path = [high * latents(seeds, run.image_shape)]
-    for a, b in zip(times[:-1], times[1:], strict=True):
-        path.append(heun(velocity, path[-1], a.expand(len(seeds)), b.expand(len(seeds)), 1))
-    return straightness(torch.stack(path), times)
+    solved = heun_solve(velocity, high * latents(seeds, run.image_shape), times, keep=True)
+    assert solved.path is not None
+    return straightness(solved.path, times)
 
 
 def _denoiser(run: Run) -> EDMPrecond:

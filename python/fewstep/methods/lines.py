@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fewstep._standin import karras_sigmas
 from fewstep.augment import diff_augment
+from fewstep.samplers import karras_sigmas
 
 LAWS = ("uniform", "levels", "sot")
 METRICS = ("l2", "pseudo_huber", "lpips")
