@@ -11,87 +11,77 @@ import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
 
 from fewstep import pairs, plots, train, train_lines, train_reflow
-from fewstep.metrics import format_report
 from fewstep.stages import CHECKPOINT
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """What the training methods have in common.
+
+    Attributes:
+        out: folder of the run.
+        config: the defaults are those for the data set; with --resume, the run's own.
+        resume: continue the run in that folder.
+        overwrite: replace the run in that folder.
+    """
+
+    module: ClassVar[ModuleType]
+    out: Path
+    config: Any
+    resume: bool = False
+    overwrite: bool = False
+
+    def run(self) -> None:
+        result = self.module.train(
+            self.config, self.out, resume=self.resume, overwrite=self.overwrite
+        )
+        sys.stdout.write(f"\n{result.table}\n\n{result.picture}\n")
+
+
 @dataclass(frozen=True)
-class Train:
+class Train(_Training):
     """Train a one-step generator, then compare its samples with the real images.
 
     Attributes:
         method: the training method.
-        out: folder of the run.
-        config: the defaults are those for the data set; with --resume, the run's own.
-        resume: continue the run in that folder.
-        overwrite: replace the run in that folder.
     """
 
+    module: ClassVar[ModuleType] = train
     method: tyro.conf.Positional[Literal["wflow", "reflow", "lines"]]
-    out: Path
     config: train.TrainConfig
-    resume: bool = False
-    overwrite: bool = False
-
-    def run(self) -> None:
-        result = train.train(self.config, self.out, resume=self.resume, overwrite=self.overwrite)
-        sys.stdout.write(f"\n{format_report(result.rows)}\n\n{result.picture}\n")
 
 
 @dataclass(frozen=True)
-class TrainReflow:
+class TrainReflow(_Training):
     """Train a teacher and few-step students of it, with marginal alignment and without.
 
     Attributes:
         method: the training method.
-        out: folder of the run.
-        config: the defaults are those for the data set; with --resume, the run's own.
-        resume: continue the run in that folder.
-        overwrite: replace the run in that folder.
     """
 
+    module: ClassVar[ModuleType] = train_reflow
     method: tyro.conf.Positional[Literal["reflow"]]
-    out: Path
     config: train_reflow.ReflowConfig
-    resume: bool = False
-    overwrite: bool = False
-
-    def run(self) -> None:
-        result = train_reflow.train(
-            self.config, self.out, resume=self.resume, overwrite=self.overwrite
-        )
-        sys.stdout.write(f"\n{result.table}\n\n{result.picture}\n")
 
 
 @dataclass(frozen=True)
-class TrainLines:
+class TrainLines(_Training):
     """Train a teacher, make pairs with it, and train a one-step and few-step student on them.
 
     Attributes:
         method: the training method.
-        out: folder of the run.
-        config: the defaults are those for the data set; with --resume, the run's own.
-        resume: continue the run in that folder.
-        overwrite: replace the run in that folder.
     """
 
+    module: ClassVar[ModuleType] = train_lines
     method: tyro.conf.Positional[Literal["lines"]]
-    out: Path
     config: train_lines.LinesConfig
-    resume: bool = False
-    overwrite: bool = False
-
-    def run(self) -> None:
-        result = train_lines.train(
-            self.config, self.out, resume=self.resume, overwrite=self.overwrite
-        )
-        sys.stdout.write(f"\n{result.table}\n\n{result.picture}\n")
 
 
 @dataclass(frozen=True)
@@ -195,10 +185,7 @@ class Sample:
         sys.stdout.write(f"{self.out}\n")
 
 
-Command = Train | TrainReflow | TrainLines | Pairs | Sample
-
-
-def parse(arguments: list[str]) -> Command:
+def parse(arguments: list[str]) -> _Training | Pairs | Sample:
     """The command that the arguments ask for.
 
     Raises:
@@ -227,7 +214,7 @@ def parse(arguments: list[str]) -> Command:
         raise ValueError(f"{title}: {body}") from error
 
 
-def _train_defaults(arguments: list[str]) -> Train | TrainReflow | TrainLines:
+def _train_defaults(arguments: list[str]) -> _Training:
     """The options' defaults depend on the method and three of them, which are looked at first."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data", nargs="?")
@@ -235,18 +222,15 @@ def _train_defaults(arguments: list[str]) -> Train | TrainReflow | TrainLines:
     parser.add_argument("--resume", action="store_true")
     known, _ = parser.parse_known_args(arguments)
     training = arguments[:1] == ["train"]
-    resumed = Path(known.out) if training and known.resume and known.out else None
-
-    def config(preset: Any, read: Any, data: str) -> Any:
-        if resumed is not None:
-            return read(resumed)
-        return preset(known.data) if known.data else replace(preset(data), data=tyro.MISSING)
-
-    if training and "lines" in arguments[1:2]:
-        lines = config(train_lines.preset, lambda out: train_lines.read_run(out).config, "digits")
-        return TrainLines(tyro.MISSING, tyro.MISSING, lines)
-    if training and "reflow" in arguments[1:2]:
-        reflow = config(train_reflow.preset, lambda out: train_reflow.read_run(out)[0], "digits")
-        return TrainReflow(tyro.MISSING, tyro.MISSING, reflow)
-    flow = config(train.preset, lambda out: train.read_run(out).config, "mnist5k")
-    return Train(tyro.MISSING, tyro.MISSING, flow)
+    method = arguments[1] if training and len(arguments) > 1 else ""
+    kinds: dict[str, type[_Training]] = {"reflow": TrainReflow, "lines": TrainLines}
+    kind: Any = kinds.get(method, Train)
+    if training and known.resume and known.out:
+        config = kind.module.read_run(Path(known.out)).config
+    elif known.data:
+        config = kind.module.preset(known.data)
+    else:
+        usual = "mnist5k" if kind is Train else "digits"
+        config = replace(kind.module.preset(usual), data=tyro.MISSING)
+    defaults: _Training = kind(method=tyro.MISSING, out=tyro.MISSING, config=config)
+    return defaults

@@ -23,7 +23,7 @@ import fewstep
 from fewstep.checkpoint import checksum, replacing
 from fewstep.metrics import one_thread
 from fewstep.samplers import edm_sample, karras_sigmas, latents
-from fewstep.stages import torch_device
+from fewstep.stages import check_integers, torch_device
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -62,10 +62,7 @@ class PairsConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, low in {"n": 1, "seed": 0, "steps": 1, "batch": 1, "shard_size": 1}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+        check_integers(self, "n", "steps", "batch", "shard_size")
         if self.seed + self.shards * self.shard_size > 2**63:
             raise ValueError(f"seed must leave room for n seeds below 2^63, got {self.seed}")
         if self.shard_size % self.batch:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,9 +17,18 @@ import fewstep
 from fewstep import checkpoint, plots
 from fewstep.data import Images, load
 from fewstep.methods import WFlow
-from fewstep.metrics import MetricRow, report
+from fewstep.metrics import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator
-from fewstep.stages import CHECKPOINT, LOGS, Network, Stage, fit, seeded, torch_device
+from fewstep.stages import (
+    CHECKPOINT,
+    LOGS,
+    Network,
+    Stage,
+    check_config,
+    fit,
+    seeded,
+    torch_device,
+)
 
 CONFIG, PAIRS, PICTURE = "config.json", "pairs", "samples.png"
 T = TypeVar("T")
@@ -67,18 +75,8 @@ class TrainConfig:
     flow: WFlow = field(default_factory=lambda: WFlow(eps=0.02))
 
     def __post_init__(self) -> None:
-        for name, low in {
-            **dict.fromkeys(("steps", "batch", "groups", "noise_dim", "width", "depth"), 1),
-            **dict.fromkeys(("log_every", "checkpoint_every"), 1),
-            "seed": 0,
-        }.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {self.lr!r}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
+        sizes = ("steps", "batch", "groups", "noise_dim", "width", "depth")
+        check_config(self, *sizes, "log_every", "checkpoint_every")
 
 
 PRESETS = {
@@ -93,7 +91,7 @@ class Run:
 
     config: TrainConfig
     image_shape: tuple[int, ...]
-    names: tuple[str, ...]
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -109,6 +107,11 @@ class TrainResult:
     generator: MLPGenerator
     rows: list[MetricRow]
     picture: Path
+
+    @property
+    def table(self) -> str:
+        """The metrics in plain text."""
+        return format_report(self.rows)
 
 
 def preset(data: str) -> TrainConfig:
@@ -162,17 +165,7 @@ def train(
     data = load_enough(config.data)
     device = torch_device(config.device)
     run = Run(config, tuple(data.images.shape[1:]), data.names)
-    began = None
-    if resume:
-        earlier = read_run(out)
-        began = {**vars(earlier.config), "image_shape": earlier.image_shape}
-        began["classes"] = earlier.names
-    open_run(
-        *(out, "wflow", config, run.image_shape),
-        began=began,
-        overwrite=overwrite,
-        classes=run.names,
-    )
+    open_run(out, "wflow", run, began=read_run(out) if resume else None, overwrite=overwrite)
     generator = _fit(run, data, out, device, progress=progress)
     rows, picture = evaluate(generator, data, out, seed=config.seed)
     return TrainResult(generator, rows, picture)
@@ -289,64 +282,39 @@ def load_enough(source: str) -> Images:
     return data
 
 
-def open_run(
-    out: Path,
-    method: str,
-    config: Any,
-    image_shape: tuple[int, ...],
-    *,
-    began: Mapping[str, object] | None,
-    overwrite: bool,
-    **more: object,
-) -> None:
+def open_run(out: Path, method: str, run: Any, *, began: Any | None, overwrite: bool) -> None:
     """Make `out` hold this run and nothing of another; refuse where that is not asked for.
 
     Args:
         out (Path): folder of the run.
         method (str): its name.
-        config (dataclass): of the run.
-        image_shape (tuple): of the data.
-        began (Mapping | None): configuration and shape of the run in `out` that is to be resumed.
+        run (dataclass): what `config.json` is to hold: a `config`, itself a dataclass, and more.
+        began (dataclass | None): likewise, of the run in `out` that is to be resumed.
         overwrite (bool): replace a run that is in `out`.
-        more: further entries of `config.json`.
 
     Raises:
         ValueError: `out` is in use, or holds a run of another configuration.
     """
     if began is not None:
-        asked = {**vars(config), "image_shape": image_shape, **more}
-        for name in sorted(asked):
-            if began[name] != asked[name]:
+        before, asked = ({**vars(r.config), **vars(r)} for r in (began, run))
+        for name in sorted(asked.keys() - {"config"}):
+            if before[name] != asked[name]:
                 raise ValueError(
-                    f"{out} holds a run of another configuration: {name} is {began[name]},"
+                    f"{out} holds a run of another configuration: {name} is {before[name]},"
                     f" not {asked[name]}"
                 )
         return
-    if (out / CONFIG).exists() or (out / CHECKPOINT).exists():
+    path = out / CONFIG
+    if path.exists() or (out / CHECKPOINT).exists():
         read_config(out, lambda content: content["fewstep"])
         if (out / CHECKPOINT).exists() and not overwrite:
             raise ValueError(f"{out} holds a run already: give --resume or --overwrite")
-    start_run(out, method, config, image_shape, **more)
-
-
-def start_run(
-    out: Path, method: str, config: Any, image_shape: tuple[int, ...], **more: object
-) -> None:
-    """Make `out` hold a new run, of a dataclass `config`, and nothing of one that it held."""
-    path = out / CONFIG
-    if path.exists() or (out / CHECKPOINT).exists():
         for file in (out / CHECKPOINT, out / PICTURE):
             file.unlink(missing_ok=True)
         for folder in (LOGS, PAIRS):
             shutil.rmtree(out / folder, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "fewstep": fewstep.__version__,
-        "method": method,
-        "config": asdict(config),
-        "image_shape": image_shape,
-        **more,
-    }
+    content = {"fewstep": fewstep.__version__, "method": method, **asdict(run)}
     with checkpoint.replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -363,7 +331,7 @@ def _fit(
             network.model,
             noise.to(device),
             real.to(device),
-            labels.to(device) if run.names else None,
+            labels.to(device) if run.classes else None,
         )
         network.step(loss, step / config.steps, step)
         return {"drift": metrics.pop("drift"), "loss": loss, **metrics}
@@ -385,7 +353,7 @@ def _generator(run: Run) -> MLPGenerator:
         torch.manual_seed(run.config.seed)
         return MLPGenerator(
             run.image_shape,
-            classes=len(run.names),
+            classes=len(run.classes),
             noise_dim=run.config.noise_dim,
             width=run.config.width,
             depth=run.config.depth,

@@ -18,7 +18,7 @@ from fewstep.metrics import MetricRow, Straightness, aligned, report, straightne
 from fewstep.networks import ConvDiscriminator, EDMPrecond, LinePrecond, ResidualMLP
 from fewstep.ops.heun import heun_solve
 from fewstep.samplers import edm_sample, few_step_sigmas, latents, multistep_sample
-from fewstep.stages import CHECKPOINT, Network, Stage, fit, seeded, torch_device
+from fewstep.stages import CHECKPOINT, Network, Stage, check_config, fit, seeded, torch_device
 from fewstep.train import PAIRS, PICTURE, load_enough, open_run, read_config, require_extra
 
 PARAMETERISATIONS = ("edm", "unified")
@@ -78,11 +78,7 @@ class LinesConfig:
 
     def __post_init__(self) -> None:
         sizes = ("teacher_steps", "student_steps", "pairs", "batch", "width", "depth")
-        lowest = dict.fromkeys((*sizes, "log_every", "checkpoint_every"), 1) | {"seed": 0}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+        check_config(self, *sizes, "log_every", "checkpoint_every")
         for name, high in (("seed", 2**31), ("pairs", _EVALUATION)):
             if getattr(self, name) >= high:
                 raise ValueError(f"{name} must be below {high}, got {getattr(self, name)}")
@@ -91,10 +87,6 @@ class LinesConfig:
                 f"parameterisation must be one of {PARAMETERISATIONS},"
                 f" got {self.parameterisation!r}"
             )
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {self.lr!r}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
 
 
 _SOT = LinesMatching(law="sot", indices=(0, 3, 5))
@@ -198,13 +190,8 @@ def train(
     data = load_enough(config.data)
     names = data.names if config.conditional else ()
     run = Run(config, tuple(data.images.shape[1:]), names, float(data.images.std()))
-    began = None
-    if resume:
-        earlier = read_run(out)
-        began = {**vars(earlier.config), **vars(earlier)}
-    more = {"classes": run.classes, "sigma_data": run.sigma_data}
     device = torch_device(config.device)
-    open_run(out, "lines", config, run.image_shape, began=began, overwrite=overwrite, **more)
+    open_run(out, "lines", run, began=read_run(out) if resume else None, overwrite=overwrite)
     networks = _networks(run, device)
     if config.teacher:
         _take_teacher(networks["teacher"], run)

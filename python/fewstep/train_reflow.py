@@ -18,7 +18,7 @@ from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import ReflowReport, heun, log_prob_of, score_of
 from fewstep.metrics import MetricRow, aligned, report
 from fewstep.networks import LinePrecond, VelocityMLP
-from fewstep.stages import CHECKPOINT, Network, Stage, fit, seeded, torch_device
+from fewstep.stages import CHECKPOINT, Network, Stage, check_config, fit, seeded, torch_device
 from fewstep.train import PICTURE, load_enough, open_run, read_config, require_extra
 
 STAGES = ("teacher", "student", "plain")
@@ -72,16 +72,9 @@ class ReflowConfig:
 
     def __post_init__(self) -> None:
         sizes = ("teacher_steps", "student_steps", "teacher_batch", "batch", "width", "depth")
-        lowest = dict.fromkeys((*sizes, "log_every", "checkpoint_every"), 1) | {"seed": 0}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
+        check_config(self, *sizes, "log_every", "checkpoint_every")
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"clip must be positive and finite, got {self.clip!r}")
 
 
 # Determinants of 64 dimensions are cheap; with more of them, traces along four steps a window.
@@ -96,6 +89,14 @@ def preset(data: str) -> ReflowConfig:
     ('logdet', 'trace')
     """
     return ReflowConfig(data, flow=_DIGITS if data == "digits" else _LARGE)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder's `config.json`: the configuration and the shape of the images."""
+
+    config: ReflowConfig
+    image_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,8 @@ def train(
     require_extra()
     data = load_enough(config.data)
     shape = tuple(data.images.shape[1:])
-    began = None
-    if resume:
-        earlier, its_shape = read_run(out)
-        began = {**vars(earlier), "image_shape": its_shape}
-    open_run(out, "reflow", config, shape, began=began, overwrite=overwrite)
+    began = read_run(out) if resume else None
+    open_run(out, "reflow", Run(config, shape), began=began, overwrite=overwrite)
     device = torch_device(config.device)
     networks = _networks(config, shape)
     if config.teacher:
@@ -183,19 +181,19 @@ def train(
     return ReflowResult(done["student"], outcomes, format_outcomes(outcomes), picture)
 
 
-def read_run(out: Path) -> tuple[ReflowConfig, tuple[int, ...]]:
-    """The configuration and image shape of a run.
+def read_run(out: Path) -> Run:
+    """Read the `config.json` of a run.
 
     Raises:
         ValueError: it is missing, or is not one of this method.
     """
 
-    def parse(content: dict[str, Any]) -> tuple[ReflowConfig, tuple[int, ...]]:
+    def parse(content: dict[str, Any]) -> Run:
         if content["method"] != "reflow":
             raise ValueError(f"method is {content['method']}")
         flow = MarginalReflow(**content["config"]["flow"])
         config = ReflowConfig(**{**content["config"], "flow": flow})
-        return config, tuple(map(int, content["image_shape"]))
+        return Run(config, tuple(map(int, content["image_shape"])))
 
     return read_config(out, parse, kind="a reflow run")
 
@@ -206,11 +204,11 @@ def load_student(out: Path) -> tuple[VelocityMLP, MarginalReflow]:
     Raises:
         ValueError: no run, or a checkpoint that is missing, damaged or of another run.
     """
-    config, shape = read_run(out)
-    student = _network(config, shape)
+    run = read_run(out)
+    student = _network(run.config, run.image_shape)
     state = {f"student.ema.module.{name}": t for name, t in student.state_dict().items()}
     checkpoint.restore(out / CHECKPOINT, state)
-    return student.eval(), config.flow
+    return student.eval(), run.config.flow
 
 
 def load_teacher(out: Path) -> pairs.Teacher:
@@ -221,11 +219,11 @@ def load_teacher(out: Path) -> pairs.Teacher:
     Raises:
         ValueError: as `load_student`.
     """
-    config, shape = read_run(out)
-    velocity = _network(config, shape)
+    run = read_run(out)
+    velocity = _network(run.config, run.image_shape)
     state = {f"teacher.ema.module.{name}": t for name, t in velocity.state_dict().items()}
     checkpoint.restore(out / CHECKPOINT, state)
-    return pairs.Teacher(LinePrecond(velocity.eval()), shape)
+    return pairs.Teacher(LinePrecond(velocity.eval()), run.image_shape)
 
 
 @torch.no_grad()
@@ -316,11 +314,11 @@ def _take_teacher(
     networks: dict[str, Network], config: ReflowConfig, shape: tuple[int, ...]
 ) -> None:
     folder = Path(config.teacher)
-    other, its_shape = read_run(folder)
+    other = read_run(folder)
     for name, a, b in (
-        ("image shape", its_shape, shape),
-        ("width", other.width, config.width),
-        ("depth", other.depth, config.depth),
+        ("image shape", other.image_shape, shape),
+        ("width", other.config.width, config.width),
+        ("depth", other.config.depth, config.depth),
     ):
         if a != b:
             raise ValueError(f"teacher: {folder} has {name} {a}, not {b}")
