@@ -109,8 +109,9 @@ class ResidualMLP(nn.Module):
     """Images, a number each and their classes to images of the same shape, `F(x, t, labels)`.
 
     `depth` residual blocks of LayerNorm, a scale and shift by t and class, and two linear layers
-    with SiLU between; Fourier features of t as in `VelocityMLP`. The blocks and the last layer
-    start at zero, so F does.
+    with SiLU between; Fourier features of t as in `VelocityMLP`. A skip `gain(t, class) x` beside
+    them, one gain a value, lets noise pass that has more dimensions than the stream is wide. Blocks
+    and outputs start at zero, so F does.
 
     Args:
         image_shape (tuple): `(C, H, W)`, or `(D,)` for vectors.
@@ -138,13 +139,13 @@ class ResidualMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.image_shape = tuple(image_shape)
-        self.classes = classes
         d = math.prod(self.image_shape)
         self.register_buffer(
             "frequencies", math.pi * 2.0 ** torch.arange(frequencies), persistent=False
         )
         self.level = nn.Sequential(nn.Linear(1 + 2 * frequencies, width), nn.SiLU())
         self.embedding = nn.Embedding(classes, width) if classes else None
+        self.gain = nn.Linear(width, d)
         self.first = nn.Linear(d, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
@@ -153,7 +154,7 @@ class ResidualMLP(nn.Module):
         self.modulations = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.last = nn.Linear(width, d)
-        for layer in (self.last, *(block[2] for block in self.blocks)):  # type: ignore[index]
+        for layer in (self.gain, self.last, *(block[2] for block in self.blocks)):  # type: ignore[index]
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -163,11 +164,12 @@ class ResidualMLP(nn.Module):
         condition = self.level(torch.cat([t[:, None], angles.cos(), angles.sin()], 1))
         if self.embedding is not None:
             condition = condition + self.embedding(labels)
-        hidden = self.first(x.flatten(1))
+        flat = x.flatten(1)
+        hidden = self.first(flat)
         for block, modulation in zip(self.blocks, self.modulations, strict=True):
             scale, shift = modulation(condition).chunk(2, 1)
             hidden = hidden + block(self.norm(hidden) * (1 + scale) + shift)
-        out: Tensor = self.last(self.norm(hidden))
+        out: Tensor = self.last(self.norm(hidden)) + self.gain(condition) * flat
         return out.view(x.shape)
 
 

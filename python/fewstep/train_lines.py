@@ -89,12 +89,9 @@ class LinesConfig:
             )
 
 
-_SOT = LinesMatching(law="sot", indices=(0, 3, 5))
 PRESETS = {
-    "digits": LinesConfig("digits", conditional=False, lines=_SOT),
-    "mnist5k": LinesConfig(
-        "mnist5k", teacher_steps=4000, student_steps=4000, batch=128, width=384, lines=_SOT
-    ),
+    "digits": LinesConfig("digits", conditional=False),
+    "mnist5k": LinesConfig("mnist5k", teacher_steps=6000, student_steps=4000, batch=128, width=384),
 }
 
 
@@ -405,7 +402,10 @@ def _straightness(
 def _denoiser(run: Run) -> EDMPrecond:
     config = run.config
     network = ResidualMLP(
-        run.image_shape, classes=len(run.classes), width=config.width, depth=config.depth
+        run.image_shape,
+        classes=len(run.classes),
+        width=config.width,
+        depth=config.depth,
     )
     return EDMPrecond(network, sigma_data=run.sigma_data)
 
