@@ -201,6 +201,9 @@ class EDMPrecond(nn.Module):
         self.network = network
         self.sigma_data = sigma_data
 
+    def extra_repr(self) -> str:
+        return f"sigma_data={self.sigma_data}"
+
     def forward(self, x: Tensor, sigma: Tensor, *condition: Tensor) -> Tensor:
         """x `[B, ...]` and sigma `[B]` to denoised images `[B, ...]`."""
         wide = sigma.reshape(-1, *(1,) * (x.ndim - 1))

@@ -93,7 +93,7 @@ class Teacher:
         shape: of one image.
         classes: to condition on; 0 for none.
         precondition: sigma_data, where `denoiser` is the raw network of EDM's preconditioning.
-        digest: identifies the weights; empty: that of the module's state, see `digest`.
+        digest: identifies the weights; empty: that of the module, see `digest`.
 
     Raises:
         ValueError: no digest is given, and the denoiser is not an `nn.Module`.
@@ -113,12 +113,12 @@ class Teacher:
 
 
 def digest(module: nn.Module) -> str:
-    """SHA-256 of the names, shapes, dtypes and values of a module's state.
+    """SHA-256 of a module's `repr` and of the names, shapes, dtypes and values of its state.
 
     >>> digest(nn.Linear(2, 1)) == digest(nn.Linear(2, 1))
     False
     """
-    sha = hashlib.sha256()
+    sha = hashlib.sha256(repr(module).encode())
     for name, t in sorted(module.state_dict().items()):
         sha.update(f"{name} {tuple(t.shape)} {t.dtype}\n".encode())
         sha.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

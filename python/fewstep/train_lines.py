@@ -91,7 +91,7 @@ class LinesConfig:
 
 PRESETS = {
     "digits": LinesConfig("digits", conditional=False),
-    "mnist5k": LinesConfig("mnist5k", teacher_steps=6000, student_steps=4000, batch=128, width=384),
+    "mnist5k": LinesConfig("mnist5k", teacher_steps=4000, student_steps=3000, batch=128, width=384),
 }
 
 
