@@ -181,6 +181,10 @@ def test_the_adversarial_loss() -> None:
     torch.testing.assert_close(metrics["adversarial"], adversarial.detach())
     torch.testing.assert_close(loss, 0.5 * early + metrics["lam"] * adversarial)
     assert 0.01 < metrics["lam"] < 10
+    half, _ = LinesMatching(start=10, warmup=4)(
+        Own(), x0, x1, step=11, discriminator=critic, generator=seeded(4)
+    )
+    torch.testing.assert_close(half, 0.5 * early + 0.5 * metrics["lam"] * adversarial)
     own = [torch.autograd.grad(t, network[2].weight, retain_graph=True)[0] for t in (early, loss)]
     # At the last layer the adversarial part is as long as the whole of L.
     rest = own[1] - 0.5 * own[0]
@@ -499,6 +503,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: LinesMatching(metric="l1"), "metric must be one of .* got 'l1'"),
     (lambda: LinesMatching(levels=0), "levels must be at least 1, got 0"),
     (lambda: LinesMatching(start=-1), "start must be at least 0, got -1"),
+    (lambda: LinesMatching(warmup=-1), "warmup must be at least 0, got -1"),
     (lambda: LinesMatching(indices=(3, 0)), r"indices must increase .* got \(3, 0\)"),
     (lambda: LinesMatching(indices=(18,)), r"indices must .* 0 and 17, got \(18,\)"),
     (lambda: LinesMatching(indices=()), r"indices must .* got \(\)"),

@@ -41,7 +41,8 @@ class LinesConfig:
         conditional: on the classes, where the data has any.
         parameterisation: of the student, "edm", which starts from the teacher's weights, or
             "unified", see `fewstep.networks.LinePrecond`, from random ones.
-        adversarial: train the student against a discriminator too, from step `start`.
+        adversarial: train the student against a discriminator too, from step `start`; the
+            discriminator learns from the first step on.
         lr: Adam's learning rate after 50 steps of warm-up; a cosine takes it to 0. The student
             and the discriminator take half of it.
         ema: decay of the averaged weights, which make the pairs and samples.
@@ -562,7 +563,6 @@ def _student_step(
     indices = torch.randint(len(dataset), (config.batch,), generator=rng)
     x0, x1, *labels = (t.to(device) for t in dataset.batch(indices))
     student, critic = networks["student"], networks.get("discriminator")
-    critical = critic is not None and step >= lines.start
     loss, metrics = lines(
         student.model,
         x0,
@@ -576,12 +576,12 @@ def _student_step(
     share = step / config.student_steps
     student.step(loss, share, step)
     scalars = {"loss": loss, **metrics}
-    if critic is not None and critical:
+    if critic is not None:
         chosen = torch.randint(len(data.images), (config.batch,), generator=rng)
         real = data.images[chosen].to(device)
         of_real = _labels(run, data, chosen, device)
         both = (of_real[0], labels[0]) if of_real else None
         hinge, its = lines.discriminator_loss(critic.model, real, output, both, generator=rng)
-        critic.step(hinge, share, step - lines.start)
+        critic.step(hinge, share, step)
         scalars |= {"discriminator": hinge, **{f"D({key})": t for key, t in its.items()}}
     return scalars

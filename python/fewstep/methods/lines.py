@@ -37,7 +37,9 @@ class LinesMatching:
 
     The pairing is deterministic, so the regression stays well posed at every level: the network
     does not fall back to the mean of the data, as a denoiser does. A sampler of one step is
-    `N(sigma_max x0, sigma_max)`; of more, `fewstep.multistep_sample`. With a squared error and
+    `N(sigma_max x0, sigma_max)`; of more, `fewstep.multistep_sample`. A discriminator sharpens what
+    the metric blurs; where it cannot tell samples from data its slopes are noise, and lam makes
+    that noise as large as L's own gradient. With a squared error and
     `fewstep.networks.LinePrecond` this is 2-rectified flow, weighted by s^2.
 
     Attributes:
@@ -50,7 +52,9 @@ class LinesMatching:
         metric: dist: "l2", the mean over coordinates of the squared error; "pseudo_huber",
             `(sqrt(|e|^2 + c^2) - c) / D` with `c = 0.00054 D`; "lpips", of images `[B, 1 or 3, H,
             W]` in [-1, 1], enlarged to 224 pixels (package `lpips`).
-        start: training step from which the discriminator counts.
+        start: training step from which the discriminator counts. It had better be trained before:
+            lam makes up for the small slopes of an untrained one.
+        warmup: training steps over which lam then rises to its value.
         r1: weight gamma of `gamma / 2 E |dD/dx|^2` on real samples, in the discriminator's loss.
         augment: policy of `fewstep.augment.diff_augment`, for images; () for none.
 
@@ -73,6 +77,7 @@ class LinesMatching:
     rho: float = 7.0
     metric: str = "l2"
     start: int = 0
+    warmup: int = 0
     r1: float = 0.0
     augment: tuple[str, ...] = ("translation", "cutout")
 
@@ -84,7 +89,7 @@ class LinesMatching:
                 raise ValueError(
                     f"LinesMatching: {name} must be one of {known}, got {getattr(self, name)!r}"
                 )
-        for name, low in (("levels", 1), ("start", 0)):
+        for name, low in (("levels", 1), ("start", 0), ("warmup", 0)):
             if getattr(self, name) < low:
                 raise ValueError(
                     f"LinesMatching: {name} must be at least {low}, got {getattr(self, name)}"
@@ -194,6 +199,7 @@ class LinesMatching:
         (augmented,) = self._augmented(output, generator=generator)
         adversarial = _mean(discriminator(augmented, *condition), lambda logit: -logit)
         lam = adaptive_weight(lines, adversarial, weight)
+        lam = lam * min(1.0, (step - self.start + 1) / max(self.warmup, 1))
         metrics |= {"adversarial": adversarial.detach(), "lam": lam}
         return 0.5 * lines + lam * adversarial, metrics
 
