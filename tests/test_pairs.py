@@ -105,7 +105,8 @@ def test_a_raw_network_is_preconditioned_by_the_sampler(whole: Path, tmp_path: P
     raw = Denoiser().inner.network
     pairs.generate(Teacher(raw, SHAPE, precondition=0.7), CONFIG, tmp_path, progress=False)
     a, b = (PairDataset(folder).batch(torch.arange(37))[1] for folder in (whole, tmp_path))
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    # Two orders of float32 arithmetic, on states that begin at 80.
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_loader_in_other_processes(whole: Path) -> None:

@@ -208,13 +208,13 @@ def test_students_learn_their_classes(config: train_lines.LinesConfig, tmp_path:
         config,
         teacher_steps=300,
         student_steps=300,
-        pairs=512,
+        pairs=2048,
         batch=64,
         width=32,
         lr=5e-3,
         ema=0.9,
         adversarial=False,
-        lines=LinesMatching(levels=8),
+        lines=LinesMatching(law="levels", levels=8),
         log_every=100,
         checkpoint_every=1000,
     )
@@ -223,9 +223,9 @@ def test_students_learn_their_classes(config: train_lines.LinesConfig, tmp_path:
     images = train_lines.sample(result.student, its_run, torch.arange(100))
     left, right = images[..., :2].mean((1, 2, 3)), images[..., 2:].mean((1, 2, 3))
     assert ((left > right) == (torch.arange(100) % 2 == 0)).all()
-    assert result.outcomes["1"].error < 0.15
-    assert result.outcomes["2 reuse"].error < 0.15
-    assert result.straightness["student"].s1 < 0.5 * result.straightness["teacher"].s1
+    assert result.outcomes["1"].error < 0.05
+    assert result.outcomes["2 reuse"].error < 0.05
+    assert result.straightness["student"].s1 < 0.8 * result.straightness["teacher"].s1
 
 
 def test_a_loss_that_is_not_finite(

@@ -44,7 +44,8 @@ class LinesMatching:
 
     Attributes:
         law: of sigma: "uniform", `s = sigma / (1 + sigma) ~ U(0, 1)` within sigma_min and
-            sigma_max; "levels", the teacher's; "sot" (sampling-optimised training), those of
+            sigma_max, for straight paths; "levels", the teacher's, which see more of the top, where
+            one step starts; "sot" (sampling-optimised training), those of
             `indices` and no others, with `sigma_max x0` itself as the input at index 0.
         levels: N of the teacher's schedule, `fewstep.karras_sigmas(N)`.
         indices: into that schedule, increasing, as the sampler will use them.
