@@ -135,6 +135,17 @@ BAD_ARGUMENTS = [
     ("sample RUN --out grid.jpg", "grid.jpg"),
     ("sample RUN --out grid.png --n 0", "n must be"),
     ("sample RUN --out grid.png --seed -1", "seed must be"),
+    ("sample RUN --out grid.png --steps 2", "steps is for runs of lines, got 2"),
+    ("train lines --out RUN", "--data"),
+    ("train lines --data digits --out RUN --law cosine", "law must be one of"),
+    ("train lines --data digits --out RUN --indices 5 3", "indices must increase"),
+    ("train lines --data digits --out RUN --lr nan", "lr must be positive"),
+    ("train lines --out RUN --resume", "holds no run"),
+    ("pairs --out PAIRS", "--teacher"),
+    ("pairs --teacher RUN --out PAIRS --n 0", "n must be an integer of at least 1"),
+    ("pairs --teacher RUN --out PAIRS --shard 2/2", "shard must be i/n"),
+    ("pairs --teacher RUN --out PAIRS", "holds no run"),
+    ("pairs --teacher no.such.module:teacher --out PAIRS", "cannot be imported"),
 ]
 
 
@@ -187,7 +198,7 @@ def test_a_missing_extra_is_named(
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["train"], ["sample"]):
+    for arguments in ([], ["train"], ["train", "lines"], ["pairs"], ["sample"]):
         with pytest.raises(SystemExit) as error:
             main([*arguments, "--help"])
         assert error.value.code == 0

@@ -4,66 +4,136 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import math
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 import tyro
 
-from fewstep import plots, train, train_reflow
-from fewstep.metrics import format_report
+from fewstep import pairs, plots, train, train_lines, train_reflow
+from fewstep.stages import CHECKPOINT
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """What the training methods have in common.
+
+    Attributes:
+        out: folder of the run.
+        config: the defaults are those for the data set; with --resume, the run's own.
+        resume: continue the run in that folder.
+        overwrite: replace the run in that folder.
+    """
+
+    module: ClassVar[ModuleType]
+    out: Path
+    config: Any
+    resume: bool = False
+    overwrite: bool = False
+
+    def run(self) -> None:
+        result = self.module.train(
+            self.config, self.out, resume=self.resume, overwrite=self.overwrite
+        )
+        sys.stdout.write(f"\n{result.table}\n\n{result.picture}\n")
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(_Training):
     """Train a one-step generator, then compare its samples with the real images.
 
     Attributes:
         method: the training method.
-        out: folder of the run.
-        config: the defaults are those for the data set; with --resume, the run's own.
-        resume: continue the run in that folder.
-        overwrite: replace the run in that folder.
     """
 
-    method: tyro.conf.Positional[Literal["wflow", "reflow"]]
-    out: Path
+    module: ClassVar[ModuleType] = train
+    method: tyro.conf.Positional[Literal["wflow", "reflow", "lines"]]
     config: train.TrainConfig
-    resume: bool = False
-    overwrite: bool = False
-
-    def run(self) -> None:
-        result = train.train(self.config, self.out, resume=self.resume, overwrite=self.overwrite)
-        sys.stdout.write(f"\n{format_report(result.rows)}\n\n{result.picture}\n")
 
 
 @dataclass(frozen=True)
-class TrainReflow:
+class TrainReflow(_Training):
     """Train a teacher and few-step students of it, with marginal alignment and without.
 
     Attributes:
         method: the training method.
-        out: folder of the run.
-        config: the defaults are those for the data set; with --resume, the run's own.
-        resume: continue the run in that folder.
-        overwrite: replace the run in that folder.
     """
 
+    module: ClassVar[ModuleType] = train_reflow
     method: tyro.conf.Positional[Literal["reflow"]]
-    out: Path
     config: train_reflow.ReflowConfig
-    resume: bool = False
-    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class TrainLines(_Training):
+    """Train a teacher, make pairs with it, and train a one-step and few-step student on them.
+
+    Attributes:
+        method: the training method.
+    """
+
+    module: ClassVar[ModuleType] = train_lines
+    method: tyro.conf.Positional[Literal["lines"]]
+    config: train_lines.LinesConfig
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Make pairs of noise and a teacher's image of it; resumes, and verifies what is there.
+
+    Attributes:
+        teacher: folder, or checkpoint in it, of a run of lines or reflow, or MODULE:NAME of a
+            `fewstep.pairs.Teacher` or of a function that returns one.
+        out: folder of the pairs.
+        config: their numbers.
+        shard: i/n makes the i-th of n shares of the files, i from 0; torchrun's ranks share it.
+        device: "auto" takes a GPU where there is one.
+    """
+
+    teacher: str
+    out: Path
+    config: pairs.PairsConfig = field(default_factory=pairs.PairsConfig)
+    shard: str = "0/1"
+    device: str = "auto"
 
     def run(self) -> None:
-        result = train_reflow.train(
-            self.config, self.out, resume=self.resume, overwrite=self.overwrite
-        )
-        sys.stdout.write(f"\n{result.table}\n\n{result.picture}\n")
+        worker = pairs.worker(self.shard)
+        teacher = _teacher(self.teacher)
+        missing = pairs.generate(teacher, self.config, self.out, worker=worker, device=self.device)
+        state = f"{missing} files to be made by others" if missing else pairs.MANIFEST
+        sys.stdout.write(f"{self.out}: {state}\n")
+
+
+def _teacher(source: str) -> pairs.Teacher:
+    """What `--teacher` names.
+
+    Raises:
+        ValueError: neither a run with a teacher nor a `Teacher` in a module.
+    """
+    module, _, name = source.partition(":")
+    path = Path(source)
+    if name and not path.exists():
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"teacher: {source} cannot be imported: {error}") from error
+        teacher = found if isinstance(found, pairs.Teacher) else found()
+        if not isinstance(teacher, pairs.Teacher):
+            raise ValueError(
+                f"teacher: {source} must be a fewstep.pairs.Teacher, got {type(teacher).__name__}"
+            )
+        return teacher
+    folder = path.parent if path.name == CHECKPOINT else path
+    if train.method_of(folder) == "reflow":
+        return train_reflow.load_teacher(folder)
+    return train_lines.load_teacher(folder)
 
 
 @dataclass(frozen=True)
@@ -75,12 +145,16 @@ class Sample:
         out: the PNG.
         n: number of samples.
         seed: of the noise.
+        steps: of the sampler, for runs of lines; 1 by default.
+        sampler: of more steps than one: renews the noise, follows the line, or reuses the noise.
     """
 
     folder: tyro.conf.Positional[Path]
     out: Path
     n: int = 64
     seed: int = 0
+    steps: int | None = None
+    sampler: Literal["fresh", "line", "reuse"] = "fresh"
 
     def run(self) -> None:
         if self.n < 1:
@@ -90,7 +164,17 @@ class Sample:
         if self.out.suffix.lower() != ".png":
             raise ValueError(f"out must be a .png file, got {self.out}")
         columns = math.ceil(math.sqrt(self.n))
-        if train.method_of(self.folder) == "reflow":
+        method = train.method_of(self.folder)
+        if method != "lines" and self.steps is not None:
+            raise ValueError(f"steps is for runs of lines, got {self.steps}")
+        if method == "lines":
+            student_of_lines, run = train_lines.load_student(self.folder)
+            seeds = torch.arange(self.n) + (self.seed << 32)
+            images = train_lines.sample(
+                student_of_lines, run, seeds, steps=self.steps or 1, mode=self.sampler
+            )
+            columns = len(run.classes) or columns
+        elif method == "reflow":
             student, flow = train_reflow.load_student(self.folder)
             images = train_reflow.sample(student, flow, self.n, seed=self.seed)
         else:
@@ -101,16 +185,18 @@ class Sample:
         sys.stdout.write(f"{self.out}\n")
 
 
-def parse(arguments: list[str]) -> Train | TrainReflow | Sample:
+def parse(arguments: list[str]) -> _Training | Pairs | Sample:
     """The command that the arguments ask for.
 
     Raises:
         ValueError: arguments that do not fit, in one line.
         SystemExit: after --help.
     """
-    kind: Any = TrainReflow if "reflow" in arguments[1:] else Train
+    default = _train_defaults(arguments)
+    kind: Any = type(default)
     command = Annotated[
-        Annotated[kind, tyro.conf.subcommand("train", default=_train_defaults(arguments))]
+        Annotated[kind, tyro.conf.subcommand("train", default=default)]
+        | Annotated[Pairs, tyro.conf.subcommand("pairs")]
         | Annotated[Sample, tyro.conf.subcommand("sample")],
         tyro.conf.OmitArgPrefixes,
     ]
@@ -128,24 +214,23 @@ def parse(arguments: list[str]) -> Train | TrainReflow | Sample:
         raise ValueError(f"{title}: {body}") from error
 
 
-def _train_defaults(arguments: list[str]) -> Train | TrainReflow:
-    """The options' defaults depend on three of them, which are looked at first."""
+def _train_defaults(arguments: list[str]) -> _Training:
+    """The options' defaults depend on the method and three of them, which are looked at first."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data", nargs="?")
     parser.add_argument("--out", nargs="?")
     parser.add_argument("--resume", action="store_true")
     known, _ = parser.parse_known_args(arguments)
-    if "reflow" in arguments[1:]:
-        reflow = train_reflow.preset(known.data or "digits")
-        if known.resume and known.out:
-            reflow = train_reflow.read_run(Path(known.out))[0]
-        elif not known.data:
-            reflow = replace(reflow, data=tyro.MISSING)
-        return TrainReflow(tyro.MISSING, tyro.MISSING, reflow)
-    if arguments[:1] == ["train"] and known.resume and known.out:
-        config = train.read_run(Path(known.out)).config
+    training = arguments[:1] == ["train"]
+    method = arguments[1] if training and len(arguments) > 1 else ""
+    kinds: dict[str, type[_Training]] = {"reflow": TrainReflow, "lines": TrainLines}
+    kind: Any = kinds.get(method, Train)
+    if training and known.resume and known.out:
+        config = kind.module.read_run(Path(known.out)).config
     elif known.data:
-        config = train.preset(known.data)
+        config = kind.module.preset(known.data)
     else:
-        config = replace(train.preset("mnist5k"), data=tyro.MISSING)
-    return Train(tyro.MISSING, tyro.MISSING, config)
+        usual = "mnist5k" if kind is Train else "digits"
+        config = replace(kind.module.preset(usual), data=tyro.MISSING)
+    defaults: _Training = kind(method=tyro.MISSING, out=tyro.MISSING, config=config)
+    return defaults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ _FORMAT = "fewstep 1"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name if the block succeeds.
+
+    With `shared`, several processes may write the file at once: each has its own temporary path.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "a.txt"
@@ -25,7 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
     >>> target.read_text(), len(list(target.parent.iterdir()))
     ('whole', 1)
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    own = f".{secrets.token_hex(4)}" if shared else ""
+    temporary = path.with_name(f".{path.name}{own}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -42,7 +46,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, step: int) -> None:
     from safetensors.torch import save_file
 
     arrays = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    metadata = {"format": _FORMAT, "step": str(step), "crc32": _checksum(arrays)}
+    metadata = {"format": _FORMAT, "step": str(step), "crc32": checksum(arrays)}
     with replacing(path) as temporary:
         save_file(arrays, temporary, metadata)
 
@@ -66,7 +70,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], int]:
         raise ValueError(f"{path} does not exist") from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if metadata.get("crc32") != _checksum(tensors) or not metadata.get("step", "").isdecimal():
+    if metadata.get("crc32") != checksum(tensors) or not metadata.get("step", "").isdecimal():
         raise ValueError(f"{path} is damaged: its checksum does not match")
     return tensors, int(metadata["step"])
 
@@ -95,7 +99,8 @@ def restore(path: Path, state: Mapping[str, Tensor]) -> int:
     return step
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of names and values of tensors on the CPU, in the order of their names."""
     crc = 0
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].numpy().tobytes(), zlib.crc32(name.encode(), crc))

@@ -1,4 +1,4 @@
-"""Generators and velocity fields for small images."""
+"""Generators, velocity fields, denoisers and discriminators for small images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 
 class MLPGenerator(nn.Module):
@@ -102,3 +103,213 @@ class VelocityMLP(nn.Module):
         angles = t[:, None] * self.frequencies
         out: Tensor = self.layers(torch.cat([x.flatten(1), angles.cos(), angles.sin()], 1))
         return out.view(x.shape)
+
+
+class ResidualMLP(nn.Module):
+    """Images, a number each and their classes to images of the same shape, `F(x, t, labels)`.
+
+    `depth` residual blocks of LayerNorm, a scale and shift by t and class, and two linear layers
+    with SiLU between; Fourier features of t as in `VelocityMLP`. A skip `gain(t, class) x` beside
+    them, one gain a value, lets noise pass that has more dimensions than the stream is wide. Blocks
+    and outputs start at zero, so F does.
+
+    Args:
+        image_shape (tuple): `(C, H, W)`, or `(D,)` for vectors.
+        classes (int): classes to condition on; 0 for none.
+        width (int): of the residual stream; blocks are twice as wide inside.
+        depth (int): blocks, at least 1.
+        frequencies (int): of t.
+
+    >>> import torch
+    >>> network = ResidualMLP((1, 8, 8), classes=10)
+    >>> network(torch.randn(5, 1, 8, 8), torch.rand(5), torch.arange(5)).shape
+    torch.Size([5, 1, 8, 8])
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        image_shape: tuple[int, ...],
+        *,
+        classes: int = 0,
+        width: int = 256,
+        depth: int = 3,
+        frequencies: int = 6,
+    ) -> None:
+        super().__init__()
+        self.image_shape = tuple(image_shape)
+        d = math.prod(self.image_shape)
+        self.register_buffer(
+            "frequencies", math.pi * 2.0 ** torch.arange(frequencies), persistent=False
+        )
+        self.level = nn.Sequential(nn.Linear(1 + 2 * frequencies, width), nn.SiLU())
+        self.embedding = nn.Embedding(classes, width) if classes else None
+        self.gain = nn.Linear(width, d)
+        self.first = nn.Linear(d, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+            for _ in range(depth)
+        )
+        self.modulations = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.last = nn.Linear(width, d)
+        for layer in (self.gain, self.last, *(block[2] for block in self.blocks)):  # type: ignore[index]
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x `[B, ...]`, t `[B]` and labels int64 `[B]` (with classes only) to `[B, ...]`."""
+        angles = t[:, None] * self.frequencies
+        condition = self.level(torch.cat([t[:, None], angles.cos(), angles.sin()], 1))
+        if self.embedding is not None:
+            condition = condition + self.embedding(labels)
+        flat = x.flatten(1)
+        hidden = self.first(flat)
+        for block, modulation in zip(self.blocks, self.modulations, strict=True):
+            scale, shift = modulation(condition).chunk(2, 1)
+            hidden = hidden + block(self.norm(hidden) * (1 + scale) + shift)
+        out: Tensor = self.last(self.norm(hidden)) + self.gain(condition) * flat
+        return out.view(x.shape)
+
+
+class EDMPrecond(nn.Module):
+    """A denoiser from a raw network, `D(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4)`.
+
+    With `r^2 = sigma^2 + sigma_data^2`: `c_skip = sigma_data^2 / r^2`,
+    `c_out = sigma sigma_data / r` and `c_in = 1 / r`. The sampler's kernels do the same to the raw
+    network: `fewstep.edm_sample(d.network, latents, precondition=d.sigma_data)`.
+
+    Source: Karras et al., EDM, arXiv 2206.00364, table 1.
+
+    Args:
+        network (nn.Module): `F(x [B, ...], t [B], *condition)`.
+        sigma_data (float): standard deviation of the data.
+
+    >>> import torch
+    >>> denoiser = EDMPrecond(ResidualMLP((2,)), sigma_data=0.5)
+    >>> denoiser(torch.ones(1, 2), torch.tensor([0.5]))  # F starts at 0
+    tensor([[0.5000, 0.5000]], grad_fn=<AddBackward0>)
+    """
+
+    def __init__(self, network: nn.Module, *, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(
+                f"EDMPrecond: sigma_data must be positive and finite, got {sigma_data}"
+            )
+        self.network = network
+        self.sigma_data = sigma_data
+
+    def extra_repr(self) -> str:
+        return f"sigma_data={self.sigma_data}"
+
+    def forward(self, x: Tensor, sigma: Tensor, *condition: Tensor) -> Tensor:
+        """x `[B, ...]` and sigma `[B]` to denoised images `[B, ...]`."""
+        wide = sigma.reshape(-1, *(1,) * (x.ndim - 1))
+        square = wide.square() + self.sigma_data**2
+        out = self.network(x * square.rsqrt(), sigma.log() / 4, *condition)
+        skip = self.sigma_data**2 / square
+        denoised: Tensor = skip * x + wide * self.sigma_data * square.rsqrt() * out
+        return denoised
+
+
+class LinePrecond(nn.Module):
+    """An endpoint predictor with the skip of the unified frame, `N(x, sigma) = z - s F(z, s)`.
+
+    `z = x / (1 + sigma)` and `s = sigma / (1 + sigma)`. On the line `z = (1 - s) x1 + s x0` the
+    right F is `x0 - x1`, at every s, so coordinates that the map leaves alone cost F nothing; with
+    a squared error N is 2-rectified flow with weight s^2.
+
+    Args:
+        network (nn.Module): `F(z [B, ...], s [B], *condition)`.
+
+    >>> import torch
+    >>> predictor = LinePrecond(ResidualMLP((2,)))
+    >>> predictor(torch.ones(1, 2), torch.ones(1))  # F starts at 0
+    tensor([[0.5000, 0.5000]], grad_fn=<SubBackward0>)
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, sigma: Tensor, *condition: Tensor) -> Tensor:
+        """x `[B, ...]` and sigma `[B]` to endpoints `[B, ...]`."""
+        s = sigma / (1 + sigma)
+        wide = s.reshape(-1, *(1,) * (x.ndim - 1))
+        z = x * (1 - wide)
+        out: Tensor = z - wide * self.network(z, s, *condition)
+        return out
+
+
+class MLPDiscriminator(nn.Module):
+    """Logits of vectors: three layers of LeakyReLU(0.2). Train it with R1, `LinesMatching(r1=0.1)`.
+
+    Args:
+        features (int): D.
+        classes (int): classes to condition on, by projection; 0 for none.
+        width (int): of the hidden layers.
+
+    >>> import torch
+    >>> MLPDiscriminator(2)(torch.randn(5, 2)).shape
+    torch.Size([5, 1])
+    """
+
+    def __init__(self, features: int, *, classes: int = 0, width: int = 128) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before in (features, width, width):
+            layers += [nn.Linear(before, width), nn.LeakyReLU(0.2)]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(width, 1)
+        self.embedding = nn.Embedding(classes, width) if classes else None
+        if self.embedding is not None:
+            nn.init.normal_(self.embedding.weight, std=width**-0.5)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x `[B, ...]` of D values each and labels int64 `[B]` (with classes only) to `[B, 1]`."""
+        return _logits(self, self.body(x.flatten(1)), labels)
+
+
+class ConvDiscriminator(nn.Module):
+    """Logits of small images: three 3 x 3 convolutions, the last two strided, spectral norms.
+
+    Source: Miyato et al., Spectral normalization, arXiv 1802.05957, and, for classes, Miyato and
+    Koyama, cGANs with projection discriminator, arXiv 1802.05637.
+
+    Args:
+        image_shape (tuple): `(C, H, W)`.
+        classes (int): classes to condition on, by projection; 0 for none.
+        width (int): channels of the first layer.
+
+    >>> import torch
+    >>> ConvDiscriminator((1, 8, 8))(torch.randn(5, 1, 8, 8)).shape
+    torch.Size([5, 1])
+    """
+
+    def __init__(self, image_shape: tuple[int, ...], *, classes: int = 0, width: int = 32) -> None:
+        super().__init__()
+        channels, h, w = image_shape
+        widths = (channels, width, 2 * width, 4 * width)
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            convolution = nn.Conv2d(before, after, 3, stride=min(i + 1, 2), padding=1)
+            layers += [spectral_norm(convolution), nn.LeakyReLU(0.2)]
+        self.body = nn.Sequential(*layers, nn.Flatten())
+        features = 4 * width * -(-h // 4) * -(-w // 4)
+        self.head = spectral_norm(nn.Linear(features, 1))
+        self.embedding = spectral_norm(nn.Embedding(classes, features)) if classes else None
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x `[B, C, H, W]` and labels int64 `[B]` (with classes only) to `[B, 1]`."""
+        return _logits(self, self.body(x), labels)
+
+
+def _logits(
+    network: MLPDiscriminator | ConvDiscriminator, hidden: Tensor, labels: Tensor | None
+) -> Tensor:
+    out: Tensor = network.head(hidden)
+    if network.embedding is not None:
+        out = out + (hidden * network.embedding(labels)).sum(1, keepdim=True)
+    return out

@@ -76,6 +76,9 @@ def save_comparison(
     for axes, (images, title, own) in zip(figure.subplots(1, 2), sides, strict=True):
         axes.imshow(montage(images, columns).numpy(), interpolation="nearest")
         axes.set_title(title)
+        for draw, side, count in ((axes.axhline, h, rows), (axes.axvline, w, columns)):
+            for k in range(1, count):  # images that fill their frame are told apart by lines
+                draw(side * k - 0.5, color="tab:blue", linewidth=1)
         axes.set_xticks([])
         axes.set_yticks([h * (i + 0.5) for i in range(len(own))], own)
         axes.tick_params(length=0)

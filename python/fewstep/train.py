@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fewstep
 from fewstep import checkpoint, plots
 from fewstep.data import Images, load
 from fewstep.methods import WFlow
-from fewstep.metrics import MetricRow, report
+from fewstep.metrics import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator
+from fewstep.stages import (
+    CHECKPOINT,
+    LOGS,
+    Network,
+    Stage,
+    check_config,
+    fit,
+    seeded,
+    torch_device,
+)
 
-CHECKPOINT, CONFIG, LOGS, PICTURE = "checkpoint.safetensors", "config.json", "logs", "samples.png"
+CONFIG, PAIRS, PICTURE = "config.json", "pairs", "samples.png"
+T = TypeVar("T")
 EXTRA = ("matplotlib", "mlxtend", "ot", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm")
 
 
@@ -72,21 +75,10 @@ class TrainConfig:
     flow: WFlow = field(default_factory=lambda: WFlow(eps=0.02))
 
     def __post_init__(self) -> None:
-        for name, low in {
-            **dict.fromkeys(("steps", "batch", "groups", "noise_dim", "width", "depth"), 1),
-            **dict.fromkeys(("log_every", "checkpoint_every"), 1),
-            "seed": 0,
-        }.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {self.lr!r}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
+        sizes = ("steps", "batch", "groups", "noise_dim", "width", "depth")
+        check_config(self, *sizes, "log_every", "checkpoint_every")
 
 
-_WARM_UP = 50  # steps
 PRESETS = {
     "digits": TrainConfig("digits", steps=1000, batch=64),
     "mnist5k": TrainConfig("mnist5k"),
@@ -99,7 +91,7 @@ class Run:
 
     config: TrainConfig
     image_shape: tuple[int, ...]
-    names: tuple[str, ...]
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -115,6 +107,11 @@ class TrainResult:
     generator: MLPGenerator
     rows: list[MetricRow]
     picture: Path
+
+    @property
+    def table(self) -> str:
+        """The metrics in plain text."""
+        return format_report(self.rows)
 
 
 def preset(data: str) -> TrainConfig:
@@ -165,12 +162,10 @@ def train(
     'samples.png'
     """
     require_extra()
-    data = load(config.data)
-    if len(data.images) < 12:
-        raise ValueError(f"data: must have at least 12 images, got {len(data.images)}")
+    data = load_enough(config.data)
     device = torch_device(config.device)
     run = Run(config, tuple(data.images.shape[1:]), data.names)
-    _open(run, out, resume=resume, overwrite=overwrite)
+    open_run(out, "wflow", run, began=read_run(out) if resume else None, overwrite=overwrite)
     generator = _fit(run, data, out, device, progress=progress)
     rows, picture = evaluate(generator, data, out, seed=config.seed)
     return TrainResult(generator, rows, picture)
@@ -225,15 +220,27 @@ def read_run(out: Path) -> Run:
     Raises:
         ValueError: it is missing, or is not one of fewstep.
     """
-    path = out / CONFIG
-    try:
-        content = json.loads(path.read_text())
+
+    def parse(content: dict[str, Any]) -> Run:
         config = TrainConfig(**{**content["config"], "flow": WFlow(**content["config"]["flow"])})
         return Run(config, tuple(map(int, content["image_shape"])), tuple(content["classes"]))
+
+    return read_config(out, parse)
+
+
+def read_config(out: Path, parse: Callable[[dict[str, Any]], T], *, kind: str = "a run") -> T:
+    """What `parse` makes of a run's `config.json`.
+
+    Raises:
+        ValueError: it is missing, or `parse` takes exception to it.
+    """
+    path = out / CONFIG
+    try:
+        return parse(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise ValueError(f"{out} holds no run of fewstep: {CONFIG} is missing") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+        raise ValueError(f"{path} is not the configuration of {kind}: {error}") from error
 
 
 def method_of(out: Path) -> str:
@@ -263,42 +270,51 @@ def require_extra() -> None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def _open(run: Run, out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make `out` hold `run` and nothing of another run; refuse where that is not asked for."""
-    config = out / CONFIG
-    if resume:
-        began, asked = ({**vars(r.config), **vars(r)} for r in (read_run(out), run))
-        for name in sorted(began.keys() - {"config"}):
-            if began[name] != asked[name]:
+def load_enough(source: str) -> Images:
+    """`fewstep.data.load`, of as many images as the metrics take.
+
+    Raises:
+        ValueError: data that cannot be loaded, fewer than 12 images.
+    """
+    data = load(source)
+    if len(data.images) < 12:
+        raise ValueError(f"data: must have at least 12 images, got {len(data.images)}")
+    return data
+
+
+def open_run(out: Path, method: str, run: Any, *, began: Any | None, overwrite: bool) -> None:
+    """Make `out` hold this run and nothing of another; refuse where that is not asked for.
+
+    Args:
+        out (Path): folder of the run.
+        method (str): its name.
+        run (dataclass): what `config.json` is to hold: a `config`, itself a dataclass, and more.
+        began (dataclass | None): likewise, of the run in `out` that is to be resumed.
+        overwrite (bool): replace a run that is in `out`.
+
+    Raises:
+        ValueError: `out` is in use, or holds a run of another configuration.
+    """
+    if began is not None:
+        before, asked = ({**vars(r.config), **vars(r)} for r in (began, run))
+        for name in sorted(asked.keys() - {"config"}):
+            if before[name] != asked[name]:
                 raise ValueError(
-                    f"{out} holds a run of another configuration: {name} is {began[name]},"
+                    f"{out} holds a run of another configuration: {name} is {before[name]},"
                     f" not {asked[name]}"
                 )
         return
-    if config.exists() or (out / CHECKPOINT).exists():
-        read_run(out)
-        if (out / CHECKPOINT).exists() and not overwrite:
-            raise ValueError(f"{out} holds a run already: give --resume or --overwrite")
-    start_run(out, "wflow", run.config, run.image_shape, classes=run.names)
-
-
-def start_run(
-    out: Path, method: str, config: Any, image_shape: tuple[int, ...], **more: object
-) -> None:
-    """Make `out` hold a new run, of a dataclass `config`, and nothing of one that it held."""
     path = out / CONFIG
     if path.exists() or (out / CHECKPOINT).exists():
+        read_config(out, lambda content: content["fewstep"])
+        if (out / CHECKPOINT).exists() and not overwrite:
+            raise ValueError(f"{out} holds a run already: give --resume or --overwrite")
         for file in (out / CHECKPOINT, out / PICTURE):
             file.unlink(missing_ok=True)
-        shutil.rmtree(out / LOGS, ignore_errors=True)
+        for folder in (LOGS, PAIRS):
+            shutil.rmtree(out / folder, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "fewstep": fewstep.__version__,
-        "method": method,
-        "config": asdict(config),
-        "image_shape": image_shape,
-        **more,
-    }
+    content = {"fewstep": fewstep.__version__, "method": method, **asdict(run)}
     with checkpoint.replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -306,64 +322,30 @@ def start_run(
 def _fit(
     run: Run, data: Images, out: Path, device: torch.device, *, progress: bool
 ) -> MLPGenerator:
-    from torch.utils.tensorboard import SummaryWriter
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    config, classes = run.config, _classes(data)
+    network = Network(_generator(run).to(device), lr=config.lr, ema=config.ema)
 
-    config = run.config
-    generator = _generator(run).to(device)
-    averaging = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
-    average = AveragedModel(generator, multi_avg_fn=averaging)
-    optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, fused=True)
-    done = 0
-    if (out / CHECKPOINT).exists():
-        allocate(optimizer)
-        done = checkpoint.restore(out / CHECKPOINT, _state(generator, average, optimizer))
+    def update(step: int) -> dict[str, Tensor]:
+        labels, noise, real = _draw(config, classes, step)
+        loss, metrics = config.flow(
+            network.model,
+            noise.to(device),
+            real.to(device),
+            labels.to(device) if run.classes else None,
+        )
+        network.step(loss, step / config.steps, step)
+        return {"drift": metrics.pop("drift"), "loss": loss, **metrics}
 
-    writer = SummaryWriter(str(out / LOGS), purge_step=done)
-    bar = tqdm(
-        initial=done,
-        total=config.steps,
-        desc=config.data,
-        unit="step",
-        disable=not progress,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
+    fit(
+        [Stage("", config.steps, update)],
+        {"": network},
+        out,
+        title=config.data,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        progress=progress,
     )
-    classes = _classes(data)
-    with deferred_signals() as stopped, bar, writer:
-        for step in range(done, config.steps):
-            labels, noise, real = _draw(config, classes, step)
-            cosine = (1 + math.cos(math.pi * step / config.steps)) / 2
-            optimizer.param_groups[0]["lr"] = config.lr * cosine * min(1, (step + 1) / _WARM_UP)
-            loss, metrics = config.flow(
-                generator,
-                noise.to(device),
-                real.to(device),
-                labels.to(device) if run.names else None,
-            )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            average.update_parameters(generator)
-            bar.update()
-
-            save = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
-            if save or stopped.is_set() or step % config.log_every == 0:
-                values = {name: value.item() for name, value in metrics.items()}
-                if not all(map(math.isfinite, values.values())):
-                    raise FloatingPointError(f"not finite at step {step}: {values}; lower lr")
-                bar.set_postfix(drift=f"{values['drift']:.4f}", refresh=False)
-                if step % config.log_every == 0:
-                    for name, value in (("loss", loss.item()), *values.items()):
-                        writer.add_scalar(name, value, step)
-            if save or stopped.is_set():
-                writer.flush()
-                state = _state(generator, average, optimizer)
-                checkpoint.save(out / CHECKPOINT, state, step=step + 1)
-            if stopped.is_set():
-                raise KeyboardInterrupt(
-                    f"stopped after step {step + 1} of {config.steps}; --resume continues"
-                )
-    return cast(MLPGenerator, average.module.cpu().eval())
+    return cast(MLPGenerator, network.averaged.cpu().eval())
 
 
 def _generator(run: Run) -> MLPGenerator:
@@ -371,22 +353,11 @@ def _generator(run: Run) -> MLPGenerator:
         torch.manual_seed(run.config.seed)
         return MLPGenerator(
             run.image_shape,
-            classes=len(run.names),
+            classes=len(run.classes),
             noise_dim=run.config.noise_dim,
             width=run.config.width,
             depth=run.config.depth,
         )
-
-
-def torch_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {error}") from error
-    return device
 
 
 def _classes(data: Images) -> list[Tensor]:
@@ -414,53 +385,3 @@ def _draw(config: TrainConfig, classes: list[Tensor], step: int) -> tuple[Tensor
     real = torch.stack([choose(classes[k]) for k in labels.tolist()])
     noise = torch.randn(2, groups, n, config.noise_dim, generator=rng)
     return labels, noise, real
-
-
-def seeded(seed: int, step: int) -> torch.Generator:
-    word = np.random.SeedSequence([seed, step]).generate_state(1)[0]
-    return torch.Generator().manual_seed(int(word))
-
-
-def _state(
-    generator: MLPGenerator, average: AveragedModel, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """The live tensors of a run, by their names in a checkpoint."""
-    state = {f"model.{name}": t for name, t in generator.state_dict().items()}
-    state |= {f"ema.{name}": t for name, t in average.state_dict().items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
-    return state
-
-
-def allocate(optimizer: torch.optim.Optimizer) -> None:
-    """Make Adam create its moments, which it does at its first step; `restore` fills them."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-
-
-@contextmanager
-def deferred_signals() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into an event; the next one acts as ever."""
-    stopped = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        restore()
-        stopped.set()
-
-    for number in signals:
-        signal.signal(number, stop)
-    try:
-        yield stopped
-    finally:
-        restore()

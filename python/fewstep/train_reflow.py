@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
-from fewstep import checkpoint, plots
-from fewstep.data import Images, load
+from fewstep import checkpoint, pairs, plots
+from fewstep.data import Images
 from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import ReflowReport, heun, log_prob_of, score_of
-from fewstep.metrics import MetricRow, report
-from fewstep.networks import VelocityMLP
-from fewstep.train import (
-    CHECKPOINT,
-    CONFIG,
-    LOGS,
-    PICTURE,
-    allocate,
-    deferred_signals,
-    require_extra,
-    seeded,
-    start_run,
-    torch_device,
-)
+from fewstep.metrics import MetricRow, aligned, report
+from fewstep.networks import LinePrecond, VelocityMLP
+from fewstep.stages import CHECKPOINT, Network, Stage, check_config, fit, seeded, torch_device
+from fewstep.train import PICTURE, load_enough, open_run, read_config, require_extra
 
 STAGES = ("teacher", "student", "plain")
-_WARM_UP = 50  # steps
 _EVALUATED = 256  # images, for densities
 Field = Callable[[Tensor, Tensor], Tensor]
 
@@ -86,16 +72,9 @@ class ReflowConfig:
 
     def __post_init__(self) -> None:
         sizes = ("teacher_steps", "student_steps", "teacher_batch", "batch", "width", "depth")
-        lowest = dict.fromkeys((*sizes, "log_every", "checkpoint_every"), 1) | {"seed": 0}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
+        check_config(self, *sizes, "log_every", "checkpoint_every")
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"clip must be positive and finite, got {self.clip!r}")
 
 
 # Determinants of 64 dimensions are cheap; with more of them, traces along four steps a window.
@@ -110,6 +89,14 @@ def preset(data: str) -> ReflowConfig:
     ('logdet', 'trace')
     """
     return ReflowConfig(data, flow=_DIGITS if data == "digits" else _LARGE)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder's `config.json`: the configuration and the shape of the images."""
+
+    config: ReflowConfig
+    image_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -178,41 +165,37 @@ def train(
     ['plain', 'student']
     """
     require_extra()
-    data = load(config.data)
-    if len(data.images) < 12:
-        raise ValueError(f"data: must have at least 12 images, got {len(data.images)}")
+    data = load_enough(config.data)
     shape = tuple(data.images.shape[1:])
-    _open(config, shape, out, resume=resume, overwrite=overwrite)
+    began = read_run(out) if resume else None
+    open_run(out, "reflow", Run(config, shape), began=began, overwrite=overwrite)
     device = torch_device(config.device)
     networks = _networks(config, shape)
     if config.teacher:
         _take_teacher(networks, config, shape)
     _fit(config, data, networks, out, device, teacher, progress=progress)
-    averages = {name: network.average.module for name, network in networks.items()}
-    done = {name: cast(VelocityMLP, module.cpu().eval()) for name, module in averages.items()}
+    averages = {name: network.averaged.cpu().eval() for name, network in networks.items()}
+    done = {name: cast(VelocityMLP, module) for name, module in averages.items()}
     field_ = done["teacher"] if teacher is None else teacher
     outcomes, picture = evaluate(config, data, field_, done, out)
     return ReflowResult(done["student"], outcomes, format_outcomes(outcomes), picture)
 
 
-def read_run(out: Path) -> tuple[ReflowConfig, tuple[int, ...]]:
-    """The configuration and image shape of a run.
+def read_run(out: Path) -> Run:
+    """Read the `config.json` of a run.
 
     Raises:
         ValueError: it is missing, or is not one of this method.
     """
-    path = out / CONFIG
-    try:
-        content = json.loads(path.read_text())
+
+    def parse(content: dict[str, Any]) -> Run:
         if content["method"] != "reflow":
             raise ValueError(f"method is {content['method']}")
         flow = MarginalReflow(**content["config"]["flow"])
         config = ReflowConfig(**{**content["config"], "flow": flow})
-        return config, tuple(map(int, content["image_shape"]))
-    except FileNotFoundError as error:
-        raise ValueError(f"{out} holds no run of fewstep: {CONFIG} is missing") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not the configuration of a reflow run: {error}") from error
+        return Run(config, tuple(map(int, content["image_shape"])))
+
+    return read_config(out, parse, kind="a reflow run")
 
 
 def load_student(out: Path) -> tuple[VelocityMLP, MarginalReflow]:
@@ -221,11 +204,26 @@ def load_student(out: Path) -> tuple[VelocityMLP, MarginalReflow]:
     Raises:
         ValueError: no run, or a checkpoint that is missing, damaged or of another run.
     """
-    config, shape = read_run(out)
-    student = _network(config, shape)
+    run = read_run(out)
+    student = _network(run.config, run.image_shape)
     state = {f"student.ema.module.{name}": t for name, t in student.state_dict().items()}
     checkpoint.restore(out / CHECKPOINT, state)
-    return student.eval(), config.flow
+    return student.eval(), run.config.flow
+
+
+def load_teacher(out: Path) -> pairs.Teacher:
+    """The teacher of a run as a denoiser of `x = x_data + sigma eps`, for `fewstep pairs`.
+
+    With t = sigma / (1 + sigma) and x_t = x / (1 + sigma) it is `D = x_t - t v(x_t, t)`.
+
+    Raises:
+        ValueError: as `load_student`.
+    """
+    run = read_run(out)
+    velocity = _network(run.config, run.image_shape)
+    state = {f"teacher.ema.module.{name}": t for name, t in velocity.state_dict().items()}
+    checkpoint.restore(out / CHECKPOINT, state)
+    return pairs.Teacher(LinePrecond(velocity.eval()), run.image_shape)
 
 
 @torch.no_grad()
@@ -275,210 +273,105 @@ def evaluate(
 
 def format_outcomes(outcomes: dict[str, Outcome]) -> str:
     """A table of both students, with the real-vs-real floor where there is one."""
-    aligned, plain = outcomes["student"], outcomes["plain"]
+    own, plain = outcomes["student"], outcomes["plain"]
     lines = [("metric", "with alignment", "without", "real vs real")]
-    for a, b in zip(aligned.rows, plain.rows, strict=True):
+    for a, b in zip(own.rows, plain.rows, strict=True):
         lines.append((a.name, f"{a.value:.3g}", f"{b.value:.3g}", f"{a.floor:.3g}"))
 
     def law(name: str, value: Callable[[ReflowReport], float]) -> None:
-        lines.append((name, f"{value(aligned.laws):.3g}", f"{value(plain.laws):.3g}", ""))
+        lines.append((name, f"{value(own.laws):.3g}", f"{value(plain.laws):.3g}", ""))
 
-    for k in range(len(aligned.laws.local_kl)):
+    for k in range(len(own.laws.local_kl)):
         law(f"KL to teacher, window {k + 1}", functools.partial(_local, k=k))
     law("KL to teacher, sampled", lambda r: r.final_kl)
     law("its standard error", lambda r: r.final_stderr)
     law("bound on TV", lambda r: r.tv_bound)
     law("largest Stein check", lambda r: float(r.stein.abs().max()))
     law("non-positive determinants", lambda r: float(r.nonpositive.mean()))
-    widths = [max(len(line[c]) for line in lines) for c in range(4)]
-    return "\n".join(
-        f"{line[0]:<{widths[0]}}  " + "  ".join(f"{line[c]:>{widths[c]}}" for c in (1, 2, 3))
-        for line in lines
-    )
+    return aligned(lines)
 
 
 def _local(report: ReflowReport, k: int) -> float:
     return float(report.local_kl[k])
 
 
-@dataclass
-class _Network:
-    """A network in training."""
-
-    model: VelocityMLP
-    average: AveragedModel
-    optimizer: torch.optim.Optimizer
-
-    def state(self, name: str, optimizer: bool) -> dict[str, Tensor]:
-        """Live tensors by their names in a checkpoint."""
-        state = {f"{name}.model.{key}": t for key, t in self.model.state_dict().items()}
-        state |= {f"{name}.ema.{key}": t for key, t in self.average.state_dict().items()}
-        if optimizer:
-            for i, moments in self.optimizer.state_dict()["state"].items():
-                state |= {f"{name}.optimizer.{i}.{key}": t for key, t in moments.items()}
-        return state
-
-
 def _network(config: ReflowConfig, shape: tuple[int, ...]) -> VelocityMLP:
     return VelocityMLP(shape, width=config.width, depth=config.depth)
 
 
-def _networks(config: ReflowConfig, shape: tuple[int, ...]) -> dict[str, _Network]:
-    averaging = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
+def _networks(config: ReflowConfig, shape: tuple[int, ...]) -> dict[str, Network]:
     networks = {}
     for i, name in enumerate(STAGES):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed + min(i, 1))  # both students have the same weights
             model = _network(config, shape).to(torch_device(config.device))
         lr = config.lr if name == "teacher" else config.lr / 4
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-        networks[name] = _Network(model, AveragedModel(model, multi_avg_fn=averaging), optimizer)
+        networks[name] = Network(model, lr=lr, ema=config.ema)
     return networks
 
 
 def _take_teacher(
-    networks: dict[str, _Network], config: ReflowConfig, shape: tuple[int, ...]
+    networks: dict[str, Network], config: ReflowConfig, shape: tuple[int, ...]
 ) -> None:
     folder = Path(config.teacher)
-    other, its_shape = read_run(folder)
+    other = read_run(folder)
     for name, a, b in (
-        ("image shape", its_shape, shape),
-        ("width", other.width, config.width),
-        ("depth", other.depth, config.depth),
+        ("image shape", other.image_shape, shape),
+        ("width", other.config.width, config.width),
+        ("depth", other.config.depth, config.depth),
     ):
         if a != b:
             raise ValueError(f"teacher: {folder} has {name} {a}, not {b}")
-    average = networks["teacher"].average
-    state = {f"teacher.ema.{key}": t for key, t in average.state_dict().items()}
+    own = networks["teacher"].state().items()
+    state = {f"teacher.{key}": t for key, t in own if key.startswith("ema.")}
     checkpoint.restore(folder / CHECKPOINT, state)
-
-
-def _open(
-    config: ReflowConfig, shape: tuple[int, ...], out: Path, *, resume: bool, overwrite: bool
-) -> None:
-    """Make `out` hold this run and nothing of another; refuse where that is not asked for."""
-    path = out / CONFIG
-    if resume:
-        began, its_shape = read_run(out)
-        if (began, its_shape) != (config, shape):
-            raise ValueError(f"{out} holds a run of another configuration: {began}")
-        return
-    if (out / CHECKPOINT).exists() and not overwrite:
-        raise ValueError(f"{out} holds a run already: give --resume or --overwrite")
-    if path.exists() or (out / CHECKPOINT).exists():
-        try:
-            json.loads(path.read_text())["fewstep"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is not the configuration of a run: {error}") from error
-    start_run(out, "reflow", config, shape)
 
 
 def _fit(
     config: ReflowConfig,
     data: Images,
-    networks: dict[str, _Network],
+    networks: dict[str, Network],
     out: Path,
     device: torch.device,
     teacher: Field | None,
     *,
     progress: bool,
 ) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
     own_teacher = teacher is None and not config.teacher
-    lengths = (
-        config.teacher_steps if own_teacher else 0,
-        config.student_steps,
-        config.student_steps,
+    field_ = networks["teacher"].averaged if teacher is None else teacher
+
+    def stage(name: str) -> Stage:
+        network, steps = networks[name], config.student_steps
+        if name == "teacher":
+            steps = config.teacher_steps if own_teacher else 0
+
+        def begin(step: int) -> None:
+            if step == 0 and name != "teacher" and teacher is None:
+                network.copy(networks["teacher"].averaged)
+
+        def update(step: int) -> dict[str, Tensor]:
+            loss, metrics = _loss(config, data, name, network, field_, step, device)
+            network.step(loss, step / steps, step, clip=config.clip)
+            return {"loss": loss, **metrics}
+
+        return Stage(name, steps, update, begin)
+
+    fit(
+        [stage(name) for name in STAGES],
+        networks,
+        out,
+        title=config.data,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        progress=progress,
     )
-    total = sum(lengths)
-    done = 0
-    if (out / CHECKPOINT).exists():
-        for network in networks.values():
-            allocate(network.optimizer)
-        state: dict[str, Tensor] = {}
-        for name, network in networks.items():
-            state |= network.state(name, optimizer=True)
-        done = checkpoint.restore(out / CHECKPOINT, state)
-    else:
-        for network in networks.values():
-            _keep_weights(network)
-    writer = SummaryWriter(str(out / LOGS), purge_step=done)
-    bar = tqdm(
-        initial=done,
-        total=total,
-        desc=config.data,
-        unit="step",
-        disable=not progress,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-    )
-    with deferred_signals() as stopped, bar, writer:
-        for step in range(done, total):
-            stage = next(i for i in range(3) if step < sum(lengths[: i + 1]))
-            at = step - sum(lengths[:stage])
-            name, network = STAGES[stage], networks[STAGES[stage]]
-            if at == 0 and name != "teacher" and teacher is None:
-                _copy(networks["teacher"].average.module, network)
-            field_ = networks["teacher"].average.module if teacher is None else teacher
-            loss, metrics = _loss(config, data, name, network, field_, at, device)
-            cosine = (1 + math.cos(math.pi * at / lengths[stage])) / 2
-            lr = config.lr if name == "teacher" else config.lr / 4
-            network.optimizer.param_groups[0]["lr"] = lr * cosine * min(1, (at + 1) / _WARM_UP)
-            network.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(network.model.parameters(), config.clip)
-            network.optimizer.step()
-            network.average.update_parameters(network.model)
-            bar.update()
-
-            save = (step + 1) % config.checkpoint_every == 0 or step + 1 == total
-            if save or stopped.is_set() or step % config.log_every == 0:
-                values = {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()}}
-                if not all(map(math.isfinite, values.values())):
-                    raise FloatingPointError(f"not finite at step {step}: {values}; lower lr")
-                bar.set_postfix(stage=name, loss=f"{values['loss']:.4f}", refresh=False)
-                if step % config.log_every == 0:
-                    for key, value in values.items():
-                        writer.add_scalar(f"{name}/{key}", value, at)
-            if save or stopped.is_set():
-                writer.flush()
-                state = {}
-                for key, other in networks.items():
-                    if not other.optimizer.state:
-                        _keep_weights(other)
-                    state |= other.state(key, optimizer=True)
-                checkpoint.save(out / CHECKPOINT, state, step=step + 1)
-            if stopped.is_set():
-                raise KeyboardInterrupt(
-                    f"stopped after step {step + 1} of {total}; --resume continues"
-                )
-
-
-def _keep_weights(network: _Network) -> None:
-    """Make Adam create its moments, at a learning rate of zero."""
-    group = network.optimizer.param_groups[0]
-    lr, group["lr"] = group["lr"], 0.0
-    allocate(network.optimizer)
-    group["lr"] = lr
-    for moments in network.optimizer.state.values():
-        for t in moments.values():
-            t.zero_()
-
-
-@torch.no_grad()
-def _copy(source: nn.Module, network: _Network) -> None:
-    """Start a student from the teacher's averaged weights."""
-    for target in (network.model, network.average.module):
-        for own, t in zip(target.parameters(), source.parameters(), strict=True):
-            own.copy_(t)
 
 
 def _loss(
     config: ReflowConfig,
     data: Images,
     name: str,
-    network: _Network,
+    network: Network,
     teacher: Field,
     step: int,
     device: torch.device,

@@ -1,0 +1,360 @@
+"""LinesMatching: straight lines from noise to the images that a teacher's sampler makes of it.
+
+Source: Generative Lines Matching Models, arXiv 2412.06403; the discriminator's loss and the
+adaptive weight as in CTM, arXiv 2310.02279, which it follows.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.augment import diff_augment
+from fewstep.samplers import karras_sigmas
+
+LAWS = ("uniform", "levels", "sot")
+METRICS = ("l2", "pseudo_huber", "lpips")
+Logits = Tensor | Iterable[Tensor]
+
+
+@dataclass(frozen=True)
+class LinesMatching:
+    """The loss of a network `N(x, sigma)` that maps each point of a line to its clean endpoint.
+
+    With pairs of noise `x0 ~ N(0, I)` and a deterministic sampler's image of it `x1 = psi(x0)`,
+
+        L    = E_sigma dist(N(x1 + sigma x0, sigma), x1)
+        loss = L                                                      without a discriminator
+        loss = L / 2 + lam L_G,   L_G = -mean D(augment(N(...)))      with one, from step `start`
+        lam  = clip(|dL/dW| / (|dL_G/dW| + 1e-4), 0.01, 10), held fixed;  W: the last layer's weight
+
+    The pairing is deterministic, so the regression stays well posed at every level: the network
+    does not fall back to the mean of the data, as a denoiser does. A sampler of one step is
+    `N(sigma_max x0, sigma_max)`; of more, `fewstep.multistep_sample`. A discriminator sharpens what
+    the metric blurs; where it cannot tell samples from data its slopes are noise, and lam makes
+    that noise as large as L's own gradient. With a squared error and
+    `fewstep.networks.LinePrecond` this is 2-rectified flow, weighted by s^2.
+
+    Attributes:
+        law: of sigma: "uniform", `s = sigma / (1 + sigma) ~ U(0, 1)` within sigma_min and
+            sigma_max, for straight paths; "levels", the teacher's, which see more of the top, where
+            one step starts; "sot" (sampling-optimised training), those of
+            `indices` and no others, with `sigma_max x0` itself as the input at index 0.
+        levels: N of the teacher's schedule, `fewstep.karras_sigmas(N)`.
+        indices: into that schedule, increasing, as the sampler will use them.
+        sigma_min, sigma_max, rho: of the schedule.
+        metric: dist: "l2", the mean over coordinates of the squared error; "pseudo_huber",
+            `(sqrt(|e|^2 + c^2) - c) / D` with `c = 0.00054 D`; "lpips", of images `[B, 1 or 3, H,
+            W]` in [-1, 1], enlarged to 224 pixels (package `lpips`).
+        start: training step from which the discriminator counts. It had better be trained before:
+            lam makes up for the small slopes of an untrained one.
+        warmup: training steps over which lam then rises to its value.
+        r1: weight gamma of `gamma / 2 E |dD/dx|^2` on real samples, in the discriminator's loss.
+        augment: policy of `fewstep.augment.diff_augment`, for images; () for none.
+
+    Raises:
+        ValueError: a number outside its range, an unknown name.
+
+    >>> from fewstep.networks import LinePrecond, ResidualMLP
+    >>> x0 = torch.randn(64, 2)
+    >>> loss, metrics = LinesMatching()(LinePrecond(ResidualMLP((2,))), x0, 0.5 * x0)
+    >>> loss.backward()
+    >>> sorted(metrics)
+    ['lines', 'output']
+    """
+
+    law: str = "uniform"
+    levels: int = 18
+    indices: tuple[int, ...] = (0,)
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    metric: str = "l2"
+    start: int = 0
+    warmup: int = 0
+    r1: float = 0.0
+    augment: tuple[str, ...] = ("translation", "cutout")
+
+    def __post_init__(self) -> None:
+        for name in ("indices", "augment"):  # lists, as JSON has them
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, known in (("law", LAWS), ("metric", METRICS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"LinesMatching: {name} must be one of {known}, got {getattr(self, name)!r}"
+                )
+        for name, low in (("levels", 1), ("start", 0), ("warmup", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(
+                    f"LinesMatching: {name} must be at least {low}, got {getattr(self, name)}"
+                )
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(
+                "LinesMatching: sigma_min and sigma_max must be increasing, positive and finite,"
+                f" got {self.sigma_min} and {self.sigma_max}"
+            )
+        for name in ("rho", "r1"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (value == 0 and name == "rho"):
+                raise ValueError(f"LinesMatching: {name} must be positive, got {value}")
+        steps = self.indices
+        increasing = all(a < b for a, b in itertools.pairwise(steps))
+        if not steps or not increasing or not 0 <= steps[0] <= steps[-1] < self.levels:
+            raise ValueError(
+                f"LinesMatching: indices must increase within 0 and {self.levels - 1}, got {steps}"
+            )
+        images = torch.zeros(0, 1, 1, 1)
+        diff_augment(images, policy=self.augment)
+
+    def schedule(self, like: Tensor) -> Tensor:
+        """The teacher's levels, `[N]`, in the dtype and on the device of a tensor."""
+        sigmas = karras_sigmas(
+            self.levels, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
+        )
+        levels: Tensor = sigmas[:-1].to(like)
+        return levels
+
+    def points(
+        self, x0: Tensor, x1: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Points of the lines, `[B, ...]`, at random levels sigma, `[B]`."""
+        batch = len(x0)
+        device = x0.device if generator is None else generator.device
+        u = torch.rand(batch, generator=generator, dtype=x0.dtype, device=device).to(x0.device)
+        if self.law == "uniform":
+            low, high = (v / (1 + v) for v in (self.sigma_min, self.sigma_max))
+            s = low + (high - low) * u
+            sigma = s / (1 - s)
+            return x1 + _wide(sigma, x0) * x0, sigma
+        index = torch.arange(self.levels, device=x0.device)
+        if self.law == "sot":
+            index = index[torch.tensor(self.indices, device=x0.device)]
+        # u < 1, but its product may round up.
+        index = index[(u * len(index)).long().clamp_max(len(index) - 1)]
+        sigma = self.schedule(x0)[index]
+        x = x1 + _wide(sigma, x0) * x0
+        if self.law == "sot":
+            x = torch.where(_wide(index, x0) == 0, _wide(sigma, x0) * x0, x)
+        return x, sigma
+
+    def __call__(
+        self,
+        network: Callable[..., Tensor],
+        x0: Tensor,
+        x1: Tensor,
+        labels: Tensor | None = None,
+        *,
+        metric: Callable[[Tensor, Tensor], Tensor] | None = None,
+        discriminator: Callable[..., Logits] | None = None,
+        last_layer: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        step: int = 0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one training step.
+
+        Args:
+            network (Callable): N, `(x [B, ...], sigma [B])`, or with `labels [B]` where they are
+                given, to `[B, ...]`.
+            x0 (Tensor): noise of the pairs, `[B, ...]`, floating.
+            x1 (Tensor): their images, of the same shape.
+            labels (Tensor | None): classes of the pairs, `[B]`.
+            metric (Callable | None): dist, `(output, x1)` to numbers whose mean is L, in place of
+                the attribute's.
+            discriminator (Callable | None): `(x)`, or `(x, labels)`, to logits of any shape or to
+                several tensors of them (heads, feature networks); their mean counts.
+            last_layer (Tensor | None): W; None: the last parameter of `network` that has two
+                dimensions or more.
+            generator (torch.Generator | None): of the levels and the augmentation.
+            step (int): of training, compared with `start`.
+
+        Returns:
+            tuple: the loss, a scalar, and detached: `lines` (L), `output` (N at the batch, `[B,
+            ...]`, which the discriminator learns to tell from real samples), and with a
+            discriminator, from `start`, `adversarial` (L_G) and `lam`.
+
+        Raises:
+            ValueError: shapes that do not fit, no W, "lpips" where its package is missing.
+            TypeError: x0 or x1 that is not floating.
+        """
+        _check(x0, x1, labels)
+        dist = _distance(self.metric, x1) if metric is None else metric
+        condition = () if labels is None else (labels,)
+        x, sigma = self.points(x0, x1, generator=generator)
+        output = network(x, sigma, *condition)
+        if output.shape != x1.shape:
+            raise ValueError(
+                f"LinesMatching: network must return {tuple(x1.shape)}, got {tuple(output.shape)}"
+            )
+        lines = dist(output, x1).mean()
+        metrics = {"lines": lines.detach(), "output": output.detach()}
+        if discriminator is None or step < self.start:
+            return lines, metrics
+        weight = _last_layer(network) if last_layer is None else last_layer
+        (augmented,) = self._augmented(output, generator=generator)
+        adversarial = _mean(discriminator(augmented, *condition), lambda logit: -logit)
+        lam = adaptive_weight(lines, adversarial, weight)
+        lam = lam * min(1.0, (step - self.start + 1) / max(self.warmup, 1))
+        metrics |= {"adversarial": adversarial.detach(), "lam": lam}
+        return 0.5 * lines + lam * adversarial, metrics
+
+    def discriminator_loss(
+        self,
+        discriminator: Callable[..., Logits],
+        real: Tensor,
+        fake: Tensor,
+        labels: tuple[Tensor, Tensor] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The hinge loss `mean relu(1 - D(real)) + mean relu(1 + D(fake))`, with R1 where asked.
+
+        Real and fake samples are augmented with the same parameters.
+
+        Args:
+            discriminator (Callable): as above.
+            real (Tensor): samples of the data, not of the teacher, `[B, ...]`.
+            fake (Tensor): `metrics["output"]`, of the same shape; no gradient flows to it.
+            labels (tuple | None): classes of `real` and of `fake`, `[B]` each.
+            generator (torch.Generator | None): of the augmentation.
+
+        Returns:
+            tuple: the loss, a scalar, and detached scalars: `real` and `fake`, the mean logits, and
+            `r1`, the mean squared gradient, where `r1` is positive.
+
+        Raises:
+            ValueError: shapes that differ.
+        """
+        if real.shape != fake.shape:
+            raise ValueError(
+                f"LinesMatching: fake must be {tuple(real.shape)} like real,"
+                f" got {tuple(fake.shape)}"
+            )
+        of_real, of_fake = ((), ()) if labels is None else ((labels[0],), (labels[1],))
+        real = real.detach().requires_grad_(self.r1 > 0)
+        real_input, fake_input = self._augmented(real, fake.detach(), generator=generator)
+        logits = discriminator(real_input, *of_real)
+        logits = [logits] if isinstance(logits, Tensor) else list(logits)
+        fakes = discriminator(fake_input, *of_fake)
+        fakes = [fakes] if isinstance(fakes, Tensor) else list(fakes)
+        hinge = _mean(logits, lambda t: (1 - t).relu()) + _mean(fakes, lambda t: (1 + t).relu())
+        with torch.no_grad():
+            metrics = {"real": _mean(logits), "fake": _mean(fakes)}
+        if not self.r1:
+            return hinge, metrics
+        total = torch.stack([t.sum() / t[:1].numel() for t in logits]).mean()
+        (slope,) = torch.autograd.grad(total, real, create_graph=True)
+        penalty = slope.flatten(1).square().sum(1).mean()
+        return hinge + 0.5 * self.r1 * penalty, metrics | {"r1": penalty.detach()}
+
+    def _augmented(self, *samples: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        if samples[0].ndim != 4 or not self.augment:
+            return samples
+        return diff_augment(*samples, policy=self.augment, generator=generator)
+
+
+def adaptive_weight(
+    loss: Tensor, other: Tensor, weight: Tensor, *, low: float = 0.01, high: float = 10.0
+) -> Tensor:
+    """What `other` is multiplied by so that both losses pull equally hard at a weight.
+
+    `clip(|dloss/dW| / (|dother/dW| + 1e-4), low, high)`, without gradient; both graphs are kept.
+
+    Source: Esser et al., Taming Transformers, arXiv 2012.09841, equation 7, with the clip of CTM.
+
+    >>> weight = torch.ones(3, requires_grad=True)
+    >>> adaptive_weight(6 * weight.sum(), 2 * weight.sum(), weight)
+    tensor(2.9999)
+    """
+    first, second = (
+        torch.autograd.grad(value, weight, retain_graph=True)[0].norm() for value in (loss, other)
+    )
+    ratio: Tensor = first / (second + 1e-4)
+    return ratio.clamp(low, high).detach()
+
+
+def pseudo_huber(output: Tensor, target: Tensor) -> Tensor:
+    """`(sqrt(|e|^2 + c^2) - c) / D` of the error e of D values, with `c = 0.00054 D`, `[B]`.
+
+    Source: Lee, Lin and Fanti, Improving the Training of Rectified Flows, arXiv 2405.20320.
+    """
+    d = output[0].numel()
+    c = 0.00054 * d
+    squared: Tensor = (output - target).flatten(1).square().sum(1)
+    return squared / ((squared + c * c).sqrt() + c) / d  # the difference without its cancellation
+
+
+def _distance(name: str, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    if name == "l2":
+        return lambda output, target: (output - target).square()
+    if name == "pseudo_huber":
+        return pseudo_huber
+    if like.ndim != 4 or like.shape[1] not in (1, 3):
+        raise ValueError(
+            f"LinesMatching: metric 'lpips' takes images [B, 1 or 3, H, W], got {tuple(like.shape)}"
+        )
+    network = _lpips(str(like.device))
+
+    def lpips(output: Tensor, target: Tensor) -> Tensor:
+        shape = (-1, 3, -1, -1)
+        enlarged = (
+            nn.functional.interpolate(t.float(), (224, 224), mode="bilinear").expand(shape)
+            for t in (output, target)
+        )
+        out: Tensor = network(*enlarged)
+        return out
+
+    return lpips
+
+
+@functools.lru_cache(maxsize=1)
+def _lpips(device: str) -> nn.Module:
+    try:
+        package = importlib.import_module("lpips")
+    except ImportError:
+        raise ValueError(
+            "LinesMatching: metric 'lpips' needs the package lpips: pip install lpips"
+        ) from None
+    network: nn.Module = package.LPIPS(net="vgg", verbose=False)
+    return network.eval().requires_grad_(False).to(device)
+
+
+def _last_layer(network: object) -> Tensor:
+    parameters = list(network.parameters()) if isinstance(network, nn.Module) else []
+    weights = [p for p in parameters if p.ndim >= 2 and p.requires_grad]
+    if not weights:
+        raise ValueError("LinesMatching: last_layer must be given for a network without one")
+    return weights[-1]
+
+
+def _mean(logits: Logits, value: Callable[[Tensor], Tensor] = lambda logit: logit) -> Tensor:
+    """Over samples, heads and feature networks alike."""
+    tensors = [logits] if isinstance(logits, Tensor) else list(logits)
+    return torch.cat([value(t).flatten() for t in tensors]).mean()
+
+
+def _check(x0: Tensor, x1: Tensor, labels: Tensor | None) -> None:
+    for name, t in (("x0", x0), ("x1", x1)):
+        if not t.is_floating_point():
+            raise TypeError(f"LinesMatching: {name} must have a floating dtype, got {t.dtype}")
+    shape = tuple(x0.shape)
+    if x0.numel() == 0 or x0.ndim < 2:
+        raise ValueError(f"LinesMatching: x0 must be [B, ...] and not empty, got {shape}")
+    if tuple(x1.shape) != shape or x1.dtype != x0.dtype:
+        raise ValueError(
+            f"LinesMatching: x1 must be {shape} {x0.dtype} like x0,"
+            f" got {tuple(x1.shape)} {x1.dtype}"
+        )
+    if labels is not None and tuple(labels.shape) != shape[:1]:
+        raise ValueError(f"LinesMatching: labels must be ({shape[0]},), got {tuple(labels.shape)}")
+
+
+def _wide(t: Tensor, x: Tensor) -> Tensor:
+    """`[B]` as `[B, 1, ...]`."""
+    return t.reshape(-1, *(1,) * (x.ndim - 1))

@@ -1,0 +1,305 @@
+"""Pairs on disk: the same bytes however they are split or interrupted, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import fewstep
+from fewstep import cli, pairs
+from fewstep.networks import EDMPrecond, ResidualMLP
+from fewstep.pairs import PairDataset, PairsConfig, Teacher
+
+CONFIG = PairsConfig(n=37, seed=5, steps=3, batch=4, shard_size=12)
+SHAPE = (1, 3, 5)
+
+
+class Denoiser(nn.Module):
+    """One whose GEMMs are wide enough that their rounding could depend on the batch."""
+
+    def __init__(self, classes: int = 0, pause: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.inner = EDMPrecond(ResidualMLP(SHAPE, classes=classes, width=64), sigma_data=0.7)
+        nn.init.normal_(self.inner.network.last.weight, std=0.1)
+        self.pause = pause
+
+    def forward(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Tensor:
+        time.sleep(self.pause)
+        return self.inner(x, sigma, *labels)
+
+
+def make(out: Path, config: PairsConfig = CONFIG, *, classes: int = 0, **options: object) -> int:
+    teacher = Teacher(Denoiser(classes), SHAPE, classes)
+    return pairs.generate(teacher, config, out, device="cpu", progress=False, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "pairs"
+    assert make(out) == 0
+    return out
+
+
+def test_pairs_are_the_teachers(whole: Path) -> None:
+    data = PairDataset(whole)
+    assert (len(data), data.shape, data.classes) == (37, SHAPE, 0)
+    x0, x1 = data.batch(torch.tensor([36, 0, 11, 12, 12]))
+    assert torch.equal(x0, fewstep.latents(torch.tensor([41, 5, 16, 17, 17]), SHAPE))
+    expected = fewstep.edm_sample(Denoiser(), x0, steps=3)
+    torch.testing.assert_close(x1, expected, rtol=1e-5, atol=1e-5)
+    for got, row in zip(data[-1], (x0[0], x1[0]), strict=True):
+        assert torch.equal(got, row)
+    with pytest.raises(IndexError, match="within 37 pairs, got 37"):
+        data[37]
+    assert len({tuple(t[0].flatten().tolist()) for t in data}) == 37
+
+
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_shares_give_the_same_files(whole: Path, tmp_path: Path, workers: int) -> None:
+    torch.set_num_threads(2)
+    for index in reversed(range(workers)):
+        missing = make(tmp_path / "pairs", worker=(index, workers))
+        assert (missing == 0) == (index == 0)
+    assert contents(tmp_path / "pairs") == contents(whole)
+
+
+def test_a_pair_depends_on_its_seed_and_batch_alone(whole: Path, tmp_path: Path) -> None:
+    make(tmp_path, replace(CONFIG, n=23, shard_size=8))
+    some = torch.arange(23)
+    for a, b in zip(PairDataset(whole).batch(some), PairDataset(tmp_path).batch(some), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_labels_and_half_precision(tmp_path: Path) -> None:
+    make(tmp_path, replace(CONFIG, dtype="float16"), classes=3)
+    data = PairDataset(tmp_path)
+    data.verify()
+    x0, x1, labels = data.batch(torch.arange(37))
+    assert labels.tolist() == [(5 + i) % 3 for i in range(37)]
+    assert x0.dtype == x1.dtype == torch.float32
+    assert torch.equal(x0, x0.half().float())
+    teacher = Denoiser(3)
+    expected = fewstep.edm_sample(lambda x, s: teacher(x, s, labels), x0, steps=3)
+    torch.testing.assert_close(x1, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_raw_network_is_preconditioned_by_the_sampler(whole: Path, tmp_path: Path) -> None:
+    raw = Denoiser().inner.network
+    pairs.generate(Teacher(raw, SHAPE, precondition=0.7), CONFIG, tmp_path, progress=False)
+    a, b = (PairDataset(folder).batch(torch.arange(37))[1] for folder in (whole, tmp_path))
+    # Two orders of float32 arithmetic, on states that begin at 80.
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_loader_in_other_processes(whole: Path) -> None:
+    data = pickle.loads(pickle.dumps(PairDataset(whole)))
+    loader = DataLoader(data, batch_size=10, num_workers=2, multiprocessing_context="fork")
+    read = torch.cat([x1 for _, x1 in loader])
+    assert torch.equal(read, data.batch(torch.arange(37))[1])
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_pairs import CONFIG, SHAPE, Denoiser
+from fewstep import pairs
+teacher = pairs.Teacher(Denoiser(pause=float(sys.argv[3])), SHAPE)
+pairs.generate(teacher, CONFIG, Path(sys.argv[2]), worker=pairs.worker(), progress=False)
+"""
+
+
+def start(out: Path, pause: float = 0.0, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(out), str(pause)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2", **environment})
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pairs"
+    process = start(out, pause=0.05)
+    while process.poll() is None and not list(out.glob("*.safetensors")):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert 1 <= len(done) < CONFIG.shards
+    (out / ".pairs-00003-of-00004.safetensors.tmp").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"holds no complete pairs.*manifest"):
+        PairDataset(out)
+    assert make(out) == 0
+    assert contents(out) == contents(whole)
+    assert all((out / name).stat().st_mtime_ns == when for name, when in done.items())
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pairs"
+    processes = [start(out, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert contents(out) == contents(whole)
+
+
+def test_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pairs.worker("2/3") == (2, 3)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert pairs.worker("2/3") == (9, 12)
+    for shard in ("3/3", "0/0", "1", "-1/3", "a/b"):
+        with pytest.raises(ValueError, match=re.escape(f"got {shard!r}")):
+            pairs.worker(shard)
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "copy"
+    out.mkdir()
+    for name, content in contents(whole).items():
+        (out / name).write_bytes(content)
+    return out
+
+
+def test_damaged_files_are_named(copy: Path) -> None:
+    path = copy / "pairs-00002-of-00004.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    damaged = rf"{path.name} is damaged, its checksum does not match"
+    with pytest.raises(ValueError, match=damaged):
+        PairDataset(copy).verify()
+    with pytest.raises(ValueError, match=damaged):
+        make(copy)
+    path.write_bytes(content[:-40])
+    for read in (lambda: PairDataset(copy), lambda: make(copy)):
+        with pytest.raises(ValueError, match=rf"{path.name} is damaged"):
+            read()
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{path.name} is missing"):
+        PairDataset(copy)
+    assert make(copy) == 0
+    PairDataset(copy).verify()
+
+
+def test_files_in_the_wrong_place(copy: Path, tmp_path: Path) -> None:
+    first, second = (copy / f"pairs-0000{k}-of-00004.safetensors" for k in (0, 1))
+    kept = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=r"pairs-00001.*is not file 1 of these pairs"):
+        PairDataset(copy)
+    second.write_bytes(kept)
+    make(tmp_path / "other", replace(CONFIG, seed=6))
+    first.write_bytes((tmp_path / "other" / first.name).read_bytes())
+    for read in (lambda: PairDataset(copy), lambda: make(copy)):
+        with pytest.raises(ValueError, match=r"pairs-00000.*is not file 0 of these pairs"):
+            read()
+
+
+def test_manifest(copy: Path) -> None:
+    path = copy / "manifest.json"
+    content = json.loads(path.read_text())
+    assert content["config"]["seed"] == 5
+    assert content["sigmas"] == fewstep.karras_sigmas(3).tolist()
+    assert [shard["pairs"] for shard in content["shards"]] == [12, 12, 12, 1]
+    crc = content["shards"][1]["crc32"]
+    path.write_text(path.read_text().replace(crc, "00000000"))
+    with pytest.raises(ValueError, match=r"pairs-00001.*is not the one of the manifest"):
+        PairDataset(copy)
+    path.write_text(json.dumps({**content, "shards": content["shards"][:2]}))
+    with pytest.raises(ValueError, match="must list 4 files, got 2"):
+        PairDataset(copy)
+    for text in ("{}", "not json", '{"format": "another"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is not a manifest of pairs"):
+            PairDataset(copy)
+
+
+def test_other_pairs_in_the_folder(copy: Path, tmp_path: Path) -> None:
+    before = contents(copy)
+    for name, value in (("seed", 6), ("n", 38), ("batch", 2), ("steps", 4), ("rho", 3.0)):
+        with pytest.raises(ValueError, match=rf"config.{name} is .*, not {value}"):
+            make(copy, replace(CONFIG, **{name: value}))  # type: ignore[arg-type]
+    other = Denoiser()
+    with torch.no_grad():
+        other.inner.network.last.bias += 1e-6
+    another = Denoiser()
+    another.inner.sigma_data = 0.8
+    for network in (other, another):
+        with pytest.raises(ValueError, match=r"teacher.digest is"):
+            pairs.generate(Teacher(network, SHAPE), CONFIG, copy, progress=False)
+    assert contents(copy) == before
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(ValueError, match=r"holds a.safetensors but no config.json"):
+        make(tmp_path)
+    (copy / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not the configuration of pairs"):
+        make(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 0}, "n must be an integer of at least 1, got 0"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"seed": 2**63 - 1}, "seed must leave room"),
+        ({"steps": 2.5}, "steps must be an integer of at least 1, got 2.5"),
+        ({"shard_size": 10}, "shard_size must be a multiple of batch, 4, got 10"),
+        ({"sigma_min": 0.0}, "sigma_min, sigma_max and rho must be positive"),
+        ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
+    ],
+)
+def test_bad_numbers(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **change)  # type: ignore[arg-type]
+
+
+def test_bad_teachers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="digest must be given"):
+        Teacher(lambda x, sigma: x, SHAPE)
+    with pytest.raises(ValueError, match=r"worker must be \(i, n\)"):
+        make(tmp_path, worker=(2, 2))
+    nan = Teacher(lambda x, sigma: x * torch.nan, SHAPE, digest="nan")
+    with pytest.raises(ValueError, match="edm_sample: the state is not finite after step 0"):
+        pairs.generate(nan, CONFIG, tmp_path, device="cpu", progress=False)
+    assert not list(tmp_path.glob("*pairs-*"))
+
+
+def fixed_teacher() -> Teacher:
+    return Teacher(Denoiser(), SHAPE)
+
+
+def test_command(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--n 37 --seed 5 --steps 3 --batch 4 --shard-size 12 --device cpu"
+    out = str(tmp_path / "pairs")
+    command = ["pairs", "--teacher", f"{__name__}:fixed_teacher", "--out", out]
+    command += options.split()
+    assert cli.main([*command, "--shard", "1/2"]) == 0
+    assert "2 files to be made by others" in capsys.readouterr().out
+    assert cli.main(command) == 0
+    assert "manifest.json" in capsys.readouterr().out
+    assert contents(tmp_path / "pairs") == contents(whole)
+    for teacher, message in (
+        (f"{__name__}:nothing", "cannot be imported"),
+        (f"{__name__}:CONFIG", "not callable"),
+        (f"{__name__}:Denoiser", "must be a fewstep.pairs.Teacher, got Denoiser"),
+        (str(tmp_path), "holds no run of fewstep"),
+    ):
+        assert cli.main(["pairs", "--teacher", teacher, "--out", out]) == 2
+        assert message in capsys.readouterr().err
