@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import config, dual, hessian, sinkhorn
+from . import config, dual, hessian, heun, sinkhorn
 
 _POINTER = {"float32": "*fp32", "float64": "*fp64"}
 _OTHER = {
@@ -31,6 +31,9 @@ _OTHER = {
     "cost_scale": "fp32",
     "Key": "*i64",
     "Ids": "*i64",
+    "Coefficients": "*fp64",
+    "Seeds": "*i64",
+    "Wrong": "*i32",
 }
 _INTEGERS = (
     "N",
@@ -48,10 +51,13 @@ _INTEGERS = (
     "bits",
     "channels",
     "count",
+    "d",
     "groups",
     "inner",
     "n",
+    "per_sample",
     "period",
+    "row",
     "rows",
     "tangents",
 )
@@ -164,7 +170,7 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
             if not heaviest or all(launch.get(name, most[name]) == most[name] for name in most):
                 yield kernel, dtype, launch
             continue
-        if kernel in _DUALS:
+        if kernel in _DUALS or kernel is heun.heun_combine_kernel:
             if not heaviest or _heavy(kernel, launch):
                 yield kernel, dtype, launch
             continue
@@ -183,8 +189,10 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
 
 
 def _heavy(kernel: Any, launch: dict[str, Any]) -> bool:
-    """Of the kernels of duals: gelu's backward, the longest rows, products with the sphere."""
-    if kernel is dual.dual_activate_kernel:
+    """Gelu's backward, the longest rows, products with the sphere; a pair's step with noise."""
+    if kernel is heun.heun_combine_kernel:
+        own = launch["NOISE"] and launch["TERMS"] == heun.MOST_TERMS
+    elif kernel is dual.dual_activate_kernel:
         own = launch["KIND"] == 1 and launch["BACKWARD"]
     elif kernel is dual.probe_kernel:
         own = launch["KIND"] == 3 and launch["MODE"] == 1
@@ -208,6 +216,19 @@ def _dual_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
         for kind, mode in itertools.product(range(4), range(3)):
             flags = {"KIND": kind, "MODE": mode, "IDS": True}
             yield dual.probe_kernel, dtype, config.probe(dtype, arch) | flags
+
+
+def _heun_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    for (dtype, pair), terms, noise in itertools.product(
+        (("float32", False), ("float32", True), ("float64", False)),
+        range(heun.MOST_TERMS + 1),
+        (False, True),
+    ):
+        wide = pair or dtype == "float64"
+        flags = {"WIDE": wide, "TERMS": terms, "NOISE": noise, "LOW": pair, "OUT_LOW": pair}
+        flags |= {"HIGH": True, "NET": True, "WRONG": True}
+        launch = config.heun_combine("float64" if wide else "float32", arch)
+        yield heun.heun_combine_kernel, dtype, launch | flags
 
 
 def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
@@ -243,6 +264,7 @@ def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
                 launch = config.sinkhorn_apply(*shape, **options) | cost | {"GRADIENT": gradient}
                 yield sinkhorn.sinkhorn_apply_kernel, dtype, launch
     yield from _dual_launches(arch)
+    yield from _heun_launches(arch)
 
 
 def main() -> int:

@@ -197,6 +197,15 @@ def sinkhorn_merge() -> dict[str, Any]:
 LONGEST_ROW = {"float32": 2048, "float64": 1024}
 
 
+def heun_combine(dtype: str, arch: str) -> dict[str, Any]:
+    """Launch parameters of a step of a sampler, by the dtype of its arithmetic.
+
+    >>> heun_combine("float32", "sm_90")["BLOCK"]
+    1024
+    """
+    return {"BLOCK": 1024 if dtype == "float32" else 512, "num_warps": 4, "num_stages": 2}
+
+
 def dual_activate(dtype: str, arch: str) -> dict[str, Any]:
     """Launch parameters of the activations: a thread owns some elements with all their tangents.
 

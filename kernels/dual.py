@@ -309,15 +309,21 @@ def _circle(u):
 
 
 @triton.jit
-def _normals(Key, sample, k, start, BLOCK: tl.constexpr):
-    """Standard normals by Box-Muller in float64, `[BLOCK]` from coordinate `start` on."""
-    w0, w1, w2, w3 = _words(Key, sample, k, (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.int64))
+def normals_of(w0, w1, w2, w3, BLOCK: tl.constexpr):
+    """Standard normals by Box-Muller in float64, `[BLOCK]` from words `[BLOCK / 4]`."""
     UNIT: tl.constexpr = 2.3283064365386963e-10  # 2^-32
     first = tl.sqrt(-2 * tl.log((w0.to(tl.float64) + 0.5) * UNIT))
     second = tl.sqrt(-2 * tl.log((w2.to(tl.float64) + 0.5) * UNIT))
     sine, cosine = _circle((w1.to(tl.float64) + 0.5) * UNIT)
     other_sine, other_cosine = _circle((w3.to(tl.float64) + 0.5) * UNIT)
     return _four(first * cosine, first * sine, second * other_cosine, second * other_sine, BLOCK)
+
+
+@triton.jit
+def _normals(Key, sample, k, start, BLOCK: tl.constexpr):
+    """Those of a probe from coordinate `start` on."""
+    w0, w1, w2, w3 = _words(Key, sample, k, (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.int64))
+    return normals_of(w0, w1, w2, w3, BLOCK)
 
 
 @triton.jit

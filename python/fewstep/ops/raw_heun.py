@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -38,9 +40,9 @@ def combine_into(
         wrong (Tensor | None): int32 `[1]`, set to 1 where a result is not finite.
     """
     if backend == "triton":
-        from fewstep.kernels import heun as kernels  # type: ignore[import-not-found]
-
-        kernels.combine(x, low, terms, table, row, seeds, high, out_low, net, wrong)
+        _triton().heun_combine_out.default(
+            x, low, terms, table, row, seeds, high, out_low, net, wrong
+        )
         return
     if backend in ("cpp", "cuda"):
         halves = terms if net is None else (net,)
@@ -87,11 +89,10 @@ def combine(
 
     Gradients go through y and the network's input; low is taken for a constant.
     """
-    if backend == "cpp" and not table.requires_grad:
+    if backend != "reference" and not table.requires_grad:
+        ops = _triton() if backend == "triton" else torch.ops.fewstep
         own = [term.float() if term.dtype in _LOW else term for term in terms]
-        high, rest, net = torch.ops.fewstep.heun_combine.default(
-            x, low, own, table, row, want_low, want_net
-        )
+        high, rest, net = ops.heun_combine.default(x, low, own, table, row, want_low, want_net)
         return high, rest if want_low else None, net if want_net else None
     wide = torch.float32 if _plain(x, low, x if want_low else None) else torch.float64
     y, z = reference.combine(x, low, terms, table[row].to(wide))
@@ -142,6 +143,17 @@ def _backward(ctx: Any, g: Tensor, _: Any, g_net: Tensor) -> tuple[Any, ...]:
     return grads[0], None, grads[1:], *(None,) * 4
 
 
-torch.library.register_fake("fewstep::heun_combine", _fake_combine)
-torch.library.register_autograd("fewstep::heun_combine", _backward, setup_context=_setup)
+@functools.cache
+def _triton() -> Any:
+    importlib.import_module("fewstep.kernels.heun")
+    _register("fewstep_triton")
+    return torch.ops.fewstep_triton
+
+
+def _register(namespace: str) -> None:
+    torch.library.register_fake(f"{namespace}::heun_combine", _fake_combine)
+    torch.library.register_autograd(f"{namespace}::heun_combine", _backward, setup_context=_setup)
+
+
+_register("fewstep")
 torch.library.register_fake("fewstep::heun_combine_out", lambda *_: None)
