@@ -18,8 +18,6 @@ _DIFFERENCES = 16
 # float64; and beside the accumulators of a product. Fewer columns than lanes keep their loads free
 # of shared memory.
 _COLUMNS_DOT, _COLUMNS, _COLUMNS_SMALL = 32, 16, 8
-
-
 # Coordinates from which costs are quicker to read twice than to compute twice, without and with
 # tensor cores: on an H100 8 bytes at 3 TB/s against 4 D operations at 50 TFLOP/s, 12 D at 400.
 _KEPT_FROM, _KEPT_FROM_DOT = 24, 80

@@ -59,6 +59,15 @@ def test_launches_are_legal(arch: str, dtype: str) -> None:
                         assert launch["BLOCK_M"] == 32 * launch["num_warps"]
 
 
+def test_precisions_have_one_order() -> None:
+    header = (Path(__file__).parents[1] / "csrc/shared/tf32.h").read_text()
+    assert config.PRECISIONS == raw.PRECISIONS == ("tf32x3", "tf32", "float32")
+    assert "enum Precision : int { kThree, kOne, kFloat32 };" in header
+    how = [config.sinkhorn_update(1, 64, 17, "float32", "sm_90", p) for p in raw.PRECISIONS]
+    assert [launch["DOT"] for launch in how] == [True, True, False]
+    assert [launch["PRECISION"] for launch in how[:2]] == ["tf32x3", "tf32"]
+
+
 def test_unknown_dtype() -> None:
     with pytest.raises(ValueError, match="dtype must be 'float32' or 'float64', got 'bfloat16'"):
         config.sinkhorn_update(1, 1, 1, "bfloat16", "sm_90")

@@ -185,10 +185,10 @@ def test_ops_pass_opcheck() -> None:
     ops, check = torch.ops.fewstep, torch.library.opcheck
     none = (None,) * 6
     f, g, *_ = raw.solve("cpp", Points(x, y), a, b, eps, None, None, Schedule(max_iter=5))
-    plain = (5, None, None, 1.0, None, None, None, 1.0, False, False, 2**20)
+    plain = (5, None, None, 1.0, None, None, None, 1.0, False, False, 2**20, 0)
     check(ops.sinkhorn.default, (x, y, a, b, eps, None, None, *none, 0, None, *plain))
     start, steps = eps.new_tensor([2.0, 3.0]), eps.new_tensor([4.0, 3.0])
-    full = (50, 1e-3, start, 0.5, steps, 4.0, None, 0.5, True, False, 0)
+    full = (50, 1e-3, start, 0.5, steps, 4.0, None, 0.5, True, False, 0, 1)
     check(ops.sinkhorn.default, (x, y, a, b, eps, f, g, *none, 2, 1, *full))
     for need in ((True, True), (False, True)):
         tensors = (x, y, a, b, eps, f, g)
