@@ -76,7 +76,6 @@ FEWSTEP_HD bool combine_group(const Pass<S, F>& in, int64_t sample, int64_t g) {
   }
   const A own = A(c[0]), scale = A(c[kScale]), before = A(c[kNet]);
   for (int i = 0; i < kGroup; ++i) y[i] = own * x[i];
-#pragma unroll
   for (int j = 0; j < kTerms; ++j) {
     if (j >= in.count) break;
     load_four<kWhole>(in.terms[j] + at, n, term[j]);
@@ -90,7 +89,6 @@ FEWSTEP_HD bool combine_group(const Pass<S, F>& in, int64_t sample, int64_t g) {
     for (int i = 0; i < kGroup; ++i) y[i] += factor * A(normal[i]);
   }
   for (int i = 0; i < kGroup; ++i) z[i] = scale * y[i] + before * x[i];
-#pragma unroll
   for (int j = 0; j < kTerms; ++j) {
     if (j >= in.count) break;
     const A factor = A(c[kNet + 1 + j]);
