@@ -47,7 +47,7 @@ _INTEGERS = (
     "max_iter",
     "row_pieces",
     "column_pieces",
-    "B",
+    "batch",
     "bits",
     "channels",
     "count",

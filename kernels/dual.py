@@ -363,7 +363,7 @@ def probe_kernel(
     Ids,
     Y,
     Out,
-    B,
+    batch,
     D,
     bits,
     KIND: tl.constexpr,
@@ -374,8 +374,8 @@ def probe_kernel(
     """Probe k of sample i, one a program, number `i + B k`: drawn (MODE 0), its product with
     `y [K, B, D]` (1), or times `y [K, B]` (2)."""
     item = tl.program_id(0).to(tl.int64)
-    sample = item % B
-    k = item // B
+    sample = item % batch
+    k = item // batch
     if IDS:
         sample = tl.load(Ids + sample)
     T: tl.constexpr = Out.dtype.element_ty

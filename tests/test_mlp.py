@@ -192,3 +192,26 @@ def test_raw_ops() -> None:
     wanted = [True, False, True, True, False, True, False]
     arguments = (*own, *p.arguments(), make_key(0), None, 0, last.detach(), kept.detach(), wanted)
     torch.library.opcheck(ops.mlp_backward, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("widths", [(9, 2, 8), (2, 9, 8), (9, 8, 2), (1, 9, 8, 7)], ids=str)
+def test_exact_through_the_narrowest_layer(widths: tuple[int, ...]) -> None:
+    sizes = (6, *widths, 5)
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.SiLU())]
+    net = nn.Sequential(*layers[:-1]).double()
+    x, t = torch.randn(4, 5, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+
+    def velocity(h: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = net(torch.cat([t[:, None], h], 1))
+        return out
+
+    found = []
+    for backend in ("cpp", "reference"):
+        out = fewstep.divergence(velocity, x, t, estimator="exact", backend=backend)
+        loss = out.value.square().sum() + out.velocity.sum()
+        found.append((out.value.detach(), *torch.autograd.grad(loss, list(net.parameters()))))
+        assert out.estimator == f"exact ({min(widths) if backend == 'cpp' else 5} tangents)"
+    for actual, right in zip(*found, strict=True):
+        torch.testing.assert_close(actual, right)
+    own = mlp.record(velocity, x, t)
+    torch.testing.assert_close(mlp.trace_by_bottleneck(own, 1)[1], found[0][0])

@@ -399,7 +399,7 @@ def test_strided_expanded_empty() -> None:
         ({"sample_ids": torch.arange(3)}, ValueError, "sample_ids must be"),
         ({"seed": -1}, ValueError, "seed must be an integer"),
         ({"seed": torch.zeros(())}, TypeError, "seed must be an int64 scalar"),
-        ({"backend": "triton"}, ValueError, "backend 'triton' cannot serve"),
+        ({"backend": "cuda"}, ValueError, "backend 'cuda' cannot serve"),
         ({"velocity": lambda x, t: x[:, :2]}, ValueError, "velocity must return"),
     ],
 )

@@ -78,8 +78,8 @@ class ReflowConfig:
 
 
 # Determinants of 64 dimensions are cheap; with more of them, traces along four steps a window.
-_DIGITS = MarginalReflow(lam=0.03, warmup=150, weight="t^2", t_min=0.05)
-_LARGE = replace(_DIGITS, tracker="trace", steps=4)
+_DIGITS = MarginalReflow(lam=0.1, warmup=150, weight="one", t_min=0.05)
+_LARGE = replace(_DIGITS, lam=0.03, weight="t^2", tracker="trace", steps=4)
 
 
 def preset(data: str) -> ReflowConfig:

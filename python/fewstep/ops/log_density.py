@@ -164,9 +164,10 @@ def track(
     heun = method == "heun"
     first_key = trace.make_key(seed)
     nodes = times.T.contiguous()
-    steps = nodes.shape[0] - 1
+    lengths = nodes.diff(dim=0)
+    halves, steps = lengths / 2, lengths.shape[0]
     for step in range(steps):
-        t, h = nodes[step], nodes[step + 1] - nodes[step]
+        t, h, half = nodes[step], lengths[step], halves[step]
         wide = h.reshape(-1, *(1,) * (x.ndim - 1))
 
         def key(stage: int, step: int = step) -> Tensor:
@@ -176,12 +177,13 @@ def track(
             first = solver(x, t, key(0))
             name = first.estimator
             if heun:
-                second = solver(x + wide * first.velocity, t + h, key(1))
-                x = x + wide / 2 * (first.velocity + second.velocity)
-                change = change - h / 2 * (first.value + second.value)
+                middle = torch.addcmul(x, wide, first.velocity)
+                second = solver(middle, nodes[step + 1], key(1))
+                x = torch.addcmul(x, half.view(wide.shape), first.velocity + second.velocity)
+                change = torch.addcmul(change, half, first.value + second.value, value=-1)
             else:
-                x = x + wide * first.velocity
-                change = change - h * first.value
+                x = torch.addcmul(x, wide, first.velocity)
+                change = torch.addcmul(change, h, first.value, value=-1)
             if not name.startswith("exact"):
                 spread = first.stderr.square()
                 if heun:

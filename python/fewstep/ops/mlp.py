@@ -317,6 +317,43 @@ def trace(program: Program, cache: dict[Any, Tensor] | None) -> tuple[Tensor, Te
     return velocity.view(program.shape), value
 
 
+def narrowest(program: Program) -> int:
+    """Width of the narrowest hidden layer."""
+    return min(w.shape[0] for w in program.weights[:-1])
+
+
+def trace_by_bottleneck(program: Program, chunk: int) -> tuple[Tensor, Tensor]:
+    """Velocity and the exact trace `[B]` by a tangent for each unit of the narrowest hidden layer.
+
+    `tr(A B) = tr(B A)`: from that layer to the outputs, on from the inputs, and back to it. `chunk`
+    tangents at a time. Differentiable.
+    """
+    weights, n = program.outer, len(program.weights)
+    h, slopes = program.x, []
+    for i, (weight, shift) in enumerate(zip(program.weights, program.shifts, strict=True)):
+        h = F.linear(h, weight)
+        if i == n - 1:
+            h = h if shift is None else h + shift
+            continue
+        kind, (beta, threshold) = program.kinds[i], program.options[2 * i : 2 * i + 2]
+        ones, name = h.new_ones((1, h.shape[1])), reference.ACTIVATIONS[kind]
+        both = raw_dual.activate("cpp", h, ones, shift, 1, name, beta, threshold)
+        h, slope = both.view(2, *h.shape).unbind(0)
+        slopes.append(slope)
+    own = min(range(n - 1), key=lambda i: weights[i].shape[0])
+    parts = []
+    for first in range(0, weights[own].shape[0], chunk):
+        units = slice(first, first + chunk)
+        t = weights[own + 1][:, units].T[:, None]  # [units, 1, features], the same for all samples
+        for i in (*range(own + 1, n - 1), n - 1, *range(own)):
+            t = t * slopes[i] if i < n - 1 else t
+            following = weights[(i + 1) % n]
+            t = t @ following.T if (i + 1) % n != own else t
+        back = (t * weights[own][units, None]).sum(2)  # [units, B]
+        parts.append((back.T * slopes[own][:, units]).sum(1))
+    return h.view(program.shape), torch.stack(parts).sum(0)
+
+
 def _fake_probes(x: Tensor, low: int, weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     *_, count, _, _, _, keep = rest
     batch = x.shape[0]

@@ -31,7 +31,7 @@ class Divergence:
         value: `tr(dv/dx)` of each sample, or its estimate, `[B]`.
         stderr: standard error of `value` over the probes, `[B]`: 0 where it is exact, NaN for a
             single probe.
-        estimator: what was used: "exact (structural)", "exact (D tangents)", "hutchinson",
+        estimator: what was used: "exact (structural)", "exact (m tangents)", "hutchinson",
             "hutch++" or "xtrace".
         info: why the network's Jacobian was left to `torch.func`, or empty.
     """
@@ -59,7 +59,8 @@ def divergence(
 
         exact       tr(W3 D2 W2 D1 W1) = d2' [W2 o (W1 W3)'] d1, for linear layers with up to two
                     hidden activations between them: one product of the hidden width, whatever D;
-                    other networks: sum_i e_i' J e_i, by D tangents.
+                    other networks: sum_i e_i' J e_i, by D tangents, or for more hidden layers
+                    as many as the narrowest has: tr(A B) = tr(B A).
         hutchinson  mean_k v_k' J v_k, with E[v v'] = I; variance 2 (|A|_F^2 - sum A_ii^2) / K for
                     signs and 2 |A|_F^2 / K for Gaussians, A = (J + J') / 2.
         hutch++     probes / 3 products sketch the range of J, as many project on it exactly, and
@@ -213,6 +214,12 @@ class Solver:
                     return None
                 v, value = mlp.trace(program, None if grad else self.cache)
                 return Divergence(v, value, torch.zeros_like(value), "exact (structural)")
+        m = mlp.narrowest(program)
+        if self._exact(min(d, m)) and m < d:
+            widest = max(w.shape[0] for w in program.weights)
+            chunk = max(1, min(m, _CHUNK // max(x.shape[0] * widest, 1)))
+            v, value = mlp.trace_by_bottleneck(program, chunk)
+            return Divergence(v, value, torch.zeros_like(value), f"exact ({m} tangents)")
         if self._exact(d):
             return None
         source = self._source(key, "cpp")
