@@ -34,9 +34,11 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(INSTALL) '.[bench]' --no-build-isolation
-	$(BIN)/python -m benchmarks.run sinkhorn --peers
+	for family in sinkhorn trace heun; do $(BIN)/python -m benchmarks.run $$family --peers || exit 1; done
 	$(BIN)/python -m benchmarks.table
-	$(BIN)/python -m benchmarks.targets
+	for family in sinkhorn trace heun; do \
+	  $(BIN)/python -m benchmarks.targets benchmarks/results/$${family}_cpu.csv || missed=1; \
+	done; exit $${missed:-0}
 
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Callable
 
 import torch
 
 from fewstep import __version__
 from fewstep._library import BACKENDS, DEFAULT_ORDER, cuda_library, load_cpp, unavailable
-from fewstep.ops import drift, trace
+from fewstep.ops import drift, heun, trace
 
-OPS = (
-    "sinkhorn",
-    "sinkhorn_drift",
-    "divergence",
-)  # the first with the transport and barycenter of its result
+# Why a backend cannot serve an op at all, or None; "sinkhorn" has transport and barycenters too,
+# "heun" all samplers.
+OPS: dict[str, Callable[[str], str | None]] = {
+    "sinkhorn": lambda _: None,
+    "sinkhorn_drift": lambda backend: drift.unsupported(backend, None),
+    "divergence": trace.unsupported,
+    "heun": heun.unsupported,
+}
 
 
 def report() -> str:
@@ -38,18 +42,13 @@ def report() -> str:
         "",
         f"{'op':<16}{'device':<8}{'backend':<11}status",
     ]
-    for op in OPS:
+    for op, unsupported in OPS.items():
         for device in ("cpu", "cuda"):
-            serves = trace.unsupported if op == "divergence" else lambda _: None
             # KeOps is the default for cost functions alone.
-            order = [b for b in DEFAULT_ORDER[device] if b != "keops" and serves(b) is None]
+            order = [b for b in DEFAULT_ORDER[device] if b != "keops" and unsupported(b) is None]
             default = next(b for b in order if unavailable(b, device) is None)
             for backend in BACKENDS:
-                reason = unavailable(backend, device)
-                if op == "sinkhorn_drift":
-                    reason = reason or drift.unsupported(backend, None)
-                if op == "divergence":
-                    reason = reason or trace.unsupported(backend)
+                reason = unavailable(backend, device) or unsupported(backend)
                 if reason is None and device == "cuda" and not torch.cuda.is_available():
                     reason = "no CUDA device"
                 status = f"no: {reason}" if reason else "yes"

@@ -281,8 +281,9 @@ class Tracker:
     def advance(self, found: list[trace.Divergence], weights: list[Tensor], row: int) -> None:
         """Past an evaluation; its traces' errors are weighed as the traces are."""
         for one, weight in zip(found, weights, strict=True):
-            self.variance = self.variance + (weight * one.stderr).square()
             self.estimator = one.estimator
+            if not one.estimator.startswith("exact"):
+                self.variance = self.variance + (weight * one.stderr).square()
         self.run.advance([one.value.double() for one in found], row, 0)
 
     def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
