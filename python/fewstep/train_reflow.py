@@ -78,7 +78,7 @@ class ReflowConfig:
 
 
 # Determinants of 64 dimensions are cheap; with more of them, traces along four steps a window.
-_DIGITS = MarginalReflow(lam=0.1, warmup=150, weight="one", t_min=0.05)
+_DIGITS = MarginalReflow(lam=1.0, warmup=150, weight="one", t_min=0.05)
 _LARGE = replace(_DIGITS, lam=0.03, weight="t^2", tracker="trace", steps=4)
 
 
