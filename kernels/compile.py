@@ -197,7 +197,7 @@ def _heavy(kernel: Any, launch: dict[str, Any]) -> bool:
     elif kernel is dual.probe_kernel:
         own = launch["KIND"] == 3 and launch["MODE"] == 1
     else:
-        own = launch["BLOCK"] >= min(config.LONGEST_ROW.values()) and launch["CENTRED"]
+        own = launch["BLOCK"] >= min(config.LONGEST_ROW.values())
     return bool(own)
 
 

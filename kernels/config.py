@@ -228,7 +228,9 @@ def dual_norm(n: int, dtype: str, arch: str) -> dict[str, Any]:
     lanes = 64 if arch.startswith("gfx") else 32
     own = 8 if dtype == "float32" else 4
     warps = min(max(block // (own * lanes), 1), 16)
-    return {"BLOCK": block, "num_warps": warps, "num_stages": 1}
+    launch = {"BLOCK": block, "num_warps": warps, "num_stages": 1}
+    # As in `sinkhorn_update`; 8 warps are the most.
+    return launch if arch.startswith("gfx") else launch | {"maxnreg": 255}
 
 
 def dual_norm_parts(batch: int) -> int:

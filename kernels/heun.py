@@ -47,8 +47,9 @@ def heun_combine_kernel(
     `X + Low`; what rounding leaves of y goes to `Out_low`, 1 to `Wrong` where y is not finite.
     """
     T: tl.constexpr = tl.float64 if WIDE else tl.float32
-    sample = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1).to(tl.int64) * BLOCK
+    blocks_of_one = tl.cdiv(d, BLOCK)
+    sample = (tl.program_id(0) // blocks_of_one).to(tl.int64)
+    start = (tl.program_id(0) % blocks_of_one).to(tl.int64) * BLOCK
     cols = start + tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < d
     at = sample * d + cols
@@ -121,7 +122,7 @@ def heun_combine_out(
         return x if t is None else t
 
     with on(x.device):
-        heun_combine_kernel[(programs, triton.cdiv(d, launch["BLOCK"]))](
+        heun_combine_kernel[(programs * triton.cdiv(d, launch["BLOCK"]),)](
             *(x, given(None if low is None else low.contiguous()), f, u, table[row], given(seeds)),
             *(given(high), given(out_low), given(net), given(wrong)),
             *(d, row, int(not shared)),

@@ -266,6 +266,34 @@ def test_functional_transforms() -> None:
         torch.testing.assert_close(own[i], exact[i, :, i])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside torch's rules
+def test_forward_mode() -> None:
+    net, times = Field().double(), torch.linspace(0, 1, 4, dtype=torch.float64)
+    x, v = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+
+    def end(x: Tensor) -> Tensor:
+        return fewstep.heun_solve(net, x, times).x
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = end(torch.autograd.forward_ad.make_dual(x, v))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, torch.func.jvp(end, (x,), (v,))[1])
+
+
+def test_outputs_and_noise_must_fit() -> None:
+    x, table = torch.randn(2, 3), torch.ones(1, 1, 8, dtype=torch.float64)
+    op = torch.ops.fewstep.heun_combine_out.default
+    for place, wrong in (
+        (1, torch.zeros(1)),
+        (6, torch.zeros(2, 3).double()),
+        (5, torch.arange(3)),
+    ):
+        arguments: list[Any] = [x, None, [], table, 0, None, torch.empty(2, 3), None, None, None]
+        arguments[place] = wrong
+        with pytest.raises(RuntimeError, match="heun_combine"):
+            op(*arguments)
+
+
 def test_compiles_without_a_break() -> None:
     net, times = Field(), torch.linspace(0, 1, 4)
     x = torch.randn(4, 3, requires_grad=True)
@@ -397,6 +425,8 @@ def test_bad_velocities_and_steps() -> None:
         fewstep.heun_solve(lambda x, t: (x, t), x, [0.0, 1.0])
     with torch.no_grad(), pytest.raises(ValueError, match="not finite at step 1"):
         fewstep.heun_solve(lambda x, t: x / (1 - t[:, None]), x, [0.0, 0.5, 1.0])
+    with pytest.raises(ValueError, match="not finite at step 0"):
+        fewstep.heun_solve(lambda x, t: x / 0, x, [0.0, 1.0], check_finite=True)
     with pytest.raises(ValueError, match=r"dt must be a scalar or \(2,\), got \(3,\)"):
         fewstep.heun_step(lambda x, t: x, x, 0.0, torch.ones(3))
     with pytest.raises(TypeError, match="floating"):

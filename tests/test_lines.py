@@ -445,9 +445,6 @@ def test_line_and_reuse_coincide_for_the_exact_map() -> None:
     x0 = torch.randn(64, 2, generator=seeded(), dtype=torch.float64)
     x1 = exact_map(mixture, x0)
     sigmas = fewstep.karras_sigmas(18)[[0, 3, 5]]
-    for mode in ("line", "reuse"):
-        found = fewstep.multistep_sample(lambda x, s: x1, x0, sigmas=sigmas, mode=mode)
-        torch.testing.assert_close(found, x1)
     seen: dict[str, list[Tensor]] = {}
     for mode in ("line", "reuse", "fresh"):
         spy = Spy()

@@ -276,7 +276,7 @@ def test_bad_teachers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"worker must be \(i, n\)"):
         make(tmp_path, worker=(2, 2))
     nan = Teacher(lambda x, sigma: x * torch.nan, SHAPE, digest="nan")
-    with pytest.raises(ValueError, match="edm_sample: the state is not finite after step 0"):
+    with pytest.raises(ValueError, match="edm_sample: the state is not finite at step 0"):
         pairs.generate(nan, CONFIG, tmp_path, device="cpu", progress=False)
     assert not list(tmp_path.glob("*pairs-*"))
 

@@ -49,11 +49,9 @@ FEWSTEP_INLINE Vec<A> part(const Combine<S, F>& in, const double* c, const doubl
     if (noise != nullptr) y += factor[heun::kNoise] * Numbers<A, double>::template get<kWhole>(noise + k, n);
     wrong += y * A(0);
     if (in.high != nullptr) Numbers<A, S>::template put<kWhole>(in.high + e, y, n);
-    if constexpr (sizeof(A) > sizeof(S)) {
-      if (in.out_low != nullptr) {
-        const Vec<A> rounded = Numbers<A, S>::rounded(y);
-        Numbers<A, S>::template put<kWhole>(in.out_low + e, y - rounded, n);
-      }
+    if (in.out_low != nullptr) {
+      const Vec<A> rounded = Numbers<A, S>::rounded(y);
+      Numbers<A, S>::template put<kWhole>(in.out_low + e, y - rounded, n);
     }
     if (in.net != nullptr) {
       Vec<A> net = factor[heun::kScale] * y + factor[heun::kNet] * x;

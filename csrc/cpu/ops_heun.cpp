@@ -54,10 +54,15 @@ T* write_if(const Maybe& t) {
 // A call of contiguous goes through the dispatcher: as long as the whole pass over a small state.
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : contiguous(t); }
 
-void check_output(const Maybe& t, const char* name, const Tensor& x) {
+void check_like(const Tensor& t, const char* name, const Tensor& x, ScalarType dtype) {
+  STD_TORCH_CHECK(t.numel() == x.numel() && t.scalar_type() == dtype, "heun_combine: ", name,
+                  " must have the size of x and the dtype that goes with it");
+}
+
+void check_output(const Maybe& t, const char* name, const Tensor& x, ScalarType dtype) {
   if (!t.has_value()) return;
-  STD_TORCH_CHECK(t->is_contiguous() && t->numel() == x.numel(), "heun_combine: ", name,
-                  " must be contiguous and have the size of x");
+  check_like(*t, name, x, dtype);
+  STD_TORCH_CHECK(t->is_contiguous(), "heun_combine: ", name, " must be contiguous");
 }
 
 template <class T, class F>
@@ -98,21 +103,27 @@ void combine_out(const Tensor& x, const Maybe& low, const std::vector<Tensor>& t
                       table.scalar_type() == ScalarType::Double && row >= 0 && row < table.size(0) &&
                       (table.size(1) == 1 || table.size(1) == x.size(0)),
                   "heun_combine: table must be float64 [K, 1 or B, 8] with row ", row);
-  check_output(high, "high", x);
-  check_output(out_low, "out_low", x);
-  check_output(net, "net", x);
+  const ScalarType state = x.scalar_type();
+  const ScalarType other = net.has_value() ? net->scalar_type() : terms.empty() ? state : terms[0].scalar_type();
+  check_output(high, "high", x, state);
+  check_output(out_low, "out_low", x, state);
+  check_output(net, "net", x, other);
   const Tensor xc = dense(x);
-  const Maybe lc = low.has_value() ? Maybe(dense(*low)) : std::nullopt;
+  Maybe lc;
+  if (low.has_value()) {
+    check_like(*low, "low", x, state);
+    lc = dense(*low);
+  }
+  if (seeds.has_value()) {
+    STD_TORCH_CHECK(seeds->numel() == x.size(0) && seeds->scalar_type() == ScalarType::Long && seeds->is_contiguous(),
+                    "heun_combine: seeds must be int64 [B]");
+  }
   std::vector<Tensor> own;
   own.reserve(terms.size());
   for (const Tensor& t : terms) {
-    STD_TORCH_CHECK(t.numel() == x.numel() && t.scalar_type() == terms[0].scalar_type(),
-                    "heun_combine: terms must have the size of x and one dtype");
+    check_like(t, "terms", x, other);
     own.push_back(dense(t));
   }
-  const ScalarType state = x.scalar_type();
-  const ScalarType other = net.has_value() ? net->scalar_type() : terms.empty() ? state : terms[0].scalar_type();
-  STD_TORCH_CHECK(terms.empty() || other == terms[0].scalar_type(), "heun_combine: net must have the dtype of terms");
   if (state == ScalarType::Float && other == ScalarType::Float) {
     run<float, float>(xc, lc, own, table, row, seeds, high, out_low, net, wrong);
   } else if (state == ScalarType::Double && other == ScalarType::Float) {

@@ -53,9 +53,10 @@ void launch(const Inputs& in, cudaStream_t stream) {
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : contiguous(t); }
 
-void check_like(const Tensor& t, const char* name, const Tensor& x, bool output) {
+void check_like(const Tensor& t, const char* name, const Tensor& x, ScalarType dtype, bool output) {
   STD_TORCH_CHECK(t.numel() == x.numel() && t.get_device_index() == x.get_device_index() && t.is_cuda(),
                   "heun_combine: ", name, " must have the size of x and be on its device");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "heun_combine: ", name, " must have the dtype that goes with x");
   STD_TORCH_CHECK(!output || t.is_contiguous(), "heun_combine: ", name, " must be contiguous");
 }
 
@@ -66,14 +67,15 @@ void combine_out(const Tensor& x, const Maybe& low, const std::vector<Tensor>& t
                       table.scalar_type() == ScalarType::Double && row >= 0 && row < table.size(0) &&
                       (table.size(1) == 1 || table.size(1) == x.size(0)),
                   "heun_combine: table must be float64 [K, 1 or B, 8] on the device of x, with row ", row);
+  const ScalarType state = x.scalar_type();
+  const ScalarType other = net.has_value() ? net->scalar_type() : terms.empty() ? state : terms[0].scalar_type();
   Inputs in{dense(x), low, {}, table, row, seeds, high, out_low, net, wrong};
   if (low.has_value()) {
-    check_like(*low, "low", x, false);
+    check_like(*low, "low", x, state, false);
     in.low = dense(*low);
   }
   for (const Tensor& t : terms) {
-    check_like(t, "terms", x, false);
-    STD_TORCH_CHECK(t.scalar_type() == terms[0].scalar_type(), "heun_combine: terms must have one dtype");
+    check_like(t, "terms", x, other, false);
     in.terms.push_back(dense(t));
   }
   if (seeds.has_value()) {
@@ -81,12 +83,9 @@ void combine_out(const Tensor& x, const Maybe& low, const std::vector<Tensor>& t
                         seeds->scalar_type() == ScalarType::Long,
                     "heun_combine: seeds must be int64 [B] on the device of x");
   }
-  if (high.has_value()) check_like(*high, "high", x, true);
-  if (out_low.has_value()) check_like(*out_low, "out_low", x, true);
-  if (net.has_value()) check_like(*net, "net", x, true);
-  const ScalarType state = x.scalar_type();
-  const ScalarType other = net.has_value() ? net->scalar_type() : terms.empty() ? state : terms[0].scalar_type();
-  STD_TORCH_CHECK(terms.empty() || other == terms[0].scalar_type(), "heun_combine: net must have the dtype of terms");
+  if (high.has_value()) check_like(*high, "high", x, state, true);
+  if (out_low.has_value()) check_like(*out_low, "out_low", x, state, true);
+  if (net.has_value()) check_like(*net, "net", x, other, true);
   const fewstep::cuda::Device device(x);
   const bool single = state == ScalarType::Float;
   STD_TORCH_CHECK(single || state == ScalarType::Double, "heun_combine: the state must be float32 or float64");

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 import tyro
 
 from fewstep import pairs, plots, train, train_lines, train_reflow
@@ -169,7 +168,7 @@ class Sample:
             raise ValueError(f"steps is for runs of lines, got {self.steps}")
         if method == "lines":
             student_of_lines, run = train_lines.load_student(self.folder)
-            seeds = torch.arange(self.n) + (self.seed << 32)
+            seeds = train_lines.sampling_seeds(self.n, self.seed)
             images = train_lines.sample(
                 student_of_lines, run, seeds, steps=self.steps or 1, mode=self.sampler
             )

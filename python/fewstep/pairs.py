@@ -193,6 +193,8 @@ def generate(
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     place = torch_device(device)
+    if isinstance(teacher.denoiser, nn.Module):
+        teacher.denoiser.to(place)
     content = _content(teacher, config)
     _settle(out, content)
     mine = range(index, config.shards, count)

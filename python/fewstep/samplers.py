@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops import raw_heun, trace
+from fewstep.ops.differentiable import is_transformed
 from fewstep.ops.heun import (
     FIRST,
     HeunResult,
@@ -222,7 +223,8 @@ def edm_sample(
     with `gamma = min(S_churn / N, sqrt 2 - 1)` where `S_min <= sigma <= S_max`, else 0; a last step
     to 0 is `x = x2`. What is not the network, noise, guidance and preconditioning included, is two
     fused passes a step. There are no gradients (`fewstep.heun_solve` has them), and the network's
-    input is a buffer of the sampler: a network that keeps it has to clone it.
+    input is a buffer of the sampler: a network that keeps it has to clone it, and none may write
+    into it.
 
     Args:
         denoiser (Callable): `D(x, sigma)` with sigma `[B]`, of the shape of x: `E[data | x]`.
@@ -292,7 +294,7 @@ def edm_sample(
         if levels.shape[1] < 2:
             raise ValueError("edm_sample: log_density needs two levels above 0")
     name = pick(latents, backend)
-    if levels is None and weight is None:
+    if levels is None and weight is None and not torch.compiler.is_compiling():
         plan = _known_plan(schedule, churn, precondition)
     else:
         own = _schedule(*schedule) if levels is None else levels
@@ -304,7 +306,8 @@ def edm_sample(
                 "edm_sample: cuda_graph needs latents on a CUDA device and no log_density,"
                 f" got {latents.device}"
             )
-        return _replay(networks, latents, plan, seeds, state, name)
+        with torch.cuda.device(latents.device):
+            return _replay(networks, latents, plan, seeds, state, name)
     tracked = None
     if log_density is not None:
         options = trace.Options(estimator, probes)
@@ -446,24 +449,25 @@ def multistep_sample(
             f"multistep_sample: sigmas must be positive and decreasing, got {levels.tolist()}"
         )
     seeds = _seeds_for("multistep_sample", seeds, latents, mode == "fresh" and len(levels) > 1)
-    table = levels.new_zeros((FIRST + len(levels) - 1, 1, COLUMNS))
+    table = levels.new_zeros((FIRST + len(levels), 1, COLUMNS))
     table[..., SCALE] = 1
     table[1, :, 0] = levels[0]
     ratio = (levels[1:] / levels[:-1])[:, None]
     if mode == "line":
-        table[FIRST:, :, 0], table[FIRST:, :, 1] = ratio, 1 - ratio
+        table[FIRST:-1, :, 0], table[FIRST:-1, :, 1] = ratio, 1 - ratio
     else:
-        table[FIRST:, :, 1] = 1
-        table[FIRST:, :, 2 if mode == "reuse" else NOISE] = levels[1:, None]
+        table[FIRST:-1, :, 1] = 1
+        table[FIRST:-1, :, 2 if mode == "reuse" else NOISE] = levels[1:, None]
+    table[-1, :, 1] = 1
     name = pick(latents, backend)
     table = table.to(latents.device)
     run = Run("multistep_sample", name, latents, table, "float32", check_finite, seeds=seeds)
     inputs = levels.to(latents)[:, None].expand(-1, latents.shape[0]).contiguous().unbind()
     run.advance([], 1, 0)
-    for k in range(len(levels) - 1):
+    for k in range(len(levels)):
         endpoint = run.accept(network(run.net, inputs[k]), k)
         run.advance([endpoint, latents] if mode == "reuse" else [endpoint], FIRST + k, k)
-    return run.accept(network(run.net, inputs[-1]), len(levels) - 1)
+    return run.finish()
 
 
 @dataclass(frozen=True)
@@ -605,6 +609,7 @@ def _row(
     With guidance w the network's part is that of `w F + (1 - w) U`.
     """
     zero = torch.zeros_like(own)
+    guidance = None if guidance is None else guidance.to(own.device)
 
     def shares(value: Tensor | None) -> tuple[Tensor, Tensor]:
         if value is None or guidance is None:
@@ -642,31 +647,25 @@ class _Tracked:
         guidance: Tensor | None = None,
     ) -> None:
         assert plan.traces is not None
-        self.plan, self.guidance = plan, guidance
+        self.plan = plan
         self.solvers = [trace.Solver(network, options) for network in networks]
         weights = plan.traces.to(log_density.device)
         row = _row(torch.ones_like(weights), weights, guidance)
-        self.tracker = Tracker(backend, log_density, rows(row.reshape(-1, 2, *row.shape[1:])))
+        table = rows(row.reshape(-1, 2, *row.shape[1:]))
+        self.tracker = Tracker(backend, log_density, table)
+        # What the traces are weighed by, once for all evaluations.
+        self.weights = table[FIRST:, :, 1 : 1 + len(networks)].to(log_density).unbind()
 
     def call(self, net: Tensor, level: Tensor, index: int) -> list[Tensor]:
-        assert self.plan.traces is not None
         key = trace.make_key(0, index // 2, index % 2)
         found = [solver(net, level, key) for solver in self.solvers]
-        weight = self.plan.traces[index].to(level)
-        if self.guidance is None:
-            weights = [weight]
-        else:
-            share = self.guidance.to(level)
-            weights = [weight * share, weight * (1 - share)]
-        self.tracker.advance(found, weights, FIRST + index)
+        self.tracker.advance(found, list(self.weights[index].unbind(-1)), FIRST + index)
         return [one.velocity for one in found]
 
     def result(self, x: Tensor) -> HeunResult:
         assert self.plan.constant is not None
         change = self.plan.constant.to(x.device) * x.shape[1:].numel()
-        run = self.tracker.run
-        total, error = (run.high + change).to(x.dtype), self.tracker.variance.sqrt()
-        return HeunResult(x, total, error.to(x.dtype), None, self.tracker.estimator)
+        return HeunResult(x, *self.tracker.result(change), None, self.tracker.estimator)
 
 
 def _follow(
@@ -682,7 +681,13 @@ def _follow(
     def evaluate(net: Tensor, index: int) -> list[Tensor]:
         if tracked is not None:
             return [run.accept(out, index // 2) for out in tracked.call(net, inputs[index], index)]
-        return [run.accept(network(net, inputs[index]), index // 2) for network in networks]
+        outs = [run.accept(network(net, inputs[index]), index // 2) for network in networks]
+        if len(outs) == 2 and _share_memory(*outs):
+            raise ValueError(
+                f"{run.who}: the networks must return tensors of their own, got one buffer from"
+                f" both at step {index // 2}"
+            )
+        return outs
 
     run.advance([], 1, 0)
     for step in _steps(plan.steps, progress):
@@ -691,6 +696,12 @@ def _follow(
             middle = index == 2 * step and not alone
             run.advance(evaluate(run.net, index), FIRST + index, step, middle=middle)
     return run.finish()
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_compiling() or is_transformed() or not a.numel():
+        return False
+    return a.data_ptr() == b.data_ptr()
 
 
 def _steps(count: int, progress: bool) -> Iterable[int]:
@@ -747,7 +758,7 @@ def _replay(
             once()  # what is compiled or cached at a first call must not be captured
         torch.cuda.current_stream(latents.device).wait_stream(stream)
         own.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(own.graph):
+        with torch.cuda.graph(own.graph, stream=stream):
             own.out = once()
         known[key] = own
     captured = known[key]
@@ -794,7 +805,8 @@ def _check_guidance(
         return None
     if uncond is None or guidance is None:
         missing, given = ("uncond", "guidance") if uncond is None else ("guidance", "uncond")
-        raise ValueError(f"{who}: {given} needs {missing}, got {given}={guidance or uncond!r}")
+        value = uncond if guidance is None else guidance
+        raise ValueError(f"{who}: {given} needs {missing}, got {given}={value!r}")
     weight = torch.as_tensor(guidance, dtype=torch.float64, device="cpu")
     if tuple(weight.shape) not in ((), (latents.shape[0],)) or not bool(weight.isfinite().all()):
         raise ValueError(

@@ -184,7 +184,7 @@ def fit(
                         bar.set_postfix_str(f"{prefix}{shown}={value:.4f}", refresh=False)
                         if step % log_every == 0:
                             for name, value in values.items():
-                                writer.add_scalar(prefix + name, value, step)
+                                writer.add_scalar(prefix + name, value, at - 1)
                     if save or stopped.is_set():
                         writer.flush()
                         checkpoint.save(path, named(networks), step=at)

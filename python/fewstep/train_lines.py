@@ -191,7 +191,7 @@ def train(
     device = torch_device(config.device)
     open_run(out, "lines", run, began=read_run(out) if resume else None, overwrite=overwrite)
     networks = _networks(run, device)
-    if config.teacher:
+    if config.teacher and not (out / CHECKPOINT).exists():  # which has it
         _take_teacher(networks["teacher"], run)
     _fit(run, data, networks, out, device, progress=progress)
     done = {name: networks[name].averaged.cpu().eval() for name in ("teacher", "student")}
@@ -458,6 +458,17 @@ def _take_teacher(network: Network, run: Run) -> None:
             raise ValueError(f"teacher: {folder} has {name} {its}, not {own}")
     own = {f"teacher.{key}": t for key, t in network.state().items() if key.startswith("ema.")}
     checkpoint.restore(folder / CHECKPOINT, own)
+
+
+def sampling_seeds(n: int, seed: int) -> Tensor:
+    """Of n latents, past those of the pairs and of the evaluation.
+
+    Raises:
+        ValueError: seed that is not below 2^31.
+    """
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be at least 0 and below {2**31}, got {seed}")
+    return torch.arange(n) + (seed << 32) + (3 << 30)
 
 
 def _as_teacher(model: nn.Module, run: Run) -> pairs.Teacher:

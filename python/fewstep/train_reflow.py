@@ -171,7 +171,7 @@ def train(
     open_run(out, "reflow", Run(config, shape), began=began, overwrite=overwrite)
     device = torch_device(config.device)
     networks = _networks(config, shape)
-    if config.teacher:
+    if config.teacher and not (out / CHECKPOINT).exists():  # which has it
         _take_teacher(networks, config, shape)
     _fit(config, data, networks, out, device, teacher, progress=progress)
     averages = {name: network.averaged.cpu().eval() for name, network in networks.items()}

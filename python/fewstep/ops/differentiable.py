@@ -48,7 +48,7 @@ def solve(
     """
     transformed = is_transformed()
     inputs = [t for t in (points.x, points.y, a, b, points.matrix) if t is not None]
-    if not transformed and not any(_is_dual(t) for t in inputs):
+    if not transformed and not any(is_dual(t) for t in inputs):
         constant = not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
         if constant or backend == "reference":
             return raw.solve(backend, points, a, b, eps, f0, g0, schedule)
@@ -83,7 +83,7 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _is_dual(t: Tensor | None) -> bool:
+def is_dual(t: Tensor | None) -> bool:
     if t is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
     return _unpack(t).tangent is not None

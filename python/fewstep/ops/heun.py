@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep._library import choose_backend
 from fewstep.ops import raw_heun, trace
-from fewstep.ops.differentiable import is_transformed
+from fewstep.ops.differentiable import is_dual, is_transformed
 
 STATES = raw_heun.STATES
 FIRST = 2  # row of the table for evaluation 0: row 0 draws latents, row 1 starts a sampler
@@ -99,14 +99,15 @@ def heun_solve(
     A log-density goes along as `d log q / dt = -tr(dv/dx)`, by the same method on the pair. Two
     fused passes over the state are all that a step does outside the network. Without gradients the
     passes write into buffers that the next step uses again: a network that keeps its input has to
-    clone it.
+    clone it, and none may write into it, which at first is x itself.
 
     Args:
         velocity (Callable): `velocity(x, t)` with t `[B]`, of the shape of x.
         x (Tensor): `[B, ...]` at the first time. The network is called with its dtype.
         times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` with those
             of each sample; each sample's in one direction.
-        log_density (Tensor | None): `[B]` at the first time; None: not tracked.
+        log_density (Tensor | None): `[B]` at the first time, whose dtype the result has; None: not
+            tracked.
         estimator, probes, probe, seed, sample_ids: of the traces, as of `fewstep.divergence`.
         fresh (bool): new probes for each evaluation, whose errors average out; as of
             `fewstep.log_density`.
@@ -123,9 +124,9 @@ def heun_solve(
         which are constants where they do not require a gradient.
 
     Raises:
-        ValueError: an unknown state or backend; times that are fewer than two, not finite or not
-            monotone; a velocity of another shape than x, or not finite, with the step; arguments
-            of the traces as in `fewstep.divergence`.
+        ValueError: an unknown state or backend; times that are fewer than two or, on the CPU, not
+            finite or not monotone; a velocity of another shape than x, or not finite, with the
+            step; arguments of the traces as in `fewstep.divergence`.
         TypeError: x that is not floating.
 
     Source: Karras et al., EDM, arXiv 2206.00364, algorithm 1; Chen et al., Neural ODEs, 2018,
@@ -176,7 +177,7 @@ def heun_solve(
     kept = torch.stack(path) if keep else None
     if tracker is None:
         return HeunResult(out, path=kept)
-    return HeunResult(out, *tracker.result(x.dtype), kept, tracker.estimator)
+    return HeunResult(out, *tracker.result(), kept, tracker.estimator)
 
 
 class Run:
@@ -207,20 +208,24 @@ class Run:
     ) -> None:
         self.who, self.backend, self.table, self.seeds = who, backend, table, seeds
         self.functional = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if is_transformed():
+        if is_transformed() or is_dual(x):
             self.functional, self.backend = True, "reference"
         self.dtype = x.dtype
         wide = state == "float64" or x.dtype == torch.float64
         self.compensated = state == "compensated" and not wide
         self.high = x.to(torch.float64 if wide else torch.float32)
         self.low: Tensor | None = None
+        self.scaled = scaled
         self.same = not scaled and self.high.dtype == x.dtype
         self.net = x
         self.own = False  # whether the buffers are ours yet: the first state is the caller's
         self.buffer: Tensor | None = None  # for inputs that are not the state
         on_cpu = x.device.type == "cpu"
-        self.checked = (on_cpu if check_finite is None else check_finite) and not self.functional
-        self.wrong = x.new_zeros(1, dtype=torch.int32) if self.checked else None
+        default = on_cpu and not self.functional
+        possible = not torch.compiler.is_compiling() and not is_transformed()
+        self.checked = (default if check_finite is None else check_finite) and possible
+        fused = self.checked and not self.functional
+        self.wrong = x.new_zeros(1, dtype=torch.int32) if fused else None
         self.flag = self.wrong.numpy() if self.wrong is not None and on_cpu else None
 
     def accept(self, out: Any, step: int) -> Tensor:
@@ -238,10 +243,13 @@ class Run:
         if self.functional:
             self.high, self.low, net = raw_heun.combine(
                 *(self.backend, self.high, self.low, terms, self.table, row),
+                seeds=self.seeds,
                 want_low=self.compensated,
-                want_net=middle,
+                want_net=middle or self.scaled,
             )
             self.net = self.high.to(self.dtype) if net is None else net.to(self.dtype)
+            if self.checked and not bool(self.high.detach().isfinite().all()):
+                raise ValueError(f"{self.who}: the state is not finite at step {step}")
             return
         high, low = self.high, self.low
         if not self.own:  # the first state stays as it was
@@ -275,7 +283,7 @@ class Tracker:
 
     def __init__(self, backend: str, log_density: Tensor, table: Tensor) -> None:
         self.run = Run("log_density", backend, log_density.double(), table, "float64", False)
-        self.variance = torch.zeros_like(log_density)
+        self.variance, self.dtype = torch.zeros_like(log_density), log_density.dtype
         self.estimator = ""
 
     def advance(self, found: list[trace.Divergence], weights: list[Tensor], row: int) -> None:
@@ -286,8 +294,9 @@ class Tracker:
                 self.variance = self.variance + (weight * one.stderr).square()
         self.run.advance([one.value.double() for one in found], row, 0)
 
-    def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.run.high.to(dtype), self.variance.sqrt().to(dtype)
+    def result(self, constant: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        """The log-density, with what does not depend on the network, and its standard error."""
+        return (self.run.high + constant).to(self.dtype), self.variance.sqrt().to(self.dtype)
 
 
 def _table(h: Tensor) -> Tensor:

@@ -82,20 +82,23 @@ def combine(
     table: Tensor,
     row: int,
     *,
+    seeds: Maybe = None,
     want_low: bool = False,
     want_net: bool = False,
 ) -> tuple[Tensor, Maybe, Maybe]:
     """One pass to new tensors: y, what rounding left of it, the network's next input.
 
-    Gradients go through y and the network's input; low is taken for a constant.
+    Gradients go through y and the network's input; low is taken for a constant. Noise is made by
+    the reference.
     """
-    if backend != "reference" and not table.requires_grad:
+    if backend != "reference" and seeds is None and not table.requires_grad:
         ops = _triton() if backend == "triton" else torch.ops.fewstep
         own = [term.float() if term.dtype in _LOW else term for term in terms]
         high, rest, net = ops.heun_combine.default(x, low, own, table, row, want_low, want_net)
         return high, rest if want_low else None, net if want_net else None
     wide = torch.float32 if _plain(x, low, x if want_low else None) else torch.float64
-    y, z = reference.combine(x, low, terms, table[row].to(wide))
+    noise = None if seeds is None else reference.noise(seeds, row, tuple(x.shape[1:])).to(wide)
+    y, z = reference.combine(x, low, terms, table[row].to(wide), noise)
     high, rest = reference.split(y, x.dtype)
     net = z.to(terms[0].dtype if terms else x.dtype)
     return high, rest.detach() if want_low else None, net if want_net else None
