@@ -326,6 +326,6 @@ def test_a_table_for_every_other_family(tmp_path: Path) -> None:
     text = readme.read_text()
     assert text.startswith(MARKED)
     assert "| trace training, 1 probe; D 64, width 256, 3 linear, B 256 | 1.00 ms | 500 us" in text
-    assert "fewstep (cpp) 3 MB, velocity alone 3 MB. " in text
-    assert "What differs: velocity alone: differs. " in text
+    assert "fewstep (cpp) 3 MB, network alone 3 MB. " in text
+    assert "What differs: network alone: differs. " in text
     assert "Command: `python -m benchmarks.run trace --peers`" in text
