@@ -1,6 +1,6 @@
 #include <initializer_list>
 
-#include "cuda/heun.cuh"
+#include "heun.cuh"
 
 namespace fewstep::cuda {
 namespace {

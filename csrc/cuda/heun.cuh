@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
-#include "shared/heun.h"
+#include "../shared/heun.h"
 
 namespace fewstep::cuda {
 

@@ -1,7 +1,7 @@
 // What all kernels of a sampler's step share: the table of coefficients, the noise, and the arithmetic of CUDA's.
 #pragma once
 
-#include "shared/philox.h"
+#include "philox.h"
 
 namespace fewstep::heun {
 
