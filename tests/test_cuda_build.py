@@ -319,7 +319,9 @@ def test_compiled_kernels_do_not_spill() -> None:
     assert {"sm_80", "sm_90", "sm_100"} <= set(kernels)
     for target, stacks in kernels.items():
         # 2 dtypes x (3 places of the solve, transport, gradient); the resident solver and drift.
-        assert sum("sinkhorn" in name for name in stacks) == 10 + 14, target
+        assert sum("sinkhorn" in name for name in stacks) == 10 + 15, target
+        # 7 pairs of dtypes x with noise x in groups of four
+        assert sum("combine_kernel" in name for name in stacks) == 28, target
         assert {name: stack for name, stack in stacks.items() if stack > 0} == {}, target
 
 
@@ -327,7 +329,8 @@ def test_library_registers_without_a_device() -> None:
     program = f"""
 import torch, fewstep
 torch.ops.load_library({str(built_library())!r})
-for op in ("sinkhorn", "sinkhorn_transport", "sinkhorn_grad", "sinkhorn_drift"):
+for op in ("sinkhorn", "sinkhorn_transport", "sinkhorn_grad", "sinkhorn_drift",
+           "heun_combine", "heun_combine_out"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fewstep::{{op}}", "CUDA"), op
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
