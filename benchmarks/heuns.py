@@ -2,13 +2,16 @@
 
 A builder `HeunProblem -> Run` makes the network, untimed. Outputs are the samples, flat; of "plain"
 those of as many evaluations of the network alone. All have the same raw network F and EDM's
-preconditioning, sigma_data 1/2.
+preconditioning, sigma_data 1/2. `Run.more` has the time over that of the network alone, both in one
+process and in turn: between processes a virtual machine's speed differs more than samplers do.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +93,28 @@ def latents(problem: HeunProblem) -> Tensor:
 
 
 Run = Callable[[], tuple[Any, ...]]
+_COMPARED_S = 1.5
+
+
+class Beside:
+    """A sampler, and how it compares with the network alone."""
+
+    def __init__(self, problem: HeunProblem, builder: Callable[[HeunProblem], Run]) -> None:
+        self.run, self.network = builder(problem), plain(problem)
+
+    def __call__(self) -> tuple[Any, ...]:
+        return self.run()
+
+    def more(self) -> dict[str, float]:
+        """Medians of calls in turn, for `_COMPARED_S` seconds and at least nine of each."""
+        times: tuple[list[float], list[float]] = ([], [])
+        self.run(), self.network()
+        while sum(map(sum, times)) < _COMPARED_S or len(times[0]) < 9:
+            for run, own in zip((self.run, self.network), times, strict=True):
+                start = time.perf_counter()
+                run()
+                own.append(time.perf_counter() - start)
+        return {"over_network": statistics.median(times[0]) / statistics.median(times[1])}
 
 
 def plain(problem: HeunProblem) -> Run:
@@ -212,16 +237,22 @@ def torchdiffeq(problem: HeunProblem) -> Run:
     return run
 
 
+_SAMPLERS: dict[str, Callable[[HeunProblem], Run]] = {
+    "eager": edm,
+    "compile": functools.partial(edm, compiled=True),
+    "k-diffusion": k_diffusion,
+    "diffusers": diffusers,
+    "torchdiffeq": torchdiffeq,
+    **{
+        backend: functools.partial(fewstep_sampler, backend=backend)
+        for backend in ("cpp", "cuda", "triton", "reference")
+    },
+}
 BUILDERS: dict[tuple[str, str], Callable[[HeunProblem], Any]] = {
     ("edm", "plain"): plain,
-    ("edm", "eager"): edm,
-    ("edm", "compile"): functools.partial(edm, compiled=True),
-    ("edm", "k-diffusion"): k_diffusion,
-    ("edm", "diffusers"): diffusers,
-    ("edm", "torchdiffeq"): torchdiffeq,
     **{
-        ("edm", backend): functools.partial(fewstep_sampler, backend=backend)
-        for backend in ("cpp", "cuda", "triton", "reference")
+        ("edm", who): functools.partial(Beside, builder=builder)
+        for who, builder in _SAMPLERS.items()
     },
 }
 DEFINITIONS: dict[str, Callable[[HeunProblem], Any]] = {"edm": edm, "plain-edm": plain}

@@ -54,7 +54,7 @@ COLUMNS = {
         *("case", "workload", "B", "D", "width", "layers", "estimator", "probes", "steps"),
         *(*_TIMED, "over_plain", "saved_mb", "rmse", *_RUN),
     ),
-    "heun": ("case", "workload", "state", "steps", *_TIMED, "over_plain", *_RUN),
+    "heun": ("case", "workload", "state", "steps", *_TIMED, "over_plain", "over_network", *_RUN),
 }
 
 
@@ -243,7 +243,8 @@ def run_case(
     for row in rows:
         if "over_plain" in row:
             label = CONTENDERS[row["contender"]].label
-            say(f"  {label}: {row['over_plain']:.2f}x the network alone")
+            over = row.get("over_network", row["over_plain"])
+            say(f"  {label}: {over:.2f}x the network alone")
         elif "median_s" in row and CONTENDERS[row["contender"]].kind == "fewstep":
             speedup = row.get("speedup_vs_best_peer")
             say(

@@ -179,6 +179,7 @@ def render_family(rows: list[Row]) -> str:
     for column, what, unit in (
         ("saved_mb", "Saved for backward", " MB"),
         ("rmse", "RMSE of the log-density", " nats"),
+        ("over_network", "Times the network alone, called in turn with it", "x"),
     ):
         for name in dict.fromkeys(r["case"] for r in rows if r.get(column)):
             own = [r for r in rows if r["case"] == name and r[column] and r["median_s"]]
