@@ -26,6 +26,24 @@ KINDS = [
 ]
 
 
+def combine_into(
+    backend: str,
+    x: Tensor,
+    low: Tensor | None,
+    terms: list[Tensor],
+    table: Tensor,
+    row: int,
+    *,
+    seeds: Tensor | None = None,
+    high: Tensor | None = None,
+    out_low: Tensor | None = None,
+    net: Tensor | None = None,
+    wrong: Tensor | None = None,
+) -> None:
+    run = raw_heun.into(backend, terms[0].dtype if terms else x.dtype)
+    run(x, low, terms, table, row, seeds, high, out_low, net, wrong)
+
+
 def exact(
     x: Tensor, low: Tensor | None, terms: list[Tensor], table: Tensor, seeds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +71,7 @@ def test_combine(
         terms = [torch.randn(shape, dtype=network) for _ in range(count)]
         high, net = torch.empty_like(x), torch.empty(shape, dtype=network)
         rest, wrong = torch.empty_like(x) if paired else None, torch.zeros(1, dtype=torch.int32)
-        raw_heun.combine_into(
+        combine_into(
             *("cpp", x, low, terms, table, 2),
             seeds=seeds,
             high=high,
@@ -91,7 +109,7 @@ def test_what_is_not_finite_is_flagged(capability: str, place: int) -> None:
         for backend in ("cpp", "reference"):
             wrong = torch.zeros(1, dtype=torch.int32)
             out = torch.empty_like(x)
-            raw_heun.combine_into(backend, x, None, [f], table, 0, high=out, wrong=wrong)
+            combine_into(backend, x, None, [f], table, 0, high=out, wrong=wrong)
             assert wrong.item() == 1
             assert not out[0, place].isfinite()
 
@@ -103,7 +121,7 @@ def test_threads_do_not_change_the_bits() -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         y = torch.empty_like(x)
-        raw_heun.combine_into("cpp", x, None, [f], table, 0, seeds=seeds, high=y)
+        combine_into("cpp", x, None, [f], table, 0, seeds=seeds, high=y)
         out.append(y)
     assert torch.equal(*out)
 

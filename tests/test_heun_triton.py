@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import fewstep
 from fewstep.ops import raw_heun
-from test_heun import KINDS, SHAPES, Field, exact
+from test_heun import KINDS, SHAPES, Field, combine_into, exact
 from test_samplers import gaussian
 from tolerances import assert_contract
 
@@ -46,7 +46,7 @@ def test_combine(
         )
         rest = torch.empty_like(high) if paired else None
         wrong = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        raw_heun.combine_into(
+        combine_into(
             *(backend, x.to(DEVICE), None if low is None else low.to(DEVICE)),
             *([t.to(DEVICE) for t in terms], table.to(DEVICE), 2),
             seeds=None if seeds is None else seeds.to(DEVICE),
@@ -74,9 +74,7 @@ def test_what_is_not_finite_is_flagged(backend: str) -> None:
         wrong = torch.zeros(1, dtype=torch.int32, device=DEVICE)
         f = torch.zeros_like(x)
         f[1, place] = torch.nan
-        raw_heun.combine_into(
-            backend, x, None, [f], table, 0, high=torch.empty_like(x), wrong=wrong
-        )
+        combine_into(backend, x, None, [f], table, 0, high=torch.empty_like(x), wrong=wrong)
         assert wrong.item() == 1
 
 

@@ -173,7 +173,7 @@ def latents(
     row = x.new_zeros((1, 1, COLUMNS), dtype=torch.float64)
     row[..., NOISE] = 1
     name = pick(x, backend)
-    raw_heun.combine_into(name, x, None, [], row, 0, seeds=own, high=x)
+    raw_heun.into(name, wide)(x, None, [], row, 0, own, x, None, None, None)
     return x.to(dtype)
 
 
@@ -678,23 +678,31 @@ def _follow(
 ) -> Tensor:
     """Take a plan's steps."""
 
-    def evaluate(net: Tensor, index: int) -> list[Tensor]:
+    def evaluate(net: Tensor, index: int, step: int) -> list[Tensor]:
         if tracked is not None:
-            return [run.accept(out, index // 2) for out in tracked.call(net, inputs[index], index)]
-        outs = [run.accept(network(net, inputs[index]), index // 2) for network in networks]
+            return [run.accept(out, step) for out in tracked.call(net, inputs[index], index)]
+        outs = [run.accept(network(net, inputs[index]), step) for network in networks]
         if len(outs) == 2 and _share_memory(*outs):
             raise ValueError(
                 f"{run.who}: the networks must return tensors of their own, got one buffer from"
-                f" both at step {index // 2}"
+                f" both at step {step}"
             )
         return outs
 
-    run.advance([], 1, 0)
+    def alone(net: Tensor, index: int, step: int) -> list[Tensor]:
+        return [accept(network(net, inputs[index]), step)]
+
+    network, accept, advance = networks[0], run.accept, run.advance
+    call = alone if tracked is None and len(networks) == 1 else evaluate
+    advance([], 1, 0)
     for step in _steps(plan.steps, progress):
-        alone = plan.euler and step == plan.steps - 1
-        for index in (2 * step,) if alone else (2 * step, 2 * step + 1):
-            middle = index == 2 * step and not alone
-            run.advance(evaluate(run.net, index), FIRST + index, step, middle=middle)
+        index = 2 * step
+        first = call(run.net, index, step)
+        if plan.euler and step == plan.steps - 1:
+            advance(first, FIRST + index, step)
+            continue
+        advance(first, FIRST + index, step, middle=True)
+        advance(call(run.net, index + 1, step), FIRST + index + 1, step)
     return run.finish()
 
 

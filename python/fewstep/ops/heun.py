@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,6 +210,7 @@ class Run:
         self.functional = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_transformed() or is_dual(x):
             self.functional, self.backend = True, "reference"
+        self.combine = raw_heun.into(self.backend, x.dtype)
         self.dtype = x.dtype
         wide = state == "float64" or x.dtype == torch.float64
         self.compensated = state == "compensated" and not wide
@@ -230,13 +231,13 @@ class Run:
 
     def accept(self, out: Any, step: int) -> Tensor:
         """What the network returned, if it has the state's shape."""
-        if not isinstance(out, Tensor) or out.shape != self.high.shape:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(
-                f"{self.who}: the network must return {tuple(self.high.shape)}, got {got}"
-                f" at step {step}"
-            )
-        return out if out.dtype == self.dtype else out.to(self.dtype)
+        if isinstance(out, Tensor) and out.shape == self.high.shape:
+            return out if out.dtype == self.dtype else out.to(self.dtype)
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"{self.who}: the network must return {tuple(self.high.shape)}, got {got}"
+            f" at step {step}"
+        )
 
     def advance(self, terms: list[Tensor], row: int, step: int, *, middle: bool = False) -> None:
         """The next state and the network's next input, by a row of the table."""
@@ -256,18 +257,15 @@ class Run:
             self.high = torch.empty_like(high, memory_format=torch.contiguous_format)
             self.low = torch.empty_like(self.high) if self.compensated else None
             self.own = True
-        apart = middle or not self.same
-        if apart and self.buffer is None:
-            self.buffer = torch.empty_like(self.high, dtype=self.dtype)
-        raw_heun.combine_into(
-            *(self.backend, high, low, terms, self.table, row),
-            seeds=self.seeds,
-            high=self.high,
-            out_low=self.low,
-            net=self.buffer if apart else None,
-            wrong=self.wrong,
+        net = None
+        if middle or not self.same:
+            if self.buffer is None:
+                self.buffer = torch.empty_like(self.high, dtype=self.dtype)
+            net = self.buffer
+        self.combine(
+            high, low, terms, self.table, row, self.seeds, self.high, self.low, net, self.wrong
         )
-        self.net = cast(Tensor, self.buffer) if apart else self.high
+        self.net = self.high if net is None else net
         if self.flag is not None and self.flag[0]:
             raise ValueError(f"{self.who}: the state is not finite at step {step}")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,49 +18,60 @@ _LOW = (torch.float16, torch.bfloat16)
 _combine_out = torch.ops.fewstep.heun_combine_out.default
 
 
-def combine_into(
-    backend: str,
+def into(backend: str, network: torch.dtype) -> Callable[..., None]:
+    """What makes one pass, without gradients, into buffers, which may be its inputs.
+
+    Arguments `x, low, terms, table, row, seeds`, then what is written, each None where not wanted:
+
+        high     y in the state's dtype
+        out_low  what rounding left of y
+        net      the network's next input, in the network's dtype
+        wrong    int32 `[1]`, set to 1 where a result is not finite
+    """
+    if backend == "triton":
+        return cast(Callable[..., None], _triton().heun_combine_out.default)
+    if backend == "cpp" and network in _LOW:
+        return _through_float32
+    if backend in ("cpp", "cuda"):
+        return _combine_out
+    return _by_reference
+
+
+def _through_float32(
     x: Tensor,
     low: Maybe,
     terms: list[Tensor],
     table: Tensor,
     row: int,
-    *,
-    seeds: Maybe = None,
-    high: Maybe = None,
-    out_low: Maybe = None,
-    net: Maybe = None,
-    wrong: Maybe = None,
+    seeds: Maybe,
+    high: Maybe,
+    out_low: Maybe,
+    net: Maybe,
+    wrong: Maybe,
 ) -> None:
-    """One pass, without gradients, into buffers, which may be its inputs.
+    """The CPU's kernels read and write float32 for networks in half precision."""
+    wide = None if net is None else net.float()
+    own = [term.float() for term in terms]
+    _combine_out(x, low, own, table, row, seeds, high, out_low, wide, wrong)
+    if net is not None and wide is not None:
+        net.copy_(wide)
 
-    Args:
-        high (Tensor | None): receives y in the state's dtype.
-        out_low (Tensor | None): what rounding left of y.
-        net (Tensor | None): the network's next input, in the network's dtype.
-        wrong (Tensor | None): int32 `[1]`, set to 1 where a result is not finite.
-    """
-    if backend == "triton":
-        _triton().heun_combine_out.default(
-            x, low, terms, table, row, seeds, high, out_low, net, wrong
-        )
-        return
-    if backend in ("cpp", "cuda"):
-        halves = terms if net is None else (net,)
-        if backend == "cpp" and halves and halves[0].dtype in _LOW:
-            # Its kernels read and write float32 for networks in half precision.
-            wide = None if net is None else net.float()
-            own = [term.float() for term in terms]
-            _combine_out(x, low, own, table, row, seeds, high, out_low, wide, wrong)
-            if net is not None and wide is not None:
-                net.copy_(wide)
-            return
-        _combine_out(x, low, terms, table, row, seeds, high, out_low, net, wrong)
-        return
+
+def _by_reference(
+    x: Tensor,
+    low: Maybe,
+    terms: list[Tensor],
+    table: Tensor,
+    row: int,
+    seeds: Maybe,
+    high: Maybe,
+    out_low: Maybe,
+    net: Maybe,
+    wrong: Maybe,
+) -> None:
     dtype = torch.float32 if _plain(x, low, out_low) else torch.float64
-    own_row = table[row].to(dtype)
     noise = None if seeds is None else reference.noise(seeds, row, tuple(x.shape[1:])).to(dtype)
-    y, z = reference.combine(x, low, terms, own_row, noise)
+    y, z = reference.combine(x, low, terms, table[row].to(dtype), noise)
     if net is not None:
         net.copy_(z)
     if wrong is not None:
