@@ -219,7 +219,8 @@ class Run:
         self.scaled = scaled
         self.same = not scaled and self.high.dtype == x.dtype
         self.net = x
-        self.own = False  # whether the buffers are ours yet: the first state is the caller's
+        # Whether the state's buffers are ours yet: the first one is the caller's, unless converted.
+        self.own = self.high is not x and not self.compensated
         self.buffer: Tensor | None = None  # for inputs that are not the state
         on_cpu = x.device.type == "cpu"
         default = on_cpu and not self.functional
