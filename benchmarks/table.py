@@ -77,6 +77,12 @@ def cell(row: Row | None, ours: float | None) -> str:
     return f"{duration(seconds)} ({ratio(seconds / ours)})"
 
 
+def over_network(row: Row | None, otherwise: str) -> str:
+    """How many times the network alone a sampler takes; in a process of its own, its time."""
+    known = row.get("over_network") if row else None
+    return f"{float(known):.2f}x" if known else otherwise
+
+
 def title(case: Case, row: Row) -> str:
     kinds = {"solve": "", "divergence": "divergence, ", "drift": f"{case.form} drift, "}
     temperatures = f"{len(case.eps_of_mean)} x " if len(case.eps_of_mean) > 1 else ""
@@ -173,19 +179,27 @@ def render_family(rows: list[Row]) -> str:
         if own is None:
             continue
         seconds = float(own["median_s"]) if own["median_s"] else None
-        cells = [cell(by_key.get((name, c)), seconds) for c in columns]
+        beside = bool(own.get("over_network"))
+        cells = [cell(by_key.get((name, c)), None if beside else seconds) for c in columns]
+        if beside:
+            cells = [
+                over_network(by_key.get((name, c)), text)
+                for c, text in zip(columns, cells, strict=True)
+            ]
         lines.append(f"| {_what(own)}; {case.shape} | " + " | ".join(cells) + " |")
     more = ""
     for column, what, unit in (
         ("saved_mb", "Saved for backward", " MB"),
         ("rmse", "RMSE of the log-density", " nats"),
-        ("over_network", "Times the network alone, called in turn with it", "x"),
     ):
         for name in dict.fromkeys(r["case"] for r in rows if r.get(column)):
             own = [r for r in rows if r["case"] == name and r[column] and r["median_s"]]
             listing = ", ".join(f"{_label(r)} {float(r[column]):.3g}{unit}" for r in own)
             more += f"{what}, {_what(own[0])}, {cases[name].shape}: {listing}. "
-    lines += ["", footer(rows, columns, "Same networks, inputs and probes", more)]
+    same = "Same networks, inputs and probes"
+    if any(row.get("over_network") for row in rows):
+        same += "; times the network alone, called in turn with it in one process"
+    lines += ["", footer(rows, columns, same, more)]
     return "\n".join(lines)
 
 
