@@ -21,10 +21,12 @@ from benchmarks.registry import (
     CASES,
     CONTENDERS,
     GRAD_RTOL,
+    HEUN_CASES,
     TRACE_CASES,
     VALUE_RTOL,
     Case,
     draw,
+    draw_heun,
     schedule,
 )
 from benchmarks.worker import errors, expect, measure, timings
@@ -329,3 +331,19 @@ def test_a_table_for_every_other_family(tmp_path: Path) -> None:
     assert "fewstep (cpp) 3 MB, network alone 3 MB. " in text
     assert "What differs: network alone: differs. " in text
     assert "Command: `python -m benchmarks.run trace --peers`" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["cpp", "reference", "eager", "k-diffusion", "diffusers", "torchdiffeq"]
+)
+def test_samplers_agree(name: str) -> None:
+    contender, case = CONTENDERS[name], HEUN_CASES["edm_small"]
+    if not run.installed(contender.package):
+        pytest.skip(f"{contender.package} is not installed")
+    for state in (case.state, (2, 3, 8, 8)):
+        problem = draw_heun(replace(case, state=state))
+        sampler = BUILDERS["edm", name](problem)
+        outputs = numpy_outputs(sampler())
+        exact = expect(problem, contender.definition_for(case))
+        assert errors(outputs, exact)[0] <= case.value_rtol
+    assert sampler.more()["over_network"] > 0
