@@ -333,6 +333,7 @@ def test_a_table_for_every_other_family(tmp_path: Path) -> None:
     assert "Command: `python -m benchmarks.run trace --peers`" in text
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside diffusers
 @pytest.mark.parametrize(
     "name", ["cpp", "reference", "eager", "k-diffusion", "diffusers", "torchdiffeq"]
 )
