@@ -273,9 +273,11 @@ def test_samples_are_the_same_with_other_networks_inputs() -> None:
     def turned(x: Tensor, sigma: Tensor) -> Tensor:
         return gaussian(0.5)(x, sigma).T.contiguous().T
 
-    torch.testing.assert_close(
-        fewstep.edm_sample(turned, strided), fewstep.edm_sample(gaussian(0.5), strided.contiguous())
-    )
+    for state in ("float32", "compensated", "float64"):
+        torch.testing.assert_close(
+            fewstep.edm_sample(turned, strided, state=state),
+            fewstep.edm_sample(gaussian(0.5), strided.contiguous(), state=state),
+        )
     empty = fewstep.edm_sample(gaussian(0.5), torch.randn(0, 3))
     assert empty.shape == (0, 3)
 

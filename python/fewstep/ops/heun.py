@@ -219,8 +219,10 @@ class Run:
         self.scaled = scaled
         self.same = not scaled and self.high.dtype == x.dtype
         self.net = x
-        # Whether the state's buffers are ours yet: the first one is the caller's, unless converted.
-        self.own = self.high is not x and not self.compensated
+        # Whether the state's buffers are ours yet: the first one is the caller's, unless converted,
+        # and as strided as the caller's then.
+        converted = self.high is not x and self.high.is_contiguous()
+        self.own = converted and not self.compensated
         self.buffer: Tensor | None = None  # for inputs that are not the state
         on_cpu = x.device.type == "cpu"
         default = on_cpu and not self.functional
