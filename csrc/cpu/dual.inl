@@ -513,6 +513,25 @@ FEWSTEP_INLINE void turn(const T* from, int64_t row, T* out, int64_t step) {
     }
     return;
   }
+#elif FEWSTEP_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    __m256 four[8];  // four[4 h + j] has columns j and 4 + j of rows 4 h to 4 h + 3
+    for (int h = 0; h < 8; h += 4) {
+      const __m256 a = load(from + h * row), b = load(from + (h + 1) * row);
+      const __m256 c = load(from + (h + 2) * row), d = load(from + (h + 3) * row);
+      const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)), cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d));
+      const __m256d ef = _mm256_castps_pd(_mm256_unpackhi_ps(a, b)), gh = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
+      four[h] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
+      four[h + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+      four[h + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ef, gh));
+      four[h + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ef, gh));
+    }
+    for (int j = 0; j < 4; ++j) {
+      store<T>(out + j * step, _mm256_permute2f128_ps(four[j], four[4 + j], 0x20));
+      store<T>(out + (4 + j) * step, _mm256_permute2f128_ps(four[j], four[4 + j], 0x31));
+    }
+    return;
+  }
 #endif
   for (int i = 0; i < kLanes<T>; ++i) {
     for (int j = 0; j < kLanes<T>; ++j) out[j * step + i] = from[i * row + j];
