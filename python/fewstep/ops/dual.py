@@ -10,14 +10,16 @@ function raises `UnsupportedError` with its name. `register` adds rules.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fewstep.ops import raw_dual
 from fewstep.ops.differentiable import is_transformed
@@ -39,6 +41,7 @@ class Source:
         kind: of the probes.
         tangents: given ones, `[K, B, ...]`, or `[K, 1, ...]`, the same for all samples.
         cache: products of fixed probes and weights, kept over a solve without gradients.
+        stacks: of tangents as they start, by their storage: backward makes them again.
     """
 
     backend: str
@@ -48,6 +51,7 @@ class Source:
     kind: str = "rademacher"
     tangents: Tensor | None = None
     cache: dict[Any, Tensor] | None = None
+    stacks: dict[int, _Stack] = field(default_factory=dict)
 
     def draw(self, x: Tensor) -> Tensor:
         """The tangents of x `[B, ...]`: `[K, B, ...]`."""
@@ -60,6 +64,73 @@ class Source:
     def basis(self) -> bool:
         """Whether all samples have the same tangents."""
         return self.tangents is not None and self.tangents.shape[1] == 1
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """What `[x; tangents]` is made of.
+
+    Attributes:
+        storage: of the stack, while anyone holds it.
+        source, primal, low, width: as of `Seed`.
+    """
+
+    storage: StorageWeakRef
+    source: Source
+    primal: Tensor
+    low: int
+    width: int
+
+    @torch.no_grad()
+    def make(self, primal: Tensor) -> Tensor:
+        return _stacked(self.source, primal, self.low, self.width)
+
+
+def _stacked(source: Source, primal: Tensor, low: int, width: int) -> Tensor:
+    """`[(K + 1) B, ...]`, tangents 0 outside the columns of x."""
+    tangents = source.draw(primal[..., low : low + width])
+    right = primal.shape[-1] - low - width
+    if low or right:
+        tangents = F.pad(tangents, (low, right))
+    return torch.cat([primal[None], tangents]).flatten(0, 1)
+
+
+def _keep(z: Tensor, hooks: Any) -> Callable[[], Tensor]:
+    """z for backward, as autograd keeps it, or as other hooks do that are at work."""
+    if hooks is not None:
+        pack, unpack = hooks
+        packed = pack(z)
+        return lambda: unpack(packed)
+    version = z._version
+
+    def get() -> Tensor:
+        if z._version != version:
+            raise RuntimeError(
+                "divergence: a tensor needed for gradients has been modified by an inplace"
+                f" operation: {tuple(z.shape)} is at version {z._version}, expected {version}"
+            )
+        return z
+
+    return get
+
+
+@contextlib.contextmanager
+def _redrawing(source: Source) -> Iterator[None]:
+    """What is kept for backward within is x and how to draw, wherever it would be the stack."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        yield
+        return
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+    def pack(z: Tensor) -> Callable[[], Tensor]:
+        stack = source.stacks.get(z.untyped_storage()._cdata)
+        if stack is None or z.dtype != stack.primal.dtype or z._version:
+            return _keep(z, hooks)
+        primal, layout = _keep(stack.primal, hooks), (z.shape, z.stride(), z.storage_offset())
+        return lambda: stack.make(primal()).as_strided(*layout)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda get: get()):
+        yield
 
 
 Rule = Callable[..., Any]
@@ -242,6 +313,19 @@ class Dual(_Traced):
             self.flat, self.shift, self.owned = flat, None, False
         return flat
 
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        source = _beginning((*args, *(kwargs or {}).values()))
+        with contextlib.nullcontext() if source is None else _redrawing(source):
+            return super().__torch_function__(func, types, args, kwargs)
+
+    def begins(self) -> bool:
+        """Whether it is a view of the input's stack."""
+        stacks = self.source.stacks
+        return bool(stacks) and self.flat.untyped_storage()._cdata in stacks
+
     def like(self, flat: Tensor, shift: Tensor | None = None, owned: bool = False) -> Dual:
         return Dual(self.source, flat, shift=shift, owned=owned)
 
@@ -273,15 +357,31 @@ class Seed(Dual):
 
     def joined(self) -> Tensor:
         if self._flat is None:
-            tangents = self.source.draw(self.own)
-            right = self.primal_shape[-1] - self.low - self.width
-            if self.low or right:
-                tangents = F.pad(tangents, (self.low, right))
-            self._flat = torch.cat([self.primal[None], tangents]).flatten(0, 1)
+            source, primal, place = self.source, self.primal, (self.low, self.width)
+            self._flat = flat = _stacked(source, primal, *place)
+            if torch.is_grad_enabled() and not _plain():
+                storage = StorageWeakRef(flat.untyped_storage())  # type: ignore[no-untyped-call]
+                own = replace(source, stacks={})
+                source.stacks[storage.cdata] = _Stack(storage, own, primal.detach(), *place)
         return self._flat
+
+    def begins(self) -> bool:
+        return torch.is_grad_enabled() and not _plain()
 
     def stack(self) -> Tensor:
         return self.joined()
+
+
+def _beginning(values: Iterable[Any]) -> Source | None:
+    """The source of an argument that is the input's stack, or a view of it."""
+    for value in values:
+        if isinstance(value, Dual) and value.begins():
+            return value.source
+        if isinstance(value, (tuple, list)):
+            found = _beginning(value)
+            if found is not None:
+                return found
+    return None
 
 
 def _plain() -> bool:

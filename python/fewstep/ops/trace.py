@@ -70,8 +70,7 @@ def divergence(
     The primal and all tangents go through the network together, by its own `forward`: every
     function in `fewstep.ops.dual` has a fused forward and backward, and any other falls back to
     `torch.func`, with the reason in `info`. Probes depend on the seed, the sample's id, the probe's
-    number and the coordinate alone; where the first layer is linear they are not stored, backward
-    draws them again.
+    number and the coordinate alone; they are not stored, backward draws them again.
 
     Args:
         velocity (Callable): a module or function, `velocity(x, t)` of the shape of x; each sample's
@@ -378,7 +377,7 @@ def check_ids(ids: Tensor | None, x: Tensor) -> Tensor | None:
         raise TypeError(f"divergence: sample_ids must be int64, got {ids.dtype}")
     if tuple(ids.shape) != (x.shape[0],):
         raise ValueError(f"divergence: sample_ids must be ({x.shape[0]},), got {tuple(ids.shape)}")
-    return ids
+    return ids.clone()  # backward draws by them again
 
 
 def _check_time(t: float | Tensor, x: Tensor) -> Tensor:
