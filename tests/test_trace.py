@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -241,17 +242,68 @@ def test_compiles_into_one_graph(name: str, estimator: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-def test_torch_func_says_what_to_do_under_checkpointing() -> None:
-    net, x = Unknown(3), torch.randn(2, 3, requires_grad=True)
+class Twice(torch.autograd.Function):
+    """2 x, without a derivative in forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside forward mode
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson", "hutch++", "xtrace"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_unknown_functions_under_checkpointing(estimator: str, reentrant: bool) -> None:
+    net, x, t = case("unknown")
+    x.requires_grad_()
+    inputs = [x, *net.parameters()]
+    infos = []
 
     def value(x: Tensor) -> Tensor:
-        return fewstep.divergence(net, x, 0.3, estimator="hutchinson").value.sum()
+        out = fewstep.divergence(net, x, t, estimator=estimator, probes=4)
+        infos.append(out.info)
+        return torch.cat([out.value[:, None], out.velocity], 1)
 
-    with pytest.raises(RuntimeError, match="checkpoint with use_reentrant=True"):
+    sketch = estimator in ("hutch++", "xtrace") and not reentrant  # of J there, of J' outside
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda z: z, lambda z: z)
+    with hooks if sketch else contextlib.nullcontext():
+        plain = value(x)
+        w = torch.randn_like(plain)
+        expected = torch.autograd.grad((w * plain).sum(), inputs)
+    again = checkpoint(value, x, use_reentrant=reentrant)
+    assert isinstance(again, Tensor)
+    torch.testing.assert_close(again, plain)
+    (w * again).sum().backward()
+    for p, want in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(p.grad, want)
+    ways = ["torch.func: no rule for cumsum", "torch.autograd.forward_ad: no rule for cumsum"]
+    assert infos[0] == ways[sketch]
+    assert set(infos[1:]) == {ways[not reentrant]}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside forward mode
+def test_no_forward_derivative_under_checkpointing() -> None:
+    linear, x = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
+
+    def value(x: Tensor) -> Tensor:
+        net = lambda x, t: Twice.apply(torch.cumsum(linear(x), -1))  # noqa: E731
+        return fewstep.divergence(net, x, 0.3, estimator="exact").value.sum()
+
+    expected = 4 * torch.cumsum(linear.weight, 0).trace()  # two samples
+    torch.testing.assert_close(value(x), expected)
+    torch.testing.assert_close(checkpoint(value, x, use_reentrant=True), expected)
+    with pytest.raises(RuntimeError, match=r"rules .*register.* or checkpoint with use_reentrant"):
         checkpoint(value, x, use_reentrant=False)
-    checkpoint(value, x, use_reentrant=True).backward()
-    (g,) = torch.autograd.grad(value(x), x)
-    torch.testing.assert_close(x.grad, g)
 
 
 def test_activation_checkpointing() -> None:

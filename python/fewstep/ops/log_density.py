@@ -209,7 +209,7 @@ def _jacobian(solver: trace.Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tenso
         v, columns = dual.products(solver.run, x, t, basis, solver.backend(x))
     except UnsupportedError as reason:
         solver.refuse(reason)
-        return reference.jacobian(solver.run, x, t)
+        return reference.jacobian(solver.run, x, t)[:2]
     return v, columns.flatten(2).movedim(0, 2)
 
 
@@ -237,7 +237,8 @@ def _products(solver: trace.Solver, x: Tensor, t: Tensor, v: Tensor) -> tuple[Te
         return dual.products(solver.run, x, t, v, solver.backend(x))[1], False
     except UnsupportedError as reason:
         solver.refuse(reason)
-    return reference.transposed_products(solver.run, x, t, v)[1], True
+    _, found, way = reference.products(solver.run, x, t, v)
+    return found, way == reference.REVERSE
 
 
 def _series(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ class Divergence:
             single probe.
         estimator: what was used: "exact (structural)", "exact (m tangents)", "hutchinson",
             "hutch++" or "xtrace".
-        info: why the network's Jacobian was left to `torch.func`, or empty.
+        info: which of torch's own derivatives the network's Jacobian was left to ("torch.func", or
+            under activation checkpointing "torch.autograd.forward_ad"), and why; or empty.
     """
 
     velocity: Tensor
@@ -267,11 +268,11 @@ class Solver:
         v, dots = dual.probe_products(self.run, x, t, self._source(key, backend))
         return self._mean(v, dots, d)
 
-    def _mean(self, v: Tensor, dots: Tensor, d: int, info: str = "") -> Divergence:
+    def _mean(self, v: Tensor, dots: Tensor, d: int) -> Divergence:
         rows = 2.0 ** max(d - 1, 0).bit_length() if self.options.probe == "hadamard" else math.inf
         value = dots[0] if dots.shape[0] == 1 else dots.mean(0)
         error = reference.standard_error(dots.detach(), rows)
-        return Divergence(v, value, error, "hutchinson", info)
+        return Divergence(v, value, error, "hutchinson")
 
     def _sketch(
         self,
@@ -279,7 +280,6 @@ class Solver:
         key: Tensor,
         product: Callable[[Tensor], tuple[Tensor, Tensor]],
         backend: str,
-        info: str = "",
     ) -> Divergence:
         name, probes = self.options.estimator, self.options.probes
         seen: list[Tensor] = []
@@ -301,26 +301,31 @@ class Solver:
                 sketch = sketch[: sketch.shape[2]]
             estimates, _ = reference.hutchpp(flat, sketch, rest[: probes - 2 * (probes // 3)])
         error = reference.standard_error(estimates.detach())
-        return Divergence(seen[0], estimates.mean(0), error, name, info)
+        return Divergence(seen[0], estimates.mean(0), error, name)
 
     def _fallback(self, x: Tensor, t: Tensor, key: Tensor, reason: str) -> Divergence:
-        """By products with J' in reverse mode: `torch.func` differentiates almost anything."""
+        """By torch's own derivatives, which almost anything has: `reference.products`."""
         options, d = self.options, x.shape[1:].numel()
-        info = f"torch.func: {reason}"
         if self._exact(d):
-            v, jacobian = reference.jacobian(self.run, x, t)
+            v, jacobian, way = reference.jacobian(self.run, x, t)
             value = jacobian.diagonal(dim1=1, dim2=2).sum(1)
             error = torch.zeros_like(value)
-            return Divergence(v, value, error, f"exact ({d} tangents)", info)
+            return Divergence(v, value, error, f"exact ({d} tangents)", f"{way}: {reason}")
+        ways: list[str] = []
 
         def product(u: Tensor) -> tuple[Tensor, Tensor]:
-            return reference.transposed_products(self.run, x, t, u.reshape(-1, *x.shape))
+            v, ju, way = reference.products(self.run, x, t, u.reshape(-1, *x.shape))
+            ways.append(way)
+            return v, ju
 
         if options.estimator in ("hutch++", "xtrace"):
-            return self._sketch(x, key, product, "reference", info)
-        u = raw_dual.probe("reference", x.detach(), key, self.ids, options.probes, options.probe)
-        v, ju = product(u)
-        return self._mean(v, reference.hutchinson(ju, u), d, info)
+            found = self._sketch(x, key, product, "reference")
+        else:
+            count, kind = options.probes, options.probe
+            u = raw_dual.probe("reference", x.detach(), key, self.ids, count, kind)
+            v, ju = product(u)
+            found = self._mean(v, reference.hutchinson(ju, u), d)
+        return replace(found, info=f"{ways[0]}: {reason}")
 
 
 def unsupported(backend: str) -> str | None:
