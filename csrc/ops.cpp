@@ -43,6 +43,19 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
   m.def(
       "dual_norm_backward(Tensor g, Tensor z, Tensor? shift, Tensor? weight, int tangents, int groups, bool centred,"
       " float eps) -> (Tensor gz, Tensor gw, Tensor gb)");
+  // The same with tangents u [K B, ...] in bfloat16 beside a float32 primal z [B, ...].
+  m.def(
+      "dual_activate_pair(Tensor z, Tensor u, Tensor? shift, int kind, float beta, float threshold, int inner)"
+      " -> (Tensor a, Tensor t)");
+  m.def(
+      "dual_activate_pair_backward(Tensor ga, Tensor gt, Tensor z, Tensor u, Tensor? shift, int kind, float beta,"
+      " float threshold, int inner) -> (Tensor gz, Tensor gu)");
+  m.def(
+      "dual_norm_pair(Tensor z, Tensor u, Tensor? shift, Tensor? weight, Tensor? bias, int groups, bool centred,"
+      " float eps) -> (Tensor a, Tensor t)");
+  m.def(
+      "dual_norm_pair_backward(Tensor ga, Tensor gt, Tensor z, Tensor u, Tensor? shift, Tensor? weight, int groups,"
+      " bool centred, float eps) -> (Tensor gz, Tensor gu, Tensor gw, Tensor gb)");
   m.def("probe(Tensor like, Tensor key, Tensor? ids, int probes, int kind) -> Tensor");
   m.def("probe_dot(Tensor y, Tensor key, Tensor? ids, int probes, int kind) -> Tensor");
   m.def("mlp_probes(" MLP

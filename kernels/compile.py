@@ -23,7 +23,9 @@ from triton.compiler import ASTSource
 
 from . import config, dual, hessian, heun, sinkhorn
 
-_POINTER = {"float32": "*fp32", "float64": "*fp64"}
+# With float32, tangents and probes may be bfloat16.
+_POINTER = {"float32": "*fp32", "float64": "*fp64", "bfloat16 tangents": "*fp32"}
+_TANGENTS = ("U", "Grad_u", "Out_u")
 _OTHER = {
     "Iterations": "*i64",
     "Annealing": "*i32",
@@ -89,7 +91,7 @@ def compile_kernel(kernel: Any, *, dtype: str, arch: str, launch: dict[str, Any]
 
     Args:
         kernel: a `triton.jit` function of this package.
-        dtype (str): "float32" or "float64".
+        dtype (str): "float32", "float64", or of duals "bfloat16 tangents" beside float32.
         arch (str): one of `config.ARCHITECTURES`.
         launch (dict): constants (upper case; those that the kernel does not have are left out)
             and options of the compiler (lower case).
@@ -112,6 +114,10 @@ def compile_kernel(kernel: Any, *, dtype: str, arch: str, launch: dict[str, Any]
     names = kernel.arg_names
     constants = {name: value for name, value in launch.items() if name in names}
     signature = {name: _OTHER.get(name, _POINTER[dtype]) for name in names}
+    if dtype == "bfloat16 tangents":
+        drawn = "Out" if launch.get("MODE") == 0 else "Y"
+        low = (drawn,) if kernel is dual.probe_kernel else _TANGENTS
+        signature |= {name: "*bf16" for name in low if name in names}
     signature |= {name: "i32" for name in _INTEGERS if name in names}
     signature |= dict.fromkeys(constants, "constexpr")
     # The launchers pad the points, and the coordinates of a dot, to multiples of 16.
@@ -165,6 +171,8 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
         if key in seen:
             continue
         seen.append(key)
+        if heaviest and dtype == "bfloat16 tangents" and not _heavy(kernel, launch):
+            continue
         if "DOT" not in launch:
             most = {"EUCLIDEAN": True, "DIAGONAL": True, "SUMS": False}
             if not heaviest or all(launch.get(name, most[name]) == most[name] for name in most):
@@ -203,19 +211,21 @@ def _heavy(kernel: Any, launch: dict[str, Any]) -> bool:
 
 def _dual_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
     for dtype in _POINTER:
-        launch = config.dual_activate(dtype, arch)
-        for kind, backward, shared in itertools.product(range(7), (False, True), (False, True)):
-            flags = {"KIND": kind, "BACKWARD": backward, "SHARED": shared, "SHIFT": True}
+        low, own = dtype == "bfloat16 tangents", dtype if dtype == "float64" else "float32"
+        launch = config.dual_activate(own, arch)
+        shared = (False,) if low else (False, True)
+        for kind, backward, alone in itertools.product(range(7), (False, True), shared):
+            flags = {"KIND": kind, "BACKWARD": backward, "SHARED": alone, "SHIFT": True}
             flags |= {"BETA": 1.0, "THRESHOLD": 20.0}
             yield dual.dual_activate_kernel, dtype, launch | flags
-        for n, centred in itertools.product((64, config.LONGEST_ROW[dtype]), (False, True)):
+        for n, centred in itertools.product((64, config.LONGEST_ROW[own]), (False, True)):
             flags = {"CENTRED": centred, "SHIFT": True, "WEIGHT": True, "EPS": 1e-5}
-            launch = config.dual_norm(n, dtype, arch) | flags
+            launch = config.dual_norm(n, own, arch) | flags
             yield dual.dual_norm_kernel, dtype, launch | {"BIAS": True}
             yield dual.dual_norm_backward_kernel, dtype, launch
-        for kind, mode in itertools.product(range(4), range(3)):
+        for kind, mode in itertools.product(range(4), range(2 if low else 3)):
             flags = {"KIND": kind, "MODE": mode, "IDS": True}
-            yield dual.probe_kernel, dtype, config.probe(dtype, arch) | flags
+            yield dual.probe_kernel, dtype, config.probe(own, arch) | flags
 
 
 def _heun_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:

@@ -82,10 +82,13 @@ def _evaluate(z, BETA: tl.constexpr, THRESHOLD: tl.constexpr, KIND: tl.constexpr
 @triton.jit
 def dual_activate_kernel(
     Z,
+    U,
     Shared,
     Shift,
     G,
+    Grad_u,
     Out,
+    Out_u,
     count,
     tangents,
     period,
@@ -101,9 +104,9 @@ def dual_activate_kernel(
 ):
     """`(a(z), a'(z) t_k)`, or with BACKWARD `(g a' + a'' sum_k g_k t_k, g_k a')`.
 
-    `Z`, `G` and `Out` are `[K + 1, count]`; with SHARED the tangents of element e are those of
-    `e % period` in `Shared [K, period]`, `Z` is `[count]`, and backward has none for them. Element
-    e is shifted by `Shift[e / inner % channels]`.
+    `Z`, `G` and `Out` are `[count]`, `U`, `Grad_u` and `Out_u` `[K, count]` of their own dtype;
+    with SHARED the tangents of element e are those of `e % period` in `Shared [K, period]`, and
+    backward has none for them. Element e is shifted by `Shift[e / inner % channels]`.
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = e < count
@@ -113,18 +116,18 @@ def dual_activate_kernel(
     a, d1, d2 = _evaluate(z, BETA, THRESHOLD, KIND)
     second = z * 0
     at = e
-    own = Shared + e % period if SHARED else Z + e + count
+    own = Shared + e % period if SHARED else U + e
     for _ in range(tangents):
-        at += count
-        t = tl.load(own, mask=mask, other=0.0)
+        t = tl.load(own, mask=mask, other=0.0).to(z.dtype)
         own += period if SHARED else count
         if BACKWARD:
-            g = tl.load(G + at, mask=mask, other=0.0)
+            g = tl.load(Grad_u + at, mask=mask, other=0.0).to(z.dtype)
             second += g * t
             if not SHARED:
-                tl.store(Out + at, g * d1, mask=mask)
+                tl.store(Out_u + at, g * d1, mask=mask)
         else:
-            tl.store(Out + at, d1 * t, mask=mask)
+            tl.store(Out_u + at, d1 * t, mask=mask)
+        at += count
     if BACKWARD:
         a = tl.load(G + e, mask=mask, other=0.0) * d1 + second * d2
     tl.store(Out + e, a, mask=mask)
@@ -163,10 +166,12 @@ def _means(v, normal, n, CENTRED: tl.constexpr):
 @triton.jit
 def dual_norm_kernel(
     Z,
+    U,
     Shift,
     Weight,
     Bias,
     Out,
+    Out_u,
     rows,
     n,
     groups,
@@ -181,7 +186,8 @@ def dual_norm_kernel(
 ):
     """`w x^ + b` and `w r (u_k - mean u_k - x^ mean(x^ u_k))` of a row of n, one a program.
 
-    `Z` and `Out` are `[K + 1, rows, n]`, `Weight` and `Bias` `[groups, n]` for `row % groups`.
+    `Z` and `Out` are `[rows, n]`, `U` and `Out_u` `[K, rows, n]` of a dtype of their own, `Weight`
+    and `Bias` `[groups, n]` for `row % groups`.
     """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -196,19 +202,22 @@ def dual_norm_kernel(
     tl.store(Out + row * n + cols, out, mask=mask)
     at = row
     for _ in range(tangents):
-        at += rows
-        u = tl.load(Z + at * n + cols, mask=mask, other=0.0)
+        u = tl.load(U + at * n + cols, mask=mask, other=0.0).to(normal.dtype)
         plain, along = _means(u, normal, n, CENTRED)
-        tl.store(Out + at * n + cols, w * r * (u - plain - normal * along), mask=mask)
+        tl.store(Out_u + at * n + cols, w * r * (u - plain - normal * along), mask=mask)
+        at += rows
 
 
 @triton.jit
 def dual_norm_backward_kernel(
     Z,
+    U,
     Shift,
     Weight,
     G,
+    Grad_u,
     Out,
+    Out_u,
     Sum_w,
     Sum_b,
     rows,
@@ -249,17 +258,17 @@ def dual_norm_backward_kernel(
         out = r * (w * g - plain - normal * along)
         at = row
         for _ in range(tangents):
-            at += rows
-            u = tl.load(Z + at * n + cols, mask=mask, other=0.0)
-            gk = tl.load(G + at * n + cols, mask=mask, other=0.0)
+            u = tl.load(U + at * n + cols, mask=mask, other=0.0).to(normal.dtype)
+            gk = tl.load(Grad_u + at * n + cols, mask=mask, other=0.0).to(normal.dtype)
             u_plain, u_along = _means(u, normal, n, CENTRED)
             g_plain, g_along = _means(w * gk, normal, n, CENTRED)
             inner = tl.sum(w * gk * u, 0) / n - g_plain * u_plain - g_along * u_along
             pu = r * (u - u_plain - normal * u_along)
             pg = r * (w * gk - g_plain - normal * g_along)
-            tl.store(Out + at * n + cols, pg, mask=mask)
+            tl.store(Out_u + at * n + cols, pg, mask=mask)
             sum_w += gk * pu
             out -= r * (r * inner * normal + u_along * pg + g_along * pu)
+            at += rows
         tl.store(Out + row * n + cols, out, mask=mask)
         sample += tl.num_programs(1)
     to = (part * groups + group) * n + cols
@@ -378,7 +387,8 @@ def probe_kernel(
     k = item // batch
     if IDS:
         sample = tl.load(Ids + sample)
-    T: tl.constexpr = Out.dtype.element_ty
+    # Arithmetic is that of the result; that of tangents in bfloat16 is float32.
+    T: tl.constexpr = tl.float32 if Out.dtype.element_ty == tl.bfloat16 else Out.dtype.element_ty
     factor = tl.full([1], 1.0, T)
     if MODE == 2:
         factor *= tl.load(Y + item)
@@ -399,7 +409,7 @@ def probe_kernel(
         else:
             v = (1 - 2 * _signs(Key, sample, k, start, bits, KIND == 1, BLOCK)).to(T)
         if MODE == 1:
-            total += v * tl.load(Y + item * D + cols, mask=mask, other=0.0)
+            total += v * tl.load(Y + item * D + cols, mask=mask, other=0.0).to(T)
         else:
             tl.store(Out + item * D + cols, v * factor, mask=mask)
     if MODE == 1:
@@ -414,37 +424,67 @@ def _row(like: Tensor) -> int:
     return like.shape[1:].numel()
 
 
+def _halves(stack: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
+    """The first `count` elements, and the rest."""
+    if stack is None:
+        return None, None
+    flat = stack.view(-1)
+    return flat[:count], flat[count:] if flat.numel() > count else flat
+
+
+Both = tuple[Tensor | None, Tensor | None]
+
+
 def _elementwise(
+    z: Both,
+    shared: Tensor | None,
+    shift: Tensor | None,
+    g: Both,
+    out: Both,
+    tangents: int,
+    kind: int,
+    beta: float,
+    threshold: float,
+    inner: int,
+) -> None:
+    """Primals and tangents of z, of the gradient if any, and of the result."""
+    first = z[0]
+    assert first is not None
+    count = first.numel()
+    if count == 0:
+        return
+    launch = config.dual_activate(dtype_name("dual_activate", first), architecture(first.device))
+    tensors = (*z, shared, shift, *g, *out)
+    with on(first.device):
+        dual_activate_kernel[(triton.cdiv(count, launch["BLOCK"]),)](
+            *(first if t is None else t for t in tensors),
+            *(count, tangents),
+            1 if shared is None else shared.numel() // max(tangents, 1),
+            *(1 if shift is None else shift.numel(), inner),
+            BETA=beta,
+            THRESHOLD=threshold,
+            KIND=kind,
+            BACKWARD=g[0] is not None,
+            SHARED=shared is not None,
+            SHIFT=shift is not None,
+            **launch,
+        )
+
+
+def _stacked(
     z: Tensor,
     shared: Tensor | None,
     shift: Tensor | None,
     g: Tensor | None,
     out: Tensor,
     tangents: int,
-    kind: int,
-    beta: float,
-    threshold: float,
-    inner: int,
+    *options: Any,
 ) -> Tensor:
     z, shared, shift, g = _contiguous(z, shared, shift, g)
     count = z.numel() // (1 if shared is not None else tangents + 1)
-    if count == 0:
-        return out
-    launch = config.dual_activate(dtype_name("dual_activate", z), architecture(z.device))
-    with on(z.device):
-        dual_activate_kernel[(triton.cdiv(count, launch["BLOCK"]),)](
-            *(z, z if shared is None else shared, z if shift is None else shift),
-            *(z if g is None else g, out, count, tangents),
-            1 if shared is None else shared.numel() // max(tangents, 1),
-            *(1 if shift is None else shift.numel(), inner),
-            BETA=beta,
-            THRESHOLD=threshold,
-            KIND=kind,
-            BACKWARD=g is not None,
-            SHARED=shared is not None,
-            SHIFT=shift is not None,
-            **launch,
-        )
+    halves = (_halves(t, count) for t in (z, g, out))
+    own, grads, results = halves
+    _elementwise(own, shared, shift, grads, results, tangents, *options)
     return out
 
 
@@ -467,7 +507,7 @@ def dual_activate(
     """See `fewstep.reference.dual.activate`."""
     lead = z.shape[0] * (1 if shared is None else tangents + 1)
     out = z.new_empty((lead, *z.shape[1:]))
-    return _elementwise(z, shared, shift, None, out, tangents, kind, beta, threshold, inner)
+    return _stacked(z, shared, shift, None, out, tangents, kind, beta, threshold, inner)
 
 
 @torch.library.custom_op(
@@ -489,14 +529,96 @@ def dual_activate_backward(
 ) -> Tensor:
     """The gradient for z."""
     out = z.new_empty(z.shape)
-    return _elementwise(z, shared, shift, g, out, tangents, kind, beta, threshold, inner)
+    return _stacked(z, shared, shift, g, out, tangents, kind, beta, threshold, inner)
 
 
-def _norm_arguments(z: Tensor, shift: Tensor | None, tangents: int, groups: int) -> tuple[Any, ...]:
-    """rows, n, groups, tangents and period of the kernels."""
-    n = _row(z) // groups
-    rows = z.shape[0] // (tangents + 1) * groups
-    return rows, n, groups, tangents, 1 if shift is None else shift.numel() // n
+def _empty_pair(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), u.new_empty(u.shape)
+
+
+def _count(z: Tensor, u: Tensor) -> int:
+    """K"""
+    return u.shape[0] // max(z.shape[0], 1)
+
+
+@torch.library.custom_op(
+    "fewstep_triton::dual_activate_pair",
+    mutates_args=(),
+    schema="(Tensor z, Tensor u, Tensor? shift, int kind, float beta, float threshold, int inner)"
+    " -> (Tensor a, Tensor t)",
+)
+def dual_activate_pair(
+    z: Tensor,
+    u: Tensor,
+    shift: Tensor | None,
+    kind: int,
+    beta: float,
+    threshold: float,
+    inner: int,
+) -> tuple[Tensor, Tensor]:
+    """See `fewstep.reference.dual.activate_pair`."""
+    out = _empty_pair(z, u)
+    z, u, shift = _contiguous(z, u, shift)
+    options = (_count(z, u), kind, beta, threshold, inner)
+    _elementwise((z, u), None, shift, (None, None), out, *options)
+    return out
+
+
+@torch.library.custom_op(
+    "fewstep_triton::dual_activate_pair_backward",
+    mutates_args=(),
+    schema="(Tensor ga, Tensor gt, Tensor z, Tensor u, Tensor? shift, int kind, float beta, "
+    "float threshold, int inner) -> (Tensor gz, Tensor gu)",
+)
+def dual_activate_pair_backward(
+    ga: Tensor,
+    gt: Tensor,
+    z: Tensor,
+    u: Tensor,
+    shift: Tensor | None,
+    kind: int,
+    beta: float,
+    threshold: float,
+    inner: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradients for z and u."""
+    out = _empty_pair(z, u)
+    ga, gt, z, u, shift = _contiguous(ga, gt, z, u, shift)
+    options = (_count(z, u), kind, beta, threshold, inner)
+    _elementwise((z, u), None, shift, (ga, gt), out, *options)
+    return out
+
+
+def _normed(
+    z: Both,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Both,
+    tangents: int,
+    width: int,
+    groups: int,
+    centred: bool,
+    eps: float,
+) -> None:
+    first = z[0]
+    assert first is not None
+    n = width // groups
+    rows = first.numel() // n
+    if rows == 0:
+        return
+    launch = config.dual_norm(n, dtype_name("dual_norm", first), architecture(first.device))
+    with on(first.device):
+        dual_norm_kernel[(rows,)](
+            *(first if t is None else t for t in (*z, shift, weight, bias, *out)),
+            *(rows, n, groups, tangents, 1 if shift is None else shift.numel() // n),
+            EPS=eps,
+            CENTRED=centred,
+            SHIFT=shift is not None,
+            WEIGHT=weight is not None,
+            BIAS=bias is not None,
+            **launch,
+        )
 
 
 @torch.library.custom_op(
@@ -517,25 +639,71 @@ def dual_norm(
 ) -> Tensor:
     """See `fewstep.reference.dual.norm`; rows of up to `config.LONGEST_ROW`."""
     out = z.new_empty(z.shape)
-    z, shift, weight, bias = (
-        None if t is None else t.contiguous() for t in (z, shift, weight, bias)
-    )  # type: ignore[assignment]
-    rows, n, *rest = _norm_arguments(z, shift, tangents, groups)
+    z, *rest = _contiguous(z, shift, weight, bias)
+    count, width = z.numel() // (tangents + 1), _row(z)
+    own, made = _halves(z, count), _halves(out, count)
+    _normed(own, *rest, made, tangents, width, groups, centred, eps)
+    return out
+
+
+@torch.library.custom_op(
+    "fewstep_triton::dual_norm_pair",
+    mutates_args=(),
+    schema="(Tensor z, Tensor u, Tensor? shift, Tensor? weight, Tensor? bias, int groups, "
+    "bool centred, float eps) -> (Tensor a, Tensor t)",
+)
+def dual_norm_pair(
+    z: Tensor,
+    u: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See `fewstep.reference.dual.norm_pair`."""
+    out = _empty_pair(z, u)
+    z, u, *rest = _contiguous(z, u, shift, weight, bias)
+    _normed((z, u), *rest, out, _count(z, u), _row(z), groups, centred, eps)
+    return out
+
+
+def _normed_backward(
+    g: Both,
+    z: Both,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    out: Both,
+    tangents: int,
+    width: int,
+    groups: int,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients for weight and bias; for z into `out`."""
+    first = z[0]
+    assert first is not None
+    n = width // groups
+    rows = first.numel() // n
     if rows == 0:
-        return out
-    launch = config.dual_norm(n, dtype_name("dual_norm", z), architecture(z.device))
-    with on(z.device):
-        dual_norm_kernel[(rows,)](
-            *(z if t is None else t for t in (z, shift, weight, bias)),
-            *(out, rows, n, *rest),
+        return first.new_zeros(width), first.new_zeros(width)
+    parts = config.dual_norm_parts(rows // groups)
+    sums = first.new_empty((2, parts, width))
+    launch = config.dual_norm(n, dtype_name("dual_norm", first), architecture(first.device))
+    with on(first.device):
+        dual_norm_backward_kernel[(groups, parts)](
+            *(first if t is None else t for t in (*z, shift, weight, *g, *out)),
+            *(sums[0], sums[1], rows, n, groups, tangents),
+            1 if shift is None else shift.numel() // n,
             EPS=eps,
             CENTRED=centred,
             SHIFT=shift is not None,
             WEIGHT=weight is not None,
-            BIAS=bias is not None,
             **launch,
         )
-    return out
+    gw, gb = sums.sum(1)
+    return gw.clone(), gb.clone()
 
 
 @torch.library.custom_op(
@@ -555,26 +723,36 @@ def dual_norm_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for z, and for weight and bias `[groups n]`."""
-    out, width = z.new_empty(z.shape), _row(z)
+    out = z.new_empty(z.shape)
     g, z, shift, weight = _contiguous(g, z, shift, weight)
-    rows, n, *rest = _norm_arguments(z, shift, tangents, groups)
-    if rows == 0:
-        return out, z.new_zeros(width), z.new_zeros(width)
-    parts = config.dual_norm_parts(rows // groups)
-    sums = z.new_empty((2, parts, width))
-    launch = config.dual_norm(n, dtype_name("dual_norm", z), architecture(z.device))
-    with on(z.device):
-        dual_norm_backward_kernel[(groups, parts)](
-            *(z if t is None else t for t in (z, shift, weight)),
-            *(g, out, sums[0], sums[1], rows, n, *rest),
-            EPS=eps,
-            CENTRED=centred,
-            SHIFT=shift is not None,
-            WEIGHT=weight is not None,
-            **launch,
-        )
-    gw, gb = sums.sum(1)
-    return out, gw.clone(), gb.clone()
+    count, width = z.numel() // (tangents + 1), _row(z)
+    both, own, made = (_halves(t, count) for t in (g, z, out))
+    options = (tangents, width, groups, centred, eps)
+    return out, *_normed_backward(both, own, shift, weight, made, *options)
+
+
+@torch.library.custom_op(
+    "fewstep_triton::dual_norm_pair_backward",
+    mutates_args=(),
+    schema="(Tensor ga, Tensor gt, Tensor z, Tensor u, Tensor? shift, Tensor? weight, int groups, "
+    "bool centred, float eps) -> (Tensor gz, Tensor gu, Tensor gw, Tensor gb)",
+)
+def dual_norm_pair_backward(
+    ga: Tensor,
+    gt: Tensor,
+    z: Tensor,
+    u: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    groups: int,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for z and u, and for weight and bias `[groups n]`."""
+    out = _empty_pair(z, u)
+    ga, gt, z, u, shift, weight = _contiguous(ga, gt, z, u, shift, weight)
+    options = (_count(z, u), _row(z), groups, centred, eps)
+    return *out, *_normed_backward((ga, gt), (z, u), shift, weight, out, *options)
 
 
 def _probes(
@@ -591,7 +769,8 @@ def _probes(
         return out
     key = key.to(y.device)
     ids = None if ids is None else ids.to(y.device).contiguous()
-    launch = config.probe(dtype_name("probe", y), architecture(y.device))
+    dtype = "float32" if y.dtype == torch.bfloat16 else dtype_name("probe", y)
+    launch = config.probe(dtype, architecture(y.device))
     with on(y.device):
         probe_kernel[(count * batch,)](
             *(key.contiguous(), key if ids is None else ids, y, out, batch, d),
@@ -624,7 +803,8 @@ def probe(like: Tensor, key: Tensor, ids: Tensor | None, probes: int, kind: int)
 def probe_dot(y: Tensor, key: Tensor, ids: Tensor | None, probes: int, kind: int) -> Tensor:
     """`<v_k, y_k>` `[K, B]` for y `[K B, ...]`."""
     batch = y.shape[0] // probes
-    out = y.new_empty((probes, batch))
+    wide = torch.float32 if y.dtype == torch.bfloat16 else y.dtype
+    out = y.new_empty((probes, batch), dtype=wide)
     return _probes(1, y.contiguous(), out, key, ids, (probes, batch, _row(y)), kind)
 
 

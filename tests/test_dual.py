@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from fewstep.ops import raw_dual
 from fewstep.reference import dual as reference
-from tolerances import assert_contract
+from tolerances import CONTRACT, TANGENTS, assert_contract, error
 
 DTYPES = [torch.float32, torch.float64]
 # batch, width, tangents, inner, what is shifted
@@ -110,6 +112,108 @@ def test_norm(
         assert_contract("gradient", actual, exact)
 
 
+Pair = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+def assert_pairs(found: Pair, exact: Pair, unit: float = TANGENTS["rounded"]) -> None:
+    """Primal and tangents, and gradients for z, u and others, against float64 from the same u."""
+    (a, t), (a64, t64) = found[0], exact[0]
+    assert (a.dtype, t.dtype) == (torch.float32, torch.bfloat16)
+    assert (a.shape, t.shape) == (a64.shape, t64.shape)
+    if a.numel() == 0:
+        return
+    assert_contract("value", a.detach(), a64.detach())
+    slack = CONTRACT["value"] * t64.detach().abs().max() if t.numel() else 0
+    assert ((t.double() - t64).abs() <= unit * t64.abs() + slack).all()
+    for i, (actual, right) in enumerate(zip(found[1], exact[1], strict=True)):
+        assert actual.shape == right.shape
+        bound = CONTRACT["gradient"] + (unit if i == 1 else 0)
+        assert right.numel() == 0 or error("gradient", actual, right) <= bound
+
+
+def activate_pairs(backend: str, shape: tuple[int, int, int, int, str], kind: str) -> Pair:
+    """Of a backend in float32 and bfloat16, or of the reference in float64 for the same input."""
+    torch.manual_seed(2)
+    batch, width, tangents, inner, shifted = shape
+    z, _, shift = inputs((batch, width, tangents, inner, shifted), torch.float32)
+    z, u = z[:batch], torch.randn(tangents * batch, width).bfloat16()
+    low = backend != "reference"
+    own = [m if low or m is None else m.double() for m in (z, u, shift)]
+    live = [m.requires_grad_() for m in own if m is not None]
+    out = raw_dual.activate_pair(backend, *own, kind, 1.3, 20.0, inner)  # type: ignore[arg-type]
+    g = [torch.randn(o.shape).bfloat16().to(o.dtype) for o in out]
+    return out, torch.autograd.grad(out, live, g)
+
+
+PAIRS = [s for s in SHAPES if s[4] != "shared"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [*(("silu", s) for s in PAIRS), *((kind, PAIRS[1]) for kind in reference.ACTIVATIONS[1:])],
+    ids=str,
+)
+def test_activation_of_tangents_in_bfloat16(
+    capability: str, kind: str, shape: tuple[int, int, int, int, str]
+) -> None:
+    assert_pairs(activate_pairs("cpp", shape, kind), activate_pairs("reference", shape, kind))
+
+
+def norm_pairs(backend: str, shape: tuple[int, int, int, int, bool, int | None, bool]) -> Pair:
+    """As `activate_pairs`."""
+    torch.manual_seed(2)
+    batch, groups, n, tangents, centred, shifted, affine = shape
+    z, u = torch.randn(batch, groups * n) + 2, torch.randn(tangents * batch, groups * n)
+    shift = None if shifted is None else torch.randn(shifted)
+    w, b = (torch.randn(groups * n) if affine else None for _ in range(2))
+    low = backend != "reference"
+    tensors = (z, u.bfloat16(), shift, w, b)
+    own = [m if low or m is None else m.double() for m in tensors]
+    live = [m.requires_grad_() for m in own if m is not None]
+    out = raw_dual.norm_pair(backend, *own, groups, centred, 1e-5)  # type: ignore[arg-type]
+    g = [torch.randn(o.shape).bfloat16().to(o.dtype) for o in out]
+    return out, torch.autograd.grad(out, live, g)
+
+
+@pytest.mark.parametrize("shape", [*NORMS, (130, 2, 9, 2, True, None, True)], ids=str)
+def test_norm_of_tangents_in_bfloat16(
+    capability: str, shape: tuple[int, int, int, int, bool, int | None, bool]
+) -> None:
+    assert_pairs(norm_pairs("cpp", shape), norm_pairs("reference", shape))
+
+
+def test_strided_pairs_and_their_second_derivatives() -> None:
+    """Which are those of the reference that rounds at the same points."""
+    found = []
+    for backend in ("cpp", "reference"):
+        torch.manual_seed(3)
+        z = torch.randn(5, 3).T.requires_grad_()
+        u = torch.randn(5, 6).bfloat16().T.requires_grad_()
+        w = torch.randn(5, requires_grad=True)
+        a, t = raw_dual.activate_pair(backend, z, u, None, "tanh")
+        a, t = raw_dual.norm_pair(backend, a, t, None, w, None, 1, True, 1e-2)
+        loss = a.square().sum() + t.float().square().sum()
+        first = torch.autograd.grad(loss, (z, u, w), create_graph=True)
+        second = torch.autograd.grad(sum(g.float().square().sum() for g in first), (z, u, w))
+        found.append([a, *first, *second])
+    for actual, right in zip(*found, strict=True):
+        assert actual.dtype == right.dtype
+        assert error("gradient", actual, right.detach()) <= TANGENTS["gradient"]
+
+
+def test_rounding_is_to_the_nearest() -> None:
+    """As torch rounds, NaN and infinity too; a slope of 1 keeps tangents as they are."""
+    u = torch.tensor([[1.0, -3.0, 0.1, 7.0]]).bfloat16()
+    ones, z = torch.ones(1, 1), torch.zeros(1, 1)
+    for w in (1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.1**-8, 3.4e38, 1e-40, math.inf, math.nan):
+        weight = torch.tensor([w])
+        g = raw_dual.norm_pair("cpp", z, ones.bfloat16(), None, weight, None, 1, False, 1.0)[1]
+        torch.testing.assert_close(g, weight[None].bfloat16(), rtol=0, atol=0, equal_nan=True)
+    s = torch.full((1, 4), 100.0)
+    exact = raw_dual.activate_pair("cpp", s, u, None, "softplus")[1]
+    assert torch.equal(exact, u)
+
+
 def test_reference_slopes_are_the_derivatives() -> None:
     z = torch.linspace(-6, 6, 41, dtype=torch.float64, requires_grad=True)
     for kind in reference.ACTIVATIONS:
@@ -160,6 +264,7 @@ def test_shared_tangents_refuse_a_gradient() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised inside torch 2.14's opcheck
 def test_opcheck() -> None:
     z = torch.randn(6, 5, requires_grad=True)
+    u = torch.randn(12, 5).bfloat16().requires_grad_()
     s = torch.randn(5, requires_grad=True)
     key, g = torch.tensor((1, 0, 0)), torch.randn(3, 2, requires_grad=True)
     ops = torch.ops.fewstep
@@ -168,7 +273,13 @@ def test_opcheck() -> None:
         (ops.dual_activate_backward, (torch.randn(6, 5), z, None, s, 2, 0, 1.0, 20.0, 1)),
         (ops.dual_norm, (z, None, s, s, 2, 1, True, 1e-5)),
         (ops.dual_norm_backward, (torch.randn(6, 5), z, None, s, 2, 1, True, 1e-5)),
+        (ops.dual_activate_pair, (z, u, s, 0, 1.0, 20.0, 1)),
+        (ops.dual_activate_pair_backward, (z, u, z, u, s, 0, 1.0, 20.0, 1)),
+        (ops.dual_norm_pair, (z, u, None, s, s, 1, True, 1e-5)),
+        (ops.dual_norm_pair_backward, (z, u, z, u, None, s, 1, True, 1e-5)),
         (ops.probe, (torch.randn(2, 5), key, None, 3, 0)),
+        (ops.probe, (torch.randn(2, 5).bfloat16(), key, None, 3, 2)),
+        (ops.probe_dot, (u, key, None, 4, 2)),
         (ops.probe_dot, (z, key, None, 3, 0)),
         (ops.probe_scale, (g, key, None, 5, 0)),
     ):

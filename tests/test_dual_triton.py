@@ -12,13 +12,22 @@ import fewstep
 from fewstep.ops import raw_dual
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import PROBES, probes
-from test_dual import NORMS, SHAPES, inputs
+from test_dual import (
+    NORMS,
+    PAIRS,
+    SHAPES,
+    activate_pairs,
+    assert_pairs,
+    inputs,
+    norm_pairs,
+)
 from test_probe import IDS, KEY
-from tolerances import assert_contract
+from tolerances import TANGENTS, assert_contract, error
 from velocity_nets import Film, Residual
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float64]
+UNIT = TANGENTS["rounded" if DEVICE == "cuda" else "cut"]
 
 
 def on(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -76,6 +85,22 @@ def test_norm(shape: tuple[int, int, int, int, bool, int | None, bool], dtype: t
             assert_contract("gradient", actual, exact)
 
 
+@pytest.mark.parametrize("shape", PAIRS, ids=str)
+def test_activation_of_tangents_in_bfloat16(shape: tuple[int, int, int, int, str]) -> None:
+    with torch.device(DEVICE):
+        found, exact = (activate_pairs(b, shape, "silu") for b in ("triton", "reference"))
+    assert_pairs(found, exact, UNIT)
+
+
+@pytest.mark.parametrize("shape", NORMS, ids=str)
+def test_norm_of_tangents_in_bfloat16(
+    shape: tuple[int, int, int, int, bool, int | None, bool],
+) -> None:
+    with torch.device(DEVICE):
+        found, exact = (norm_pairs(b, shape) for b in ("triton", "reference"))
+    assert_pairs(found, exact, UNIT)
+
+
 @pytest.mark.parametrize("kind", PROBES)
 @pytest.mark.parametrize("d", [1, 3, 513])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,6 +122,18 @@ def test_probes(kind: str, d: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(scaled, g[..., None] * actual)
 
 
+@pytest.mark.parametrize("kind", PROBES)
+def test_probes_in_bfloat16(kind: str) -> None:
+    like = torch.empty(4, 130, device=DEVICE)
+    wide = raw_dual.probe("triton", like, KEY, IDS, 3, kind)
+    low = raw_dual.probe("triton", like.bfloat16(), KEY, IDS, 3, kind)
+    assert low.dtype == torch.bfloat16
+    assert ((low.float() - wide).abs() <= UNIT * wide.abs()).all()
+    y = torch.randn(12, 130, device=DEVICE).bfloat16()
+    dots = raw_dual.probe_dot("triton", y, KEY, IDS, 3, kind)
+    assert_contract("value", dots, (wide.double() * y.double().view(3, 4, 130)).sum(2))
+
+
 @pytest.mark.parametrize("net", [Film(5, 8), Residual(5, 8)], ids=["film", "residual"])
 def test_divergence_and_its_gradients(net: torch.nn.Module) -> None:
     net = net.to(DEVICE)
@@ -112,9 +149,30 @@ def test_divergence_and_its_gradients(net: torch.nn.Module) -> None:
         torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+def test_divergence_with_tangents_in_bfloat16(estimator: str) -> None:
+    net = Residual(5, 8).to(DEVICE)
+    x, t = torch.randn(3, 5, device=DEVICE), torch.rand(3, device=DEVICE)
+    found = []
+    for backend, low in (("triton", torch.bfloat16), ("reference", None)):
+        out = fewstep.divergence(
+            net, x, t, estimator=estimator, probes=2, backend=backend, tangent_dtype=low
+        )
+        grads = torch.autograd.grad(out.value.sum(), list(net.parameters()), allow_unused=True)
+        found.append((out.value, out.velocity, grads))
+    (value, velocity, grads), (right, plain, exact) = found
+    torch.testing.assert_close(velocity, plain)
+    assert error("value", value, right) <= 2 * TANGENTS["value"]  # cut, not rounded
+    for a, b in zip(grads, exact, strict=True):
+        if b is not None:
+            assert a is not None
+            assert error("gradient", a, b) <= 2 * TANGENTS["gradient"]
+
+
 def test_ops() -> None:
     ops = torch.ops.fewstep_triton
     z = torch.randn(6, 5, device=DEVICE)
+    u = torch.randn(12, 5, device=DEVICE).bfloat16()
     raw_dual.activate("triton", z, None, None, 1, "silu")  # registers them
     tests = ("test_schema", "test_faketensor")
     for op, arguments in (
@@ -122,7 +180,12 @@ def test_ops() -> None:
         (ops.dual_activate_backward, (z, z, None, None, 1, 0, 1.0, 20.0, 1)),
         (ops.dual_norm, (z, None, None, None, 1, 1, True, 1e-5)),
         (ops.dual_norm_backward, (z, z, None, None, 1, 1, True, 1e-5)),
+        (ops.dual_activate_pair, (z, u, None, 0, 1.0, 20.0, 1)),
+        (ops.dual_activate_pair_backward, (z, u, z, u, None, 0, 1.0, 20.0, 1)),
+        (ops.dual_norm_pair, (z, u, None, None, None, 1, True, 1e-5)),
+        (ops.dual_norm_pair_backward, (z, u, z, u, None, None, 1, True, 1e-5)),
         (ops.probe, (z, KEY, None, 2, 1)),
+        (ops.probe_dot, (u, KEY, None, 2, 1)),
         (ops.probe_dot, (z, KEY, None, 2, 0)),
         (ops.probe_scale, (z, KEY, None, 4, 3)),
     ):

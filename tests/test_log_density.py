@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import fewstep
 from fewstep import score
 from fewstep.toys import GaussianMixture
-from velocity_nets import TimeMLP, Unknown
+from tolerances import TANGENTS, error
+from velocity_nets import Residual, TimeMLP, Unknown
 
 F64 = torch.float64
 
@@ -195,6 +196,26 @@ def test_gradients(tracker: str) -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.parametrize("tracker", ["trace", "logdet", "series"])
+def test_tangents_in_bfloat16(tracker: str) -> None:
+    """With and without gradients, where a solve keeps its copies of weights."""
+    net = Residual(6, 16)
+    x, t = torch.randn(5, 6), [0.0, 0.1, 0.2]
+    options: dict[str, Any] = {"times": t, "tracker": tracker, "estimator": "hutchinson"}
+    exact = fewstep.log_density(net, x, **options)
+    for fresh in (True, False):
+        exact = fewstep.log_density(net, x, fresh=fresh, **options)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                low = fewstep.log_density(
+                    net, x, fresh=fresh, tangent_dtype=torch.bfloat16, **options
+                )
+            torch.testing.assert_close(low.x, exact.x)
+            assert low.log_prob.dtype == torch.float32
+            assert error("value", low.log_prob, exact.log_prob) <= TANGENTS["value"]
+    assert not torch.equal(low.log_prob, exact.log_prob)
+
+
 def test_a_step_that_folds_is_reported() -> None:
     out = fewstep.log_density(
         lambda x, t: -3 * x,
@@ -218,6 +239,7 @@ def test_a_step_that_folds_is_reported() -> None:
         ({"tracker": "hutch"}, "tracker must be one of"),
         ({"base_at": "middle"}, "base_at must be"),
         ({"estimator": "magic"}, "estimator must be one of"),
+        ({"tangent_dtype": torch.float64}, "tangent_dtype must be None, or torch.bfloat16"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import heun, log_prob_of, score_of
 from fewstep.ops import log_density, trace
 from fewstep.toys import GaussianMixture
+from tolerances import TANGENTS, error
 from velocity_nets import TimeMLP
 
 F64 = torch.float64
@@ -279,6 +280,21 @@ def test_options_train(change: dict[str, Any]) -> None:
     assert MarginalReflow(**change).sample(student, torch.randn(3, 2, dtype=F64)).shape == (3, 2)
 
 
+@pytest.mark.parametrize("tracker", ["logdet", "trace"])
+def test_tangents_in_bfloat16_train(tracker: str) -> None:
+    teacher, student = mixture(), TimeMLP(2, 8, 3)
+    data, grads = teacher.sample(16).float(), []
+    for low in (None, torch.bfloat16):
+        flow = MarginalReflow(tracker=tracker, estimator="hutchinson", tangent_dtype=low)
+        generator = torch.Generator().manual_seed(0)
+        loss, _ = flow(student, lambda x, t: -x, data, generator=generator)
+        grads.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, student.parameters())])
+        )
+    assert not torch.equal(*grads)
+    assert error("gradient", grads[1], grads[0]) <= TANGENTS["gradient"]
+
+
 def test_first_windows_of_both_starts_are_noise() -> None:
     flow = MarginalReflow(start="student", windows=3)
     x, eps = torch.randn(6, 2), torch.randn(6, 2)
@@ -304,6 +320,7 @@ def test_first_windows_of_both_starts_are_noise() -> None:
         ({"weight": "t"}, "weight must be one of"),
         ({"method": "rk4"}, "method must be one of"),
         ({"probes": 0}, "probes must be an integer"),
+        ({"tangent_dtype": torch.float16}, "MarginalReflow: tangent_dtype must be"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:

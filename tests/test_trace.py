@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fewstep
 from fewstep.reference import trace as reference
 from fewstep.reference.probe import probes
-from tolerances import assert_contract
+from tolerances import TANGENTS, assert_contract, error
 from velocity_nets import Attention, Convolutions, Film, Residual, TimeMLP, Unknown
 
 F64 = torch.float64
@@ -241,17 +243,68 @@ def test_compiles_into_one_graph(name: str, estimator: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-def test_torch_func_says_what_to_do_under_checkpointing() -> None:
-    net, x = Unknown(3), torch.randn(2, 3, requires_grad=True)
+class Twice(torch.autograd.Function):
+    """2 x, without a derivative in forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside forward mode
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson", "hutch++", "xtrace"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_unknown_functions_under_checkpointing(estimator: str, reentrant: bool) -> None:
+    net, x, t = case("unknown")
+    x.requires_grad_()
+    inputs = [x, *net.parameters()]
+    infos = []
 
     def value(x: Tensor) -> Tensor:
-        return fewstep.divergence(net, x, 0.3, estimator="hutchinson").value.sum()
+        out = fewstep.divergence(net, x, t, estimator=estimator, probes=4)
+        infos.append(out.info)
+        return torch.cat([out.value[:, None], out.velocity], 1)
 
-    with pytest.raises(RuntimeError, match="checkpoint with use_reentrant=True"):
+    sketch = estimator in ("hutch++", "xtrace") and not reentrant  # of J there, of J' outside
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda z: z, lambda z: z)
+    with hooks if sketch else contextlib.nullcontext():
+        plain = value(x)
+        w = torch.randn_like(plain)
+        expected = torch.autograd.grad((w * plain).sum(), inputs)
+    again = checkpoint(value, x, use_reentrant=reentrant)
+    assert isinstance(again, Tensor)
+    torch.testing.assert_close(again, plain)
+    (w * again).sum().backward()
+    for p, want in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(p.grad, want)
+    ways = ["torch.func: no rule for cumsum", "torch.autograd.forward_ad: no rule for cumsum"]
+    assert infos[0] == ways[sketch]
+    assert set(infos[1:]) == {ways[not reentrant]}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside forward mode
+def test_no_forward_derivative_under_checkpointing() -> None:
+    linear, x = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
+
+    def value(x: Tensor) -> Tensor:
+        net = lambda x, t: Twice.apply(torch.cumsum(linear(x), -1))  # noqa: E731
+        return fewstep.divergence(net, x, 0.3, estimator="exact").value.sum()
+
+    expected = 4 * torch.cumsum(linear.weight, 0).trace()  # two samples
+    torch.testing.assert_close(value(x), expected)
+    torch.testing.assert_close(checkpoint(value, x, use_reentrant=True), expected)
+    with pytest.raises(RuntimeError, match=r"rules .*register.* or checkpoint with use_reentrant"):
         checkpoint(value, x, use_reentrant=False)
-    checkpoint(value, x, use_reentrant=True).backward()
-    (g,) = torch.autograd.grad(value(x), x)
-    torch.testing.assert_close(x.grad, g)
 
 
 def test_activation_checkpointing() -> None:
@@ -289,28 +342,243 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
+def saved(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What `run` returns, and what it keeps for backward, once for each storage."""
+    seen: dict[int, Tensor] = {}
+
+    def pack(z: Tensor) -> Tensor:
+        seen.setdefault(z.untyped_storage().data_ptr(), z)
+        return z
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda z: z):
+        out = run()
+    return out, list(seen.values())
+
+
 def test_no_probe_is_kept_for_backward() -> None:
     """Saved: x, and the stack before and after each activation, twice what plain training keeps."""
     net = TimeMLP(64, 32, 2)
     x, t = torch.randn(16, 64), torch.rand(16)
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
 
-    def saved(run: Callable[[], object]) -> int:
-        seen: dict[int, int] = {}
+    def size(run: Callable[[], Tensor]) -> int:
+        storages = [z.untyped_storage() for z in saved(run)[1]]
+        return sum(s.nbytes() for s in storages if s.data_ptr() not in own)
 
-        def pack(z: Tensor) -> Tensor:
-            seen[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes()
-            return z
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda z: z):
-            out = run()
-        own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-        assert out is not None
-        return sum(size for where, size in seen.items() if where not in own)
-
-    plain = saved(lambda: net(x, t))
-    ours = saved(lambda: fewstep.divergence(net, x, t, estimator="hutchinson").value)
+    plain = size(lambda: net(x, t))
+    ours = size(lambda: fewstep.divergence(net, x, t, estimator="hutchinson").value)
     hidden = 4 * 16 * 32 * 4  # bytes: four stacks of activations
     assert ours <= plain + hidden + 64
+
+
+FIRST: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "convolution": (lambda: Convolutions(3, 6), (4, 3, 4, 4)),
+    "norm": (lambda: nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 48)), (4, 48)),
+    "activation": (lambda: nn.Sequential(nn.Tanh(), nn.Linear(48, 48)), (4, 48)),
+    "tokens": (lambda: Attention(8, 6), (4, 6, 8)),
+    "linear": (lambda: Residual(48, 7), (4, 48)),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("estimator", ["hutchinson", "exact"])
+def test_no_network_keeps_the_stack_that_it_starts_with(name: str, estimator: str) -> None:
+    """The gradients are those with the stack kept: where hooks are forbidden it is."""
+    make, shape = FIRST[name]
+    net, x, t = make().to(F64), torch.randn(shape, dtype=F64), torch.rand(4, dtype=F64)
+    x.requires_grad_()
+    inputs = [x, *net.parameters()]
+    probes_ = 3 if estimator == "hutchinson" else 48
+
+    if estimator == "exact":
+        v = torch.eye(48, dtype=F64)[:, None].expand(-1, 4, -1)
+    else:
+        v = probes(torch.zeros(3, dtype=torch.int64), None, (3, 4, 48), "rademacher", F64)
+
+    def drawn(z: Tensor) -> bool:
+        return z.numel() >= v.numel() and torch.equal(z.flatten()[-v.numel() :], v.flatten())
+
+    def value() -> Tensor:
+        out = fewstep.divergence(net, x, t, estimator=estimator, probes=probes_)
+        assert not out.info
+        return out.value.square().sum()
+
+    out, seen = saved(value)
+    assert not any(map(drawn, seen))
+    with torch.autograd.graph.disable_saved_tensors_hooks("none"):
+        expected = torch.autograd.grad(value(), inputs, allow_unused=True)
+    for again in (True, False):  # the graph is kept for a second backward
+        found = torch.autograd.grad(out, inputs, allow_unused=True, retain_graph=again)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_stacks_are_made_again_under_hooks_and_checkpoints() -> None:
+    make, shape = FIRST["convolution"]
+    net, t = make().to(F64), torch.rand(4, dtype=F64)
+    x = torch.randn(shape, dtype=F64, requires_grad=True)
+    ids = torch.tensor([7, 3, 2**40, 0])
+    inputs = [x, *net.parameters()]
+
+    def value(x: Tensor) -> Tensor:
+        out = fewstep.divergence(net, x, t, estimator="hutchinson", probes=2, sample_ids=ids)
+        return out.value.square().sum()
+
+    expected = torch.autograd.grad(value(x), inputs)
+    moved = 0
+
+    def pack(z: Tensor) -> Tensor:
+        nonlocal moved
+        moved += 1
+        return z.clone()
+
+    def hooked(x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda z: z):
+            return value(x)
+
+    for way in (
+        hooked,
+        lambda x: checkpoint(value, x, use_reentrant=False),
+        lambda x: checkpoint(value, x, use_reentrant=True),
+    ):
+        for p in inputs:
+            p.grad = None
+        way(x).backward()
+        for p, want in zip(inputs, expected, strict=True):
+            torch.testing.assert_close(p.grad, want)
+    assert moved > 15  # hooks around ours get all that is kept
+    checkpointed = saved(lambda: checkpoint(value, x, use_reentrant=False))[1]  # type: ignore[arg-type]
+    assert len(checkpointed) <= 1
+
+    def parts(x: Tensor) -> Tensor:
+        return fewstep.divergence(net, x, t[:1], estimator="hutchinson").value
+
+    own = torch.randn(1, 3, 2, 2, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(parts, own)
+
+
+@pytest.mark.parametrize("name", ["convolution", "norm"])
+def test_inputs_changed_in_place_are_refused(name: str) -> None:
+    make, shape = FIRST[name]
+    net, x, t = make(), torch.randn(shape), torch.rand(4)
+    for changed in (x, next(iter(net.parameters()))):
+        out = fewstep.divergence(net, x, t, estimator="hutchinson", probes=2)
+        with torch.no_grad():
+            changed.mul_(2)
+        with pytest.raises(RuntimeError, match="inplace"):
+            out.value.sum().backward()
+    grads = []
+    for change in (0, 1):
+        ids = torch.arange(4)
+        out = fewstep.divergence(net, x, t, estimator="hutchinson", sample_ids=ids)
+        ids += change
+        grads.append(torch.autograd.grad(out.value.sum(), list(net.parameters())[:1]))
+    assert torch.equal(*grads[0], *grads[1])
+
+
+LOW = {"tangent_dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", [n for n in NETS if n != "unknown"])
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson", "hutch++"])
+def test_tangents_in_bfloat16(name: str, backend: str | None, estimator: str) -> None:
+    net, x, t = case(name, torch.float32)
+    options: dict[str, Any] = {"estimator": estimator, "probes": 3}
+    found = []
+    for low in (True, False):
+        own = net if low else copy.deepcopy(net).double()
+        y = x.to(torch.float32 if low else F64).requires_grad_()
+        more: dict[str, Any] = {"backend": backend, **LOW} if low else {"backend": "reference"}
+        out = fewstep.divergence(own, y, t.to(y.dtype), **options, **more)
+        loss = out.value.sum() + out.velocity.square().sum()
+        inputs = [y, *own.parameters()]
+        grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+        second = torch.autograd.grad(grads[0].square().sum(), y)[0]
+        found.append((out, [*grads, second]))
+    (out, grads), (exact, grads64) = found
+    assert out.value.dtype == out.velocity.dtype == torch.float32
+    assert out.estimator == exact.estimator
+    plain = fewstep.divergence(net, x, t, **options, backend=backend).velocity
+    torch.testing.assert_close(out.velocity, plain)
+    with sdpa_kernel(SDPBackend.MATH):
+        J = jacobians(copy.deepcopy(net).double(), x.detach().double(), t.double())
+    scale = math.sqrt(x[0].numel()) * J.flatten(1).norm(dim=1)
+    assert error("value", out.value, exact.value, scale) <= TANGENTS["value"]
+    assert all(a is None or a.dtype == torch.float32 for a in grads)
+    assert [a is None for a in grads] == [b is None for b in grads64]
+    if estimator == "hutch++":  # which is continuous in J, but of rounded products of its own
+        grads, grads64 = grads[:-1], grads64[:-1]
+    first, right = (
+        torch.cat([g.detach().flatten() for g in own if g is not None]) for own in (grads, grads64)
+    )
+    assert error("gradient", first, right) <= TANGENTS["gradient"]
+
+
+def test_tangents_in_bfloat16_are_unbiased() -> None:
+    net, x, t = case("residual", torch.float32)
+    n = 20_000
+    y, s = x[:1].expand(n, -1), t[:1].expand(n)
+    exact = fewstep.divergence(net, x[:1], t[:1], estimator="exact").value.detach()
+    for probe in ("rademacher", "gaussian"):
+        with torch.no_grad():
+            out = fewstep.divergence(net, y, s, estimator="hutchinson", probe=probe, **LOW)
+        off = (out.value.double().mean() - exact).abs()
+        assert off < 4 * out.value.std() / math.sqrt(n) + 2**-9 * exact.abs()
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_tangents_in_bfloat16_take_half_for_backward(name: str) -> None:
+    make, shape = FIRST[name]
+    net, x, t = make(), torch.randn(shape), torch.rand(4)
+    weights = {p.shape for p in net.parameters()}
+
+    def run(**options: Any) -> tuple[int, list[Tensor]]:
+        seen = saved(
+            lambda: (
+                fewstep.divergence(net, x, t, estimator="hutchinson", probes=16, **options).value
+            )
+        )[1]
+        seen = [z for z in seen if z.shape not in weights and z.shape[::-1] not in weights]
+        return sum(z.untyped_storage().nbytes() for z in seen), seen
+
+    whole, (half, seen) = run()[0], run(**LOW)
+    assert half < 0.56 * whole + 512  # 16 tangents at half and the primal
+    v = probes(torch.zeros(3, dtype=torch.int64), None, (16, 4, 48), "rademacher", torch.bfloat16)
+    assert not any(z.shape[:1] == (64,) and torch.equal(z.flatten(), v.flatten()) for z in seen)
+
+
+@pytest.mark.parametrize("name", ["three hidden layers", "residual", "convolutions"])
+def test_tangents_in_bfloat16_compile_and_checkpoint(name: str) -> None:
+    net, x, t = case(name, torch.float32)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+
+    def loss(x: Tensor) -> Tensor:
+        out = fewstep.divergence(net, x, t, estimator="hutchinson", probes=2, **LOW)
+        return (out.value * out.velocity.flatten(1).sum(1)).sum()
+
+    def grads(value: Tensor) -> tuple[Tensor | None, ...]:
+        return value.detach(), *torch.autograd.grad(value, parameters, allow_unused=True)
+
+    expected = grads(loss(x))
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    x.requires_grad_()
+    ways = (compiled(x), checkpoint(loss, x, use_reentrant=False))
+    for way in ways:
+        assert isinstance(way, Tensor)
+        for a, b in zip(grads(way), expected, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None and b.norm() > 1e-6:
+                assert error("gradient", a, b) <= TANGENTS["gradient"]
+
+    def value(xi: Tensor) -> Tensor:
+        return fewstep.divergence(net, xi[None], t[:1], estimator="exact", **LOW).value[0]
+
+    gradient = torch.func.vmap(torch.func.grad(value))(x.detach()[:2])
+    out = fewstep.divergence(net, x[:2], t[:1].expand(2), estimator="exact").value.sum()
+    right = torch.autograd.grad(out, x)[0][:2]
+    assert error("gradient", gradient, right) <= TANGENTS["gradient"]
 
 
 def test_unknown_functions_fall_back_and_say_so() -> None:
@@ -400,6 +668,8 @@ def test_strided_expanded_empty() -> None:
         ({"seed": -1}, ValueError, "seed must be an integer"),
         ({"seed": torch.zeros(())}, TypeError, "seed must be an int64 scalar"),
         ({"backend": "cuda"}, ValueError, "backend 'cuda' cannot serve"),
+        ({"tangent_dtype": torch.bfloat16}, ValueError, "tangent_dtype must be .* torch.float64"),
+        ({"tangent_dtype": torch.float16}, ValueError, "tangent_dtype must be .* torch.float16"),
         ({"velocity": lambda x, t: x[:, :2]}, ValueError, "velocity must return"),
     ],
 )

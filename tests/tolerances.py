@@ -21,6 +21,16 @@ CONTRACT64 = {
     "gradient": 1e-11,
     "plan": 1e-11,
 }
+# Tangents in bfloat16: 8 bits, so that a rounding is off by at most 2^-8 ("rounded"), and by 2^-7
+# where Triton's interpreter cuts instead ("cut"). A layer rounds its weights, its product and its
+# activation; independent errors add in squares. "value": of <v, J v>, relative to |v| |J v|, of
+# 4 layers. "gradient": relative norm; backward rounds as often again.
+TANGENTS = {
+    "rounded": 2**-8,
+    "cut": 2**-7,
+    "value": 12**0.5 * 2**-8,
+    "gradient": 24**0.5 * 2**-8,
+}
 
 
 def error(kind: str, actual: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -161,6 +162,19 @@ Tensor dual_norm(const Tensor& z, const Maybe& shift, const Maybe& weight, const
   return out;
 }
 
+// Gradients of weight and bias from those of each chunk, [count, 2, width].
+template <class T>
+void add_sums(const std::vector<T>& sums, int64_t width, int64_t count, Tensor& gw, Tensor& gb) {
+  T *w = write<T>(gw), *b = write<T>(gb);
+  for (int64_t c = 0; c < count; ++c) {
+    const T* own = sums.data() + 2 * width * c;
+    for (int64_t j = 0; j < width; ++j) {
+      w[j] += own[j];
+      b[j] += own[width + j];
+    }
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> dual_norm_backward(const Tensor& g, const Tensor& z, const Maybe& shift,
                                                       const Maybe& weight, int64_t tangents, int64_t groups,
                                                       bool centred, double eps) {
@@ -177,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_norm_backward(const Tensor& g, const Ten
     const cpu::Chunks chunks = cpu::Chunks::of(norm.rows, 1);
     std::vector<T> sums(2 * width * chunks.count);
     const T* from = read<T>(gc);
-    T *to = write<T>(gz), *w = write<T>(gw), *b = write<T>(gb);
+    T* to = write<T>(gz);
     torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
       for (int64_t c = first; c < last; ++c) {
         T* own = sums.data() + 2 * width * c;
@@ -185,15 +199,198 @@ std::tuple<Tensor, Tensor, Tensor> dual_norm_backward(const Tensor& g, const Ten
                                         std::min((c + 1) * chunks.rows, norm.rows));
       }
     });
-    for (int64_t c = 0; c < chunks.count; ++c) {
-      const T* own = sums.data() + 2 * width * c;
-      for (int64_t j = 0; j < width; ++j) {
-        w[j] += own[j];
-        b[j] += own[width + j];
-      }
-    }
+    add_sums<T>(sums, width, chunks.count, gw, gb);
   });
   return {gz, gw, gb};
+}
+
+// Tangents in bfloat16 beside a float primal: tiles of both become a float stack in cache, for the same kernels.
+float widen(uint16_t v) {
+  const uint32_t bits = uint32_t(v) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+// To the nearest, ties to even.
+uint16_t narrow(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// A primal [count] and its tangents [K, count].
+struct Pair {
+  Tensor primal, tangents;
+
+  int64_t k() const { return primal.numel() == 0 ? 0 : tangents.numel() / primal.numel(); }
+
+  // Elements [begin, begin + n) as [K + 1, n].
+  void gather(int64_t begin, int64_t n, float* to) const {
+    std::copy_n(read<float>(primal) + begin, n, to);
+    const uint16_t* from = read<uint16_t>(tangents) + begin;
+    for (int64_t left = k(); left > 0; --left, from += primal.numel()) {
+      to += n;
+      for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+    }
+  }
+
+  void scatter(int64_t begin, int64_t n, const float* from) {
+    std::copy_n(from, n, write<float>(primal) + begin);
+    uint16_t* to = write<uint16_t>(tangents) + begin;
+    for (int64_t left = k(); left > 0; --left, to += primal.numel()) {
+      from += n;
+      for (int64_t i = 0; i < n; ++i) to[i] = narrow(from[i]);
+    }
+  }
+};
+
+Pair pair(const Tensor& primal, const Tensor& tangents) {
+  STD_TORCH_CHECK(primal.scalar_type() == ScalarType::Float && tangents.scalar_type() == ScalarType::BFloat16,
+                  "fewstep: float32 with tangents in bfloat16 expected");
+  return {contiguous(primal), contiguous(tangents)};
+}
+
+Pair like(const Pair& p) { return {new_empty(p.primal, sizes(p.primal)), new_empty(p.tangents, sizes(p.tangents))}; }
+
+void add_shift(const Maybe& shift, int64_t inner, int64_t begin, int64_t n, float* z) {
+  if (!shift.has_value()) return;
+  const float* from = read<float>(*shift);
+  const int64_t channels = shift->numel();
+  for (int64_t i = 0; i < n; ++i) z[i] += from[(begin + i) / inner % channels];
+}
+
+// Tiles of [first, last), multiples of `step`, each with room for two stacks.
+template <class F>
+void over_tiles(int64_t first, int64_t last, int64_t k, int64_t step, const F& body) {
+  const int64_t most = std::max<int64_t>(kGrain / (k + 1) / step, 1) * step;
+  std::vector<float> room(2 * (k + 1) * most);
+  for (int64_t begin = first; begin < last; begin += most) {
+    const int64_t n = std::min(most, last - begin);
+    body(begin, n, room.data(), room.data() + (k + 1) * n);
+  }
+}
+
+struct PairActivation {
+  Pair in;
+  Maybe shift;
+  int64_t kind, inner;
+  double beta, threshold;
+
+  // The shift is in the stack already.
+  cpu::Elementwise<float> as(const float* stack, int64_t n) const {
+    const auto own = static_cast<cpu::Activation>(kind);
+    return {own, float(beta), float(threshold), n, in.k(), stack, nullptr, 0, nullptr, 1, 1};
+  }
+
+  template <class F>
+  void run(const F& body) const {
+    torch::stable::parallel_for(
+        0, in.primal.numel(), std::max<int64_t>(kGrain / (in.k() + 1), 1), [&](int64_t first, int64_t last) {
+          over_tiles(first, last, in.k(), 1, [&](int64_t begin, int64_t n, float* z, float* out) {
+            in.gather(begin, n, z);
+            add_shift(shift, inner, begin, n, z);
+            body(as(z, n), begin, n, out);
+          });
+        });
+  }
+};
+
+std::tuple<Tensor, Tensor> dual_activate_pair(const Tensor& z, const Tensor& u, const Maybe& shift, int64_t kind,
+                                              double beta, double threshold, int64_t inner) {
+  const PairActivation a{pair(z, u), contiguous_if(shift), kind, inner, beta, threshold};
+  Pair out = like(a.in);
+  a.run([&](const cpu::Elementwise<float>& e, int64_t begin, int64_t n, float* made) {
+    kernels<float>().activate(e, made, 0, n);
+    out.scatter(begin, n, made);
+  });
+  return {out.primal, out.tangents};
+}
+
+std::tuple<Tensor, Tensor> dual_activate_pair_backward(const Tensor& ga, const Tensor& gt, const Tensor& z,
+                                                       const Tensor& u, const Maybe& shift, int64_t kind, double beta,
+                                                       double threshold, int64_t inner) {
+  const PairActivation a{pair(z, u), contiguous_if(shift), kind, inner, beta, threshold};
+  const Pair g = pair(ga, gt);
+  Pair out = like(a.in);
+  a.run([&](const cpu::Elementwise<float>& e, int64_t begin, int64_t n, float* made) {
+    std::vector<float> grads((a.in.k() + 1) * n);
+    g.gather(begin, n, grads.data());
+    kernels<float>().activate_backward(e, grads.data(), made, 0, n);
+    out.scatter(begin, n, made);
+  });
+  return {out.primal, out.tangents};
+}
+
+struct PairNorm {
+  Pair in;
+  Maybe shift, weight, bias;
+  int64_t groups;
+  bool centred;
+  double eps;
+
+  int64_t width() const { return in.primal.size(0) == 0 ? 0 : in.primal.numel() / in.primal.size(0); }
+  int64_t samples() const { return in.primal.size(0); }
+
+  // `body` on samples' stacks [K + 1, groups, n], the shift in them.
+  template <class F>
+  void run(int64_t first, int64_t last, const F& body) const {
+    const int64_t w = width();
+    over_tiles(first * w, last * w, in.k(), w, [&](int64_t begin, int64_t n, float* z, float* out) {
+      in.gather(begin, n, z);
+      add_shift(shift, 1, begin, n, z);
+      const cpu::Norm<float> norm{
+          n / w * groups,         w / groups,          groups, in.k(), centred, eps, z, nullptr, 1,
+          read_if<float>(weight), read_if<float>(bias)};
+      body(norm, begin, n, out);
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor> dual_norm_pair(const Tensor& z, const Tensor& u, const Maybe& shift, const Maybe& weight,
+                                          const Maybe& bias, int64_t groups, bool centred, double eps) {
+  const PairNorm p{pair(z, u), contiguous_if(shift), contiguous_if(weight), contiguous_if(bias), groups, centred, eps};
+  Pair out = like(p.in);
+  torch::stable::parallel_for(
+      0, p.samples(), std::max<int64_t>(kGrain / std::max<int64_t>(p.width() * (p.in.k() + 1), 1), 1),
+      [&](int64_t first, int64_t last) {
+        p.run(first, last, [&](const cpu::Norm<float>& norm, int64_t begin, int64_t n, float* made) {
+          kernels<float>().normalize(norm, made, 0, norm.rows);
+          out.scatter(begin, n, made);
+        });
+      });
+  return {out.primal, out.tangents};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dual_norm_pair_backward(const Tensor& ga, const Tensor& gt, const Tensor& z,
+                                                                   const Tensor& u, const Maybe& shift,
+                                                                   const Maybe& weight, int64_t groups, bool centred,
+                                                                   double eps) {
+  const PairNorm p{
+      {contiguous(z), contiguous(u)}, contiguous_if(shift), contiguous_if(weight), std::nullopt, groups, centred, eps};
+  const Pair g = pair(ga, gt);
+  Pair out = like(p.in);
+  int64_t width = 1;
+  for (int64_t i = 1; i < z.dim(); ++i) width *= z.size(i);
+  Tensor gw = new_zeros(p.in.primal, {width}), gb = new_zeros(p.in.primal, {width});
+  if (p.samples() == 0) return {out.primal, out.tangents, gw, gb};
+  const cpu::Chunks chunks = cpu::Chunks::of(p.samples(), 1);
+  std::vector<float> sums(2 * width * chunks.count);
+  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t from, int64_t to) {
+    for (int64_t c = from; c < to; ++c) {
+      float* own = sums.data() + 2 * width * c;
+      p.run(c * chunks.rows, std::min((c + 1) * chunks.rows, p.samples()),
+            [&](const cpu::Norm<float>& norm, int64_t begin, int64_t n, float* made) {
+              std::vector<float> grads((p.in.k() + 1) * n);
+              g.gather(begin, n, grads.data());
+              kernels<float>().normalize_backward(norm, grads.data(), made, own, own + width, 0, norm.rows);
+              out.scatter(begin, n, made);
+            });
+    }
+  });
+  add_sums<float>(sums, width, chunks.count, gw, gb);
+  return {out.primal, out.tangents, gw, gb};
 }
 
 cpu::Probes probes(const Tensor& key, const Maybe& ids, int64_t batch, int64_t count, int64_t d, int64_t kind) {
@@ -222,6 +419,17 @@ Tensor probe(const Tensor& like, const Tensor& key, const Maybe& ids, int64_t co
   shape.insert(shape.begin(), count);
   Tensor out = new_empty(like, shape);
   const cpu::Probes p = probes(kc, ic, like.size(0), count, per_sample(like, like.size(0)), kind);
+  if (like.scalar_type() == ScalarType::BFloat16) {
+    uint16_t* to = write<uint16_t>(out);
+    over_probes(p, [&](int64_t begin, int64_t end) {
+      std::vector<float> own(p.d);
+      for (int64_t item = begin; item < end; ++item) {
+        kernels<float>().probe(p, own.data(), item, item + 1);
+        std::transform(own.begin(), own.end(), to + item * p.d, narrow);
+      }
+    });
+    return out;
+  }
   dispatch(like, [&](auto zero) {
     using T = decltype(zero);
     T* to = write<T>(out);
@@ -234,8 +442,22 @@ Tensor probe_dot(const Tensor& y, const Tensor& key, const Maybe& ids, int64_t c
   const Tensor kc = contiguous(key), yc = contiguous(y);
   const Maybe ic = contiguous_if(ids);
   const int64_t batch = y.size(0) / count;
-  Tensor out = new_empty(y, {count, batch});
   const cpu::Probes p = probes(kc, ic, batch, count, per_sample(y, batch * count), kind);
+  if (y.scalar_type() == ScalarType::BFloat16) {
+    Tensor out = new_empty(y, {count, batch}, ScalarType::Float);
+    float* to = write<float>(out);
+    over_probes(p, [&](int64_t begin, int64_t end) {
+      std::vector<float> own(p.d), row(p.d);
+      for (int64_t item = begin; item < end; ++item) {
+        const uint16_t* from = read<uint16_t>(yc) + item * p.d;
+        std::transform(from, from + p.d, row.begin(), widen);
+        kernels<float>().probe(p, own.data(), item, item + 1);
+        kernels<float>().dots(own.data(), row.data(), 1, p.d, to + item);
+      }
+    });
+    return out;
+  }
+  Tensor out = new_empty(y, {count, batch});
   dispatch(y, [&](auto zero) {
     using T = decltype(zero);
     T* to = write<T>(out);
@@ -384,6 +606,10 @@ STABLE_TORCH_LIBRARY_IMPL(fewstep, CPU, m) {
   m.impl("dual_activate_backward", TORCH_BOX(&dual_activate_backward));
   m.impl("dual_norm", TORCH_BOX(&dual_norm));
   m.impl("dual_norm_backward", TORCH_BOX(&dual_norm_backward));
+  m.impl("dual_activate_pair", TORCH_BOX(&dual_activate_pair));
+  m.impl("dual_activate_pair_backward", TORCH_BOX(&dual_activate_pair_backward));
+  m.impl("dual_norm_pair", TORCH_BOX(&dual_norm_pair));
+  m.impl("dual_norm_pair_backward", TORCH_BOX(&dual_norm_pair_backward));
   m.impl("probe", TORCH_BOX(&probe));
   m.impl("probe_dot", TORCH_BOX(&probe_dot));
   m.impl("mlp_probes", TORCH_BOX(&mlp_probes));

@@ -58,7 +58,7 @@ class MarginalReflow:
             own steps lead, held fixed.
         weight: w_k, "one" or "t^2", which tames the scores of late windows.
         t_min: the last edge.
-        backend: of `fewstep.divergence`.
+        tangent_dtype, backend: of `fewstep.divergence`.
 
     Raises:
         ValueError: a number outside its range, an unknown name.
@@ -85,6 +85,7 @@ class MarginalReflow:
     start: str = "teacher"
     weight: str = "one"
     t_min: float = 0.02
+    tangent_dtype: torch.dtype | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -298,7 +299,9 @@ class MarginalReflow:
         )
 
     def _options(self, x: Tensor) -> trace.Options:
-        options = trace.Options(self.estimator, self.probes, self.probe, self.backend)
+        options = trace.Options(
+            self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype
+        )
         trace.check(options, x, "MarginalReflow")
         return options
 

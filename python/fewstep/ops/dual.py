@@ -6,18 +6,24 @@ tangents in one product, activations and norms in one fused kernel. Whatever els
 computes, from t or from a context, stays plain tensors. So any module joins whose forward calls
 functions with a rule here, residuals, gates, concatenation and attention among them; any other
 function raises `UnsupportedError` with its name. `register` adds rules.
+
+Tangents of x's own dtype are stacked below it, `[(K + 1) B, ...]`: one product for both. Those of
+bfloat16 stand apart, `[K B, ...]`: products have bfloat16 copies of what they multiply with, all
+else is computed in float32 and rounded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fewstep.ops import raw_dual
 from fewstep.ops.differentiable import is_transformed
@@ -39,6 +45,9 @@ class Source:
         kind: of the probes.
         tangents: given ones, `[K, B, ...]`, or `[K, 1, ...]`, the same for all samples.
         cache: products of fixed probes and weights, kept over a solve without gradients.
+        dtype: of the tangents where it is not x's: bfloat16.
+        copies: of weights in that dtype.
+        stacks: of tangents as they start, by their storage: backward makes them again.
     """
 
     backend: str
@@ -48,18 +57,109 @@ class Source:
     kind: str = "rademacher"
     tangents: Tensor | None = None
     cache: dict[Any, Tensor] | None = None
+    dtype: torch.dtype | None = None
+    copies: dict[Any, Tensor] | None = None
+    stacks: dict[int, _Stack] = field(default_factory=dict)
 
     def draw(self, x: Tensor) -> Tensor:
         """The tangents of x `[B, ...]`: `[K, B, ...]`."""
         if self.tangents is not None:
-            return self.tangents.expand(self.count, *x.shape)
+            return self.lower(self.tangents.expand(self.count, *x.shape))
         assert self.key is not None
-        return raw_dual.probe(self.backend, x, self.key, self.ids, self.count, self.kind)
+        like = x if self.dtype is None else x.new_empty(x.shape, dtype=self.dtype)
+        return raw_dual.probe(self.backend, like, self.key, self.ids, self.count, self.kind)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How often the batch is in each of a dual's pieces."""
+        return (self.count + 1,) if self.dtype is None else (1, self.count)
+
+    def lower(self, z: Tensor) -> Tensor:
+        """As tangents are kept, and multiply."""
+        return z if self.dtype is None else z.to(self.dtype)
+
+    def copy(self, weight: Tensor, like: Tensor) -> Tensor:
+        """A weight in the dtype of what it multiplies."""
+        if weight.dtype == like.dtype:
+            return weight
+        return _kept(self.copies, "copy", (weight,), lambda: weight.to(like.dtype))
 
     @property
     def basis(self) -> bool:
         """Whether all samples have the same tangents."""
         return self.tangents is not None and self.tangents.shape[1] == 1
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """What `[x; tangents]` is made of.
+
+    Attributes:
+        storage: of the stack, while anyone holds it.
+        dtype, version: of the stack.
+        source, primal, low, width: as of `Seed`.
+    """
+
+    storage: StorageWeakRef
+    dtype: torch.dtype
+    version: int
+    source: Source
+    primal: Tensor
+    low: int
+    width: int
+
+    @torch.no_grad()
+    def make(self, primal: Tensor) -> Tensor:
+        return _stacked(self.source, primal, self.low, self.width)
+
+
+def _stacked(source: Source, primal: Tensor, low: int, width: int) -> Tensor:
+    """`[(K + 1) B, ...]`, or `[K B, ...]` of tangents apart; they are 0 outside x's columns."""
+    tangents = source.draw(primal[..., low : low + width])
+    right = primal.shape[-1] - low - width
+    if low or right:
+        tangents = F.pad(tangents, (low, right))
+    if source.dtype is not None:
+        return tangents.flatten(0, 1).contiguous()
+    return torch.cat([primal[None], tangents]).flatten(0, 1)
+
+
+def _keep(z: Tensor, hooks: Any) -> Callable[[], Tensor]:
+    """z for backward, as autograd keeps it, or as other hooks do that are at work."""
+    if hooks is not None:
+        pack, unpack = hooks
+        packed = pack(z)
+        return lambda: unpack(packed)
+    version = z._version
+
+    def get() -> Tensor:
+        if z._version != version:
+            raise RuntimeError(
+                "divergence: a tensor needed for gradients has been modified by an inplace"
+                f" operation: {tuple(z.shape)} is at version {z._version}, expected {version}"
+            )
+        return z
+
+    return get
+
+
+@contextlib.contextmanager
+def _redrawing(source: Source) -> Iterator[None]:
+    """What is kept for backward within is x and how to draw, wherever it would be the stack."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        yield
+        return
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+    def pack(z: Tensor) -> Callable[[], Tensor]:
+        stack = source.stacks.get(z.untyped_storage()._cdata)
+        if stack is None or (z.dtype, z._version) != (stack.dtype, stack.version):
+            return _keep(z, hooks)
+        primal, layout = _keep(stack.primal, hooks), (z.shape, z.stride(), z.storage_offset())
+        return lambda: stack.make(primal()).as_strided(*layout)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda get: get()):
+        yield
 
 
 Rule = Callable[..., Any]
@@ -186,7 +286,8 @@ class Dual(_Traced):
 
     Attributes:
         source: where the tangents come from.
-        flat: `[(K + 1) B, ...]`, or the primal alone where tangents are shared.
+        flat: `[(K + 1) B, ...]`, or the primal alone where tangents are shared or apart.
+        apart: `[K B, ...]`, tangents of another dtype.
         shared: `[K, ...]`, tangents that all samples share.
         shift: still to be added to the primal, which it broadcasts with; activations and norms
             take it along.
@@ -199,6 +300,7 @@ class Dual(_Traced):
         source: Source,
         flat: Tensor,
         *,
+        apart: Tensor | None = None,
         shared: Tensor | None = None,
         shift: Tensor | None = None,
         pending: Tensor | None = None,
@@ -206,18 +308,22 @@ class Dual(_Traced):
     ) -> None:
         self.source = source
         self.flat = flat
+        self.apart = apart
         self.shared = shared
         self.shift = shift
         self.pending = pending
         self.owned = owned
         self.dtype, self.device = flat.dtype, flat.device
-        lead = flat.shape[0] if shared is not None else flat.shape[0] // (source.count + 1)
+        alone = shared is not None or apart is not None
+        lead = flat.shape[0] if alone else flat.shape[0] // (source.count + 1)
         last = () if pending is None else (pending.shape[0],)
         inner = flat.shape[1:] if pending is None else flat.shape[1:-1]
         self.primal_shape = torch.Size((lead, *inner, *last))
 
     def joined(self) -> Tensor:
         """`[(K + 1) B, ...]`, still without the shift."""
+        if self.apart is not None:
+            return torch.cat([self.flat, self.apart.to(self.dtype)])
         if self.pending is not None:
             flat = F.linear(self.flat, self.pending)
             self.flat, self.pending, self.owned = flat, None, True
@@ -229,6 +335,8 @@ class Dual(_Traced):
 
     def stack(self) -> Tensor:
         """`[(K + 1) B, ...]` with everything in it."""
+        if self.apart is not None:
+            self.pieces()
         flat = self.joined()
         if self.shift is not None:
             batch = self.primal_shape[0]
@@ -242,12 +350,62 @@ class Dual(_Traced):
             self.flat, self.shift, self.owned = flat, None, False
         return flat
 
-    def like(self, flat: Tensor, shift: Tensor | None = None, owned: bool = False) -> Dual:
-        return Dual(self.source, flat, shift=shift, owned=owned)
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        source = _beginning((*args, *(kwargs or {}).values()))
+        with contextlib.nullcontext() if source is None else _redrawing(source):
+            return super().__torch_function__(func, types, args, kwargs)
 
-    def parts(self) -> Tensor:
-        """`[K + 1, B, ...]`"""
-        return self.stack().reshape(self.source.count + 1, *self.primal_shape)
+    def begins(self) -> bool:
+        """Whether it is a view of the input's stack."""
+        stacks = self.source.stacks
+        if not stacks:
+            return False
+        own = self.flat if self.apart is None else self.apart
+        return own.untyped_storage()._cdata in stacks
+
+    def pieces(self, *, shifted: bool = True) -> tuple[Tensor, ...]:
+        """The stack, or the primal and its tangents apart; all with the batch first."""
+        if self.apart is None:
+            return (self.stack() if shifted else self.joined(),)
+        if shifted and self.shift is not None:
+            self.flat, self.shift = self.flat + self.shift, None
+        return self.flat, self.apart
+
+    def copies(self) -> Iterator[Tensor]:
+        """The pieces as `[m, B, ...]`."""
+        for z, m in zip(self.pieces(), self.source.counts, strict=True):
+            yield z.reshape(m, *self.primal_shape)
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """The primal `[1, B, ...]` and its tangents `[K, B, ...]`."""
+        primal, *rest = self.copies()
+        return (primal, rest[0]) if rest else (primal[:1], primal[1:])
+
+    def like(
+        self,
+        flat: Tensor,
+        apart: Tensor | None = None,
+        *,
+        shift: Tensor | None = None,
+        owned: bool = False,
+    ) -> Dual:
+        """A dual of pieces, or of a stack."""
+        source = self.source
+        if source.dtype is not None:
+            if apart is None:
+                batch = flat.shape[0] // (source.count + 1)
+                flat, apart = flat[:batch], flat[batch:]
+            apart = source.lower(apart)
+        return Dual(source, flat, apart=apart, shift=shift, owned=owned)
+
+    def of_halves(self, primal: Tensor, tangents: Tensor) -> Dual:
+        """A dual of `[1, B, ...]` and `[K, B, ...]`."""
+        if self.source.dtype is not None:
+            return self.like(primal[0], tangents.flatten(0, 1))
+        return self.like(torch.cat([primal, tangents]).flatten(0, 1), owned=True)
 
 
 class Seed(Dual):
@@ -263,25 +421,51 @@ class Seed(Dual):
         self.source, self.primal, self.low, self.width = source, primal, low, width
         self.dtype, self.device = primal.dtype, primal.device
         self.primal_shape = primal.shape
-        self.pending = self.shared = self.shift = None
-        self._flat: Tensor | None = None
+        self.pending = self.shared = self.shift = self.apart = None
+        self._made: Tensor | None = None
 
     @property
     def own(self) -> Tensor:
         """x itself."""
         return self.primal[..., self.low : self.low + self.width]
 
+    def made(self) -> Tensor:
+        """As `_stacked`."""
+        if self._made is None:
+            source, primal, place = self.source, self.primal, (self.low, self.width)
+            self._made = z = _stacked(source, primal, *place)
+            if torch.is_grad_enabled() and not _plain():
+                storage = StorageWeakRef(z.untyped_storage())  # type: ignore[no-untyped-call]
+                own = replace(source, stacks={})
+                stack = _Stack(storage, z.dtype, z._version, own, primal.detach(), *place)
+                source.stacks[storage.cdata] = stack
+        return self._made
+
     def joined(self) -> Tensor:
-        if self._flat is None:
-            tangents = self.source.draw(self.own)
-            right = self.primal_shape[-1] - self.low - self.width
-            if self.low or right:
-                tangents = F.pad(tangents, (self.low, right))
-            self._flat = torch.cat([self.primal[None], tangents]).flatten(0, 1)
-        return self._flat
+        if self.source.dtype is None:
+            return self.made()
+        return torch.cat([self.primal, self.made().to(self.dtype)])
+
+    def pieces(self, *, shifted: bool = True) -> tuple[Tensor, ...]:
+        return (self.made(),) if self.source.dtype is None else (self.primal, self.made())
+
+    def begins(self) -> bool:
+        return torch.is_grad_enabled() and not _plain()
 
     def stack(self) -> Tensor:
         return self.joined()
+
+
+def _beginning(values: Iterable[Any]) -> Source | None:
+    """The source of an argument that is the input's stack, or a view of it."""
+    for value in values:
+        if isinstance(value, Dual) and value.begins():
+            return value.source
+        if isinstance(value, (tuple, list)):
+            found = _beginning(value)
+            if found is not None:
+                return found
+    return None
 
 
 def _plain() -> bool:
@@ -345,12 +529,44 @@ def _probe_linear(primal: Tensor, weight: Tensor, source: Source, low: int, widt
     return out
 
 
+class _LowLinear(torch.autograd.Function):
+    """`t W'` by a copy of W in the dtype of t; the gradient of W is that of a float32 product."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.save_for_backward(t, copy)
+        return F.linear(t, copy)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        t, copy = ctx.saved_tensors
+        gt = g @ copy if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return gt, None, None
+        rows, columns = g.reshape(-1, g.shape[-1]), t.reshape(-1, t.shape[-1])
+        if g.is_cuda and not torch.is_grad_enabled():
+            return gt, torch.mm(rows.T, columns, out_dtype=torch.float32), None
+        return gt, (rows.T @ columns).float(), None
+
+
+def _linear_pieces(source: Source, pieces: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
+    """Each piece times W'."""
+    out = [F.linear(pieces[0], weight)]
+    for t in pieces[1:]:
+        copy = source.copy(weight, t)
+        if copy is not weight and torch.is_grad_enabled() and not _plain():
+            out.append(_LowLinear.apply(t, weight, copy))  # type: ignore[no-untyped-call]
+        else:
+            out.append(F.linear(t, copy))
+    return out
+
+
 def _same(h: Dual, function: Callable[[Tensor], Any]) -> Any:
     """A function that is linear in each sample by itself."""
-    out = function(h.stack())
-    if isinstance(out, Tensor):
-        return h.like(out)
-    return type(out)(h.like(o) for o in out)
+    outs = [function(z) for z in h.pieces()]
+    if isinstance(outs[0], Tensor):
+        return h.like(*outs)
+    return type(outs[0])(h.like(*own) for own in zip(*outs, strict=True))
 
 
 @register(F.linear)
@@ -360,6 +576,8 @@ def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Dual:
     source = h.source
     if isinstance(h, Seed) and h.ndim == 2:
         return _first(h, weight, bias)
+    if source.dtype is not None:
+        return h.like(*_linear_pieces(source, h.pieces(), weight), shift=bias)
     lazy = source.basis or source.cache is not None
     if lazy and not torch.is_grad_enabled() and h.ndim == 2:
         return Dual(source, h.stack(), shift=bias, pending=weight)
@@ -369,6 +587,14 @@ def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Dual:
 def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
     """The first layer: tangents go through the weight's own columns."""
     source, primal = h.source, h.primal
+    if source.dtype is not None:
+        if not source.basis:
+            return h.like(*_linear_pieces(source, h.pieces(), weight), shift=bias)
+        assert source.tangents is not None
+        t = source.lower(source.tangents[:, 0])
+        part = weight[:, h.low : h.low + h.width]
+        rows = F.linear(t, source.copy(part, t))[:, None].expand(-1, primal.shape[0], -1)
+        return h.like(F.linear(primal, weight), rows.flatten(0, 1), shift=bias)
     if source.basis:
         assert source.tangents is not None
         part = weight[:, h.low : h.low + h.width]
@@ -416,10 +642,11 @@ def _convolution(function: Callable[..., Tensor]) -> Rule:
             raise UnsupportedError(
                 f"no rule for {function.__name__} with a weight that depends on x"
             )
-        out = function(h.stack(), weight, None, *args, **kwargs)
+        own = h.source
+        outs = [function(z, own.copy(weight, z), None, *args, **kwargs) for z in h.pieces()]
         if bias is not None:
-            bias = bias.reshape(-1, *(1,) * (out.ndim - 2))
-        return h.like(out, shift=bias, owned=True)
+            bias = bias.reshape(-1, *(1,) * (outs[0].ndim - 2))
+        return h.like(*outs, shift=bias, owned=True)
 
     return rule
 
@@ -443,6 +670,11 @@ def _kernel_shift(shift: Tensor | None, shape: torch.Size) -> tuple[Tensor | Non
 
 
 def _activation(kind: str, h: Dual, beta: float = 1.0, threshold: float = 20.0) -> Dual:
+    if h.source.dtype is not None:
+        shift, inner = _kernel_shift(h.shift, h.primal_shape)
+        z, u = h.pieces(shifted=False)
+        options = (shift, kind, beta, threshold, inner)
+        return h.like(*raw_dual.activate_pair(h.source.backend, z, u, *options))
     flat, shared = (h.stack(), None) if isinstance(h, Seed) else (h.flat, h.shared)
     if h.pending is not None:
         flat = h.joined()
@@ -487,9 +719,8 @@ def _softplus(h: Dual, beta: float = 1.0, threshold: float = 20.0) -> Dual:
 
 def _unary(f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Rule:
     def rule(h: Dual) -> Dual:
-        parts = h.parts()
-        primal = parts[:1]
-        return h.like(torch.cat([f(primal), slope(primal) * parts[1:]]).flatten(0, 1))
+        primal, tangents = h.halves()
+        return h.of_halves(f(primal), slope(primal) * tangents)
 
     return rule
 
@@ -512,8 +743,12 @@ def _normed(
     if shift is not None:
         shift, inner = _kernel_shift(shift, h.primal_shape)
         if inner > 1:
-            h.stack()
+            h.pieces()
             shift = None
+    if h.source.dtype is not None:
+        z, u = h.pieces(shifted=False)
+        options = (shift, weight, bias, groups, centred, eps)
+        return h.like(*raw_dual.norm_pair(h.source.backend, z, u, *options))
     flat = h.joined()
     out = raw_dual.norm(
         h.source.backend, flat, shift, weight, bias, h.source.count, groups, centred, eps
@@ -615,17 +850,19 @@ def _add(a: Any, b: Any, *, alpha: float = 1) -> Dual:
         if a.shape != b.shape:
             if a.ndim != b.ndim:
                 raise UnsupportedError(f"no rule for {tuple(a.shape)} + {tuple(b.shape)}")
-            return a.like((a.parts() + b.parts()).flatten(0, 1), owned=True)
+            pairs = zip(a.copies(), b.copies(), strict=True)
+            return a.like(*((x + y).flatten(0, 1) for x, y in pairs), owned=True)
         shift = a.shift if b.shift is None else b.shift if a.shift is None else a.shift + b.shift
-        return a.like(a.joined() + b.joined(), shift, owned=True)
+        pairs = zip(a.pieces(shifted=False), b.pieces(shifted=False), strict=True)
+        return a.like(*(x + y for x, y in pairs), shift=shift, owned=True)
     h, other = (a, b) if isinstance(a, Dual) else (b, a)
     other = _aligned(h, other)
     if not isinstance(other, Tensor):
         other = torch.full((), other, dtype=h.dtype, device=h.device)
     shift = other if h.shift is None else h.shift + other
-    flat = h.joined()
+    pieces = h.pieces(shifted=False)
     h.owned = False  # two see it now
-    return h.like(flat, shift)
+    return h.like(*pieces, shift=shift)
 
 
 @register(torch.sub, torch.Tensor.sub, torch.Tensor.__sub__)
@@ -635,22 +872,21 @@ def _sub(a: Any, b: Any, *, alpha: float = 1) -> Dual:
 
 @register(torch.neg, torch.Tensor.neg)
 def _neg(h: Dual) -> Dual:
-    return h.like(-h.stack(), owned=True)
+    return h.like(*(-z for z in h.pieces()), owned=True)
 
 
 @register(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
 def _mul(a: Any, b: Any) -> Dual:
     if isinstance(a, Dual) and isinstance(b, Dual):
-        x, y = a.parts(), b.parts()
-        if x.ndim != y.ndim:
+        if a.ndim != b.ndim:
             raise UnsupportedError(f"no rule for {tuple(a.shape)} * {tuple(b.shape)}")
-        tangents = x[1:] * y[:1] + x[:1] * y[1:]
-        return a.like(torch.cat([x[:1] * y[:1], tangents]).flatten(0, 1), owned=True)
+        (x, dx), (y, dy) = a.halves(), b.halves()
+        return a.of_halves(x * y, dx * y + x * dy)
     h, other = (a, b) if isinstance(a, Dual) else (b, a)
     other = _aligned(h, other)
     if not isinstance(other, Tensor) or other.ndim < h.ndim:
-        return h.like(h.stack() * other, owned=True)
-    return h.like((h.parts() * other).flatten(0, 1), owned=True)
+        return h.like(*(z * other for z in h.pieces()), owned=True)
+    return h.like(*((z * other).flatten(0, 1) for z in h.copies()), owned=True)
 
 
 @register(torch.div, torch.Tensor.div, torch.Tensor.__truediv__, torch.true_divide)
@@ -673,18 +909,25 @@ def _cat(tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> Dual:
         low = first.low + sum(h.shape[dim] for h in tensors[:at])
         whole = torch.cat([first.primal if h is first else h for h in tensors], dim)
         return Seed(first.source, whole, low, first.width)
-    count = first.source.count
 
-    def joined(h: Any) -> Tensor:
+    def piece(h: Any, i: int, m: int) -> Tensor:
+        """Of a dual, or of what has no tangents, `[m, B, ...]`."""
         if isinstance(h, Dual):
-            return h.parts()
-        return torch.cat([h[None], h.new_zeros((count, *h.shape))])
+            return list(h.copies())[i]
+        zeros: Tensor = h.new_zeros((m - (i == 0), *h.shape))
+        return zeros if i else torch.cat([h[None], zeros])
 
-    return first.like(torch.cat([joined(h) for h in tensors], dim + 1).flatten(0, 1), owned=True)
+    return first.like(
+        *(
+            torch.cat([piece(h, i, m) for h in tensors], dim + 1).flatten(0, 1)
+            for i, m in enumerate(first.source.counts)
+        ),
+        owned=True,
+    )
 
 
 def _sizes(h: Dual, shape: Sequence[Any]) -> tuple[int, ...]:
-    """The shape that a view asks for, as one of the flat stack: its batch comes first in both."""
+    """The shape that a view asks for: the batch comes first in both."""
     if len(shape) == 1 and not isinstance(shape[0], int):
         shape = tuple(shape[0])
     sizes = [int(s) for s in shape]
@@ -693,17 +936,17 @@ def _sizes(h: Dual, shape: Sequence[Any]) -> tuple[int, ...]:
     batch = h.shape[0]
     if sizes[0] % max(batch, 1) and batch % max(sizes[0], 1):
         raise UnsupportedError(f"no rule for a view of {tuple(h.shape)} as {tuple(sizes)}")
-    return ((h.source.count + 1) * sizes[0], *sizes[1:])
+    return tuple(sizes)
 
 
 @register(torch.reshape, torch.Tensor.reshape, torch.Tensor.view)
 def _reshape(h: Dual, *shape: Any) -> Dual:
-    sizes = _sizes(h, shape)
-    if isinstance(h, Seed) and h.width == h.shape[-1] and not h.source.basis:
-        primal = (sizes[0] // (h.source.count + 1), *sizes[1:])
-        if primal[0] == h.shape[0] and h.source.tangents is None:
-            return Seed(h.source, h.primal.reshape(primal), 0, primal[-1])
-    return _same(h, lambda z: z.reshape(sizes))  # type: ignore[no-any-return]
+    first, *rest = sizes = _sizes(h, shape)
+    own = isinstance(h, Seed) and h.width == h.shape[-1] and h.source.tangents is None
+    if isinstance(h, Seed) and own and first == h.shape[0]:
+        return Seed(h.source, h.primal.reshape(sizes), 0, sizes[-1])
+    pieces = zip(h.pieces(), h.source.counts, strict=True)
+    return h.like(*(z.reshape(m * first, *rest) for z, m in pieces))
 
 
 @register(torch.flatten, torch.Tensor.flatten)
@@ -843,27 +1086,27 @@ def _glu(input: Dual, dim: int = -1) -> Dual:
 @register(F.softmax, torch.softmax, torch.Tensor.softmax)
 def _softmax(input: Dual, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Dual:
     (own,) = _inside(input, dim)
-    parts = input.parts()
-    p, t = parts[:1].softmax(own + 1), parts[1:]
-    tangents = p * (t - (p * t).sum(own + 1, keepdim=True))
-    return input.like(torch.cat([p, tangents]).flatten(0, 1), owned=True)
+    primal, t = input.halves()
+    p = primal.softmax(own + 1)
+    change = input.source.lower(t - (p * t).sum(own + 1, keepdim=True))
+    return input.of_halves(p, p * change)
 
 
 @register(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm)
 def _matmul(a: Any, b: Any) -> Dual:
     if isinstance(a, Dual) and isinstance(b, Dual):
-        x, y = a.parts(), b.parts()
-        if x.ndim < 4 or x.ndim != y.ndim:
+        if a.ndim < 3 or a.ndim != b.ndim:
             raise UnsupportedError("no rule for a product that mixes samples")
-        tangents = x[1:] @ y[:1] + x[:1] @ y[1:]
-        return a.like(torch.cat([x[:1] @ y[:1], tangents]).flatten(0, 1), owned=True)
-    if isinstance(a, Dual) and a.ndim >= 2 and b.ndim == 2:
-        return a.like(a.stack() @ b, owned=True)
+        (x, dx), (y, dy), lower = a.halves(), b.halves(), a.source.lower
+        return a.of_halves(x @ y, dx @ lower(y) + lower(x) @ dy)
     h = a if isinstance(a, Dual) else b
+    copy = h.source.copy
+    if isinstance(a, Dual) and a.ndim >= 2 and b.ndim == 2:
+        return a.like(*(z @ copy(b, z) for z in a.pieces()), owned=True)
     if h.ndim < 3 or (a.ndim != b.ndim and (b if h is a else a).ndim != 2):
         raise UnsupportedError("no rule for a product that mixes samples")
-    out = a.parts() @ b if h is a else a @ b.parts()
-    return h.like(out.flatten(0, 1), owned=True)
+    outs = (z @ copy(b, z) if h is a else copy(a, z) @ z for z in h.copies())
+    return h.like(*(z.flatten(0, 1) for z in outs), owned=True)
 
 
 @register(F.scaled_dot_product_attention)
@@ -884,8 +1127,7 @@ def _attention(
     if h.ndim < 3:
         raise UnsupportedError("no rule for attention that mixes samples")
     (q, dq), (k, dk), (v, dv) = (
-        (m.parts()[:1], m.parts()[1:]) if isinstance(m, Dual) else (m[None], None)
-        for m in (query, key, value)
+        m.halves() if isinstance(m, Dual) else (m[None], None) for m in (query, key, value)
     )
     s = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = q @ k.mT * s
@@ -895,19 +1137,19 @@ def _attention(
     if attn_mask is not None:
         boolean = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -math.inf) if boolean else scores + attn_mask
-    p = scores.softmax(-1)
+    p, lower = scores.softmax(-1), h.source.lower
     moved: Any = 0
     if dq is not None or dk is not None:
         change: Any = 0
         if dq is not None:
-            change = dq @ k.mT
+            change = dq @ lower(k).mT
         if dk is not None:
-            change = change + q @ dk.mT
-        change = change * s
-        moved = (p * (change - (p * change).sum(-1, keepdim=True))) @ v
+            change = change + lower(q) @ dk.mT
+        change = lower(change - (p * change).sum(-1, keepdim=True))
+        moved = lower(s * p * change) @ lower(v)
     if dv is not None:
-        moved = moved + p @ dv
-    return h.like(torch.cat([p @ v, moved]).flatten(0, 1), owned=True)
+        moved = moved + lower(p) @ dv
+    return h.of_halves(p @ v, moved)
 
 
 class _Head(torch.autograd.Function):
@@ -956,13 +1198,12 @@ def _checked(out: Any, x: Tensor) -> Dual:
 
 
 def products(
-    velocity: Callable[..., Any], x: Tensor, t: Any, v: Tensor, backend: str
+    velocity: Callable[..., Any], x: Tensor, t: Any, source: Source
 ) -> tuple[Tensor, Tensor]:
-    """Velocity `[B, ...]` and `J v_k`, `[K, B, ...]`, for tangents v `[K, B, ...]`."""
-    source = Source(backend, v.shape[0], tangents=v)
+    """Velocity `[B, ...]` and `J v_k`, `[K, B, ...]`, for the tangents of `source`."""
     out = _checked(velocity(Seed(source, x, 0, x.shape[-1]), t), x)
-    parts = out.parts()
-    return parts[0], parts[1:]
+    primal, tangents = out.halves()
+    return primal[0], tangents.to(x.dtype)
 
 
 def probe_products(
@@ -972,6 +1213,12 @@ def probe_products(
     out = _checked(velocity(Seed(source, x, 0, x.shape[-1]), t), x)
     if out.pending is not None and source.cache is not None:
         return _fixed_head(out, x)
+    if source.dtype is not None:
+        assert source.key is not None
+        primal, tangents = out.pieces()
+        return primal, raw_dual.probe_dot(
+            *(source.backend, tangents, source.key, source.ids, source.count, source.kind)
+        )
     flat = out.joined()
     if torch.is_grad_enabled() and flat.requires_grad and not _plain():
         return _Head.apply(flat, out.shift, source)  # type: ignore[no-any-return,no-untyped-call]
@@ -991,16 +1238,17 @@ def _fixed_head(out: Dual, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exact_by_tangents(
-    velocity: Callable[..., Any], x: Tensor, t: Any, backend: str, chunk: int
+    velocity: Callable[..., Any], x: Tensor, t: Any, source: Source, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Velocity and `sum_i e_i' J e_i`, `[B]`, by D tangents, `chunk` at a time."""
+    """Velocity and `sum_i e_i' J e_i`, `[B]`, by D tangents, `chunk` at a time, as `source` has
+    them otherwise."""
     d = x[0].numel() if x.ndim > 1 else 1
     basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
     total: Any = 0
     for first in range(0, d, chunk):
         own = basis[first : first + chunk]
-        source = Source(backend, own.shape[0], tangents=own)
-        out = _checked(velocity(Seed(source, x, 0, x.shape[-1]), t), x)
+        part = replace(source, count=own.shape[0], tangents=own, stacks={})
+        out = _checked(velocity(Seed(part, x, 0, x.shape[-1]), t), x)
         if out.pending is not None:
             rows = out.pending[first : first + chunk, :, None]
             batch = x.shape[0]
@@ -1008,10 +1256,9 @@ def exact_by_tangents(
             total = total + (tangents @ rows)[..., 0].sum(0)
             primal = F.linear(out.flat[:batch], out.pending, out.shift)
         else:
-            parts = out.parts()
-            primal = parts[0]
-            diagonal = parts[1:].flatten(2)[:, :, first : first + chunk]
-            total = total + diagonal.diagonal(dim1=0, dim2=2).sum(-1)
+            (primal,), columns = out.halves()
+            diagonal = columns.flatten(2)[:, :, first : first + chunk]
+            total = total + diagonal.diagonal(dim1=0, dim2=2).sum(-1, dtype=x.dtype)
     return primal, total
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.ops import dual, raw_dual, trace
+from fewstep.ops import raw_dual, trace
 from fewstep.ops.dual import UnsupportedError
 from fewstep.reference import trace as reference
 
@@ -72,6 +72,7 @@ def log_density(
     fresh: bool = True,
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,
+    tangent_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> LogDensity:
     """Log-density of samples that a velocity field carries from or to a known law.
@@ -97,8 +98,8 @@ def log_density(
             "start": x was drawn from it, and `log_prob` is that of the samples at the last time.
         method (str): "heun" or "euler".
         tracker (str): see above.
-        estimator, probes, probe, sample_ids, backend: as of `fewstep.divergence`; estimators for
-            "trace", probes for "series" too.
+        estimator, probes, probe, sample_ids, tangent_dtype, backend: as of `fewstep.divergence`;
+            estimators for "trace", probes for "series" too.
         fresh (bool): new probes for each stage, whose errors average out over a path; else those of
             the first for all of them, which adaptive solvers need, and which keeps their products
             with the first and the last layer's weights.
@@ -120,7 +121,7 @@ def log_density(
     >>> bool((out.log_prob - (2.0 - math.log(2 * math.pi))).abs().max() < 1e-5)
     True
     """
-    options = trace.Options(estimator, probes, probe, backend)
+    options = trace.Options(estimator, probes, probe, backend, tangent_dtype)
     trace.check(options, x, "log_density")
     nodes = _check_times(times, x)
     if method not in METHODS:
@@ -206,10 +207,10 @@ def _jacobian(solver: trace.Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tenso
     d = x.shape[1:].numel()
     basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
     try:
-        v, columns = dual.products(solver.run, x, t, basis, solver.backend(x))
+        v, columns = solver.products(x, t, basis)
     except UnsupportedError as reason:
         solver.refuse(reason)
-        return reference.jacobian(solver.run, x, t)
+        return reference.jacobian(solver.run, x, t)[:2]
     return v, columns.flatten(2).movedim(0, 2)
 
 
@@ -234,10 +235,11 @@ def _determinant(
 def _products(solver: trace.Solver, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, bool]:
     """`J v_k`, or `J' v_k` and True where duals do not serve."""
     try:
-        return dual.products(solver.run, x, t, v, solver.backend(x))[1], False
+        return solver.products(x, t, v)[1], False
     except UnsupportedError as reason:
         solver.refuse(reason)
-    return reference.transposed_products(solver.run, x, t, v)[1], True
+    _, found, way = reference.products(solver.run, x, t, v)
+    return found, way == reference.REVERSE
 
 
 def _series(

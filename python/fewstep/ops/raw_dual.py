@@ -31,7 +31,7 @@ def _ops(backend: str) -> Any:
     return torch.ops.fewstep_triton
 
 
-def _call(op: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _call(op: Callable[..., Any], *arguments: Any) -> Any:
     """Without gradients, past the Python that torch runs for them: half of a small call's time."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*arguments)
@@ -53,18 +53,29 @@ def activate(
     """`fewstep.reference.dual.activate` by a backend."""
     if backend in COMPILED:
         index = reference.ACTIVATIONS.index(kind)
-        return _call(
-            _ops(backend).dual_activate.default,
-            z,
-            shared,
-            shift,
-            tangents,
-            index,
-            beta,
-            threshold,
-            inner,
+        return _call(  # type: ignore[no-any-return]
+            *(_ops(backend).dual_activate.default, z, shared, shift),
+            *(tangents, index, beta, threshold, inner),
         )
     return reference.activate(z, shared, shift, tangents, kind, beta, threshold, inner)
+
+
+def activate_pair(
+    backend: str,
+    z: Tensor,
+    u: Tensor,
+    shift: Maybe,
+    kind: str,
+    beta: float = 1.0,
+    threshold: float = 20.0,
+    inner: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """`fewstep.reference.dual.activate_pair` by a backend: z float32, u bfloat16."""
+    if backend in COMPILED:
+        index = reference.ACTIVATIONS.index(kind)
+        op = _ops(backend).dual_activate_pair.default
+        return _call(op, z, u, shift, index, beta, threshold, inner)  # type: ignore[no-any-return]
+    return reference.activate_pair(z, u, shift, kind, beta, threshold, inner)
 
 
 def _fits(z: Tensor, groups: int) -> bool:
@@ -87,18 +98,29 @@ def norm(
 ) -> Tensor:
     """`fewstep.reference.dual.norm` by a backend."""
     if backend == "cpp" or (backend == "triton" and _fits(z, groups)):
-        return _call(
-            _ops(backend).dual_norm.default,
-            z,
-            shift,
-            weight,
-            bias,
-            tangents,
-            groups,
-            centred,
-            eps,
+        return _call(  # type: ignore[no-any-return]
+            *(_ops(backend).dual_norm.default, z, shift, weight, bias),
+            *(tangents, groups, centred, eps),
         )
     return reference.norm(z, shift, weight, bias, tangents, groups, centred, eps)
+
+
+def norm_pair(
+    backend: str,
+    z: Tensor,
+    u: Tensor,
+    shift: Maybe,
+    weight: Maybe,
+    bias: Maybe,
+    groups: int,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`fewstep.reference.dual.norm_pair` by a backend: z float32, u bfloat16."""
+    if backend == "cpp" or (backend == "triton" and _fits(z, groups)):
+        op = _ops(backend).dual_norm_pair.default
+        return _call(op, z, u, shift, weight, bias, groups, centred, eps)  # type: ignore[no-any-return]
+    return reference.norm_pair(z, u, shift, weight, bias, groups, centred, eps)
 
 
 def probe_index(kind: str) -> int:
@@ -110,17 +132,23 @@ def probe(backend: str, like: Tensor, key: Tensor, ids: Maybe, count: int, kind:
     """`count` probes for each sample of `like` `[B, ...]`: `[K, B, ...]`."""
     if backend in COMPILED:
         index = reference_probe.PROBES.index(kind)
-        return _call(_ops(backend).probe.default, like, key, ids, count, index)
-    return reference_probe.probes(key.to(like.device), ids, (count, *like.shape), kind, like.dtype)
+        return _call(_ops(backend).probe.default, like, key, ids, count, index)  # type: ignore[no-any-return]
+    shape, dtype = (count, *like.shape), _wide(like.dtype)
+    return reference_probe.probes(key.to(like.device), ids, shape, kind, dtype).to(like.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def probe_dot(backend: str, y: Tensor, key: Tensor, ids: Maybe, count: int, kind: str) -> Tensor:
-    """`<v_k, y_k>` for y `[K B, ...]`: `[K, B]`."""
+    """`<v_k, y_k>` for y `[K B, ...]`: `[K, B]`; in float32 where y is bfloat16."""
     if backend in COMPILED:
         index = reference_probe.PROBES.index(kind)
-        return _call(_ops(backend).probe_dot.default, y, key, ids, count, index)
+        return _call(_ops(backend).probe_dot.default, y, key, ids, count, index)  # type: ignore[no-any-return]
     like = y.detach().reshape(count, -1, *y.shape[1:])
-    v = reference_probe.probes(key.to(y.device), ids, tuple(like.shape), kind, y.dtype)
+    v = reference_probe.probes(key.to(y.device), ids, tuple(like.shape), kind, _wide(y.dtype))
     return (v.flatten(2) * y.reshape(count, like.shape[1], -1)).sum(-1)
 
 
@@ -128,7 +156,7 @@ def probe_scale(backend: str, g: Tensor, key: Tensor, ids: Maybe, d: int, kind: 
     """`g_k v_k` for g `[K, B]`: `[K, B, D]`."""
     if backend in COMPILED:
         index = reference_probe.PROBES.index(kind)
-        return _call(_ops(backend).probe_scale.default, g, key, ids, d, index)
+        return _call(_ops(backend).probe_scale.default, g, key, ids, d, index)  # type: ignore[no-any-return]
     v = reference_probe.probes(key.to(g.device), ids, (*g.shape, d), kind, g.dtype)
     return v * g[..., None]
 
@@ -140,6 +168,19 @@ def _fake_activate(z: Tensor, shared: Maybe, shift: Maybe, tangents: int, *_: An
 
 def _fake_activate_backward(g: Tensor, z: Tensor, *_: Any) -> Tensor:
     return z.new_empty(z.shape)
+
+
+def _fake_pair(z: Tensor, u: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), u.new_empty(u.shape)
+
+
+def _fake_pair_backward(ga: Tensor, gt: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake_pair(*rest)
+
+
+def _fake_norm_pair_backward(ga: Tensor, gt: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    width = z.shape[1:].numel()
+    return *_fake_pair(z, *rest), z.new_empty((width,)), z.new_empty((width,))
 
 
 def _fake_norm(z: Tensor, *_: Any) -> Tensor:
@@ -156,7 +197,7 @@ def _fake_probe(like: Tensor, key: Tensor, ids: Maybe, count: int, kind: int) ->
 
 
 def _fake_probe_dot(y: Tensor, key: Tensor, ids: Maybe, count: int, kind: int) -> Tensor:
-    return y.new_empty((count, y.shape[0] // count))
+    return y.new_empty((count, y.shape[0] // count), dtype=_wide(y.dtype))
 
 
 def _fake_probe_scale(g: Tensor, key: Tensor, ids: Maybe, d: int, kind: int) -> Tensor:
@@ -207,6 +248,32 @@ def _backward_norm(ops: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
     )
 
 
+def _setup_pair(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Tensors before options."""
+    tensors = [v for v in inputs if v is None or isinstance(v, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.options = inputs[len(tensors) :]
+
+
+def _backward_activate_pair(ops: Any, ctx: Any, ga: Tensor, gt: Tensor) -> tuple[Any, ...]:
+    z, u, shift = ctx.saved_tensors
+    gz, gu = ops.dual_activate_pair_backward.default(ga, gt, z, u, shift, *ctx.options)
+    gs = _as_shift(gz, shift, ctx.options[-1]) if ctx.needs_input_grad[2] else None
+    return gz, gu, gs, *(None,) * 4
+
+
+def _backward_norm_pair(ops: Any, ctx: Any, ga: Tensor, gt: Tensor) -> tuple[Any, ...]:
+    z, u, shift, weight, bias = ctx.saved_tensors
+    gz, gu, gw, gb = ops.dual_norm_pair_backward.default(ga, gt, z, u, shift, weight, *ctx.options)
+    return (
+        *(gz, gu),
+        _as_shift(gz, shift, 1) if ctx.needs_input_grad[2] else None,
+        None if weight is None else gw.reshape(weight.shape),
+        None if bias is None else gb.reshape(bias.shape),
+        *(None,) * 3,
+    )
+
+
 def _through_reference(
     function: Callable[..., Any], tensors: tuple[Maybe, ...], grads: tuple[Maybe, ...]
 ) -> list[Maybe]:
@@ -219,11 +286,6 @@ def _through_reference(
         outputs, upstream = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, live, upstream, allow_unused=True))
     return [None if t is None else next(found) for t in own]
-
-
-def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
 
 
 def _backward_second_activate(_: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -254,13 +316,40 @@ def _backward_second_norm(_: Any, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     return *_through_reference(gradient, ctx.saved_tensors, shaped), *(None,) * 4
 
 
+def _backward_second_activate_pair(_: Any, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    kind, *options = ctx.options
+
+    def gradient(ga: Tensor, gt: Tensor, z: Tensor, u: Tensor, s: Maybe) -> tuple[Tensor, ...]:
+        out = reference.activate_pair(z, u, s, reference.ACTIVATIONS[kind], *options)
+        return torch.autograd.grad(out, (z, u), (ga, gt), create_graph=True)
+
+    return *_through_reference(gradient, ctx.saved_tensors, grads), *(None,) * 4
+
+
+def _backward_second_norm_pair(_: Any, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    z, weight = ctx.saved_tensors[2], ctx.saved_tensors[5]
+    width = z.shape[1:].numel()
+
+    def gradient(
+        ga: Tensor, gt: Tensor, z: Tensor, u: Tensor, shift: Maybe, weight: Maybe
+    ) -> tuple[Tensor, ...]:
+        w = z.new_ones(width).requires_grad_(True) if weight is None else weight
+        b = z.new_zeros(width).requires_grad_(True)
+        out = reference.norm_pair(z, u, shift, w, b, *ctx.options)
+        return torch.autograd.grad(out, (z, u, w, b), (ga, gt), create_graph=True)
+
+    gz, gu, gw, gb = grads
+    shaped = (gz, gu, gw if weight is None else gw.reshape(weight.shape), gb)
+    return *_through_reference(gradient, ctx.saved_tensors, shaped), *(None,) * 3
+
+
 def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
 
 
 def _setup_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y, key, ids, _, ctx.kind = inputs
-    ctx.shape = y.shape
+    ctx.shape, ctx.dtype = y.shape, y.dtype
     ctx.save_for_backward(key, ids)
 
 
@@ -268,7 +357,7 @@ def _backward_dot(ops: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
     key, ids = ctx.saved_tensors
     d = ctx.shape[1:].numel()
     gy = ops.probe_scale.default(g, key, ids, d, ctx.kind)
-    return gy.reshape(ctx.shape), *(None,) * 4
+    return gy.reshape(ctx.shape).to(ctx.dtype), *(None,) * 4
 
 
 def _setup_scale(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -291,12 +380,22 @@ def _register(namespace: str) -> None:
         return
     _registered.add(namespace)
     ops = getattr(torch.ops, namespace)
-    second = _setup_second
+    pair = _setup_pair
     for name, fake, setup, backward in (
         ("dual_activate", _fake_activate, _setup_activate, _backward_activate),
-        ("dual_activate_backward", _fake_activate_backward, second, _backward_second_activate),
+        ("dual_activate_backward", _fake_activate_backward, pair, _backward_second_activate),
         ("dual_norm", _fake_norm, _setup_norm, _backward_norm),
-        ("dual_norm_backward", _fake_norm_backward, second, _backward_second_norm),
+        ("dual_norm_backward", _fake_norm_backward, pair, _backward_second_norm),
+        ("dual_activate_pair", _fake_pair, pair, _backward_activate_pair),
+        (
+            *("dual_activate_pair_backward", _fake_pair_backward),
+            *(pair, _backward_second_activate_pair),
+        ),
+        ("dual_norm_pair", _fake_pair, pair, _backward_norm_pair),
+        (
+            *("dual_norm_pair_backward", _fake_norm_pair_backward),
+            *(pair, _backward_second_norm_pair),
+        ),
         ("probe", _fake_probe, _no_gradient, lambda ops, ctx, g: (None,) * 5),
         ("probe_dot", _fake_probe_dot, _setup_dot, _backward_dot),
         ("probe_scale", _fake_probe_scale, _setup_scale, _backward_scale),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ class Divergence:
             single probe.
         estimator: what was used: "exact (structural)", "exact (m tangents)", "hutchinson",
             "hutch++" or "xtrace".
-        info: why the network's Jacobian was left to `torch.func`, or empty.
+        info: which of torch's own derivatives the network's Jacobian was left to ("torch.func", or
+            under activation checkpointing "torch.autograd.forward_ad"), and why; or empty.
     """
 
     velocity: Tensor
@@ -53,6 +54,7 @@ def divergence(
     probe: str = "rademacher",
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,
+    tangent_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Divergence:
     """Divergence of a velocity field, `tr(dv/dx)` for each sample.
@@ -70,8 +72,7 @@ def divergence(
     The primal and all tangents go through the network together, by its own `forward`: every
     function in `fewstep.ops.dual` has a fused forward and backward, and any other falls back to
     `torch.func`, with the reason in `info`. Probes depend on the seed, the sample's id, the probe's
-    number and the coordinate alone; where the first layer is linear they are not stored, backward
-    draws them again.
+    number and the coordinate alone; they are not stored, backward draws them again.
 
     Args:
         velocity (Callable): a module or function, `velocity(x, t)` of the shape of x; each sample's
@@ -87,6 +88,10 @@ def divergence(
         seed (int | Tensor): at least 0; an int64 scalar tensor changes without a recompilation.
         sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample keeps its probes in any
             batch. None: its index.
+        tangent_dtype (torch.dtype | None): None: that of x. `torch.bfloat16` with float32 x: the
+            tangents are kept and multiplied in bfloat16, for half the memory and faster products on
+            a GPU; the velocity, activations, norms and sums stay float32. Structural traces and
+            what is left to `torch.func` have no such tangents.
         backend (str | None): "cpp", "triton", "reference", or None for the fastest one. A named one
             raises where the network has a function that duals do not know.
 
@@ -94,9 +99,9 @@ def divergence(
         Divergence: differentiable with respect to parameters, x and t.
 
     Raises:
-        ValueError: an unknown estimator, probe or backend; probes below 1, above D for "hadamard",
-            below 3 for "hutch++", odd, below 4 or above 2 D for "xtrace"; t that is not finite or
-            neither a scalar nor `[B]`; ids, or a velocity, of the wrong shape.
+        ValueError: an unknown estimator, probe, backend or tangent_dtype; probes below 1, above D
+            for "hadamard", below 3 for "hutch++", odd, below 4 or above 2 D for "xtrace"; t that is
+            not finite or neither a scalar nor `[B]`; ids, or a velocity, of the wrong shape.
         TypeError: x, ids or seed of the wrong dtype.
 
     Source: Hutchinson, A stochastic estimator of the trace, 1990; Grathwohl et al., FFJORD, 2019,
@@ -109,7 +114,7 @@ def divergence(
     >>> out.estimator, torch.allclose(out.velocity, net(x), atol=1e-6), out.value.shape
     ('exact (structural)', True, torch.Size([5]))
     """
-    options = Options(estimator, probes, probe, backend)
+    options = Options(estimator, probes, probe, backend, tangent_dtype)
     check(options, x, "divergence")
     ids = check_ids(sample_ids, x)
     t = _check_time(t, x)
@@ -125,6 +130,7 @@ class Options:
     probes: int = 1
     probe: str = "rademacher"
     backend: str | None = None
+    tangent_dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -193,7 +199,7 @@ class Solver:
         options = self.options
         if backend != "cpp" or "mlp" in _refused(self.velocity) or torch.compiler.is_compiling():
             return None
-        if options.estimator not in ("auto", "exact", "hutchinson"):
+        if options.estimator not in ("auto", "exact", "hutchinson") or options.tangent_dtype:
             return None
         if options.probes > mlp.MOST_PROBES or torch.is_autocast_enabled("cpu"):
             return None
@@ -226,10 +232,19 @@ class Solver:
         v, dots = mlp.probe_products(program, source)
         return self._mean(v, dots, d)
 
-    def _source(self, key: Tensor, backend: str) -> dual.Source:
-        cache = self.cache if self.fixed and not torch.is_grad_enabled() else None
-        options = self.options
-        return dual.Source(backend, options.probes, key, self.ids, options.probe, cache=cache)
+    def _source(self, key: Tensor | None, backend: str) -> dual.Source:
+        options, dtype = self.options, self.options.tangent_dtype
+        source = dual.Source(backend, options.probes, key, self.ids, options.probe, dtype=dtype)
+        kept = None if torch.is_grad_enabled() else self.cache
+        if dtype is not None:
+            plain = torch.compiler.is_compiling() or is_transformed()
+            return replace(source, copies=None if plain else {} if kept is None else kept)
+        return replace(source, cache=kept if self.fixed else None)
+
+    def products(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity `[B, ...]` and `J v_k`, `[K, B, ...]`, by duals."""
+        source = replace(self._source(None, self.backend(x)), count=v.shape[0], tangents=v)
+        return dual.products(self.run, x, t, replace(source, cache=None))
 
     def _structural(self, x: Tensor, t: Tensor, backend: str) -> Divergence | None:
         """None where the probes asked for are cheaper."""
@@ -257,22 +272,23 @@ class Solver:
         d = x.shape[1:].numel()
         if self._exact(d):
             chunk = max(1, min(d, _CHUNK // max(x.numel(), 1)))
-            v, value = dual.exact_by_tangents(self.run, x, t, backend, chunk)
+            source = replace(self._source(None, backend), cache=None)
+            v, value = dual.exact_by_tangents(self.run, x, t, source, chunk)
             return Divergence(v, value, torch.zeros_like(value), f"exact ({d} tangents)")
         if options.estimator in ("hutch++", "xtrace"):
 
             def product(u: Tensor) -> tuple[Tensor, Tensor]:
-                return dual.products(self.run, x, t, u.reshape(-1, *x.shape), backend)
+                return self.products(x, t, u.reshape(-1, *x.shape))
 
             return self._sketch(x, key, product, backend)
         v, dots = dual.probe_products(self.run, x, t, self._source(key, backend))
         return self._mean(v, dots, d)
 
-    def _mean(self, v: Tensor, dots: Tensor, d: int, info: str = "") -> Divergence:
+    def _mean(self, v: Tensor, dots: Tensor, d: int) -> Divergence:
         rows = 2.0 ** max(d - 1, 0).bit_length() if self.options.probe == "hadamard" else math.inf
         value = dots[0] if dots.shape[0] == 1 else dots.mean(0)
         error = reference.standard_error(dots.detach(), rows)
-        return Divergence(v, value, error, "hutchinson", info)
+        return Divergence(v, value, error, "hutchinson")
 
     def _sketch(
         self,
@@ -280,7 +296,6 @@ class Solver:
         key: Tensor,
         product: Callable[[Tensor], tuple[Tensor, Tensor]],
         backend: str,
-        info: str = "",
     ) -> Divergence:
         name, probes = self.options.estimator, self.options.probes
         seen: list[Tensor] = []
@@ -302,26 +317,31 @@ class Solver:
                 sketch = sketch[: sketch.shape[2]]
             estimates, _ = reference.hutchpp(flat, sketch, rest[: probes - 2 * (probes // 3)])
         error = reference.standard_error(estimates.detach())
-        return Divergence(seen[0], estimates.mean(0), error, name, info)
+        return Divergence(seen[0], estimates.mean(0), error, name)
 
     def _fallback(self, x: Tensor, t: Tensor, key: Tensor, reason: str) -> Divergence:
-        """By products with J' in reverse mode: `torch.func` differentiates almost anything."""
+        """By torch's own derivatives, which almost anything has: `reference.products`."""
         options, d = self.options, x.shape[1:].numel()
-        info = f"torch.func: {reason}"
         if self._exact(d):
-            v, jacobian = reference.jacobian(self.run, x, t)
+            v, jacobian, way = reference.jacobian(self.run, x, t)
             value = jacobian.diagonal(dim1=1, dim2=2).sum(1)
             error = torch.zeros_like(value)
-            return Divergence(v, value, error, f"exact ({d} tangents)", info)
+            return Divergence(v, value, error, f"exact ({d} tangents)", f"{way}: {reason}")
+        ways: list[str] = []
 
         def product(u: Tensor) -> tuple[Tensor, Tensor]:
-            return reference.transposed_products(self.run, x, t, u.reshape(-1, *x.shape))
+            v, ju, way = reference.products(self.run, x, t, u.reshape(-1, *x.shape))
+            ways.append(way)
+            return v, ju
 
         if options.estimator in ("hutch++", "xtrace"):
-            return self._sketch(x, key, product, "reference", info)
-        u = raw_dual.probe("reference", x.detach(), key, self.ids, options.probes, options.probe)
-        v, ju = product(u)
-        return self._mean(v, reference.hutchinson(ju, u), d, info)
+            found = self._sketch(x, key, product, "reference")
+        else:
+            count, kind = options.probes, options.probe
+            u = raw_dual.probe("reference", x.detach(), key, self.ids, count, kind)
+            v, ju = product(u)
+            found = self._mean(v, reference.hutchinson(ju, u), d)
+        return replace(found, info=f"{ways[0]}: {reason}")
 
 
 def unsupported(backend: str) -> str | None:
@@ -357,6 +377,12 @@ def check(options: Options, x: Tensor, who: str) -> None:
         raise ValueError(f"{who}: estimator must be one of {ESTIMATORS}, got {options.estimator!r}")
     if options.probe not in PROBES:
         raise ValueError(f"{who}: probe must be one of {PROBES}, got {options.probe!r}")
+    low = options.tangent_dtype
+    if low is not None and (low != torch.bfloat16 or x.dtype != torch.float32):
+        raise ValueError(
+            f"{who}: tangent_dtype must be None, or torch.bfloat16 with float32 x, got {low} with"
+            f" {x.dtype}"
+        )
     count = options.probes
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 65535:
         raise ValueError(f"{who}: probes must be an integer from 1 to 65534, got {count!r}")
@@ -378,7 +404,7 @@ def check_ids(ids: Tensor | None, x: Tensor) -> Tensor | None:
         raise TypeError(f"divergence: sample_ids must be int64, got {ids.dtype}")
     if tuple(ids.shape) != (x.shape[0],):
         raise ValueError(f"divergence: sample_ids must be ({x.shape[0]},), got {tuple(ids.shape)}")
-    return ids
+    return ids.clone()  # backward draws by them again
 
 
 def _check_time(t: float | Tensor, x: Tensor) -> Tensor:

@@ -72,12 +72,30 @@ def activate(
         inner (int): see shift.
     """
     if shared is None:
-        primal, *rest = z.reshape(tangents + 1, -1, *z.shape[1:]).unbind(0)
-        t = torch.stack(rest) if rest else primal.new_empty((0, *primal.shape))
-    else:
-        primal, t = z, shared[:, None]
-    a, slope = derivative(_shifted(primal, shift, inner), kind, beta, threshold)
-    return torch.cat([a[None], slope * t]).flatten(0, 1)
+        batch = z.shape[0] // (tangents + 1)
+        return torch.cat(activate_pair(z[:batch], z[batch:], shift, kind, beta, threshold, inner))
+    a, slope = derivative(_shifted(z, shift, inner), kind, beta, threshold)
+    return torch.cat([a[None], slope * shared[:, None]]).flatten(0, 1)
+
+
+def activate_pair(
+    z: Tensor,
+    u: Tensor,
+    shift: Tensor | None,
+    kind: str,
+    beta: float = 1.0,
+    threshold: float = 20.0,
+    inner: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The same of a primal `[B, ...]` and its tangents `[K B, ...]`, which may be of a lower
+    precision: they are rounded to it at the end."""
+    a, slope = derivative(_shifted(z, shift, inner), kind, beta, threshold)
+    return a, (slope * _by_tangent(u, z)).to(u.dtype).reshape(u.shape)
+
+
+def _by_tangent(u: Tensor, z: Tensor) -> Tensor:
+    """`[K, B, ...]`"""
+    return u.reshape(u.shape[0] // max(z.shape[0], 1), *z.shape)
 
 
 def norm(
@@ -106,20 +124,33 @@ def norm(
         eps (float): added to the mean square.
     """
     batch = z.shape[0] // (tangents + 1)
-    stack = z.reshape(tangents + 1, batch, groups, z.shape[1:].numel() // groups)
-    x, u = stack[0], stack[1:]
-    if shift is not None:
-        x = (x.reshape(-1, shift.numel()) + shift.flatten()).reshape(x.shape)
+    return torch.cat(norm_pair(z[:batch], z[batch:], shift, weight, bias, groups, centred, eps))
+
+
+def norm_pair(
+    z: Tensor,
+    u: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The same of a primal and its tangents, as of `activate_pair`."""
+    x = z if shift is None else (z.reshape(-1, shift.numel()) + shift.flatten()).reshape(z.shape)
+    x = x.reshape(z.shape[0], groups, z.shape[1:].numel() // groups)
+    t = _by_tangent(u, x).to(x.dtype)
     if centred:
-        x, u = x - x.mean(-1, keepdim=True), u - u.mean(-1, keepdim=True)
+        x, t = x - x.mean(-1, keepdim=True), t - t.mean(-1, keepdim=True)
     r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     normal = x * r
-    out = torch.cat([normal[None], r * (u - normal * (normal * u).mean(-1, keepdim=True))])
+    t = r * (t - normal * (normal * t).mean(-1, keepdim=True))
     if weight is not None:
-        out = out * weight.reshape(groups, -1)
+        normal, t = normal * weight.reshape(groups, -1), t * weight.reshape(groups, -1)
     if bias is not None:
-        out = torch.cat([out[:1] + bias.reshape(groups, -1), out[1:]])
-    return out.reshape(z.shape)
+        normal = normal + bias.reshape(groups, -1)
+    return normal.reshape(z.shape), t.to(u.dtype).reshape(u.shape)
 
 
 def mlp_probes(
