@@ -61,7 +61,7 @@ def test_launches_are_legal(arch: str, dtype: str) -> None:
 
 
 def test_precisions_have_one_order() -> None:
-    header = (Path(__file__).parents[1] / "csrc/shared/tf32.h").read_text()
+    header = (Path(__file__).parents[1] / "csrc/shared/halves.h").read_text()
     assert config.PRECISIONS == raw.PRECISIONS == ("tf32x3", "tf32", "float32")
     assert "enum Precision : int { kThree, kOne, kFloat32 };" in header
     how = [config.sinkhorn_update(1, 64, 17, "float32", "sm_90", p) for p in raw.PRECISIONS]
@@ -124,7 +124,8 @@ def launch(kernel, *args, grid, warmup, **kwargs):
 
 JITFunction.run = launch
 sinkhorn.config._KEPT_FROM_DOT = 16
-for count, n, max_iter, temperatures in ((1, 70, 4, 1), (3, 99, 17, 1), (4, 97, 16, 1), (2, 64, 5, 2)):
+cases = ((1, 70, 4, 1), (3, 99, 17, 1), (4, 97, 16, 1), (2, 64, 5, 2))
+for count, n, max_iter, temperatures in cases:
     x, y = torch.randn(count, n, 20), torch.randn(count, n + 30, 20)
     a, b = torch.rand(count, n), torch.rand(count, n + 30)
     eps = torch.rand(count * temperatures)
