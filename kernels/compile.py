@@ -123,9 +123,9 @@ def compile_kernel(kernel: Any, *, dtype: str, arch: str, launch: dict[str, Any]
     # The launchers pad the points, and the coordinates of a dot, to multiples of 16.
     aligned = {"N", "M"} | ({"D"} if launch.get("DOT") else set())
     attributes = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if signature[name].startswith("*") or name in aligned
+        (p.num,): [["tt.divisibility", 16]]
+        for p in kernel.params
+        if not p.do_not_specialize and (signature[p.name][0] == "*" or p.name in aligned)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     amd = arch.startswith("gfx")

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from . import config
 from .launch import architecture, on
-from .sinkhorn import COST_SCALE, EUCLIDEAN, LOG2E, pad, padded
+from .sinkhorn import COST_SCALE, EUCLIDEAN, LOG2E, RUN_TIME, pad, padded
 
 # Two points without weight may have any e; it must not be infinite, 0 times it has to be 0.
 MOST = tl.constexpr(500.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_hessian_kernel(
     X,
     Y,

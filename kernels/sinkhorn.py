@@ -27,6 +27,12 @@ NEAR = tl.constexpr(1 / 64)
 SAFE_LOW, SAFE_HIGH, MOST = tl.constexpr(2.0**-60), tl.constexpr(2.0**100), tl.constexpr(104.0)
 # Alternating iterations at most after symmetric ones, as in `fewstep.reference.sinkhorn`.
 LAST_STEPS = 10
+# Numbers that change from launch to launch, and pointers to where they come to lie: a kernel is not
+# compiled anew for those that are 1 or a multiple of 16.
+RUN_TIME = (
+    *("step", "max_iter", "temperatures", "partials", "row_pieces", "column_pieces", "diagonal"),
+    *("Eps", "Error", "Mass", "Row_error", "Column_error", "Settings"),
+)
 
 
 @triton.jit
@@ -176,7 +182,7 @@ def _store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, piece):
     tl.store(Mass + piece, tl.sum(a * ratio, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_row_kernel(
     X,
     Y,
@@ -266,7 +272,7 @@ def _sum_of_pieces(Pieces, count):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_column_kernel(
     X,
     Y,
@@ -361,7 +367,7 @@ def sinkhorn_column_kernel(
     tl.store(G + points, g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_cost_kernel(
     X,
     Y,
@@ -385,10 +391,11 @@ def sinkhorn_cost_kernel(
 ):
     """Costs `C [B, N, M]`, infinite for pairs that are left out; a tile each."""
     REDUCE: tl.constexpr = 1 if DOT else 0
-    blocks = N // BLOCK_M
-    cloud = (tl.program_id(0) // blocks).to(tl.int64)
-    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks, tiles = N // BLOCK_M, M // BLOCK_N
+    block = tl.program_id(0) // tiles  # the other axes of a grid end at 65535
+    cloud = (block // blocks).to(tl.int64)
+    rows = block % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     x2 = tl.expand_dims(tl.load(X2 + cloud * N + rows), REDUCE)
     squared = _squared_distances(
         X + cloud * N * D,
@@ -414,7 +421,7 @@ def sinkhorn_cost_kernel(
     tl.store(C + first + tl.expand_dims(cols, 1 - REDUCE), cost)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_kept_kernel(
     C,
     A,
@@ -498,7 +505,7 @@ def sinkhorn_kept_kernel(
         tl.store(Sums + cols, tl.sum(p, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_kept_merge_kernel(
     C,
     Log_a,
@@ -577,7 +584,7 @@ def sinkhorn_kept_merge_kernel(
     tl.store(G + problem * M + cols, g, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_symmetric_kernel(
     X,
     Y,
@@ -713,7 +720,7 @@ def sinkhorn_symmetric_kernel(
     tl.store(Mass + piece, tl.sum(a * ratio, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_merge_kernel(
     B,
     Eps,
@@ -763,7 +770,7 @@ def sinkhorn_merge_kernel(
     tl.store(Column_error + piece, tl.sum(b * tl.abs(ratio - wanted), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_apply_kernel(
     X,
     Y,
@@ -1158,8 +1165,8 @@ def _alternate_kept(s: _Solve) -> _Solved:
     )
     count, partials, columns = s.clouds.x.shape[0], n // launch["BLOCK_M"], -(-m // merge["BLOCK"])
     C = s.g.new_empty((count, n, m))
-    tiles = (count * (n // s.rows["BLOCK_M"]), m // s.rows["BLOCK_N"])
-    sinkhorn_cost_kernel[tiles](*s.clouds.pointers, C, *s.clouds.shape, *s.constants, **s.rows)
+    tiles = count * (n // s.rows["BLOCK_M"]) * (m // s.rows["BLOCK_N"])
+    sinkhorn_cost_kernel[(tiles,)](*s.clouds.pointers, C, *s.clouds.shape, *s.constants, **s.rows)
     f = s.g.new_full((2, problems, n), torch.inf)
     if s.f0 is not None:
         f[1] = s.f0

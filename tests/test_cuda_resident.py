@@ -287,6 +287,18 @@ def test_tensor_cores(emulators: dict[str, Emulator], shape: tuple[int, ...], co
     assert_contract("potential", plain[0], expected[0], scale=expected[0])
 
 
+def test_halves_have_the_range_of_floats(emulators: dict[str, Emulator]) -> None:
+    """Powers of 2 change no bit, though halves reach from 2^-24 to 2^16."""
+    x, y, a, b, eps = make(1, 11, 40, 33, torch.float32)
+    schedule = Schedule(max_iter=3)
+    plain = solve_emulated(emulators["wide"], WIDE, (x, y, a, b, eps), schedule)
+    for size in (2.0**25, 2.0**-25):
+        inputs = (size * x, size * y, a, b, size**2 * eps)
+        scaled = solve_emulated(emulators["wide"], WIDE, inputs, schedule)
+        assert torch.equal(scaled[0], size**2 * plain[0])
+        assert torch.equal(scaled[1], size**2 * plain[1])
+
+
 def test_nan_stays_in_its_problem(emulators: dict[str, Emulator]) -> None:
     x, *rest = make(2, 5, 6, 2, torch.float32)
     clean = solve_emulated(emulators["alone"], 0, (x, *rest), Schedule(max_iter=5, tol=1e-3))

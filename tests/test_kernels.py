@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_launches_are_legal(arch: str, dtype: str) -> None:
 
 
 def test_precisions_have_one_order() -> None:
-    header = (Path(__file__).parents[1] / "csrc/shared/tf32.h").read_text()
+    header = (Path(__file__).parents[1] / "csrc/shared/halves.h").read_text()
     assert config.PRECISIONS == raw.PRECISIONS == ("tf32x3", "tf32", "float32")
     assert "enum Precision : int { kThree, kOne, kFloat32 };" in header
     how = [config.sinkhorn_update(1, 64, 17, "float32", "sm_90", p) for p in raw.PRECISIONS]
@@ -102,6 +103,52 @@ def test_compiling_interpreted_kernels_is_refused() -> None:
         compile_kernel(kernels.sinkhorn_row_kernel, dtype="float32", arch="sm_90", launch=launch)
     with pytest.raises(ValueError, match=r"arch must be one of .*, got 'sm_20'"):
         compile_kernel(kernels.sinkhorn_row_kernel, dtype="float32", arch="sm_20", launch=launch)
+
+
+COUNT_VARIANTS = """
+import json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from fewstep.kernels import sinkhorn
+
+backend = CUDABackend(GPUTarget("cuda", 90, 32))
+variants = {}
+
+def launch(kernel, *args, grid, warmup, **kwargs):
+    assert all(size < 2**16 for size in grid[1:])
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    key = bind(*args, **kwargs)[1]
+    variants.setdefault(kernel.__name__, set()).add(tuple(map(tuple, key)))
+
+JITFunction.run = launch
+sinkhorn.config._KEPT_FROM_DOT = 16
+cases = ((1, 70, 4, 1), (3, 99, 17, 1), (4, 97, 16, 1), (2, 64, 5, 2))
+for count, n, max_iter, temperatures in cases:
+    x, y = torch.randn(count, n, 20), torch.randn(count, n + 30, 20)
+    a, b = torch.rand(count, n), torch.rand(count, n + 30)
+    eps = torch.rand(count * temperatures)
+    for simultaneous, kept in ((False, 0), (False, 2**40), (True, 0)):
+        how = (1e-3, None, 1.0, None, None, None, 1.0, simultaneous, False, kept, 0)
+        points = (x, y, a, b, eps, None, None, 0, None)
+        f, g, *_ = sinkhorn.sinkhorn(*points, max_iter, *how)
+    v = torch.rand(count * temperatures, n + 30, 20)
+    sinkhorn.sinkhorn_transport(x, y, f, g, b, eps, v, 0, None, 0)
+print(json.dumps({name: len(keys) for name, keys in variants.items()}))
+"""
+
+
+def test_kernels_are_not_compiled_for_every_shape() -> None:
+    """Launched without a device, up to the key under which a compiled kernel is kept."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT_VARIANTS], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    variants = json.loads(run.stdout)
+    assert variants == dict.fromkeys(variants, 1)
+    assert len(variants) == 8
 
 
 def test_compiled_kernels_do_not_spill(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
-// The thread block, or a cluster of them, as a team: see shared/sinkhorn_block.h, sinkhorn_resident.h and tf32.h.
+// The thread block, or a cluster of them, as a team: see shared/sinkhorn_block.h, sinkhorn_resident.h and halves.h.
 #pragma once
 
 #include <cooperative_groups.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
 
 namespace fewstep::cuda {
 
@@ -48,13 +51,36 @@ struct Block {
     return own;
   }
 
-  __device__ void multiply(float (&c)[4], const float (&a)[4], const float (&b)[2]) const {
+  __device__ void split(float p, float q, uint32_t& high, uint32_t& low) const {
+    const __half2 rounded = __floats2half2_rn(p, q);
+    const float2 back = __half22float2(rounded);
+    const __half2 rest = __floats2half2_rn(p - back.x, q - back.y);
+    __builtin_memcpy(&high, &rounded, sizeof high);
+    __builtin_memcpy(&low, &rest, sizeof low);
+  }
+
+  template <bool kTransposed>
+  __device__ void load(uint32_t (&to)[4], const float* row) const {
+    const auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    if constexpr (kTransposed) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                   : "r"(from)
+                   : "memory");
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                   : "r"(from)
+                   : "memory");
+    }
+  }
+
+  __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
     asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 
   template <int kCount>

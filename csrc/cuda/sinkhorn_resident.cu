@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../shared/sinkhorn_resident.h"
 #include "reduce.cuh"
@@ -18,11 +19,15 @@ constexpr int kDriftWarps = kMaxDriftRows / kR;
 constexpr int kMaxRanks = 8;
 constexpr int kDirectThreads = 256;
 constexpr int kSumThreads = 256;
+constexpr int64_t kMaxItems = INT_MAX / 2;  // what a queue counts to, with those who find it empty
 
 template <int Q, int kW>
 using SolveLayout = resident::Layout<kR, Q, Block::kLanes, kW>;
 template <int Q>
 using DriftLayout = resident::Layout<kR, Q, Block::kLanes, kDriftWarps>;
+// Temperatures of a drift whose weights fit the registers of a thread: 8 Q each.
+template <int Q>
+constexpr int kStacked = Q == 8 ? 1 : resident::kMostStacked;
 
 struct Arguments {
   ResidentProblems in;
@@ -52,7 +57,7 @@ __device__ resident::Points<float> points_of(const ResidentProblems& in, const I
   const float* const y = in.y + item.column * in.d;
   const int diagonal = in.diagonal == kNoDiagonal64 ? resident::kNoDiagonal : static_cast<int>(in.diagonal);
   return {in.x + item.row * in.d,
-          {{y, y, y, y}, {INT_MAX, INT_MAX, INT_MAX, INT_MAX}},
+          {{y, y, y}, {INT_MAX, INT_MAX, INT_MAX}},
           item.n,
           item.m,
           static_cast<int>(in.d),
@@ -98,7 +103,7 @@ __device__ block::Solution<float> solution_of(const ResidentProblems& in, const 
 
 // The next item of a queue, alike in all threads of all ranks; every thread calls.
 template <typename Team>
-__device__ int64_t take(const Team& team, int* queue, int* next) {
+__device__ int take(const Team& team, int* queue, int* next) {
   if (team.block() == 0 && team.rank() == 0) *next = atomicAdd(queue, 1);
   team.sync_all();
   const int item = *team.peer(next, 0);
@@ -119,13 +124,13 @@ __device__ void solve_items(const Arguments& arguments) {
   const Team team{};
   const ResidentProblems& in = arguments.in;
   while (true) {
-    const int64_t index = take(team, arguments.queue, &next);
+    const int index = take(team, arguments.queue, &next),
+              parts = static_cast<int>(in.temperatures / arguments.per_item);
     if (index >= arguments.items) return;
-    const int64_t parts = in.temperatures / arguments.per_item;
     const Item item = item_of(in, index / parts);
-    const int64_t first = index % parts * arguments.per_item;
+    const int each = static_cast<int>(arguments.per_item), first = index % parts * each;
     if (item.n == 0 || item.m == 0) {
-      for (int64_t t = first + team.rank(); t < first + arguments.per_item; t += team.size()) {
+      for (int t = first + team.rank(); t < first + each; t += team.size()) {
         const block::Solution<float> out = solution_of(in, place_of(in, item, t));
         *out.value = *out.residual = 0;
         *out.iterations = 0;
@@ -137,10 +142,14 @@ __device__ void solve_items(const Arguments& arguments) {
     resident::Solver<kR, Q, kW, float, Team> solver(team, points_of(in, item), memory);
     float k[kR][Q];
     solver.measure(k);
-    for (int64_t t = first; t < first + arguments.per_item; ++t) {
-      const Place at = place_of(in, item, t);
+    for (int t = first; t < first + each; ++t) {
+      // Found again rather than kept in registers.
+      int same = index;
+      asm volatile("" : "+r"(same));
+      const Item again = item_of(in, same / parts);
+      const Place at = place_of(in, again, t);
       const float eps = in.eps[at.number], start = in.start == nullptr ? 0.0f : in.start[at.number];
-      solver.solve(k, schedule_of(in), marginals_of(in, item, at), eps, start);
+      solver.solve(k, schedule_of(in), marginals_of(in, again, at), eps, start);
       solver.write(eps, solution_of(in, at));
     }
   }
@@ -276,6 +285,7 @@ cudaError_t solve_resident(const ResidentPlan& plan, const ResidentProblems& pro
   const bool few = problems.count * plan.ranks < 2 * int64_t{device.processors};
   const int64_t per_item = few ? 1 : problems.temperatures;
   const int64_t items = problems.count * (problems.temperatures / per_item);
+  if (items > kMaxItems) return cudaErrorInvalidValue;
   const int64_t capacity = plan.shared_bytes / static_cast<int64_t>(sizeof(float));
   const Arguments arguments{problems, items, per_item, capacity, queue, workspace};
   if (plan.columns == 2) {
@@ -301,6 +311,7 @@ namespace {
 struct DriftArguments {
   DriftProblems in;
   resident::Drift<float> drift;
+  int stacked;  // temperatures whose barycentres are taken together
   int* queue;
   float* velocities;  // [temperatures, groups, n, d]
   float* sums;        // [groups] weighted distances and [groups] weights, then squares [temperatures, groups]
@@ -346,13 +357,16 @@ __global__ void __launch_bounds__(kDriftWarps* Block::kLanes, 1)
   __shared__ int next;
   const Block team{};
   const DriftProblems& in = arguments.in;
-  const float scale = *in.scale;
-  const double length = in.cost == 2 ? double(scale) : double(scale) * double(scale);
-  const double dimension = !in.scaled ? 1.0 : in.cost == 2 ? sqrt(double(in.d)) : double(in.d);
+  // Read again wherever they are needed: registers are short.
+  const auto units = [&]() -> resident::DriftUnits<float> {
+    const double length = *in.scale, size = in.cost == 2 ? length : length * length;
+    return {size * (!in.scaled ? 1.0 : in.cost == 2 ? sqrt(double(in.d)) : double(in.d)), *in.scale};
+  };
   while (true) {
     const int64_t group = take(team, arguments.queue, &next);
     if (group >= in.groups) return;
-    resident::drift_group<kR, Q, kDriftWarps>(team, arguments.drift, group, dimension * length, scale, memory);
+    resident::drift_group<kR, Q, kDriftWarps, kStacked<Q>>(team, arguments.drift, group, units, arguments.stacked,
+                                                           memory);
   }
 }
 
@@ -391,14 +405,35 @@ int64_t widest_plan(const DriftProblems& in) {
 }
 
 template <int Q>
-int64_t drift_bytes(int64_t n, int64_t widest) {
-  return DriftLayout<Q>::elements(n, widest, 2) * static_cast<int64_t>(sizeof(float));
+int64_t drift_bytes(int64_t n, int64_t widest, int stacked) {
+  return DriftLayout<Q>::elements(n, widest, 1 + stacked) * static_cast<int64_t>(sizeof(float));
+}
+
+// The most temperatures at a time that shared memory has room for; 0 where there is none for one.
+template <int Q>
+int stacked_for(const DriftProblems& in, int64_t widest, const Device& device) {
+  int stacked = static_cast<int>(std::min<int64_t>(in.temperatures, kStacked<Q>));
+  while (stacked > 0 && drift_bytes<Q>(in.n, widest, stacked) + kStaticShared > device.shared_limit) --stacked;
+  return stacked;
+}
+
+// run(integral_constant of Q) for as many columns.
+template <typename Run>
+auto for_columns(int64_t widest, Run run) {
+  if (widest <= 16 * resident::tiles_of(2)) return run(std::integral_constant<int, 2>{});
+  if (widest <= 16 * resident::tiles_of(5)) return run(std::integral_constant<int, 5>{});
+  return run(std::integral_constant<int, 8>{});
 }
 
 template <int Q>
-cudaError_t launch_drift(const DriftArguments& arguments, int64_t widest, cudaStream_t stream) {
-  const int64_t bytes = drift_bytes<Q>(arguments.in.n, widest);
-  const int threads = static_cast<int>((arguments.in.n + kR - 1) / kR) * Block::kLanes;
+cudaError_t launch_drift(DriftArguments arguments, int64_t widest, cudaStream_t stream) {
+  Device device;
+  const cudaError_t error = device.read();
+  if (error != cudaSuccess) return error;
+  const int64_t n = arguments.in.n;
+  arguments.stacked = stacked_for<Q>(arguments.in, widest, device);
+  const int64_t bytes = drift_bytes<Q>(n, widest, arguments.stacked);
+  const int threads = static_cast<int>((n + kR - 1) / kR) * Block::kLanes;
   return launch(drift_kernel<Q>, arguments.in.groups, threads, static_cast<int>(bytes), 1, stream, arguments);
 }
 
@@ -407,11 +442,9 @@ cudaError_t launch_drift(const DriftArguments& arguments, int64_t widest, cudaSt
 bool drift_fits(const DriftProblems& in) {
   Device device;
   const int64_t widest = widest_plan(in);
-  if (in.n > kMaxDriftRows || widest > kMaxDriftColumns || device.read() != cudaSuccess) return false;
-  const int64_t bytes = widest <= 64    ? drift_bytes<2>(in.n, widest)
-                        : widest <= 160 ? drift_bytes<5>(in.n, widest)
-                                        : drift_bytes<8>(in.n, widest);
-  return bytes + kStaticShared <= device.shared_limit;
+  if (in.n > kMaxDriftRows || widest > kMaxDriftColumns || in.groups > kMaxItems) return false;
+  if (device.read() != cudaSuccess) return false;
+  return for_columns(widest, [&](auto q) { return stacked_for<q.value>(in, widest, device); }) > 0;
 }
 
 cudaError_t drift(const DriftProblems& in, float* parts, float* sums, int* queue, cudaStream_t stream) {
@@ -438,7 +471,7 @@ cudaError_t drift(const DriftProblems& in, float* parts, float* sums, int* queue
       in.residual,
       in.entropy,
       in.peak};
-  const DriftArguments arguments{in, first, queue, velocities, sums};
+  const DriftArguments arguments{in, first, 0, queue, velocities, sums};
   constexpr int64_t kMaxGrid = 1 << 16;
   const int64_t widest = widest_plan(in);
   cudaError_t error = cudaMemsetAsync(queue, 0, sizeof(int), stream);
@@ -450,9 +483,7 @@ cudaError_t drift(const DriftProblems& in, float* parts, float* sums, int* queue
   drift_finish_scale_kernel<<<1, kSumThreads, 0, stream>>>(arguments);
   if ((error = cudaGetLastError()) != cudaSuccess) return error;
   if (in.groups > 0) {
-    error = widest <= 64    ? launch_drift<2>(arguments, widest, stream)
-            : widest <= 160 ? launch_drift<5>(arguments, widest, stream)
-                            : launch_drift<8>(arguments, widest, stream);
+    error = for_columns(widest, [&](auto q) { return launch_drift<q.value>(arguments, widest, stream); });
     if (error != cudaSuccess) return error;
   }
   drift_rms_kernel<<<static_cast<unsigned>(in.temperatures), kSumThreads, 0, stream>>>(arguments);

@@ -35,7 +35,7 @@ struct ResidentProblems {
   const float* g0;
   const int64_t* segment_x;
   const int64_t* segment_y;
-  int64_t count, temperatures, n, m, d, cost, diagonal, precision;  // fewstep::tf32::Precision
+  int64_t count, temperatures, n, m, d, cost, diagonal, precision;  // fewstep::halves::Precision
   // See fewstep::resident::Schedule; an infinite rho is a constraint.
   const float* schedule;
   int64_t scheduled, max_iter;

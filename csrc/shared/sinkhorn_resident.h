@@ -13,13 +13,13 @@
 // On top of what sinkhorn_block.h asks of a Team: ranks(), block() (which of the ranks), sync_all() (a barrier of all
 // ranks), peer(pointer, rank) (the same place in the memory of a rank), any(flag) (of a block, also a barrier),
 // lane_any(flag), sync_lanes(), and lane_sums(values) (element by element). A team with tensor cores has those of
-// tf32.h besides.
+// halves.h besides.
 #pragma once
 
 #include <limits>
 
+#include "halves.h"
 #include "sinkhorn_block.h"
-#include "tf32.h"
 
 namespace fewstep::resident {
 
@@ -32,11 +32,12 @@ using block::least;
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
-constexpr int kParts = 4;                 // clouds that make up the columns
+constexpr int kParts = 3;                 // clouds that make up the columns
 constexpr int kDepth = 16;                // coordinates staged at a time
 constexpr int kStageStride = kDepth + 1;  // lanes on different points fall into different banks
-constexpr int kMmaStride = kDepth + 4;    // so do the lanes of a fragment, and points are aligned to 16 bytes
+constexpr int kMmaStride = kDepth + 4;    // so do the rows of a matrix of halves, and points are aligned to 16 bytes
 constexpr int kScalars = 3;               // that a pass hands from each warp to all others
+constexpr int kMostStacked = 3;           // temperatures whose barycentres are taken in one pass over the points
 
 // Entries of K below 2^-126 (2^-1022) are 0. With scalings up to 2^kSafe they are at most 2^(-126 + 2 kSafe) of their
 // row, and a column sum above kLow does not feel them.
@@ -106,10 +107,10 @@ struct Points {
   int n, m, d, cost;
   // The pair of row i and column diagonal_begin + i + diagonal is left out if that column is below diagonal_end.
   int diagonal, diagonal_begin, diagonal_end;
-  int precision;  // tf32::Precision
+  int precision;  // halves::Precision
 
   // Few coordinates are quicker, and lose nothing to cancellation, without tensor cores.
-  FEWSTEP_HD bool by_products() const { return precision != tf32::kFloat32 && d > kDepth; }
+  FEWSTEP_HD bool by_products() const { return precision != halves::kFloat32 && d > kDepth; }
 
   FEWSTEP_HD bool excluded(int i, int j) const {
     return diagonal != kNoDiagonal && j >= diagonal_begin && j < diagonal_end &&
@@ -133,7 +134,7 @@ struct Schedule {
 
 template <typename T>
 struct Marginals {
-  const T* a;  // [n], or null: 1 / n
+  const T* a;  // [n], or null where one rank has all rows: 1 / n
   const T* b;  // [m], relative weights where b_total is not 1
   T b_total;
   const T* f0;  // [n] or null
@@ -147,21 +148,23 @@ struct Layout {
   static constexpr int kRows = kWarps * R, kColumns = Q * kLanes;
   static constexpr int kA = 0, kShift = kRows, kF = 2 * kRows, kU = 4 * kRows;  // f and u twice: now and next
   static constexpr int kB = 6 * kRows, kH = kB + kColumns, kV = kH + kColumns, kLse = kV + kColumns;
-  static constexpr int kScalar = kLse + kColumns;                                 // [2, kScalars, kWarps]
-  static constexpr int kPartial = kScalar + (2 * kScalars * kWarps + 3) / 4 * 4;  // [2, kWarps, kColumns]
+  static constexpr int kScalar = kLse + kColumns;                               // [2, kScalars, kWarps]
+  static constexpr int kScale = kScalar + (2 * kScalars * kWarps + 3) / 4 * 4;  // of the points of the columns
+  static constexpr int kBack = kScale + kColumns;                               // [kMostStacked, kRows]
+  static constexpr int kPartial = kBack + kMostStacked * kRows;                 // [2, kWarps, kColumns]
   // In the same place, points that are being measured: [kColumns + kRows, kStageStride].
   static constexpr int kPoints = (kColumns + kRows) * kStageStride;
   static constexpr int kTwo = 2 * (kWarps < 2 ? 2 : kWarps) * kColumns;
   static constexpr int kSpace = kTwo > kPoints ? kTwo : kPoints;
   static constexpr int kCost = (kPartial + kSpace + 3) / 4 * 4;
 
-  // Columns in whole tiles of tensor cores, and two stages of points on their way to them.
-  static FEWSTEP_HD int64_t tiled(int64_t m) { return (m + 15) / 16 * 16; }
-  static FEWSTEP_HD int64_t stages(int64_t points) { return 2 * points * kMmaStride; }
+  // Columns in whole tiles of tensor cores, and two stages of points, and the origin, on their way to them.
+  static FEWSTEP_HD int64_t tiled(int64_t m) { return (m + 15) & ~int64_t{15}; }
+  static FEWSTEP_HD int64_t stages(int64_t points) { return 2 * (points + 1) * kMmaStride; }
   // Where they are: before there are costs, and after the weights of a drift have been read.
   static FEWSTEP_HD int64_t behind_costs(int64_t rows, int64_t m) { return kCost + (rows * m + 3) / 4 * 4; }
 
-  // `matrices` is 1 for a solve and 2 for a drift, whose weights follow the costs.
+  // `matrices` is 1 for a solve and more for a drift, whose weights, a matrix per temperature, follow the costs.
   static FEWSTEP_HD int64_t elements(int64_t rows, int64_t m, int matrices) {
     const int64_t measured = kPartial + stages(tiled(m) + rows), kept = kCost + matrices * rows * m;
     const int64_t combined = matrices == 1 ? 0 : behind_costs(rows, m) + stages(tiled(m));
@@ -169,15 +172,25 @@ struct Layout {
   }
 };
 
-// Where a plan's share of a drift goes, and how it is weighted: A / sum(A), or in the joint form A+ sum(A-) for columns
-// below `positive` and -A- sum(A+) for the others, with A_ij = p_ij.
+// Tiles of 16 columns on tensor cores, of up to Q kLanes columns: of 160 only 144, in 64 x 144 problems of which a
+// thread keeps the weights of three temperatures.
+constexpr int tiles_of(int q) { return q == 5 ? 9 : 2 * q; }
+
+// How a plan's share of a drift is weighted: A / sum(A), or in the joint form A+ sum(A-) for columns below `positive`
+// and -A- sum(A+) for the others, with A_ij = p_ij; times a factor.
 template <typename T>
 struct Share {
   int positive;
   bool joint;
   T factor;
-  bool add;  // to what is there
-  T* out;    // [n, d]
+};
+
+// Where it goes: [n, d] of the first temperature.
+template <typename T>
+struct Velocities {
+  T* first;
+  int64_t step;  // from one temperature to the next
+  bool add;      // to what is there
 };
 
 // rho (1 - exp(-f / rho)): what a potential adds to the dual, f itself for a constraint (rho = inf).
@@ -192,17 +205,18 @@ class Solver {
   static constexpr int kLanes = Team::kLanes;
   static constexpr bool kTensor = Team::kTensor && sizeof(T) == sizeof(float);
   using At = Layout<R, Q, kLanes, kWarps>;
+  static constexpr int kTiles = tiles_of(Q);
 
   // Rows of this block: ranks share them evenly, in order.
   FEWSTEP_HD Solver(const Team& team, const Points<T>& points, T* memory) : team_(team), p_(points), memory_(memory) {
     const int each = (p_.n + team.ranks() - 1) / team.ranks();
     first_ = least(each * team.block(), p_.n);
     rows_ = least(each, p_.n - first_);
-    tiled_ = static_cast<int>(At::tiled(p_.m));
   }
 
   FEWSTEP_HD int first() const { return first_; }
   FEWSTEP_HD int rows() const { return rows_; }
+  FEWSTEP_HD int tiled() const { return static_cast<int>(At::tiled(p_.m)); }
   FEWSTEP_HD int row_of(int r) const { return team_.warp() * R + r; }
   FEWSTEP_HD int column_of(int q) const { return team_.lane() + q * kLanes; }
 
@@ -284,10 +298,9 @@ class Solver {
     team_.sync_all();
   }
 
-  // The plan's share of a drift, from the K of a solve of one rank: `factor` times the weighted points into `out`, and
-  // three sums over the rows, of |sum_j p_ij - 1|, of the entropy (in nats) and of the largest entry of the normalised
-  // plan, into `sums`. Returns this thread's share of the squares in `out`.
-  FEWSTEP_HD T finish_drift(T (&k)[R][Q], const Share<T>& io, T (&sums)[kScalars]) {
+  // The weights of a plan's share of a drift, from the K of a solve of one rank, into matrix t, and three sums over the
+  // rows, of |sum_j p_ij - 1|, of the entropy (in nats) and of the largest entry of the normalised plan, into `sums`.
+  FEWSTEP_HD void weigh(T (&k)[R][Q], const Share<T>& io, int t, T (&sums)[kScalars]) {
     const int lane = team_.lane(), first_row = row_of(0);
     T positive[R], negative[R], bits[R], peak[R];
     FEWSTEP_UNROLL
@@ -324,11 +337,26 @@ class Solver {
       }
       const T to_positive = io.factor * (io.joint ? u * u * negative[r] : 1 / total);
       const T to_negative = io.factor * (io.joint ? -(u * u) * positive[r] : 1 / total);
+      T top = 0, down = 1;
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        if (lane + q * kLanes >= p_.m) continue;
+        k[r][q] *= lane + q * kLanes >= io.positive ? to_negative : to_positive;
+        if (!by_products()) continue;
+        k[r][q] *= halves::Power(at(At::kScale)[lane + q * kLanes]).up;
+        top = largest(std::abs(k[r][q]), top);
+      }
+      if constexpr (kTensor) {
+        if (p_.by_products()) {
+          const halves::Power power(team_.lane_max(top));
+          down = power.down;
+          if (lane == 0 && first_row + r < rows_) at(At::kBack + t * At::kRows)[first_row + r] = power.up;
+        }
+      }
       FEWSTEP_UNROLL
       for (int q = 0; q < Q; ++q) {
         if (first_row + r >= rows_ || lane + q * kLanes >= p_.m) continue;
-        weights(first_row + r)[lane + q * kLanes] =
-            k[r][q] * (lane + q * kLanes >= io.positive ? to_negative : to_positive);
+        weights(t, first_row + r)[lane + q * kLanes] = k[r][q] * down;
       }
     }
     parity_ = 1 - parity_;
@@ -339,10 +367,19 @@ class Solver {
     team_.sync();
     FEWSTEP_UNROLL
     for (int which = 0; which < kScalars; ++which) sums[which] = total(which);
+  }
+
+  // out = the points of the columns, weighted, for the first `count` matrices of weights; this thread's shares of the
+  // squares of what is in `out` then. Begins and ends with sync().
+  template <int kStacked>
+  FEWSTEP_HD void combine(const Velocities<T>& out, int count, T (&squares)[kStacked]) {
     if constexpr (kTensor) {
-      if (p_.by_products()) return combine_by_products(io);
+      if (p_.by_products()) return combine_by_products(out, count, squares);
     }
-    return combine(io);
+    team_.sync();
+    FEWSTEP_UNROLL
+    for (int t = 0; t < kStacked; ++t) squares[t] = t < count ? combine_by_differences(out, t) : T(0);
+    team_.sync();
   }
 
  private:
@@ -375,7 +412,7 @@ class Solver {
     T part = 0;
     FEWSTEP_ROLLED
     for (int i = team_.rank(); i < rows_; i += team_.size()) {
-      const T a = w.a == nullptr ? T(1) / T(p_.n) : w.a[first_ + i];
+      const T a = w.a == nullptr ? T(1) / T(rows_) : w.a[first_ + i];
       at(At::kA)[i] = a;
       at(At::kF + f_)[i] = w.f0 == nullptr ? T(0) : w.f0[first_ + i] * k_;
       part += a;
@@ -424,7 +461,8 @@ class Solver {
     return team_.lane_sum(sum);
   }
 
-  FEWSTEP_HD T* weights(int i) const { return at(At::kCost) + (rows_ + i) * p_.m; }
+  FEWSTEP_HD T* weights(int t, int i) const { return at(At::kCost) + ((1 + t) * rows_ + i) * p_.m; }
+  FEWSTEP_HD bool by_products() const { return kTensor && p_.by_products(); }
 
   // These lose nothing to cancellation.
   FEWSTEP_HD void measure_by_differences(T (&c)[R][Q]) {
@@ -489,58 +527,95 @@ class Solver {
     return p_.d % 4 == 0 && bits % 16 == 0;
   }
 
-  // Begins to copy kDepth coordinates from k0 of the first `points` points, the columns up to a whole tile and then
-  // this block's rows, into a stage [points, kMmaStride]; zeros where there are none. A thread has `wide` (4 or 1)
-  // coordinates of some points.
+  // Begins to copy kDepth coordinates from k0 of the columns up to a whole tile, of this block's rows where they are
+  // wanted, and of the origin, into a stage [points + 1, kMmaStride]; zeros where there are none. A thread has `wide`
+  // (4 or 1) coordinates of some points.
   FEWSTEP_HD void fetch(T* stage, int points, int k0, int wide) const {
     const int pieces = kDepth / wide, own = team_.rank() % pieces * wide;
     const bool inside = k0 + own < p_.d;
     const int k = inside ? k0 + own : 0;
     FEWSTEP_ROLLED
-    for (int point = team_.rank() / pieces; point < points; point += team_.size() / pieces) {
-      const T* const from = k + (point < tiled_ ? p_.y.point(least(point, p_.m - 1), p_.d) : row(point - tiled_));
-      const bool exists = inside && (point < p_.m || point >= tiled_);
+    for (int point = team_.rank() / pieces; point <= points; point += team_.size() / pieces) {
+      const T* const from = point < tiled()  ? p_.y.point(least(point, p_.m - 1), p_.d)
+                            : point < points ? row(point - tiled())
+                                             : p_.x;
+      const bool exists = inside && (point < p_.m || point >= tiled());
       T* const to = stage + point * kMmaStride + own;
-      wide == 4 ? team_.template copy<4>(to, from, exists) : team_.template copy<1>(to, from, exists);
+      wide == 4 ? team_.template copy<4>(to, from + k, exists) : team_.template copy<1>(to, from + k, exists);
     }
     team_.commit();
   }
 
-  // Subtracts the first point of x from what this thread has copied.
-  FEWSTEP_HD void centre(T* stage, int points, int k0, int wide) const {
-    const int pieces = kDepth / wide, own = team_.rank() % pieces * wide;
+  // Four neighbours, aligned to 16 bytes.
+  template <typename From, typename To>
+  static FEWSTEP_HD void four(const From* from, To* to) {
+#ifdef __CUDA_ARCH__
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+#else
+    std::memcpy(to, from, 16);
+#endif
+  }
+
+  // Points about the origin, in halves: in the place of 8 coordinates their high parts and their low parts. A thread
+  // has whole points; down(point, its place, largest coordinate, squared norm) is the power of 2 to multiply one by.
+  template <typename Down>
+  FEWSTEP_HD void halve(T* stage, int points, Down down) const {
+    const T* const origin = stage + points * kMmaStride;
     FEWSTEP_ROLLED
-    for (int k = own; k < own + wide && k0 + k < p_.d; ++k) {
-      const T origin = p_.x[k0 + k];
+    for (int point = team_.rank(); point < points; point += team_.size()) {
+      T* const own = stage + point * kMmaStride;
+      alignas(16) T v[8];
+      const auto take = [&](int k) {
+        FEWSTEP_UNROLL
+        for (int l = 0; l < 8; l += 4) {
+          alignas(16) T o[4];
+          four(own + k + l, v + l);
+          four(origin + k + l, o);
+          FEWSTEP_UNROLL
+          for (int e = 0; e < 4; ++e) v[l + e] -= o[e];
+        }
+      };
+      T top = 0, norm = 0;
       FEWSTEP_ROLLED
-      for (int point = team_.rank() / pieces; point < points; point += team_.size() / pieces) {
-        stage[point * kMmaStride + k] -= origin;
+      for (int k = 0; k < kDepth; k += 8) {
+        take(k);
+        FEWSTEP_UNROLL
+        for (int l = 0; l < 8; ++l) {
+          top = largest(std::abs(v[l]), top);
+          norm += v[l] * v[l];
+        }
+      }
+      const T by = down(point, own, top, norm);
+      FEWSTEP_ROLLED
+      for (int k = 0; k < kDepth; k += 8) {
+        take(k);
+        alignas(16) uint32_t high[4], low[4];
+        FEWSTEP_UNROLL
+        for (int l = 0; l < 4; ++l) team_.split(v[2 * l] * by, v[2 * l + 1] * by, high[l], low[l]);
+        four(high, own + k);
+        four(low, own + k + 4);
       }
     }
   }
 
   // use(stage, k0) for all coordinates in turn, about the first point of x: what is expanded there is as large as the
-  // distances. Copies of the next stage are under way meanwhile.
-  template <typename Use>
-  FEWSTEP_HD void stream(T* memory, int points, Use use) {
-    const int wide = aligned() ? 4 : 1;
-    T* now = memory;
-    T* later = memory + points * kMmaStride;
-    // The first round only copies, and the last one copies nothing.
+  // distances. Copies of the next stage are under way meanwhile. `first` is where the two are. Ends with sync().
+  template <typename Down, typename Use>
+  FEWSTEP_HD void stream(int first, int points, Down down, Use use) {
+    const int wide = aligned() ? 4 : 1, other = 2 * first + (points + 1) * kMmaStride;
+    int now = first;
+    fetch(at(now), points, 0, wide);
     FEWSTEP_ROLLED
-    for (int k0 = -kDepth; k0 < p_.d; k0 += kDepth) {
-      fetch(later, k0 + kDepth < p_.d ? points : 0, k0 + kDepth, wide);
-      if (k0 >= 0) {
-        team_.template arrived<1>();
-        centre(now, points, k0, wide);
-        team_.sync();
-        use(now, k0);
-        team_.sync();
-      }
-      T* const used = now;
-      now = later;
-      later = used;
+    for (int k0 = 0; k0 < p_.d; k0 += kDepth) {
+      team_.template arrived<0>();
+      team_.sync();  // all copies are here, and nobody reads the other stage any more
+      if (k0 + kDepth < p_.d) fetch(at(other - now), points, k0 + kDepth, wide);
+      halve(at(now), points, down);
+      team_.sync();
+      use(at(now), k0);
+      now = other - now;
     }
+    team_.sync();
   }
 
   // |x - y|^2 = |x|^2 + |y|^2 - 2 x.y on tensor cores, columns along the long side of a tile. What they add
@@ -549,59 +624,62 @@ class Solver {
   FEWSTEP_HD void measure_by_products() {
     static_assert(R == 8 && kLanes == 32 && At::kPartial % 4 == 0);
     constexpr T kNear = T(1) / 64;
-    const int group = team_.lane() / 4, quad = team_.lane() % 4, points = tiled_ + rows_;
-    const bool three = p_.precision == tf32::kThree;
+    constexpr int kUp = kDepth;  // where a point keeps what takes it back to its size
+    const int points = tiled() + rows_;
     T* const norm_y = at(At::kH);
     T* const norm_x = at(At::kShift);
-    T product[2 * Q][4];
+    T product[kTiles][4];
     FEWSTEP_UNROLL
-    for (int s = 0; s < 2 * Q; ++s) {
+    for (int s = 0; s < kTiles; ++s) {
       FEWSTEP_UNROLL
       for (int e = 0; e < 4; ++e) product[s][e] = 0;
     }
     team_.sync();
     FEWSTEP_ROLLED
-    for (int e = team_.rank(); e < points; e += team_.size()) (e < tiled_ ? norm_y[e] : norm_x[e - tiled_]) = 0;
-    stream(at(At::kPartial), points, [&](const T* stage, int) {
-      FEWSTEP_ROLLED
-      for (int e = team_.rank(); e < points; e += team_.size()) {
-        T norm = 0;
-        FEWSTEP_UNROLL
-        for (int k = 0; k < kDepth; ++k) {
-          const T v = stage[e * kMmaStride + (k + e) % kDepth];
-          norm += v * v;
-        }
-        (e < tiled_ ? norm_y[e] : norm_x[e - tiled_]) += norm;
-      }
+    for (int e = team_.rank(); e < points; e += team_.size()) (e < tiled() ? norm_y[e] : norm_x[e - tiled()]) = 0;
+    const auto down = [&](int e, T* own, T top, T norm) {
+      const halves::Power power(top);
+      own[kUp] = power.up;
+      (e < tiled() ? norm_y[e] : norm_x[e - tiled()]) += norm;
+      return power.down;
+    };
+    stream(At::kPartial, points, down, [&](const T* stage, int) {
       if (rows_ == 0) return;
-      const T* const x = stage + (tiled_ + least(team_.warp() * R + group, rows_ - 1)) * kMmaStride + quad;
-      FEWSTEP_ROLLED
-      for (int k = 0; k < kDepth; k += 8) {
-        const T* const y = stage + group * kMmaStride + quad + k;
-        tf32::Factor<2> right;
-        right.split({x[k], x[k + 4]});
+      const bool three = p_.precision == halves::kThree;
+      const int lane = team_.lane(), group = lane / 4, quad = lane % 4, own = team_.warp() * R;
+      const T* const x = stage + tiled() * kMmaStride;
+      uint32_t both[4];
+      team_.template load<false>(both, x + least(own + lane % 8, rows_ - 1) * kMmaStride + lane / 8 * 4);
+      const halves::Factor<2> right{{both[0], both[2]}, {both[1], both[3]}};
+      T up[2];
+      FEWSTEP_UNROLL
+      for (int e = 0; e < 2; ++e) up[e] = x[least(own + 2 * quad + e, rows_ - 1) * kMmaStride + kUp];
+      FEWSTEP_UNROLL
+      for (int s = 0; s < kTiles; ++s) {
+        if (s * 16 >= p_.m) continue;
+        const T* const y = stage + s * 16 * kMmaStride;
+        halves::Factor<4> left;
+        team_.template load<false>(left.high, y + lane % 16 * kMmaStride + lane / 16 * 8);
+        if (three) team_.template load<false>(left.low, y + lane % 16 * kMmaStride + lane / 16 * 8 + 4);
+        T sum[4] = {};
+        halves::multiply(team_, sum, sum, left, right, three);
         FEWSTEP_UNROLL
-        for (int s = 0; s < 2 * Q; ++s) {
-          if (s * 16 >= p_.m) continue;
-          const T* const first = y + s * 16 * kMmaStride;
-          const T* const second = first + 8 * kMmaStride;
-          tf32::Factor<4> left;
-          left.split({first[0], second[0], first[4], second[4]});
-          T sum[4] = {};
-          tf32::multiply(team_, sum, sum, left, right, three);
-          FEWSTEP_UNROLL
-          for (int e = 0; e < 4; ++e) product[s][e] += sum[e];
+        for (int e = 0; e < 4; ++e) {
+          product[s][e] += sum[e] * up[e % 2] * y[(group + e / 2 * 8) * kMmaStride + kUp];
         }
       }
     });
+    const int lane = team_.lane(), own = team_.warp() * R;
     FEWSTEP_UNROLL
-    for (int s = 0; s < 2 * Q; ++s) {
+    for (int s = 0; s < kTiles; ++s) {
       FEWSTEP_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const int i = team_.warp() * R + 2 * quad + e % 2, j = s * 16 + group + e / 2 * 8;
+        const int i = own + 2 * (lane % 4) + e % 2, j = s * 16 + lane / 4 + e / 2 * 8;
         if (i < rows_ && j < p_.m) at(At::kCost)[i * p_.m + j] = product[s][e];
       }
     }
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < tiled(); j += team_.size()) at(At::kScale)[j] = std::sqrt(norm_y[j]);
     team_.sync();
     FEWSTEP_ROLLED
     for (int e = team_.rank(); e < rows_ * p_.m; e += team_.size()) {
@@ -616,54 +694,69 @@ class Solver {
   }
 
   // combine() on tensor cores, coordinates along the long side of a tile: a warp keeps the weights of its rows, in
-  // whose place the points then pass. Of a tile's 8 points lane t has the neighbours 2 t and 2 t + 1, in different
-  // banks.
-  FEWSTEP_HD T combine_by_products(const Share<T>& io) {
-    static_assert(R == 8 && kLanes == 32 && At::kCost % 4 == 0);
-    const int group = team_.lane() / 4, quad = team_.lane() % 4, i = team_.warp() * R + group;
-    const bool three = p_.precision == tf32::kThree;
-    T w[4 * Q][2];
+  // whose place the points then pass, once for all temperatures.
+  template <int kStacked>
+  FEWSTEP_HD void combine_by_products(const Velocities<T>& out, int count, T (&squares)[kStacked]) {
+    static_assert(R == 8 && kLanes == 32 && At::kCost % 4 == 0 && kStacked <= kMostStacked);
+    const int quad = team_.lane() % 4, i = team_.warp() * R + team_.lane() / 4;
+    halves::Factor<2> w[kStacked][kTiles];
+    team_.sync();
     FEWSTEP_UNROLL
-    for (int s = 0; s < 4 * Q; ++s) {
+    for (int t = 0; t < kStacked; ++t) {
+      squares[t] = 0;
       FEWSTEP_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int j = s * 8 + 2 * quad + e;
-        w[s][e] = i < rows_ && j < p_.m ? weights(i)[j] : T(0);
+      for (int s = 0; s < kTiles; ++s) {
+        FEWSTEP_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          T pair[2];
+          FEWSTEP_UNROLL
+          for (int l = 0; l < 2; ++l) {
+            const int j = s * 16 + e * 8 + 2 * quad + l;
+            pair[l] = t < count && i < rows_ && j < p_.m ? weights(t, i)[j] : T(0);
+          }
+          team_.split(pair[0], pair[1], w[t][s].high[e], w[t][s].low[e]);
+        }
       }
     }
     team_.sync();
-    T squares = 0;
-    stream(at(static_cast<int>(At::behind_costs(rows_, p_.m))), tiled_, [&](const T* stage, int k0) {
-      T sum[2][4] = {}, small[2][4] = {};
+    const auto down = [&](int e, T*, T, T) { return halves::Power(at(At::kScale)[e]).down; };
+    stream(static_cast<int>(At::behind_costs(rows_, p_.m)), tiled(), down, [&](const T* stage, int k0) {
+      const bool three = p_.precision == halves::kThree;
+      const int lane = team_.lane();
+      T sum[kStacked][4] = {}, small[kStacked][4] = {};
       FEWSTEP_UNROLL
-      for (int s = 0; s < 4 * Q; ++s) {
-        if (s * 8 >= p_.m) continue;
-        const T* const first = stage + 2 * quad * kMmaStride + group + s * 8 * kMmaStride;
-        const T* const second = first + kMmaStride;
-        tf32::Factor<4> left;
-        tf32::Factor<2> right;
-        left.split({first[0], first[8], second[0], second[8]});
-        right.split(w[s]);
-        tf32::multiply(team_, sum[s % 2], small[s % 2], left, right, three);
+      for (int s = 0; s < kTiles; ++s) {
+        if (s * 16 >= p_.m) continue;
+        const T* const z = stage + (s * 16 + lane % 8 + lane / 16 * 8) * kMmaStride + lane / 8 % 2 * 8;
+        halves::Factor<4> left;
+        team_.template load<true>(left.high, z);
+        if (three) team_.template load<true>(left.low, z + 4);
+        FEWSTEP_UNROLL
+        for (int t = 0; t < kStacked; ++t) {
+          if (t < count) halves::multiply(team_, sum[t], small[t], left, w[t][s], three);
+        }
       }
+      const int own = team_.warp() * R;
       FEWSTEP_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int to_row = team_.warp() * R + 2 * quad + e % 2, k = k0 + group + e / 2 * 8;
-        if (to_row >= rows_ || k >= p_.d) continue;
-        T value = sum[0][e] + sum[1][e] + (small[0][e] + small[1][e]);
-        // The same thread wrote what is added to.
-        T* const to = io.out + static_cast<int64_t>(to_row) * p_.d + k;
-        if (io.add) value += *to;
-        *to = value;
-        squares += value * value;
+      for (int t = 0; t < kStacked; ++t) {
+        FEWSTEP_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const int to_row = own + 2 * (lane % 4) + e % 2, k = k0 + lane / 4 + e / 2 * 8;
+          if (t >= count || to_row >= rows_ || k >= p_.d) continue;
+          T value = (sum[t][e] + small[t][e]) * at(At::kBack + t * At::kRows)[to_row];
+          // The same thread wrote what is added to.
+          T* const to = out.first + t * out.step + static_cast<int64_t>(to_row) * p_.d + k;
+          if (out.add) value += *to;
+          *to = value;
+          squares[t] += value * value;
+        }
       }
     });
-    return squares;
   }
 
   // out_i = sum_j w_ij z_j for the points of the columns, relative to the first point of x, which is of no consequence
   // but to rounding: the weights of a row add up to a number that belongs to all plans together. A warp makes its rows.
-  FEWSTEP_HD T combine(const Share<T>& io) {
+  FEWSTEP_HD T combine_by_differences(const Velocities<T>& out, int t) {
     constexpr int kS = 4;  // coordinates of a lane
     T squares = 0;
     FEWSTEP_ROLLED
@@ -687,7 +780,7 @@ class Solver {
         }
         FEWSTEP_UNROLL
         for (int r = 0; r < R; ++r) {
-          const T w = weights(least(row_of(r), rows_ - 1))[j];
+          const T w = weights(t, least(row_of(r), rows_ - 1))[j];
           FEWSTEP_UNROLL
           for (int s = 0; s < kS; ++s) sum[r][s] += w * z[s];
         }
@@ -700,11 +793,11 @@ class Solver {
           // An index known at compile time, for a loop that is not unrolled.
           T value = 0;
           FEWSTEP_UNROLL
-          for (int t = 0; t < kS; ++t) value = t == s ? sum[r][t] : value;
+          for (int o = 0; o < kS; ++o) value = o == s ? sum[r][o] : value;
           if (row_of(r) >= rows_ || d >= p_.d) continue;
           // The same thread wrote what is added to.
-          T* const to = io.out + static_cast<int64_t>(row_of(r)) * p_.d + d;
-          if (io.add) value += *to;
+          T* const to = out.first + t * out.step + static_cast<int64_t>(row_of(r)) * p_.d + d;
+          if (out.add) value += *to;
           *to = value;
           squares += value * value;
         }
@@ -978,7 +1071,7 @@ class Solver {
   Points<T> p_;
   T* const memory_;
   Schedule<T> s_;
-  int first_, rows_, tiled_;
+  int first_, rows_;
   int f_ = 0, u_ = 0;  // which of two
   int parity_ = 0, step_ = 0, iterations_ = 0;
   bool plain_ = true, final_ = false, absorbed_ = false, massless_ = false;
@@ -1120,9 +1213,9 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
 // A drift: the clouds of all groups, and where the results of group 0 go.
 template <typename T>
 struct Drift {
-  const T* x;                   // [groups, n, d]
-  const T* clouds[kParts - 1];  // y, x_self, uncond: [groups, counts, d]
-  int counts[kParts - 1];
+  const T* x;               // [groups, n, d]
+  const T* clouds[kParts];  // y, x_self, uncond: [groups, counts, d]
+  int counts[kParts];
   int cloud_count;
   const T* weights;   // [groups, sum of counts], relative
   const T* guidance;  // [groups]
@@ -1134,6 +1227,13 @@ struct Drift {
   T* velocity;                   // [temperatures, groups, n, d]
   T* squares;                    // [temperatures, groups]
   T *residual, *entropy, *peak;  // [temperatures, groups, plans]
+};
+
+// What drift_group() asks for.
+template <typename T>
+struct DriftUnits {
+  double temperature;
+  T length;
 };
 
 // A group's share of the mean distance from x, sum_iu w_u |x_i - u|^2 (euclidean: |x_i - u|), and the weights of its
@@ -1185,10 +1285,11 @@ FEWSTEP_HD double distances_from(const Team& team, const Drift<T>& in, int64_t g
   return block::team_sum(team, distance, scratch);
 }
 
-// All plans of a group at all temperatures, by one block; distances of a plan are measured once. `unit` is what a
-// temperature of 1 is in the cost of the points as they are, `scale` what a length of 1 is.
-template <int R, int Q, int kWarps, typename T, typename Team>
-FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, int64_t group, double unit, T scale, T* memory) {
+// All plans of a group at all temperatures, by one block; distances of a plan are measured once, and its barycentres
+// are taken for `stacked` temperatures at a time, at most kStacked. units() tells what a temperature of 1 is in the
+// cost of the points as they are, and what a length of 1 is.
+template <int R, int Q, int kWarps, int kStacked, typename T, typename Team, typename Units>
+FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, int64_t group, Units units, int stacked, T* memory) {
   const int plans = in.joint ? 1 : in.cloud_count;
   T k[R][Q];
   FEWSTEP_ROLLED
@@ -1203,7 +1304,7 @@ FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, int64_t group,
     }
     // Indices known at compile time keep all of this in registers.
     FEWSTEP_UNROLL
-    for (int c = 0; c < kParts - 1; ++c) {
+    for (int c = 0; c < kParts; ++c) {
       if (c >= in.cloud_count) continue;
       if (!in.joint && c < plan) weights += in.counts[c];
       if (!in.joint && c != plan) continue;
@@ -1230,24 +1331,31 @@ FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, int64_t group,
     const Schedule<T> schedule{nullptr, 0, T(1), in.max_iter, T(-1), T(0), kInfinity<T>, kInfinity<T>, T(1), true};
     const Marginals<T> marginals{nullptr, weights, total, nullptr, nullptr};
     FEWSTEP_ROLLED
-    for (int t = 0; t < in.temperatures; ++t) {
-      solver.solve(k, schedule, marginals, static_cast<T>(in.eps[t] * unit), T(0));
-      const int64_t at = t * in.groups + group;
-      const T guidance = in.guidance[group];
-      const T factor = plan == 0 ? (in.joint ? T(1) : 1 + guidance) : plan == 1 ? T(-1) : -guidance;
-      T* const out = in.velocity + at * in.n * in.d;
-      const Share<T> share{in.joint ? in.counts[0] : p.m, in.joint, factor / scale, plan > 0, out};
-      T sums[kScalars];
-      T squares = solver.finish_drift(k, share, sums);
-      if (team.rank() == 0) {
-        in.residual[at * plans + plan] = sums[0] / in.n;
-        in.entropy[at * plans + plan] = sums[1] / in.n;
-        in.peak[at * plans + plan] = sums[2] / in.n;
+    for (int first = 0; first < in.temperatures; first += stacked) {
+      const int count = least(stacked, in.temperatures - first);
+      FEWSTEP_ROLLED
+      for (int t = 0; t < count; ++t) {
+        solver.solve(k, schedule, marginals, static_cast<T>(in.eps[first + t] * units().temperature), T(0));
+        const T guidance = in.guidance[group];
+        const T factor = plan == 0 ? (in.joint ? T(1) : 1 + guidance) : plan == 1 ? T(-1) : -guidance;
+        T sums[kScalars];
+        solver.weigh(k, {in.joint ? in.counts[0] : p.m, in.joint, factor / units().length}, t, sums);
+        const int64_t at = ((first + t) * in.groups + group) * plans + plan;
+        if (team.rank() != 0) continue;
+        in.residual[at] = sums[0] / in.n;
+        in.entropy[at] = sums[1] / in.n;
+        in.peak[at] = sums[2] / in.n;
       }
+      T squares[kStacked];
+      const int64_t step = in.groups * in.n * in.d;
+      solver.combine({in.velocity + first * step + group * in.n * in.d, step, plan > 0}, count, squares);
       if (plan + 1 < plans) continue;
-      team.sync();  // all have read the scalars
-      squares = block::team_sum(team, squares, memory + Layout<R, Q, Team::kLanes, kWarps>::kScalar);
-      if (team.rank() == 0) in.squares[at] = squares;
+      FEWSTEP_UNROLL
+      for (int t = 0; t < kStacked; ++t) {
+        if (t >= count) continue;
+        const T sum = block::team_sum(team, squares[t], memory + Layout<R, Q, Team::kLanes, kWarps>::kScalar);
+        if (team.rank() == 0) in.squares[(first + t) * in.groups + group] = sum;
+      }
     }
   }
 }

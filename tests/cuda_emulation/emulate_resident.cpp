@@ -66,8 +66,7 @@ void solve_all(const Request& q) {
   // One team solves all, as a block that takes problem after problem from the queue does.
   auto each = [&](auto solve) {
     for (int64_t i = 0; i < q.batch; ++i) {
-      const Columns<T> columns{{&y[i * m * d], &y[i * m * d], &y[i * m * d], &y[i * m * d]},
-                               {INT_MAX, INT_MAX, INT_MAX, INT_MAX}};
+      const Columns<T> columns{{&y[i * m * d], &y[i * m * d], &y[i * m * d]}, {INT_MAX, INT_MAX, INT_MAX}};
       const Points<T> p{&x[i * n * d],
                         columns,
                         static_cast<int>(n),
@@ -151,9 +150,12 @@ void drift_all(const Request& q) {
   in.residual = metrics[0].data();
   in.entropy = metrics[1].data();
   in.peak = metrics[2].data();
-  run_team<T>(q.ranks, n, widest, 2, [&]<int R, int Q, int kWarps>(const auto& team, T* memory) {
+  // The temperatures of the tests in one pass, or in two.
+  const int stacked = q.has_g0 ? 1 : 2;
+  const auto units = [&] { return DriftUnits<T>{q.factor, static_cast<T>(q.tol)}; };
+  run_team<T>(q.ranks, n, widest, 1 + stacked, [&]<int R, int Q, int kWarps>(const auto& team, T* memory) {
     for (int64_t i = 0; i < q.batch; ++i) {
-      drift_group<R, Q, kWarps>(team, in, i, q.factor, static_cast<T>(q.tol), memory);
+      drift_group<R, Q, kWarps, kMostStacked>(team, in, i, units, stacked, memory);
     }
   });
   std::vector<double> distances(q.batch), pairs(q.batch), scratch(kTeamWarps);

@@ -1,12 +1,12 @@
-// Thread blocks on the host, for the Team of csrc/shared/sinkhorn_block.h, sinkhorn_resident.h and tf32.h: one thread
+// Thread blocks on the host, for the Team of csrc/shared/sinkhorn_block.h, sinkhorn_resident.h and halves.h: one thread
 // alone, or threads with real barriers, in one block or a cluster of blocks; or, for warps of 32, which have tensor
 // cores, fibers that take turns from barrier to barrier: what is read without one has not been written yet.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <barrier>
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -139,7 +139,8 @@ template <int kLanes>
 struct Warp {
   Barrier<kLanes> barrier{kLanes};
   double slot[kLanes];
-  float a[kLanes][4], b[kLanes][2];  // what the lanes hand to a tensor core
+  uint32_t a[kLanes][4], b[kLanes][2];  // what the lanes hand to a tensor core
+  const uint16_t* row[kLanes];          // and of four matrices
 };
 
 // A copy that has not arrived.
@@ -172,8 +173,27 @@ struct ClusterState {
   std::vector<BlockState<kLanes, kWarps>> block;
 };
 
-// What a tensor core reads of a float: its low bits do not count.
-inline double operand(float value) { return std::bit_cast<float>(std::bit_cast<uint32_t>(value) & 0xffffe000u); }
+// A float as the nearest half, ties to even, and back.
+inline uint16_t to_half(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (value == 0 || std::isnan(value)) return sign | (value == 0 ? 0 : 0x7e00);
+  int exponent;
+  std::frexp(value, &exponent);
+  const int last = std::max(exponent - 11, -24);  // of the last bit
+  const double digits = std::nearbyint(std::ldexp(std::abs(double(value)), -last));
+  if (std::isinf(value) || std::ldexp(digits, last) > 65504) return sign | 0x7c00;
+  // Digits from 2^10 on carry into the exponent.
+  return static_cast<uint16_t>(sign | (static_cast<int>(digits) + ((last + 24) << 10)));
+}
+
+inline float from_half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, digits = bits & 0x3ff;
+  const float sign = bits & 0x8000 ? -1.0f : 1.0f;
+  if (exponent == 31) {
+    return digits > 0 ? std::numeric_limits<float>::quiet_NaN() : sign * std::numeric_limits<float>::infinity();
+  }
+  return sign * std::ldexp(float(exponent > 0 ? digits + 1024 : digits), std::max(exponent, 1) - 25);
+}
 
 inline float towards_zero(double value) {
   const auto nearest = static_cast<float>(value);
@@ -233,8 +253,30 @@ struct ThreadsOf {
     for (T& value : values) value = lane_sum(value);
   }
 
-  // mma.m16n8k8: element (row, k) of a is with lane row % 8 * 4 + k % 4, and so on. What is added is rounded towards 0.
-  void multiply(float (&c)[4], const float (&a)[4], const float (&b)[2]) const {
+  void split(float p, float q, uint32_t& high, uint32_t& low) const {
+    const uint16_t first = to_half(p), second = to_half(q);
+    high = first | uint32_t{second} << 16;
+    low = to_half(p - from_half(first)) | uint32_t{to_half(q - from_half(second))} << 16;
+  }
+
+  template <bool kTransposed>
+  void load(uint32_t (&to)[4], const float* row) const {
+    Warp<kLanes>& w = own_warp();
+    w.row[lane()] = reinterpret_cast<const uint16_t*>(row);
+    w.barrier.arrive_and_wait();
+    const int g = lane() / 4, t = lane() % 4;
+    for (int m = 0; m < 4; ++m) {
+      const uint16_t* const* const rows = w.row + 8 * m;
+      const uint16_t first = kTransposed ? rows[2 * t][g] : rows[g][2 * t];
+      const uint16_t second = kTransposed ? rows[2 * t + 1][g] : rows[g][2 * t + 1];
+      to[m] = first | uint32_t{second} << 16;
+    }
+    w.barrier.arrive_and_wait();
+  }
+
+  // mma.m16n8k16: element (row, k) of a is with lane row % 8 * 4 + k / 2 % 4, and so on. What is added is rounded
+  // towards 0.
+  void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
     Warp<kLanes>& w = own_warp();
     for (int e = 0; e < 4; ++e) w.a[lane()][e] = a[e];
     for (int e = 0; e < 2; ++e) w.b[lane()][e] = b[e];
@@ -242,8 +284,11 @@ struct ThreadsOf {
     for (int e = 0; e < 4; ++e) {
       const int row = lane() / 4 + e / 2 * 8, column = lane() % 4 * 2 + e % 2;
       double sum = c[e];
-      for (int k = 0; k < 8; ++k) {
-        sum += operand(w.a[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2]) * operand(w.b[column * 4 + k % 4][k / 4]);
+      for (int k = 0; k < 16; ++k) {
+        const int from = k / 2 % 4, half = k % 2 * 16;
+        const uint32_t left = w.a[row % 8 * 4 + from][row / 8 + k / 8 * 2] >> half;
+        const uint32_t right = w.b[column * 4 + from][k / 8] >> half;
+        sum += double(from_half(left & 0xffff)) * double(from_half(right & 0xffff));
       }
       c[e] = towards_zero(sum);
     }

@@ -17,7 +17,7 @@ from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# How GPU kernels multiply float32; the numbers of fewstep::tf32::Precision in csrc/shared/tf32.h.
+# How GPU kernels multiply float32; the numbers of fewstep::halves::Precision in csrc/shared.
 PRECISIONS = ("tf32x3", "tf32", "float32")
 
 
