@@ -185,7 +185,9 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
         large = launch["BLOCK_M"] == (64 if launch["DOT"] else 128)
         apply = kernel is sinkhorn.sinkhorn_apply_kernel
         row = kernel in (sinkhorn.sinkhorn_row_kernel, sinkhorn.sinkhorn_symmetric_kernel)
-        heavy = launch["EUCLIDEAN"] and large and (row or apply) and launch["PRECISION"] != "tf32"
+        symmetric = kernel is sinkhorn.sinkhorn_symmetric_kernel
+        lightest = launch["PRECISION"] == "tf32" and not symmetric
+        heavy = launch["EUCLIDEAN"] and large and (row or apply) and not lightest
         # Leaving out a diagonal takes registers, so that wide products have smaller tiles then.
         heavy = heavy and launch["DIAGONAL"] == (launch.get("BLOCK_K") != 64)
         if apply:

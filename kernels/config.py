@@ -106,7 +106,7 @@ def sinkhorn_update(
         "num_warps": 4 if dot else block // 32,
         "num_stages": 2,
     }
-    if not dot and not arch.startswith("gfx"):
+    if launch["PRECISION"] == "tf32" or (not dot and not arch.startswith("gfx")):
         # Left to itself, ptxas spills a few bytes here for a block more per processor.
         launch["maxnreg"] = 255
     return launch
