@@ -210,7 +210,9 @@ def dual_activate(dtype: str, arch: str) -> dict[str, Any]:
     >>> dual_activate("float32", "sm_90")["BLOCK"]
     1024
     """
-    return {"BLOCK": 1024 if dtype == "float32" else 512, "num_warps": 4, "num_stages": 1}
+    launch = {"BLOCK": 1024 if dtype == "float32" else 512, "num_warps": 4, "num_stages": 1}
+    # As in `sinkhorn_update`.
+    return launch if arch.startswith("gfx") else launch | {"maxnreg": 255}
 
 
 def dual_norm(n: int, dtype: str, arch: str) -> dict[str, Any]:
