@@ -63,12 +63,6 @@ _INTEGERS = (
     "rows",
     "tangents",
 )
-_DUALS = (
-    dual.dual_activate_kernel,
-    dual.dual_norm_kernel,
-    dual.dual_norm_backward_kernel,
-    dual.probe_kernel,
-)
 
 
 @dataclass(frozen=True)
@@ -178,10 +172,6 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
             if not heaviest or all(launch.get(name, most[name]) == most[name] for name in most):
                 yield kernel, dtype, launch
             continue
-        if kernel in _DUALS or kernel is heun.heun_combine_kernel:
-            if not heaviest or _heavy(kernel, launch):
-                yield kernel, dtype, launch
-            continue
         large = launch["BLOCK_M"] == (64 if launch["DOT"] else 128)
         apply = kernel is sinkhorn.sinkhorn_apply_kernel
         row = kernel in (sinkhorn.sinkhorn_row_kernel, sinkhorn.sinkhorn_symmetric_kernel)
@@ -199,10 +189,8 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
 
 
 def _heavy(kernel: Any, launch: dict[str, Any]) -> bool:
-    """Gelu's backward, the longest rows, products with the sphere; a pair's step with noise."""
-    if kernel is heun.heun_combine_kernel:
-        own = launch["NOISE"] and launch["TERMS"] == heun.MOST_TERMS
-    elif kernel is dual.dual_activate_kernel:
+    """Of duals: gelu's backward, the longest rows, products with the sphere."""
+    if kernel is dual.dual_activate_kernel:
         own = launch["KIND"] == 1 and launch["BACKWARD"]
     elif kernel is dual.probe_kernel:
         own = launch["KIND"] == 3 and launch["MODE"] == 1

@@ -237,8 +237,9 @@ class Solver:
         source = dual.Source(backend, options.probes, key, self.ids, options.probe, dtype=dtype)
         kept = None if torch.is_grad_enabled() else self.cache
         if dtype is not None:
-            plain = torch.compiler.is_compiling() or is_transformed()
-            return replace(source, copies=None if plain else {} if kept is None else kept)
+            if dual._plain():
+                return source
+            return replace(source, copies={} if kept is None else kept)
         return replace(source, cache=kept if self.fixed else None)
 
     def products(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
