@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fewstep
 from fewstep.ops import mlp
 from fewstep.ops.dual import Source, UnsupportedError
-from fewstep.ops.trace import make_key
+from fewstep.ops.trace import make_key, make_keys
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import probes
 from tolerances import assert_contract
@@ -60,7 +60,7 @@ def live(p: mlp.Program, dtype: torch.dtype) -> tuple[mlp.Program, list[Tensor]]
 
 def source_of(shape: Shape, kind: str = "rademacher") -> Source:
     ids = torch.arange(shape[0]) * 7 + 3
-    return Source("cpp", shape[-1], make_key(5, 2, 1), ids, kind)
+    return Source("cpp", shape[-1], make_keys(5, 3)[5], ids, kind)
 
 
 def expected(p: mlp.Program, source: Source) -> tuple[Tensor, Tensor]:
@@ -192,6 +192,16 @@ def test_raw_ops() -> None:
     wanted = [True, False, True, True, False, True, False]
     arguments = (*own, *p.arguments(), make_key(0), None, 0, last.detach(), kept.detach(), wanted)
     torch.library.opcheck(ops.mlp_backward, arguments, test_utils=tests)
+    x, low, weights, shifts, kinds, options = p.arguments()
+    deeper = (x, low, (*weights, weights[-1].new_ones(2, 2)), (*shifts, None))
+    with pytest.raises(RuntimeError, match="three layers have such a trace, got 4"):
+        ops.mlp_trace(*deeper, (*kinds, 0), (*options, 1.0, 20.0), None)
+    with pytest.raises(RuntimeError, match="4 weights, 4 shifts, 2 activations"):
+        ops.mlp_trace(*deeper, kinds, options, None)
+    with pytest.raises(RuntimeError, match="weight 1 must take"):
+        ops.mlp_trace(x, low, weights[::-1], shifts, kinds, options, None)
+    with pytest.raises(RuntimeError, match="are not among the"):
+        ops.mlp_trace(x, x.shape[1], weights, shifts, kinds, options, None)
 
 
 @pytest.mark.parametrize("widths", [(9, 2, 8), (2, 9, 8), (9, 8, 2), (1, 9, 8, 7)], ids=str)

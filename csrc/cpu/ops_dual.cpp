@@ -497,8 +497,18 @@ struct MlpInputs {
   MlpInputs(const Tensor& from, int64_t first, const std::vector<Tensor>& w, const std::vector<Maybe>& s,
             const std::vector<int64_t>& k, const std::vector<double>& o)
       : x(contiguous(from)), low(first), kinds(k), options(o) {
-    for (const Tensor& weight : w) weights.push_back(contiguous(weight));
-    for (const Maybe& shift : s) shifts.push_back(contiguous_if(shift));
+    const size_t n = w.size();
+    STD_TORCH_CHECK(n >= 2 && s.size() == n && k.size() == n - 1 && o.size() == 2 * (n - 1), "mlp: got ", n,
+                    " weights, ", s.size(), " shifts, ", k.size(), " activations and ", o.size(), " options");
+    int64_t width = x.size(1);
+    for (size_t l = 0; l < n; ++l) {
+      STD_TORCH_CHECK(w[l].size(1) == width, "mlp: weight ", l, " must take ", width, " features, got ", w[l].size(1));
+      width = w[l].size(0);
+      weights.push_back(contiguous(w[l]));
+      shifts.push_back(contiguous_if(s[l]));
+    }
+    STD_TORCH_CHECK(low >= 0 && low + width <= x.size(1), "mlp: columns ", low, " to ", low + width,
+                    " are not among the ", x.size(1), " of x");
   }
 
   int64_t batch() const { return x.size(0); }
@@ -590,6 +600,7 @@ std::tuple<Tensor, Tensor> mlp_trace(const Tensor& x, int64_t low, std::vector<T
                                      std::vector<Maybe> shifts, std::vector<int64_t> kinds, std::vector<double> options,
                                      const Maybe& core) {
   const MlpInputs in(x, low, weights, shifts, kinds, options);
+  STD_TORCH_CHECK(weights.size() == 3, "mlp_trace: three layers have such a trace, got ", weights.size());
   const Maybe cc = contiguous_if(core);
   Tensor velocity = new_empty(in.x, {in.batch(), in.d()}), value = new_empty(in.x, {in.batch()});
   dispatch(x, [&](auto zero) {

@@ -649,6 +649,7 @@ class _Tracked:
         assert plan.traces is not None
         self.plan = plan
         self.solvers = [trace.Solver(network, options) for network in networks]
+        self.keys = trace.make_keys(0, plan.steps)
         weights = plan.traces.to(log_density.device)
         row = _row(torch.ones_like(weights), weights, guidance)
         table = rows(row.reshape(-1, 2, *row.shape[1:]))
@@ -657,8 +658,7 @@ class _Tracked:
         self.weights = table[FIRST:, :, 1 : 1 + len(networks)].to(log_density).unbind()
 
     def call(self, net: Tensor, level: Tensor, index: int) -> list[Tensor]:
-        key = trace.make_key(0, index // 2, index % 2)
-        found = [solver(net, level, key) for solver in self.solvers]
+        found = [solver(net, level, self.keys[index]) for solver in self.solvers]
         self.tracker.advance(found, list(self.weights[index].unbind(-1)), FIRST + index)
         return [one.velocity for one in found]
 

@@ -153,7 +153,7 @@ def heun_solve(
     evaluations = torch.stack((nodes[:, :-1].T, nodes[:, 1:].T), 1).flatten(0, 1)
     levels = evaluations.to(x.dtype).expand(-1, x.shape[0]).contiguous().unbind()
     run = Run("heun_solve", name, x, table, state, check_finite)
-    first_key = trace.make_key(seed)
+    keys = trace.make_keys(seed, h.shape[0], fresh=fresh)
     tracker = None if log_density is None else Tracker(name, log_density, _log_table(h))
     path = [x] if keep else []
 
@@ -162,8 +162,7 @@ def heun_solve(
             out = velocity(net, levels[index])
         else:
             assert tracker is not None
-            key = trace.make_key(seed, index // 2, index % 2) if fresh else first_key
-            found = traced(net, levels[index], key)
+            found = traced(net, levels[index], keys[index])
             out = found.velocity
             tracker.advance([found], [h[index // 2] / 2], FIRST + index)
         return [run.accept(out, index // 2)]

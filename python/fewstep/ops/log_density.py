@@ -163,29 +163,25 @@ def track(
     crossed: Tensor | None = None
     name = tracker
     heun = method == "heun"
-    first_key = trace.make_key(seed)
     nodes = times.T.contiguous()
     lengths = nodes.diff(dim=0)
-    halves, steps = lengths / 2, lengths.shape[0]
-    for step in range(steps):
-        t, h, half = nodes[step], lengths[step], halves[step]
-        wide = h.reshape(-1, *(1,) * (x.ndim - 1))
-
-        def key(stage: int, step: int = step) -> Tensor:
-            return trace.make_key(seed, step, stage) if fresh else first_key
-
+    steps = lengths.shape[0]
+    wide = lengths.reshape(steps, -1, *(1,) * (x.ndim - 1))
+    keys = trace.make_keys(seed, steps, fresh=fresh)
+    rows = zip(nodes[:-1], nodes[1:], lengths, lengths / 2, wide, wide / 2, strict=True)
+    for step, (t, following, h, half, h_wide, half_wide) in enumerate(rows):
         if tracker == "trace":
-            first = solver(x, t, key(0))
+            first = solver(x, t, keys[2 * step])
             name = first.estimator
             if heun:
-                middle = torch.addcmul(x, wide, first.velocity)
-                second = solver(middle, nodes[step + 1], key(1))
-                x = torch.addcmul(x, half.view(wide.shape), first.velocity + second.velocity)
+                middle = torch.addcmul(x, h_wide, first.velocity)
+                second = solver(middle, following, keys[2 * step + 1])
+                x = torch.addcmul(x, half_wide, first.velocity + second.velocity)
                 change = torch.addcmul(change, half, first.value + second.value, value=-1)
             else:
-                x = torch.addcmul(x, wide, first.velocity)
+                x = torch.addcmul(x, h_wide, first.velocity)
                 change = torch.addcmul(change, h, first.value, value=-1)
-            if not name.startswith("exact"):
+            if options.probes > 1 and not name.startswith("exact"):
                 spread = first.stderr.square()
                 if heun:
                     spread = (spread + second.stderr.square()) / 4
@@ -196,9 +192,11 @@ def track(
             below = (sign <= 0).to(x.dtype)
             crossed = below if crossed is None else crossed + below
         else:
-            x, log_det, spread = _series(solver, x, t, h, heun, key(0))
+            x, log_det, spread = _series(solver, x, t, h, heun, keys[2 * step])
             variance = variance + spread
         change = change - log_det
+    if tracker == "trace" and options.probes == 1 and not name.startswith("exact"):
+        variance = torch.full_like(variance, math.nan)
     return Path(x, change, variance, None if crossed is None else crossed / steps, name)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,6 +141,7 @@ class Solver:
         cache: kept products: those of weights that do not change within a solve and, where
             `fixed`, of probes.
         fixed: the probes are those of the first key for the whole solve.
+        chosen: the backend, once it is known.
     """
 
     velocity: Callable[..., Any]
@@ -148,6 +149,7 @@ class Solver:
     ids: Tensor | None = None
     fixed: bool = False
     cache: dict[Any, Tensor] | None = None
+    chosen: str | None = None
 
     def __call__(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
         """The divergence at x and t with the probes of key `(seed, step, stage)`."""
@@ -177,9 +179,11 @@ class Solver:
 
     def backend(self, x: Tensor) -> str:
         """Of the kernels, for x: "cpp", "triton" or "reference"."""
-        name = choose_backend("divergence", x.device.type, self.options.backend, unsupported)
-        compiled = x.dtype in (torch.float32, torch.float64) and not is_transformed()
-        return name if compiled and name in raw_dual.COMPILED else "reference"
+        if self.chosen is None:
+            name = choose_backend("divergence", x.device.type, self.options.backend, unsupported)
+            compiled = x.dtype in (torch.float32, torch.float64) and not is_transformed()
+            self.chosen = name if compiled and name in raw_dual.COMPILED else "reference"
+        return self.chosen
 
     def refuse(self, reason: UnsupportedError) -> None:
         """Remember that duals do not serve; raise where a backend was named."""
@@ -416,19 +420,30 @@ def _check_time(t: float | Tensor, x: Tensor) -> Tensor:
     if tuple(t.shape) not in ((), (x.shape[0],)):
         raise ValueError(f"divergence: t must be a scalar or ({x.shape[0]},), got {tuple(t.shape)}")
     readable = t.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and not is_transformed() and not math.isfinite(t.detach().sum().item()):
+    if readable and not is_transformed() and not math.isfinite(t.sum().item()):
         raise ValueError(f"divergence: t must be finite, got {t.detach()}")
     return t
 
 
-def make_key(seed: int | Tensor, step: int = 0, stage: int = 0) -> Tensor:
-    """int64 `(seed, step, stage)` on the CPU."""
+def make_key(seed: int | Tensor) -> Tensor:
+    """int64 `(seed, step 0, stage 0)` on the CPU."""
+    return make_keys(seed, 1)[0]
+
+
+def make_keys(seed: int | Tensor, steps: int, *, fresh: bool = True) -> Sequence[Tensor]:
+    """int64 `(seed, step, stage)` on the CPU for both stages of every step, or the first of all."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim != 0:
             raise TypeError(
                 f"divergence: seed must be an int64 scalar, got {seed.dtype} {tuple(seed.shape)}"
             )
-        return torch.stack([seed, seed.new_tensor(step), seed.new_tensor(stage)])
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    elif isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"divergence: seed must be an integer in [0, 2^63), got {seed!r}")
-    return torch.tensor((seed, step, stage))
+    places = [(step, stage) for step in range(steps if fresh else 1) for stage in range(2)]
+    if isinstance(seed, Tensor):
+        rest = seed.new_tensor(places)
+        keys = torch.cat([seed.expand(len(places), 1), rest], 1)
+    else:
+        keys = torch.tensor([(seed, *place) for place in places])
+    own = keys.unbind()
+    return own if fresh else own[:1] * (2 * steps)

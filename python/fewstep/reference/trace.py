@@ -87,7 +87,7 @@ def standard_error(estimates: Tensor, population: float = float("inf")) -> Tenso
     """
     count = estimates.shape[0]
     if count == 1:
-        return torch.full_like(estimates[0], float("nan"))
+        return estimates.new_full(estimates.shape[1:], float("nan"))
     error: Tensor = estimates.std(0) * ((1 / count - 1 / population) ** 0.5)
     return error
 
