@@ -75,7 +75,7 @@ struct DualKernels {
   // out [rows, cols] = a [rows, depth] m, m [depth, cols] in panels `stride` apart.
   void (*multiply)(const T* a, int64_t lda, int64_t rows, const T* panels, int64_t stride, int64_t depth, int64_t cols,
                    T* out, int64_t ldo);
-  // The same for a' in place of a: a [depth, rows].
+  // out += a' m for a [depth, rows].
   void (*multiply_turned)(const T* a, int64_t lda, int64_t rows, const T* panels, int64_t stride, int64_t depth,
                           int64_t cols, T* out, int64_t ldo);
   // out[i] = <a_i, b_i> of rows [n].

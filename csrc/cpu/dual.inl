@@ -570,7 +570,7 @@ void pack(const Matrix<T>& m, T* panels, int64_t begin, int64_t end) {
   }
 }
 
-// R rows of a product with one panel, in registers; n of its columns are stored.
+// R rows of a product with one panel, in registers; n of its columns are stored, or added where turned.
 template <int R, bool kTurned, class T>
 void product_tile(const T* a, int64_t lda, const T* b, int64_t depth, int64_t n, T* out, int64_t ldo) {
   Vec<T> acc[R][kColumns];
@@ -594,10 +594,16 @@ void product_tile(const T* a, int64_t lda, const T* b, int64_t depth, int64_t n,
   const bool whole = n >= kPanel<T>;
   T* to = whole ? out : edge;
   const int64_t step = whole ? ldo : kPanel<T>;
+  if (kTurned && !whole) {
+    for (int r = 0; r < R; ++r) __builtin_memcpy(edge + r * kPanel<T>, out + r * ldo, n * sizeof(T));
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int c = 0; c < kColumns; ++c) store(to + r * step + c * kLanes<T>, acc[r][c]);
+    for (int c = 0; c < kColumns; ++c) {
+      T* at = to + r * step + c * kLanes<T>;
+      store(at, kTurned ? load(at) + acc[r][c] : acc[r][c]);
+    }
   }
   if (whole) return;
   for (int r = 0; r < R; ++r) __builtin_memcpy(out + r * ldo, edge + r * kPanel<T>, n * sizeof(T));

@@ -25,13 +25,13 @@ constexpr int64_t kKeptBytes = 64 << 20;  // of a thread between calls
 // Memory of the thread that leads: kept between calls while it is small, since new pages cost as much as the work.
 template <class T>
 struct Workspace {
-  Buffer<T> weights, core, stacks, inputs;
+  Buffer<T> weights, core, stacks;
 };
 
 template <class T>
 class Lent {
  public:
-  ~Lent() { release_above(kKeptBytes, {&mine().weights, &mine().core, &mine().stacks, &mine().inputs}); }
+  ~Lent() { release_above(kKeptBytes, {&mine().weights, &mine().core, &mine().stacks}); }
   Workspace<T>& operator*() { return mine(); }
 
  private:
@@ -287,31 +287,28 @@ void backward_tile(const Mlp<T>& in, const BackwardPass<T>& pass, const std::vec
   }
 }
 
-// Gradients for weights and shifts, sums over the batch in its order.
+// Gradients for weights and shifts: sums over the batch in its order, of blocks that stay in cache. Rows of the stacks
+// often lie a multiple of 1 KiB apart and would share few sets of it, so that blocks are copied.
 template <class T>
 void sums_over_batch(const Mlp<T>& in, const BackwardPass<T>& pass, const std::vector<Stacks<T>>& stacks,
-                     Buffer<T>& memory, int64_t threads) {
-  constexpr int64_t kRows = 112;
+                     int64_t threads) {
+  constexpr int64_t kOuts = 112, kIns = 128, kDepth = 128;
   struct Task {
-    int64_t layer, panel, row;
+    int64_t layer, row, column;  // column -1: the shift
   };
   const int64_t rows = (pass.probes.count + 1) * in.batch;
-  std::vector<Packed<T>> inputs;
   std::vector<Task> tasks;
   for (int64_t l = 0; l < in.depth(); ++l) {
     const Layer<T>& layer = in.layers[l];
-    const bool wanted = pass.weights[l] != nullptr;
-    inputs.push_back(straight<T>(stacks[l].h, rows, wanted ? layer.in : 0));
-    for (int64_t p = 0; p < inputs.back().count(); ++p) {
-      for (int64_t i = 0; i < layer.out; i += kRows) tasks.push_back({l, p, i});
+    for (int64_t i = 0; pass.weights[l] != nullptr && i < layer.out; i += kOuts) {
+      for (int64_t j = 0; j < layer.in; j += kIns) tasks.push_back({l, i, j});
     }
-    if (pass.shifts[l] != nullptr) tasks.push_back({l, -1, 0});
+    if (pass.shifts[l] != nullptr) tasks.push_back({l, 0, -1});
   }
-  pack(inputs, memory, threads);
   parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t at) {
-    const auto [l, p, i] = tasks[at];
+    const auto [l, i, j] = tasks[at];
     const Layer<T>& layer = in.layers[l];
-    if (p < 0) {
+    if (j < 0) {
       T* out = pass.shifts[l];
       const T* g = stacks[l].g;
       if (layer.each) {
@@ -320,15 +317,25 @@ void sums_over_batch(const Mlp<T>& in, const BackwardPass<T>& pass, const std::v
       }
       std::fill_n(out, layer.out, T(0));
       for (int64_t b = 0; b < in.batch; ++b) {
-        for (int64_t j = 0; j < layer.out; ++j) out[j] += g[b * layer.out + j];
+        for (int64_t o = 0; o < layer.out; ++o) out[o] += g[b * layer.out + o];
       }
       return;
     }
-    const Packed<T>& own = inputs[l];
-    const int64_t first = p * own.width();
-    kernels<T>().multiply_turned(stacks[l].g + i, layer.out, std::min(kRows, layer.out - i),
-                                 own.panels + p * own.stride(), 0, rows, std::min(own.width(), layer.in - first),
-                                 pass.weights[l] + i * layer.in + first, layer.in);
+    const int64_t outs = std::min(kOuts, layer.out - i), ins = std::min(kIns, layer.in - j);
+    T* out = pass.weights[l] + i * layer.in + j;
+    for (int64_t o = 0; o < outs; ++o) std::fill_n(out + o * layer.in, ins, T(0));
+    static thread_local Buffer<T> memory;
+    T *g = memory.get(kDepth * (kOuts + kIns)), *h = g + kDepth * kOuts;
+    for (int64_t row = 0; row < rows; row += kDepth) {
+      const int64_t depth = std::min(kDepth, rows - row);
+      for (int64_t r = 0; r < depth; ++r) {
+        std::memcpy(g + r * kOuts, stacks[l].g + (row + r) * layer.out + i, outs * sizeof(T));
+      }
+      Packed<T> own = straight<T>(stacks[l].h + row * layer.in + j, depth, ins);
+      own.matrix.row = layer.in;
+      kernels<T>().pack(own.matrix, h, 0, own.count());
+      kernels<T>().multiply_turned(g, kOuts, outs, h, own.stride(), depth, ins, out, layer.in);
+    }
   });
 }
 
@@ -394,7 +401,7 @@ void mlp_backward(const Mlp<T>& in, const BackwardPass<T>& pass, int64_t threads
     for (const Layer<T>& layer : in.layers) weights.push_back(straight(layer.weight, layer.out, layer.in));
     pack(weights, (*lent).weights, own);
     for_each_tile(in, streams, streams, own, [&](const Tile<T>& t) { backward_tile(in, pass, weights, stacks, t); });
-    sums_over_batch(in, pass, stacks, (*lent).inputs, own);
+    sums_over_batch(in, pass, stacks, own);
   });
 }
 

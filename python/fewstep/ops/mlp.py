@@ -110,12 +110,11 @@ def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Recorded:
     if not isinstance(h, Recorded) or not isinstance(weight, Tensor):
         raise UnsupportedError(_REFUSAL)
     h.refuse_unless(len(h.primal_shape) == 2 and not h.complete() and weight.dtype == h.dtype)
-    if weight.shape[1] != h.primal_shape[1]:
-        raise ValueError(
-            f"velocity: a linear layer takes {weight.shape[1]} features, got {h.primal_shape[1]}"
-        )
-    shape = torch.Size((h.primal_shape[0], weight.shape[0]))
-    return Recorded(h.x, h.low, h.width, shape, (*h.layers, (weight, bias)), h.activations)
+    (batch, width), (out, taken) = h.primal_shape, weight.shape
+    if taken != width:
+        raise ValueError(f"velocity: a linear layer takes {taken} features, got {width}")
+    layers = (*h.layers, (weight, bias))
+    return Recorded(h.x, h.low, h.width, torch.Size((batch, out)), layers, h.activations)
 
 
 def _activation(kind: str, h: Recorded, beta: float = 1.0, threshold: float = 20.0) -> Recorded:
