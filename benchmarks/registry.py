@@ -289,6 +289,7 @@ class TraceCase:
         layers: linear ones.
         estimator: "exact" or "hutchinson".
         steps: of a log-density.
+        norm: LayerNorm before every activation.
     """
 
     name: str
@@ -300,6 +301,7 @@ class TraceCase:
     estimator: Literal["exact", "hutchinson"] = "hutchinson"
     probes: int = 1
     steps: int | None = None
+    norm: bool = False
     contenders: tuple[str, ...] = ()
     quick: bool = False
     default: bool = True
@@ -316,7 +318,8 @@ class TraceCase:
 
     @property
     def shape(self) -> str:
-        return f"D {self.d}, width {self.width}, {self.layers} linear, B {self.batch}"
+        layers = f"{self.layers} linear" + " with LayerNorm" * self.norm
+        return f"D {self.d}, width {self.width}, {layers}, B {self.batch}"
 
     @property
     def pairs(self) -> int:
@@ -331,6 +334,7 @@ class TraceCase:
             "D": self.d,
             "width": self.width,
             "layers": self.layers,
+            "norm": int(self.norm),
             "estimator": self.estimator,
             "probes": self.probes,
             "steps": self.steps,
@@ -356,7 +360,9 @@ class TraceProblem:
 
 
 _LOOPS = ("reverse", "torch-func", "zuko")
-_ONE = ("plain", "cpp", "cpp-solve", "reverse", "ffjord", "torch-func")
+_ONE = ("plain", "cpp", "cpp-solve", "reverse", "ffjord", "torch-func", "compile")
+# bfloat16 tangents beside those of float32, and beside autocast.
+_LOW = ("plain", "cpp", "cpp-bf16", "reverse", "autocast")
 
 
 def _traces() -> list[TraceCase]:
@@ -382,6 +388,18 @@ def _traces() -> list[TraceCase]:
         cases.append(
             TraceCase(f"trace_training_{name}", "trace-training", *shapes[name], contenders=who)
         )
+    wide = shapes["d64_w512"]
+    cases += [
+        TraceCase(
+            "trace_1_norm",
+            "trace",
+            *wide,
+            norm=True,
+            contenders=(*_LOW, "ffjord", "torch-func", "compile"),
+        ),
+        TraceCase("trace_training_norm", "trace-training", *wide, norm=True, contenders=_LOW),
+        TraceCase("trace_training_8", "trace-training", *wide, probes=8, contenders=_LOW),
+    ]
     model = (64, 256, 3, 256)
     cases += [
         TraceCase(
@@ -400,6 +418,14 @@ def _traces() -> list[TraceCase]:
         TraceCase("trace_small_exact", "trace", *(5, 16, 3, 8), "exact", quick=True, default=False),
         TraceCase(
             "trace_small_training", "trace-training", *(5, 16, 3, 8), quick=True, default=False
+        ),
+        TraceCase(
+            "trace_small_norm",
+            "trace-training",
+            *(5, 16, 3, 8),
+            norm=True,
+            quick=True,
+            default=False,
         ),
     ]
     return cases
@@ -504,6 +530,8 @@ ALL_CASES: Mapping[str, AnyCase] = {**CASES, **TRACE_CASES, **HEUN_CASES}
 # float64. One iteration fewer is off by 1e-3 and more in the cases above.
 VALUE_RTOL = 1e-5
 GRAD_RTOL = 1e-4
+# With bfloat16 in it, 8 bits: a value is the sum of products that are larger than itself.
+BFLOAT16_RTOL = 0.05
 # A row says so where other processes kept more cores than this busy while it was timed: libraries
 # that wait at a barrier for every thread are then slower by orders of magnitude.
 BUSY_CORES = 0.2
@@ -521,6 +549,7 @@ class Contender:
             and the gradient through all iterations.
         devices: where it runs.
         note: what differs from the plain alternating iteration of a solve.
+        low: computes in bfloat16.
     """
 
     name: str
@@ -530,6 +559,7 @@ class Contender:
     definitions: Mapping[Workload, str]
     devices: tuple[str, ...] = ("cpu", "cuda")
     note: str = ""
+    low: bool = False
 
     def enters(self, case: AnyCase) -> bool:
         """Whether it is timed on this case; the reference only where that is quick.
@@ -546,6 +576,10 @@ class Contender:
         """The entry of `definitions`, less the distinction that only gradients make."""
         name = self.definitions[case.workload]
         return "alternating" if name == "unrolled" and not case.backward else name
+
+    def allowed(self, case: AnyCase) -> tuple[float, float]:
+        """Errors of values and gradients that it may have."""
+        return (BFLOAT16_RTOL, BFLOAT16_RTOL) if self.low else (case.value_rtol, GRAD_RTOL)
 
     def note_for(self, case: AnyCase) -> str:
         if not isinstance(case, Case):
@@ -571,6 +605,7 @@ _FEWSTEP: Mapping[Workload, str] = {
 _TRACES: Mapping[Workload, str] = {w: w for w in ("trace", "trace-training", "log-density")}
 _FIXED: Mapping[Workload, str] = {"trace": "trace", "log-density": "log-density-fixed"}
 _FIXED_TRAINED: Mapping[Workload, str] = {**_FIXED, "trace-training": "trace-training"}
+_TRAINED: Mapping[Workload, str] = {"trace": "trace", "trace-training": "trace-training"}
 _PLAIN: Mapping[Workload, str] = {w: f"plain-{w}" for w in (*_TRACES, "edm")}
 _TORCH: Mapping[Workload, str] = {
     "solve": "unrolled",
@@ -589,7 +624,7 @@ CONTENDERS = {
         Contender("cuda", "fewstep (cuda)", "fewstep", "fewstep", _KERNEL, ("cuda",)),
         Contender("reference", "fewstep (reference)", "fewstep", "fewstep", _FEWSTEP),
         Contender("eager", "eager torch", "torch", "torch", _TORCH),
-        Contender("compile", "torch.compile", "torch", "torch", _TORCH),
+        Contender("compile", "torch.compile", "torch", "torch", {**_TORCH, "trace": "trace"}),
         Contender(
             "geomloss-tensorized",
             "geomloss tensorized",
@@ -626,6 +661,15 @@ CONTENDERS = {
             ("cpu",),
             note="probes and weights as in the call before: their products are kept",
         ),
+        Contender(
+            "cpp-bf16",
+            "fewstep (cpp), bfloat16 tangents",
+            "fewstep",
+            "fewstep",
+            _TRAINED,
+            ("cpu",),
+            low=True,
+        ),
         Contender("plain", "network alone", "torch", "torch", _PLAIN),
         Contender(
             "reverse",
@@ -642,6 +686,15 @@ CONTENDERS = {
             "torch",
             {w: f"{d}-gaussian" for w, d in _FIXED_TRAINED.items()},
             note="a fixed Gaussian probe, the graph always built; re-implemented",
+        ),
+        Contender(
+            "autocast",
+            "flow_matching-style, autocast",
+            "torch",
+            "torch",
+            _TRAINED,
+            note="products of network and passes in bfloat16",
+            low=True,
         ),
         Contender("torch-func", "torch.func", "torch", "torch", {"trace": "trace"}),
         Contender(

@@ -51,7 +51,7 @@ COLUMNS = {
         *("dtype", *_TIMED, "pair_iterations_per_s", *_RUN),
     ),
     "trace": (
-        *("case", "workload", "B", "D", "width", "layers", "estimator", "probes", "steps"),
+        *("case", "workload", "B", "D", "width", "layers", "norm", "estimator", "probes", "steps"),
         *(*_TIMED, "over_plain", "saved_mb", "rmse", *_RUN),
     ),
     "heun": ("case", "workload", "state", "steps", *_TIMED, "over_plain", "over_network", *_RUN),

@@ -25,8 +25,10 @@ from benchmarks.registry import (
     TRACE_CASES,
     VALUE_RTOL,
     Case,
+    TraceCase,
     draw,
     draw_heun,
+    draw_trace,
     schedule,
 )
 from benchmarks.worker import errors, expect, measure, timings
@@ -331,6 +333,24 @@ def test_a_table_for_every_other_family(tmp_path: Path) -> None:
     assert "fewstep (cpp) 3 MB, network alone 3 MB. " in text
     assert "What differs: network alone: differs. " in text
     assert "Command: `python -m benchmarks.run trace --peers`" in text
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside torch.func.jvp
+@pytest.mark.parametrize(
+    "case", [c for c in TRACE_CASES.values() if c.quick], ids=lambda case: case.name
+)
+@pytest.mark.parametrize(
+    "name",
+    ["cpp", "cpp-bf16", "cpp-solve", "reference", "reverse", "ffjord", "autocast", "torch-func"],
+)
+def test_traces_agree(name: str, case: TraceCase) -> None:
+    contender = CONTENDERS[name]
+    if case.workload not in contender.definitions:
+        pytest.skip(f"{name} does not run {case.workload}")
+    problem = draw_trace(case)
+    row = measure(contender, problem, expect(problem, contender.definition_for(case)), budget=0.01)
+    assert "times_s" in row, row
+    assert ("saved_mb" in row) == (case.workload == "trace-training")
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside diffusers

@@ -23,14 +23,16 @@ _SEED = 0
 
 
 class MLP(nn.Module):
-    """Linear layers with SiLU between them on `[x, t]`."""
+    """Linear layers on `[x, t]` with SiLU between them, LayerNorm before it where `norm`."""
 
-    def __init__(self, d: int, width: int, layers: int) -> None:
+    def __init__(self, d: int, width: int, layers: int, norm: bool = False) -> None:
         super().__init__()
         widths = [d + 1, *[width] * (layers - 1), d]
         modules: list[nn.Module] = []
         for i, (a, b) in enumerate(itertools.pairwise(widths)):
-            modules += [nn.SiLU()] * (i > 0) + [nn.Linear(a, b)]
+            if i > 0:
+                modules += [nn.LayerNorm(a)] * norm + [nn.SiLU()]
+            modules.append(nn.Linear(a, b))
         self.net = nn.Sequential(*modules)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def network(problem: TraceProblem) -> MLP:
     case = problem.case
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        net = MLP(case.d, case.width, case.layers)
+        net = MLP(case.d, case.width, case.layers, case.norm)
         if case.workload == "log-density":
             _fit(net)
     return net.to(torch.as_tensor(problem.x).dtype)
@@ -153,7 +155,24 @@ def batched(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return out, rows.diagonal(dim1=0, dim2=2).sum(1)
 
 
-def fewstep_divergence(problem: TraceProblem, backend: str) -> Divergence:
+def autocast(divergence: Divergence) -> Divergence:
+    def cast(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            out, value = divergence(velocity, x, t)
+        return out.float(), value.float()
+
+    return cast
+
+
+def compiled(divergence: Divergence, net: MLP) -> Divergence:
+    """The divergence of one network."""
+    call = torch.compile(lambda x, t: divergence(net, x, t), fullgraph=True, dynamic=False)
+    return lambda velocity, x, t: call(x, t)
+
+
+def fewstep_divergence(
+    problem: TraceProblem, backend: str, tangent_dtype: torch.dtype | None = None
+) -> Divergence:
     import fewstep
 
     case = problem.case
@@ -164,6 +183,7 @@ def fewstep_divergence(problem: TraceProblem, backend: str) -> Divergence:
             estimator=case.estimator,
             probes=case.probes,
             seed=_SEED,
+            tangent_dtype=tangent_dtype,
             backend=backend,
         )
         return out.velocity, out.value
@@ -175,19 +195,25 @@ def _divergence_of(problem: TraceProblem, who: str) -> Divergence:
     exact = problem.case.estimator == "exact"
     if who in ("cpp", "reference"):
         return fewstep_divergence(problem, who)
+    if who == "cpp-bf16":
+        return fewstep_divergence(problem, "cpp", torch.bfloat16)
     if who == "zuko":
         return batched
     kind = "gaussian" if who == "ffjord" else "rademacher"
     v = None if exact else probes_of(problem, kind)
     training = problem.case.workload == "trace-training"
-    if who == "torch-func":
+    if who in ("torch-func", "compile"):
         return torch_func(v)
+    if who == "autocast":
+        return autocast(reverse(v, create_graph=training))
     return reverse(v, create_graph=who == "ffjord" or training)
 
 
 def trace(problem: TraceProblem, who: str) -> Callable[[], tuple[Any, ...]]:
     s = setup(problem)
     divergence = _divergence_of(problem, who)
+    if who == "compile":
+        divergence = compiled(divergence, s.net)
 
     @torch.no_grad()
     def run() -> tuple[Tensor, ...]:
@@ -331,12 +357,12 @@ def _log_density(problem: TraceProblem) -> LogDensity:
     return LogDensity(problem, "exact" if problem.case.estimator == "exact" else "fresh")
 
 
-_TRACED = ("cpp", "reference", "reverse", "ffjord", "torch-func", "zuko")
+_TRACED = ("cpp", "cpp-bf16", "reference", "reverse", "ffjord", "autocast", "torch-func", "zuko")
 BUILDERS: dict[tuple[str, str], Callable[[TraceProblem], Any]] = {
-    **{("trace", who): functools.partial(trace, who=who) for who in _TRACED},
+    **{("trace", who): functools.partial(trace, who=who) for who in (*_TRACED, "compile")},
     **{
         ("trace-training", who): functools.partial(Training, who=who)
-        for who in ("plain", "cpp", "reference", "reverse", "ffjord")
+        for who in ("plain", "cpp", "cpp-bf16", "reference", "reverse", "ffjord", "autocast")
     },
     **{
         ("log-density", who): functools.partial(LogDensity, who=who)

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fewstep
+from fewstep.ops import dual
 from fewstep.reference import trace as reference
 from fewstep.reference.probe import probes
 from tolerances import TANGENTS, assert_contract, error
@@ -479,6 +480,14 @@ def test_inputs_changed_in_place_are_refused(name: str) -> None:
 LOW = {"tangent_dtype": torch.bfloat16}
 
 
+@pytest.fixture(params=["widened", "narrow"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a CPU multiplies tangents of bfloat16, and how a GPU does."""
+    if request.param == "narrow":
+        monkeypatch.setattr(dual, "WIDENED", ())
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("name", [n for n in NETS if n != "unknown"])
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("estimator", ["exact", "hutchinson", "hutch++"])
@@ -527,6 +536,7 @@ def test_tangents_in_bfloat16_are_unbiased() -> None:
         assert off < 4 * out.value.std() / math.sqrt(n) + 2**-9 * exact.abs()
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("name", FIRST)
 def test_tangents_in_bfloat16_take_half_for_backward(name: str) -> None:
     make, shape = FIRST[name]
@@ -548,6 +558,7 @@ def test_tangents_in_bfloat16_take_half_for_backward(name: str) -> None:
     assert not any(z.shape[:1] == (64,) and torch.equal(z.flatten(), v.flatten()) for z in seen)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("name", ["three hidden layers", "residual", "convolutions"])
 def test_tangents_in_bfloat16_compile_and_checkpoint(name: str) -> None:
     net, x, t = case(name, torch.float32)

@@ -8,8 +8,8 @@ functions with a rule here, residuals, gates, concatenation and attention among 
 function raises `UnsupportedError` with its name. `register` adds rules.
 
 Tangents of x's own dtype are stacked below it, `[(K + 1) B, ...]`: one product for both. Those of
-bfloat16 stand apart, `[K B, ...]`: products have bfloat16 copies of what they multiply with, all
-else is computed in float32 and rounded.
+bfloat16 stand apart, `[K B, ...]`: on a GPU products have bfloat16 copies of what they multiply
+with, all else is computed in float32 and rounded.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fewstep.ops import raw_dual
 from fewstep.ops.differentiable import is_transformed
+
+# Devices whose products of bfloat16 are slower than of float32: tangents are widened for them.
+WIDENED = ("cpu",)
+Remake = Callable[[Tensor], Tensor]
 
 
 class UnsupportedError(AttributeError, NotImplementedError):
@@ -46,7 +50,7 @@ class Source:
         tangents: given ones, `[K, B, ...]`, or `[K, 1, ...]`, the same for all samples.
         cache: products of fixed probes and weights, kept over a solve without gradients.
         dtype: of the tangents where it is not x's: bfloat16.
-        copies: of weights in that dtype.
+        copies: of weights in that dtype, where products have them.
         stacks: of tangents as they start, by their storage: backward makes them again.
     """
 
@@ -78,11 +82,23 @@ class Source:
         """As tangents are kept, and multiply."""
         return z if self.dtype is None else z.to(self.dtype)
 
-    def copy(self, weight: Tensor, like: Tensor) -> Tensor:
-        """A weight in the dtype of what it multiplies."""
-        if weight.dtype == like.dtype:
-            return weight
-        return _kept(self.copies, "copy", (weight,), lambda: weight.to(like.dtype))
+    def copy(self, other: Tensor, like: Tensor) -> Tensor:
+        """In the dtype of what it multiplies."""
+        if other.dtype == like.dtype:
+            return other
+        return _kept(self.copies, "copy", (other,), lambda: other.to(like.dtype))
+
+    def product(
+        self, function: Callable[[Tensor, Tensor], Tensor], z: Tensor, other: Tensor
+    ) -> Tensor:
+        """A function that is linear in z, and in what z multiplies with, of the dtype of z."""
+        if z.dtype == other.dtype:
+            return function(z, other)
+        if z.device.type not in WIDENED:
+            return function(z, self.copy(other, z))
+        wide = z.to(other.dtype)
+        with _widened(z, wide):
+            return function(wide, other).to(z.dtype)
 
     @property
     def basis(self) -> bool:
@@ -144,22 +160,49 @@ def _keep(z: Tensor, hooks: Any) -> Callable[[], Tensor]:
 
 
 @contextlib.contextmanager
-def _redrawing(source: Source) -> Iterator[None]:
-    """What is kept for backward within is x and how to draw, wherever it would be the stack."""
+def _remaking(origin: Callable[[Tensor], tuple[Tensor, Remake] | None]) -> Iterator[None]:
+    """What is kept for backward within is what a tensor is made of, where `origin` knows that."""
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         yield
         return
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
     def pack(z: Tensor) -> Callable[[], Tensor]:
-        stack = source.stacks.get(z.untyped_storage()._cdata)
-        if stack is None or (z.dtype, z._version) != (stack.dtype, stack.version):
+        found = origin(z)
+        if found is None:
             return _keep(z, hooks)
-        primal, layout = _keep(stack.primal, hooks), (z.shape, z.stride(), z.storage_offset())
-        return lambda: stack.make(primal()).as_strided(*layout)
+        get, remake = _keep(found[0], hooks), found[1]
+        layout = z.shape, z.stride(), z.storage_offset()
+        return lambda: remake(get()).as_strided(*layout)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda get: get()):
         yield
+
+
+def _redrawing(source: Source) -> contextlib.AbstractContextManager[None]:
+    """Keeps x and how to draw, wherever it would be the stack."""
+
+    def origin(z: Tensor) -> tuple[Tensor, Remake] | None:
+        stack = source.stacks.get(z.untyped_storage()._cdata)
+        if stack is None or (z.dtype, z._version) != (stack.dtype, stack.version):
+            return None
+        return stack.primal, stack.make
+
+    return _remaking(origin)
+
+
+def _widened(low: Tensor, wide: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Keeps tangents of bfloat16 wherever it would be their float32 copy."""
+    if _plain() or not torch.is_grad_enabled():
+        return contextlib.nullcontext()
+    own, version, dtype = wide.untyped_storage()._cdata, wide._version, wide.dtype
+
+    def origin(z: Tensor) -> tuple[Tensor, Remake] | None:
+        if (z.untyped_storage()._cdata, z._version, z.dtype) != (own, version, dtype):
+            return None
+        return low, lambda kept: kept.to(dtype)
+
+    return _remaking(origin)
 
 
 Rule = Callable[..., Any]
@@ -553,11 +596,11 @@ def _linear_pieces(source: Source, pieces: Sequence[Tensor], weight: Tensor) -> 
     """Each piece times W'."""
     out = [F.linear(pieces[0], weight)]
     for t in pieces[1:]:
-        copy = source.copy(weight, t)
-        if copy is not weight and torch.is_grad_enabled() and not _plain():
-            out.append(_LowLinear.apply(t, weight, copy))  # type: ignore[no-untyped-call]
+        if t.device.type in WIDENED or _plain() or not torch.is_grad_enabled():
+            out.append(source.product(F.linear, t, weight))
         else:
-            out.append(F.linear(t, copy))
+            copy = source.copy(weight, t)
+            out.append(_LowLinear.apply(t, weight, copy))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -593,7 +636,7 @@ def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
         assert source.tangents is not None
         t = source.lower(source.tangents[:, 0])
         part = weight[:, h.low : h.low + h.width]
-        rows = F.linear(t, source.copy(part, t))[:, None].expand(-1, primal.shape[0], -1)
+        rows = source.product(F.linear, t, part)[:, None].expand(-1, primal.shape[0], -1)
         return h.like(F.linear(primal, weight), rows.flatten(0, 1), shift=bias)
     if source.basis:
         assert source.tangents is not None
@@ -642,8 +685,11 @@ def _convolution(function: Callable[..., Tensor]) -> Rule:
             raise UnsupportedError(
                 f"no rule for {function.__name__} with a weight that depends on x"
             )
-        own = h.source
-        outs = [function(z, own.copy(weight, z), None, *args, **kwargs) for z in h.pieces()]
+
+        def convolve(z: Tensor, w: Tensor) -> Tensor:
+            return function(z, w, None, *args, **kwargs)
+
+        outs = [h.source.product(convolve, z, weight) for z in h.pieces()]
         if bias is not None:
             bias = bias.reshape(-1, *(1,) * (outs[0].ndim - 2))
         return h.like(*outs, shift=bias, owned=True)
@@ -1092,20 +1138,29 @@ def _softmax(input: Dual, dim: int, _stacklevel: int = 3, dtype: torch.dtype | N
     return input.of_halves(p, p * change)
 
 
+def _times(h: Dual, t: Tensor, other: Tensor) -> Tensor:
+    """`t[k] @ other` for t `[K, B, ..., N, D]` and other `[B, ..., D, M]`, of which every product
+    over the K and the B would have a copy."""
+    rows = t.movedim(0, -3).flatten(-3, -2)
+    out = h.source.product(torch.matmul, rows, other)
+    shape = (*out.shape[:-2], t.shape[0], t.shape[-2], out.shape[-1])
+    return out.reshape(shape).movedim(-3, 0)
+
+
 @register(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm)
 def _matmul(a: Any, b: Any) -> Dual:
     if isinstance(a, Dual) and isinstance(b, Dual):
         if a.ndim < 3 or a.ndim != b.ndim:
             raise UnsupportedError("no rule for a product that mixes samples")
-        (x, dx), (y, dy), lower = a.halves(), b.halves(), a.source.lower
-        return a.of_halves(x @ y, dx @ lower(y) + lower(x) @ dy)
+        (x, dx), (y, dy) = a.halves(), b.halves()
+        return a.of_halves(x @ y, _times(a, dx, y[0]) + _times(a, dy.mT, x[0].mT).mT)
     h = a if isinstance(a, Dual) else b
-    copy = h.source.copy
     if isinstance(a, Dual) and a.ndim >= 2 and b.ndim == 2:
-        return a.like(*(z @ copy(b, z) for z in a.pieces()), owned=True)
+        product = a.source.product
+        return a.like(*(product(torch.matmul, z, b) for z in a.pieces()), owned=True)
     if h.ndim < 3 or (a.ndim != b.ndim and (b if h is a else a).ndim != 2):
         raise UnsupportedError("no rule for a product that mixes samples")
-    outs = (z @ copy(b, z) if h is a else copy(a, z) @ z for z in h.copies())
+    outs = (_times(h, z, b) if h is a else _times(h, z.mT, a.mT).mT for z in h.copies())
     return h.like(*(z.flatten(0, 1) for z in outs), owned=True)
 
 
@@ -1142,13 +1197,13 @@ def _attention(
     if dq is not None or dk is not None:
         change: Any = 0
         if dq is not None:
-            change = dq @ lower(k).mT
+            change = _times(h, dq, k[0].mT)
         if dk is not None:
-            change = change + lower(q) @ dk.mT
+            change = change + _times(h, dk, q[0].mT).mT
         change = lower(change - (p * change).sum(-1, keepdim=True))
-        moved = lower(s * p * change) @ lower(v)
+        moved = _times(h, lower(s * p * change), v[0])
     if dv is not None:
-        moved = moved + lower(p) @ dv
+        moved = moved + _times(h, dv.mT, p[0].mT).mT
     return h.of_halves(p @ v, moved)
 
 

@@ -89,9 +89,9 @@ def divergence(
         sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample keeps its probes in any
             batch. None: its index.
         tangent_dtype (torch.dtype | None): None: that of x. `torch.bfloat16` with float32 x: the
-            tangents are kept and multiplied in bfloat16, for half the memory and faster products on
-            a GPU; the velocity, activations, norms and sums stay float32. Structural traces and
-            what is left to `torch.func` have no such tangents.
+            tangents are kept in bfloat16, for half the memory, and on a GPU multiplied in it; the
+            velocity, activations, norms and sums stay float32. Structural traces and what is left
+            to `torch.func` have no such tangents.
         backend (str | None): "cpp", "triton", "reference", or None for the fastest one. A named one
             raises where the network has a function that duals do not know.
 
