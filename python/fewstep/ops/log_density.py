@@ -269,7 +269,7 @@ def _series(
             f"log_density: tracker 'series' needs steps with a spectral radius of h J below 1,"
             f" got {float(radius):.3g}; take shorter steps or tracker 'logdet'"
         )
-    return following, total.mean(0), reference.standard_error(total.detach()).square()
+    return following, total.mean(0), reference.standard_error(total).square()
 
 
 def _check_times(times: Tensor | Sequence[float], x: Tensor) -> Tensor:

@@ -292,7 +292,7 @@ class Solver:
     def _mean(self, v: Tensor, dots: Tensor, d: int) -> Divergence:
         rows = 2.0 ** max(d - 1, 0).bit_length() if self.options.probe == "hadamard" else math.inf
         value = dots[0] if dots.shape[0] == 1 else dots.mean(0)
-        error = reference.standard_error(dots.detach(), rows)
+        error = reference.standard_error(dots, rows)
         return Divergence(v, value, error, "hutchinson")
 
     def _sketch(
@@ -321,7 +321,7 @@ class Solver:
             if sketch.shape[0] > sketch.shape[2]:
                 sketch = sketch[: sketch.shape[2]]
             estimates, _ = reference.hutchpp(flat, sketch, rest[: probes - 2 * (probes // 3)])
-        error = reference.standard_error(estimates.detach())
+        error = reference.standard_error(estimates)
         return Divergence(seen[0], estimates.mean(0), error, name)
 
     def _fallback(self, x: Tensor, t: Tensor, key: Tensor, reason: str) -> Divergence:

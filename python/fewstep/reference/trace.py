@@ -81,14 +81,14 @@ def hutchinson(products: Tensor, v: Tensor) -> Tensor:
 
 
 def standard_error(estimates: Tensor, population: float = float("inf")) -> Tensor:
-    """Of the mean over `estimates` `[K, B]`: `[B]`, NaN for K = 1.
+    """Of the mean over `estimates` `[K, B]`: `[B]`, NaN for K = 1; a constant for autograd.
 
     `population` is their number where they are drawn without replacement.
     """
     count = estimates.shape[0]
     if count == 1:
         return estimates.new_full(estimates.shape[1:], float("nan"))
-    error: Tensor = estimates.std(0) * ((1 / count - 1 / population) ** 0.5)
+    error: Tensor = estimates.detach().std(0) * ((1 / count - 1 / population) ** 0.5)
     return error
 
 
