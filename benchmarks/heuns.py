@@ -106,15 +106,22 @@ class Beside:
         return self.run()
 
     def more(self) -> dict[str, float]:
-        """Medians of calls in turn, for `_COMPARED_S` seconds and at least nine of each."""
-        times: tuple[list[float], list[float]] = ([], [])
-        self.run(), self.network()
-        while sum(map(sum, times)) < _COMPARED_S or len(times[0]) < 9:
-            for run, own in zip((self.run, self.network), times, strict=True):
-                start = time.perf_counter()
-                run()
-                own.append(time.perf_counter() - start)
-        return {"over_network": statistics.median(times[0]) / statistics.median(times[1])}
+        return {"over_network": compared(self.run, self.network)}
+
+
+def compared(run: Run, network: Run) -> float:
+    """The ratio of medians of calls in turn, for `_COMPARED_S` seconds and at least nine of each.
+
+    A machine's speed may change between processes, and then does so for both here.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    run(), network()
+    while sum(map(sum, times)) < _COMPARED_S or len(times[0]) < 9:
+        for call, own in zip((run, network), times, strict=True):
+            start = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])
 
 
 def plain(problem: HeunProblem) -> Run:

@@ -52,7 +52,7 @@ COLUMNS = {
     ),
     "trace": (
         *("case", "workload", "B", "D", "width", "layers", "norm", "estimator", "probes", "steps"),
-        *(*_TIMED, "over_plain", "saved_mb", "rmse", *_RUN),
+        *(*_TIMED, "over_plain", "over_network", "saved_mb", "rmse", *_RUN),
     ),
     "heun": ("case", "workload", "state", "steps", *_TIMED, "over_plain", "over_network", *_RUN),
 }

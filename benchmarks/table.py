@@ -72,8 +72,11 @@ def cell(row: Row | None, ours: float | None) -> str:
             return "not run"
         return "disagrees" if row["value_error"] else "failed"
     seconds = float(row["median_s"])
-    if ours is None or CONTENDERS[row["contender"]].kind == "fewstep":
+    if ours is None:
         return duration(seconds)
+    if CONTENDERS[row["contender"]].kind == "fewstep":
+        over = over_network(row, "")
+        return duration(seconds) + f" ({over} the network)" * bool(over)
     return f"{duration(seconds)} ({ratio(seconds / ours)})"
 
 
@@ -166,7 +169,8 @@ def footer(rows: list[Row], columns: list[str], same: str, more: str) -> str:
 def render_family(rows: list[Row]) -> str:
     """As `render`, for the families whose cases run the same network in every column."""
     ours = ours_of(rows)
-    cases = FAMILIES[family_of(rows)]
+    family = family_of(rows)
+    cases = FAMILIES[family]
     present = {row["contender"] for row in rows}
     columns = [ours, *(c for c in CONTENDERS if c in present - {ours, "reference"})]
     by_key = {(row["case"], row["contender"]): row for row in rows}
@@ -179,7 +183,7 @@ def render_family(rows: list[Row]) -> str:
         if own is None:
             continue
         seconds = float(own["median_s"]) if own["median_s"] else None
-        beside = bool(own.get("over_network"))
+        beside = family == "heun" and bool(own.get("over_network"))
         cells = [cell(by_key.get((name, c)), None if beside else seconds) for c in columns]
         if beside:
             cells = [

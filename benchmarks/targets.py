@@ -125,7 +125,13 @@ def compare_ratios(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
             text = "not measured" if own is None else f"{own:.3f}x, target at most {most:.2f}x"
             yield what, text, own is not None and own <= most
         return
-    wanted = [(*target[:3], "median_s", target[3]) for target in TRACES]
+    wanted = [(*target[:3], "median_s", target[3]) for target in TRACES if target[2] != "plain"]
+    for case, contender, other, most in TRACES:
+        if other == "plain":
+            own = number(case, contender, "over_network")
+            what = f"{case}, {contender} over the network alone"
+            text = "not measured" if own is None else f"{own:.2f}x, target at most {most}x"
+            yield what, text, own is not None and own <= most
     wanted += [
         (case, "cpp", "plain", "saved_mb", SAVED)
         for case, *_ in TRACES

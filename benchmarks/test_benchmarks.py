@@ -312,7 +312,7 @@ def test_run_names_too_many_threads(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_table_for_every_other_family(tmp_path: Path) -> None:
     rows = [
-        {"contender": "cpp", "median_s": "0.001", "version": "0.1.0"},
+        {"contender": "cpp", "median_s": "0.001", "version": "0.1.0", "over_network": "1.82"},
         {"contender": "plain", "median_s": "0.0005", "version": "2.13.0", "note": "differs"},
     ]
     shared = dict.fromkeys(run.COLUMNS["trace"], "") | TRACE_CASES["trace_training_d64"].columns()
@@ -329,7 +329,9 @@ def test_a_table_for_every_other_family(tmp_path: Path) -> None:
     assert table.main(arguments) == 0
     text = readme.read_text()
     assert text.startswith(MARKED)
-    assert "| trace training, 1 probe; D 64, width 256, 3 linear, B 256 | 1.00 ms | 500 us" in text
+    assert (
+        "| trace training, 1 probe; D 64, width 256, 3 linear, B 256 | 1.00 ms (1.82x the " in text
+    )
     assert "fewstep (cpp) 3 MB, network alone 3 MB. " in text
     assert "What differs: network alone: differs. " in text
     assert "Command: `python -m benchmarks.run trace --peers`" in text
@@ -351,6 +353,7 @@ def test_traces_agree(name: str, case: TraceCase) -> None:
     row = measure(contender, problem, expect(problem, contender.definition_for(case)), budget=0.01)
     assert "times_s" in row, row
     assert ("saved_mb" in row) == (case.workload == "trace-training")
+    assert ("over_network" in row) == name.startswith("cpp")
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside diffusers

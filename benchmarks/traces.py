@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.heuns import compared
 from benchmarks.registry import TraceProblem
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -358,18 +359,46 @@ def _log_density(problem: TraceProblem) -> LogDensity:
 
 
 _TRACED = ("cpp", "cpp-bf16", "reference", "reverse", "ffjord", "autocast", "torch-func", "zuko")
-BUILDERS: dict[tuple[str, str], Callable[[TraceProblem], Any]] = {
+_PLAIN: dict[str, Callable[[TraceProblem], Any]] = {
+    "trace": _plain,
+    "trace-training": functools.partial(Training, who="plain"),
+    "log-density": functools.partial(LogDensity, who="plain"),
+}
+_RUNS: dict[tuple[str, str], Callable[[TraceProblem], Any]] = {
     **{("trace", who): functools.partial(trace, who=who) for who in (*_TRACED, "compile")},
     **{
         ("trace-training", who): functools.partial(Training, who=who)
-        for who in ("plain", "cpp", "cpp-bf16", "reference", "reverse", "ffjord", "autocast")
+        for who in ("cpp", "cpp-bf16", "reference", "reverse", "ffjord", "autocast")
     },
     **{
         ("log-density", who): functools.partial(LogDensity, who=who)
-        for who in ("plain", "cpp", "cpp-solve", "reference", "reverse", "ffjord")
+        for who in ("cpp", "cpp-solve", "reference", "reverse", "ffjord")
     },
-    ("trace", "plain"): _plain,
     ("trace", "cpp-solve"): trace_in_solve,
+}
+
+
+class Beside:
+    """A run, and how it compares with the network alone in the same process."""
+
+    def __init__(self, problem: TraceProblem, build: Callable[[TraceProblem], Any]) -> None:
+        self.run, self.plain = build(problem), _PLAIN[problem.case.workload](problem)
+
+    def __call__(self) -> tuple[Any, ...]:
+        out: tuple[Any, ...] = self.run()
+        return out
+
+    def more(self) -> dict[str, float]:
+        found: dict[str, float] = getattr(self.run, "more", dict)()
+        return found | {"over_network": compared(self.run, self.plain)}
+
+
+BUILDERS: dict[tuple[str, str], Callable[[TraceProblem], Any]] = {
+    **{(workload, "plain"): build for workload, build in _PLAIN.items()},
+    **{
+        key: functools.partial(Beside, build=build) if key[1].startswith("cpp") else build
+        for key, build in _RUNS.items()
+    },
 }
 DEFINITIONS: dict[str, Callable[[TraceProblem], Any]] = {
     "trace": functools.partial(trace, who="reverse"),
@@ -379,7 +408,5 @@ DEFINITIONS: dict[str, Callable[[TraceProblem], Any]] = {
     "log-density": _log_density,
     "log-density-fixed": functools.partial(LogDensity, who="reverse"),
     "log-density-fixed-gaussian": functools.partial(LogDensity, who="ffjord"),
-    "plain-trace": BUILDERS["trace", "plain"],
-    "plain-trace-training": BUILDERS["trace-training", "plain"],
-    "plain-log-density": BUILDERS["log-density", "plain"],
+    **{f"plain-{workload}": build for workload, build in _PLAIN.items()},
 }
