@@ -115,7 +115,7 @@ def compare_ratios(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
     """The same for the families whose targets are at most so many times another contender."""
 
     def number(case: str, contender: str, column: str) -> float | None:
-        own = (r[column] for r in rows if (r["case"], r["contender"]) == (case, contender))
+        own = (r.get(column) for r in rows if (r["case"], r["contender"]) == (case, contender))
         return next((float(v) for v in own if v), None)
 
     if family_of(rows) == "heun":
