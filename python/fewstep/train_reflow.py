@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -278,21 +278,21 @@ def format_outcomes(outcomes: dict[str, Outcome]) -> str:
     for a, b in zip(own.rows, plain.rows, strict=True):
         lines.append((a.name, f"{a.value:.3g}", f"{b.value:.3g}", f"{a.floor:.3g}"))
 
-    def law(name: str, value: Callable[[ReflowReport], float]) -> None:
-        lines.append((name, f"{value(own.laws):.3g}", f"{value(plain.laws):.3g}", ""))
+    laws = own.laws, plain.laws
+
+    def law(name: str, values: Iterable[float], errors: Iterable[float] = ()) -> None:
+        cells = [f"{value:.3g}" for value in values]
+        more = [f" (se {error:.2g})" for error in errors] or [""] * len(cells)
+        lines.append((name, *map(operator.add, cells, more), ""))
 
     for k in range(len(own.laws.local_kl)):
-        law(f"KL to teacher, window {k + 1}", functools.partial(_local, k=k))
-    law("KL to teacher, sampled", lambda r: r.final_kl)
-    law("its standard error", lambda r: r.final_stderr)
-    law("bound on TV", lambda r: r.tv_bound)
-    law("largest Stein check", lambda r: float(r.stein.abs().max()))
-    law("non-positive determinants", lambda r: float(r.nonpositive.mean()))
+        errors = (float(r.local_stderr[k]) for r in laws)
+        law(f"KL to teacher, window {k + 1}", (float(r.local_kl[k]) for r in laws), errors)
+    law("KL to teacher, sampled", (r.final_kl for r in laws), (r.final_stderr for r in laws))
+    law("bound on TV", (r.tv_bound for r in laws))
+    law("largest Stein check", (float(r.stein.abs().max()) for r in laws))
+    law("non-positive determinants", (float(r.nonpositive.mean()) for r in laws))
     return aligned(lines)
-
-
-def _local(report: ReflowReport, k: int) -> float:
-    return float(report.local_kl[k])
 
 
 def _network(config: ReflowConfig, shape: tuple[int, ...]) -> VelocityMLP:
