@@ -97,16 +97,19 @@ _COMPARED_S = 1.5
 
 
 class Beside:
-    """A sampler, and how it compares with the network alone."""
+    """A contender's run, and how it compares with the network alone in the same process."""
 
-    def __init__(self, problem: HeunProblem, builder: Callable[[HeunProblem], Run]) -> None:
-        self.run, self.network = builder(problem), plain(problem)
+    def __init__(
+        self, problem: Any, build: Callable[[Any], Run], alone: Callable[[Any], Run]
+    ) -> None:
+        self.run, self.network = build(problem), alone(problem)
 
     def __call__(self) -> tuple[Any, ...]:
         return self.run()
 
     def more(self) -> dict[str, float]:
-        return {"over_network": compared(self.run, self.network)}
+        found: dict[str, float] = getattr(self.run, "more", dict)()
+        return found | {"over_network": compared(self.run, self.network)}
 
 
 def compared(run: Run, network: Run) -> float:
@@ -258,8 +261,8 @@ _SAMPLERS: dict[str, Callable[[HeunProblem], Run]] = {
 BUILDERS: dict[tuple[str, str], Callable[[HeunProblem], Any]] = {
     ("edm", "plain"): plain,
     **{
-        ("edm", who): functools.partial(Beside, builder=builder)
-        for who, builder in _SAMPLERS.items()
+        ("edm", who): functools.partial(Beside, build=build, alone=plain)
+        for who, build in _SAMPLERS.items()
     },
 }
 DEFINITIONS: dict[str, Callable[[HeunProblem], Any]] = {"edm": edm, "plain-edm": plain}

@@ -604,8 +604,8 @@ _FEWSTEP: Mapping[Workload, str] = {
 }
 _TRACES: Mapping[Workload, str] = {w: w for w in ("trace", "trace-training", "log-density")}
 _FIXED: Mapping[Workload, str] = {"trace": "trace", "log-density": "log-density-fixed"}
-_FIXED_TRAINED: Mapping[Workload, str] = {**_FIXED, "trace-training": "trace-training"}
 _TRAINED: Mapping[Workload, str] = {"trace": "trace", "trace-training": "trace-training"}
+_FIXED_TRAINED: Mapping[Workload, str] = {**_FIXED, **_TRAINED}
 _PLAIN: Mapping[Workload, str] = {w: f"plain-{w}" for w in (*_TRACES, "edm")}
 _TORCH: Mapping[Workload, str] = {
     "solve": "unrolled",

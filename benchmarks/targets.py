@@ -37,7 +37,8 @@ LARGEST = "sweep_n100000_d3"
 # between passes: what is kept is faster to read the nearer the cache that it fits.
 FLAT = 1.5
 
-# (case, contender of ours, another contender, at most this many times its median)
+# (case, contender of ours, another contender, at most this many times its median); "plain", the
+# network alone, is called in turn in the same process.
 TRACES = (
     ("trace_exact_d64", "cpp", "plain", 2.2),
     ("trace_exact_d784", "cpp", "plain", 1.5),
@@ -118,20 +119,15 @@ def compare_ratios(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
         own = (r.get(column) for r in rows if (r["case"], r["contender"]) == (case, contender))
         return next((float(v) for v in own if v), None)
 
-    if family_of(rows) == "heun":
-        for case, most in HEUNS:
-            own = number(case, "cpp", "over_network")
-            what = f"{case}, cpp over the network alone"
-            text = "not measured" if own is None else f"{own:.3f}x, target at most {most:.2f}x"
-            yield what, text, own is not None and own <= most
+    heun = family_of(rows) == "heun"
+    alone = [(case, who, most) for case, who, other, most in TRACES if other == "plain"]
+    for case, contender, most in [(case, "cpp", most) for case, most in HEUNS] if heun else alone:
+        own = number(case, contender, "over_network")
+        text = "not measured" if own is None else f"{own:.3f}x, target at most {most:.2f}x"
+        yield f"{case}, {contender} over the network alone", text, own is not None and own <= most
+    if heun:
         return
     wanted = [(*target[:3], "median_s", target[3]) for target in TRACES if target[2] != "plain"]
-    for case, contender, other, most in TRACES:
-        if other == "plain":
-            own = number(case, contender, "over_network")
-            what = f"{case}, {contender} over the network alone"
-            text = "not measured" if own is None else f"{own:.2f}x, target at most {most}x"
-            yield what, text, own is not None and own <= most
     wanted += [
         (case, "cpp", "plain", "saved_mb", SAVED)
         for case, *_ in TRACES

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.heuns import compared
+from benchmarks.heuns import Beside
 from benchmarks.registry import TraceProblem
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -358,14 +358,17 @@ def _log_density(problem: TraceProblem) -> LogDensity:
     return LogDensity(problem, "exact" if problem.case.estimator == "exact" else "fresh")
 
 
-_TRACED = ("cpp", "cpp-bf16", "reference", "reverse", "ffjord", "autocast", "torch-func", "zuko")
+_TRACED = (
+    *("cpp", "cpp-bf16", "reference", "reverse", "ffjord", "autocast"),
+    *("torch-func", "compile", "zuko"),
+)
 _PLAIN: dict[str, Callable[[TraceProblem], Any]] = {
     "trace": _plain,
     "trace-training": functools.partial(Training, who="plain"),
     "log-density": functools.partial(LogDensity, who="plain"),
 }
 _RUNS: dict[tuple[str, str], Callable[[TraceProblem], Any]] = {
-    **{("trace", who): functools.partial(trace, who=who) for who in (*_TRACED, "compile")},
+    **{("trace", who): functools.partial(trace, who=who) for who in _TRACED},
     **{
         ("trace-training", who): functools.partial(Training, who=who)
         for who in ("cpp", "cpp-bf16", "reference", "reverse", "ffjord", "autocast")
@@ -376,28 +379,13 @@ _RUNS: dict[tuple[str, str], Callable[[TraceProblem], Any]] = {
     },
     ("trace", "cpp-solve"): trace_in_solve,
 }
-
-
-class Beside:
-    """A run, and how it compares with the network alone in the same process."""
-
-    def __init__(self, problem: TraceProblem, build: Callable[[TraceProblem], Any]) -> None:
-        self.run, self.plain = build(problem), _PLAIN[problem.case.workload](problem)
-
-    def __call__(self) -> tuple[Any, ...]:
-        out: tuple[Any, ...] = self.run()
-        return out
-
-    def more(self) -> dict[str, float]:
-        found: dict[str, float] = getattr(self.run, "more", dict)()
-        return found | {"over_network": compared(self.run, self.plain)}
-
-
 BUILDERS: dict[tuple[str, str], Callable[[TraceProblem], Any]] = {
     **{(workload, "plain"): build for workload, build in _PLAIN.items()},
     **{
-        key: functools.partial(Beside, build=build) if key[1].startswith("cpp") else build
-        for key, build in _RUNS.items()
+        (workload, who): functools.partial(Beside, build=build, alone=_PLAIN[workload])
+        if who.startswith("cpp")
+        else build
+        for (workload, who), build in _RUNS.items()
     },
 }
 DEFINITIONS: dict[str, Callable[[TraceProblem], Any]] = {

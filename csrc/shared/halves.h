@@ -20,7 +20,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "sinkhorn_block.h"
 
@@ -29,24 +28,12 @@ namespace fewstep::halves {
 // How distances and barycentres are multiplied; the numbers of fewstep.ops.raw.PRECISIONS.
 enum Precision : int { kThree, kOne, kFloat32 };
 
-FEWSTEP_HD float from_bits(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
-  float value;
-  std::memcpy(&value, &bits, sizeof bits);
-  return value;
-#endif
-}
-
-FEWSTEP_HD uint32_t to_bits(float value) {
-#ifdef __CUDA_ARCH__
-  return __float_as_uint(value);
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-#endif
+template <class To, class From>
+FEWSTEP_HD To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
 }
 
 // Powers of 2: `down` brings a value of this size to 2^13 .. 2^14, `up` takes it back. Of 0, and of what is below
@@ -55,9 +42,10 @@ struct Power {
   float down, up;
 
   explicit FEWSTEP_HD Power(float size) {
-    const int exponent = block::least(block::largest(static_cast<int>(to_bits(size) >> 23 & 0xff), 14), 254);
-    down = from_bits(static_cast<uint32_t>(267 - exponent) << 23);
-    up = from_bits(static_cast<uint32_t>(exponent - 13) << 23);
+    const int exponent =
+        block::least(block::largest(static_cast<int>(same_bits<uint32_t>(size) >> 23 & 0xff), 14), 254);
+    down = same_bits<float>(static_cast<uint32_t>(267 - exponent) << 23);
+    up = same_bits<float>(static_cast<uint32_t>(exponent - 13) << 23);
   }
 };
 

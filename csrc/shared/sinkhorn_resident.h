@@ -16,6 +16,7 @@
 // halves.h besides.
 #pragma once
 
+#include <cstring>
 #include <limits>
 
 #include "halves.h"

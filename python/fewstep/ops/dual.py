@@ -82,11 +82,9 @@ class Source:
         """As tangents are kept, and multiply."""
         return z if self.dtype is None else z.to(self.dtype)
 
-    def copy(self, other: Tensor, like: Tensor) -> Tensor:
-        """In the dtype of what it multiplies."""
-        if other.dtype == like.dtype:
-            return other
-        return _kept(self.copies, "copy", (other,), lambda: other.to(like.dtype))
+    def copy(self, other: Tensor) -> Tensor:
+        """What tangents multiply with, in their dtype."""
+        return _kept(self.copies, "copy", (other,), lambda: self.lower(other))
 
     def product(
         self, function: Callable[[Tensor, Tensor], Tensor], z: Tensor, other: Tensor
@@ -95,7 +93,7 @@ class Source:
         if z.dtype == other.dtype:
             return function(z, other)
         if z.device.type not in WIDENED:
-            return function(z, self.copy(other, z))
+            return function(z, self.copy(other))
         wide = z.to(other.dtype)
         with _widened(z, wide):
             return function(wide, other).to(z.dtype)
@@ -599,7 +597,7 @@ def _linear_pieces(source: Source, pieces: Sequence[Tensor], weight: Tensor) -> 
         if t.device.type in WIDENED or _plain() or not torch.is_grad_enabled():
             out.append(source.product(F.linear, t, weight))
         else:
-            copy = source.copy(weight, t)
+            copy = source.copy(weight)
             out.append(_LowLinear.apply(t, weight, copy))  # type: ignore[no-untyped-call]
     return out
 
@@ -1139,8 +1137,7 @@ def _softmax(input: Dual, dim: int, _stacklevel: int = 3, dtype: torch.dtype | N
 
 
 def _times(h: Dual, t: Tensor, other: Tensor) -> Tensor:
-    """`t[k] @ other` for t `[K, B, ..., N, D]` and other `[B, ..., D, M]`, of which every product
-    over the K and the B would have a copy."""
+    """`t[k] @ other` for t `[K, B, ..., N, D]` and other `[B, ..., D, M]`, which is not copied."""
     rows = t.movedim(0, -3).flatten(-3, -2)
     out = h.source.product(torch.matmul, rows, other)
     shape = (*out.shape[:-2], t.shape[0], t.shape[-2], out.shape[-1])

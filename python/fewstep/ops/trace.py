@@ -427,7 +427,7 @@ def _check_time(t: float | Tensor, x: Tensor) -> Tensor:
 
 def make_key(seed: int | Tensor) -> Tensor:
     """int64 `(seed, step 0, stage 0)` on the CPU."""
-    return make_keys(seed, 1)[0]
+    return make_keys(seed, 1, fresh=False)[0]
 
 
 def make_keys(seed: int | Tensor, steps: int, *, fresh: bool = True) -> Sequence[Tensor]:
@@ -439,11 +439,11 @@ def make_keys(seed: int | Tensor, steps: int, *, fresh: bool = True) -> Sequence
             )
     elif isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"divergence: seed must be an integer in [0, 2^63), got {seed!r}")
-    places = [(step, stage) for step in range(steps if fresh else 1) for stage in range(2)]
+    places = [(step, stage) for step in range(steps) for stage in (0, 1)] if fresh else [(0, 0)]
     if isinstance(seed, Tensor):
         rest = seed.new_tensor(places)
         keys = torch.cat([seed.expand(len(places), 1), rest], 1)
     else:
         keys = torch.tensor([(seed, *place) for place in places])
     own = keys.unbind()
-    return own if fresh else own[:1] * (2 * steps)
+    return own if fresh else own * (2 * steps)
