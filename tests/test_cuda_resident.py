@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from dataclasses import replace
@@ -23,10 +24,10 @@ from tolerances import assert_contract, error
 
 COSTS = reference.COSTS[:3]
 NO_DIAGONAL = -(2**63)
-# A thread alone, and 2 warps of 32 fibers with tensor cores, under the address sanitizer; 3 warps
-# of 2 threads, and clusters of such blocks, under the thread sanitizer.
-TEAMS = {"alone": 0, "block": 1, "cluster": 3}
-WIDE, WIDE_CLUSTER = -1, -2
+# A thread alone, and warps of 32 fibers with tensor cores, under the address sanitizer; 3 warps of
+# 2 threads, and clusters of such blocks, under the thread sanitizer: ranks, and warps of 32.
+TEAMS = {"alone": (0, 0), "block": (1, 0), "cluster": (3, 0)}
+WIDE = {"wide": (1, 2), "four": (1, 4), "wide cluster": (2, 2)}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 
 
@@ -35,19 +36,19 @@ def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emulator]:
     folder = tmp_path_factory.mktemp("resident")
 
     def build(sanitizer: str, ranks: int) -> Emulator:
-        empty = header("solve", torch.float32, ranks, batch=0)
+        empty = header("solve", torch.float32, (ranks, 0), batch=0)
         target = folder / sanitizer
         return build_emulator("emulate_resident.cpp", target, sanitizer, empty, optimise="-O1")
 
     threads = build("thread", 1)
     alone = build("address", 0)
-    return {"alone": alone, "wide": alone, "block": threads, "cluster": threads}
+    return dict.fromkeys(("alone", *WIDE), alone) | dict.fromkeys(("block", "cluster"), threads)
 
 
 def header(
     op: str,
     dtype: torch.dtype,
-    ranks: int,
+    team: tuple[int, int],
     *,
     batch: int,
     n: int = 1,
@@ -57,15 +58,15 @@ def header(
     diagonal: int | None = None,
     max_iter: int = 1,
     flags: tuple[int, int, int, int] = (0, 0, 0, 0),
-    unit: bool = False,
     precision: str = "tf32x3",
+    updates: tuple[bool, bool] = (False, False),
     numbers: tuple[float, ...] = (-1.0, 1e-3, 1.0, math.inf, math.inf, 1.0),
 ) -> bytes:
-    integers = (("solve", "direct", "drift").index(op), dtype == torch.float64, ranks)
+    integers = (("solve", "direct", "drift").index(op), dtype == torch.float64, *team)
     where = NO_DIAGONAL if diagonal is None else diagonal
     sizes = (batch, n, m, d, COSTS.index(cost), where, max_iter)
     how = raw.PRECISIONS.index(precision)
-    return struct.pack("16q6d", *integers, *sizes, *flags, unit, how, *numbers)
+    return struct.pack("19q6d", *integers, *sizes, *flags, False, how, *updates, *numbers)
 
 
 def make(
@@ -86,7 +87,7 @@ def make(
 
 def solve_emulated(
     run: Emulator,
-    ranks: int,
+    team: tuple[int, int],
     inputs: tuple[Tensor, ...],
     schedule: Schedule,
     *,
@@ -112,7 +113,7 @@ def solve_emulated(
     request = header(
         op,
         dtype,
-        ranks,
+        team,
         batch=batch,
         n=n,
         m=m,
@@ -122,6 +123,7 @@ def solve_emulated(
         max_iter=s.max_iter,
         flags=present,
         precision=precision,
+        updates=(s.simultaneous, s.single),
         numbers=numbers,
     )
     given = [t.to(dtype) for t in optional if t is not None]
@@ -148,7 +150,7 @@ def exact(
 
 def check(
     run: Emulator,
-    ranks: int,
+    team: tuple[int, int],
     inputs: tuple[Tensor, ...],
     schedule: Schedule,
     *,
@@ -156,7 +158,7 @@ def check(
     **options: Any,
 ) -> list[Tensor]:
     """Held to the numerics contract against the reference in float64."""
-    actual = solve_emulated(run, ranks, inputs, schedule, op=op, **options)
+    actual = solve_emulated(run, team, inputs, schedule, op=op, **options)
     expected = exact(inputs, schedule, **options)
     cost = options.get("cost", "sqeuclidean")
     scale = reference.cost_matrix(*wide(inputs[:2]), cost).max().clamp_min(1e-3)
@@ -215,16 +217,74 @@ def test_options(
     check(emulators[team], TEAMS[team], inputs, schedule, op=op, diagonal=-1)
 
 
+SYMMETRIC: dict[str, dict[str, Any]] = {
+    "one": {"max_iter": 1},
+    "many": {"max_iter": 12},
+    "tol": {"max_iter": 30, "tol": 1e-2},
+    "a small tol": {"max_iter": 4, "tol": 1e-4},
+    "anneal": {"start": torch.tensor([4.0, 0.1]), "factor": 0.4, "max_iter": 3},
+    "temperatures": {"temperatures": torch.tensor([2.0, 0.5]), "tol": 0.05, "max_iter": 9},
+    "reach": {"rho": (0.5, 0.5), "max_iter": 7, "tol": 1e-3},
+    "short reach": {"rho": (0.01, 0.01), "max_iter": 5},
+}
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("op", "team"), [*itertools.product(["solve", "direct"], TEAMS), ("solve", "wide cluster")]
+)
+@pytest.mark.parametrize("options", SYMMETRIC.values(), ids=SYMMETRIC)
+def test_symmetric_updates(
+    emulators: dict[str, Emulator],
+    options: dict[str, Any],
+    op: str,
+    team: str,
+    dtype: torch.dtype,
+) -> None:
+    """With two potentials, and with one of x and x; also from a start, and without a diagonal."""
+    run, how = emulators[team], (TEAMS | WIDE)[team]
+    if team == "wide cluster" and (dtype == torch.float64 or "rho" not in options):
+        pytest.skip("slow, and no other arithmetic")
+    x, y, a, b, eps = make(2, 8, 11, 3, dtype)
+    schedule = Schedule(**options, relax=0.5, simultaneous=True)
+    check(run, how, (x, y, a, b, eps), schedule, op=op)
+    f0, g0 = torch.randn(2, 8).to(dtype), torch.randn(2, 11).to(dtype)
+    check(run, how, (x, y, a, b, eps), schedule, op=op, f0=f0, g0=g0)
+    if options.get("rho", (None, None)) == (0.5, 0.5):
+        check(run, how, (x, y, a, b, eps), replace(schedule, rho=(None, 2.0)), op=op)
+    schedule = replace(schedule, single=True)
+    for diagonal in (None, 0):
+        f, g, *_ = check(run, how, (x, x, a, a, eps), schedule, op=op, diagonal=diagonal)
+        assert torch.equal(f, g)
+
+
+@DTYPES
+@pytest.mark.parametrize("team", TEAMS)
+def test_symmetric_updates_when_cold(
+    emulators: dict[str, Emulator], team: str, dtype: torch.dtype
+) -> None:
+    """Costs of 1e4 eps: averages are far from what K is normalised to."""
+    x, y, a, b, eps = make(1, 9, 14, 3, dtype)
+    for inputs, single in (((x, y, a, b, eps / 500), False), ((x, x, a, a, eps / 500), True)):
+        schedule = Schedule(max_iter=6, relax=0.5, simultaneous=True, single=single)
+        actual = solve_emulated(emulators[team], TEAMS[team], inputs, schedule)
+        expected = exact(inputs, schedule)
+        scale = reference.cost_matrix(*wide(inputs[:2]), "sqeuclidean").max()
+        assert_contract("potential", actual[0], expected[0], scale=scale)
+        assert_contract("potential", actual[1], expected[1], scale=scale)
+        assert actual[3].isfinite().all()
+
+
 @DTYPES
 @pytest.mark.parametrize("op", ["solve", "direct"])
 def test_starts(emulators: dict[str, Emulator], op: str, dtype: torch.dtype) -> None:
     inputs = make(2, 8, 11, 2, dtype)
     f0, g0 = torch.randn(2, 8).to(dtype), torch.randn(2, 11).to(dtype)
     for schedule in (Schedule(max_iter=1), Schedule(max_iter=3, relax=1.2)):
-        check(emulators["alone"], 0, inputs, schedule, op=op, f0=f0, g0=g0)
+        check(emulators["alone"], TEAMS["alone"], inputs, schedule, op=op, f0=f0, g0=g0)
         # So far off that sums around the old potentials overflow, and residuals are rounding.
         far = {"f0": 1e4 * f0, "g0": 1e4 * g0}
-        actual = solve_emulated(emulators["alone"], 0, inputs, schedule, op=op, **far)
+        actual = solve_emulated(emulators["alone"], TEAMS["alone"], inputs, schedule, op=op, **far)
         expected = exact(inputs, schedule, **far)
         assert_contract("potential", actual[0], expected[0], scale=far["g0"])
         assert_contract("potential", actual[1], expected[1], scale=far["g0"])
@@ -267,23 +327,22 @@ TENSOR_SHAPES = [(2, 13, 50, 33), (1, 16, 7, 20), (1, 11, 50, 260)]
 
 
 @pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("team", WIDE)
 @pytest.mark.parametrize("shape", TENSOR_SHAPES, ids=str)
-def test_tensor_cores(emulators: dict[str, Emulator], shape: tuple[int, ...], cost: str) -> None:
+def test_tensor_cores(
+    emulators: dict[str, Emulator], shape: tuple[int, ...], team: str, cost: str
+) -> None:
     """Far from the origin, and with equal points, whose root is all cancellation."""
     x, y, *rest = make(*shape, torch.float32)
     inputs = (x + 30, y + 30, *rest)
-    ranks = WIDE_CLUSTER if shape[0] == 2 else WIDE
-    found = check(emulators["wide"], ranks, inputs, Schedule(max_iter=5), cost=cost)
-    one = solve_emulated(
-        emulators["wide"], ranks, inputs, Schedule(max_iter=5), cost=cost, precision="tf32"
-    )
+    run, how = emulators[team], WIDE[team]
+    found = check(run, how, inputs, Schedule(max_iter=5), cost=cost)
+    one = solve_emulated(run, how, inputs, Schedule(max_iter=5), cost=cost, precision="tf32")
     expected = exact(inputs, Schedule(max_iter=5), cost=cost)
     worse = error("potential", one[0], expected[0]), error("potential", found[0], expected[0])
     # 2^-9 of |x|^2 + |y|^2, a root of which is off by more.
     assert 4 * worse[1] < worse[0] < (1e-2 if cost == "euclidean" else 2e-3)
-    plain = solve_emulated(
-        emulators["wide"], ranks, inputs, Schedule(max_iter=5), cost=cost, precision="float32"
-    )
+    plain = solve_emulated(run, how, inputs, Schedule(max_iter=5), cost=cost, precision="float32")
     assert_contract("potential", plain[0], expected[0], scale=expected[0])
 
 
@@ -291,20 +350,21 @@ def test_halves_have_the_range_of_floats(emulators: dict[str, Emulator]) -> None
     """Powers of 2 change no bit, though halves reach from 2^-24 to 2^16."""
     x, y, a, b, eps = make(1, 11, 40, 33, torch.float32)
     schedule = Schedule(max_iter=3)
-    plain = solve_emulated(emulators["wide"], WIDE, (x, y, a, b, eps), schedule)
+    plain = solve_emulated(emulators["wide"], WIDE["wide"], (x, y, a, b, eps), schedule)
     for size in (2.0**25, 2.0**-25):
         inputs = (size * x, size * y, a, b, size**2 * eps)
-        scaled = solve_emulated(emulators["wide"], WIDE, inputs, schedule)
+        scaled = solve_emulated(emulators["wide"], WIDE["wide"], inputs, schedule)
         assert torch.equal(scaled[0], size**2 * plain[0])
         assert torch.equal(scaled[1], size**2 * plain[1])
 
 
 def test_nan_stays_in_its_problem(emulators: dict[str, Emulator]) -> None:
     x, *rest = make(2, 5, 6, 2, torch.float32)
-    clean = solve_emulated(emulators["alone"], 0, (x, *rest), Schedule(max_iter=5, tol=1e-3))
+    schedule = Schedule(max_iter=5, tol=1e-3)
+    clean = solve_emulated(emulators["alone"], TEAMS["alone"], (x, *rest), schedule)
     x[0, 3, 0] = torch.nan
-    for team, ranks in TEAMS.items():
-        actual = solve_emulated(emulators[team], ranks, (x, *rest), Schedule(max_iter=5, tol=1e-3))
+    for team, how in TEAMS.items():
+        actual = solve_emulated(emulators[team], how, (x, *rest), schedule)
         assert actual[2].isnan().tolist() == [True, False]
         assert actual[5].tolist()[0] is False
         assert_contract("potential", actual[0][1], clean[0][1].double())
@@ -332,16 +392,15 @@ def test_drift(
     weights[:, 1] = 0
     guidance = torch.tensor([0.5, 2.0], dtype=dtype) * (counts[2] > 0)
     eps = torch.tensor([0.1, 1.0], dtype=dtype)
-    if team == "wide" and dtype == torch.float64:
+    if team in WIDE and dtype == torch.float64:
         pytest.skip("tensor cores take float32")
-    ranks = WIDE if team == "wide" else TEAMS[team]
     scale, unit = 1.3, 1.3**2 * d
     plans = 1 if joint else 2 + (counts[2] > 0)
     for diagonal, cost in ((None, "half_sqeuclidean"), (1, "euclidean")):
         request = header(
             "drift",
             dtype,
-            ranks,
+            (TEAMS | WIDE)[team],
             batch=groups,
             n=n,
             m=counts[0],
@@ -447,6 +506,8 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
     "small-relax": {"relax": 1.3},
     "small-diagonal": {"exclude_diagonal": 1},
     "small-precision": {"precision": "float32"},
+    "small-symmetric": {"update": "symmetric"},
+    "small-symmetric-reach": {"update": "symmetric", "reach": (0.7, 0.9), "tol": 1e-3},
 }
 
 
@@ -455,6 +516,29 @@ DEVICE_OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", DEVICE_OPTIONS.values(), ids=DEVICE_OPTIONS)
 def test_device_options(options: dict[str, Any], shape: tuple[int, ...]) -> None:
     fewstep_and_exact(make(*shape, torch.float32), max_iter=9, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 9, 13, 4), (2, 250, 140, 20)], ids=["small", "cluster"])
+@pytest.mark.parametrize("reach", [None, 0.8])
+def test_device_divergence(shape: tuple[int, ...], reach: float | None) -> None:
+    """Its problems of x with x and y with y keep one potential."""
+    inputs, found = make(*shape, torch.float32), []
+    for backend, device, dtype in (
+        ("cuda", "cuda", torch.float32),
+        ("reference", "cpu", torch.float64),
+    ):
+        x, y, a, b, eps = (t.to(device, dtype) for t in inputs)
+        x.requires_grad_()
+        result = fewstep.sinkhorn_divergence(
+            *(x, y), eps=eps, a=a, b=b, reach=reach, max_iter=12, backend=backend
+        )
+        assert torch.equal(result.xx.f, result.xx.g)
+        found.append((result, torch.autograd.grad(result.value.sum(), x)[0]))
+    (mine, slope), (true, wanted) = found
+    scale = reference.cost_matrix(*wide(inputs[:2]), "sqeuclidean").max()
+    assert_contract("value", mine.value.detach().cpu(), true.value.detach(), scale=scale)
+    assert_contract("gradient", slope.cpu(), wanted)
 
 
 @pytest.mark.gpu

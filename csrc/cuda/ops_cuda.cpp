@@ -74,9 +74,11 @@ struct Options {
   double factor;
   std::optional<double> rho_x, rho_y;
   double relax;
+  bool simultaneous, single;
   int64_t precision;
   bool any() const {
-    return segment_x || start || schedule || temperatures != 1 || diagonal || rho_x || rho_y || relax != 1;
+    return segment_x || start || schedule || temperatures != 1 || diagonal || rho_x || rho_y || relax != 1 ||
+           simultaneous;
   }
 };
 
@@ -125,6 +127,8 @@ Solution solve_resident(const fewstep::cuda::ResidentPlan& plan, const Tensor& x
   in.rho_x = o.rho_x ? static_cast<float>(*o.rho_x) : kInfinity;
   in.rho_y = o.rho_y ? static_cast<float>(*o.rho_y) : kInfinity;
   in.relax = static_cast<float>(o.relax);
+  in.simultaneous = o.simultaneous;
+  in.single = o.single;
   in.f = mutable_data<float>(f);
   in.g = mutable_data<float>(g);
   in.value = mutable_data<float>(value);
@@ -141,11 +145,11 @@ Solution sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tenso
                   const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost, int64_t cost,
                   std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol, const Maybe& start,
                   double factor, const Maybe& schedule, std::optional<double> rho_x, std::optional<double> rho_y,
-                  double relax, bool simultaneous, bool, int64_t, int64_t precision) {
-  STD_TORCH_CHECK(!matrix && !label_x && !label_y && !label_cost && !simultaneous,
-                  "sinkhorn: CUDA kernels have no matrix, labels or symmetric updates");
+                  double relax, bool simultaneous, bool single, int64_t, int64_t precision) {
+  STD_TORCH_CHECK(!matrix && !label_x && !label_y && !label_cost, "sinkhorn: CUDA kernels have no matrix or labels");
   check_points(x, y, cost);
   const int64_t batch = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
+  STD_TORCH_CHECK(!single || (simultaneous && n == m), "sinkhorn: one potential is for symmetric updates of x with x");
   check_input(a, "a", x, {batch, n});
   check_input(b, "b", x, {batch, m});
   STD_TORCH_CHECK(segment_x.has_value() == segment_y.has_value() && (!segment_x || batch == 1),
@@ -161,8 +165,8 @@ Solution sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tenso
   STD_TORCH_CHECK(1 <= max_iter && max_iter <= INT32_MAX, "sinkhorn: max_iter must be in 1..2^31-1, got ", max_iter);
   STD_TORCH_CHECK(!diagonal || (-kMaxSize <= *diagonal && *diagonal <= kMaxSize), "sinkhorn: diagonal is too far off");
   // An alternating iteration overwrites f0, unless it is relaxed.
-  const Options options{f0,       g0,     segment_x, segment_y, start, schedule, temperatures,
-                        diagonal, factor, rho_x,     rho_y,     relax, precision};
+  const Options options{f0,     g0,    segment_x, segment_y, start,        schedule, temperatures, diagonal,
+                        factor, rho_x, rho_y,     relax,     simultaneous, single,   precision};
   if (x.scalar_type() == ScalarType::Float && count > 0) {
     const Device device(x);
     fewstep::cuda::ResidentPlan plan;

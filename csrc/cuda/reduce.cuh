@@ -19,8 +19,9 @@ struct Block {
     return index;
   }
   __device__ int size() const { return static_cast<int>(blockDim.x); }
-  __device__ int lane() const { return rank() % kLanes; }
-  __device__ int warp() const { return rank() / kLanes; }
+  // Not a remainder and a quotient: the compiler does not know that a rank is not negative.
+  __device__ int lane() const { return rank() & (kLanes - 1); }
+  __device__ int warp() const { return static_cast<int>(static_cast<unsigned>(rank()) / kLanes); }
   __device__ int warps() const { return size() / kLanes; }
   __device__ void sync() const { __syncthreads(); }
 
@@ -97,10 +98,10 @@ struct Block {
     asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
   }
 
-  // Element by element over the lanes: at each step a lane hands half of its elements to its partner and keeps the
-  // other half, which takes R + 4 shuffles instead of 5 R, and R more to tell every lane.
-  template <typename T, int R>
-  __device__ void lane_sums(T (&values)[R]) const {
+  // Row by row over the lanes: at each step a lane hands half of its rows to its partner and keeps the other half,
+  // which takes R + 1 shuffles instead of 5 R. Row r ends in the 4 lanes from 4 r on.
+  template <typename T, int R, typename Combine>
+  __device__ void combine_rows(T (&values)[R], T (&own)[1], Combine combine) const {
     static_assert(R == 8);
     int offset = kLanes / 2;
 #pragma unroll
@@ -109,13 +110,17 @@ struct Block {
 #pragma unroll
       for (int i = 0; i < half; ++i) {
         const T sent = upper ? values[i] : values[i + half], kept = upper ? values[i + half] : values[i];
-        values[i] = kept + __shfl_xor_sync(0xffffffffu, sent, offset);
+        values[i] = combine(kept, __shfl_xor_sync(0xffffffffu, sent, offset));
       }
     }
-    T sum = values[0];
-    for (; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    own[0] = values[0];
+    for (; offset > 0; offset /= 2) own[0] = combine(own[0], __shfl_xor_sync(0xffffffffu, own[0], offset));
+  }
+
+  template <typename T, int R>
+  __device__ void spread(const T (&own)[1], T (&values)[R]) const {
 #pragma unroll
-    for (int i = 0; i < R; ++i) values[i] = __shfl_sync(0xffffffffu, sum, i * (kLanes / R));
+    for (int r = 0; r < R; ++r) values[r] = __shfl_sync(0xffffffffu, own[0], r * (kLanes / R));
   }
 };
 

@@ -69,11 +69,12 @@ __device__ resident::Points<float> points_of(const ResidentProblems& in, const I
 }
 
 __device__ resident::Schedule<float> schedule_of(const ResidentProblems& in) {
-  return {in.schedule, static_cast<int>(in.scheduled),
-          in.factor,   static_cast<int>(in.max_iter),
-          in.tol,      in.converged_at,
-          in.rho_x,    in.rho_y,
-          in.relax,    false};
+  return {in.schedule,     static_cast<int>(in.scheduled),
+          in.factor,       static_cast<int>(in.max_iter),
+          in.tol,          in.converged_at,
+          in.rho_x,        in.rho_y,
+          in.relax,        false,
+          in.simultaneous, in.single};
 }
 
 // Where the potentials of temperature t of an item are, and its numbers.
@@ -114,7 +115,7 @@ __device__ int take(const Team& team, int* queue, int* next) {
 template <int Q, int kW>
 __device__ bool fits(const Item& item, int ranks, int warps, int64_t capacity) {
   const int64_t rows = (item.n + ranks - 1) / ranks;
-  return rows <= warps * kR && item.m <= Q * Block::kLanes && SolveLayout<Q, kW>::elements(rows, item.m, 1) <= capacity;
+  return rows <= warps * kR && item.m <= Q * Block::kLanes && SolveLayout<Q, kW>::elements(rows, item.m, 0) <= capacity;
 }
 
 template <int Q, int kW, typename Team>
@@ -212,7 +213,7 @@ constexpr int kStaticShared = 128;
 template <int Q, int kW>
 bool plan_for(int64_t n, int64_t m, int ranks, const Device& device, ResidentPlan* plan) {
   const int64_t rows = (n + ranks - 1) / ranks, warps = (rows + kR - 1) / kR;
-  const int64_t bytes = SolveLayout<Q, kW>::elements(rows, m, 1) * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = SolveLayout<Q, kW>::elements(rows, m, 0) * static_cast<int64_t>(sizeof(float));
   if (warps > kW || m > Q * Block::kLanes || bytes + kStaticShared > device.shared_limit) return false;
   *plan = {Q, ranks, static_cast<int>(warps) * Block::kLanes, static_cast<int>(bytes)};
   return true;
@@ -357,14 +358,12 @@ __global__ void __launch_bounds__(kDriftWarps* Block::kLanes, 1)
   __shared__ int next;
   const Block team{};
   const DriftProblems& in = arguments.in;
-  // Read again wherever they are needed: registers are short.
   const auto units = [&]() -> resident::DriftUnits<float> {
     const double length = *in.scale, size = in.cost == 2 ? length : length * length;
     return {size * (!in.scaled ? 1.0 : in.cost == 2 ? sqrt(double(in.d)) : double(in.d)), *in.scale};
   };
-  while (true) {
-    const int64_t group = take(team, arguments.queue, &next);
-    if (group >= in.groups) return;
+  const auto group = [&] { return int64_t{next}; };
+  while (take(team, arguments.queue, &next) < in.groups) {
     resident::drift_group<kR, Q, kDriftWarps, kStacked<Q>>(team, arguments.drift, group, units, arguments.stacked,
                                                            memory);
   }
@@ -406,7 +405,7 @@ int64_t widest_plan(const DriftProblems& in) {
 
 template <int Q>
 int64_t drift_bytes(int64_t n, int64_t widest, int stacked) {
-  return DriftLayout<Q>::elements(n, widest, 1 + stacked) * static_cast<int64_t>(sizeof(float));
+  return DriftLayout<Q>::elements(n, widest, stacked) * static_cast<int64_t>(sizeof(float));
 }
 
 // The most temperatures at a time that shared memory has room for; 0 where there is none for one.

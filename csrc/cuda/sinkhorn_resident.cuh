@@ -40,6 +40,7 @@ struct ResidentProblems {
   const float* schedule;
   int64_t scheduled, max_iter;
   float factor, tol, converged_at, rho_x, rho_y, relax;
+  bool simultaneous, single;
   float* f;  // like f0
   float* g;
   float* value;  // [count * temperatures]

@@ -7,17 +7,21 @@
 //     s_i = sum_j K_ij v_j,  u_i = 1 / s_i,  q_j = sum_i a_i u_i K_ij,  v_j = b_j / q_j,
 //
 // with F_i = shift_i + log2 u_i and H_j = h_j + log2 v_j the potentials in units of eps ln 2, log2 b_j included in H.
-// Where a scaling leaves its safe range the potentials are taken into K anew ("absorbed"), from row sums around their
-// maxima; a column whose sum has underflowed gets a log-sum-exp of its own.
+// Symmetric updates take q_j with the u before, and one potential (x is y) has H_j = F_j + log2 b_j instead. Where a
+// scaling leaves its safe range the potentials are taken into K anew ("absorbed"), from row sums around their maxima; a
+// column whose sum has underflowed gets a log-sum-exp of its own.
 //
 // On top of what sinkhorn_block.h asks of a Team: ranks(), block() (which of the ranks), sync_all() (a barrier of all
 // ranks), peer(pointer, rank) (the same place in the memory of a rank), any(flag) (of a block, also a barrier),
-// lane_any(flag), sync_lanes(), and lane_sums(values) (element by element). A team with tensor cores has those of
+// lane_any(flag) and sync_lanes(). A warp's R values, one per row, are combined over its lanes by combine_rows(values,
+// own, combine), which leaves a lane those of its own rows, and spread(own, values) tells them to all lanes; a lane has
+// the R / kLanes rows from lane R / kLanes on, or kLanes / R lanes share one. A team with tensor cores has those of
 // halves.h besides.
 #pragma once
 
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "halves.h"
 #include "sinkhorn_block.h"
@@ -37,18 +41,20 @@ constexpr int kParts = 3;                 // clouds that make up the columns
 constexpr int kDepth = 16;                // coordinates staged at a time
 constexpr int kStageStride = kDepth + 1;  // lanes on different points fall into different banks
 constexpr int kMmaStride = kDepth + 4;    // so do the rows of a matrix of halves, and points are aligned to 16 bytes
-constexpr int kScalars = 3;               // that a pass hands from each warp to all others
+constexpr int kMetrics = 3;               // of a plan of a drift
+constexpr int kScalars = 4;               // that a pass hands from each warp to all others, or a plan its metrics
 constexpr int kMostStacked = 3;           // temperatures whose barycentres are taken in one pass over the points
+constexpr int kLastSteps = 10;            // at most, alternating ones after symmetric ones; in Python LAST_STEPS
 
-// Entries of K below 2^-126 (2^-1022) are 0. With scalings up to 2^kSafe they are at most 2^(-126 + 2 kSafe) of their
-// row, and a column sum above kLow does not feel them.
+// Entries of K below 2^-126 (2^-1022) are 0. With scalings of rows up to kTop = kSafe^2 what is missing from a column
+// sum above kLow is below its rounding.
 template <typename T>
 struct Range {
-  static constexpr T kSafe = 0x1p24, kHalf = 0x1p12, kLow = 0x1p-50, kHigh = 0x1p100;
+  static constexpr T kSafe = 0x1p24, kHalf = 0x1p12, kTop = 0x1p48, kLow = 0x1p-50, kHigh = 0x1p100;
 };
 template <>
 struct Range<double> {
-  static constexpr double kSafe = 0x1p200, kHalf = 0x1p100, kLow = 0x1p-800, kHigh = 0x1p900;
+  static constexpr double kSafe = 0x1p200, kHalf = 0x1p100, kTop = 0x1p400, kLow = 0x1p-560, kHigh = 0x1p900;
 };
 
 FEWSTEP_HD double reciprocal(double value) { return 1 / value; }
@@ -130,7 +136,10 @@ struct Schedule {
   T converged_at;
   T rho_x, rho_y;  // penalties of the marginals; inf: they are constraints
   T relax;
-  bool unit_start;  // from v_j = 1 rather than from g = 0
+  bool unit_start;    // from v_j = 1 rather than from g = 0
+  bool simultaneous;  // both potentials from the last two, and alternating iterations at the end
+  bool single;        // x is y, with the same weights: of simultaneous updates, with one potential
+  FEWSTEP_HD int last_steps() const { return tol < 0 || single ? 1 : kLastSteps; }
 };
 
 template <typename T>
@@ -148,7 +157,8 @@ template <int R, int Q, int kLanes, int kWarps>
 struct Layout {
   static constexpr int kRows = kWarps * R, kColumns = Q * kLanes;
   static constexpr int kA = 0, kShift = kRows, kF = 2 * kRows, kU = 4 * kRows;  // f and u twice: now and next
-  static constexpr int kB = 6 * kRows, kH = kB + kColumns, kV = kH + kColumns, kLse = kV + kColumns;
+  static constexpr int kLogs = 6 * kRows;                                       // f + log2 a, for log-sum-exps
+  static constexpr int kB = 7 * kRows, kH = kB + kColumns, kV = kH + kColumns, kLse = kV + kColumns;
   static constexpr int kScalar = kLse + kColumns;                               // [2, kScalars, kWarps]
   static constexpr int kScale = kScalar + (2 * kScalars * kWarps + 3) / 4 * 4;  // of the points of the columns
   static constexpr int kBack = kScale + kColumns;                               // [kMostStacked, kRows]
@@ -165,10 +175,13 @@ struct Layout {
   // Where they are: before there are costs, and after the weights of a drift have been read.
   static FEWSTEP_HD int64_t behind_costs(int64_t rows, int64_t m) { return kCost + (rows * m + 3) / 4 * 4; }
 
-  // `matrices` is 1 for a solve and more for a drift, whose weights, a matrix per temperature, follow the costs.
+  // `matrices` of weights, one per temperature of a drift, follow the costs. Four neighbours of a row fall into banks
+  // of their own.
+  static FEWSTEP_HD int64_t weight_stride(int64_t m) { return tiled(m) + 8; }
   static FEWSTEP_HD int64_t elements(int64_t rows, int64_t m, int matrices) {
-    const int64_t measured = kPartial + stages(tiled(m) + rows), kept = kCost + matrices * rows * m;
-    const int64_t combined = matrices == 1 ? 0 : behind_costs(rows, m) + stages(tiled(m));
+    const int64_t measured = kPartial + stages(tiled(m) + rows);
+    const int64_t kept = behind_costs(rows, m) + matrices * rows * weight_stride(m);
+    const int64_t combined = matrices == 0 ? 0 : behind_costs(rows, m) + stages(tiled(m));
     return block::largest(block::largest(measured, kept), combined);
   }
 };
@@ -194,6 +207,20 @@ struct Velocities {
   bool add;      // to what is there
 };
 
+struct Sum {
+  template <typename T>
+  FEWSTEP_HD T operator()(T p, T q) const {
+    return p + q;
+  }
+};
+
+struct Largest {
+  template <typename T>
+  FEWSTEP_HD T operator()(T p, T q) const {
+    return largest(p, q);
+  }
+};
+
 // rho (1 - exp(-f / rho)): what a potential adds to the dual, f itself for a constraint (rho = inf).
 template <typename T>
 FEWSTEP_HD T penalised(T f, T rho) {
@@ -207,6 +234,9 @@ class Solver {
   static constexpr bool kTensor = Team::kTensor && sizeof(T) == sizeof(float);
   using At = Layout<R, Q, kLanes, kWarps>;
   static constexpr int kTiles = tiles_of(Q);
+  static constexpr int kWide = kWarps <= 8 ? 4 : 1;             // warps that measure their rows together
+  static constexpr int kOwn = R > kLanes ? R / kLanes : 1;      // rows of a lane
+  static constexpr int kSharers = kLanes > R ? kLanes / R : 1;  // lanes of a row
 
   // Rows of this block: ranks share them evenly, in order.
   FEWSTEP_HD Solver(const Team& team, const Points<T>& points, T* memory) : team_(team), p_(points), memory_(memory) {
@@ -220,11 +250,16 @@ class Solver {
   FEWSTEP_HD int tiled() const { return static_cast<int>(At::tiled(p_.m)); }
   FEWSTEP_HD int row_of(int r) const { return team_.warp() * R + r; }
   FEWSTEP_HD int column_of(int q) const { return team_.lane() + q * kLanes; }
+  FEWSTEP_HD int own_row(int e) const { return row_of(team_.lane() / kSharers * kOwn + e); }
+  FEWSTEP_HD bool first_of_row() const { return team_.lane() % kSharers == 0; }
 
   // Distances into shared memory; c is scratch. Begins and ends with sync().
   FEWSTEP_HD void measure(T (&c)[R][Q]) {
     if constexpr (kTensor) {
-      if (p_.by_products()) return measure_by_products();
+      if (p_.by_products()) {
+        if (team_.warps() % kWide == 0) return measure_by_products<kWide>();
+        return measure_by_products<1>();
+      }
     }
     measure_by_differences(c);
   }
@@ -234,6 +269,7 @@ class Solver {
   FEWSTEP_HD void solve(T (&k)[R][Q], const Schedule<T>& s, const Marginals<T>& w, T eps, T start) {
     s_ = s;
     plain_ = std::isinf(s.rho_x) && std::isinf(s.rho_y) && s.relax == 1;
+    averaged_ = s.simultaneous;
     relax_ = w.f0 == nullptr ? T(1) : s.relax;  // an iteration without a potential before it is taken in full
     step_ = iterations_ = 0;
     annealed_ = start;
@@ -241,23 +277,35 @@ class Solver {
     temperature_ = next_temperature(eps);
     set_temperature();
     begin(w);
-    bool absorb = true, measured = false;
+    bool absorb = true, measured = false, closing = false;
     int at_eps = 0;
     while (true) {
-      if (absorb || !pass<false>(k)) pass<true>(k);
-      // The pass after an iteration at eps tells the error of its rows.
-      if (measured) {
-        ++at_eps;
-        if (at_eps == s.max_iter || s.tol >= 0) {
-          residual_ = total(0) / a_total_;
-          if (at_eps == s.max_iter || residual_ <= s.tol) return;
+      // The pass after an iteration at eps tells its error.
+      const bool last = measured && ++at_eps == (closing ? s.last_steps() : s.max_iter);
+      const bool asked = last || (measured && s.tol >= 0);
+      bool usable = !absorb && pass<false>(k, asked);
+      if (!usable) usable = pass<true>(k, asked);
+      if (asked) {
+        residual_ = error() / a_total_;
+        if (last || residual_ <= s.tol) {
+          if (closing || !s.simultaneous) return;
+          if (!absorbed_) fold();
+          averaged_ = measured = false;
+          closing = absorb = true;
+          relax_ = 1;
+          at_eps = 0;
+          continue;
         }
       }
-      accept();
-      absorb = finish_columns();
+      if (!averaged_) accept();
+      const bool far = s_.single ? follow_rows() : finish_columns();
+      absorb = far || !usable;
+      if (averaged_) accept();
+      if (absorb) fold();
+      measured = final_;
+      if (closing) continue;
       ++iterations_;
       relax_ = s.relax;
-      measured = final_;
       if (final_) continue;
       const T next = next_temperature(eps);
       if (next == temperature_) continue;
@@ -274,11 +322,12 @@ class Solver {
     for (int i = team_.rank(); i < rows_; i += team_.size()) {
       const T f = potential(i) * unit;
       out.f[first_ + i] = f;
-      if (at(At::kA)[i] != 0) value += at(At::kA)[i] * penalised(f, s_.rho_x);
+      if (s_.single) out.g[first_ + i] = f;
+      if (at(At::kA)[i] != 0) value += (s_.single ? 2 : 1) * at(At::kA)[i] * penalised(f, s_.rho_x);
     }
-    soft_of_massless_columns();
+    if (!s_.single) soft_of_massless_columns();
     FEWSTEP_ROLLED
-    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+    for (int j = team_.rank(); j < p_.m && !s_.single; j += team_.size()) {
       const T b = at(At::kB)[j];
       const T g = unit * (b > 0 ? at(At::kH)[j] + log2(at(At::kV)[j]) - log2(b) : -damping_y_ * at(At::kLse)[j]);
       if (team_.block() != 0) continue;
@@ -301,73 +350,90 @@ class Solver {
 
   // The weights of a plan's share of a drift, from the K of a solve of one rank, into matrix t, and three sums over the
   // rows, of |sum_j p_ij - 1|, of the entropy (in nats) and of the largest entry of the normalised plan, into `sums`.
-  FEWSTEP_HD void weigh(T (&k)[R][Q], const Share<T>& io, int t, T (&sums)[kScalars]) {
-    const int lane = team_.lane(), first_row = row_of(0);
+  FEWSTEP_HD void weigh(T (&k)[R][Q], const Share<T>& io, int t, T (&sums)[kMetrics]) {
     T positive[R], negative[R], bits[R], peak[R];
     FEWSTEP_UNROLL
     for (int r = 0; r < R; ++r) positive[r] = negative[r] = bits[r] = peak[r] = 0;
     FEWSTEP_UNROLL
     for (int q = 0; q < Q; ++q) {
-      const int j = lane + q * kLanes;
+      const int j = column_of(q);
       if (j >= p_.m) continue;
       const T v = at(At::kV)[j], h = at(At::kH)[j] + log2(v);
-      const bool minus = j >= io.positive;
+      const bool right = j >= io.positive;
       FEWSTEP_UNROLL
       for (int r = 0; r < R; ++r) {
-        const int i = least(first_row + r, rows_ - 1);
+        const int i = least(row_of(r), rows_ - 1);
         const T e = k[r][q] * v;
         // Where a pair is left out its exponent is -inf and e is 0.
         bits[r] += e * largest(at(At::kShift)[i] + h - k_ * at(At::kCost)[i * p_.m + j], T(-1000));
         peak[r] = largest(e, peak[r]);
-        (minus ? negative[r] : positive[r]) += e;
+        (right ? negative[r] : positive[r]) += e;
         k[r][q] = e;
       }
     }
-    team_.lane_sums(positive);
-    team_.lane_sums(negative);
-    team_.lane_sums(bits);
-    T part[kScalars] = {};
+    T plus[kOwn], minus[kOwn], entropy[kOwn], top[kOwn], part[kMetrics] = {};
+    team_.combine_rows(positive, plus, Sum());
+    team_.combine_rows(negative, minus, Sum());
+    team_.combine_rows(bits, entropy, Sum());
+    team_.combine_rows(peak, top, Largest());
     FEWSTEP_UNROLL
-    for (int r = 0; r < R; ++r) {
-      peak[r] = team_.lane_max(peak[r]);
-      const T total = positive[r] + negative[r], u = at(At::kU + u_)[least(first_row + r, rows_ - 1)];
-      if (first_row + r < rows_) {
+    for (int e = 0; e < kOwn; ++e) {
+      const int i = own_row(e);
+      const T total = plus[e] + minus[e], u = at(At::kU + u_)[least(i, rows_ - 1)];
+      if (i < rows_ && first_of_row()) {
         part[0] += std::abs(u * total - 1);
-        part[1] += (log2(total) - bits[r] / total) * T(0.69314718055994530942);
-        part[2] += peak[r] / total;
+        part[1] += (log2(total) - entropy[e] / total) * T(0.69314718055994530942);
+        part[2] += top[e] / total;
       }
-      const T to_positive = io.factor * (io.joint ? u * u * negative[r] : 1 / total);
-      const T to_negative = io.factor * (io.joint ? -(u * u) * positive[r] : 1 / total);
-      T top = 0, down = 1;
+      const T to_positive = io.factor * (io.joint ? u * u * minus[e] : 1 / total);
+      minus[e] = io.factor * (io.joint ? -(u * u) * plus[e] : 1 / total);
+      plus[e] = to_positive;
+    }
+    team_.spread(plus, positive);
+    team_.spread(minus, negative);
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) peak[r] = 0;
+    FEWSTEP_UNROLL
+    for (int q = 0; q < Q; ++q) {
+      const int j = column_of(q);
+      if (j >= p_.m) continue;
+      const T up = by_products() ? halves::Power(at(At::kScale)[j]).up : T(1);
       FEWSTEP_UNROLL
-      for (int q = 0; q < Q; ++q) {
-        if (lane + q * kLanes >= p_.m) continue;
-        k[r][q] *= lane + q * kLanes >= io.positive ? to_negative : to_positive;
-        if (!by_products()) continue;
-        k[r][q] *= halves::Power(at(At::kScale)[lane + q * kLanes]).up;
-        top = largest(std::abs(k[r][q]), top);
+      for (int r = 0; r < R; ++r) {
+        k[r][q] *= (j >= io.positive ? negative[r] : positive[r]) * up;
+        peak[r] = largest(std::abs(k[r][q]), peak[r]);
       }
-      if constexpr (kTensor) {
-        if (p_.by_products()) {
-          const halves::Power power(team_.lane_max(top));
-          down = power.down;
-          if (lane == 0 && first_row + r < rows_) at(At::kBack + t * At::kRows)[first_row + r] = power.up;
+    }
+    if constexpr (kTensor) {
+      if (p_.by_products()) {
+        team_.combine_rows(peak, top, Largest());
+        FEWSTEP_UNROLL
+        for (int e = 0; e < kOwn; ++e) {
+          const halves::Power power(top[e]);
+          top[e] = power.down;
+          if (own_row(e) < rows_ && first_of_row()) at(At::kBack + t * At::kRows)[own_row(e)] = power.up;
+        }
+        team_.spread(top, peak);
+        FEWSTEP_UNROLL
+        for (int r = 0; r < R; ++r) {
+          FEWSTEP_UNROLL
+          for (int q = 0; q < Q; ++q) k[r][q] *= peak[r];
         }
       }
+    }
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
       FEWSTEP_UNROLL
       for (int q = 0; q < Q; ++q) {
-        if (first_row + r >= rows_ || lane + q * kLanes >= p_.m) continue;
-        weights(t, first_row + r)[lane + q * kLanes] = k[r][q] * down;
+        if (row_of(r) < rows_ && column_of(q) < tiled()) weights(t, row_of(r))[column_of(q)] = k[r][q];
       }
     }
     parity_ = 1 - parity_;
     FEWSTEP_UNROLL
-    for (int which = 0; which < kScalars; ++which) {
-      if (team_.lane() == 0) scalars(parity_, which)[team_.warp()] = part[which];
-    }
+    for (int which = 0; which < kMetrics; ++which) hand_over(which, part[which]);
     team_.sync();
     FEWSTEP_UNROLL
-    for (int which = 0; which < kScalars; ++which) sums[which] = total(which);
+    for (int which = 0; which < kMetrics; ++which) sums[which] = total(which);
   }
 
   // out = the points of the columns, weighted, for the first `count` matrices of weights; this thread's shares of the
@@ -403,12 +469,13 @@ class Solver {
     damping_x_ = std::isinf(s_.rho_x) ? T(1) : s_.rho_x / (s_.rho_x + temperature_);
     damping_y_ = std::isinf(s_.rho_y) ? T(1) : s_.rho_y / (s_.rho_y + temperature_);
     target_x_ = std::isinf(s_.rho_x) ? T(0) : temperature_ / s_.rho_x;
+    target_y_ = std::isinf(s_.rho_y) ? T(0) : temperature_ / s_.rho_y;
   }
 
   // Potentials to start from. Begins with sync_all(): a problem before this one may still be read.
   FEWSTEP_HD void begin(const Marginals<T>& w) {
     team_.sync_all();
-    parity_ = 0;
+    parity_ = f_ = u_ = 0;
     bool massless = false;
     T part = 0;
     FEWSTEP_ROLLED
@@ -434,11 +501,7 @@ class Solver {
     massless_ = team_.any(massless);
     team_.sync_all();
     a_total_ = total(1);
-    // All ranks have all columns.
-    T own = 0;
-    FEWSTEP_ROLLED
-    for (int w0 = team_.lane(); w0 < team_.warps(); w0 += kLanes) own += scalars(parity_, 0)[w0];
-    b_total_ = team_.lane_sum(own);
+    b_total_ = total_of_columns(0);
   }
 
   FEWSTEP_HD T* scalars(int parity, int which) const { return at(At::kScalar) + (parity * kScalars + which) * kWarps; }
@@ -454,6 +517,7 @@ class Solver {
 
   // Sum over warps and ranks, in the same order everywhere.
   FEWSTEP_HD T total(int which) const {
+    if (team_.ranks() == 1) return total_of_columns(which);
     T sum = 0;
     FEWSTEP_ROLLED
     for (int e = team_.lane(); e < team_.ranks() * team_.warps(); e += kLanes) {
@@ -462,7 +526,18 @@ class Solver {
     return team_.lane_sum(sum);
   }
 
-  FEWSTEP_HD T* weights(int t, int i) const { return at(At::kCost) + ((1 + t) * rows_ + i) * p_.m; }
+  // The same of this block's warps alone: all ranks have all columns.
+  FEWSTEP_HD T total_of_columns(int which) const {
+    T sum = 0;
+    FEWSTEP_ROLLED
+    for (int w = team_.lane(); w < team_.warps(); w += kLanes) sum += scalars(parity_, which)[w];
+    return team_.lane_sum(sum);
+  }
+
+  FEWSTEP_HD T* weights(int t, int i) const {
+    const int first = static_cast<int>(At::behind_costs(rows_, p_.m));
+    return at(first + (t * rows_ + i) * static_cast<int>(At::weight_stride(p_.m)));
+  }
   FEWSTEP_HD bool by_products() const { return kTensor && p_.by_products(); }
 
   // These lose nothing to cancellation.
@@ -532,11 +607,13 @@ class Solver {
   // wanted, and of the origin, into a stage [points + 1, kMmaStride]; zeros where there are none. A thread has `wide`
   // (4 or 1) coordinates of some points.
   FEWSTEP_HD void fetch(T* stage, int points, int k0, int wide) const {
-    const int pieces = kDepth / wide, own = team_.rank() % pieces * wide;
+    static_assert(kDepth == 16);
+    const int threads = wide == 4 ? 2 : 4;  // log2 of those that a point takes
+    const int own = (team_.rank() & ((1 << threads) - 1)) * wide;
     const bool inside = k0 + own < p_.d;
     const int k = inside ? k0 + own : 0;
     FEWSTEP_ROLLED
-    for (int point = team_.rank() / pieces; point <= points; point += team_.size() / pieces) {
+    for (int point = team_.rank() >> threads; point <= points; point += team_.size() >> threads) {
       const T* const from = point < tiled()  ? p_.y.point(least(point, p_.m - 1), p_.d)
                             : point < points ? row(point - tiled())
                                              : p_.x;
@@ -547,61 +624,67 @@ class Solver {
     team_.commit();
   }
 
-  // Four neighbours, aligned to 16 bytes.
-  template <typename From, typename To>
-  static FEWSTEP_HD void four(const From* from, To* to) {
+  // 2 or 4 neighbours, aligned to their size.
+  template <int kCount, typename From, typename To>
+  static FEWSTEP_HD void move(const From* from, To* to) {
 #ifdef __CUDA_ARCH__
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    using Words = std::conditional_t<kCount == 4, uint4, uint2>;
+    *reinterpret_cast<Words*>(to) = *reinterpret_cast<const Words*>(from);
 #else
-    std::memcpy(to, from, 16);
+    std::memcpy(to, from, 4 * kCount);
 #endif
   }
 
   // Points about the origin, in halves: in the place of 8 coordinates their high parts and their low parts. A thread
   // has whole points; down(point, its place, largest coordinate, squared norm) is the power of 2 to multiply one by.
-  template <typename Down>
+  // With kNormed the last two are known; a point is read once where there are registers for it.
+  template <bool kNormed, typename Down>
   FEWSTEP_HD void halve(T* stage, int points, Down down) const {
+    constexpr int kHeld = kNormed && kWarps <= 8 ? kDepth : 8;
     const T* const origin = stage + points * kMmaStride;
     FEWSTEP_ROLLED
     for (int point = team_.rank(); point < points; point += team_.size()) {
       T* const own = stage + point * kMmaStride;
-      alignas(16) T v[8];
+      alignas(16) T v[kHeld];
       const auto take = [&](int k) {
         FEWSTEP_UNROLL
-        for (int l = 0; l < 8; l += 4) {
+        for (int l = 0; l < kHeld; l += 4) {
           alignas(16) T o[4];
-          four(own + k + l, v + l);
-          four(origin + k + l, o);
+          move<4>(own + k + l, v + l);
+          move<4>(origin + k + l, o);
           FEWSTEP_UNROLL
           for (int e = 0; e < 4; ++e) v[l + e] -= o[e];
         }
       };
       T top = 0, norm = 0;
       FEWSTEP_ROLLED
-      for (int k = 0; k < kDepth; k += 8) {
+      for (int k = 0; kNormed && k < kDepth; k += kHeld) {
         take(k);
         FEWSTEP_UNROLL
-        for (int l = 0; l < 8; ++l) {
-          top = largest(std::abs(v[l]), top);
-          norm += v[l] * v[l];
+        for (const T coordinate : v) {
+          top = largest(std::abs(coordinate), top);
+          norm += coordinate * coordinate;
         }
       }
       const T by = down(point, own, top, norm);
       FEWSTEP_ROLLED
-      for (int k = 0; k < kDepth; k += 8) {
-        take(k);
-        alignas(16) uint32_t high[4], low[4];
+      for (int k = 0; k < kDepth; k += kHeld) {
+        if constexpr (kHeld < kDepth) take(k);
         FEWSTEP_UNROLL
-        for (int l = 0; l < 4; ++l) team_.split(v[2 * l] * by, v[2 * l + 1] * by, high[l], low[l]);
-        four(high, own + k);
-        four(low, own + k + 4);
+        for (int l = 0; l < kHeld; l += 8) {
+          alignas(16) uint32_t high[4], low[4];
+          FEWSTEP_UNROLL
+          for (int e = 0; e < 4; ++e) team_.split(v[l + 2 * e] * by, v[l + 2 * e + 1] * by, high[e], low[e]);
+          move<4>(high, own + k + l);
+          move<4>(low, own + k + l + 4);
+        }
       }
     }
   }
 
   // use(stage, k0) for all coordinates in turn, about the first point of x: what is expanded there is as large as the
   // distances. Copies of the next stage are under way meanwhile. `first` is where the two are. Ends with sync().
-  template <typename Down, typename Use>
+  template <bool kNormed, typename Down, typename Use>
   FEWSTEP_HD void stream(int first, int points, Down down, Use use) {
     const int wide = aligned() ? 4 : 1, other = 2 * first + (points + 1) * kMmaStride;
     int now = first;
@@ -611,7 +694,7 @@ class Solver {
       team_.template arrived<0>();
       team_.sync();  // all copies are here, and nobody reads the other stage any more
       if (k0 + kDepth < p_.d) fetch(at(other - now), points, k0 + kDepth, wide);
-      halve(at(now), points, down);
+      halve<kNormed>(at(now), points, down);
       team_.sync();
       use(at(now), k0);
       now = other - now;
@@ -619,21 +702,26 @@ class Solver {
     team_.sync();
   }
 
-  // |x - y|^2 = |x|^2 + |y|^2 - 2 x.y on tensor cores, columns along the long side of a tile. What they add
-  // up is summed outside of them: they round towards zero. Roots of near pairs would be all cancellation: by
-  // differences.
+  // |x - y|^2 = |x|^2 + |y|^2 - 2 x.y on tensor cores, columns along the long side of a tile; kSet neighbouring warps
+  // have the rows of all of them, and every kSet-th tile. What tensor cores add up is summed outside of them: they
+  // round towards zero. Roots of near pairs would be all cancellation: by differences.
+  template <int kSet>
   FEWSTEP_HD void measure_by_products() {
     static_assert(R == 8 && kLanes == 32 && At::kPartial % 4 == 0);
     constexpr T kNear = T(1) / 64;
     constexpr int kUp = kDepth;  // where a point keeps what takes it back to its size
+    constexpr int kEach = (kTiles + kSet - 1) / kSet;
     const int points = tiled() + rows_;
     T* const norm_y = at(At::kH);
     T* const norm_x = at(At::kShift);
-    T product[kTiles][4];
+    T product[kEach][kSet][4];
     FEWSTEP_UNROLL
-    for (int s = 0; s < kTiles; ++s) {
+    for (int s = 0; s < kEach; ++s) {
       FEWSTEP_UNROLL
-      for (int e = 0; e < 4; ++e) product[s][e] = 0;
+      for (int w = 0; w < kSet; ++w) {
+        FEWSTEP_UNROLL
+        for (int e = 0; e < 4; ++e) product[s][w][e] = 0;
+      }
     }
     team_.sync();
     FEWSTEP_ROLLED
@@ -644,39 +732,50 @@ class Solver {
       (e < tiled() ? norm_y[e] : norm_x[e - tiled()]) += norm;
       return power.down;
     };
-    stream(At::kPartial, points, down, [&](const T* stage, int) {
+    stream<true>(At::kPartial, points, down, [&](const T* stage, int) {
       if (rows_ == 0) return;
       const bool three = p_.precision == halves::kThree;
-      const int lane = team_.lane(), group = lane / 4, quad = lane % 4, own = team_.warp() * R;
+      const int lane = team_.lane(), group = lane / 4, quad = lane % 4;
+      const int own = team_.warp() / kSet * kSet * R, first = team_.warp() % kSet;
       const T* const x = stage + tiled() * kMmaStride;
-      uint32_t both[4];
-      team_.template load<false>(both, x + least(own + lane % 8, rows_ - 1) * kMmaStride + lane / 8 * 4);
-      const halves::Factor<2> right{{both[0], both[2]}, {both[1], both[3]}};
-      T up[2];
+      halves::Factor<2> right[kSet];
+      T up[kSet][2];
       FEWSTEP_UNROLL
-      for (int e = 0; e < 2; ++e) up[e] = x[least(own + 2 * quad + e, rows_ - 1) * kMmaStride + kUp];
+      for (int w = 0; w < kSet; ++w) {
+        uint32_t both[4];
+        team_.template load<false>(both, x + least(own + w * R + lane % 8, rows_ - 1) * kMmaStride + lane / 8 * 4);
+        right[w] = {{both[0], both[2]}, {both[1], both[3]}};
+        FEWSTEP_UNROLL
+        for (int e = 0; e < 2; ++e) up[w][e] = x[least(own + w * R + 2 * quad + e, rows_ - 1) * kMmaStride + kUp];
+      }
       FEWSTEP_UNROLL
-      for (int s = 0; s < kTiles; ++s) {
-        if (s * 16 >= p_.m) continue;
-        const T* const y = stage + s * 16 * kMmaStride;
+      for (int s = 0; s < kEach; ++s) {
+        const int tile = s * kSet + first;
+        if (tile * 16 >= p_.m) continue;
+        const T* const y = stage + tile * 16 * kMmaStride;
         halves::Factor<4> left;
         team_.template load<false>(left.high, y + lane % 16 * kMmaStride + lane / 16 * 8);
         if (three) team_.template load<false>(left.low, y + lane % 16 * kMmaStride + lane / 16 * 8 + 4);
-        T sum[4] = {};
-        halves::multiply(team_, sum, sum, left, right, three);
         FEWSTEP_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          product[s][e] += sum[e] * up[e % 2] * y[(group + e / 2 * 8) * kMmaStride + kUp];
+        for (int w = 0; w < kSet; ++w) {
+          T sum[4] = {};
+          halves::multiply(team_, sum, sum, left, right[w], three);
+          FEWSTEP_UNROLL
+          for (int e = 0; e < 4; ++e)
+            product[s][w][e] += sum[e] * up[w][e % 2] * y[(group + e / 2 * 8) * kMmaStride + kUp];
         }
       }
     });
-    const int lane = team_.lane(), own = team_.warp() * R;
+    const int lane = team_.lane(), own = team_.warp() / kSet * kSet * R, first = team_.warp() % kSet;
     FEWSTEP_UNROLL
-    for (int s = 0; s < kTiles; ++s) {
+    for (int s = 0; s < kEach; ++s) {
       FEWSTEP_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int i = own + 2 * (lane % 4) + e % 2, j = s * 16 + lane / 4 + e / 2 * 8;
-        if (i < rows_ && j < p_.m) at(At::kCost)[i * p_.m + j] = product[s][e];
+      for (int w = 0; w < kSet; ++w) {
+        FEWSTEP_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const int i = own + w * R + 2 * (lane % 4) + e % 2, j = (s * kSet + first) * 16 + lane / 4 + e / 2 * 8;
+          if (i < rows_ && j < p_.m) at(At::kCost)[i * p_.m + j] = product[s][w][e];
+        }
       }
     }
     FEWSTEP_ROLLED
@@ -709,19 +808,15 @@ class Solver {
       for (int s = 0; s < kTiles; ++s) {
         FEWSTEP_UNROLL
         for (int e = 0; e < 2; ++e) {
-          T pair[2];
-          FEWSTEP_UNROLL
-          for (int l = 0; l < 2; ++l) {
-            const int j = s * 16 + e * 8 + 2 * quad + l;
-            pair[l] = t < count && i < rows_ && j < p_.m ? weights(t, i)[j] : T(0);
-          }
+          alignas(8) T pair[2] = {};
+          if (t < count && i < rows_ && s * 16 < p_.m) move<2>(weights(t, i) + 2 * quad + s * 16 + e * 8, pair);
           team_.split(pair[0], pair[1], w[t][s].high[e], w[t][s].low[e]);
         }
       }
     }
     team_.sync();
     const auto down = [&](int e, T*, T, T) { return halves::Power(at(At::kScale)[e]).down; };
-    stream(static_cast<int>(At::behind_costs(rows_, p_.m)), tiled(), down, [&](const T* stage, int k0) {
+    stream<false>(static_cast<int>(At::behind_costs(rows_, p_.m)), tiled(), down, [&](const T* stage, int k0) {
       const bool three = p_.precision == halves::kThree;
       const int lane = team_.lane();
       T sum[kStacked][4] = {}, small[kStacked][4] = {};
@@ -845,129 +940,199 @@ class Solver {
     team_.sync();
   }
 
-  // Row update and column sums, from K or, with kAbsorb, from the potentials f and h, which are then in K. Ends with
-  // sync_all(). Returns whether it counts: a scaling may have left its range.
+  // Row update and column sums, from K or, with kAbsorb, from the potentials f and h, which are then in K; where it is
+  // asked for, the error of the rows and their mass, of the potentials before. Ends with sync_all(). Returns whether
+  // all scalings are in their range: if not, a pass from K is void, and after one that absorbs the next is to absorb
+  // too.
   template <bool kAbsorb>
-  FEWSTEP_HD bool pass(T (&k)[R][Q]) {
-    const int lane = team_.lane(), first_row = row_of(0);
-    T s[R];
+  FEWSTEP_HD bool pass(T (&k)[R][Q], bool asked) {
+    T s[R], own[kOwn];
     if constexpr (kAbsorb) {
       absorb(k);
       FEWSTEP_UNROLL
-      for (int r = 0; r < R; ++r) s[r] = 1;
+      for (int e = 0; e < kOwn; ++e) own[e] = 1;
     } else {
       FEWSTEP_UNROLL
       for (int r = 0; r < R; ++r) s[r] = 0;
       FEWSTEP_UNROLL
       for (int q = 0; q < Q; ++q) {
-        const T v = lane + q * kLanes < p_.m ? at(At::kV)[lane + q * kLanes] : T(0);
+        const T v = column_of(q) < p_.m ? at(At::kV)[column_of(q)] : T(0);
         FEWSTEP_UNROLL
         for (int r = 0; r < R; ++r) s[r] += k[r][q] * v;
       }
-      team_.lane_sums(s);
+      team_.combine_rows(s, own, Sum());
     }
     parity_ = 1 - parity_;
     T error = 0, mass = 0;
     bool safe = true;
     FEWSTEP_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const int i = first_row + r;
+    for (int e = 0; e < kOwn; ++e) {
+      const int i = own_row(e);
       if (i >= rows_) {
-        s[r] = 0;
+        own[e] = 0;
         continue;
       }
-      const T a = at(At::kA)[i], before = at(At::kU + u_)[i];
-      const T shift = at(At::kShift)[i];
-      T next = reciprocal(s[r]), full = shift, wanted = 1;
+      const T a = at(At::kA)[i], before = at(At::kU + u_)[i], shift = kAbsorb || !plain_ ? at(At::kShift)[i] : T(0);
+      T next = reciprocal(own[e]), full = shift, wanted = 1;
       if (!plain_) {
-        const T f = kAbsorb ? at(At::kF + f_)[i] : shift + log2(before);
-        full = damping_x_ * (shift - log2(s[r]));
-        if (relax_ != 1) full = f + relax_ * (full - f);
-        next = exp2(full - shift);
-        if (target_x_ != 0) wanted = exp2(-target_x_ * f);
+        // All but `full` about the shift, which may be large.
+        const T now = kAbsorb ? at(At::kF + f_)[i] - shift : log2(before);
+        T change = -log2(own[e]);
+        if (damping_x_ != 1) change = damping_x_ * (shift + change) - shift;
+        if (relax_ != 1) change = now + relax_ * (change - now);
+        next = exp2(change);
+        full = shift + change;
+        if (target_x_ != 0) wanted = exp2(-target_x_ * (shift + now));
       }
       safe = safe && within(next, 1 / Range<T>::kSafe, Range<T>::kSafe);
       // A row without mass may have any sum, also one that overflows.
-      if (a != 0) {
-        error += a * std::abs(before * s[r] - wanted);
-        mass += a * before * s[r];
+      if (asked && a != 0 && first_of_row()) {
+        error += a * std::abs(before * own[e] - wanted);
+        mass += a * before * own[e];
       }
-      s[r] = a == 0 ? T(0) : a * next;
-      if (team_.lane() != 0) continue;
+      T scaling = averaged_ ? before : next;
+      // More than that in an entry of K that is 0 would be felt: all columns are to see it.
+      if (kAbsorb && scaling > Range<T>::kTop) scaling = kInfinity<T>;
+      own[e] = a == 0 ? T(0) : a * scaling;
+      if (!first_of_row()) continue;
       at(At::kU + At::kRows - u_)[i] = next;
       if constexpr (kAbsorb) at(At::kF + At::kRows - f_)[i] = full;
+      if (s_.single) partial(parity_, 0)[i] = full;
     }
-    FEWSTEP_UNROLL
-    for (int q = 0; q < Q; ++q) {
-      if (lane + q * kLanes >= p_.m) continue;
-      T sum = 0;
+    if (!s_.single) {
+      team_.spread(own, s);
       FEWSTEP_UNROLL
-      for (int r = 0; r < R; ++r) sum += s[r] * k[r][q];
-      partial(parity_, team_.warp())[lane + q * kLanes] = sum;
+      for (int q = 0; q < Q; ++q) {
+        if (column_of(q) >= p_.m) continue;
+        T sum = 0;
+        FEWSTEP_UNROLL
+        for (int r = 0; r < R; ++r) sum += s[r] * k[r][q];
+        partial(parity_, team_.warp())[column_of(q)] = sum;
+      }
     }
-    if (team_.lane() == 0) {
-      scalars(parity_, 0)[team_.warp()] = error;
-      scalars(parity_, 1)[team_.warp()] = mass;
-      scalars(parity_, 2)[team_.warp()] = safe ? T(0) : T(1);
+    if (asked) {
+      hand_over(0, error);
+      hand_over(1, mass);
     }
+    safe = !sync_any(!safe);
+    if (kAbsorb || safe) {
+      absorbed_ = kAbsorb;
+    } else {
+      fold();
+    }
+    return safe;
+  }
+
+  // sync_all(), and whether a flag is set in any thread of all ranks.
+  FEWSTEP_HD bool sync_any(bool flag) const {
+    if (team_.ranks() == 1) return team_.any(flag);
+    flag = team_.lane_any(flag);
+    if (team_.lane() == 0) scalars(parity_, 2)[team_.warp()] = flag ? T(1) : T(0);
     team_.sync_all();
-    if constexpr (kAbsorb) {
-      absorbed_ = true;
-      return true;
-    }
-    bool unsafe = false;
+    bool all = false;
     FEWSTEP_ROLLED
     for (int e = team_.lane(); e < team_.ranks() * team_.warps(); e += kLanes) {
-      unsafe = unsafe || team_.peer(scalars(parity_, 2), e / team_.warps())[e % team_.warps()] != 0;
+      all = all || team_.peer(scalars(parity_, 2), e / team_.warps())[e % team_.warps()] != 0;
     }
-    if (team_.lane_any(unsafe)) {
-      fold();
-      return false;
-    }
-    absorbed_ = false;
-    return true;
+    return team_.lane_any(all);
   }
 
   // K with rows that sum to 1, and u of the potentials f.
   FEWSTEP_HD void absorb(T (&k)[R][Q]) {
-    const int lane = team_.lane(), first_row = row_of(0);
+    T row[R], top[kOwn], own[kOwn];
     FEWSTEP_UNROLL
     for (int r = 0; r < R; ++r) {
-      const int i = first_row + r;
-      if (i >= rows_) {
-        FEWSTEP_UNROLL
-        for (int q = 0; q < Q; ++q) k[r][q] = 0;
-        continue;
-      }
-      T top = kLowest<T>;
+      const int i = row_of(r);
+      row[r] = kLowest<T>;
       FEWSTEP_UNROLL
       for (int q = 0; q < Q; ++q) {
-        const int j = lane + q * kLanes;
-        k[r][q] = j < p_.m ? at(At::kH)[j] - k_ * at(At::kCost)[i * p_.m + j] : -kInfinity<T>;
-        top = largest(k[r][q], top);
+        const int j = column_of(q);
+        k[r][q] = i < rows_ && j < p_.m ? at(At::kH)[j] - k_ * at(At::kCost)[i * p_.m + j] : -kInfinity<T>;
+        row[r] = largest(k[r][q], row[r]);
       }
-      top = team_.lane_max(top);
+    }
+    team_.combine_rows(row, top, Largest());
+    team_.spread(top, row);
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
       T sum = 0;
       FEWSTEP_UNROLL
       for (int q = 0; q < Q; ++q) {
-        k[r][q] = exp2(k[r][q] - top);
+        k[r][q] = exp2(k[r][q] - row[r]);
         sum += k[r][q];
       }
-      sum = team_.lane_sum(sum);
-      const T inverse = reciprocal(sum);
+      row[r] = sum;
+    }
+    team_.combine_rows(row, own, Sum());
+    FEWSTEP_UNROLL
+    for (int e = 0; e < kOwn; ++e) {
+      const int i = own_row(e);
+      const T sum = own[e], shift = -(top[e] + log2(sum));
+      own[e] = i < rows_ ? reciprocal(sum) : T(0);
+      if (i >= rows_ || !first_of_row()) continue;
+      at(At::kShift)[i] = shift;
+      at(At::kU + u_)[i] = exp2(at(At::kF + f_)[i] - shift);
+    }
+    team_.spread(own, row);
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
       FEWSTEP_UNROLL
-      for (int q = 0; q < Q; ++q) k[r][q] *= inverse;
-      if (team_.lane() == 0) {
-        const T shift = -(top + log2(sum));
-        at(At::kShift)[i] = shift;
-        at(At::kU + u_)[i] = exp2(at(At::kF + f_)[i] - shift);
-      }
+      for (int q = 0; q < Q; ++q) k[r][q] *= row[r];
     }
     team_.sync_lanes();
   }
 
+  // The error of the potentials before the last pass: of the rows and, where columns are not exact, of the columns,
+  // whichever is larger. Every rank comes to the same bits.
+  FEWSTEP_HD T error() {
+    const T rows = total(0);
+    if (!averaged_ || s_.single) return rows;
+    bool bad = false;
+    T part = 0;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      const T b = at(At::kB)[j];
+      if (b == 0) continue;
+      const T sum = column_sum(j), v = at(At::kV)[j];
+      if (!within(sum, Range<T>::kLow, Range<T>::kHigh)) {
+        bad = true;
+        at(At::kV)[j] = -v;  // marks the column
+        continue;
+      }
+      part += std::abs(v * sum - b * wanted(j, v));
+    }
+    if (team_.any(bad)) {
+      column_lse();
+      FEWSTEP_ROLLED
+      for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+        const T v = -at(At::kV)[j];
+        if (!(v > 0)) continue;
+        part += std::abs(exp2(at(At::kH)[j] + log2(v) + at(At::kLse)[j]) - at(At::kB)[j] * wanted(j, v));
+        at(At::kV)[j] = v;
+      }
+    }
+    hand_over(3, part);
+    team_.sync();
+    return largest(total_of_columns(3), rows);
+  }
+
+  // What the marginal of column j is to be, over b_j, where v_j is `v`.
+  FEWSTEP_HD T wanted(int j, T v) const {
+    return target_y_ == 0 ? T(1) : exp2(-target_y_ * (at(At::kH)[j] + log2(v) - log2(at(At::kB)[j])));
+  }
+
+  FEWSTEP_HD T column_sum(int j) const {
+    T sum = 0;
+    FEWSTEP_ROLLED
+    for (int rank = 0; rank < team_.ranks(); ++rank) {
+      FEWSTEP_ROLLED
+      for (int w = 0; w < team_.warps(); ++w) sum += team_.peer(partial(parity_, w), rank)[j];
+    }
+    return sum;
+  }
+
   // v from the column sums of all ranks. Every rank does the same and comes to the same bits. Ends with sync(). Returns
-  // whether the potentials have been folded, for the next pass to absorb.
+  // whether the potentials are to be folded, for the next pass to absorb.
   FEWSTEP_HD bool finish_columns() {
     const T high = absorbed_ ? Range<T>::kHalf : Range<T>::kSafe;
     bool far = false, bad = false;
@@ -975,19 +1140,13 @@ class Solver {
     for (int j = team_.rank(); j < p_.m; j += team_.size()) {
       const T b = at(At::kB)[j];
       if (b == 0) continue;
-      T sum = 0;
-      FEWSTEP_ROLLED
-      for (int rank = 0; rank < team_.ranks(); ++rank) {
-        FEWSTEP_ROLLED
-        for (int w = 0; w < team_.warps(); ++w) sum += team_.peer(partial(parity_, w), rank)[j];
-      }
+      const T sum = column_sum(j);
       if (!within(sum, Range<T>::kLow, Range<T>::kHigh)) {
         bad = true;
         at(At::kV)[j] = -at(At::kV)[j];  // marks the column
         continue;
       }
-      const T h = at(At::kH)[j],
-              next = plain_ ? b * reciprocal(sum) : exp2(relaxed_column(j, h - log2(sum), at(At::kV)[j]) - h);
+      const T next = plain_ ? b * reciprocal(sum) : exp2(column_step(j, -log2(sum), at(At::kV)[j]));
       far = far || !within(next, 1 / high, high);
       at(At::kV)[j] = next;
     }
@@ -997,26 +1156,46 @@ class Solver {
       FEWSTEP_ROLLED
       for (int j = team_.rank(); j < p_.m; j += team_.size()) {
         if (!(at(At::kV)[j] < 0)) continue;
-        at(At::kH)[j] = relaxed_column(j, -at(At::kLse)[j], -at(At::kV)[j]);
+        at(At::kH)[j] += column_step(j, -at(At::kLse)[j] - at(At::kH)[j], -at(At::kV)[j]);
         at(At::kV)[j] = 1;
       }
       team_.sync();
     }
-    fold();
     return true;
   }
 
-  // H_j for the soft c-transform `full` of column j, damped and relaxed, where v_j was `before`.
-  FEWSTEP_HD T relaxed_column(int j, T full, T before) const {
-    const T log_b = log2(at(At::kB)[j]), damped = damping_y_ * full;
-    if (relax_ == 1) return damped + log_b;
-    const T g = at(At::kH)[j] + log2(before) - log_b;
-    return g + relax_ * (damped - g) + log_b;
+  // log2 of the next v_j, which was `before`, for the soft c-transform of column j less h_j: damped and relaxed.
+  FEWSTEP_HD T column_step(int j, T soft, T before) const {
+    const T log_b = log2(at(At::kB)[j]);
+    T change = log_b + soft;
+    if (damping_y_ != 1) change = damping_y_ * (at(At::kH)[j] + soft) + log_b - at(At::kH)[j];
+    if (relax_ == 1) return change;
+    const T now = log2(before);
+    return now + relax_ * (change - now);
+  }
+
+  // v from the next F of all ranks: x is y. As finish_columns().
+  FEWSTEP_HD bool follow_rows() {
+    const T high = absorbed_ ? Range<T>::kHalf : Range<T>::kSafe;
+    const int each = (p_.n + team_.ranks() - 1) / team_.ranks();
+    bool far = false;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      const T b = at(At::kB)[j];
+      if (b == 0) continue;
+      const int rank = j / each;
+      const T h = team_.peer(partial(parity_, 0), rank)[j - rank * each] + log2(b), v = exp2(h - at(At::kH)[j]);
+      const bool own = !within(v, 1 / high, high);
+      at(At::kV)[j] = own ? T(1) : v;
+      if (own) at(At::kH)[j] = h;
+      far = far || own;
+    }
+    return team_.any(far);
   }
 
   // lse_j = log2 sum_i a_i 2^(F_i - k C_ij) of the columns whose v is negative, by all ranks. Contains sync_all().
   FEWSTEP_HD void column_lse() {
-    T* const fa = at(At::kU + At::kRows - u_);
+    T* const fa = at(At::kLogs);
     FEWSTEP_ROLLED
     for (int i = team_.rank(); i < rows_; i += team_.size()) fa[i] = potential(i) + log2(at(At::kA)[i]);
     team_.sync();
@@ -1075,9 +1254,10 @@ class Solver {
   int first_, rows_;
   int f_ = 0, u_ = 0;  // which of two
   int parity_ = 0, step_ = 0, iterations_ = 0;
-  bool plain_ = true, final_ = false, absorbed_ = false, massless_ = false;
+  bool plain_ = true, averaged_ = false;  // column sums are those with the u before
+  bool final_ = false, absorbed_ = false, massless_ = false;
   T k_ = 0, temperature_ = 0, annealed_ = 0, relax_ = 1;
-  T damping_x_ = 1, damping_y_ = 1, target_x_ = 0;
+  T damping_x_ = 1, damping_y_ = 1, target_x_ = 0, target_y_ = 0;
   T a_total_ = 1, b_total_ = 1, residual_ = 0;
 };
 
@@ -1119,10 +1299,13 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
   const T a_total = block::team_sum(team, a_part, scratch), b_total = block::team_sum(team, b_part, scratch);
   int step = 0, at_eps = 0, iterations = 0;
   T annealed = start, residual = 0, mass = 0;
-  bool final = false;
+  bool final = false, measured = false, closing = false, averaged = s.simultaneous;
+  const auto accept = [&] {
+    FEWSTEP_ROLLED
+    for (int i = team.rank(); i < p.n; i += team.size()) f[i] = next[i];
+    team.sync();
+  };
   while (true) {
-    // The row update that follows the last iteration measures it, at its temperature.
-    const bool measured = final;
     T temperature = eps;
     if (!final) {
       if (step < s.scheduled) {
@@ -1164,30 +1347,52 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
     }
     error = block::team_sum(team, error, scratch);
     moved = block::team_sum(team, moved, scratch);
-    if (measured) {
-      residual = error / a_total;
-      mass = moved;
-      ++at_eps;
-      if (at_eps == s.max_iter || (s.tol >= 0 && residual <= s.tol)) break;
-    }
-    FEWSTEP_ROLLED
-    for (int i = team.rank(); i < p.n; i += team.size()) f[i] = next[i];
-    team.sync();
-    FEWSTEP_ROLLED
-    for (int j = team.rank(); j < p.m; j += team.size()) {
+    const auto soft_of_column = [&](int j) {
       T top = kLowest<T>;
       FEWSTEP_ROLLED
       for (int i = 0; i < p.n; ++i) top = largest(f[i] + log2(w.a[i]) - cost(i, j), top);
       T sum = 0;
       FEWSTEP_ROLLED
       for (int i = 0; i < p.n; ++i) sum += exp2(f[i] + log2(w.a[i]) - cost(i, j) - top);
-      const T full = -damping_y * (top + log2(sum));
+      return -(top + log2(sum));
+    };
+    // The row update that follows an iteration at eps measures it.
+    if (measured) {
+      const bool last = ++at_eps == (closing ? s.last_steps() : s.max_iter), exact = !averaged || s.single;
+      T off = 0;
+      FEWSTEP_ROLLED
+      for (int j = team.rank(); j < p.m && !exact && (last || s.tol >= 0); j += team.size()) {
+        const T wanted = std::isinf(s.rho_y) ? T(1) : exp2(-g[j] * temperature / s.rho_y);
+        if (w.b[j] != 0) off += w.b[j] * std::abs(exp2(g[j] - soft_of_column(j)) - wanted);
+      }
+      residual = largest(block::team_sum(team, off, scratch), error) / a_total;
+      mass = moved;
+      if (last || (s.tol >= 0 && residual <= s.tol)) {
+        if (closing || !s.simultaneous) break;
+        averaged = s.single;
+        closing = true;
+        measured = false;
+        relax = 1;
+        at_eps = 0;
+        continue;
+      }
+    }
+    if (!averaged) accept();
+    FEWSTEP_ROLLED
+    for (int j = team.rank(); j < p.m; j += team.size()) {
+      const T full = damping_y * soft_of_column(j);
       g[j] = relax == 1 || w.b[j] == 0 ? full : g[j] + relax * (full - g[j]);
     }
     team.sync();
+    if (averaged) accept();
+    measured = final;
+    if (closing) continue;
     ++iterations;
     relax = s.relax;
   }
+  FEWSTEP_ROLLED
+  for (int i = team.rank(); s.single && i < p.n; i += team.size()) g[i] = f[i];
+  team.sync();
   const T unit = 1 / k;
   T value = 0;
   FEWSTEP_ROLLED
@@ -1287,17 +1492,18 @@ FEWSTEP_HD double distances_from(const Team& team, const Drift<T>& in, int64_t g
 }
 
 // All plans of a group at all temperatures, by one block; distances of a plan are measured once, and its barycentres
-// are taken for `stacked` temperatures at a time, at most kStacked. units() tells what a temperature of 1 is in the
-// cost of the points as they are, and what a length of 1 is.
-template <int R, int Q, int kWarps, int kStacked, typename T, typename Team, typename Units>
-FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, int64_t group, Units units, int stacked, T* memory) {
+// are taken for `stacked` temperatures at a time, at most kStacked. group() is its number, and units() tells what a
+// temperature of 1 is in the cost of the points as they are, and what a length of 1 is: registers are too short to keep
+// them.
+template <int R, int Q, int kWarps, int kStacked, typename T, typename Team, typename Group, typename Units>
+FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, Group group, Units units, int stacked, T* memory) {
   const int plans = in.joint ? 1 : in.cloud_count;
   T k[R][Q];
   FEWSTEP_ROLLED
   for (int plan = 0; plan < plans; ++plan) {
-    const T* const x = in.x + group * in.n * in.d;
+    const T* const x = in.x + group() * in.n * in.d;
     Points<T> p{x, {}, in.n, 0, in.d, in.cost, kNoDiagonal, 0, 0, in.precision};
-    const T* weights = in.weights + group * (static_cast<int64_t>(in.counts[0]) + in.counts[1] + in.counts[2]);
+    const T* weights = in.weights + group() * (static_cast<int64_t>(in.counts[0]) + in.counts[1] + in.counts[2]);
     FEWSTEP_UNROLL
     for (int c = 0; c < kParts; ++c) {
       p.y.data[c] = x;
@@ -1315,7 +1521,7 @@ FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, int64_t group,
         p.diagonal_end = p.m + in.counts[c];
       }
       p.m += in.counts[c];
-      const T* const cloud = in.clouds[c] + group * in.counts[c] * in.d;
+      const T* const cloud = in.clouds[c] + group() * in.counts[c] * in.d;
       if (!in.joint) {
         p.y.data[0] = cloud;
         continue;
@@ -1329,7 +1535,8 @@ FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, int64_t group,
     FEWSTEP_ROLLED
     for (int j = team.lane(); j < p.m; j += Team::kLanes) total += weights[j];
     total = team.lane_sum(total);
-    const Schedule<T> schedule{nullptr, 0, T(1), in.max_iter, T(-1), T(0), kInfinity<T>, kInfinity<T>, T(1), true};
+    const Schedule<T> schedule{nullptr,      0,    T(1), in.max_iter, T(-1), T(0), kInfinity<T>,
+                               kInfinity<T>, T(1), true, false,       false};
     const Marginals<T> marginals{nullptr, weights, total, nullptr, nullptr};
     FEWSTEP_ROLLED
     for (int first = 0; first < in.temperatures; first += stacked) {
@@ -1337,11 +1544,11 @@ FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, int64_t group,
       FEWSTEP_ROLLED
       for (int t = 0; t < count; ++t) {
         solver.solve(k, schedule, marginals, static_cast<T>(in.eps[first + t] * units().temperature), T(0));
-        const T guidance = in.guidance[group];
+        const T guidance = in.guidance[group()];
         const T factor = plan == 0 ? (in.joint ? T(1) : 1 + guidance) : plan == 1 ? T(-1) : -guidance;
-        T sums[kScalars];
+        T sums[kMetrics];
         solver.weigh(k, {in.joint ? in.counts[0] : p.m, in.joint, factor / units().length}, t, sums);
-        const int64_t at = ((first + t) * in.groups + group) * plans + plan;
+        const int64_t at = ((first + t) * in.groups + group()) * plans + plan;
         if (team.rank() != 0) continue;
         in.residual[at] = sums[0] / in.n;
         in.entropy[at] = sums[1] / in.n;
@@ -1349,13 +1556,13 @@ FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, int64_t group,
       }
       T squares[kStacked];
       const int64_t step = in.groups * in.n * in.d;
-      solver.combine({in.velocity + first * step + group * in.n * in.d, step, plan > 0}, count, squares);
+      solver.combine({in.velocity + first * step + group() * in.n * in.d, step, plan > 0}, count, squares);
       if (plan + 1 < plans) continue;
       FEWSTEP_UNROLL
       for (int t = 0; t < kStacked; ++t) {
         if (t >= count) continue;
         const T sum = block::team_sum(team, squares[t], memory + Layout<R, Q, Team::kLanes, kWarps>::kScalar);
-        if (team.rank() == 0) in.squares[(first + t) * in.groups + group] = sum;
+        if (team.rank() == 0) in.squares[(first + t) * in.groups + group()] = sum;
       }
     }
   }

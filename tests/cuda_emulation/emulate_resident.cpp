@@ -1,7 +1,8 @@
 // Runs csrc/shared/sinkhorn_resident.h on the host: a request on stdin, the answer on stdout.
-// Request: int64 {op, double?, ranks (0: one thread alone, negative: so many blocks with warps of 32), batch, n, m, d,
-// cost, diagonal, max_iter, has_start, scheduled, has_f0, has_g0, unit_start, precision}, double {tol, converged_at,
-// factor, rho_x, rho_y, relax}, then the arrays of the op. An infinite rho is a constraint.
+// Request: int64 {op, double?, ranks (0: one thread alone), wide (warps of 32 in a block: 2, 4, or 0 for others),
+// batch, n, m, d, cost, diagonal, max_iter, has_start, scheduled, has_f0, has_g0, unit_start, precision, simultaneous,
+// single}, double {tol, converged_at, factor, rho_x, rho_y, relax}, then the arrays of the op. An infinite rho is a
+// constraint.
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -17,8 +18,8 @@ using namespace fewstep;
 using namespace fewstep::resident;
 
 struct Request {
-  int64_t op, is_double, ranks, batch, n, m, d, cost, diagonal, max_iter, has_start, scheduled, has_f0, has_g0, unit,
-      precision;
+  int64_t op, is_double, ranks, wide, batch, n, m, d, cost, diagonal, max_iter, has_start, scheduled, has_f0, has_g0,
+      unit, precision, simultaneous, single;
   double tol, converged_at, factor, rho_x, rho_y, relax;
 };
 
@@ -38,10 +39,11 @@ void run_threads(int64_t ranks, int64_t n, int64_t m, int matrices, Run run) {
 }
 
 template <typename T, typename Run>
-void run_team(int64_t ranks, int64_t n, int64_t m, int matrices, Run run) {
+void run_team(int64_t ranks, int64_t wide, int64_t n, int64_t m, int matrices, Run run) {
   using Alone = Layout<kAloneR, kAloneQ, 1, 1>;
+  if (wide == 2) return run_threads<T, kWideR, kWideQ, WideTeam<2>>(ranks, n, m, matrices, run);
+  if (wide == 4) return run_threads<T, kWideR, kWideQ, WideTeam<4>>(ranks, n, m, matrices, run);
   if (ranks > 0) return run_threads<T, kThreadsR, kThreadsQ, Threads>(ranks, n, m, matrices, run);
-  if (ranks < 0) return run_threads<T, kWideR, kWideQ, WideTeam>(-ranks, n, m, matrices, run);
   if (n > Alone::kRows || m > Alone::kColumns) std::exit(4);
   auto memory = poisoned<T>(Alone::elements(n, m, matrices));
   run.template operator()<kAloneR, kAloneQ, 1>(Single{}, memory.data());
@@ -62,7 +64,8 @@ void solve_all(const Request& q) {
                              static_cast<T>(q.factor), static_cast<int>(q.max_iter),
                              static_cast<T>(q.tol),    static_cast<T>(q.converged_at),
                              static_cast<T>(q.rho_x),  static_cast<T>(q.rho_y),
-                             static_cast<T>(q.relax),  q.unit != 0};
+                             static_cast<T>(q.relax),  q.unit != 0,
+                             q.simultaneous != 0,      q.single != 0};
   // One team solves all, as a block that takes problem after problem from the queue does.
   auto each = [&](auto solve) {
     for (int64_t i = 0; i < q.batch; ++i) {
@@ -91,13 +94,13 @@ void solve_all(const Request& q) {
         solve_directly(team, p, schedule, w, e, s, next.data(), scratch.data(), out);
       });
     };
-    if (q.ranks <= 0) {
+    if (q.ranks == 0) {
       run(Single{});
     } else {
       run_cluster<T>(1, 0, [&](const Threads& team, T*) { run(team); });
     }
   } else {
-    run_team<T>(q.ranks, n, m, 1, [&]<int R, int Q, int kWarps>(const auto& team, T* memory) {
+    run_team<T>(q.ranks, q.wide, n, m, 0, [&]<int R, int Q, int kWarps>(const auto& team, T* memory) {
       each([&](const Points<T>& p, const Marginals<T>& w, T e, T s, const block::Solution<T>& out) {
         T k[R][Q];
         Solver<R, Q, kWarps, T, std::decay_t<decltype(team)>> solver(team, p, memory);
@@ -153,9 +156,9 @@ void drift_all(const Request& q) {
   // The temperatures of the tests in one pass, or in two.
   const int stacked = q.has_g0 ? 1 : 2;
   const auto units = [&] { return DriftUnits<T>{q.factor, static_cast<T>(q.tol)}; };
-  run_team<T>(q.ranks, n, widest, 1 + stacked, [&]<int R, int Q, int kWarps>(const auto& team, T* memory) {
+  run_team<T>(q.ranks, q.wide, n, widest, stacked, [&]<int R, int Q, int kWarps>(const auto& team, T* memory) {
     for (int64_t i = 0; i < q.batch; ++i) {
-      drift_group<R, Q, kWarps, kMostStacked>(team, in, i, units, stacked, memory);
+      drift_group<R, Q, kWarps, kMostStacked>(team, in, [&] { return i; }, units, stacked, memory);
     }
   });
   std::vector<double> distances(q.batch), pairs(q.batch), scratch(kTeamWarps);
@@ -166,7 +169,7 @@ void drift_all(const Request& q) {
       if (team.rank() == 0) distances[i] = distance, pairs[i] = weight;
     }
   };
-  if (q.ranks <= 0) {
+  if (q.ranks == 0 || q.wide > 0) {
     measure(Single{});
   } else {
     run_cluster<T>(1, 0, [&](const Threads& team, T*) { measure(team); });

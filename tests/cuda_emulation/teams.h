@@ -43,8 +43,14 @@ struct Single {
   T lane_max(T value) const {
     return value;
   }
+  template <typename T, int R, typename Combine>
+  void combine_rows(const T (&values)[R], T (&own)[R], Combine) const {
+    std::copy_n(values, R, own);
+  }
   template <typename T, int R>
-  void lane_sums(T (&)[R]) const {}
+  void spread(const T (&own)[R], T (&values)[R]) const {
+    std::copy_n(own, R, values);
+  }
 };
 
 constexpr int kMmaLanes = 32;
@@ -248,9 +254,24 @@ struct ThreadsOf {
     return exchange(value, [](T p, T q) { return q > p ? q : p; });
   }
   bool lane_any(bool flag) const { return lane_max(flag ? 1.0 : 0.0) > 0; }
-  template <typename T, int R>
-  void lane_sums(T (&values)[R]) const {
-    for (T& value : values) value = lane_sum(value);
+  // Lane l has the kOwn rows from l R / kLanes on.
+  template <typename T, int R, int kOwn, typename Combine>
+  void combine_rows(const T (&values)[R], T (&own)[kOwn], Combine combine) const {
+    std::fill_n(own, kOwn, T(0));
+    for (int r = 0; r < R; ++r) {
+      const T all = exchange(values[r], combine);
+      if (r / kOwn == lane() * R / kLanes / kOwn) own[r % kOwn] = all;
+    }
+  }
+  template <typename T, int R, int kOwn>
+  void spread(const T (&own)[kOwn], T (&values)[R]) const {
+    Warp<kLanes>& w = own_warp();
+    for (int r = 0; r < R; ++r) {
+      w.slot[lane()] = own[r % kOwn];
+      w.barrier.arrive_and_wait();
+      values[r] = static_cast<T>(w.slot[r * kLanes / R]);
+      w.barrier.arrive_and_wait();
+    }
   }
 
   void split(float p, float q, uint32_t& high, uint32_t& low) const {
@@ -318,7 +339,8 @@ struct ThreadsOf {
 };
 
 using Threads = ThreadsOf<2, 3>;
-using WideTeam = ThreadsOf<kMmaLanes, 2>;
+template <int kWarps>
+using WideTeam = ThreadsOf<kMmaLanes, kWarps>;
 constexpr int kTeamLanes = Threads::kLanes, kTeamWarps = Threads::kWarps, kTeamThreads = kTeamLanes * kTeamWarps;
 
 // run(team) in every thread of a cluster whose blocks have `count` elements of memory each, on the heap and filled with

@@ -39,7 +39,7 @@ def from_numbers(values: Sequence[float], device: torch.device, dtype: torch.dty
 
 
 def resident(points: Points) -> bool:
-    """Whether the CUDA kernels keep these problems on chip, with all options but symmetric updates.
+    """Whether the CUDA kernels keep these problems on chip, with all options.
 
     Segments count: those that are too large are solved all the same, slowly.
     """

@@ -799,7 +799,7 @@ def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) 
             "several eps": not kept and eps.shape[0] != points.count,
             "anneal": not kept and (s.start is not None or s.temperatures is not None),
             "reach": not kept and s.rho != (None, None),
-            "update='symmetric'": backend == "cuda" and s.simultaneous,
+            "update='symmetric'": not kept and s.simultaneous,
             "relax": not kept and s.relax != 1 and not s.simultaneous,
         }
     names = [name for name, used in asked.items() if used]
