@@ -12,17 +12,16 @@ struct Block {
   static constexpr int kLanes = 32;
   static constexpr bool kTensor = true;
 
-  // Opaque: addresses and conditions are computed where they are used, not kept in registers from the start.
-  __device__ int rank() const {
-    int index = static_cast<int>(threadIdx.x);
-    asm volatile("" : "+r"(index));
-    return index;
+  __device__ int opaque(int value) const {
+    asm volatile("" : "+r"(value));
+    return value;
   }
+  __device__ int rank() const { return opaque(static_cast<int>(threadIdx.x)); }
   __device__ int size() const { return static_cast<int>(blockDim.x); }
   // Not a remainder and a quotient: the compiler does not know that a rank is not negative.
   __device__ int lane() const { return rank() & (kLanes - 1); }
   __device__ int warp() const { return static_cast<int>(static_cast<unsigned>(rank()) / kLanes); }
-  __device__ int warps() const { return size() / kLanes; }
+  __device__ int warps() const { return static_cast<int>(blockDim.x / kLanes); }
   __device__ void sync() const { __syncthreads(); }
 
   // Butterflies: addition commutes, so every lane ends with the same bits.

@@ -144,10 +144,7 @@ __device__ void solve_items(const Arguments& arguments) {
     float k[kR][Q];
     solver.measure(k);
     for (int t = first; t < first + each; ++t) {
-      // Found again rather than kept in registers.
-      int same = index;
-      asm volatile("" : "+r"(same));
-      const Item again = item_of(in, same / parts);
+      const Item again = item_of(in, team.opaque(index) / parts);
       const Place at = place_of(in, again, t);
       const float eps = in.eps[at.number], start = in.start == nullptr ? 0.0f : in.start[at.number];
       solver.solve(k, schedule_of(in), marginals_of(in, again, at), eps, start);

@@ -13,10 +13,11 @@
 //
 // On top of what sinkhorn_block.h asks of a Team: ranks(), block() (which of the ranks), sync_all() (a barrier of all
 // ranks), peer(pointer, rank) (the same place in the memory of a rank), any(flag) (of a block, also a barrier),
-// lane_any(flag) and sync_lanes(). A warp's R values, one per row, are combined over its lanes by combine_rows(values,
-// own, combine), which leaves a lane those of its own rows, and spread(own, values) tells them to all lanes; a lane has
-// the R / kLanes rows from lane R / kLanes on, or kLanes / R lanes share one. A team with tensor cores has those of
-// halves.h besides.
+// lane_any(flag), sync_lanes() and opaque(value) (the same, hidden from the compiler: what follows from it is computed
+// where it is used, and not kept in registers from the start). A warp's R values, one per row, are combined over its
+// lanes by combine_rows(values, own, combine), which leaves a lane those of its own rows, and spread(own, values) tells
+// them to all lanes; a lane has the R / kLanes rows from lane R / kLanes on, or kLanes / R lanes share one. A team with
+// tensor cores has those of halves.h besides.
 #pragma once
 
 #include <cstring>
@@ -686,6 +687,8 @@ class Solver {
   // distances. Copies of the next stage are under way meanwhile. `first` is where the two are. Ends with sync().
   template <bool kNormed, typename Down, typename Use>
   FEWSTEP_HD void stream(int first, int points, Down down, Use use) {
+    first = team_.opaque(first);
+    points = team_.opaque(points);
     const int wide = aligned() ? 4 : 1, other = 2 * first + (points + 1) * kMmaStride;
     int now = first;
     fetch(at(now), points, 0, wide);
@@ -1041,13 +1044,14 @@ class Solver {
   FEWSTEP_HD void absorb(T (&k)[R][Q]) {
     T row[R], top[kOwn], own[kOwn];
     FEWSTEP_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const int i = row_of(r);
-      row[r] = kLowest<T>;
+    for (int r = 0; r < R; ++r) row[r] = kLowest<T>;
+    FEWSTEP_UNROLL
+    for (int q = 0; q < Q; ++q) {
+      const int j = least(column_of(q), p_.m - 1);
+      const T h = column_of(q) < p_.m ? at(At::kH)[j] : -kInfinity<T>;
       FEWSTEP_UNROLL
-      for (int q = 0; q < Q; ++q) {
-        const int j = column_of(q);
-        k[r][q] = i < rows_ && j < p_.m ? at(At::kH)[j] - k_ * at(At::kCost)[i * p_.m + j] : -kInfinity<T>;
+      for (int r = 0; r < R; ++r) {
+        k[r][q] = h - k_ * at(At::kCost)[least(row_of(r), rows_ - 1) * p_.m + j];
         row[r] = largest(k[r][q], row[r]);
       }
     }
@@ -1068,7 +1072,7 @@ class Solver {
     for (int e = 0; e < kOwn; ++e) {
       const int i = own_row(e);
       const T sum = own[e], shift = -(top[e] + log2(sum));
-      own[e] = i < rows_ ? reciprocal(sum) : T(0);
+      own[e] = reciprocal(sum);
       if (i >= rows_ || !first_of_row()) continue;
       at(At::kShift)[i] = shift;
       at(At::kU + u_)[i] = exp2(at(At::kF + f_)[i] - shift);
@@ -1077,7 +1081,7 @@ class Solver {
     FEWSTEP_UNROLL
     for (int r = 0; r < R; ++r) {
       FEWSTEP_UNROLL
-      for (int q = 0; q < Q; ++q) k[r][q] *= row[r];
+      for (int q = 0; q < Q; ++q) k[r][q] = row_of(r) < rows_ ? k[r][q] * row[r] : T(0);
     }
     team_.sync_lanes();
   }
@@ -1125,8 +1129,10 @@ class Solver {
     T sum = 0;
     FEWSTEP_ROLLED
     for (int rank = 0; rank < team_.ranks(); ++rank) {
-      FEWSTEP_ROLLED
-      for (int w = 0; w < team_.warps(); ++w) sum += team_.peer(partial(parity_, w), rank)[j];
+      FEWSTEP_UNROLL
+      for (int w = 0; w < kWarps; ++w) {
+        if (w < team_.warps()) sum += team_.peer(partial(parity_, w), rank)[j];
+      }
     }
     return sum;
   }

@@ -26,6 +26,7 @@ struct Single {
   int warps() const { return 1; }
   int ranks() const { return 1; }
   int block() const { return 0; }
+  int opaque(int value) const { return value; }
   void sync() const {}
   void sync_all() const {}
   void sync_lanes() const {}
@@ -218,6 +219,7 @@ struct ThreadsOf {
   int lane() const { return index % kLanes; }
   int warp() const { return index / kLanes; }
   int warps() const { return kWarps; }
+  int opaque(int value) const { return value; }
   int ranks() const { return static_cast<int>(cluster->block.size()); }
   int block() const { return own_block; }
   void sync() const { state().barrier.arrive_and_wait(); }
