@@ -21,7 +21,7 @@ struct Block {
   // Not a remainder and a quotient: the compiler does not know that a rank is not negative.
   __device__ int lane() const { return rank() & (kLanes - 1); }
   __device__ int warp() const { return static_cast<int>(static_cast<unsigned>(rank()) / kLanes); }
-  __device__ int warps() const { return static_cast<int>(blockDim.x / kLanes); }
+  __device__ int warps() const { return size() / kLanes; }
   __device__ void sync() const { __syncthreads(); }
 
   // Butterflies: addition commutes, so every lane ends with the same bits.
