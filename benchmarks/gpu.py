@@ -47,7 +47,32 @@ MAX_SETS = 8
 # A call that takes more than so many budgets is timed once.
 SLOW_BUDGETS = 4
 wait = torch.cuda.synchronize
+# Apart from imports and compilation, a first call takes less.
+FIRST_CALL_SECONDS = 0.3
+# Prints the seconds of the imports, of the first call and of the second, forward and backward.
+FIRST_CALL = """
+import importlib, sys, time
+import torch
 
+device, backend = sys.argv[1:]
+wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+x, y = torch.randn(2, 16, 200, 64, device=device)
+x.requires_grad_()
+wait()
+times = [time.perf_counter()]
+fewstep = importlib.import_module("fewstep")
+if backend == "triton":
+    importlib.import_module("fewstep.kernels.sinkhorn")
+times.append(time.perf_counter())
+for _ in range(2):
+    ot = fewstep.sinkhorn(x, y, eps=50.0, max_iter=20, backend=backend)
+    ot.value.sum().backward()
+    wait()
+    times.append(time.perf_counter())
+print(*(after - before for before, after in zip(times, times[1:])))
+"""
+
+OURS = ("cuda", "triton")
 _drift = replace(CASES["drift_joint_b256_n64_d256"], contenders=())
 _divergence = CASES["divergence_n1024_d64"]
 LARGE = ("triton", "flash-sinkhorn", "flash-sinkhorn-fp32", "geomloss-online", "pykeops", "eager")
@@ -498,6 +523,23 @@ def stage_tests(runner: Runner) -> Stage:
     return Stage("pytest -m gpu", code == 0, last_line(text))
 
 
+def stage_first_call(runner: Runner, device: str = "cuda", served: Sequence[str] = OURS) -> Stage:
+    """Each backend in two new processes: the second finds all kernels compiled."""
+    notes, ok = [], True
+    for backend in served:
+        command = [sys.executable, "-c", FIRST_CALL, device, backend]
+        for _ in range(2):
+            code, text = runner.run("first_call.log", command, 60)
+        if code != 0:
+            notes.append(f"{backend} failed: {last_line(text)}")
+            ok = False
+            continue
+        imports, first, second = map(float, last_line(text).split())
+        ok &= first < FIRST_CALL_SECONDS
+        notes.append(f"{backend} {first:.2f} s, then {second:.2g} s (imports {imports:.2f} s)")
+    return Stage("first call", ok, "; ".join(notes))
+
+
 def stage_sanitizer(runner: Runner, tool: str) -> Stage:
     name = f"compute-sanitizer {tool}"
     found = shutil.which("compute-sanitizer")
@@ -552,7 +594,7 @@ def stage_case(runner: Runner, case: Case, budget: float) -> Stage:
     rows += [case.columns() | {"contender": c, "note": "not run"} for c in todo]
     compare(rows)
     timed = [row for row in rows if "median_ms" in row]
-    ours = [row for row in timed if row["contender"] in ("cuda", "triton")]
+    ours = [row for row in timed if row["contender"] in OURS]
     best = min(ours, key=lambda row: float(row["median_ms"]), default=None)
     summary = "nothing of ours was timed"
     if best is not None:
@@ -575,12 +617,10 @@ def runner_has(runner: Runner, package: str) -> bool:
 def compare(rows: list[dict[str, Any]]) -> None:
     """How many times faster ours are than the best of the others in the same case."""
     others = [
-        row["median_ms"]
-        for row in rows
-        if "median_ms" in row and row["contender"] not in ("cuda", "triton")
+        row["median_ms"] for row in rows if "median_ms" in row and row["contender"] not in OURS
     ]
     for row in rows:
-        if others and "median_ms" in row and row["contender"] in ("cuda", "triton"):
+        if others and "median_ms" in row and row["contender"] in OURS:
             row["speedup_vs_best_peer"] = min(others) / row["median_ms"]
 
 
@@ -715,6 +755,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.no_build:
             stages.append(("build", lambda: stage_build(runner, args.wheels)))
         stages.append(("pytest -m gpu", lambda: stage_tests(runner)))
+        stages.append(("first call", lambda: stage_first_call(runner)))
         stages.append(("ceilings", measure_ceilings))
         for name in args.case or GPU_CASES:
             case = GPU_CASES[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -61,6 +62,19 @@ def test_commands_are_logged_and_limited(tmp_path: Path) -> None:
     assert gpu.last_line(text) == "stopped after 5 s"
     late = gpu.Runner(tmp_path, tmp_path, minutes=0)
     assert late.run("log", [sys.executable, "-c", program], 30) == (None, "no time left")
+
+
+def test_first_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = gpu.Runner(tmp_path, tmp_path, minutes=1)
+    monkeypatch.setattr(gpu, "FIRST_CALL_SECONDS", 60.0)
+    stage = gpu.stage_first_call(runner, "cpu", ["cpp"])
+    assert stage.ok, (tmp_path / "first_call.log").read_text()
+    assert re.fullmatch(r"cpp [\d.]+ s, then [\d.e-]+ s \(imports [\d.]+ s\)", stage.summary)
+    monkeypatch.setattr(gpu, "FIRST_CALL_SECONDS", 0.0)
+    stage = gpu.stage_first_call(runner, "cpu", ["none", "cpp"])
+    assert not stage.ok
+    assert "none failed: ValueError" in stage.summary
+    assert "; cpp " in stage.summary
 
 
 def test_a_crash_costs_one_contender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
