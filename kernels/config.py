@@ -28,6 +28,11 @@ _KEPT_STEPS = 4
 PRECISIONS = ("tf32x3", "tf32", "float32")
 
 
+def _options(num_warps: int, num_stages: int = 2) -> dict[str, Any]:
+    """Options of every launch. Triton 3.10 no longer fuses multiply-adds unless asked to."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
 def uses_dot(dim: int, dtype: str, precision: str = "tf32x3") -> bool:
     """Whether distances are dots on tensor cores rather than sums of squared differences."""
     return dtype == "float32" and dim > _DIFFERENCES and precision != "float32"
@@ -103,12 +108,25 @@ def sinkhorn_update(
         "BLOCK_M": block,
         "BLOCK_N": columns,
         "BLOCK_D": 16,
-        "num_warps": 4 if dot else block // 32,
-        "num_stages": 2,
     }
+    launch |= _options(4 if dot else block // 32)
     if launch["PRECISION"] == "tf32" or (not dot and not arch.startswith("gfx")):
         # Left to itself, ptxas spills a few bytes here for a block more per processor.
         launch["maxnreg"] = 255
+    return launch
+
+
+def sinkhorn_symmetric(launch: dict[str, Any], arch: str) -> dict[str, Any]:
+    """Launch parameters of simultaneous updates, from those of `sinkhorn_update` and the cost.
+
+    >>> launch = sinkhorn_update(64, 4096, 64, "float32", "sm_100") | {"EUCLIDEAN": True}
+    >>> sinkhorn_symmetric(launch, "sm_100")["maxnreg"]
+    168
+    """
+    large = launch["DOT"] and launch["PRECISION"] == "tf32x3" and launch["BLOCK_M"] == 64
+    if arch == "sm_100" and large and launch["EUCLIDEAN"]:
+        # The most for three blocks per processor; Triton 3.6's ptxas chooses fewer, and spills.
+        return launch | {"maxnreg": 168}
     return launch
 
 
@@ -155,8 +173,8 @@ def sinkhorn_hessian(batch: int, rows: int, arch: str) -> dict[str, Any]:
     16
     """
     launch = sinkhorn_update(batch, rows, 1, "float64", arch)
-    kept = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
-    return {name: launch[name] for name in kept if name in launch} | {"BLOCK_K": 16}
+    unknown = ("DOT", "PRECISION", "BLOCK_D")
+    return {k: v for k, v in launch.items() if k not in unknown} | {"BLOCK_K": 16}
 
 
 def sinkhorn_kept(dtype: str, arch: str) -> dict[str, Any]:
@@ -169,7 +187,7 @@ def sinkhorn_kept(dtype: str, arch: str) -> dict[str, Any]:
     256
     """
     columns = 256 if dtype == "float32" else 128
-    launch: dict[str, Any] = {"BLOCK_M": 16, "BLOCK_N": columns, "num_warps": 4}
+    launch = {"BLOCK_M": 16, "BLOCK_N": columns} | _options(4, num_stages=3)
     return launch if arch.startswith("gfx") else launch | {"maxnreg": 255}
 
 
@@ -179,7 +197,7 @@ def sinkhorn_kept_merge() -> dict[str, Any]:
     >>> sinkhorn_kept_merge()["BLOCK"]
     128
     """
-    return {"BLOCK": 128, "BLOCK_N": 16, "num_warps": 4}
+    return {"BLOCK": 128, "BLOCK_N": 16} | _options(4, num_stages=3)
 
 
 def sinkhorn_merge() -> dict[str, Any]:
@@ -188,7 +206,7 @@ def sinkhorn_merge() -> dict[str, Any]:
     >>> sinkhorn_merge()["BLOCK"]
     128
     """
-    return {"BLOCK": 128, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK": 128} | _options(4)
 
 
 # Elements of a row that a norm's program holds in registers.
@@ -201,7 +219,7 @@ def heun_combine(dtype: str, arch: str) -> dict[str, Any]:
     >>> heun_combine("float32", "sm_90")["BLOCK"]
     1024
     """
-    return {"BLOCK": 1024 if dtype == "float32" else 512, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK": 1024 if dtype == "float32" else 512} | _options(4)
 
 
 def dual_activate(dtype: str, arch: str) -> dict[str, Any]:
@@ -210,7 +228,7 @@ def dual_activate(dtype: str, arch: str) -> dict[str, Any]:
     >>> dual_activate("float32", "sm_90")["BLOCK"]
     1024
     """
-    launch = {"BLOCK": 1024 if dtype == "float32" else 512, "num_warps": 4, "num_stages": 1}
+    launch = {"BLOCK": 1024 if dtype == "float32" else 512} | _options(4, num_stages=1)
     # As in `sinkhorn_update`.
     return launch if arch.startswith("gfx") else launch | {"maxnreg": 255}
 
@@ -230,7 +248,7 @@ def dual_norm(n: int, dtype: str, arch: str) -> dict[str, Any]:
     lanes = 64 if arch.startswith("gfx") else 32
     own = 8 if dtype == "float32" else 4
     warps = min(max(block // (own * lanes), 1), 16)
-    launch = {"BLOCK": block, "num_warps": warps, "num_stages": 1}
+    launch = {"BLOCK": block} | _options(warps, num_stages=1)
     # As in `sinkhorn_update`; 8 warps are the most.
     return launch if arch.startswith("gfx") else launch | {"maxnreg": 255}
 
@@ -251,4 +269,4 @@ def probe(dtype: str, arch: str) -> dict[str, Any]:
     >>> probe("float32", "sm_90")["BLOCK"]
     512
     """
-    return {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK": 512} | _options(4, num_stages=1)

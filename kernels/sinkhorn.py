@@ -1194,6 +1194,7 @@ def _alternate_kept(s: _Solve) -> _Solved:
 def _symmetric(s: _Solve) -> _Solved:
     """Both potentials from the last two, mixed with them, and alternating steps at the end."""
     problems, (n, m, _) = s.g.shape[0], s.clouds.shape
+    launch = config.sinkhorn_symmetric(s.rows, architecture(s.g.device))
     merge = config.sinkhorn_merge()
     row_pieces, column_pieces = s.blocks(0), -(-m // merge["BLOCK"])
     # Step k goes from [k % 2] to the other one.
@@ -1212,7 +1213,7 @@ def _symmetric(s: _Solve) -> _Solved:
             *(*s.clouds.pointers, s.weights[0], *s.logs, eps, f[source], g[source], f[1 - source]),
             *(tops, sums, row_error, column_error, mass, iterations, s.annealing, done, setting),
             *(k, s.max_iter, *s.clouds.shape, *pieces, *s.constants),
-            **s.rows,
+            **launch,
         )
         sinkhorn_merge_kernel[(problems * column_pieces,)](
             *(s.weights[1], eps, g[source], g[1 - source], tops, sums, column_error, done, setting),

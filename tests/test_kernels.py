@@ -154,7 +154,8 @@ def test_kernels_are_not_compiled_for_every_shape() -> None:
 def test_compiled_kernels_do_not_spill(tmp_path: Path) -> None:
     """The heaviest kernels; `python -m fewstep.kernels.compile` compiles them all in minutes."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fewstep.kernels.compile", "--heaviest", "--arch"]
+    module = ["-Werror", "-m", "fewstep.kernels.compile"]
+    command = [sys.executable, *module, "--heaviest", "--arch"]
     runs = [
         subprocess.Popen(
             [*command, *pair],
