@@ -298,6 +298,43 @@ def test_starts(emulators: dict[str, Emulator], op: str, dtype: torch.dtype) -> 
 
 
 @DTYPES
+@pytest.mark.parametrize("op", ["solve", "direct"])
+@pytest.mark.parametrize("shift", [1.0, -1.0])
+def test_columns_far_from_their_penalty(
+    emulators: dict[str, Emulator], shift: float, op: str, dtype: torch.dtype
+) -> None:
+    """Rows follow the start, so that columns are balanced, and step by 2^144 at once.
+
+    Values are not compared: exp(-g / rho) is up to e^100 in them.
+    """
+    x, y, a, b, _ = make(1, 8, 11, 2, dtype)
+    g0 = torch.full((1, 11), shift, dtype=dtype)
+    inputs = (x, y, a, b, torch.tensor([0.005], dtype=dtype))
+    options: dict[str, Any] = {"max_iter": 5, "rho": (None, 0.005)}
+    for schedule in (
+        Schedule(**options),
+        Schedule(**options, relax=0.5, simultaneous=True),
+    ):
+        actual = solve_emulated(emulators["alone"], TEAMS["alone"], inputs, schedule, op=op, g0=g0)
+        expected = exact(inputs, schedule, g0=g0)
+        assert_contract("potential", actual[0], expected[0], scale=g0.abs().max())
+        assert_contract("potential", actual[1], expected[1], scale=g0.abs().max())
+
+
+@pytest.mark.parametrize("op", ["solve", "direct"])
+@pytest.mark.parametrize("team", TEAMS)
+def test_weights_below_normal_numbers(emulators: dict[str, Emulator], team: str, op: str) -> None:
+    """A device takes their logarithm for -inf: their points have potentials, and no mass."""
+    x, y, a, b, eps = make(2, 8, 11, 3, torch.float32)
+    a[:, 1], b[:, 3] = 1e-39, 1e-42
+    run, how, schedule = emulators[team], TEAMS[team], Schedule(max_iter=6)
+    check(run, how, (x, y, a, b, eps), schedule, op=op)
+    schedule = Schedule(max_iter=6, relax=0.5, simultaneous=True)
+    check(run, how, (x, y, a, b, eps), schedule, op=op)
+    check(run, how, (x, x, a, a, eps), replace(schedule, single=True), op=op)
+
+
+@DTYPES
 @pytest.mark.parametrize("team", TEAMS)
 def test_stop_is_per_problem(emulators: dict[str, Emulator], team: str, dtype: torch.dtype) -> None:
     x, y, a, b, eps = make(3, 8, 11, 2, dtype)

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kDirectThreads, 1)
 }
 
 struct Device {
-  int shared_limit, processors, major;
+  int shared_limit, processors;
 
   cudaError_t read() {
     int device = 0;
@@ -198,9 +198,7 @@ struct Device {
     if (error != cudaSuccess) return error;
     error = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error != cudaSuccess) return error;
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return error;
-    return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    return cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
 };
 
@@ -250,13 +248,17 @@ cudaError_t launch(Kernel kernel, int64_t items, int threads, int shared_bytes, 
 cudaError_t plan_resident(int64_t n, int64_t m, ResidentPlan* plan) {
   *plan = {};
   Device device;
-  const cudaError_t error = device.read();
+  cudaError_t error = device.read();
   if (error != cudaSuccess) return error;
   if (plan_for<2, kWarps<2>>(n, m, 1, device, plan) || plan_for<4, kWarps<4>>(n, m, 1, device, plan) ||
       plan_for<8, kWarps<8>>(n, m, 1, device, plan)) {
     return cudaSuccess;
   }
-  for (int ranks = 2; ranks <= kMaxRanks && device.major >= 9; ranks *= 2) {
+  // Of a library built for older devices alone it is empty.
+  cudaFuncAttributes compiled;
+  error = cudaFuncGetAttributes(&compiled, resident_cluster_kernel);
+  if (error != cudaSuccess) return error;
+  for (int ranks = 2; ranks <= kMaxRanks && compiled.ptxVersion >= 90; ranks *= 2) {
     if (plan_for<8, kClusterWarps>(n, m, ranks, device, plan)) return cudaSuccess;
   }
   return cudaSuccess;

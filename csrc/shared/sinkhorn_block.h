@@ -66,13 +66,16 @@ struct Stop {
 FEWSTEP_HD double exp2(double z) { return ::exp2(z); }
 FEWSTEP_HD double log2(double z) { return ::log2(z); }
 
+// What a device's approximations make of a float that is no normal number; the host does the same.
+FEWSTEP_HD float flushed(float value) { return std::abs(value) < FLT_MIN ? 0.0f : value; }
+
 FEWSTEP_HD float exp2(float z) {
 #ifdef __CUDA_ARCH__
   float e;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(z));
   return e;
 #else
-  return ::exp2f(z);
+  return flushed(::exp2f(z));
 #endif
 }
 

@@ -38,6 +38,9 @@ using block::least;
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
+// Smaller weights are none: the logarithm on a device is -inf.
+template <typename T>
+constexpr T kSmallest = std::numeric_limits<T>::min();
 constexpr int kParts = 3;                 // clouds that make up the columns
 constexpr int kDepth = 16;                // coordinates staged at a time
 constexpr int kStageStride = kDepth + 1;  // lanes on different points fall into different banks
@@ -66,7 +69,7 @@ FEWSTEP_HD float reciprocal(float value) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(value));
   return r;
 #else
-  return 1 / value;
+  return block::flushed(1 / block::flushed(value));
 #endif
 }
 
@@ -77,7 +80,7 @@ FEWSTEP_HD float log2(float value) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(l) : "f"(value));
   return l;
 #else
-  return ::log2f(value);
+  return ::log2f(block::flushed(value));
 #endif
 }
 
@@ -490,7 +493,8 @@ class Solver {
     part = 0;
     FEWSTEP_ROLLED
     for (int j = team_.rank(); j < p_.m; j += team_.size()) {
-      const T b = w.b[j] / w.b_total;
+      T b = w.b[j] / w.b_total;
+      if (b < kSmallest<T>) b = 0;
       const T g = w.g0 == nullptr ? T(0) : w.g0[j] * k_;
       at(At::kB)[j] = b;
       at(At::kH)[j] = s_.unit_start ? (b > 0 ? T(0) : log2(b)) : g + log2(b);
@@ -1152,9 +1156,13 @@ class Solver {
         at(At::kV)[j] = -at(At::kV)[j];  // marks the column
         continue;
       }
-      const T next = plain_ ? b * reciprocal(sum) : exp2(column_step(j, -log2(sum), at(At::kV)[j]));
-      far = far || !within(next, 1 / high, high);
-      at(At::kV)[j] = next;
+      const T before = at(At::kV)[j];
+      const T next = plain_ ? b * reciprocal(sum) : exp2(column_step(j, -log2(sum), before));
+      const bool own = !within(next, 1 / high, high);
+      at(At::kV)[j] = own ? T(1) : next;
+      // It may be 0 or inf: its logarithm is not taken.
+      if (own) at(At::kH)[j] += column_step(j, -log2(sum), before);
+      far = far || own;
     }
     if (!team_.any(far || bad)) return false;
     if (team_.any(bad)) {
