@@ -246,8 +246,7 @@ def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
         update = config.sinkhorn_update(batch, 1024, dim, dtype, arch, precision) | cost
         yield sinkhorn.sinkhorn_row_kernel, dtype, update
         yield sinkhorn.sinkhorn_column_kernel, dtype, update
-        both = config.sinkhorn_symmetric(update, arch)
-        yield sinkhorn.sinkhorn_symmetric_kernel, dtype, both
+        yield sinkhorn.sinkhorn_symmetric_kernel, dtype, config.sinkhorn_symmetric(update, arch)
         yield sinkhorn.sinkhorn_cost_kernel, dtype, update
         yield sinkhorn.sinkhorn_merge_kernel, dtype, config.sinkhorn_merge()
         yield sinkhorn.sinkhorn_kept_kernel, dtype, config.sinkhorn_kept(dtype, arch)

@@ -449,7 +449,7 @@ def test_stacks_are_made_again_under_hooks_and_checkpoints() -> None:
             torch.testing.assert_close(p.grad, want)
     assert moved > 15  # hooks around ours get all that is kept
     checkpointed = saved(lambda: checkpoint(value, x, use_reentrant=False))[1]  # type: ignore[arg-type]
-    assert sum(p.numel() for p in checkpointed) <= x.numel()
+    assert len([p for p in checkpointed if p.numel() > 0]) <= 1
 
     def parts(x: Tensor) -> Tensor:
         return fewstep.divergence(net, x, t[:1], estimator="hutchinson").value
