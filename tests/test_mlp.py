@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep.ops import mlp
-from fewstep.ops.dual import Source, UnsupportedError
+from fewstep.ops.dual import mlp
+from fewstep.ops.dual.engine import Source, UnsupportedError
 from fewstep.ops.trace import make_key, make_keys
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import probes

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.ops import raw_dual, trace
-from fewstep.ops.dual import UnsupportedError
+from fewstep.ops import trace
+from fewstep.ops.dual import dispatch
+from fewstep.ops.dual.engine import UnsupportedError
 from fewstep.reference import trace as reference
 
 METHODS = ("euler", "heun")
@@ -246,7 +247,7 @@ def _series(
     """The next x, and `log det(I + A)` and its variance over probes, `[B]`."""
     options, count = solver.options, solver.options.probes
     wide = h.reshape(-1, *(1,) * (x.ndim - 1))
-    v = raw_dual.probe(solver.backend(x), x.detach(), key, solver.ids, count, options.probe)
+    v = dispatch.probe(solver.backend(x), x.detach(), key, solver.ids, count, options.probe)
     k1 = solver.run(x, t)
     middle = x + wide * k1
     following = middle

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep.ops import dual, mlp, raw_dual
 from fewstep.ops.differentiable import is_transformed
-from fewstep.ops.dual import UnsupportedError
+from fewstep.ops.dual import dispatch, engine, mlp
+from fewstep.ops.dual.engine import UnsupportedError
 from fewstep.reference import trace as reference
 from fewstep.reference.probe import PROBES
 
@@ -182,7 +182,7 @@ class Solver:
         if self.chosen is None:
             name = choose_backend("divergence", x.device.type, self.options.backend, unsupported)
             compiled = x.dtype in (torch.float32, torch.float64) and not is_transformed()
-            self.chosen = name if compiled and name in raw_dual.COMPILED else "reference"
+            self.chosen = name if compiled and name in dispatch.COMPILED else "reference"
         return self.chosen
 
     def refuse(self, reason: UnsupportedError) -> None:
@@ -218,7 +218,7 @@ class Solver:
         options, d = self.options, x.shape[1:].numel()
         grad = torch.is_grad_enabled()
         if options.estimator != "hutchinson" and len(program.weights) <= 3:
-            budget = dual.Budget(options.probes, kept=self.cache is not None and not grad)
+            budget = engine.Budget(options.probes, kept=self.cache is not None and not grad)
             if options.estimator == "exact" or budget.allows(x.shape[0], program.outer):
                 if len(program.weights) < 3 or program.differentiable():
                     return None
@@ -236,12 +236,12 @@ class Solver:
         v, dots = mlp.probe_products(program, source)
         return self._mean(v, dots, d)
 
-    def _source(self, key: Tensor | None, backend: str) -> dual.Source:
+    def _source(self, key: Tensor | None, backend: str) -> engine.Source:
         options, dtype = self.options, self.options.tangent_dtype
-        source = dual.Source(backend, options.probes, key, self.ids, options.probe, dtype=dtype)
+        source = engine.Source(backend, options.probes, key, self.ids, options.probe, dtype=dtype)
         kept = None if torch.is_grad_enabled() else self.cache
         if dtype is not None:
-            if dual._plain():
+            if engine._plain():
                 return source
             return replace(source, copies={} if kept is None else kept)
         return replace(source, cache=kept if self.fixed else None)
@@ -249,16 +249,16 @@ class Solver:
     def products(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity `[B, ...]` and `J v_k`, `[K, B, ...]`, by duals."""
         source = replace(self._source(None, self.backend(x)), count=v.shape[0], tangents=v)
-        return dual.products(self.run, x, t, replace(source, cache=None))
+        return engine.products(self.run, x, t, replace(source, cache=None))
 
     def _structural(self, x: Tensor, t: Tensor, backend: str) -> Divergence | None:
         """None where the probes asked for are cheaper."""
         cache = None if torch.is_grad_enabled() else self.cache
         if self.options.estimator == "auto":
-            cheaper = dual.Budget(self.options.probes, kept=cache is not None)
+            cheaper = engine.Budget(self.options.probes, kept=cache is not None)
         else:
             cheaper = None
-        out = dual.structural(self.run, x, t, backend, cache, cheaper)
+        out = engine.structural(self.run, x, t, backend, cache, cheaper)
         if out is None:
             return None
         v, value = out
@@ -278,7 +278,7 @@ class Solver:
         if self._exact(d):
             chunk = max(1, min(d, _CHUNK // max(x.numel(), 1)))
             source = replace(self._source(None, backend), cache=None)
-            v, value = dual.exact_by_tangents(self.run, x, t, source, chunk)
+            v, value = engine.exact_by_tangents(self.run, x, t, source, chunk)
             return Divergence(v, value, torch.zeros_like(value), f"exact ({d} tangents)")
         if options.estimator in ("hutch++", "xtrace"):
 
@@ -286,7 +286,7 @@ class Solver:
                 return self.products(x, t, u.reshape(-1, *x.shape))
 
             return self._sketch(x, key, product, backend)
-        v, dots = dual.probe_products(self.run, x, t, self._source(key, backend))
+        v, dots = engine.probe_products(self.run, x, t, self._source(key, backend))
         return self._mean(v, dots, d)
 
     def _mean(self, v: Tensor, dots: Tensor, d: int) -> Divergence:
@@ -311,7 +311,7 @@ class Solver:
             return ju.flatten(2)
 
         def draw(count: int) -> Tensor:
-            return raw_dual.probe(backend, x.detach(), key, self.ids, count, self.options.probe)
+            return dispatch.probe(backend, x.detach(), key, self.ids, count, self.options.probe)
 
         if name == "xtrace":
             estimates = reference.xtrace(flat, draw(probes // 2).flatten(2))
@@ -343,7 +343,7 @@ class Solver:
             found = self._sketch(x, key, product, "reference")
         else:
             count, kind = options.probes, options.probe
-            u = raw_dual.probe("reference", x.detach(), key, self.ids, count, kind)
+            u = dispatch.probe("reference", x.detach(), key, self.ids, count, kind)
             v, ju = product(u)
             found = self._mean(v, reference.hutchinson(ju, u), d)
         return replace(found, info=f"{ways[0]}: {reason}")
@@ -351,7 +351,7 @@ class Solver:
 
 def unsupported(backend: str) -> str | None:
     """Why a backend cannot serve divergences, or None."""
-    if backend in (*raw_dual.COMPILED, "reference"):
+    if backend in (*dispatch.COMPILED, "reference"):
         return None
     return "divergences have the backends cpp, triton and reference"
 

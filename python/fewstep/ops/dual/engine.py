@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fewstep.ops import raw_dual
 from fewstep.ops.differentiable import is_transformed
+from fewstep.ops.dual import dispatch
 
 # Devices whose products of bfloat16 are slower than of float32: tangents are widened for them.
 WIDENED = ("cpu",)
@@ -71,7 +71,7 @@ class Source:
             return self.lower(self.tangents.expand(self.count, *x.shape))
         assert self.key is not None
         like = x if self.dtype is None else x.new_empty(x.shape, dtype=self.dtype)
-        return raw_dual.probe(self.backend, like, self.key, self.ids, self.count, self.kind)
+        return dispatch.probe(self.backend, like, self.key, self.ids, self.count, self.kind)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -718,14 +718,14 @@ def _activation(kind: str, h: Dual, beta: float = 1.0, threshold: float = 20.0) 
         shift, inner = _kernel_shift(h.shift, h.primal_shape)
         z, u = h.pieces(shifted=False)
         options = (shift, kind, beta, threshold, inner)
-        return h.like(*raw_dual.activate_pair(h.source.backend, z, u, *options))
+        return h.like(*dispatch.activate_pair(h.source.backend, z, u, *options))
     flat, shared = (h.stack(), None) if isinstance(h, Seed) else (h.flat, h.shared)
     if h.pending is not None:
         flat = h.joined()
     if shared is not None and torch.is_grad_enabled() and shared.requires_grad:
         flat, shared = h.joined(), None
     shift, inner = _kernel_shift(h.shift, h.primal_shape)
-    out = raw_dual.activate(
+    out = dispatch.activate(
         h.source.backend, flat, shared, shift, h.source.count, kind, beta, threshold, inner
     )
     return h.like(out, owned=True)
@@ -792,9 +792,9 @@ def _normed(
     if h.source.dtype is not None:
         z, u = h.pieces(shifted=False)
         options = (shift, weight, bias, groups, centred, eps)
-        return h.like(*raw_dual.norm_pair(h.source.backend, z, u, *options))
+        return h.like(*dispatch.norm_pair(h.source.backend, z, u, *options))
     flat = h.joined()
-    out = raw_dual.norm(
+    out = dispatch.norm(
         h.source.backend, flat, shift, weight, bias, h.source.count, groups, centred, eps
     )
     return h.like(out, owned=True)
@@ -1219,7 +1219,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gv: Tensor, gd: Tensor) -> tuple[Any, ...]:
         source = ctx.source
-        v = raw_dual.probe_scale(
+        v = dispatch.probe_scale(
             source.backend, gd, source.key, source.ids, ctx.inner.numel(), source.kind
         )
         g = torch.cat([gv, v.reshape(-1, *ctx.inner)])
@@ -1231,7 +1231,7 @@ def _head(flat: Tensor, shift: Tensor | None, source: Source) -> tuple[Tensor, T
     batch = flat.shape[0] // (source.count + 1)
     velocity = flat[:batch].clone() if shift is None else flat[:batch] + shift
     assert source.key is not None
-    dots = raw_dual.probe_dot(
+    dots = dispatch.probe_dot(
         source.backend, flat[batch:], source.key, source.ids, source.count, source.kind
     )
     return velocity, dots
@@ -1268,7 +1268,7 @@ def probe_products(
     if source.dtype is not None:
         assert source.key is not None
         primal, tangents = out.pieces()
-        return primal, raw_dual.probe_dot(
+        return primal, dispatch.probe_dot(
             *(source.backend, tangents, source.key, source.ids, source.count, source.kind)
         )
     flat = out.joined()
@@ -1404,7 +1404,7 @@ def _chain_activation(kind: str, h: Chain, beta: float = 1.0, threshold: float =
         raise UnsupportedError("not a chain of linear layers with activations between them")
     shift, inner = _kernel_shift(h.shift, h.primal_shape)
     ones = h.primal.new_ones((1, h.primal_shape[1]))
-    both = raw_dual.activate(
+    both = dispatch.activate(
         h.backend, h.primal, ones, shift, 1, kind, beta, threshold, inner
     ).reshape(2, *h.primal_shape)
     a, slope = both.unbind(0)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.ops import raw_dual
-from fewstep.ops.dual import Rule, Source, UnsupportedError, _kept, _Traced
+from fewstep.ops.dual import dispatch
+from fewstep.ops.dual.engine import Rule, Source, UnsupportedError, _kept, _Traced
 from fewstep.reference import dual as reference
 
 MOST_PROBES = 64  # a tile of 8 samples and their tangents must stay in cache
@@ -252,7 +252,7 @@ class _Probes(torch.autograd.Function):
             return None, None, *_by_reference(program, source, wanted, (gv, gd))
         grads = torch.ops.fewstep.mlp_backward.default(
             *(gv, gd, *program.arguments(), source.key, source.ids),
-            *(raw_dual.probe_index(source.kind), last, kept, wanted),
+            *(dispatch.probe_index(source.kind), last, kept, wanted),
         )
         return None, None, *(g if want else None for g, want in zip(grads, wanted, strict=True))
 
@@ -284,7 +284,7 @@ def _run(
         out: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.fewstep.mlp_probes.default(
             *program.arguments(),
             *(source.key, source.ids, source.count),
-            *(raw_dual.probe_index(source.kind), first, last, keep),
+            *(dispatch.probe_index(source.kind), first, last, keep),
         )
     return out
 
@@ -336,7 +336,7 @@ def trace_by_bottleneck(program: Program, chunk: int) -> tuple[Tensor, Tensor]:
             continue
         kind, (beta, threshold) = program.kinds[i], program.options[2 * i : 2 * i + 2]
         ones, name = h.new_ones((1, h.shape[1])), reference.ACTIVATIONS[kind]
-        both = raw_dual.activate("cpp", h, ones, shift, 1, name, beta, threshold)
+        both = dispatch.activate("cpp", h, ones, shift, 1, name, beta, threshold)
         h, slope = both.view(2, *h.shape).unbind(0)
         slopes.append(slope)
     own = min(range(n - 1), key=lambda i: weights[i].shape[0])

@@ -1,0 +1,5 @@
+"""Forward-mode duals: a network's own forward, run on [primal; K tangents]."""
+
+from fewstep.ops.dual.engine import Dual, UnsupportedError, register
+
+__all__ = ["Dual", "UnsupportedError", "register"]
