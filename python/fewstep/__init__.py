@@ -12,7 +12,7 @@ from fewstep.ops.divergence import (  # noqa: E402
     sinkhorn_divergence,
 )
 from fewstep.ops.drift import Drift, sinkhorn_drift  # noqa: E402
-from fewstep.ops.heun import HeunResult, heun_solve, heun_step  # noqa: E402
+from fewstep.ops.heun.solve import HeunResult, heun_solve, heun_step  # noqa: E402
 from fewstep.ops.implicit import ConvergenceError  # noqa: E402
 from fewstep.ops.log_density import LogDensity, log_density  # noqa: E402
 from fewstep.ops.sinkhorn import SinkhornResult, sinkhorn, transport  # noqa: E402

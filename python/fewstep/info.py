@@ -11,7 +11,8 @@ import torch
 
 from fewstep import __version__
 from fewstep._library import BACKENDS, DEFAULT_ORDER, cuda_library, load_cpp, unavailable
-from fewstep.ops import drift, heun, trace
+from fewstep.ops import drift, trace
+from fewstep.ops.heun import solve
 
 # Why a backend cannot serve an op at all, or None; "sinkhorn" has transport and barycenters too,
 # "heun" all samplers.
@@ -19,7 +20,7 @@ OPS: dict[str, Callable[[str], str | None]] = {
     "sinkhorn": lambda _: None,
     "sinkhorn_drift": lambda backend: drift.unsupported(backend, None),
     "divergence": trace.unsupported,
-    "heun": heun.unsupported,
+    "heun": solve.unsupported,
 }
 
 

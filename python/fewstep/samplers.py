@@ -13,9 +13,10 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
-from fewstep.ops import raw_heun, trace
+from fewstep.ops import trace
 from fewstep.ops.differentiable import is_transformed
-from fewstep.ops.heun import (
+from fewstep.ops.heun import dispatch
+from fewstep.ops.heun.solve import (
     FIRST,
     HeunResult,
     Run,
@@ -173,7 +174,7 @@ def latents(
     row = x.new_zeros((1, 1, COLUMNS), dtype=torch.float64)
     row[..., NOISE] = 1
     name = pick(x, backend)
-    raw_heun.into(name, wide)(x, None, [], row, 0, own, x, None, None, None)
+    dispatch.into(name, wide)(x, None, [], row, 0, own, x, None, None, None)
     return x.to(dtype)
 
 

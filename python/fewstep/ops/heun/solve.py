@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep.ops import raw_heun, trace
+from fewstep.ops import trace
 from fewstep.ops.differentiable import is_dual, is_transformed
+from fewstep.ops.heun import dispatch
 
-STATES = raw_heun.STATES
+STATES = dispatch.STATES
 FIRST = 2  # row of the table for evaluation 0: row 0 draws latents, row 1 starts a sampler
 Velocity = Callable[..., Any]
 
@@ -209,7 +210,7 @@ class Run:
         self.functional = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_transformed() or is_dual(x):
             self.functional, self.backend = True, "reference"
-        self.combine = raw_heun.into(self.backend, x.dtype)
+        self.combine = dispatch.into(self.backend, x.dtype)
         self.dtype = x.dtype
         wide = state == "float64" or x.dtype == torch.float64
         self.compensated = state == "compensated" and not wide
@@ -244,7 +245,7 @@ class Run:
     def advance(self, terms: list[Tensor], row: int, step: int, *, middle: bool = False) -> None:
         """The next state and the network's next input, by a row of the table."""
         if self.functional:
-            self.high, self.low, net = raw_heun.combine(
+            self.high, self.low, net = dispatch.combine(
                 *(self.backend, self.high, self.low, terms, self.table, row),
                 seeds=self.seeds,
                 want_low=self.compensated,
