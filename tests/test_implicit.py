@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fewstep
-from fewstep.ops import implicit
+from fewstep.ops.sinkhorn import implicit
 from tolerances import CONTRACT, assert_contract, error
 
 # Raised inside torch when forward mode is first used.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep.ops import implicit, raw
+from fewstep.ops.sinkhorn import dispatch, implicit
 from fewstep.reference import sinkhorn as reference
 from tolerances import assert_contract
 
@@ -387,8 +387,8 @@ def test_second_derivatives_by_the_kernel(
     exact = found()
     monkeypatch.setattr(implicit, "BLOCKS_PAIRS", 0)
     calls = []
-    kernel = raw.hessian
-    monkeypatch.setattr(raw, "hessian", lambda *args: calls.append(args) or kernel(*args))
+    kernel = dispatch.hessian
+    monkeypatch.setattr(dispatch, "hessian", lambda *args: calls.append(args) or kernel(*args))
     for mine, true in zip(found(), exact, strict=True):
         assert_contract("gradient", mine, true)
     assert len(calls) == 12

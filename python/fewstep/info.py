@@ -11,8 +11,9 @@ import torch
 
 from fewstep import __version__
 from fewstep._library import BACKENDS, DEFAULT_ORDER, cuda_library, load_cpp, unavailable
-from fewstep.ops import drift, trace
+from fewstep.ops import trace
 from fewstep.ops.heun import solve
+from fewstep.ops.sinkhorn import drift
 
 # Why a backend cannot serve an op at all, or None; "sinkhorn" has transport and barycenters too,
 # "heun" all samplers.

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fewstep.ops import trace
-from fewstep.ops.differentiable import is_transformed
 from fewstep.ops.heun import dispatch
 from fewstep.ops.heun.solve import (
     FIRST,
@@ -27,6 +26,7 @@ from fewstep.ops.heun.solve import (
     pick,
     rows,
 )
+from fewstep.ops.sinkhorn.autograd import is_transformed
 from fewstep.reference.heun import COLUMNS, NOISE, SCALE
 
 Network = Callable[[Tensor, Tensor], Tensor]

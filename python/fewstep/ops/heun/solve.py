@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fewstep._library import choose_backend
 from fewstep.ops import trace
-from fewstep.ops.differentiable import is_dual, is_transformed
 from fewstep.ops.heun import dispatch
+from fewstep.ops.sinkhorn.autograd import is_dual, is_transformed
 
 STATES = dispatch.STATES
 FIRST = 2  # row of the table for evaluation 0: row 0 draws latents, row 1 starts a sampler

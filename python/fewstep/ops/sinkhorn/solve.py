@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep.ops import differentiable, raw
-from fewstep.ops.implicit import Constants, Problem, transposed
+from fewstep.ops.sinkhorn import autograd, dispatch
+from fewstep.ops.sinkhorn.implicit import Constants, Problem, transposed
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 
@@ -90,8 +90,8 @@ class SinkhornResult:
         points, a, b = p.points, p.a, p.b
         if not implicit:
             points, a, b = points.detached(), a.detach(), b.detach()
-        solved = differentiable.problems(points, a, b, *self._potentials(), p.eps)
-        return solved, differentiable.constants(p.backend, points, p.schedule.rho)
+        solved = autograd.problems(points, a, b, *self._potentials(), p.eps)
+        return solved, autograd.constants(p.backend, points, p.schedule.rho)
 
     def _apply(self, v: Tensor, axis: int, implicit: bool) -> Tensor:
         """`sum_j p_ij v_j [P, N, K]` with p = P / a, or that with the roles of x and y swapped."""
@@ -100,11 +100,11 @@ class SinkhornResult:
         for problem, w in zip(solved, v.chunk(len(solved)), strict=True):
             c = constants
             if implicit:
-                f, g = differentiable.potentials(problem, c)
+                f, g = autograd.potentials(problem, c)
                 problem = problem._replace(f=f, g=g)
             if axis == 1:
                 problem, c = transposed(problem, c)
-            through = differentiable.product_through_plan if implicit else differentiable.product
+            through = autograd.product_through_plan if implicit else autograd.product
             parts.append(through(w, problem, c))
         return torch.cat(parts)
 
@@ -129,7 +129,7 @@ class SinkhornResult:
         torch.Size([5, 2])
         """
         solved, constants = self._solved(implicit=True)
-        parts = zip(*(differentiable.potentials(p, constants) for p in solved), strict=True)
+        parts = zip(*(autograd.potentials(p, constants) for p in solved), strict=True)
         f, g = (torch.cat(t) for t in parts)
         return f.reshape(self.f.shape), g.reshape(self.g.shape)
 
@@ -348,10 +348,10 @@ def sinkhorn(
     # Reading values costs a synchronisation on a GPU and breaks a compiled graph.
     device = next((t.device for t in (x, C) if isinstance(t, Tensor)), torch.device("cpu"))
     read = check_finite or device.type == "cpu"
-    read = read and not torch.compiler.is_compiling() and not differentiable.is_transformed()
+    read = read and not torch.compiler.is_compiling() and not autograd.is_transformed()
     points, batch, dtype = _points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
     points = _labelled(points, batch, labels, label_cost, dtype, read)
-    points = replace(points, precision=raw.checked_precision("sinkhorn", precision))
+    points = replace(points, precision=dispatch.checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
     e, temperatures = _eps(eps, lead, points.x, dtype, read)
     rho = _penalties(reach, points.cost)
@@ -393,7 +393,7 @@ def sinkhorn(
         backend,
         lambda name: _unsupported(name, points, e, schedule),
         # A launch for all problems, rather than two per iteration.
-        first="cuda" if raw.resident(points) else None,
+        first="cuda" if dispatch.resident(points) else None,
     )
     if check_finite:
         checked = {"x": x, "y": y, "C": C, "init f": f0, "init g": g0}
@@ -402,7 +402,7 @@ def sinkhorn(
             if bad:
                 raise ValueError(f"sinkhorn: {name} must be finite, got {bad} NaN or inf values")
     problem = _Problem(points, weights, columns, e, f0, g0, schedule, chosen, batch, temperatures)
-    f, g, *numbers = differentiable.solve(chosen, points, weights, columns, e, f0, g0, schedule)
+    f, g, *numbers = autograd.solve(chosen, points, weights, columns, e, f0, g0, schedule)
     f, g = (t.reshape(*problem.lead, t.shape[-1]) for t in (f, g))
     value, residual, iterations, converged = (t.reshape(problem.values) for t in numbers)
     return SinkhornResult(f, g, value, residual, iterations, converged, problem)
@@ -630,7 +630,7 @@ def _annealed(
     if isinstance(anneal, Tensor):
         steps = anneal.to(device=eps.device, dtype=eps.dtype)
     else:
-        steps = raw.from_numbers(anneal, eps.device, eps.dtype)
+        steps = dispatch.from_numbers(anneal, eps.device, eps.dtype)
     if steps.ndim != 1:
         raise ValueError(
             f"sinkhorn: anneal must be a factor or temperatures [S], got {tuple(steps.shape)}"
@@ -739,7 +739,7 @@ def _eps(
         if not 0 < eps < float("inf"):
             raise ValueError(f"sinkhorn: eps must be positive and finite, got {eps}")
         return like.new_full((count,), eps, dtype=dtype), ()
-    e = eps if isinstance(eps, Tensor) else raw.from_numbers(eps, like.device, dtype)
+    e = eps if isinstance(eps, Tensor) else dispatch.from_numbers(eps, like.device, dtype)
     if e.requires_grad:
         raise ValueError("sinkhorn: eps must not require a gradient, got one that does")
     if e.device != like.device and e.ndim > 0:
@@ -786,7 +786,7 @@ def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) 
     if backend == "keops" and points.cost != "formula":
         return "it serves costs given as functions, and the others have kernels of their own"
     full = backend == "cpp"
-    kept = backend == "triton" or (backend == "cuda" and raw.resident(points))
+    kept = backend == "triton" or (backend == "cuda" and dispatch.resident(points))
     asked = {
         "costs given as functions": backend != "keops" and points.cost == "formula",
         "cu_seqlens": not (full or (backend == "cuda" and kept)) and points.segments is not None,

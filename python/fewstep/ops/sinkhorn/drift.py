@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep.ops import raw, raw_drift
+from fewstep.ops.sinkhorn import dispatch, dispatch_drift
 from fewstep.reference import drift as reference
 
 FORMS = ("split", "joint")
@@ -168,14 +168,14 @@ def sinkhorn_drift(
         raise ValueError(f"sinkhorn_drift: max_iter must be at least 1, got {max_iter}")
     if memory_limit < 0:
         raise ValueError(f"sinkhorn_drift: memory_limit must not be negative, got {memory_limit}")
-    precision = raw.checked_precision("sinkhorn_drift", precision)
+    precision = dispatch.checked_precision("sinkhorn_drift", precision)
     diagonal = _diagonal(exclude_diagonal, x, x_self, form)
     lead, n, d = x.shape[:-2], x.shape[-2], x.shape[-1]
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
     groups = math.prod(lead)
     flat = {name: t.detach().to(dtype).reshape(groups, *t.shape[-2:]) for name, t in clouds.items()}
     counts = [t.shape[1] for t in flat.values()][1:]
-    kept = raw_drift.resident(flat["x"], counts, form == "joint")
+    kept = dispatch_drift.resident(flat["x"], counts, form == "joint")
     chosen = choose_backend(
         "sinkhorn_drift",
         x.device.type,
@@ -194,7 +194,7 @@ def sinkhorn_drift(
     if _readable(x, columns):
         _check_weights(columns, counts, form)
 
-    velocity, scale, rms, *plans = raw_drift.drift(
+    velocity, scale, rms, *plans = dispatch_drift.drift(
         chosen,
         flat["x"],
         flat["y"],
@@ -299,7 +299,7 @@ def _temperatures(
     values = list(eps) if isinstance(eps, Sequence) else [eps]
     if not values or not all(0 < e < math.inf for e in values):
         raise ValueError(f"sinkhorn_drift: eps must be positive and finite, got {eps}")
-    return raw.from_numbers(values, x.device, dtype), several
+    return dispatch.from_numbers(values, x.device, dtype), several
 
 
 def _guidance(

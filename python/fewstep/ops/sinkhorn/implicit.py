@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fewstep._library import triton_unavailable
-from fewstep.ops import raw
+from fewstep.ops.sinkhorn import dispatch
 from fewstep.reference.sinkhorn import COSTS, Points, weight_gradient
 
 # Pairs of points in a block of rows, which takes about ten arrays of that size. GPUs take more.
@@ -124,7 +124,7 @@ def transposed(p: Problem, c: Constants) -> tuple[Problem, Constants]:
 
 def product(p: Problem, c: Constants, v: Tensor, weights: Tensor) -> Tensor:
     """`sum_j e_ij weights_j v_j`, `[B, N, K]` from `v [B, M, K]`; no weight is negative."""
-    return raw.transport(c.backend, points_of(p, c), p.f, p.g, weights, p.eps, v)[0]
+    return dispatch.transport(c.backend, points_of(p, c), p.f, p.g, weights, p.eps, v)[0]
 
 
 def _product(p: Problem, c: Constants, v: Tensor | None, weights: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def _product(p: Problem, c: Constants, v: Tensor | None, weights: Tensor) -> Ten
     if v is not None:
         return product(p, c, v[..., None], weights)[..., 0]
     any_v = weights[..., None]
-    return raw.transport(c.backend, points_of(p, c), p.f, p.g, weights, p.eps, any_v)[1]
+    return dispatch.transport(c.backend, points_of(p, c), p.f, p.g, weights, p.eps, any_v)[1]
 
 
 def _slope(f: Tensor, rho: float | None) -> Tensor:
@@ -165,7 +165,7 @@ def gradient(p: Problem, c: Constants, need: Flags) -> Tensors:
     out = []
     for needed, r, k in ((need[0], p, c), (need[1], q, d)):
         if needed:
-            out.append(raw.gradient(c.backend, points_of(r, k), r.f, r.g, r.a, r.b, r.eps))
+            out.append(dispatch.gradient(c.backend, points_of(r, k), r.f, r.g, r.a, r.b, r.eps))
     for needed, r, k in ((need[2], p, c), (need[3], q, d)):
         if needed:
             mass = to_points(total(r.b, r.segment_y), r.f, r.segment_x)
@@ -502,7 +502,7 @@ def _streamed(
     full = zip((*u, *change), (p.x, p.y, p.f, p.g, p.a, p.b), strict=True)
     ux, uy, df, dg, da, db = (torch.zeros_like(like) if t is None else t for t, like in full)
     points, of = points_of(p, c), (p.f, p.g, p.a, p.b)
-    return raw.hessian(points, (ux, uy), *of, (df, dg, da, db), p.eps, sums)
+    return dispatch.hessian(points, (ux, uy), *of, (df, dg, da, db), p.eps, sums)
 
 
 def _right_hand_sides(system: System, u: _Direction) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fewstep.ops import implicit, raw
-from fewstep.ops.implicit import VARIABLES, Constants, Directions, Flags, Problem, Tensors
+from fewstep.ops.sinkhorn import dispatch, implicit
+from fewstep.ops.sinkhorn.implicit import VARIABLES, Constants, Directions, Flags, Problem, Tensors
 from fewstep.reference.sinkhorn import Points, Schedule
 
 
@@ -40,7 +40,7 @@ def solve(
     f0: Tensor | None,
     g0: Tensor | None,
     schedule: Schedule,
-) -> raw.Outputs:
+) -> dispatch.Outputs:
     """`raw.solve` with a differentiable value, and functorch's transforms.
 
     The reference stays as it is, differentiable through its iterations, except in forward mode
@@ -51,7 +51,7 @@ def solve(
     if not transformed and not any(is_dual(t) for t in inputs):
         constant = not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
         if constant or backend == "reference":
-            return raw.solve(backend, points, a, b, eps, f0, g0, schedule)
+            return dispatch.solve(backend, points, a, b, eps, f0, g0, schedule)
     c = constants(backend, points, schedule.rho, schedule.single)
     fixed = points.detached()
     if transformed:
@@ -62,7 +62,7 @@ def solve(
     else:
         need = (points.x.requires_grad, points.y.requires_grad and not c.symmetric)
         args = (fixed, a.detach(), b.detach(), eps, f0, g0, schedule)
-        out, grads = raw.solve_with_gradient(backend, *args, need)
+        out, grads = dispatch.solve_with_gradient(backend, *args, need)
     f, g, value, residual, iterations, converged = out
     ps = problems(points, a, b, f, g, eps)
     if len(ps) == 1:
@@ -305,15 +305,15 @@ class _Solve(_Batched):
     lead = 1
 
     @staticmethod
-    def forward(start: Tensor | None, *args: Any) -> raw.Outputs:
+    def forward(start: Tensor | None, *args: Any) -> dispatch.Outputs:
         *tensors, temperatures, c, schedule = args
         p = Problem._make(tensors)
         schedule = replace(schedule, start=start, temperatures=temperatures)
         points = implicit.points_of(p, c)
-        return raw.solve(c.backend, points, p.a, p.b, p.eps, p.f, p.g, schedule)
+        return dispatch.solve(c.backend, points, p.a, p.b, p.eps, p.f, p.g, schedule)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: raw.Outputs) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: dispatch.Outputs) -> None:
         ctx.mark_non_differentiable(*output)
 
 

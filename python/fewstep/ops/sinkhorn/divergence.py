@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.ops import differentiable, implicit
-from fewstep.ops.sinkhorn import SinkhornResult, sinkhorn
+from fewstep.ops.sinkhorn import autograd, implicit
+from fewstep.ops.sinkhorn.solve import SinkhornResult, sinkhorn
 
 _warned = False
 
@@ -194,7 +194,7 @@ def _warn(converged: Tensor, residual: Tensor) -> None:
     global _warned
     if _warned or torch.compiler.is_compiling() or converged.device.type != "cpu":
         return
-    if differentiable.is_transformed() or bool(converged.all()):
+    if autograd.is_transformed() or bool(converged.all()):
         return
     _warned = True
     warnings.warn(

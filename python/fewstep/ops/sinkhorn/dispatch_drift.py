@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep._library import shared_memory
-from fewstep.ops import raw
+from fewstep.ops.sinkhorn import dispatch
 from fewstep.reference import drift as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 
@@ -49,7 +49,7 @@ def drift(
         out: reference.Outputs = torch.ops.fewstep.sinkhorn_drift.default(
             *(x, y, x_self, uncond, weights, guidance, eps, reference.COSTS.index(cost)),
             *(max_iter, joint, scaled, unit, diagonal, memory_limit),
-            raw.PRECISIONS.index(precision),
+            dispatch.PRECISIONS.index(precision),
         )
         return out
 
@@ -60,7 +60,7 @@ def drift(
         g0 = torch.where(b > 0, -e[:, None] * b.log(), 0.0)
         schedule = Schedule(max_iter=max_iter)
         points = Points(x, z, cost, precision=precision)
-        f, g, *_ = raw.solve(backend, points, a, b, e, None, g0, schedule)
+        f, g, *_ = dispatch.solve(backend, points, a, b, e, None, g0, schedule)
         k = ((f[:, :, None] + g[:, None, :] - C) / e[:, None, None]).exp()
         return torch.where(b[:, None, :] > 0, b[:, None, :] * k, 0.0)
 
