@@ -226,7 +226,7 @@ def trace(problem: TraceProblem, who: str) -> Callable[[], tuple[Any, ...]]:
 
 def trace_in_solve(problem: TraceProblem) -> Callable[[], tuple[Any, ...]]:
     """A call in the middle of a solve with fixed probes: nothing that the weights give is new."""
-    from fewstep.ops import trace as ops
+    from fewstep.ops.trace import divergence as ops
 
     s, case = setup(problem), problem.case
     solver = ops.Solver(s.net, ops.Options(case.estimator, case.probes), fixed=True, cache={})

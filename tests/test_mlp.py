@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fewstep
 from fewstep.ops.dual import mlp
 from fewstep.ops.dual.engine import Source, UnsupportedError
-from fewstep.ops.trace import make_key, make_keys
+from fewstep.ops.trace.divergence import make_key, make_keys
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import probes
 from tolerances import assert_contract

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import heun, log_prob_of, score_of
-from fewstep.ops import log_density, trace
+from fewstep.ops.trace import divergence, log_density
 from fewstep.toys import GaussianMixture
 from tolerances import TANGENTS, error
 from velocity_nets import TimeMLP
 
 F64 = torch.float64
-OPTIONS = trace.Options("exact")
+OPTIONS = divergence.Options("exact")
 
 
 def mixture() -> GaussianMixture:

@@ -7,7 +7,6 @@ from fewstep import _library
 _library.load_cpp()
 
 from fewstep.ops.heun.solve import HeunResult, heun_solve, heun_step  # noqa: E402
-from fewstep.ops.log_density import LogDensity, log_density  # noqa: E402
 from fewstep.ops.sinkhorn.divergence import (
     ConvergenceWarning,
     DivergenceResult,
@@ -16,7 +15,8 @@ from fewstep.ops.sinkhorn.divergence import (
 from fewstep.ops.sinkhorn.drift import Drift, sinkhorn_drift  # noqa: E402
 from fewstep.ops.sinkhorn.implicit import ConvergenceError  # noqa: E402
 from fewstep.ops.sinkhorn.solve import SinkhornResult, sinkhorn, transport  # noqa: E402
-from fewstep.ops.trace import Divergence, divergence  # noqa: E402
+from fewstep.ops.trace.divergence import Divergence, divergence  # noqa: E402
+from fewstep.ops.trace.log_density import LogDensity, log_density  # noqa: E402
 from fewstep.samplers import (  # noqa: E402
     edm_sample,
     few_step_sigmas,

@@ -11,16 +11,16 @@ import torch
 
 from fewstep import __version__
 from fewstep._library import BACKENDS, DEFAULT_ORDER, cuda_library, load_cpp, unavailable
-from fewstep.ops import trace
 from fewstep.ops.heun import solve
 from fewstep.ops.sinkhorn import drift
+from fewstep.ops.trace import divergence
 
 # Why a backend cannot serve an op at all, or None; "sinkhorn" has transport and barycenters too,
 # "heun" all samplers.
 OPS: dict[str, Callable[[str], str | None]] = {
     "sinkhorn": lambda _: None,
     "sinkhorn_drift": lambda backend: drift.unsupported(backend, None),
-    "divergence": trace.unsupported,
+    "divergence": divergence.unsupported,
     "heun": solve.unsupported,
 }
 

@@ -13,7 +13,6 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
-from fewstep.ops import trace
 from fewstep.ops.heun import dispatch
 from fewstep.ops.heun.solve import (
     FIRST,
@@ -27,6 +26,7 @@ from fewstep.ops.heun.solve import (
     rows,
 )
 from fewstep.ops.sinkhorn.autograd import is_transformed
+from fewstep.ops.trace import divergence
 from fewstep.reference.heun import COLUMNS, NOISE, SCALE
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -286,7 +286,7 @@ def edm_sample(
     seeds = _seeds_for("edm_sample", seeds, latents, churn.amount > 0)
     if log_density is not None:
         check_log_density("edm_sample", log_density, latents)
-        trace.check(trace.Options(estimator, probes), latents, "edm_sample")
+        divergence.check(divergence.Options(estimator, probes), latents, "edm_sample")
         if churn.amount > 0:
             raise ValueError(f"edm_sample: S_churn must be 0 with log_density, got {churn.amount}")
         levels = _schedule(*schedule) if levels is None else levels
@@ -311,7 +311,7 @@ def edm_sample(
             return _replay(networks, latents, plan, seeds, state, name)
     tracked = None
     if log_density is not None:
-        options = trace.Options(estimator, probes)
+        options = divergence.Options(estimator, probes)
         tracked = _Tracked(networks, plan, log_density, options, name, weight)
     table = plan.table.to(latents.device)
     run = Run(
@@ -643,14 +643,14 @@ class _Tracked:
         networks: tuple[Network, ...],
         plan: Plan,
         log_density: Tensor,
-        options: trace.Options,
+        options: divergence.Options,
         backend: str,
         guidance: Tensor | None = None,
     ) -> None:
         assert plan.traces is not None
         self.plan = plan
-        self.solvers = [trace.Solver(network, options) for network in networks]
-        self.keys = trace.make_keys(0, plan.steps)
+        self.solvers = [divergence.Solver(network, options) for network in networks]
+        self.keys = divergence.make_keys(0, plan.steps)
         weights = plan.traces.to(log_density.device)
         row = _row(torch.ones_like(weights), weights, guidance)
         table = rows(row.reshape(-1, 2, *row.shape[1:]))

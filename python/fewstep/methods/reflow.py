@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.ops import log_density as densities
-from fewstep.ops import trace
-from fewstep.ops.log_density import METHODS, TRACKERS, Path, standard_normal
+from fewstep.ops.trace import divergence
+from fewstep.ops.trace import log_density as densities
+from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
 from fewstep.score import convert
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -192,7 +192,7 @@ class MarginalReflow:
         a: Tensor,
         b: Tensor,
         *,
-        options: trace.Options | None = None,
+        options: divergence.Options | None = None,
         step: int = 0,
     ) -> tuple[Tensor, Path, Tensor]:
         """`Dl - <sg s_p(x_k, b), x_k>` `[B]` of steps from a to b `[B]`, their path, and s_p."""
@@ -298,11 +298,11 @@ class MarginalReflow:
             tracker=tracker,
         )
 
-    def _options(self, x: Tensor) -> trace.Options:
-        options = trace.Options(
+    def _options(self, x: Tensor) -> divergence.Options:
+        options = divergence.Options(
             self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype
         )
-        trace.check(options, x, "MarginalReflow")
+        divergence.check(options, x, "MarginalReflow")
         return options
 
     def _track(
@@ -311,7 +311,7 @@ class MarginalReflow:
         x: Tensor,
         a: Tensor,
         b: Tensor,
-        options: trace.Options,
+        options: divergence.Options,
         seed: int,
         tracker: str | None = None,
     ) -> Path:

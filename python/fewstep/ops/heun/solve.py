@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep.ops import trace
 from fewstep.ops.heun import dispatch
 from fewstep.ops.sinkhorn.autograd import is_dual, is_transformed
+from fewstep.ops.trace import divergence
 
 STATES = dispatch.STATES
 FIRST = 2  # row of the table for evaluation 0: row 0 draws latents, row 1 starts a sampler
@@ -141,20 +141,20 @@ def heun_solve(
     """
     check_state("heun_solve", x, state)
     nodes = check_nodes("heun_solve", times, x)
-    options = trace.Options(estimator, probes, probe, None)
+    options = divergence.Options(estimator, probes, probe, None)
     traced = None
     if log_density is not None:
-        trace.check(options, x, "heun_solve")
+        divergence.check(options, x, "heun_solve")
         check_log_density("heun_solve", log_density, x)
-        ids = trace.check_ids(sample_ids, x)
-        traced = trace.Solver(velocity, options, ids, fixed=not fresh, cache={})
+        ids = divergence.check_ids(sample_ids, x)
+        traced = divergence.Solver(velocity, options, ids, fixed=not fresh, cache={})
     name = pick(x, backend)
     h = nodes.diff(dim=1).T  # [S, 1 or B]
     table = _table(h)
     evaluations = torch.stack((nodes[:, :-1].T, nodes[:, 1:].T), 1).flatten(0, 1)
     levels = evaluations.to(x.dtype).expand(-1, x.shape[0]).contiguous().unbind()
     run = Run("heun_solve", name, x, table, state, check_finite)
-    keys = trace.make_keys(seed, h.shape[0], fresh=fresh)
+    keys = divergence.make_keys(seed, h.shape[0], fresh=fresh)
     tracker = None if log_density is None else Tracker(name, log_density, _log_table(h))
     path = [x] if keep else []
 
@@ -287,7 +287,7 @@ class Tracker:
         self.variance, self.dtype = torch.zeros_like(log_density), log_density.dtype
         self.estimator = ""
 
-    def advance(self, found: list[trace.Divergence], weights: list[Tensor], row: int) -> None:
+    def advance(self, found: list[divergence.Divergence], weights: list[Tensor], row: int) -> None:
         """Past an evaluation; its traces' errors are weighed as the traces are."""
         for one, weight in zip(found, weights, strict=True):
             self.estimator = one.estimator
