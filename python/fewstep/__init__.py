@@ -17,7 +17,7 @@ from fewstep.ops.sinkhorn.implicit import ConvergenceError  # noqa: E402
 from fewstep.ops.sinkhorn.solve import SinkhornResult, sinkhorn, transport  # noqa: E402
 from fewstep.ops.trace.divergence import Divergence, divergence  # noqa: E402
 from fewstep.ops.trace.log_density import LogDensity, log_density  # noqa: E402
-from fewstep.samplers import (  # noqa: E402
+from fewstep.samplers.edm import (
     edm_sample,
     few_step_sigmas,
     flow_sample,

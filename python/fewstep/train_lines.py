@@ -17,7 +17,7 @@ from fewstep.methods import LinesMatching
 from fewstep.metrics import MetricRow, Straightness, aligned, report, straightness
 from fewstep.networks import ConvDiscriminator, EDMPrecond, LinePrecond, ResidualMLP
 from fewstep.ops.heun.solve import heun_solve
-from fewstep.samplers import edm_sample, few_step_sigmas, latents, multistep_sample
+from fewstep.samplers.edm import edm_sample, few_step_sigmas, latents, multistep_sample
 from fewstep.stages import CHECKPOINT, Network, Stage, check_config, fit, seeded, torch_device
 from fewstep.train import PAIRS, PICTURE, load_enough, open_run, read_config, require_extra
 

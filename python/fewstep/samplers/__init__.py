@@ -1,0 +1,1 @@
+"""Samplers: EDM's, of flows, and few-step ones."""
