@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep import score as conversions
+from fewstep import conversions
 
 
 @dataclass(frozen=True)

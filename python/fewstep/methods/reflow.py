@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.conversions import convert
 from fewstep.ops.trace import divergence
 from fewstep.ops.trace import log_density as densities
 from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
-from fewstep.score import convert
 
 Field = Callable[[Tensor, Tensor], Tensor]
 WEIGHTS = ("one", "t^2")
