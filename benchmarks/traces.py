@@ -53,7 +53,7 @@ def network(problem: TraceProblem) -> MLP:
 
 
 def _digits() -> Tensor:
-    from fewstep.data import load
+    from fewstep.data.images import load
 
     return load("digits").images.flatten(1)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep import conversions
-from fewstep.toys import GaussianMixture
+from fewstep.data.toys import GaussianMixture
 from tolerances import TANGENTS, error
 from velocity_nets import Residual, TimeMLP, Unknown
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import fewstep
-from fewstep import cli, pairs
+from fewstep import cli
+from fewstep.data import pairs
+from fewstep.data.pairs import PairDataset, PairsConfig, Teacher
 from fewstep.networks import EDMPrecond, ResidualMLP
-from fewstep.pairs import PairDataset, PairsConfig, Teacher
 
 CONFIG = PairsConfig(n=37, seed=5, steps=3, batch=4, shard_size=12)
 SHAPE = (1, 3, 5)

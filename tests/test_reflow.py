@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.data.toys import GaussianMixture
 from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import heun, log_prob_of, score_of
 from fewstep.ops.trace import divergence, log_density
-from fewstep.toys import GaussianMixture
 from tolerances import TANGENTS, error
 from velocity_nets import TimeMLP
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
+from fewstep.data.toys import GaussianMixture
 from fewstep.reference import heun as reference
 from fewstep.samplers import edm as samplers_edm
-from fewstep.toys import GaussianMixture
 from tolerances import assert_contract
 
 Network = Callable[[Tensor, Tensor], Tensor]

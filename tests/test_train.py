@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fewstep import checkpoint, plots, train
-from fewstep.data import Images
+from fewstep.data.images import Images
 from fewstep.methods import WFlow
 from fewstep.networks import MLPGenerator
 

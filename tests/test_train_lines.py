@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep import checkpoint, cli, pairs, plots, stages, train_lines
+from fewstep import checkpoint, cli, plots, stages, train_lines
+from fewstep.data import pairs
 from fewstep.methods import LinesMatching
 
 CONFIG = replace(

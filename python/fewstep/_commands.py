@@ -16,7 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from fewstep import pairs, plots, train, train_lines, train_reflow
+from fewstep import plots, train, train_lines, train_reflow
+from fewstep.data import pairs
 from fewstep.stages import CHECKPOINT
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep import checkpoint, plots
-from fewstep.data import Images, load
+from fewstep.data.images import Images, load
 from fewstep.methods import WFlow
 from fewstep.metrics import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep import checkpoint, pairs, plots
-from fewstep.data import Images
+from fewstep import checkpoint, plots
+from fewstep.data import pairs
+from fewstep.data.images import Images
 from fewstep.methods import LinesMatching
 from fewstep.metrics import MetricRow, Straightness, aligned, report, straightness
 from fewstep.networks import ConvDiscriminator, EDMPrecond, LinePrecond, ResidualMLP

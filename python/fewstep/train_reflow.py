@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fewstep import checkpoint, pairs, plots
-from fewstep.data import Images
+from fewstep import checkpoint, plots
+from fewstep.data import pairs
+from fewstep.data.images import Images
 from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import ReflowReport, heun, log_prob_of, score_of
 from fewstep.metrics import MetricRow, aligned, report
