@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep.augment import diff_augment
 from fewstep.data.toys import GaussianMixture
 from fewstep.methods import LinesMatching
+from fewstep.methods.augment import diff_augment
 from fewstep.methods.lines import adaptive_weight, pseudo_huber
 from fewstep.metrics import straightness
 from fewstep.networks import (

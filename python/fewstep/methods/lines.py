@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fewstep.augment import diff_augment
+from fewstep.methods.augment import diff_augment
 from fewstep.samplers.edm import karras_sigmas
 
 LAWS = ("uniform", "levels", "sot")
