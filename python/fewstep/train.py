@@ -17,7 +17,7 @@ import fewstep
 from fewstep import checkpoint, plots
 from fewstep.data.images import Images, load
 from fewstep.methods import WFlow
-from fewstep.metrics import MetricRow, format_report, report
+from fewstep.metrics.report import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator
 from fewstep.stages import (
     CHECKPOINT,

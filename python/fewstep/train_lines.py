@@ -15,7 +15,7 @@ from fewstep import checkpoint, plots
 from fewstep.data import pairs
 from fewstep.data.images import Images
 from fewstep.methods import LinesMatching
-from fewstep.metrics import MetricRow, Straightness, aligned, report, straightness
+from fewstep.metrics.report import MetricRow, Straightness, aligned, report, straightness
 from fewstep.networks import ConvDiscriminator, EDMPrecond, LinePrecond, ResidualMLP
 from fewstep.ops.heun.solve import heun_solve
 from fewstep.samplers.edm import edm_sample, few_step_sigmas, latents, multistep_sample

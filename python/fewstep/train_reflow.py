@@ -17,7 +17,7 @@ from fewstep.data import pairs
 from fewstep.data.images import Images
 from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import ReflowReport, heun, log_prob_of, score_of
-from fewstep.metrics import MetricRow, aligned, report
+from fewstep.metrics.report import MetricRow, aligned, report
 from fewstep.networks import LinePrecond, VelocityMLP
 from fewstep.stages import CHECKPOINT, Network, Stage, check_config, fit, seeded, torch_device
 from fewstep.train import PICTURE, load_enough, open_run, read_config, require_extra

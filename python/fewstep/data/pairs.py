@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 import fewstep
 from fewstep.checkpoint import checksum, replacing
-from fewstep.metrics import one_thread
+from fewstep.metrics.report import one_thread
 from fewstep.samplers.edm import edm_sample, karras_sigmas, latents
 from fewstep.stages import check_integers, torch_device
 
