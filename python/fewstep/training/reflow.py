@@ -12,15 +12,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fewstep import checkpoint, plots
 from fewstep.data import pairs
 from fewstep.data.images import Images
 from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import ReflowReport, heun, log_prob_of, score_of
 from fewstep.metrics.report import MetricRow, aligned, report
 from fewstep.networks import LinePrecond, VelocityMLP
-from fewstep.stages import CHECKPOINT, Network, Stage, check_config, fit, seeded, torch_device
-from fewstep.train import PICTURE, load_enough, open_run, read_config, require_extra
+from fewstep.training import checkpoint, plots
+from fewstep.training.loop import (
+    CHECKPOINT,
+    Network,
+    Stage,
+    check_config,
+    fit,
+    seeded,
+    torch_device,
+)
+from fewstep.training.wflow import PICTURE, load_enough, open_run, read_config, require_extra
 
 STAGES = ("teacher", "student", "plain")
 _EVALUATED = 256  # images, for densities

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep import checkpoint, plots
 from fewstep.data.images import Images, load
 from fewstep.methods import WFlow
 from fewstep.metrics.report import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator
-from fewstep.stages import (
+from fewstep.training import checkpoint, plots
+from fewstep.training.loop import (
     CHECKPOINT,
     LOGS,
     Network,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep import checkpoint, plots
 from fewstep.data import pairs
 from fewstep.data.images import Images
 from fewstep.methods import LinesMatching
@@ -19,8 +18,17 @@ from fewstep.metrics.report import MetricRow, Straightness, aligned, report, str
 from fewstep.networks import ConvDiscriminator, EDMPrecond, LinePrecond, ResidualMLP
 from fewstep.ops.heun.solve import heun_solve
 from fewstep.samplers.edm import edm_sample, few_step_sigmas, latents, multistep_sample
-from fewstep.stages import CHECKPOINT, Network, Stage, check_config, fit, seeded, torch_device
-from fewstep.train import PAIRS, PICTURE, load_enough, open_run, read_config, require_extra
+from fewstep.training import checkpoint, plots
+from fewstep.training.loop import (
+    CHECKPOINT,
+    Network,
+    Stage,
+    check_config,
+    fit,
+    seeded,
+    torch_device,
+)
+from fewstep.training.wflow import PAIRS, PICTURE, load_enough, open_run, read_config, require_extra
 
 PARAMETERISATIONS = ("edm", "unified")
 SAMPLERS = ("fresh", "line", "reuse")

@@ -16,9 +16,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from fewstep import plots, train, train_lines, train_reflow
 from fewstep.data import pairs
-from fewstep.stages import CHECKPOINT
+from fewstep.training import lines as training_lines
+from fewstep.training import plots, reflow, wflow
+from fewstep.training.loop import CHECKPOINT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,9 @@ class Train(_Training):
         method: the training method.
     """
 
-    module: ClassVar[ModuleType] = train
+    module: ClassVar[ModuleType] = wflow
     method: tyro.conf.Positional[Literal["wflow", "reflow", "lines"]]
-    config: train.TrainConfig
+    config: wflow.TrainConfig
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class TrainReflow(_Training):
         method: the training method.
     """
 
-    module: ClassVar[ModuleType] = train_reflow
+    module: ClassVar[ModuleType] = reflow
     method: tyro.conf.Positional[Literal["reflow"]]
-    config: train_reflow.ReflowConfig
+    config: reflow.ReflowConfig
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ class TrainLines(_Training):
         method: the training method.
     """
 
-    module: ClassVar[ModuleType] = train_lines
+    module: ClassVar[ModuleType] = training_lines
     method: tyro.conf.Positional[Literal["lines"]]
-    config: train_lines.LinesConfig
+    config: training_lines.LinesConfig
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,9 @@ def _teacher(source: str) -> pairs.Teacher:
             )
         return teacher
     folder = path.parent if path.name == CHECKPOINT else path
-    if train.method_of(folder) == "reflow":
-        return train_reflow.load_teacher(folder)
-    return train_lines.load_teacher(folder)
+    if wflow.method_of(folder) == "reflow":
+        return reflow.load_teacher(folder)
+    return training_lines.load_teacher(folder)
 
 
 @dataclass(frozen=True)
@@ -164,22 +165,22 @@ class Sample:
         if self.out.suffix.lower() != ".png":
             raise ValueError(f"out must be a .png file, got {self.out}")
         columns = math.ceil(math.sqrt(self.n))
-        method = train.method_of(self.folder)
+        method = wflow.method_of(self.folder)
         if method != "lines" and self.steps is not None:
             raise ValueError(f"steps is for runs of lines, got {self.steps}")
         if method == "lines":
-            student_of_lines, run = train_lines.load_student(self.folder)
-            seeds = train_lines.sampling_seeds(self.n, self.seed)
-            images = train_lines.sample(
+            student_of_lines, run = training_lines.load_student(self.folder)
+            seeds = training_lines.sampling_seeds(self.n, self.seed)
+            images = training_lines.sample(
                 student_of_lines, run, seeds, steps=self.steps or 1, mode=self.sampler
             )
             columns = len(run.classes) or columns
         elif method == "reflow":
-            student, flow = train_reflow.load_student(self.folder)
-            images = train_reflow.sample(student, flow, self.n, seed=self.seed)
+            student, flow = reflow.load_student(self.folder)
+            images = reflow.sample(student, flow, self.n, seed=self.seed)
         else:
-            generator = train.load_generator(self.folder)
-            images = train.sample(generator, self.n, seed=self.seed)
+            generator = wflow.load_generator(self.folder)
+            images = wflow.sample(generator, self.n, seed=self.seed)
             columns = generator.classes or columns
         plots.save_grid(self.out, images, columns=min(self.n, columns))
         sys.stdout.write(f"{self.out}\n")

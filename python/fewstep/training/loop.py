@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fewstep import checkpoint
+from fewstep.training import checkpoint
 
 CHECKPOINT, LOGS = "checkpoint.safetensors", "logs"
 _WARM_UP = 50  # steps
