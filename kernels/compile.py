@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import config, dual, hessian, heun, sinkhorn
+from . import config, dual, heun
+from .sinkhorn import hessian, solve
 
 # With float32, tangents and probes may be bfloat16.
 _POINTER = {"float32": "*fp32", "float64": "*fp64", "bfloat16 tangents": "*fp32"}
@@ -173,9 +174,9 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
                 yield kernel, dtype, launch
             continue
         large = launch["BLOCK_M"] == (64 if launch["DOT"] else 128)
-        apply = kernel is sinkhorn.sinkhorn_apply_kernel
-        row = kernel in (sinkhorn.sinkhorn_row_kernel, sinkhorn.sinkhorn_symmetric_kernel)
-        symmetric = kernel is sinkhorn.sinkhorn_symmetric_kernel
+        apply = kernel is solve.sinkhorn_apply_kernel
+        row = kernel in (solve.sinkhorn_row_kernel, solve.sinkhorn_symmetric_kernel)
+        symmetric = kernel is solve.sinkhorn_symmetric_kernel
         lightest = launch["PRECISION"] == "tf32" and not symmetric
         heavy = launch["EUCLIDEAN"] and large and (row or apply) and not lightest
         # Leaving out a diagonal takes registers, so that wide products have smaller tiles then.
@@ -244,13 +245,13 @@ def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
     for (dtype, dim, precision), euclidean, diagonal, batch in cases:
         cost = {"EUCLIDEAN": euclidean, "DIAGONAL": diagonal}
         update = config.sinkhorn_update(batch, 1024, dim, dtype, arch, precision) | cost
-        yield sinkhorn.sinkhorn_row_kernel, dtype, update
-        yield sinkhorn.sinkhorn_column_kernel, dtype, update
-        yield sinkhorn.sinkhorn_symmetric_kernel, dtype, config.sinkhorn_symmetric(update, arch)
-        yield sinkhorn.sinkhorn_cost_kernel, dtype, update
-        yield sinkhorn.sinkhorn_merge_kernel, dtype, config.sinkhorn_merge()
-        yield sinkhorn.sinkhorn_kept_kernel, dtype, config.sinkhorn_kept(dtype, arch)
-        yield sinkhorn.sinkhorn_kept_merge_kernel, dtype, config.sinkhorn_kept_merge()
+        yield solve.sinkhorn_row_kernel, dtype, update
+        yield solve.sinkhorn_column_kernel, dtype, update
+        yield solve.sinkhorn_symmetric_kernel, dtype, config.sinkhorn_symmetric(update, arch)
+        yield solve.sinkhorn_cost_kernel, dtype, update
+        yield solve.sinkhorn_merge_kernel, dtype, config.sinkhorn_merge()
+        yield solve.sinkhorn_kept_kernel, dtype, config.sinkhorn_kept(dtype, arch)
+        yield solve.sinkhorn_kept_merge_kernel, dtype, config.sinkhorn_kept_merge()
         if dtype == "float64":
             second = config.sinkhorn_hessian(batch, 1024, arch) | cost
             yield hessian.sinkhorn_hessian_kernel, dtype, second | {"SUMS": False}
@@ -262,7 +263,7 @@ def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
                 options = {"gradient": gradient, "near_only": near_only, "diagonal": diagonal}
                 shape = (batch, 1024, dim, width, dtype, arch, precision)
                 launch = config.sinkhorn_apply(*shape, **options) | cost | {"GRADIENT": gradient}
-                yield sinkhorn.sinkhorn_apply_kernel, dtype, launch
+                yield solve.sinkhorn_apply_kernel, dtype, launch
     yield from _dual_launches(arch)
     yield from _heun_launches(arch)
 

@@ -18,7 +18,7 @@ from fewstep.ops.sinkhorn import dispatch
 pytest.importorskip("triton")
 
 from fewstep.kernels import config
-from fewstep.kernels import sinkhorn as kernels
+from fewstep.kernels.sinkhorn import solve as kernels
 
 # Bytes of shared memory that every GPU of a family gives one program.
 SHARED = {"sm": 99 * 1024, "gfx": 64 * 1024}

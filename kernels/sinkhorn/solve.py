@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
-from .launch import architecture, dtype_name, on
+from .. import config
+from ..launch import architecture, dtype_name, on
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

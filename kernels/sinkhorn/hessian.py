@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
-from .launch import architecture, on
-from .sinkhorn import COST_SCALE, EUCLIDEAN, LOG2E, RUN_TIME, pad, padded
+from .. import config
+from ..launch import architecture, on
+from .solve import COST_SCALE, EUCLIDEAN, LOG2E, RUN_TIME, pad, padded
 
 # Two points without weight may have any e; it must not be infinite, 0 times it has to be 0.
 MOST = tl.constexpr(500.0)

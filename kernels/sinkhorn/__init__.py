@@ -1,0 +1,1 @@
+"""Sinkhorn iterations and what is read off their plans."""
