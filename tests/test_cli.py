@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fewstep
+from fewstep import training
 from fewstep.cli import main
 from fewstep.training import plots, wflow
 
@@ -188,8 +188,8 @@ def test_a_missing_extra_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delattr(fewstep, "_commands", raising=False)
-    monkeypatch.delitem(sys.modules, "fewstep._commands", raising=False)
+    monkeypatch.delattr(training, "commands", raising=False)
+    monkeypatch.delitem(sys.modules, "fewstep.training.commands", raising=False)
     monkeypatch.setitem(sys.modules, name, None)
     assert main(["train", "wflow", "--data", "digits", "--out", str(tmp_path / "run")]) == 2
     line = error_line(capsys)
@@ -206,7 +206,7 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_importing_the_package_loads_no_extra() -> None:
-    code = "import fewstep, fewstep.cli, fewstep.train, sys; print(*sys.modules)"
+    code = "import fewstep, fewstep.cli, fewstep.training.wflow, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # torch loads tqdm by itself where it is installed.
     assert not {*wflow.EXTRA, "tyro"} & set(done.stdout.split()) - {"tqdm"}

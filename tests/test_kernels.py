@@ -111,7 +111,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from fewstep.kernels import sinkhorn
+from fewstep.kernels import config
+from fewstep.kernels.sinkhorn import solve
 
 backend = CUDABackend(GPUTarget("cuda", 90, 32))
 variants = {}
@@ -123,7 +124,7 @@ def launch(kernel, *args, grid, warmup, **kwargs):
     variants.setdefault(kernel.__name__, set()).add(tuple(map(tuple, key)))
 
 JITFunction.run = launch
-sinkhorn.config._KEPT_FROM_DOT = 16
+config._KEPT_FROM_DOT = 16
 cases = ((1, 70, 4, 1), (3, 99, 17, 1), (4, 97, 16, 1), (2, 64, 5, 2))
 for count, n, max_iter, temperatures in cases:
     x, y = torch.randn(count, n, 20), torch.randn(count, n + 30, 20)
@@ -132,9 +133,9 @@ for count, n, max_iter, temperatures in cases:
     for simultaneous, kept in ((False, 0), (False, 2**40), (True, 0)):
         how = (1e-3, None, 1.0, None, None, None, 1.0, simultaneous, False, kept, 0)
         points = (x, y, a, b, eps, None, None, 0, None)
-        f, g, *_ = sinkhorn.sinkhorn(*points, max_iter, *how)
+        f, g, *_ = solve.sinkhorn(*points, max_iter, *how)
     v = torch.rand(count * temperatures, n + 30, 20)
-    sinkhorn.sinkhorn_transport(x, y, f, g, b, eps, v, 0, None, 0)
+    solve.sinkhorn_transport(x, y, f, g, b, eps, v, 0, None, 0)
 print(json.dumps({name: len(keys) for name, keys in variants.items()}))
 """
 

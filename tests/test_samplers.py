@@ -223,7 +223,7 @@ def test_log_density_of_edm_samples() -> None:
     """Against the exact density of Gaussian data at the last level, and of the raw network."""
     d, steps = 3, 200
     latents = torch.randn(8, d, dtype=torch.float64)
-    start = fewstep.ops.log_density.standard_normal(latents) - d * math.log(80.0)
+    start = fewstep.ops.trace.log_density.standard_normal(latents) - d * math.log(80.0)
     out = fewstep.edm_sample(
         gaussian(1.0), latents, steps=steps, log_density=start, estimator="exact"
     )

@@ -399,7 +399,7 @@ def test_second_derivatives_are_in_float64() -> None:
     x, y, a, b = data.values()
     eps = torch.full((1,), 0.5, dtype=x.dtype, device=DEVICE)
     arguments = (x, y, x, y, a, b, a, b, a, b, a, b, eps, 1, None)
-    importlib.import_module("fewstep.kernels.hessian")
+    importlib.import_module("fewstep.kernels.sinkhorn.hessian")
     op = torch.ops.fewstep_triton.sinkhorn_hessian.default
     for sums in (False, True):
         torch.library.opcheck(op, (*arguments, sums))

@@ -140,7 +140,10 @@ def sinkhorn_hessian(
     diagonal: int | None,
     sums: bool,
 ) -> Tensor:
-    """What `fewstep.ops.implicit` needs of the plan's derivative: `[P, N, D]`, or `[P, N]`."""
+    """The products of the plan's derivative, for `fewstep.ops.sinkhorn.implicit`.
+
+    `[P, N, D]`, or `[P, N]` where `sums`.
+    """
     if x.dtype != torch.float64:
         raise TypeError(f"sinkhorn_hessian: x must be float64, got {x.dtype}")
     problems, n, dim = x.shape

@@ -1,13 +1,16 @@
 """Compiled kernels for training few-step and one-step generative models."""
 
+import importlib
 from importlib.metadata import version
+from types import ModuleType
 
-from fewstep import _library
+from fewstep import _aliases, _library
 
 _library.load_cpp()
+_aliases.install()
 
 from fewstep.ops.heun.solve import HeunResult, heun_solve, heun_step  # noqa: E402
-from fewstep.ops.sinkhorn.divergence import (
+from fewstep.ops.sinkhorn.divergence import (  # noqa: E402
     ConvergenceWarning,
     DivergenceResult,
     sinkhorn_divergence,
@@ -17,7 +20,7 @@ from fewstep.ops.sinkhorn.implicit import ConvergenceError  # noqa: E402
 from fewstep.ops.sinkhorn.solve import SinkhornResult, sinkhorn, transport  # noqa: E402
 from fewstep.ops.trace.divergence import Divergence, divergence  # noqa: E402
 from fewstep.ops.trace.log_density import LogDensity, log_density  # noqa: E402
-from fewstep.samplers.edm import (
+from fewstep.samplers.edm import (  # noqa: E402
     edm_sample,
     few_step_sigmas,
     flow_sample,
@@ -51,3 +54,26 @@ __all__ = [
     "sinkhorn_drift",
     "transport",
 ]
+
+# Imported when first asked for.
+_SUBMODULES = (
+    "cli",
+    "conversions",
+    "data",
+    "info",
+    "kernels",
+    "methods",
+    "metrics",
+    "networks",
+    "training",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES or f"fewstep.{name}" in _aliases.ALIASES:
+        return importlib.import_module(f"fewstep.{name}")
+    raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

@@ -24,7 +24,7 @@ class GaussianMixture:
         means: `[C, D]`.
         variances: `[C, D]`, positive.
         weights: `[C]`, positive, relative; None: equal.
-        path: of `fewstep.score`.
+        path: of `fewstep.conversions`.
 
     Raises:
         ValueError: shapes that do not fit, an unknown path, weights or variances not positive.

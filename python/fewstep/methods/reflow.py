@@ -63,7 +63,7 @@ class MarginalReflow:
     Raises:
         ValueError: a number outside its range, an unknown name.
 
-    >>> from fewstep.toys import GaussianMixture
+    >>> from fewstep.data.toys import GaussianMixture
     >>> teacher = GaussianMixture(torch.tensor([[-2.0, 0], [2, 0]]), torch.full((2, 2), 0.1))
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
     >>> loss, metrics = MarginalReflow()(lambda x, t: net(x), teacher, teacher.sample(64))

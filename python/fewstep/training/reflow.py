@@ -145,8 +145,8 @@ def train(
     """Train a teacher by flow matching and two few-step students of it, then measure and picture.
 
     The folder `out` gets `config.json`, `checkpoint.safetensors`, TensorBoard `logs` and
-    `samples.png`, as of `fewstep.train.train`; a resumed run repeats the uninterrupted one bit for
-    bit.
+    `samples.png`, as of `fewstep.training.wflow.train`; a resumed run repeats the uninterrupted one
+    bit for bit.
 
     Args:
         config (ReflowConfig): see there; `preset(data)` has the defaults.

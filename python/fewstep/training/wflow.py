@@ -271,7 +271,7 @@ def require_extra() -> None:
 
 
 def load_enough(source: str) -> Images:
-    """`fewstep.data.load`, of as many images as the metrics take.
+    """`fewstep.data.images.load`, of as many images as the metrics take.
 
     Raises:
         ValueError: data that cannot be loaded, fewer than 12 images.

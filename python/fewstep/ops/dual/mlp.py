@@ -381,7 +381,7 @@ def _fake_trace(x: Tensor, low: int, weights: Sequence[Tensor], *_: Any) -> tupl
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:
-    raise NotImplementedError("the ops of fewstep.ops.mlp have no derivatives of their own")
+    raise NotImplementedError("the ops of fewstep.ops.dual.mlp have no derivatives of their own")
 
 
 for _name, _fake in (

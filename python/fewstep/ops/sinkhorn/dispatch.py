@@ -172,9 +172,9 @@ def hessian(
 ) -> Tensor:
     """The derivative of `gradient` along u and `change` (of f, g, a, b), or sums; by Triton.
 
-    See `fewstep.kernels.hessian`.
+    See `fewstep.kernels.sinkhorn.hessian`.
     """
-    importlib.import_module("fewstep.kernels.hessian")
+    importlib.import_module("fewstep.kernels.sinkhorn.hessian")
     how = (reference.COSTS.index(points.cost), points.diagonal, sums)
     op = torch.ops.fewstep_triton.sinkhorn_hessian.default
     out: Tensor = op(points.x, points.y, *u, f, g, a, b, *change, eps, *how)
@@ -201,12 +201,12 @@ def _direct(op: Any, *args: Any) -> Any:
 def _in_python(backend: str) -> Any:
     """The module of a backend that is no op of torch, or None."""
     if backend == "keops":
-        return importlib.import_module("fewstep.ops.keops")
+        return importlib.import_module("fewstep.ops.sinkhorn.keops")
     return reference if backend == "reference" else None
 
 
 def _triton() -> Any:
-    importlib.import_module("fewstep.kernels.sinkhorn")
+    importlib.import_module("fewstep.kernels.sinkhorn.solve")
     register("fewstep_triton")
     return torch.ops.fewstep_triton
 
