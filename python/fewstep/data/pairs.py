@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import fewstep
-from fewstep.metrics.report import one_thread
+from fewstep._checks import check_integers
+from fewstep._files import checksum, replacing
+from fewstep._torch import one_thread, torch_device
 from fewstep.samplers.edm import edm_sample, karras_sigmas, latents
-from fewstep.training.checkpoint import checksum, replacing
-from fewstep.training.loop import check_integers, torch_device
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from fewstep._torch import one_thread
 
 # Elements of one block of a distance matrix, 32 MiB in float64.
 _BLOCK = 2**22
@@ -27,17 +28,6 @@ _BETTER: dict[str, Literal["lower", "higher", "near floor"]] = {
     "3-NN agreement": "higher",
 }
 _CLASSIFIER_STEPS, _CLASSIFIER_BATCH, _CLASSIFIER_WIDTH = 200, 128, 64
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    # A small net gains no speed from threads, and its bits then do not depend on their number.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

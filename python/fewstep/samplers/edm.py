@@ -13,6 +13,7 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
+from fewstep._torch import is_transformed
 from fewstep.ops.heun import dispatch
 from fewstep.ops.heun.solve import (
     FIRST,
@@ -25,7 +26,6 @@ from fewstep.ops.heun.solve import (
     pick,
     rows,
 )
-from fewstep.ops.sinkhorn.autograd import is_transformed
 from fewstep.ops.trace import divergence
 from fewstep.reference.heun import COLUMNS, NOISE, SCALE
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep._checks import check_config
+from fewstep._torch import seeded, torch_device
 from fewstep.data import pairs
 from fewstep.data.images import Images
 from fewstep.methods import LinesMatching
@@ -19,15 +21,7 @@ from fewstep.networks import ConvDiscriminator, EDMPrecond, LinePrecond, Residua
 from fewstep.ops.heun.solve import heun_solve
 from fewstep.samplers.edm import edm_sample, few_step_sigmas, latents, multistep_sample
 from fewstep.training import checkpoint, plots
-from fewstep.training.loop import (
-    CHECKPOINT,
-    Network,
-    Stage,
-    check_config,
-    fit,
-    seeded,
-    torch_device,
-)
+from fewstep.training.loop import CHECKPOINT, Network, Stage, fit
 from fewstep.training.wflow import PAIRS, PICTURE, load_enough, open_run, read_config, require_extra
 
 PARAMETERISATIONS = ("edm", "unified")

@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -192,45 +190,6 @@ def fit(
                         raise KeyboardInterrupt(
                             f"stopped after step {at} of {total}; --resume continues"
                         )
-
-
-def check_integers(config: Any, *sizes: str) -> None:
-    """Raise ValueError unless `sizes` are integers of at least 1, and `seed` of at least 0."""
-    for name, low in (*((size, 1) for size in sizes), ("seed", 0)):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-
-
-def check_config(config: Any, *sizes: str) -> None:
-    """Raise ValueError unless `sizes`, `seed`, `lr` and `ema` are within their ranges."""
-    check_integers(config, *sizes)
-    if not 0 < config.lr < math.inf:
-        raise ValueError(f"lr must be positive and finite, got {config.lr!r}")
-    if not 0 <= config.ema < 1:
-        raise ValueError(f"ema must be in [0, 1), got {config.ema!r}")
-
-
-def seeded(seed: int, step: int) -> torch.Generator:
-    """A generator for one step: its draws depend on (seed, step) alone."""
-    word = np.random.SeedSequence([seed, step]).generate_state(1)[0]
-    return torch.Generator().manual_seed(int(word))
-
-
-def torch_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes a GPU where there is one.
-
-    Raises:
-        ValueError: it cannot be used.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {error}") from error
-    return device
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fewstep.training.checkpoint import replacing
+from fewstep._files import replacing
 
 _LEAST_PIXELS = 64  # of one image's longer side in a picture
 

@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fewstep._checks import check_config
+from fewstep._torch import seeded, torch_device
 from fewstep.data import pairs
 from fewstep.data.images import Images
 from fewstep.methods import MarginalReflow
@@ -19,15 +21,7 @@ from fewstep.methods.reflow import ReflowReport, heun, log_prob_of, score_of
 from fewstep.metrics.report import MetricRow, aligned, report
 from fewstep.networks import LinePrecond, VelocityMLP
 from fewstep.training import checkpoint, plots
-from fewstep.training.loop import (
-    CHECKPOINT,
-    Network,
-    Stage,
-    check_config,
-    fit,
-    seeded,
-    torch_device,
-)
+from fewstep.training.loop import CHECKPOINT, Network, Stage, fit
 from fewstep.training.wflow import PICTURE, load_enough, open_run, read_config, require_extra
 
 STAGES = ("teacher", "student", "plain")

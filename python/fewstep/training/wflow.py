@@ -14,21 +14,15 @@ import torch
 from torch import Tensor
 
 import fewstep
+from fewstep._checks import check_config
+from fewstep._files import replacing
+from fewstep._torch import seeded, torch_device
 from fewstep.data.images import Images, load
 from fewstep.methods import WFlow
 from fewstep.metrics.report import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator
 from fewstep.training import checkpoint, plots
-from fewstep.training.loop import (
-    CHECKPOINT,
-    LOGS,
-    Network,
-    Stage,
-    check_config,
-    fit,
-    seeded,
-    torch_device,
-)
+from fewstep.training.loop import CHECKPOINT, LOGS, Network, Stage, fit
 
 CONFIG, PAIRS, PICTURE = "config.json", "pairs", "samples.png"
 T = TypeVar("T")
@@ -315,7 +309,7 @@ def open_run(out: Path, method: str, run: Any, *, began: Any | None, overwrite: 
             shutil.rmtree(out / folder, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     content = {"fewstep": fewstep.__version__, "method": method, **asdict(run)}
-    with checkpoint.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fewstep._torch import is_transformed
 from fewstep.ops.dual import dispatch
-from fewstep.ops.sinkhorn.autograd import is_transformed
 
 # Devices whose products of bfloat16 are slower than of float32: tangents are widened for them.
 WIDENED = ("cpu",)

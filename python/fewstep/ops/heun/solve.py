@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
+from fewstep._torch import is_dual, is_transformed
 from fewstep.ops.heun import dispatch
-from fewstep.ops.sinkhorn.autograd import is_dual, is_transformed
 from fewstep.ops.trace import divergence
 
 STATES = dispatch.STATES

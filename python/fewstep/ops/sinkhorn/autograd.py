@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fewstep._torch import _unpack, is_dual, is_transformed
 from fewstep.ops.sinkhorn import dispatch, implicit
 from fewstep.ops.sinkhorn.implicit import VARIABLES, Constants, Directions, Flags, Problem, Tensors
 from fewstep.reference.sinkhorn import Points, Schedule
@@ -21,10 +22,6 @@ from fewstep.reference.sinkhorn import Points, Schedule
 
 def _call(function: Any, *args: Any) -> Any:
     return function.apply(*args)
-
-
-def _unpack(t: Tensor) -> Any:
-    return forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call]
 
 
 _FIELDS = len(Problem._fields)
@@ -74,19 +71,6 @@ def solve(
             parts.append(differentiable_value(value[t :: len(ps)], p, c, (gx, gy)))
         value = torch.stack(parts, 1).flatten()
     return f, g, value, residual, iterations, converged
-
-
-def is_transformed() -> bool:
-    """Whether a transform of functorch (vmap, grad, jvp) is at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def is_dual(t: Tensor | None) -> bool:
-    if t is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return _unpack(t).tangent is not None
 
 
 def constants(

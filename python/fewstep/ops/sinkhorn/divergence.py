@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.ops.sinkhorn import autograd, implicit
+from fewstep._torch import is_transformed
+from fewstep.ops.sinkhorn import implicit
 from fewstep.ops.sinkhorn.solve import SinkhornResult, sinkhorn
 
 _warned = False
@@ -194,7 +195,7 @@ def _warn(converged: Tensor, residual: Tensor) -> None:
     global _warned
     if _warned or torch.compiler.is_compiling() or converged.device.type != "cpu":
         return
-    if autograd.is_transformed() or bool(converged.all()):
+    if is_transformed() or bool(converged.all()):
         return
     _warned = True
     warnings.warn(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
+from fewstep._torch import is_transformed
 from fewstep.ops.sinkhorn import autograd, dispatch
 from fewstep.ops.sinkhorn.implicit import Constants, Problem, transposed
 from fewstep.reference import sinkhorn as reference
@@ -348,7 +349,7 @@ def sinkhorn(
     # Reading values costs a synchronisation on a GPU and breaks a compiled graph.
     device = next((t.device for t in (x, C) if isinstance(t, Tensor)), torch.device("cpu"))
     read = check_finite or device.type == "cpu"
-    read = read and not torch.compiler.is_compiling() and not autograd.is_transformed()
+    read = read and not torch.compiler.is_compiling() and not is_transformed()
     points, batch, dtype = _points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
     points = _labelled(points, batch, labels, label_cost, dtype, read)
     points = replace(points, precision=dispatch.checked_precision("sinkhorn", precision))

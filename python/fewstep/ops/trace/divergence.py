@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
+from fewstep._torch import is_transformed
 from fewstep.ops.dual import dispatch, engine, mlp
 from fewstep.ops.dual.engine import UnsupportedError
-from fewstep.ops.sinkhorn.autograd import is_transformed
 from fewstep.reference import trace as reference
 from fewstep.reference.probe import PROBES
 
