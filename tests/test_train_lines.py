@@ -171,7 +171,7 @@ def test_pairs_that_were_cut_short(
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pairs, "edm_sample", failing)
+        patch.setattr("fewstep.data.generate.edm_sample", failing)
         with pytest.raises(RuntimeError, match="power cut"):
             run(config, tmp_path / "cut")
     assert checkpoint.load(tmp_path / "cut" / "checkpoint.safetensors")[1] == 3

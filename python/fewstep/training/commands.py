@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from fewstep.data import pairs
+from fewstep.data.generate import Teacher, generate, worker
 from fewstep.training import lines as training_lines
 from fewstep.training import plots, reflow, wflow
 from fewstep.training.loop import CHECKPOINT
@@ -105,14 +106,14 @@ class Pairs:
     device: str = "auto"
 
     def run(self) -> None:
-        worker = pairs.worker(self.shard)
+        shard = worker(self.shard)
         teacher = _teacher(self.teacher)
-        missing = pairs.generate(teacher, self.config, self.out, worker=worker, device=self.device)
+        missing = generate(teacher, self.config, self.out, worker=shard, device=self.device)
         state = f"{missing} files to be made by others" if missing else pairs.MANIFEST
         sys.stdout.write(f"{self.out}: {state}\n")
 
 
-def _teacher(source: str) -> pairs.Teacher:
+def _teacher(source: str) -> Teacher:
     """What `--teacher` names.
 
     Raises:
@@ -125,8 +126,8 @@ def _teacher(source: str) -> pairs.Teacher:
             found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"teacher: {source} cannot be imported: {error}") from error
-        teacher = found if isinstance(found, pairs.Teacher) else found()
-        if not isinstance(teacher, pairs.Teacher):
+        teacher = found if isinstance(found, Teacher) else found()
+        if not isinstance(teacher, Teacher):
             raise ValueError(
                 f"teacher: {source} must be a fewstep.pairs.Teacher, got {type(teacher).__name__}"
             )

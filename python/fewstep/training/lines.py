@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fewstep._checks import check_config
 from fewstep._torch import seeded, torch_device
 from fewstep.data import pairs
+from fewstep.data.generate import Teacher, generate
 from fewstep.data.images import Images
 from fewstep.methods import LinesMatching
 from fewstep.metrics.report import MetricRow, Straightness, aligned, report, straightness
@@ -231,7 +232,7 @@ def load_student(out: Path) -> tuple[nn.Module, Run]:
     return _restored(out, run, "student"), run
 
 
-def load_teacher(out: Path) -> pairs.Teacher:
+def load_teacher(out: Path) -> Teacher:
     """The teacher of a run, for `fewstep pairs`.
 
     Raises:
@@ -474,8 +475,8 @@ def sampling_seeds(n: int, seed: int) -> Tensor:
     return torch.arange(n) + (seed << 32) + (3 << 30)
 
 
-def _as_teacher(model: nn.Module, run: Run) -> pairs.Teacher:
-    return pairs.Teacher(model, run.image_shape, len(run.classes))
+def _as_teacher(model: nn.Module, run: Run) -> Teacher:
+    return Teacher(model, run.image_shape, len(run.classes))
 
 
 def _pairs_config(config: LinesConfig) -> pairs.PairsConfig:
@@ -512,9 +513,7 @@ def _fit(
         if step == 0 and config.parameterisation == "edm":
             student.copy(teacher.averaged)
         own = _as_teacher(teacher.averaged.eval(), run)
-        pairs.generate(
-            own, _pairs_config(config), out / PAIRS, device=str(device), progress=progress
-        )
+        generate(own, _pairs_config(config), out / PAIRS, device=str(device), progress=progress)
         made[:] = [pairs.PairDataset(out / PAIRS)]
 
     def match(step: int) -> dict[str, Tensor]:

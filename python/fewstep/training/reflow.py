@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep._checks import check_config
 from fewstep._torch import seeded, torch_device
-from fewstep.data import pairs
+from fewstep.data.generate import Teacher
 from fewstep.data.images import Images
 from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import ReflowReport, heun, log_prob_of, score_of
@@ -214,7 +214,7 @@ def load_student(out: Path) -> tuple[VelocityMLP, MarginalReflow]:
     return student.eval(), run.config.flow
 
 
-def load_teacher(out: Path) -> pairs.Teacher:
+def load_teacher(out: Path) -> Teacher:
     """The teacher of a run as a denoiser of `x = x_data + sigma eps`, for `fewstep pairs`.
 
     With t = sigma / (1 + sigma) and x_t = x / (1 + sigma) it is `D = x_t - t v(x_t, t)`.
@@ -226,7 +226,7 @@ def load_teacher(out: Path) -> pairs.Teacher:
     velocity = _network(run.config, run.image_shape)
     state = {f"teacher.ema.module.{name}": t for name, t in velocity.state_dict().items()}
     checkpoint.restore(out / CHECKPOINT, state)
-    return pairs.Teacher(LinePrecond(velocity.eval()), run.image_shape)
+    return Teacher(LinePrecond(velocity.eval()), run.image_shape)
 
 
 @torch.no_grad()
