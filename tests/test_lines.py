@@ -17,7 +17,7 @@ from fewstep.data.toys import GaussianMixture
 from fewstep.methods import LinesMatching
 from fewstep.methods.augment import diff_augment
 from fewstep.methods.lines import adaptive_weight, pseudo_huber
-from fewstep.metrics.report import straightness
+from fewstep.metrics.straightness import straightness
 from fewstep.networks import (
     ConvDiscriminator,
     EDMPrecond,

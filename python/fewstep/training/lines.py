@@ -17,7 +17,9 @@ from fewstep.data import pairs
 from fewstep.data.generate import Teacher, generate
 from fewstep.data.images import Images
 from fewstep.methods import LinesMatching
-from fewstep.metrics.report import MetricRow, Straightness, aligned, report, straightness
+from fewstep.metrics.straightness import Straightness, straightness
+from fewstep.metrics.summary import MetricRow, report
+from fewstep.metrics.tables import aligned
 from fewstep.networks import ConvDiscriminator, EDMPrecond, LinePrecond, ResidualMLP
 from fewstep.ops.heun.solve import heun_solve
 from fewstep.samplers.edm import edm_sample, few_step_sigmas, latents, multistep_sample

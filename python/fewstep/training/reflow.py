@@ -18,7 +18,8 @@ from fewstep.data.generate import Teacher
 from fewstep.data.images import Images
 from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import ReflowReport, heun, log_prob_of, score_of
-from fewstep.metrics.report import MetricRow, aligned, report
+from fewstep.metrics.summary import MetricRow, report
+from fewstep.metrics.tables import aligned
 from fewstep.networks import LinePrecond, VelocityMLP
 from fewstep.training import checkpoint, plots
 from fewstep.training.loop import CHECKPOINT, Network, Stage, fit

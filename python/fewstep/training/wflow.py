@@ -19,7 +19,7 @@ from fewstep._files import replacing
 from fewstep._torch import seeded, torch_device
 from fewstep.data.images import Images, load
 from fewstep.methods import WFlow
-from fewstep.metrics.report import MetricRow, format_report, report
+from fewstep.metrics.summary import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator
 from fewstep.training import checkpoint, plots
 from fewstep.training.loop import CHECKPOINT, LOGS, Network, Stage, fit
