@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.ops.dual import mlp
-from fewstep.ops.dual.engine import Source, UnsupportedError
+from fewstep.ops.dual.engine import UnsupportedError
+from fewstep.ops.dual.source import Source
 from fewstep.ops.trace.divergence import make_key, make_keys
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import probes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -407,3 +408,17 @@ def _register(namespace: str) -> None:
 
 
 _register("fewstep")
+
+
+def _kernel_shift(shift: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, int]:
+    """A shift as the kernels take it, with the elements that share each value of it."""
+    if shift is None:
+        return None, 1
+    own = tuple(shift.shape)
+    while own and own[0] == 1:
+        own = own[1:]
+    if own == tuple(shape[len(shape) - len(own) :]):
+        return shift, 1
+    if len(own) == len(shape) - 1 and own[0] == shape[1] and max(own[1:], default=1) == 1:
+        return shift, math.prod(shape[2:])
+    return shift.expand(shape), 1

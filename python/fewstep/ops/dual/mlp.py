@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual import dispatch
-from fewstep.ops.dual.engine import Rule, Source, UnsupportedError, _kept, _Traced
+from fewstep.ops.dual.engine import Rule, UnsupportedError, _Traced
+from fewstep.ops.dual.source import Source, _kept
 from fewstep.reference import dual as reference
 
 MOST_PROBES = 64  # a tile of 8 samples and their tangents must stay in cache

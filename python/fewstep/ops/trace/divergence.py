@@ -13,8 +13,11 @@ from torch import Tensor
 
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed
-from fewstep.ops.dual import dispatch, engine, mlp
+from fewstep.ops.dual import dispatch, heads, mlp
 from fewstep.ops.dual.engine import UnsupportedError
+from fewstep.ops.dual.heads import exact_by_tangents, probe_products
+from fewstep.ops.dual.source import Source, _plain
+from fewstep.ops.dual.structural import Budget, structural
 from fewstep.reference import trace as reference
 from fewstep.reference.probe import PROBES
 
@@ -218,7 +221,7 @@ class Solver:
         options, d = self.options, x.shape[1:].numel()
         grad = torch.is_grad_enabled()
         if options.estimator != "hutchinson" and len(program.weights) <= 3:
-            budget = engine.Budget(options.probes, kept=self.cache is not None and not grad)
+            budget = Budget(options.probes, kept=self.cache is not None and not grad)
             if options.estimator == "exact" or budget.allows(x.shape[0], program.outer):
                 if len(program.weights) < 3 or program.differentiable():
                     return None
@@ -236,12 +239,12 @@ class Solver:
         v, dots = mlp.probe_products(program, source)
         return self._mean(v, dots, d)
 
-    def _source(self, key: Tensor | None, backend: str) -> engine.Source:
+    def _source(self, key: Tensor | None, backend: str) -> Source:
         options, dtype = self.options, self.options.tangent_dtype
-        source = engine.Source(backend, options.probes, key, self.ids, options.probe, dtype=dtype)
+        source = Source(backend, options.probes, key, self.ids, options.probe, dtype=dtype)
         kept = None if torch.is_grad_enabled() else self.cache
         if dtype is not None:
-            if engine._plain():
+            if _plain():
                 return source
             return replace(source, copies={} if kept is None else kept)
         return replace(source, cache=kept if self.fixed else None)
@@ -249,16 +252,16 @@ class Solver:
     def products(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity `[B, ...]` and `J v_k`, `[K, B, ...]`, by duals."""
         source = replace(self._source(None, self.backend(x)), count=v.shape[0], tangents=v)
-        return engine.products(self.run, x, t, replace(source, cache=None))
+        return heads.products(self.run, x, t, replace(source, cache=None))
 
     def _structural(self, x: Tensor, t: Tensor, backend: str) -> Divergence | None:
         """None where the probes asked for are cheaper."""
         cache = None if torch.is_grad_enabled() else self.cache
         if self.options.estimator == "auto":
-            cheaper = engine.Budget(self.options.probes, kept=cache is not None)
+            cheaper = Budget(self.options.probes, kept=cache is not None)
         else:
             cheaper = None
-        out = engine.structural(self.run, x, t, backend, cache, cheaper)
+        out = structural(self.run, x, t, backend, cache, cheaper)
         if out is None:
             return None
         v, value = out
@@ -278,7 +281,7 @@ class Solver:
         if self._exact(d):
             chunk = max(1, min(d, _CHUNK // max(x.numel(), 1)))
             source = replace(self._source(None, backend), cache=None)
-            v, value = engine.exact_by_tangents(self.run, x, t, source, chunk)
+            v, value = exact_by_tangents(self.run, x, t, source, chunk)
             return Divergence(v, value, torch.zeros_like(value), f"exact ({d} tangents)")
         if options.estimator in ("hutch++", "xtrace"):
 
@@ -286,7 +289,7 @@ class Solver:
                 return self.products(x, t, u.reshape(-1, *x.shape))
 
             return self._sketch(x, key, product, backend)
-        v, dots = engine.probe_products(self.run, x, t, self._source(key, backend))
+        v, dots = probe_products(self.run, x, t, self._source(key, backend))
         return self._mean(v, dots, d)
 
     def _mean(self, v: Tensor, dots: Tensor, d: int) -> Divergence:
