@@ -11,7 +11,7 @@ import torch
 
 from fewstep import __version__
 from fewstep._library import BACKENDS, DEFAULT_ORDER, cuda_library, load_cpp, unavailable
-from fewstep.ops.heun import solve
+from fewstep.ops.heun import inputs
 from fewstep.ops.sinkhorn import drift
 from fewstep.ops.trace import divergence
 
@@ -21,7 +21,7 @@ OPS: dict[str, Callable[[str], str | None]] = {
     "sinkhorn": lambda _: None,
     "sinkhorn_drift": lambda backend: drift.unsupported(backend, None),
     "divergence": divergence.unsupported,
-    "heun": solve.unsupported,
+    "heun": inputs.unsupported,
 }
 
 

@@ -15,17 +15,9 @@ from torch import Tensor
 
 from fewstep._torch import is_transformed
 from fewstep.ops.heun import dispatch
-from fewstep.ops.heun.solve import (
-    FIRST,
-    HeunResult,
-    Run,
-    Tracker,
-    check_log_density,
-    check_nodes,
-    check_state,
-    pick,
-    rows,
-)
+from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
+from fewstep.ops.heun.inputs import check_log_density, check_nodes, check_state, pick
+from fewstep.ops.heun.solve import HeunResult
 from fewstep.ops.trace import divergence
 from fewstep.reference.heun import COLUMNS, NOISE, SCALE
 
