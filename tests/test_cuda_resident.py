@@ -16,6 +16,7 @@ import fewstep
 from emulation import Emulator, build_emulator
 from fewstep._library import DEVICE_TESTED
 from fewstep.ops.sinkhorn import dispatch
+from fewstep.ops.sinkhorn.inputs import PRECISIONS
 from fewstep.reference import drift as drift_reference
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
@@ -65,7 +66,7 @@ def header(
     integers = (("solve", "direct", "drift").index(op), dtype == torch.float64, *team)
     where = NO_DIAGONAL if diagonal is None else diagonal
     sizes = (batch, n, m, d, COSTS.index(cost), where, max_iter)
-    how = dispatch.PRECISIONS.index(precision)
+    how = PRECISIONS.index(precision)
     return struct.pack("19q6d", *integers, *sizes, *flags, False, how, *updates, *numbers)
 
 

@@ -15,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fewstep
 from fewstep.ops.sinkhorn import divergence
-from fewstep.ops.sinkhorn.solve import COSTS
+from fewstep.ops.sinkhorn.inputs import COSTS
 from tolerances import CONTRACT, assert_contract, error
 
 # Raised inside torch when forward mode is first used.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.ops.sinkhorn import dispatch
+from fewstep.ops.sinkhorn.inputs import PRECISIONS, from_numbers
 
 pytest.importorskip("triton")
 
@@ -62,9 +62,9 @@ def test_launches_are_legal(arch: str, dtype: str) -> None:
 
 def test_precisions_have_one_order() -> None:
     header = (Path(__file__).parents[1] / "csrc/shared/halves.h").read_text()
-    assert config.PRECISIONS == dispatch.PRECISIONS == ("tf32x3", "tf32", "float32")
+    assert config.PRECISIONS == PRECISIONS == ("tf32x3", "tf32", "float32")
     assert "enum Precision : int { kThree, kOne, kFloat32 };" in header
-    how = [config.sinkhorn_update(1, 64, 17, "float32", "sm_90", p) for p in dispatch.PRECISIONS]
+    how = [config.sinkhorn_update(1, 64, 17, "float32", "sm_90", p) for p in PRECISIONS]
     assert [launch["DOT"] for launch in how] == [True, True, False]
     assert [launch["PRECISION"] for launch in how[:2]] == ["tf32x3", "tf32"]
 
@@ -87,10 +87,10 @@ def test_temperatures_are_not_copied_from_the_host() -> None:
             return func(*args, **(kwargs or {}))
 
     with Ops() as seen:
-        filled = dispatch.from_numbers([2.0, 0.5], torch.device("meta"), torch.float32)
+        filled = from_numbers([2.0, 0.5], torch.device("meta"), torch.float32)
     assert filled.shape == (2,)
     assert set(seen.names) == {"aten.full.default", "aten.stack.default"}
-    on_cpu = dispatch.from_numbers([2.0, 0.5], torch.device("cpu"), torch.float64)
+    on_cpu = from_numbers([2.0, 0.5], torch.device("cpu"), torch.float64)
     assert on_cpu.tolist() == [2.0, 0.5]
 
 

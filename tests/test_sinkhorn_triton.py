@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep.ops.sinkhorn import dispatch, implicit
+from fewstep.ops.sinkhorn.problem import Constants, Problem
 from fewstep.reference import sinkhorn as reference
 from tolerances import assert_contract
 
@@ -366,9 +367,9 @@ def test_second_derivatives_by_the_kernel(
     data["x"][:, :5] = data["y"][:, :5]
     eps = {"eps": torch.tensor([0.4, 1.0], dtype=torch.float64, device=DEVICE)}
     solved = fewstep.sinkhorn(**data, **eps, cost=cost, max_iter=60, **options, backend="reference")
-    p = implicit.Problem(*data.values(), None, solved.f, solved.g, eps["eps"])
+    p = Problem(*data.values(), None, solved.f, solved.g, eps["eps"])
     rho = solved._problem.schedule.rho
-    c = implicit.Constants(cost, "triton", *rho, solved._problem.points.diagonal)
+    c = Constants(cost, "triton", *rho, solved._problem.points.diagonal)
     directions = [torch.randn_like(t) for t in data.values()]
     for weights in directions[2:]:
         weights -= weights.mean(-1, keepdim=True)  # of no mass

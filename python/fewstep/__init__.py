@@ -16,8 +16,9 @@ from fewstep.ops.sinkhorn.divergence import (  # noqa: E402
     sinkhorn_divergence,
 )
 from fewstep.ops.sinkhorn.drift import Drift, sinkhorn_drift  # noqa: E402
-from fewstep.ops.sinkhorn.implicit import ConvergenceError  # noqa: E402
-from fewstep.ops.sinkhorn.solve import SinkhornResult, sinkhorn, transport  # noqa: E402
+from fewstep.ops.sinkhorn.newton import ConvergenceError  # noqa: E402
+from fewstep.ops.sinkhorn.result import SinkhornResult  # noqa: E402
+from fewstep.ops.sinkhorn.solve import sinkhorn, transport  # noqa: E402
 from fewstep.ops.trace.divergence import Divergence, divergence  # noqa: E402
 from fewstep.ops.trace.log_density import LogDensity, log_density  # noqa: E402
 from fewstep.samplers.edm import (  # noqa: E402

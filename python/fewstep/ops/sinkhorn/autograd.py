@@ -6,26 +6,43 @@ The mathematics is in `implicit`. Here are the `torch.autograd.Function`s around
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fewstep._torch import _unpack, is_dual, is_transformed
+from fewstep._torch import is_dual, is_transformed
 from fewstep.ops.sinkhorn import dispatch, implicit
-from fewstep.ops.sinkhorn.implicit import VARIABLES, Constants, Directions, Flags, Problem, Tensors
+from fewstep.ops.sinkhorn.compiled import _compiled_product, _compiled_value, _scalars
+from fewstep.ops.sinkhorn.function import (
+    _FIELDS,
+    _Batched,
+    _call,
+    _completed,
+    _Grads,
+    _InJvp,
+    _inner,
+    _Once,
+    _placed,
+    _Refuse,
+    _save,
+    _scaled,
+    _transpose,
+)
+from fewstep.ops.sinkhorn.problem import (
+    VARIABLES,
+    Constants,
+    Directions,
+    Flags,
+    Problem,
+    Tensors,
+    points_of,
+    to_points,
+    total,
+)
+from fewstep.ops.sinkhorn.problem import product as plan_product
 from fewstep.reference.sinkhorn import Points, Schedule
-
-
-def _call(function: Any, *args: Any) -> Any:
-    return function.apply(*args)
-
-
-_FIELDS = len(Problem._fields)
-_Grads = tuple[Tensor | None, ...]
 
 
 def solve(
@@ -149,10 +166,10 @@ def potentials(problem: Problem, constants: Constants) -> tuple[Tensor, Tensor]:
     f, g = _call(_Potentials, *problem, constants)
     if constants.balanced:
         p = problem
-        excess = implicit.total(p.a * f, p.segment_x) - implicit.total(p.b * g, p.segment_y)
-        shift = excess / (implicit.total(p.a, p.segment_x) + implicit.total(p.b, p.segment_y))
-        f = f - implicit.to_points(shift, f, p.segment_x)
-        g = g + implicit.to_points(shift, g, p.segment_y)
+        excess = total(p.a * f, p.segment_x) - total(p.b * g, p.segment_y)
+        shift = excess / (total(p.a, p.segment_x) + total(p.b, p.segment_y))
+        f = f - to_points(shift, f, p.segment_x)
+        g = g + to_points(shift, g, p.segment_y)
     return f, g
 
 
@@ -172,117 +189,6 @@ def product_through_plan(v: Tensor, problem: Problem, constants: Constants) -> T
     return out
 
 
-class _Batched(torch.autograd.Function):
-    """A Function of `lead` tensors and a Problem, whose vmap is a larger batch."""
-
-    lead = 0
-
-    @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        count, field = info.batch_size, cls.lead + Problem._fields.index("segment_x")
-        ragged = args[field] is not None
-
-        def mapped(t: Tensor, dim: int | None) -> Tensor:
-            return t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
-
-        def fold(t: Tensor) -> Tensor:  # [V, B, ..] -> [V B, ..], flat points [V, T, N] -> [T, V N]
-            if ragged and t.ndim > 2:
-                return t.movedim(0, 1).flatten(1, 2)
-            return t.flatten(0, 1)
-
-        def unfold(t: Tensor) -> Tensor:
-            if ragged and t.ndim > 1:
-                return t.reshape(len(t), count, t.shape[1] // count, *t.shape[2:]).movedim(1, 0)
-            return t.reshape(count, t.shape[0] // count, *t.shape[1:])
-
-        def join(cu: Tensor, points: int) -> Tensor:  # [V, B + 1] -> [V B + 1]
-            starts = torch.arange(count, device=cu.device)[:, None] * points
-            return torch.cat([cu[0, :1], (cu[:, 1:] + starts).flatten()])
-
-        folded = list(args)
-        for i, (t, dim) in enumerate(zip(args, in_dims, strict=True)):
-            if not isinstance(t, Tensor):
-                continue
-            name = (("",) * cls.lead + Problem._fields + ("shared",) * len(args))[i]
-            if name in ("label_cost", "shared"):
-                if dim is not None:
-                    what = "label_cost" if name == "label_cost" else "anneal"
-                    raise NotImplementedError(f"sinkhorn: {what} must not be mapped by vmap")
-            elif name in ("segment_x", "segment_y"):
-                k = cls.lead + (0 if name == "segment_x" else 1)
-                folded[i] = join(mapped(t, dim), mapped(args[k], in_dims[k]).shape[2])
-            else:
-                folded[i] = fold(mapped(t, dim))
-        out = _call(cls, *folded)
-        if isinstance(out, Tensor):
-            return unfold(out), 0
-        return tuple(unfold(t) for t in out), (0,) * len(out)
-
-
-def _save(ctx: Any, tensors: Any) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-class _InJvp:
-    """Inside a jvp: saved tensors and tangents without the tangents of this level.
-
-    torch turns forward mode off inside a Function's jvp, for outer levels of functorch too, which
-    makes `jvp(jvp(f))` silently zero. It is turned on again here.
-    """
-
-    def __init__(self) -> None:
-        self._nested = is_transformed()
-        self._enabled = forward_ad._set_fwd_grad_enabled(self._nested)
-
-    def __enter__(self) -> _InJvp:
-        self._enabled.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._enabled.__exit__(*error)
-
-    def primals(self, tensors: Any) -> list[Tensor | None]:
-        if not self._nested:
-            return list(tensors)
-        return [t if t is None else _unpack(t).primal for t in tensors]
-
-
-def _placed(parts: Any, need: Flags) -> _Grads:
-    """The parts that were needed, each in its place among the variables."""
-    it = iter(parts)
-    return tuple(next(it) if needed else None for needed in need)
-
-
-def _completed(known: Any, need: Flags, compute: Callable[[Flags], Tensors]) -> Tensors:
-    """The needed gradients, of which the first may be known."""
-    have = (*known, *[None] * (VARIABLES - len(known)))
-    unknown = tuple(n and k is None for n, k in zip(need, have, strict=True))
-    it = iter(compute(unknown) if any(unknown) else ())
-    return tuple(next(it) if k is None else k for n, k in zip(need, have, strict=True) if n)
-
-
-def _scaled(w: Tensor, parts: Tensors, p: Problem, need: Flags) -> Tensors:
-    """`w [B]` times per-point parts of the variables that were needed."""
-    out = []
-    for part, k in zip(parts, (k for k in range(VARIABLES) if need[k]), strict=True):
-        weight = implicit.to_points(w, part, (p.segment_x, p.segment_y)[k % 2] if k < 4 else None)
-        out.append(weight.reshape(*weight.shape, *[1] * (part.ndim - 2)) * part)
-    return tuple(out)
-
-
-def _inner(parts: Tensors, tangents: Any, p: Problem) -> Tensor:
-    """Inner products of gradients and directions, summed for every problem, `[B]`."""
-    it = iter(parts)
-    terms = [
-        implicit.total(next(it) * t, (p.segment_x, p.segment_y)[k % 2] if k < 4 else None)
-        for k, t in enumerate(tangents)
-        if t is not None
-    ]
-    return torch.stack(terms).sum(0)
-
-
 class _Solve(_Batched):
     """`raw.solve`, without derivatives; f and g of the Problem are where it starts."""
 
@@ -293,7 +199,7 @@ class _Solve(_Batched):
         *tensors, temperatures, c, schedule = args
         p = Problem._make(tensors)
         schedule = replace(schedule, start=start, temperatures=temperatures)
-        points = implicit.points_of(p, c)
+        points = points_of(p, c)
         return dispatch.solve(c.backend, points, p.a, p.b, p.eps, p.f, p.g, schedule)
 
     @staticmethod
@@ -406,30 +312,6 @@ class _Hessian(_Batched):
             return _hessian_product(here.primals(tangents[:VARIABLES]), p, ctx.constants, ctx.need)
 
 
-class _Refuse(torch.autograd.Function):
-    """Identity without a derivative: an error where one is asked for, not zeros."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor:
-        raise NotImplementedError("sinkhorn: value has no third derivative")
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor | None) -> Tensor:
-        raise NotImplementedError("sinkhorn: value has no third derivative")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor) -> tuple[Tensor, int | None]:
-        return _call(_Refuse, x), in_dims[0]
-
-
 class _Potentials(_Batched):
     """Identity on (f, g) that knows how they depend on the problem."""
 
@@ -463,24 +345,6 @@ class _Potentials(_Batched):
             return out
 
 
-class _Once(_Batched):
-    """A derivative that has no derivative."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            "sinkhorn: potentials, and products through the plan, have no second derivative"
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Once.backward(ctx)
-
-
 class _PotentialsAdjoint(_Once):
     lead = 2
 
@@ -500,15 +364,6 @@ class _PotentialsTangent(_Once):
         return implicit.potentials_tangent(u, Problem(*tensors[VARIABLES:]), constants)
 
 
-def _transpose(p: Problem, c: Constants) -> tuple[Problem, Constants]:
-    """With which `product` is `sum_i e_ij u_i`, and 0 for y_j without weight.
-
-    For two points without weight e may overflow.
-    """
-    q, d = implicit.transposed(p._replace(g=torch.where(p.b > 0, p.g, -1e30)), c)
-    return q._replace(b=torch.ones_like(q.b)), d
-
-
 def _weighted(u: Tensor, p: Problem, c: Constants) -> Tensor:
     """`b_j sum_i e_ij u_i`, the transpose of `product`."""
     return p.b[..., None] * product(u, *_transpose(p, c))
@@ -521,7 +376,7 @@ class _Product(_Batched):
     def forward(v: Tensor, *args: Any) -> Tensor:
         *tensors, constants = args
         p = Problem._make(tensors)
-        return implicit.product(p, constants, v, p.b)
+        return plan_product(p, constants, v, p.b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -595,79 +450,3 @@ class _ConditionalTangent(_Once):
         *tensors, constants = args
         (*u, df, dg, v), p = tensors[: VARIABLES + 3], Problem(*tensors[VARIABLES + 3 :])
         return implicit.conditional_tangent(tuple(u), df, dg, v, p, constants)
-
-
-# Dynamo does not trace a Function that has a jvp, so compiled graphs have ops instead.
-_SCHEMA = (
-    "Tensor x, Tensor y, Tensor a, Tensor b, Tensor? matrix, Tensor f, Tensor g, Tensor eps,"
-    " Tensor? segment_x, Tensor? segment_y, Tensor? label_x, Tensor? label_y, Tensor? label_cost,"
-    " str cost, str backend, float? rho_x, float? rho_y, int? diagonal, bool symmetric,"
-    ' str precision="tf32x3"'
-)
-
-
-@torch.library.custom_op(
-    "fewstep::sinkhorn_value",
-    mutates_args=(),
-    schema=f"(Tensor value, Tensor? grad_x, Tensor? grad_y, {_SCHEMA}) -> Tensor",
-)
-def _compiled_value(value: Tensor, *args: Any) -> Tensor:
-    return value.clone()
-
-
-@torch.library.custom_op(
-    "fewstep::sinkhorn_product", mutates_args=(), schema=f"(Tensor v, {_SCHEMA}) -> Tensor"
-)
-def _compiled_product(v: Tensor, *args: Any) -> Tensor:
-    p = Problem._make(args[:_FIELDS])
-    return implicit.product(p, Constants(*args[_FIELDS:]), v, p.b)
-
-
-@_compiled_value.register_fake
-def _(value: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(value)
-
-
-@_compiled_product.register_fake
-def _(v: Tensor, *args: Any) -> Tensor:
-    f = Problem._make(args[:_FIELDS]).f
-    return v.new_empty((*f.shape, v.shape[-1]))
-
-
-def _scalars(c: Constants) -> tuple[Any, ...]:
-    if c.formula is not None:
-        raise NotImplementedError("sinkhorn: a cost function cannot be compiled")
-    return c[:-1]
-
-
-def _compiled_value_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *args = inputs
-    ctx.save_for_backward(*args[: 2 + _FIELDS])
-    ctx.constants = Constants(*args[2 + _FIELDS :])
-
-
-def _compiled_value_backward(ctx: Any, w: Tensor) -> _Grads:
-    need = ctx.needs_input_grad[3 : 3 + VARIABLES]
-    known, p, c = ctx.saved_tensors[:2], Problem._make(ctx.saved_tensors[2:]), ctx.constants
-    grads = _completed(known, need, lambda unknown: implicit.gradient(p, c, unknown))
-    rest = _FIELDS - VARIABLES + len(_scalars(c))
-    return None, None, None, *_placed(_scaled(w, grads, p, need), need), *(None,) * rest
-
-
-def _compiled_product_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *args = inputs
-    ctx.save_for_backward(*args[:_FIELDS])
-    ctx.constants = Constants(*args[_FIELDS:])
-
-
-def _compiled_product_backward(ctx: Any, u: Tensor) -> _Grads:
-    p, c = Problem._make(ctx.saved_tensors), ctx.constants
-    q, d = _transpose(p, c)
-    out = p.b[..., None] * _compiled_product(u, *q, *_scalars(d))
-    return out, *(None,) * (_FIELDS + len(_scalars(c)))
-
-
-_compiled_value.register_autograd(_compiled_value_backward, setup_context=_compiled_value_setup)
-_compiled_product.register_autograd(
-    _compiled_product_backward, setup_context=_compiled_product_setup
-)

@@ -6,36 +6,17 @@ Shapes are those of `fewstep.reference.sinkhorn`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep._library import shared_memory
+from fewstep.ops.sinkhorn.inputs import PRECISIONS
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# How GPU kernels multiply float32; the numbers of fewstep::halves::Precision in csrc/shared.
-PRECISIONS = ("tf32x3", "tf32", "float32")
-
-
-def checked_precision(op: str, precision: str | None) -> str:
-    """The precision that was asked for, or the default."""
-    if precision is None:
-        return PRECISIONS[0]
-    if precision not in PRECISIONS:
-        raise ValueError(f"{op}: precision must be one of {PRECISIONS}, got {precision!r}")
-    return precision
-
-
-def from_numbers(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`[len(values)]`, filled on a device: a graph of CUDA cannot capture copies from the host."""
-    plain = len(values) > 0 and all(isinstance(value, int | float) for value in values)
-    if device.type == "cpu" or not plain:
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 def resident(points: Points) -> bool:

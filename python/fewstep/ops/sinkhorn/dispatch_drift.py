@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep._library import shared_memory
 from fewstep.ops.sinkhorn import dispatch
+from fewstep.ops.sinkhorn.inputs import PRECISIONS
 from fewstep.reference import drift as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 
@@ -49,7 +50,7 @@ def drift(
         out: reference.Outputs = torch.ops.fewstep.sinkhorn_drift.default(
             *(x, y, x_self, uncond, weights, guidance, eps, reference.COSTS.index(cost)),
             *(max_iter, joint, scaled, unit, diagonal, memory_limit),
-            dispatch.PRECISIONS.index(precision),
+            PRECISIONS.index(precision),
         )
         return out
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fewstep._torch import is_transformed
-from fewstep.ops.sinkhorn import implicit
-from fewstep.ops.sinkhorn.solve import SinkhornResult, sinkhorn
+from fewstep.ops.sinkhorn.problem import total
+from fewstep.ops.sinkhorn.result import SinkhornResult
+from fewstep.ops.sinkhorn.solve import sinkhorn
 
 _warned = False
 
@@ -185,7 +186,7 @@ def _mass_term(xy: SinkhornResult) -> Tensor:
     """`eps / 2 (sum a - sum b)^2`."""
     p = xy._problem
     cu_x, cu_y = p.points.segments or (None, None)
-    excess = implicit.total(p.a, cu_x) - implicit.total(p.b, cu_y)
+    excess = total(p.a, cu_x) - total(p.b, cu_y)
     T = max(1, len(p.eps) // max(p.points.count, 1))
     return (p.eps / 2 * excess.repeat_interleave(T).square()).reshape(p.values)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep.ops.sinkhorn import dispatch, dispatch_drift
+from fewstep.ops.sinkhorn import dispatch_drift
+from fewstep.ops.sinkhorn.inputs import checked_precision, from_numbers
 from fewstep.reference import drift as reference
 
 FORMS = ("split", "joint")
@@ -168,7 +169,7 @@ def sinkhorn_drift(
         raise ValueError(f"sinkhorn_drift: max_iter must be at least 1, got {max_iter}")
     if memory_limit < 0:
         raise ValueError(f"sinkhorn_drift: memory_limit must not be negative, got {memory_limit}")
-    precision = dispatch.checked_precision("sinkhorn_drift", precision)
+    precision = checked_precision("sinkhorn_drift", precision)
     diagonal = _diagonal(exclude_diagonal, x, x_self, form)
     lead, n, d = x.shape[:-2], x.shape[-2], x.shape[-1]
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
@@ -299,7 +300,7 @@ def _temperatures(
     values = list(eps) if isinstance(eps, Sequence) else [eps]
     if not values or not all(0 < e < math.inf for e in values):
         raise ValueError(f"sinkhorn_drift: eps must be positive and finite, got {eps}")
-    return dispatch.from_numbers(values, x.device, dtype), several
+    return from_numbers(values, x.device, dtype), several
 
 
 def _guidance(
