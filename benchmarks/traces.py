@@ -226,11 +226,12 @@ def trace(problem: TraceProblem, who: str) -> Callable[[], tuple[Any, ...]]:
 
 def trace_in_solve(problem: TraceProblem) -> Callable[[], tuple[Any, ...]]:
     """A call in the middle of a solve with fixed probes: nothing that the weights give is new."""
-    from fewstep.ops.trace import divergence as ops
+    from fewstep.ops.trace.estimator import Solver
+    from fewstep.ops.trace.inputs import Options, make_key
 
     s, case = setup(problem), problem.case
-    solver = ops.Solver(s.net, ops.Options(case.estimator, case.probes), fixed=True, cache={})
-    key = ops.make_key(_SEED)
+    solver = Solver(s.net, Options(case.estimator, case.probes), fixed=True, cache={})
+    key = make_key(_SEED)
 
     @torch.no_grad()
     def run() -> tuple[Tensor, ...]:

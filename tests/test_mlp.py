@@ -13,7 +13,7 @@ import fewstep
 from fewstep.ops.dual import mlp
 from fewstep.ops.dual.engine import UnsupportedError
 from fewstep.ops.dual.source import Source
-from fewstep.ops.trace.divergence import make_key, make_keys
+from fewstep.ops.trace.inputs import make_key, make_keys
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import probes
 from tolerances import assert_contract

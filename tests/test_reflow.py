@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fewstep.data.toys import GaussianMixture
 from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import heun, log_prob_of, score_of
-from fewstep.ops.trace import divergence, log_density
+from fewstep.ops.trace import log_density
+from fewstep.ops.trace.inputs import Options
 from tolerances import TANGENTS, error
 from velocity_nets import TimeMLP
 
 F64 = torch.float64
-OPTIONS = divergence.Options("exact")
+OPTIONS = Options("exact")
 
 
 def mixture() -> GaussianMixture:

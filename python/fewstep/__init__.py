@@ -19,7 +19,8 @@ from fewstep.ops.sinkhorn.drift import Drift, sinkhorn_drift  # noqa: E402
 from fewstep.ops.sinkhorn.newton import ConvergenceError  # noqa: E402
 from fewstep.ops.sinkhorn.result import SinkhornResult  # noqa: E402
 from fewstep.ops.sinkhorn.solve import sinkhorn, transport  # noqa: E402
-from fewstep.ops.trace.divergence import Divergence, divergence  # noqa: E402
+from fewstep.ops.trace.divergence import divergence  # noqa: E402
+from fewstep.ops.trace.estimator import Divergence  # noqa: E402
 from fewstep.ops.trace.log_density import LogDensity, log_density  # noqa: E402
 from fewstep.samplers.edm import (  # noqa: E402
     edm_sample,

@@ -13,14 +13,14 @@ from fewstep import __version__
 from fewstep._library import BACKENDS, DEFAULT_ORDER, cuda_library, load_cpp, unavailable
 from fewstep.ops.heun import inputs
 from fewstep.ops.sinkhorn import drift
-from fewstep.ops.trace import divergence
+from fewstep.ops.trace import inputs as trace_inputs
 
 # Why a backend cannot serve an op at all, or None; "sinkhorn" has transport and barycenters too,
 # "heun" all samplers.
 OPS: dict[str, Callable[[str], str | None]] = {
     "sinkhorn": lambda _: None,
     "sinkhorn_drift": lambda backend: drift.unsupported(backend, None),
-    "divergence": divergence.unsupported,
+    "divergence": trace_inputs.unsupported,
     "heun": inputs.unsupported,
 }
 

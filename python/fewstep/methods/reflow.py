@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fewstep.conversions import convert
-from fewstep.ops.trace import divergence
 from fewstep.ops.trace import log_density as densities
+from fewstep.ops.trace.inputs import Options, check
 from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -192,7 +192,7 @@ class MarginalReflow:
         a: Tensor,
         b: Tensor,
         *,
-        options: divergence.Options | None = None,
+        options: Options | None = None,
         step: int = 0,
     ) -> tuple[Tensor, Path, Tensor]:
         """`Dl - <sg s_p(x_k, b), x_k>` `[B]` of steps from a to b `[B]`, their path, and s_p."""
@@ -298,11 +298,9 @@ class MarginalReflow:
             tracker=tracker,
         )
 
-    def _options(self, x: Tensor) -> divergence.Options:
-        options = divergence.Options(
-            self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype
-        )
-        divergence.check(options, x, "MarginalReflow")
+    def _options(self, x: Tensor) -> Options:
+        options = Options(self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype)
+        check(options, x, "MarginalReflow")
         return options
 
     def _track(
@@ -311,7 +309,7 @@ class MarginalReflow:
         x: Tensor,
         a: Tensor,
         b: Tensor,
-        options: divergence.Options,
+        options: Options,
         seed: int,
         tracker: str | None = None,
     ) -> Path:

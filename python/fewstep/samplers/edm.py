@@ -18,7 +18,9 @@ from fewstep.ops.heun import dispatch
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.inputs import check_log_density, check_nodes, check_state, pick
 from fewstep.ops.heun.solve import HeunResult
-from fewstep.ops.trace import divergence
+from fewstep.ops.trace import inputs as trace_inputs
+from fewstep.ops.trace.estimator import Solver
+from fewstep.ops.trace.inputs import Options, make_keys
 from fewstep.reference.heun import COLUMNS, NOISE, SCALE
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -278,7 +280,7 @@ def edm_sample(
     seeds = _seeds_for("edm_sample", seeds, latents, churn.amount > 0)
     if log_density is not None:
         check_log_density("edm_sample", log_density, latents)
-        divergence.check(divergence.Options(estimator, probes), latents, "edm_sample")
+        trace_inputs.check(Options(estimator, probes), latents, "edm_sample")
         if churn.amount > 0:
             raise ValueError(f"edm_sample: S_churn must be 0 with log_density, got {churn.amount}")
         levels = _schedule(*schedule) if levels is None else levels
@@ -303,7 +305,7 @@ def edm_sample(
             return _replay(networks, latents, plan, seeds, state, name)
     tracked = None
     if log_density is not None:
-        options = divergence.Options(estimator, probes)
+        options = Options(estimator, probes)
         tracked = _Tracked(networks, plan, log_density, options, name, weight)
     table = plan.table.to(latents.device)
     run = Run(
@@ -635,14 +637,14 @@ class _Tracked:
         networks: tuple[Network, ...],
         plan: Plan,
         log_density: Tensor,
-        options: divergence.Options,
+        options: Options,
         backend: str,
         guidance: Tensor | None = None,
     ) -> None:
         assert plan.traces is not None
         self.plan = plan
-        self.solvers = [divergence.Solver(network, options) for network in networks]
-        self.keys = divergence.make_keys(0, plan.steps)
+        self.solvers = [Solver(network, options) for network in networks]
+        self.keys = make_keys(0, plan.steps)
         weights = plan.traces.to(log_density.device)
         row = _row(torch.ones_like(weights), weights, guidance)
         table = rows(row.reshape(-1, 2, *row.shape[1:]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep._torch import is_dual, is_transformed
 from fewstep.ops.heun import dispatch
-from fewstep.ops.trace import divergence
+from fewstep.ops.trace.estimator import Divergence
 
 FIRST = 2  # row of the table for evaluation 0: row 0 draws latents, row 1 starts a sampler
 
@@ -121,7 +121,7 @@ class Tracker:
         self.variance, self.dtype = torch.zeros_like(log_density), log_density.dtype
         self.estimator = ""
 
-    def advance(self, found: list[divergence.Divergence], weights: list[Tensor], row: int) -> None:
+    def advance(self, found: list[Divergence], weights: list[Tensor], row: int) -> None:
         """Past an evaluation; its traces' errors are weighed as the traces are."""
         for one, weight in zip(found, weights, strict=True):
             self.estimator = one.estimator

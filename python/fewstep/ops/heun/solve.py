@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.inputs import _vector, check_log_density, check_nodes, check_state, pick
-from fewstep.ops.trace import divergence
+from fewstep.ops.trace.estimator import Solver
+from fewstep.ops.trace.inputs import Options, check, check_ids, make_keys
 
 Velocity = Callable[..., Any]
 
@@ -138,20 +139,20 @@ def heun_solve(
     """
     check_state("heun_solve", x, state)
     nodes = check_nodes("heun_solve", times, x)
-    options = divergence.Options(estimator, probes, probe, None)
+    options = Options(estimator, probes, probe, None)
     traced = None
     if log_density is not None:
-        divergence.check(options, x, "heun_solve")
+        check(options, x, "heun_solve")
         check_log_density("heun_solve", log_density, x)
-        ids = divergence.check_ids(sample_ids, x)
-        traced = divergence.Solver(velocity, options, ids, fixed=not fresh, cache={})
+        ids = check_ids(sample_ids, x)
+        traced = Solver(velocity, options, ids, fixed=not fresh, cache={})
     name = pick(x, backend)
     h = nodes.diff(dim=1).T  # [S, 1 or B]
     table = _table(h)
     evaluations = torch.stack((nodes[:, :-1].T, nodes[:, 1:].T), 1).flatten(0, 1)
     levels = evaluations.to(x.dtype).expand(-1, x.shape[0]).contiguous().unbind()
     run = Run("heun_solve", name, x, table, state, check_finite)
-    keys = divergence.make_keys(seed, h.shape[0], fresh=fresh)
+    keys = make_keys(seed, h.shape[0], fresh=fresh)
     tracker = None if log_density is None else Tracker(name, log_density, _log_table(h))
     path = [x] if keep else []
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.engine import UnsupportedError
-from fewstep.ops.trace import divergence
+from fewstep.ops.trace.estimator import Solver
+from fewstep.ops.trace.inputs import Options, check, check_ids, make_keys
 from fewstep.reference import trace as reference
 
 METHODS = ("euler", "heun")
@@ -122,8 +123,8 @@ def log_density(
     >>> bool((out.log_prob - (2.0 - math.log(2 * math.pi))).abs().max() < 1e-5)
     True
     """
-    options = divergence.Options(estimator, probes, probe, backend, tangent_dtype)
-    divergence.check(options, x, "log_density")
+    options = Options(estimator, probes, probe, backend, tangent_dtype)
+    check(options, x, "log_density")
     nodes = _check_times(times, x)
     if method not in METHODS:
         raise ValueError(f"log_density: method must be one of {METHODS}, got {method!r}")
@@ -138,7 +139,7 @@ def log_density(
         tracker=tracker,
         fresh=fresh,
         seed=seed,
-        ids=divergence.check_ids(sample_ids, x),
+        ids=check_ids(sample_ids, x),
     )
     log_prob = base(x) + path.change if base_at == "start" else base(path.x) - path.change
     error = path.variance.sqrt()
@@ -149,7 +150,7 @@ def track(
     velocity: Callable[..., Any],
     x: Tensor,
     times: Tensor,
-    options: divergence.Options,
+    options: Options,
     *,
     method: str = "euler",
     tracker: str = "trace",
@@ -158,7 +159,7 @@ def track(
     ids: Tensor | None = None,
 ) -> Path:
     """Steps through times `[B, S + 1]` and the change of log-density along them."""
-    solver = divergence.Solver(velocity, options, ids, fixed=not fresh, cache={})
+    solver = Solver(velocity, options, ids, fixed=not fresh, cache={})
     change = x.new_zeros(x.shape[0])
     variance = torch.zeros_like(change)
     crossed: Tensor | None = None
@@ -168,7 +169,7 @@ def track(
     lengths = nodes.diff(dim=0)
     steps = lengths.shape[0]
     wide = lengths.reshape(steps, -1, *(1,) * (x.ndim - 1))
-    keys = divergence.make_keys(seed, steps, fresh=fresh)
+    keys = make_keys(seed, steps, fresh=fresh)
     rows = zip(nodes[:-1], nodes[1:], lengths, lengths / 2, wide, wide / 2, strict=True)
     for step, (t, following, h, half, h_wide, half_wide) in enumerate(rows):
         if tracker == "trace":
@@ -201,7 +202,7 @@ def track(
     return Path(x, change, variance, None if crossed is None else crossed / steps, name)
 
 
-def _jacobian(solver: divergence.Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def _jacobian(solver: Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Velocity and `J`, `[B, D, D]`, by D tangents."""
     d = x.shape[1:].numel()
     basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
@@ -214,7 +215,7 @@ def _jacobian(solver: divergence.Solver, x: Tensor, t: Tensor) -> tuple[Tensor, 
 
 
 def _determinant(
-    solver: divergence.Solver, x: Tensor, t: Tensor, h: Tensor, heun: bool
+    solver: Solver, x: Tensor, t: Tensor, h: Tensor, heun: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next x, and `log |det M|` and the determinant's sign, `[B]`."""
     wide, hm = h.reshape(-1, *(1,) * (x.ndim - 1)), h.reshape(-1, 1, 1)
@@ -231,7 +232,7 @@ def _determinant(
     return x, log_det, sign.detach()
 
 
-def _products(solver: divergence.Solver, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, bool]:
+def _products(solver: Solver, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, bool]:
     """`J v_k`, or `J' v_k` and True where duals do not serve."""
     try:
         return solver.products(x, t, v)[1], False
@@ -242,7 +243,7 @@ def _products(solver: divergence.Solver, x: Tensor, t: Tensor, v: Tensor) -> tup
 
 
 def _series(
-    solver: divergence.Solver, x: Tensor, t: Tensor, h: Tensor, heun: bool, key: Tensor
+    solver: Solver, x: Tensor, t: Tensor, h: Tensor, heun: bool, key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next x, and `log det(I + A)` and its variance over probes, `[B]`."""
     options, count = solver.options, solver.options.probes
