@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.data.toys import GaussianMixture
+from fewstep.ops.heun.engine import FIRST
 from fewstep.reference import heun as reference
-from fewstep.samplers import edm as samplers_edm
+from fewstep.samplers.multistep import MODES
 from tolerances import assert_contract
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -50,7 +51,7 @@ def edm(
     def noise(i: int) -> Tensor:
         if seeds is None:
             return torch.zeros_like(x)
-        row = 1 if i == 0 else samplers_edm.FIRST + 2 * (i - 1) + 1  # of the pass that adds it
+        row = 1 if i == 0 else FIRST + 2 * (i - 1) + 1  # of the pass that adds it
         return reference.noise(seeds, row, tuple(x.shape[1:]))
 
     for i in range(steps):
@@ -311,7 +312,7 @@ def test_multistep_modes() -> None:
     """The network's inputs, level by level."""
     latents, end = torch.randn(5, 3), torch.randn(5, 3)
     seeds, sigmas = torch.arange(5), fewstep.few_step_sigmas([0, 3, 5])
-    for mode in samplers_edm.MODES:
+    for mode in MODES:
         seen: list[Tensor] = []
 
         def watch(x: Tensor, sigma: Tensor, seen: list[Tensor] = seen) -> Tensor:
@@ -324,7 +325,7 @@ def test_multistep_modes() -> None:
         for k, actual in enumerate(seen):
             torch.testing.assert_close(actual, x, rtol=1e-5, atol=1e-4)
             if k + 1 < len(sigmas):
-                eta = reference.noise(seeds, samplers_edm.FIRST + k, (3,))
+                eta = reference.noise(seeds, FIRST + k, (3,))
                 x = {
                     "fresh": end + sigmas[k + 1] * eta,
                     "line": end + sigmas[k + 1] / sigmas[k] * (x - end),

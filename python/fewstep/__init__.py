@@ -9,27 +9,24 @@ from fewstep import _aliases, _library
 _library.load_cpp()
 _aliases.install()
 
-from fewstep.ops.heun.solve import HeunResult, heun_solve, heun_step  # noqa: E402
-from fewstep.ops.sinkhorn.divergence import (  # noqa: E402
+from fewstep.ops.heun.solve import HeunResult, heun_solve, heun_step
+from fewstep.ops.sinkhorn.divergence import (
     ConvergenceWarning,
     DivergenceResult,
     sinkhorn_divergence,
 )
-from fewstep.ops.sinkhorn.drift import Drift, sinkhorn_drift  # noqa: E402
-from fewstep.ops.sinkhorn.newton import ConvergenceError  # noqa: E402
-from fewstep.ops.sinkhorn.result import SinkhornResult  # noqa: E402
-from fewstep.ops.sinkhorn.solve import sinkhorn, transport  # noqa: E402
-from fewstep.ops.trace.divergence import divergence  # noqa: E402
-from fewstep.ops.trace.estimator import Divergence  # noqa: E402
-from fewstep.ops.trace.log_density import LogDensity, log_density  # noqa: E402
-from fewstep.samplers.edm import (  # noqa: E402
-    edm_sample,
-    few_step_sigmas,
-    flow_sample,
-    karras_sigmas,
-    latents,
-    multistep_sample,
-)
+from fewstep.ops.sinkhorn.drift import Drift, sinkhorn_drift
+from fewstep.ops.sinkhorn.newton import ConvergenceError
+from fewstep.ops.sinkhorn.result import SinkhornResult
+from fewstep.ops.sinkhorn.solve import sinkhorn, transport
+from fewstep.ops.trace.divergence import divergence
+from fewstep.ops.trace.estimator import Divergence
+from fewstep.ops.trace.log_density import LogDensity, log_density
+from fewstep.samplers.edm import edm_sample
+from fewstep.samplers.flow import flow_sample
+from fewstep.samplers.multistep import multistep_sample
+from fewstep.samplers.schedules import few_step_sigmas, karras_sigmas
+from fewstep.samplers.seeds import latents
 
 __version__ = version("fewstep")
 __all__ = [

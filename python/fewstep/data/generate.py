@@ -32,7 +32,9 @@ from fewstep.data.pairs import (
     _read,
     digest,
 )
-from fewstep.samplers.edm import edm_sample, karras_sigmas, latents
+from fewstep.samplers.edm import edm_sample
+from fewstep.samplers.schedules import karras_sigmas
+from fewstep.samplers.seeds import latents
 
 
 @dataclass(frozen=True)

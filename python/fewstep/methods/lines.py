@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.methods.augment import diff_augment
-from fewstep.samplers.edm import karras_sigmas
+from fewstep.samplers.schedules import karras_sigmas
 
 LAWS = ("uniform", "levels", "sot")
 METRICS = ("l2", "pseudo_huber", "lpips")

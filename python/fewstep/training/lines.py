@@ -22,7 +22,10 @@ from fewstep.metrics.summary import MetricRow, report
 from fewstep.metrics.tables import aligned
 from fewstep.networks import ConvDiscriminator, EDMPrecond, LinePrecond, ResidualMLP
 from fewstep.ops.heun.solve import heun_solve
-from fewstep.samplers.edm import edm_sample, few_step_sigmas, latents, multistep_sample
+from fewstep.samplers.edm import edm_sample
+from fewstep.samplers.multistep import multistep_sample
+from fewstep.samplers.schedules import few_step_sigmas
+from fewstep.samplers.seeds import latents
 from fewstep.training import checkpoint, plots
 from fewstep.training.loop import CHECKPOINT, Network, Stage, fit
 from fewstep.training.wflow import PAIRS, PICTURE, load_enough, open_run, read_config, require_extra

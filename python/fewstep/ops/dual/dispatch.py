@@ -18,8 +18,6 @@ from fewstep.reference import dual as reference
 from fewstep.reference import probe as reference_probe
 
 Maybe = Tensor | None
-
-
 COMPILED = ("cpp", "triton")
 
 

@@ -17,8 +17,6 @@ from fewstep.ops.dual import dispatch
 
 # Devices whose products of bfloat16 are slower than of float32: tangents are widened for them.
 WIDENED = ("cpu",)
-
-
 Remake = Callable[[Tensor], Tensor]
 
 

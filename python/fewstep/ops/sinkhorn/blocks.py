@@ -13,8 +13,6 @@ from fewstep.reference.sinkhorn import Points
 
 # Pairs of points in a block of rows, which takes about ten arrays of that size. GPUs take more.
 BLOCK_PAIRS = 2**18
-
-
 _GPU_BLOCKS = 16
 
 

@@ -27,8 +27,6 @@ def _call(function: Any, *args: Any) -> Any:
 
 
 _FIELDS = len(Problem._fields)
-
-
 _Grads = tuple[Tensor | None, ...]
 
 

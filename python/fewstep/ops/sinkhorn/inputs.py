@@ -35,17 +35,9 @@ def from_numbers(values: Sequence[float], device: torch.device, dtype: torch.dty
 
 # What a user may write for `cost`; cosine is half_sqeuclidean of normalised points.
 COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "cosine", "dot", "l1")
-
-
 UPDATES = ("alternating", "symmetric")
-
-
 _SQUARED = ("sqeuclidean", "half_sqeuclidean")
-
-
 _HALF = (torch.bfloat16, torch.float16)
-
-
 # Largest deviation of a weight vector's sum from 1 that is taken for rounding.
 _MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 

@@ -12,33 +12,17 @@ from fewstep.ops.sinkhorn.problem import Constants, Problem, _double, _product, 
 
 # Pairs up to which `e` is kept for all products with it.
 KEPT_PAIRS = 2**20
-
-
 # L1 error of both marginals, as a fraction of the mass, from which Newton's method may start.
 START_BOUND = 1e-2
-
-
 # A step of Newton's method after which potentials are taken as converged: its decrement, which
 # bounds `sum_ij P_ij |df_i + dg_j| / eps` for mass 1, and its largest `df_i / eps` (without a
 # constant), which finds parts of the plan that hardly exchange mass.
 _DECREMENT = 1e-5
-
-
 _LARGEST_STEP = 1e-3
-
-
 _NEWTON_STEPS = 20
-
-
 _NEWTON_CG = 1e-3  # relative residual of the linear systems of its steps
-
-
 _DERIVATIVE_CG = 1e-11  # that of a derivative's linear system
-
-
 _CG_ITERATIONS = 5000
-
-
 _CG_CHECK = 8  # iterations between two looks at the residuals, which synchronise a GPU
 
 

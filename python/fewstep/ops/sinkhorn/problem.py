@@ -12,14 +12,8 @@ from fewstep.ops.sinkhorn import dispatch
 from fewstep.reference.sinkhorn import Points
 
 Tensors = tuple[Tensor, ...]
-
-
 VARIABLES = 5  # x, y, a, b, matrix: the first fields of a Problem
-
-
 Flags = tuple[bool, ...]  # which of the variables
-
-
 Directions = tuple[Tensor | None, ...]  # one for each variable, None for zero
 
 
