@@ -12,6 +12,7 @@ from PIL import Image
 from fewstep import training
 from fewstep.cli import main
 from fewstep.training import plots, wflow
+from fewstep.training.runs import EXTRA, PICTURE
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_train_prints_a_table_and_the_picture(
     assert main(["train", "wflow", "--data", data, "--out", str(out), *options.split()]) == 0
     lines = capsys.readouterr().out.split("\n")
     assert any(line.startswith("3-NN agreement") for line in lines)
-    assert Path(lines[-2]) == out / wflow.PICTURE
+    assert Path(lines[-2]) == out / PICTURE
     assert Path(lines[-2]).stat().st_size > 1000
     config = wflow.read_run(out).config
     assert (config.steps, config.width, config.flow.eps) == (3, 8, 0.1)
@@ -209,4 +210,4 @@ def test_importing_the_package_loads_no_extra() -> None:
     code = "import fewstep, fewstep.cli, fewstep.training.wflow, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # torch loads tqdm by itself where it is installed.
-    assert not {*wflow.EXTRA, "tyro"} & set(done.stdout.split()) - {"tqdm"}
+    assert not {*EXTRA, "tyro"} & set(done.stdout.split()) - {"tqdm"}

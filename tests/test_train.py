@@ -18,6 +18,7 @@ from fewstep.data.images import Images
 from fewstep.methods import WFlow
 from fewstep.networks import MLPGenerator
 from fewstep.training import checkpoint, plots, wflow
+from fewstep.training.runs import CONFIG, PICTURE
 
 
 @pytest.fixture
@@ -99,8 +100,8 @@ def test_a_run_leaves_everything(config: wflow.TrainConfig, tmp_path: Path) -> N
     out = tmp_path / "deep" / "run"
     result = run(config, out)
     names = {path.name for path in out.iterdir()}
-    assert names == {wflow.CHECKPOINT, wflow.CONFIG, wflow.LOGS, wflow.PICTURE}
-    assert result.picture == out / wflow.PICTURE
+    assert names == {wflow.CHECKPOINT, CONFIG, wflow.LOGS, PICTURE}
+    assert result.picture == out / PICTURE
     assert picture_size(result.picture)[0] > 500
     assert {row.name for row in result.rows} >= {"sliced W2^2", "exact W2^2"}
     assert wflow.read_run(out) == wflow.Run(config, (1, 4, 4), ("3", "5"))
@@ -174,7 +175,7 @@ def test_a_stopped_run_resumes(
 def test_a_finished_run_resumes_to_its_report(config: wflow.TrainConfig, tmp_path: Path) -> None:
     run(config, tmp_path / "run")
     before = (tmp_path / "run" / wflow.CHECKPOINT).read_bytes()
-    (tmp_path / "run" / wflow.PICTURE).unlink()
+    (tmp_path / "run" / PICTURE).unlink()
     assert run(config, tmp_path / "run", resume=True).picture.exists()
     assert (tmp_path / "run" / wflow.CHECKPOINT).read_bytes() == before
 
@@ -269,10 +270,10 @@ def test_foreign_folder(config: wflow.TrainConfig, tmp_path: Path) -> None:
         run(config, out, resume=True)
     out.mkdir()
     for text in ('{"name": "theirs"}', "[1, 2]", "not json", "{"):
-        (out / wflow.CONFIG).write_text(text)
+        (out / CONFIG).write_text(text)
         with pytest.raises(ValueError, match=r"config.json is not the configuration of a run"):
             run(config, out, overwrite=True)
-        assert (out / wflow.CONFIG).read_text() == text
+        assert (out / CONFIG).read_text() == text
 
 
 def damage(path: Path, how: str) -> None:

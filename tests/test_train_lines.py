@@ -19,11 +19,19 @@ from torch import Tensor
 from fewstep import cli
 from fewstep.data import pairs
 from fewstep.methods import LinesMatching
-from fewstep.training import checkpoint, loop, plots
+from fewstep.training import checkpoint, lines_report, lines_run, loop, plots
 from fewstep.training import lines as training_lines
+from fewstep.training.lines_run import (
+    LinesConfig,
+    load_student,
+    load_teacher,
+    preset,
+    read_run,
+    sampling_sigmas,
+)
 
 CONFIG = replace(
-    training_lines.preset("digits"),
+    preset("digits"),
     teacher_steps=3,
     student_steps=4,
     pairs=24,
@@ -46,9 +54,9 @@ def measured() -> bool:
 @pytest.fixture(autouse=True)
 def _quick(measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds of metrics and plotting are spent only by tests that are `measured`."""
-    monkeypatch.setattr(training_lines, "_NODES", 4)
+    monkeypatch.setattr(lines_report, "_NODES", 4)
     if not measured:
-        monkeypatch.setattr(training_lines, "report", lambda *_, **__: [])
+        monkeypatch.setattr(lines_report, "report", lambda *_, **__: [])
         monkeypatch.setattr(plots, "save_comparison", lambda path, *_, **__: path.touch())
 
 
@@ -64,13 +72,11 @@ def data(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def config(data: str) -> training_lines.LinesConfig:
+def config(data: str) -> LinesConfig:
     return replace(CONFIG, data=data, conditional=True)
 
 
-def run(
-    config: training_lines.LinesConfig, out: Path, **options: bool
-) -> training_lines.LinesResult:
+def run(config: LinesConfig, out: Path, **options: bool) -> training_lines.LinesResult:
     return training_lines.train(config, out, progress=False, **options)
 
 
@@ -87,7 +93,7 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("measured", [True])
-def test_a_run_leaves_everything(config: training_lines.LinesConfig, tmp_path: Path) -> None:
+def test_a_run_leaves_everything(config: LinesConfig, tmp_path: Path) -> None:
     result = run(config, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"checkpoint.safetensors", "config.json", "logs", "pairs", "samples.png"}
@@ -98,23 +104,23 @@ def test_a_run_leaves_everything(config: training_lines.LinesConfig, tmp_path: P
         assert name in result.table
     data = pairs.PairDataset(tmp_path / "run" / "pairs")
     assert (len(data), data.classes, data.shape) == (24, 2, (1, 4, 4))
-    teacher = training_lines.load_teacher(tmp_path / "run")
+    teacher = load_teacher(tmp_path / "run")
     assert teacher.digest == data.manifest["teacher"]["digest"]
-    student, its_run = training_lines.load_student(tmp_path / "run")
+    student, its_run = load_student(tmp_path / "run")
     assert its_run.config == config
     seeds = torch.arange(6)
-    expected = training_lines.sample(result.student, its_run, seeds)
-    assert torch.equal(training_lines.sample(student, its_run, seeds), expected)
-    few = training_lines.sample(student, its_run, seeds[2:4])
+    expected = lines_run.sample(result.student, its_run, seeds)
+    assert torch.equal(lines_run.sample(student, its_run, seeds), expected)
+    few = lines_run.sample(student, its_run, seeds[2:4])
     torch.testing.assert_close(few, expected[2:4])
-    assert not torch.equal(training_lines.sample(student, its_run, seeds, steps=2), expected)
+    assert not torch.equal(lines_run.sample(student, its_run, seeds, steps=2), expected)
 
 
 # The teacher has steps 0 to 2, the student 3 to 6; its discriminator joins at 5.
 @pytest.mark.parametrize("step", [1, 3, 6])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_resumes_bit_for_bit(
-    config: training_lines.LinesConfig,
+    config: LinesConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
@@ -140,9 +146,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(
-    config: training_lines.LinesConfig, tmp_path: Path
-) -> None:
+def test_a_killed_run_resumes_bit_for_bit(config: LinesConfig, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     config = replace(config, teacher_steps=4, student_steps=400)
     options = f"--data {config.data} --out {out} --teacher-steps 4 --student-steps 400 --pairs 24"
@@ -165,7 +169,7 @@ def test_a_killed_run_resumes_bit_for_bit(
 
 
 def test_pairs_that_were_cut_short(
-    config: training_lines.LinesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: LinesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object, **__: object) -> object:
         raise RuntimeError("power cut")
@@ -180,7 +184,7 @@ def test_pairs_that_were_cut_short(
     assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_teacher_of_another_run(config: training_lines.LinesConfig, tmp_path: Path) -> None:
+def test_teacher_of_another_run(config: LinesConfig, tmp_path: Path) -> None:
     run(config, tmp_path / "a")
     other = replace(config, teacher=str(tmp_path / "a"), student_steps=2)
     run(other, tmp_path / "b")
@@ -196,9 +200,7 @@ def test_teacher_of_another_run(config: training_lines.LinesConfig, tmp_path: Pa
 
 
 @pytest.mark.parametrize("parameterisation", ["edm", "unified"])
-def test_where_students_start(
-    config: training_lines.LinesConfig, tmp_path: Path, parameterisation: str
-) -> None:
+def test_where_students_start(config: LinesConfig, tmp_path: Path, parameterisation: str) -> None:
     config = replace(config, parameterisation=parameterisation, student_steps=1, lr=1e-6)
     run(config, tmp_path / "run")
     state = weights(tmp_path / "run")
@@ -210,7 +212,7 @@ def test_where_students_start(
 
 
 @pytest.mark.slow
-def test_students_learn_their_classes(config: training_lines.LinesConfig, tmp_path: Path) -> None:
+def test_students_learn_their_classes(config: LinesConfig, tmp_path: Path) -> None:
     config = replace(
         config,
         teacher_steps=300,
@@ -226,8 +228,8 @@ def test_students_learn_their_classes(config: training_lines.LinesConfig, tmp_pa
         checkpoint_every=1000,
     )
     result = run(config, tmp_path / "run")
-    its_run = training_lines.read_run(tmp_path / "run")
-    images = training_lines.sample(result.student, its_run, torch.arange(100))
+    its_run = read_run(tmp_path / "run")
+    images = lines_run.sample(result.student, its_run, torch.arange(100))
     left, right = images[..., :2].mean((1, 2, 3)), images[..., 2:].mean((1, 2, 3))
     assert ((left > right) == (torch.arange(100) % 2 == 0)).all()
     assert result.outcomes["1"].error < 0.05
@@ -236,7 +238,7 @@ def test_students_learn_their_classes(config: training_lines.LinesConfig, tmp_pa
 
 
 def test_a_loss_that_is_not_finite(
-    config: training_lines.LinesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: LinesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = training_lines._student_step
 
@@ -250,7 +252,7 @@ def test_a_loss_that_is_not_finite(
     assert checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")[1] == 3
 
 
-def test_folder_in_use(config: training_lines.LinesConfig, tmp_path: Path) -> None:
+def test_folder_in_use(config: LinesConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(config, out)
     before = (out / "checkpoint.safetensors").read_bytes()
@@ -297,12 +299,12 @@ def test_command(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_samplers_levels() -> None:
     lines = LinesMatching()
     schedule = lines.schedule(torch.zeros(()))
-    assert training_lines.sampling_sigmas(lines, 3).float().equal(schedule[[0, 3, 5]])
+    assert sampling_sigmas(lines, 3).float().equal(schedule[[0, 3, 5]])
     sot = replace(lines, law="sot", indices=(0, 4))
-    assert training_lines.sampling_sigmas(sot, 2).float().equal(schedule[[0, 4]])
+    assert sampling_sigmas(sot, 2).float().equal(schedule[[0, 4]])
     for steps in (0, 3):
         with pytest.raises(ValueError, match=f"steps must be from 1 to 2, got {steps}"):
-            training_lines.sampling_sigmas(sot, steps)
+            sampling_sigmas(sot, steps)
 
 
 @pytest.mark.parametrize(
@@ -324,8 +326,8 @@ def test_bad_numbers(change: dict[str, object], message: str) -> None:
 
 def test_other_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run of fewstep"):
-        training_lines.read_run(tmp_path)
+        read_run(tmp_path)
     (tmp_path / "config.json").write_text('{"method": "wflow"}')
-    for load in (training_lines.load_student, training_lines.load_teacher):
+    for load in (load_student, load_teacher):
         with pytest.raises(ValueError, match="not the configuration of a run of lines"):
             load(tmp_path)

@@ -20,7 +20,15 @@ from fewstep.data import pairs
 from fewstep.data.generate import Teacher, generate, worker
 from fewstep.training import lines as training_lines
 from fewstep.training import plots, reflow, wflow
+from fewstep.training.lines_run import (
+    LinesConfig,
+    load_student,
+    load_teacher,
+    sample,
+    sampling_seeds,
+)
 from fewstep.training.loop import CHECKPOINT
+from fewstep.training.runs import method_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +91,7 @@ class TrainLines(_Training):
 
     module: ClassVar[ModuleType] = training_lines
     method: tyro.conf.Positional[Literal["lines"]]
-    config: training_lines.LinesConfig
+    config: LinesConfig
 
 
 @dataclass(frozen=True)
@@ -133,9 +141,9 @@ def _teacher(source: str) -> Teacher:
             )
         return teacher
     folder = path.parent if path.name == CHECKPOINT else path
-    if wflow.method_of(folder) == "reflow":
+    if method_of(folder) == "reflow":
         return reflow.load_teacher(folder)
-    return training_lines.load_teacher(folder)
+    return load_teacher(folder)
 
 
 @dataclass(frozen=True)
@@ -166,15 +174,13 @@ class Sample:
         if self.out.suffix.lower() != ".png":
             raise ValueError(f"out must be a .png file, got {self.out}")
         columns = math.ceil(math.sqrt(self.n))
-        method = wflow.method_of(self.folder)
+        method = method_of(self.folder)
         if method != "lines" and self.steps is not None:
             raise ValueError(f"steps is for runs of lines, got {self.steps}")
         if method == "lines":
-            student_of_lines, run = training_lines.load_student(self.folder)
-            seeds = training_lines.sampling_seeds(self.n, self.seed)
-            images = training_lines.sample(
-                student_of_lines, run, seeds, steps=self.steps or 1, mode=self.sampler
-            )
+            student_of_lines, run = load_student(self.folder)
+            seeds = sampling_seeds(self.n, self.seed)
+            images = sample(student_of_lines, run, seeds, steps=self.steps or 1, mode=self.sampler)
             columns = len(run.classes) or columns
         elif method == "reflow":
             student, flow = reflow.load_student(self.folder)

@@ -23,7 +23,7 @@ from fewstep.metrics.tables import aligned
 from fewstep.networks import LinePrecond, VelocityMLP
 from fewstep.training import checkpoint, plots
 from fewstep.training.loop import CHECKPOINT, Network, Stage, fit
-from fewstep.training.wflow import PICTURE, load_enough, open_run, read_config, require_extra
+from fewstep.training.runs import PICTURE, load_enough, open_run, read_config, require_extra
 
 STAGES = ("teacher", "student", "plain")
 _EVALUATED = 256  # images, for densities
