@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.heuns import Beside
 from benchmarks.registry import TraceProblem
+from benchmarks.timing import Beside
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 _SEED = 0

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fewstep.data.images import Images
+from fewstep.data.images import Images, load
 from fewstep.methods import WFlow
 from fewstep.networks import MLPGenerator
 from fewstep.training import checkpoint, plots, wflow
+from fewstep.training.loop import CHECKPOINT, LOGS
 from fewstep.training.runs import CONFIG, PICTURE
 
 
@@ -63,7 +64,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 def curves(out: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(out / wflow.LOGS))
+    events = EventAccumulator(str(out / LOGS))
     events.Reload()
     return {
         tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
@@ -71,7 +72,7 @@ def curves(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def assert_same_state(a: Path, b: Path) -> None:
-    first, second = (checkpoint.load(out / wflow.CHECKPOINT) for out in (a, b))
+    first, second = (checkpoint.load(out / CHECKPOINT) for out in (a, b))
     assert first[1] == second[1]
     assert first[0].keys() == second[0].keys()
     for name, tensor in first[0].items():
@@ -90,7 +91,7 @@ def start(config: wflow.TrainConfig, out: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not (out / wflow.CHECKPOINT).exists():
+    while process.poll() is None and not (out / CHECKPOINT).exists():
         time.sleep(0.005)
     return process
 
@@ -100,7 +101,7 @@ def test_a_run_leaves_everything(config: wflow.TrainConfig, tmp_path: Path) -> N
     out = tmp_path / "deep" / "run"
     result = run(config, out)
     names = {path.name for path in out.iterdir()}
-    assert names == {wflow.CHECKPOINT, CONFIG, wflow.LOGS, PICTURE}
+    assert names == {CHECKPOINT, CONFIG, LOGS, PICTURE}
     assert result.picture == out / PICTURE
     assert picture_size(result.picture)[0] > 500
     assert {row.name for row in result.rows} >= {"sliced W2^2", "exact W2^2"}
@@ -123,7 +124,7 @@ def test_a_killed_run_resumes_to_the_same_curve(config: wflow.TrainConfig, tmp_p
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    _, done = checkpoint.load(tmp_path / "killed" / wflow.CHECKPOINT)
+    _, done = checkpoint.load(tmp_path / "killed" / CHECKPOINT)
     assert done < config.steps
     time.sleep(1.1)  # TensorBoard reads its files in the order of their seconds
     run(config, tmp_path / "killed", resume=True)
@@ -138,7 +139,7 @@ def test_ctrl_c_in_the_shell(config: wflow.TrainConfig, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    _, done = checkpoint.load(tmp_path / "run" / wflow.CHECKPOINT)
+    _, done = checkpoint.load(tmp_path / "run" / CHECKPOINT)
     assert errors.splitlines()[-1] == (
         f"fewstep: stopped after step {done} of 100000; --resume continues"
     )
@@ -166,7 +167,7 @@ def test_a_stopped_run_resumes(
         with pytest.raises(KeyboardInterrupt, match=f"step {step + 1} of 24"):
             run(config, tmp_path / "stopped")
     assert signal.getsignal(number) is before
-    assert checkpoint.load(tmp_path / "stopped" / wflow.CHECKPOINT)[1] == step + 1
+    assert checkpoint.load(tmp_path / "stopped" / CHECKPOINT)[1] == step + 1
     run(config, tmp_path / "stopped", resume=True)
     run(config, tmp_path / "whole")
     assert_same_state(tmp_path / "stopped", tmp_path / "whole")
@@ -174,14 +175,14 @@ def test_a_stopped_run_resumes(
 
 def test_a_finished_run_resumes_to_its_report(config: wflow.TrainConfig, tmp_path: Path) -> None:
     run(config, tmp_path / "run")
-    before = (tmp_path / "run" / wflow.CHECKPOINT).read_bytes()
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
     (tmp_path / "run" / PICTURE).unlink()
     assert run(config, tmp_path / "run", resume=True).picture.exists()
-    assert (tmp_path / "run" / wflow.CHECKPOINT).read_bytes() == before
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
 
 
 def test_steps_draw_afresh(config: wflow.TrainConfig, data: str) -> None:
-    classes = wflow._classes(wflow.load(data))
+    classes = wflow._classes(load(data))
     draws = [wflow._draw(config, classes, step) for step in (0, 1, 1)]
     assert all(torch.equal(a, b) for a, b in zip(draws[1], draws[2], strict=True))
     noise, real = draws[0][1:]
@@ -201,7 +202,7 @@ def test_steps_draw_afresh(config: wflow.TrainConfig, data: str) -> None:
 def test_generator_learns_its_classes(config: wflow.TrainConfig, tmp_path: Path) -> None:
     config = replace(config, steps=300, batch=16, width=64, ema=0.95, log_every=50)
     result = run(config, tmp_path / "run")
-    real = wflow.load(config.data)
+    real = load(config.data)
     images = wflow.sample(result.generator, 200)
     for k in range(2):
         fake, true = images[k::2], real.images[real.labels == k]
@@ -238,7 +239,7 @@ def test_divergence_is_an_error_and_keeps_the_checkpoint(
     monkeypatch.setattr(wflow, "_draw", poisoned)
     with pytest.raises(FloatingPointError, match=r"step 15.*nan"):
         run(config, tmp_path / "run")
-    tensors, done = checkpoint.load(tmp_path / "run" / wflow.CHECKPOINT)
+    tensors, done = checkpoint.load(tmp_path / "run" / CHECKPOINT)
     assert done == 10
     assert all(t.isfinite().all() for t in tensors.values())
 
@@ -246,21 +247,21 @@ def test_divergence_is_an_error_and_keeps_the_checkpoint(
 def test_folder_in_use(config: wflow.TrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(config, out)
-    before = (out / wflow.CHECKPOINT).read_bytes()
+    before = (out / CHECKPOINT).read_bytes()
     with pytest.raises(ValueError, match="--resume or --overwrite"):
         run(config, out)
     with pytest.raises(ValueError, match=r"another configuration.*lr"):
         run(replace(config, lr=0.1), out, resume=True)
     with pytest.raises(ValueError, match=r"another configuration.*flow"):
         run(replace(config, flow=WFlow(eps=0.1)), out, resume=True)
-    assert (out / wflow.CHECKPOINT).read_bytes() == before
+    assert (out / CHECKPOINT).read_bytes() == before
 
     np.save(config.data, np.zeros((60, 5, 4), np.uint8))
     with pytest.raises(ValueError, match="image_shape"):
         run(config, out, resume=True)
 
     run(replace(config, steps=3), out, overwrite=True)
-    assert checkpoint.load(out / wflow.CHECKPOINT)[1] == 3
+    assert checkpoint.load(out / CHECKPOINT)[1] == 3
     assert [step for step, _ in curves(out)["loss"]] == [0, 1, 2]
 
 
@@ -303,7 +304,7 @@ def damage(path: Path, how: str) -> None:
 def test_damaged_checkpoint(config: wflow.TrainConfig, tmp_path: Path, how: str) -> None:
     out = tmp_path / "run"
     run(replace(config, steps=2), out)
-    path = out / wflow.CHECKPOINT
+    path = out / CHECKPOINT
     damage(path, how)
     before = path.read_bytes() if path.exists() else None
     with pytest.raises(ValueError, match="checkpoint"):
