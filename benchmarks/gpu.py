@@ -49,7 +49,7 @@ wait()
 times = [time.perf_counter()]
 fewstep = importlib.import_module("fewstep")
 if backend == "triton":
-    importlib.import_module("fewstep.kernels.sinkhorn.solve")
+    importlib.import_module("fewstep.kernels.sinkhorn")
 times.append(time.perf_counter())
 for _ in range(2):
     ot = fewstep.sinkhorn(x, y, eps=50.0, max_iter=20, backend=backend)

@@ -18,7 +18,7 @@ from fewstep.ops.sinkhorn.inputs import PRECISIONS, from_numbers
 pytest.importorskip("triton")
 
 from fewstep.kernels import config
-from fewstep.kernels.sinkhorn import solve as kernels
+from fewstep.kernels.sinkhorn.alternating import sinkhorn_row_kernel
 
 # Bytes of shared memory that every GPU of a family gives one program.
 SHARED = {"sm": 99 * 1024, "gfx": 64 * 1024}
@@ -100,9 +100,9 @@ def test_compiling_interpreted_kernels_is_refused() -> None:
 
     launch = config.sinkhorn_update(1, 64, 3, "float32", "sm_90")
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        compile_kernel(kernels.sinkhorn_row_kernel, dtype="float32", arch="sm_90", launch=launch)
+        compile_kernel(sinkhorn_row_kernel, dtype="float32", arch="sm_90", launch=launch)
     with pytest.raises(ValueError, match=r"arch must be one of .*, got 'sm_20'"):
-        compile_kernel(kernels.sinkhorn_row_kernel, dtype="float32", arch="sm_20", launch=launch)
+        compile_kernel(sinkhorn_row_kernel, dtype="float32", arch="sm_20", launch=launch)
 
 
 COUNT_VARIANTS = """
@@ -112,7 +112,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from fewstep.kernels import config
-from fewstep.kernels.sinkhorn import solve
+from fewstep.kernels.sinkhorn import apply, solve
 
 backend = CUDABackend(GPUTarget("cuda", 90, 32))
 variants = {}
@@ -135,7 +135,7 @@ for count, n, max_iter, temperatures in cases:
         points = (x, y, a, b, eps, None, None, 0, None)
         f, g, *_ = solve.sinkhorn(*points, max_iter, *how)
     v = torch.rand(count * temperatures, n + 30, 20)
-    solve.sinkhorn_transport(x, y, f, g, b, eps, v, 0, None, 0)
+    apply.sinkhorn_transport(x, y, f, g, b, eps, v, 0, None, 0)
 print(json.dumps({name: len(keys) for name, keys in variants.items()}))
 """
 

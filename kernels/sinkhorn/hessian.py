@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import config
 from ..launch import architecture, on
-from .solve import COST_SCALE, EUCLIDEAN, LOG2E, RUN_TIME, pad, padded
+from .layout import COST_SCALE, EUCLIDEAN, pad, padded
+from .tiles import LOG2E, RUN_TIME
 
 # Two points without weight may have any e; it must not be infinite, 0 times it has to be 0.
 MOST = tl.constexpr(500.0)

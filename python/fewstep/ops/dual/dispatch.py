@@ -26,6 +26,7 @@ def _ops(backend: str) -> Any:
     if backend == "cpp":
         return torch.ops.fewstep
     importlib.import_module("fewstep.kernels.dual")
+    importlib.import_module("fewstep.kernels.probe")
     _register("fewstep_triton")
     return torch.ops.fewstep_triton
 

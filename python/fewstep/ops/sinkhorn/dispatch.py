@@ -187,7 +187,7 @@ def _in_python(backend: str) -> Any:
 
 
 def _triton() -> Any:
-    importlib.import_module("fewstep.kernels.sinkhorn.solve")
+    importlib.import_module("fewstep.kernels.sinkhorn")
     register("fewstep_triton")
     return torch.ops.fewstep_triton
 
