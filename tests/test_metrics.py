@@ -305,7 +305,7 @@ def test_blocks_do_not_change_results(monkeypatch: pytest.MonkeyPatch, block: in
 
     whole = everything()
     for module in ("distances", "neighbours"):
-        monkeypatch.setattr(f"fewstep.metrics.{module}._BLOCK", block)
+        monkeypatch.setattr(f"fewstep.metrics.{module}.BLOCK", block)
     assert everything() == pytest.approx(whole, rel=1e-12)
 
 

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .problem import _Solve, _Solved
-from .tiles import LN2, LOG2E, RUN_TIME, _soft_transform, _store_row_error, _sum_of_pieces, _updated
+from .problem import Solve, Solved
+from .tiles import LN2, LOG2E, RUN_TIME, soft_transform, store_row_error, sum_of_pieces, updated
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -59,7 +59,7 @@ def sinkhorn_row_kernel(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     eps = tl.load(Eps + problem)
     scale = 1 / eps * LOG2E
-    total = _soft_transform(
+    total = soft_transform(
         X + cloud * N * D,
         Y + cloud * M * D,
         X_centred + cloud * N * D,
@@ -87,8 +87,8 @@ def sinkhorn_row_kernel(
     a = tl.load(A + cloud * N + rows)
     old = tl.load(F_old + points)
     inverse_rho = tl.load(Settings + 1)
-    tl.store(F + points, _updated(old, soft, eps, inverse_rho, tl.load(Settings + 3)))
-    _store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, problem * blocks + block)
+    tl.store(F + points, updated(old, soft, eps, inverse_rho, tl.load(Settings + 3)))
+    store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, problem * blocks + block)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -143,11 +143,11 @@ def sinkhorn_column_kernel(
     cloud = problem // temperatures
     at_eps = step - tl.load(Annealing + problem)  # iterations that have been made there
     if at_eps > 0:
-        residual = _sum_of_pieces(Error + problem * partials, partials)
+        residual = sum_of_pieces(Error + problem * partials, partials)
         if (residual <= tl.load(Settings)) | (at_eps >= max_iter):
             if block == 0:
                 tl.store(Residual + problem, residual)
-                mass = _sum_of_pieces(Mass + problem * partials, partials)
+                mass = sum_of_pieces(Mass + problem * partials, partials)
                 tl.store(Residual + problem + tl.num_programs(0) // blocks, mass)
                 tl.store(Done + problem, 1)
             return
@@ -155,7 +155,7 @@ def sinkhorn_column_kernel(
         tl.store(Iterations + problem, step + 1)
     cols = block * BLOCK_M + tl.arange(0, BLOCK_M)
     eps = tl.load(Eps + problem)
-    total = _soft_transform(
+    total = soft_transform(
         Y + cloud * M * D,
         X + cloud * N * D,
         Y_centred + cloud * M * D,
@@ -182,11 +182,11 @@ def sinkhorn_column_kernel(
     # A point without weight has the transform of the last f alone.
     relax = tl.where(tl.load(B + cloud * M + cols) == 0, 1.0, tl.load(Settings + 3))
     soft = -total * (eps * LN2)
-    g = _updated(tl.load(G + points), soft, eps, tl.load(Settings + 2), relax)
+    g = updated(tl.load(G + points), soft, eps, tl.load(Settings + 2), relax)
     tl.store(G + points, g)
 
 
-def _alternate(s: _Solve) -> _Solved:
+def alternate(s: Solve) -> Solved:
     """f from g, then g from f."""
     problems, partials = s.g.shape[0], s.blocks(0)
     # Step k (from 0) writes f[k % 2]; the infinities before it make its residual infinite.

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import config
 from ..launch import architecture, dtype_name, on
-from .layout import COST_SCALE, EUCLIDEAN, _check_offsets, _clouds, _log2, pad, padded
-from .tiles import LOG2E, NEAR, RUN_TIME, _squared_distances
+from .layout import COST_SCALE, EUCLIDEAN, check_offsets, laid_out, log2, pad, padded
+from .tiles import LOG2E, NEAR, RUN_TIME, squared_distances
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -83,7 +83,7 @@ def sinkhorn_apply_kernel(
         g = tl.expand_dims(tl.load(G + cols), 1 - REDUCE)
         log_b = tl.expand_dims(tl.load(Log_b + cols), 1 - REDUCE)
         norms = x2 + tl.expand_dims(tl.load(Y2 + cols), 1 - REDUCE)
-        squared = _squared_distances(
+        squared = squared_distances(
             X,
             Y,
             X_centred,
@@ -163,12 +163,12 @@ def _apply(
     n_padded, m_padded = padded(n, launch), padded(m, launch)
     if batch == 0:
         return x.new_empty((0, n, width)), x.new_empty((0, n))
-    clouds = _clouds(x, y, n_padded, m_padded, launch)
+    clouds = laid_out(x, y, n_padded, m_padded, launch)
     if v is None:
         values = clouds.y_centred if launch["DOT_V"] else clouds.y
         width = clouds.shape[2]
     else:
-        _check_offsets("v", v, m_padded, launch)
+        check_offsets("v", v, m_padded, launch)
         values = torch.nn.functional.pad(v, (0, 0, 0, m_padded - m)).contiguous()
     out = x.new_empty((problems, n_padded, width))
     mass = x.new_empty((problems, n_padded))
@@ -178,7 +178,7 @@ def _apply(
     grid = (problems * (n_padded // launch["BLOCK_M"]), -(-width // launch["BLOCK_K"]))
     with on(x.device):
         sinkhorn_apply_kernel[grid](
-            *(*clouds.pointers, f, g, weights, _log2(b, m_padded), eps.contiguous()),
+            *(*clouds.pointers, f, g, weights, log2(b, m_padded), eps.contiguous()),
             *(values, out, mass, *clouds.shape, width, problems // batch),
             *(0 if diagonal is None else diagonal, COST_SCALE[cost]),
             DIAGONAL=diagonal is not None,

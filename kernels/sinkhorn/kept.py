@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .. import config
 from ..launch import architecture, dtype_name
-from .problem import _Solve, _Solved
+from .problem import Solve, Solved
 from .tiles import (
     LN2,
     LOG2E,
@@ -16,11 +16,11 @@ from .tiles import (
     RUN_TIME,
     SAFE_HIGH,
     SAFE_LOW,
-    _accumulated,
-    _squared_distances,
-    _store_row_error,
-    _sum_of_pieces,
-    _updated,
+    accumulated,
+    squared_distances,
+    store_row_error,
+    sum_of_pieces,
+    updated,
 )
 
 
@@ -54,7 +54,7 @@ def sinkhorn_cost_kernel(
     rows = block % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     x2 = tl.expand_dims(tl.load(X2 + cloud * N + rows), REDUCE)
-    squared = _squared_distances(
+    squared = squared_distances(
         X + cloud * N * D,
         Y + cloud * M * D,
         X_centred + cloud * N * D,
@@ -144,14 +144,14 @@ def sinkhorn_kept_kernel(
             g = tl.load(G + cols, mask=inside, other=0.0) * scale
             g += tl.load(Log_b + cols, mask=inside, other=float("-inf"))
             c = tl.load(C + own[:, None] * M + cols[None, :], mask=inside[None, :], other=0.0)
-            top, exact = _accumulated(top, exact, g[None, :] - c * scale, 1)
+            top, exact = accumulated(top, exact, g[None, :] - c * scale, 1)
         soft = tl.where(safe, soft, top + tl.log2(exact))
     soft = -soft * (eps * LN2)
     a = tl.load(A + cloud * N + rows)
     inverse_rho = tl.load(Settings + 1)
-    f = _updated(old, soft, eps, inverse_rho, tl.load(Settings + 3))
+    f = updated(old, soft, eps, inverse_rho, tl.load(Settings + 3))
     tl.store(F + points, f)
-    _store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, problem * blocks + block)
+    store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, problem * blocks + block)
     f_score = f * scale + tl.load(Log_a + cloud * N + rows)
     for start in range(0, M, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
@@ -198,11 +198,11 @@ def sinkhorn_kept_merge_kernel(
     cloud = problem // temperatures
     at_eps = step - tl.load(Annealing + problem)  # iterations that have been made there
     if at_eps > 0:
-        residual = _sum_of_pieces(Error + problem * partials, partials)
+        residual = sum_of_pieces(Error + problem * partials, partials)
         if (residual <= tl.load(Settings)) | (at_eps >= max_iter):
             if block == 0:
                 tl.store(Residual + problem, residual)
-                mass = _sum_of_pieces(Mass + problem * partials, partials)
+                mass = sum_of_pieces(Mass + problem * partials, partials)
                 tl.store(Residual + problem + tl.num_programs(0) // blocks, mass)
                 tl.store(Done + problem, 1)
             return
@@ -231,17 +231,17 @@ def sinkhorn_kept_merge_kernel(
             f += tl.load(Log_a + cloud * N + rows, mask=exists, other=float("-inf"))
             here = (cloud * N + rows)[:, None] * M + cols[None, :]
             c = tl.load(C + here, mask=exists[:, None] & inside[None, :], other=0.0)
-            top, exact = _accumulated(top, exact, f[:, None] - c * scale, 0)
+            top, exact = accumulated(top, exact, f[:, None] - c * scale, 0)
         soft = tl.where(safe, soft, top + tl.log2(exact))
     soft = -soft * (eps * LN2)
     # A point without weight has the transform of the last f alone.
     massless = tl.load(B + cloud * M + cols, mask=inside, other=0.0) == 0
     relax = tl.where(massless, 1.0, tl.load(Settings + 3))
-    g = _updated(g, soft, eps, tl.load(Settings + 2), relax)
+    g = updated(g, soft, eps, tl.load(Settings + 2), relax)
     tl.store(G + problem * M + cols, g, mask=inside)
 
 
-def _alternate_kept(s: _Solve) -> _Solved:
+def alternate_kept(s: Solve) -> Solved:
     """The same from costs in memory."""
     problems, (n, m, _) = s.g.shape[0], s.clouds.shape
     launch, merge = (

@@ -23,12 +23,12 @@ def pad(t: Tensor, points: int, value: float = 0.0) -> Tensor:
     return torch.nn.functional.pad(t, (0, points - t.shape[1]), value=value).contiguous()
 
 
-def _log2(weights: Tensor, points: int) -> Tensor:
+def log2(weights: Tensor, points: int) -> Tensor:
     return pad(weights, points).log2()
 
 
 @dataclass(frozen=True)
-class _Clouds:
+class Clouds:
     """Points as the kernels read them; padding is 0.
 
     `[B, points, D]` with D padded too for dots, which want rows; `[B, D, points]` for differences.
@@ -47,7 +47,7 @@ class _Clouds:
         return self.x, self.y, self.x_centred, self.y_centred, self.x2, self.y2
 
 
-def _check_offsets(name: str, t: Tensor, points: int, launch: dict[str, Any]) -> None:
+def check_offsets(name: str, t: Tensor, points: int, launch: dict[str, Any]) -> None:
     """Inside a problem the kernels count in 32 bits."""
     if points * (t.shape[2] + launch["BLOCK_D"]) >= 2**31:
         raise ValueError(
@@ -56,17 +56,17 @@ def _check_offsets(name: str, t: Tensor, points: int, launch: dict[str, Any]) ->
         )
 
 
-def _clouds(x: Tensor, y: Tensor, n: int, m: int, launch: dict[str, Any]) -> _Clouds:
+def laid_out(x: Tensor, y: Tensor, n: int, m: int, launch: dict[str, Any]) -> Clouds:
     """Lay out x and y, padded to n and m points."""
-    _check_offsets("x", x, n, launch)
-    _check_offsets("y", y, m, launch)
+    check_offsets("x", x, n, launch)
+    check_offsets("y", y, m, launch)
     if not launch["DOT"]:
         xs, ys = (
             torch.nn.functional.pad(p.mT, (0, points - p.shape[1])).contiguous()
             for p, points in ((x, n), (y, m))
         )
         # Differences use neither centred points nor norms.
-        return _Clouds(xs, ys, xs, ys, xs, ys, (n, m, x.shape[2]))
+        return Clouds(xs, ys, xs, ys, xs, ys, (n, m, x.shape[2]))
     extra = -x.shape[2] % launch["BLOCK_D"]
     centre = y.mean(1, keepdim=True)
     xs, ys, xc, yc = (
@@ -74,4 +74,4 @@ def _clouds(x: Tensor, y: Tensor, n: int, m: int, launch: dict[str, Any]) -> _Cl
         for p, points in ((x, n), (y, m), (x - centre, n), (y - centre, m))
     )
     shape = (n, m, xs.shape[2])
-    return _Clouds(xs, ys, xc, yc, xc.square().sum(2), yc.square().sum(2), shape)
+    return Clouds(xs, ys, xc, yc, xc.square().sum(2), yc.square().sum(2), shape)

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .layout import _Clouds
+from .layout import Clouds
 
 
 @dataclass(frozen=True)
-class _Solve:
+class Solve:
     """What both kinds of iteration are given; points are padded."""
 
-    clouds: _Clouds
+    clouds: Clouds
     weights: tuple[Tensor, Tensor]  # a and b over the mass of a, [B, points]
     logs: tuple[Tensor, Tensor]
     f0: Tensor | None
@@ -46,4 +46,4 @@ class _Solve:
         return self.clouds.shape[side] // (self.rows, self.cols)[side]["BLOCK_M"]
 
 
-_Solved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # f, g, residual, mass, iterations
+Solved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # f, g, residual, mass, iterations

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .. import config
 from ..launch import architecture, dtype_name, on
-from .alternating import _alternate
-from .kept import _alternate_kept
-from .layout import COST_SCALE, EUCLIDEAN, _clouds, _log2, pad, padded
-from .problem import _Solve
-from .symmetric import LAST_STEPS, _symmetric
+from .alternating import alternate
+from .kept import alternate_kept
+from .layout import COST_SCALE, EUCLIDEAN, laid_out, log2, pad, padded
+from .problem import Solve
+from .symmetric import LAST_STEPS, symmetric
 
 # Annealing by a factor begins at most so many times above eps: the number of launches must not
 # depend on the data. Beyond it float32 has no digit of a cost left.
@@ -108,10 +108,10 @@ def sinkhorn(
     kept = not simultaneous and config.keeps_costs(
         batch, n_padded, m_padded, dim, max_iter, dtype, memory_limit, how
     )
-    problem = _Solve(
-        clouds=_clouds(x, y, n_padded, m_padded, rows),
+    problem = Solve(
+        clouds=laid_out(x, y, n_padded, m_padded, rows),
         weights=(pad(a / mass_a, n_padded), pad(b / mass_a, m_padded)),
-        logs=(_log2(a, n_padded), _log2(b, m_padded)),
+        logs=(log2(a, n_padded), log2(b, m_padded)),
         f0=None if f0 is None else pad(f0, n_padded),
         g=x.new_zeros((problems, m_padded)) if g0 is None else pad(g0, m_padded),
         each=each,
@@ -126,7 +126,7 @@ def sinkhorn(
         rows=rows | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == EUCLIDEAN},
         cols=cols | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == EUCLIDEAN},
     )
-    iterate = _symmetric if simultaneous else _alternate_kept if kept else _alternate
+    iterate = symmetric if simultaneous else alternate_kept if kept else alternate
     with on(x.device):
         f, g, residual, mass, iterations = iterate(problem)
     f, g = f[:, :n].contiguous(), g[:, :m].contiguous()

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import config
 from ..launch import architecture
-from .alternating import _alternate
-from .problem import _Solve, _Solved
-from .tiles import LN2, LOG2E, RUN_TIME, _accumulated, _squared_distances, _sum_of_pieces, _updated
+from .alternating import alternate
+from .problem import Solve, Solved
+from .tiles import LN2, LOG2E, RUN_TIME, accumulated, squared_distances, sum_of_pieces, updated
 
 # Alternating iterations at most after symmetric ones, as in `fewstep.reference.sinkhorn`.
 LAST_STEPS = 10
@@ -79,8 +79,8 @@ def sinkhorn_symmetric_kernel(
     annealing = tl.load(Annealing + problem)
     if step - 1 - annealing > 0:
         before = ((step + 1) % 2) * problems + problem
-        rows_off = _sum_of_pieces(Row_error + before * row_pieces, row_pieces)
-        columns_off = _sum_of_pieces(Column_error + before * column_pieces, column_pieces)
+        rows_off = sum_of_pieces(Row_error + before * row_pieces, row_pieces)
+        columns_off = sum_of_pieces(Column_error + before * column_pieces, column_pieces)
         # NaN is not at most anything.
         if (rows_off <= tl.load(Settings)) & (columns_off <= tl.load(Settings)):
             if block == 0:
@@ -114,7 +114,7 @@ def sinkhorn_symmetric_kernel(
     for start in range(0, M, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         norms = x2 + tl.expand_dims(tl.load(Y2 + cols), 1 - REDUCE)
-        squared = _squared_distances(
+        squared = squared_distances(
             X,
             Y,
             X_centred,
@@ -136,7 +136,7 @@ def sinkhorn_symmetric_kernel(
             cost = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("inf"), cost)
         g_score = tl.load(G + cols) * scale + tl.load(Log_b + cols)
         score = tl.expand_dims(g_score, 1 - REDUCE) - cost
-        top, total = _accumulated(top, total, score, REDUCE)
+        top, total = accumulated(top, total, score, REDUCE)
         score = f_score - cost
         own_top = tl.max(score, 1 - REDUCE)  # [BN]
         shift = tl.where(own_top == float("-inf"), 0.0, own_top)
@@ -145,7 +145,7 @@ def sinkhorn_symmetric_kernel(
         tl.store(Sums + cols, tl.sum(p, 1 - REDUCE))
     soft = -(top + tl.log2(total)) * (eps * LN2)  # [BM]
     inverse_rho = tl.load(Settings + 1)
-    tl.store(F_next + points, _updated(f, soft, eps, inverse_rho, tl.load(Settings + 3)))
+    tl.store(F_next + points, updated(f, soft, eps, inverse_rho, tl.load(Settings + 3)))
     a = tl.load(A + cloud * N + rows)
     # A point without mass may have any ratio, also one that overflows.
     ratio = tl.exp2(tl.where(a == 0, 0.0, (f - soft) * scale))
@@ -196,7 +196,7 @@ def sinkhorn_merge_kernel(
     soft = -(tl.where(inside, top, 0.0) + tl.log2(total)) * (eps * LN2)
     g = tl.load(G + problem * M + cols, mask=inside, other=0.0)
     inverse_rho = tl.load(Settings + 2)
-    g_next = _updated(g, soft, eps, inverse_rho, tl.load(Settings + 3))
+    g_next = updated(g, soft, eps, inverse_rho, tl.load(Settings + 3))
     tl.store(G_next + problem * M + cols, g_next, mask=inside)
     b = tl.load(B + problem // temperatures * M + cols, mask=inside, other=0.0)
     ratio = tl.exp2(tl.where(b == 0, 0.0, (g - soft) / eps * LOG2E))
@@ -205,7 +205,7 @@ def sinkhorn_merge_kernel(
     tl.store(Column_error + piece, tl.sum(b * tl.abs(ratio - wanted), 0))
 
 
-def _symmetric(s: _Solve) -> _Solved:
+def symmetric(s: Solve) -> Solved:
     """Both potentials from the last two, mixed with them, and alternating steps at the end."""
     problems, (n, m, _) = s.g.shape[0], s.clouds.shape
     launch = config.sinkhorn_symmetric(s.rows, architecture(s.g.device))
@@ -249,7 +249,7 @@ def _symmetric(s: _Solve) -> _Solved:
             settings=torch.stack([s.settings[0], s.settings[0]]),
             max_iter=s.last_steps,
         )
-        last_f, last_g, residual, last_mass, _ = _alternate(last)
+        last_f, last_g, residual, last_mass, _ = alternate(last)
         return last_f, last_g, residual, last_mass, iterations
     # A step in full, and one that measures what came out; step 0 looks at no residual.
     full, everyone = s.settings[0], torch.zeros_like(done)

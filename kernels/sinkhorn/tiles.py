@@ -37,7 +37,7 @@ def _squared_differences(
 
 
 @triton.jit
-def _squared_distances(
+def squared_distances(
     X,
     Y,
     X_centred,
@@ -77,7 +77,7 @@ def _squared_distances(
 
 
 @triton.jit
-def _accumulated(top, total, score, AXIS: tl.constexpr):
+def accumulated(top, total, score, AXIS: tl.constexpr):
     """Maxima and sums `sum 2^(score - top)` so far, with those of a tile along an axis."""
     new_top = tl.maximum(top, tl.max(score, AXIS))
     # While every weight seen is 0 the top is -inf, and -inf - -inf would be NaN.
@@ -87,7 +87,7 @@ def _accumulated(top, total, score, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _soft_transform(
+def soft_transform(
     X,
     Y,
     X_centred,
@@ -125,7 +125,7 @@ def _soft_transform(
         g = tl.expand_dims(tl.load(G + cols), 1 - REDUCE)
         log_w = tl.expand_dims(tl.load(Log_w + cols), 1 - REDUCE)
         norms = x2 + tl.expand_dims(tl.load(Y2 + cols), 1 - REDUCE)
-        squared = _squared_distances(
+        squared = squared_distances(
             X,
             Y,
             X_centred,
@@ -146,12 +146,12 @@ def _soft_transform(
         if DIAGONAL:
             own = tl.expand_dims(rows + diagonal, REDUCE)
             score = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("-inf"), score)
-        top, total = _accumulated(top, total, score, REDUCE)
+        top, total = accumulated(top, total, score, REDUCE)
     return top + tl.log2(total)
 
 
 @triton.jit
-def _updated(old, soft, eps, inverse_rho, relax):
+def updated(old, soft, eps, inverse_rho, relax):
     """A potential from its soft c-transform: damped by `rho / (rho + eps)`, then over-relaxed."""
     damped = soft / (1 + eps * inverse_rho)
     base = tl.where(relax == 1, damped, old)  # the old one may be infinite
@@ -159,7 +159,7 @@ def _updated(old, soft, eps, inverse_rho, relax):
 
 
 @triton.jit
-def _store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, piece):
+def store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, piece):
     """How far the potential before an update was from its soft c-transform, over a block."""
     # A point without mass may have any ratio, also one that overflows.
     ratio = tl.exp2(tl.where(a == 0, 0.0, (old - soft) * scale))
@@ -169,7 +169,7 @@ def _store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, piece):
 
 
 @triton.jit
-def _sum_of_pieces(Pieces, count):
+def sum_of_pieces(Pieces, count):
     total = tl.zeros([128], Pieces.dtype.element_ty)
     for start in range(0, count, 128):
         piece = start + tl.arange(0, 128)

@@ -23,7 +23,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _unpack(t: Tensor) -> Any:
+def unpack_dual(t: Tensor) -> Any:
     return forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call]
 
 
@@ -37,7 +37,7 @@ def is_transformed() -> bool:
 def is_dual(t: Tensor | None) -> bool:
     if t is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
-    return _unpack(t).tangent is not None
+    return unpack_dual(t).tangent is not None
 
 
 def seeded(seed: int, step: int) -> torch.Generator:

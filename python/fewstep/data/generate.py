@@ -20,17 +20,17 @@ import fewstep
 from fewstep._files import checksum, replacing
 from fewstep._torch import one_thread, torch_device
 from fewstep.data.pairs import (
-    _FORMAT,
     CONFIG,
     DTYPES,
+    FORMAT,
     MANIFEST,
     PairsConfig,
-    _header,
-    _label,
-    _name,
-    _pairs_in,
-    _read,
     digest,
+    file_header,
+    file_label,
+    file_name,
+    pairs_in,
+    read_file,
 )
 from fewstep.samplers.edm import edm_sample
 from fewstep.samplers.schedules import karras_sigmas
@@ -139,7 +139,7 @@ def generate(
     content = _content(teacher, config)
     _settle(out, content)
     mine = range(index, config.shards, count)
-    total = sum(_pairs_in(config, k) for k in mine)
+    total = sum(pairs_in(config, k) for k in mine)
     bar = tqdm(
         total=total,
         desc=f"pairs {index + 1}/{count}" if count > 1 else "pairs",
@@ -149,12 +149,12 @@ def generate(
     )
     with bar, _workers(place) as run:
         for k in mine:
-            path = out / _name(config, k)
+            path = out / file_name(config, k)
             if path.exists():
-                _read(path, content, k)
-                bar.update(_pairs_in(config, k))
+                read_file(path, content, k)
+                bar.update(pairs_in(config, k))
                 continue
-            first, pairs = k * config.shard_size, _pairs_in(config, k)
+            first, pairs = k * config.shard_size, pairs_in(config, k)
             parts = []
             starts = range(first, first + pairs, config.batch)
             made = run(lambda start: _batch(teacher, config, start, place), starts)
@@ -166,13 +166,13 @@ def generate(
                 for name in parts[0]
             }
             # One key: safetensors writes several in a random order.
-            metadata = {"fewstep": json.dumps(_label(content, k, checksum(arrays)))}
+            metadata = {"fewstep": json.dumps(file_label(content, k, checksum(arrays)))}
             with replacing(path) as temporary:
                 save_file(arrays, temporary, metadata)
-    names = [_name(config, k) for k in range(config.shards)]
+    names = [file_name(config, k) for k in range(config.shards)]
     missing = sum(not (out / name).exists() for name in names)
     if not missing and not (out / MANIFEST).exists():
-        shards = [_header(out / name, content, k) for k, name in enumerate(names)]
+        shards = [file_header(out / name, content, k) for k, name in enumerate(names)]
         _write(out / MANIFEST, {**content, "shards": shards})
     return missing
 
@@ -182,7 +182,7 @@ def _content(teacher: Teacher, config: PairsConfig) -> dict[str, Any]:
         config.steps, sigma_min=config.sigma_min, sigma_max=config.sigma_max, rho=config.rho
     )
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "config": asdict(config),
         "sampler": "edm_sample, Heun, S_churn 0",
         "sigmas": sigmas.tolist(),

@@ -19,7 +19,7 @@ from fewstep._files import checksum
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_FORMAT = "fewstep pairs 1"
+FORMAT = "fewstep pairs 1"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
         path = self.folder / MANIFEST
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text())
-            if self.manifest["format"] != _FORMAT:
+            if self.manifest["format"] != FORMAT:
                 raise ValueError(f"format is {self.manifest['format']!r}")
             self.config = PairsConfig(**self.manifest["config"])
             self.shape = tuple(map(int, self.manifest["teacher"]["shape"]))
@@ -127,7 +127,7 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
         if len(shards) != self.config.shards:
             raise ValueError(f"{path} must list {self.config.shards} files, got {len(shards)}")
         for k, shard in enumerate(shards):
-            found = _header(self.folder / _name(self.config, k), self.manifest, k)
+            found = file_header(self.folder / file_name(self.config, k), self.manifest, k)
             if found != shard:
                 raise ValueError(
                     f"{self.folder / found['file']} is not the one of the manifest: it has"
@@ -150,7 +150,7 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
     def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
         """Pairs of int64 indices `[B]` in [0, n): x0 and x1 `[B, ...]`, and labels `[B]` if any."""
         if not self._maps:
-            names = (_name(self.config, k) for k in range(self.config.shards))
+            names = (file_name(self.config, k) for k in range(self.config.shards))
             self._maps = [_tensors(self.folder / name)[0] for name in names]
         shard = indices // self.config.shard_size
         row = indices % self.config.shard_size
@@ -171,25 +171,25 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
             ValueError: one is damaged, by its name.
         """
         for k in range(self.config.shards):
-            _read(self.folder / _name(self.config, k), self.manifest, k)
+            read_file(self.folder / file_name(self.config, k), self.manifest, k)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": []}  # each process maps the files itself
 
 
-def _name(config: PairsConfig, k: int) -> str:
+def file_name(config: PairsConfig, k: int) -> str:
     return f"pairs-{k:05d}-of-{config.shards:05d}.safetensors"
 
 
-def _pairs_in(config: PairsConfig, k: int) -> int:
+def pairs_in(config: PairsConfig, k: int) -> int:
     return min(config.shard_size, config.n - k * config.shard_size)
 
 
-def _label(content: dict[str, Any], k: int, crc: str) -> dict[str, Any]:
+def file_label(content: dict[str, Any], k: int, crc: str) -> dict[str, Any]:
     """What a file says of itself."""
     same = {name: value for name, value in content.items() if name not in ("fewstep", "shards")}
     pairs = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
-    return {"format": _FORMAT, "pairs": pairs, "shard": k, "crc32": crc}
+    return {"format": FORMAT, "pairs": pairs, "shard": k, "crc32": crc}
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -208,21 +208,21 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
-def _header(path: Path, content: dict[str, Any], k: int) -> dict[str, Any]:
+def file_header(path: Path, content: dict[str, Any], k: int) -> dict[str, Any]:
     """A file's line in the manifest, from its header alone."""
     _, label = _tensors(path)
     crc = str(label.get("crc32"))
-    if label != _label(content, k, crc):
+    if label != file_label(content, k, crc):
         raise ValueError(f"{path} is not file {k} of these pairs: it says {label}")
     return {
         "file": path.name,
-        "pairs": _pairs_in(PairsConfig(**content["config"]), k),
+        "pairs": pairs_in(PairsConfig(**content["config"]), k),
         "bytes": path.stat().st_size,
         "crc32": crc,
     }
 
 
-def _read(path: Path, content: dict[str, Any], k: int) -> None:
+def read_file(path: Path, content: dict[str, Any], k: int) -> None:
     """Verify a file.
 
     Raises:
@@ -234,5 +234,5 @@ def _read(path: Path, content: dict[str, Any], k: int) -> None:
         raise ValueError(
             f"{path} is damaged, its checksum does not match: delete it and run fewstep pairs again"
         )
-    if label != _label(content, k, crc):
+    if label != file_label(content, k, crc):
         raise ValueError(f"{path} is not file {k} of these pairs: it says {label}")

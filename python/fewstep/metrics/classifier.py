@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fewstep._torch import one_thread
 from fewstep.metrics.distances import frechet_distance
-from fewstep.metrics.samples import _check_labels, _flat, _generator, _pair
+from fewstep.metrics.samples import check_labels, flattened, generator_of, pair
 
 _CLASSIFIER_STEPS, _CLASSIFIER_BATCH, _CLASSIFIER_WIDTH = 200, 128, 64
 
@@ -42,8 +42,8 @@ def classifier_features(
     >>> classifier_features(images, torch.arange(32) % 4)(images).shape
     torch.Size([32, 64])
     """
-    flat = _flat("classifier_features", "images", images)
-    _check_labels("classifier_features", "labels", labels, flat)
+    flat = flattened("classifier_features", "images", images)
+    check_labels("classifier_features", "labels", labels, flat)
     classes, targets = torch.unique(labels.to(images.device), return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
@@ -58,7 +58,7 @@ def classifier_features(
     body, head = _networks(shape, len(classes), seed, device)
     parameters = [*body.parameters(), *head.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=2e-3)
-    generator = _generator(seed)
+    generator = generator_of(seed)
     # Callers may be inside no_grad or autocast.
     with (
         torch.enable_grad(),
@@ -108,8 +108,8 @@ def frechet_local(real: Tensor, generated: Tensor, real_labels: Tensor, *, seed:
     >>> round(frechet_local(real, real, torch.arange(32) % 4), 6)
     0.0
     """
-    _pair("frechet_local", least=2, real=real, generated=generated)
-    _check_labels("frechet_local", "real_labels", real_labels, real)
+    pair("frechet_local", least=2, real=real, generated=generated)
+    check_labels("frechet_local", "real_labels", real_labels, real)
     features = classifier_features(real, real_labels, seed=seed)
     return frechet_distance(features(real), features(generated))
 
@@ -139,7 +139,7 @@ def _networks(
                 nn.Linear(width, width),
             ]
         body, head = nn.Sequential(*layers, nn.ReLU()), nn.Linear(width, classes)
-    generator = _generator(seed)
+    generator = generator_of(seed)
     for net in (body, head):
         net.float().to_empty(device="cpu")
         for weight in net.parameters():

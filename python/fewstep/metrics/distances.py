@@ -7,8 +7,8 @@ import importlib
 import torch
 from torch import Tensor
 
-from fewstep.metrics.neighbours import _BLOCK, _squared_distances
-from fewstep.metrics.samples import _generator, _pair, _reduced
+from fewstep.metrics.neighbours import BLOCK, squared_distances
+from fewstep.metrics.samples import generator_of, pair, reduced
 
 
 @torch.no_grad()
@@ -38,11 +38,11 @@ def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 512, seed: int = 0) ->
     >>> round(sliced_w2(x, x + 2), 6)
     4.0
     """
-    x, y = _pair("sliced_w2", x=x, y=y)
+    x, y = pair("sliced_w2", x=x, y=y)
     if projections < 1:
         raise ValueError(f"sliced_w2: projections must be at least 1, got {projections}")
     (n, d), m = x.shape, len(y)
-    directions = torch.randn(d, projections, generator=_generator(seed), dtype=torch.float64)
+    directions = torch.randn(d, projections, generator=generator_of(seed), dtype=torch.float64)
     directions = (directions / directions.norm(dim=0)).to(x.device)  # [d, projections]
     # Both quantile functions are constant between these levels, in units of 1 / (n m).
     steps_x = torch.arange(1, n + 1, device=x.device) * m
@@ -51,7 +51,7 @@ def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 512, seed: int = 0) ->
     weights = levels.diff(prepend=levels.new_zeros(1)).double() / (n * m)  # sums to 1
     shift = y.mean(0)
     total = 0.0
-    for u in torch.split(directions, max(1, _BLOCK // (n + m)), dim=1):
+    for u in torch.split(directions, max(1, BLOCK // (n + m)), dim=1):
         quantiles_x = (u.T @ (x - shift).T).sort(dim=1).values[:, (levels - 1) // m]
         quantiles_y = (u.T @ (y - shift).T).sort(dim=1).values[:, (levels - 1) // n]
         total += ((quantiles_x - quantiles_y).square_() @ weights).sum().item()
@@ -86,16 +86,16 @@ def exact_w2(x: Tensor, y: Tensor, *, max_points: int = 2000, seed: int = 0) -> 
     >>> round(exact_w2(x, x.flip(0) + torch.tensor([0.0, 3.0])), 6)
     9.0
     """
-    x, y = _pair("exact_w2", x=x, y=y)
+    x, y = pair("exact_w2", x=x, y=y)
     if max_points < 1:
         raise ValueError(f"exact_w2: max_points must be at least 1, got {max_points}")
     try:
         ot = importlib.import_module("ot")
     except ImportError:
         raise ImportError("exact_w2: needs POT: pip install 'fewstep[train]'") from None
-    generator = _generator(seed)
-    x, y = (_reduced(t, torch.zeros(len(t)), max_points, generator)[0] for t in (x, y))
-    cost = torch.cat([block for _, block in _squared_distances(x, y)]).cpu().numpy()
+    generator = generator_of(seed)
+    x, y = (reduced(t, torch.zeros(len(t)), max_points, generator)[0] for t in (x, y))
+    cost = torch.cat([block for _, block in squared_distances(x, y)]).cpu().numpy()
     value, log = ot.emd2([], [], cost, numItermax=10_000_000, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"exact_w2: POT stopped early: {log['warning']}")
@@ -131,14 +131,14 @@ def mmd_rbf(x: Tensor, y: Tensor, *, bandwidth: float | None = None) -> float:
     >>> round(mmd_rbf(x, x + 100, bandwidth=1.0), 4)
     1.2131
     """
-    x, y = _pair("mmd_rbf", least=2, x=x, y=y)
-    h = _median_distance(torch.cat([x, y])) if bandwidth is None else bandwidth
+    x, y = pair("mmd_rbf", least=2, x=x, y=y)
+    h = median_distance(torch.cat([x, y])) if bandwidth is None else bandwidth
     if not 0 < h < float("inf"):
         source = "the median distance" if bandwidth is None else "bandwidth"
         raise ValueError(f"mmd_rbf: {source} must be positive and finite, got {h}")
 
     def kernel_sum(p: Tensor, q: Tensor) -> float:
-        blocks = _squared_distances(p, q)
+        blocks = squared_distances(p, q)
         return sum((d2 / (-2 * h * h)).exp_().sum().item() for _, d2 in blocks)
 
     n, m = len(x), len(y)
@@ -174,7 +174,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     >>> round(frechet_distance(x, 3 * x + 5), 6)
     33.0
     """
-    x, y = _pair("frechet_distance", least=2, x=x, y=y)
+    x, y = pair("frechet_distance", least=2, x=x, y=y)
     x_root, y_root = _covariance_root(x), _covariance_root(y)
     # Singular values keep the digits that the root of an eigenvalue near 0 would lose.
     cross = torch.linalg.svdvals(x_root @ y_root).sum()
@@ -182,9 +182,9 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     return float((x.mean(0) - y.mean(0)).square().sum() + spread.clamp_min(0))
 
 
-def _median_distance(x: Tensor) -> float:
-    x = _reduced(x, torch.zeros(len(x)), 2000, _generator(0))[0]
-    d2 = torch.cat([block for _, block in _squared_distances(x, x)])
+def median_distance(x: Tensor) -> float:
+    x = reduced(x, torch.zeros(len(x)), 2000, generator_of(0))[0]
+    d2 = torch.cat([block for _, block in squared_distances(x, x)])
     above = torch.triu_indices(len(x), len(x), 1, device=x.device)
     return d2[above[0], above[1]].median().sqrt().item()
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.metrics.samples import _check_labels, _flat, _pair
+from fewstep.metrics.samples import check_labels, flattened, pair
 
 # Elements of one block of a distance matrix, 32 MiB in float64.
-_BLOCK = 2**22
+BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ def precision_recall_coverage(
     PrecisionRecallCoverage(precision=0.6666666666666666, recall=0.75, coverage=0.75)
     """
     _check_k("precision_recall_coverage", k)
-    real, generated = _pair("precision_recall_coverage", k + 1, real=real, generated=generated)
+    real, generated = pair("precision_recall_coverage", k + 1, real=real, generated=generated)
 
     def squared_radii(x: Tensor) -> Tensor:
         # A point at exactly the k-th distance counts as inside, in spite of rounding.
-        return _nearest(x, x, k, same=True)[0][:, -1].square() * (1 + 1e-9)
+        return nearest(x, x, k, same=True)[0][:, -1].square() * (1 + 1e-9)
 
     real_radii, generated_radii = squared_radii(real), squared_radii(generated)
     precise = 0
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     covered = recalled.clone()
-    for rows, d2 in _squared_distances(generated, real):
+    for rows, d2 in squared_distances(generated, real):
         inside = d2 <= real_radii  # [rows, n]
         precise += int(inside.any(1).sum())
         covered |= inside.any(0)
@@ -120,7 +120,7 @@ def knn_agreement(
     """
     _check_k("knn_agreement", k)
     x, query = _reference_and_query("knn_agreement", real, generated, k)
-    _check_labels("knn_agreement", "real_labels", real_labels, x)
+    check_labels("knn_agreement", "real_labels", real_labels, x)
     if generated is None:
         if generated_labels is not None:
             raise ValueError("knn_agreement: generated_labels must come with generated, got None")
@@ -129,9 +129,9 @@ def knn_agreement(
         raise ValueError("knn_agreement: generated_labels must come with generated, got None")
     else:
         asked = generated_labels
-        _check_labels("knn_agreement", "generated_labels", asked, query)
-    neighbours = _nearest(query, x, k, same=generated is None)[1]
-    return _vote(real_labels.to(x.device)[neighbours], asked.to(x.device))
+        check_labels("knn_agreement", "generated_labels", asked, query)
+    neighbours = nearest(query, x, k, same=generated is None)[1]
+    return vote(real_labels.to(x.device)[neighbours], asked.to(x.device))
 
 
 @torch.no_grad()
@@ -158,17 +158,17 @@ def nearest_distance(real: Tensor, generated: Tensor | None = None) -> float:
     (0.625, 1.6667)
     """
     x, query = _reference_and_query("nearest_distance", real, generated, 1)
-    return _nearest(query, x, 1, same=generated is None)[0].mean().item()
+    return nearest(query, x, 1, same=generated is None)[0].mean().item()
 
 
 def _reference_and_query(
     function: str, real: Tensor, generated: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
     if generated is None:
-        x = _flat(function, "real", real, k + 1)
+        x = flattened(function, "real", real, k + 1)
         return x, x
-    _flat(function, "real", real, k)
-    return _pair(function, real=real, generated=generated)
+    flattened(function, "real", real, k)
+    return pair(function, real=real, generated=generated)
 
 
 def _check_k(function: str, k: int) -> None:
@@ -176,13 +176,13 @@ def _check_k(function: str, k: int) -> None:
         raise ValueError(f"{function}: k must be at least 1, got {k}")
 
 
-def _squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows of `|x_i - y_j|^2`, `[rows, m]`."""
     # The expanded square cancels: centre first.
     shift = y.mean(0)
     x, y = x - shift, y - shift
     y_norms = y.square().sum(1)
-    rows = max(1, _BLOCK // len(y))
+    rows = max(1, BLOCK // len(y))
     for start in range(0, len(x), rows):
         part = x[start : start + rows]
         block = torch.addmm(y_norms, part, y.T, alpha=-2)
@@ -190,10 +190,10 @@ def _squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, start + len(part)), block.clamp_min_(0)
 
 
-def _nearest(x: Tensor, y: Tensor, k: int, *, same: bool) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, y: Tensor, k: int, *, same: bool) -> tuple[Tensor, Tensor]:
     """Distances and indices `[n, k]` of the k nearest y of every x; never itself where `same`."""
     distances, indices = [], []
-    for rows, d2 in _squared_distances(x, y):
+    for rows, d2 in squared_distances(x, y):
         if same:
             d2.diagonal(rows.start).fill_(torch.inf)
         found = d2.topk(k, largest=False).indices
@@ -204,7 +204,7 @@ def _nearest(x: Tensor, y: Tensor, k: int, *, same: bool) -> tuple[Tensor, Tenso
     return torch.cat(distances), torch.cat(indices)
 
 
-def _vote(neighbours: Tensor, asked: Tensor) -> float:
+def vote(neighbours: Tensor, asked: Tensor) -> float:
     """Share of rows of `neighbours [n, k]`, nearest first, whose majority is `asked [n]`."""
     classes, votes = torch.unique(neighbours, return_inverse=True)
     k = votes.shape[1]

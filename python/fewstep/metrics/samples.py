@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def _flat(function: str, name: str, x: Tensor, least: int = 1) -> Tensor:
+def flattened(function: str, name: str, x: Tensor, least: int = 1) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{function}: {name} must be a floating Tensor, got {got}")
@@ -21,12 +21,12 @@ def _flat(function: str, name: str, x: Tensor, least: int = 1) -> Tensor:
     return x.detach().double().flatten(1)
 
 
-def _pair(function: str, least: int = 1, **samples: Tensor) -> tuple[Tensor, Tensor]:
+def pair(function: str, least: int = 1, **samples: Tensor) -> tuple[Tensor, Tensor]:
     """Two named sets of samples as float64 `[n, d]` and `[m, d]`."""
     (name_x, x), (name_y, y) = samples.items()
     if isinstance(x, Tensor) and isinstance(y, Tensor) and x.device != y.device:
         raise ValueError(f"{function}: {name_y} must be on {x.device}, got {y.device}")
-    flat_x, flat_y = _flat(function, name_x, x, least), _flat(function, name_y, y, least)
+    flat_x, flat_y = flattened(function, name_x, x, least), flattened(function, name_y, y, least)
     if flat_x.shape[1] != flat_y.shape[1]:
         raise ValueError(
             f"{function}: {name_y} must have {flat_x.shape[1]} values per sample like {name_x}, "
@@ -35,7 +35,7 @@ def _pair(function: str, least: int = 1, **samples: Tensor) -> tuple[Tensor, Ten
     return flat_x, flat_y
 
 
-def _check_labels(function: str, name: str, labels: Tensor, x: Tensor) -> None:
+def check_labels(function: str, name: str, labels: Tensor, x: Tensor) -> None:
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{function}: {name} must be an integer Tensor, got {got}")
@@ -45,11 +45,11 @@ def _check_labels(function: str, name: str, labels: Tensor, x: Tensor) -> None:
         )
 
 
-def _generator(seed: int) -> torch.Generator:
+def generator_of(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _draw(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` random indices without repetition, with the class shares of `labels`."""
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
     # Evenly spaced places in the order of the classes: shares are right to one sample.
@@ -57,11 +57,11 @@ def _draw(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return order[torch.arange(count, device=labels.device) * len(labels) // count]
 
 
-def _reduced(
+def reduced(
     x: Tensor, labels: Tensor, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     x, labels = x.detach(), labels.to(x.device)
     if len(x) <= count:
         return x, labels
-    kept = _draw(labels, count, generator)
+    kept = draw(labels, count, generator)
     return x[kept], labels[kept]

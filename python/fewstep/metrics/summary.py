@@ -15,14 +15,14 @@ from torch import Tensor
 
 from fewstep.metrics.classifier import classifier_features
 from fewstep.metrics.distances import (
-    _median_distance,
     exact_w2,
     frechet_distance,
+    median_distance,
     mmd_rbf,
     sliced_w2,
 )
-from fewstep.metrics.neighbours import _nearest, _vote, precision_recall_coverage
-from fewstep.metrics.samples import _check_labels, _draw, _flat, _generator, _pair, _reduced
+from fewstep.metrics.neighbours import nearest, precision_recall_coverage, vote
+from fewstep.metrics.samples import check_labels, draw, flattened, generator_of, pair, reduced
 from fewstep.metrics.tables import aligned
 
 _BETTER: dict[str, Literal["lower", "higher", "near floor"]] = {
@@ -75,8 +75,8 @@ def within_class_std(x: Tensor, labels: Tensor) -> float:
     >>> round(within_class_std(x, torch.tensor([0, 0, 1, 1])) ** 2, 6)
     5.0
     """
-    x = _flat("within_class_std", "x", x)
-    _check_labels("within_class_std", "labels", labels, x)
+    x = flattened("within_class_std", "x", x)
+    check_labels("within_class_std", "labels", labels, x)
     labels = labels.to(x.device)
     classes, counts = torch.unique(labels, return_counts=True)
     variances = [x[labels == c].var(dim=0).mean() for c in classes[counts > 1]]
@@ -136,7 +136,7 @@ def report(
     ['sliced W2^2', 'exact W2^2', 'RBF-MMD^2']
     """
     k = 5
-    _pair("report", k + 1, real=real, generated=generated)
+    pair("report", k + 1, real=real, generated=generated)
     if len(real) < 2 * (k + 1):
         raise ValueError(f"report: real must have at least {2 * (k + 1)} samples, got {len(real)}")
     if max_samples < 2 * (k + 1):
@@ -145,30 +145,30 @@ def report(
         if generated_labels is not None:
             raise ValueError("report: real_labels must be given with generated_labels, got None")
         real_labels = real.new_zeros(len(real), dtype=torch.int64)
-    _check_labels("report", "real_labels", real_labels, real)
+    check_labels("report", "real_labels", real_labels, real)
     if generated_labels is not None:
-        _check_labels("report", "generated_labels", generated_labels, generated)
+        check_labels("report", "generated_labels", generated_labels, generated)
 
-    generator = _generator(seed)
+    generator = generator_of(seed)
     conditional = generated_labels is not None
     asked = generated_labels
     if asked is None:
         asked = torch.zeros(len(generated), dtype=torch.int64)
-    real, real_labels = _reduced(real, real_labels, max_samples, generator)
-    generated, asked = _reduced(generated, asked, max_samples, generator)
+    real, real_labels = reduced(real, real_labels, max_samples, generator)
+    generated, asked = reduced(generated, asked, max_samples, generator)
     generated = generated.reshape(-1, *real.shape[1:])
     groups = real_labels if conditional else torch.zeros_like(real_labels)
 
     m = min(len(generated), len(real) // 2)
     # D is `held`; R comes from the rest, which also trains the classifier.
     held = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    held[_draw(groups, m, generator)] = True
+    held[draw(groups, m, generator)] = True
     rest, rest_labels = real[~held], real_labels[~held]
-    reference = rest[_draw(groups[~held], m, generator)]
+    reference = rest[draw(groups[~held], m, generator)]
     features = None
     if len(torch.unique(rest_labels)) > 1:
         features = classifier_features(rest, rest_labels, seed=seed)
-    bandwidth = _median_distance(reference.double().flatten(1))
+    bandwidth = median_distance(reference.double().flatten(1))
     if bandwidth == 0:
         raise ValueError("report: real must not repeat one sample, got a median distance of 0")
 
@@ -182,13 +182,13 @@ def report(
             out["FD-local"] = frechet_distance(features(reference), features(other))
         return out | asdict(precision_recall_coverage(reference, other, k=k))
 
-    values = compare(generated[_draw(asked, m, generator)])
+    values = compare(generated[draw(asked, m, generator)])
     floors = compare(real[held])
     pool = real.double().flatten(1)
     for out, query, labels in ((values, generated, asked), (floors, real, real_labels)):
-        distances, indices = _nearest(query.double().flatten(1), pool, 3, same=query is real)
+        distances, indices = nearest(query.double().flatten(1), pool, 3, same=query is real)
         if conditional:
-            out["3-NN agreement"] = _vote(real_labels[indices], labels)
+            out["3-NN agreement"] = vote(real_labels[indices], labels)
         out["nearest distance"] = distances[:, 0].mean().item()
     spread = "class std ratio" if conditional else "total std ratio"
     unit = within_class_std(real, groups)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.heun.engine import Run
-from fewstep.samplers.plan import Network, Plan, _follow
+from fewstep.samplers.plan import Network, Plan, follow
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Graph:
 _GRAPHS: weakref.WeakKeyDictionary[Any, dict[Any, _Graph]] = weakref.WeakKeyDictionary()
 
 
-def _replay(
+def replay(
     networks: tuple[Network, ...],
     latents: Tensor,
     plan: Plan,
@@ -51,7 +51,7 @@ def _replay(
                 scaled=plan.scaled,
                 seeds=own.seeds,
             )
-            return _follow(run, networks, own.inputs.unbind(), plan, None, False)
+            return follow(run, networks, own.inputs.unbind(), plan, None, False)
 
         stream = torch.cuda.Stream(latents.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(latents.device))

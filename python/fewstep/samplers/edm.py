@@ -15,11 +15,11 @@ from fewstep.ops.heun.inputs import check_log_density, check_state, pick
 from fewstep.ops.heun.solve import HeunResult
 from fewstep.ops.trace import inputs as trace_inputs
 from fewstep.ops.trace.inputs import Options
-from fewstep.samplers.cuda_graph import _replay
-from fewstep.samplers.inputs import _check_count, _check_guidance, _check_sigmas
-from fewstep.samplers.plan import Churn, Network, Plan, _follow, _preconditioning, _row, _Tracked
+from fewstep.samplers.cuda_graph import replay
+from fewstep.samplers.inputs import check_count, check_guidance, check_sigmas
+from fewstep.samplers.plan import Churn, Network, Plan, Tracked, follow, preconditioning, table_row
 from fewstep.samplers.schedules import karras_sigmas
-from fewstep.samplers.seeds import _seeds_for
+from fewstep.samplers.seeds import seeds_for
 
 
 @overload
@@ -118,16 +118,16 @@ def edm_sample(
     True
     """
     check_state("edm_sample", latents, state)
-    levels = None if sigmas is None else _check_sigmas("edm_sample", sigmas, latents)
+    levels = None if sigmas is None else check_sigmas("edm_sample", sigmas, latents)
     schedule = (steps, sigma_min, sigma_max, rho)
     if levels is None:
-        _check_count("edm_sample", "steps", steps)
+        check_count("edm_sample", "steps", steps)
     churn = Churn(S_churn, S_min, S_max, S_noise)
     churn.check("edm_sample")
-    weight = _check_guidance("edm_sample", guidance, uncond, latents)
+    weight = check_guidance("edm_sample", guidance, uncond, latents)
     if precondition is not None and not 0 < precondition < math.inf:
         raise ValueError(f"edm_sample: precondition must be positive, got {precondition}")
-    seeds = _seeds_for("edm_sample", seeds, latents, churn.amount > 0)
+    seeds = seeds_for("edm_sample", seeds, latents, churn.amount > 0)
     if log_density is not None:
         check_log_density("edm_sample", log_density, latents)
         trace_inputs.check(Options(estimator, probes), latents, "edm_sample")
@@ -152,18 +152,18 @@ def edm_sample(
                 f" got {latents.device}"
             )
         with torch.cuda.device(latents.device):
-            return _replay(networks, latents, plan, seeds, state, name)
+            return replay(networks, latents, plan, seeds, state, name)
     tracked = None
     if log_density is not None:
         options = Options(estimator, probes)
-        tracked = _Tracked(networks, plan, log_density, options, name, weight)
+        tracked = Tracked(networks, plan, log_density, options, name, weight)
     table = plan.table.to(latents.device)
     run = Run(
         *("edm_sample", name, latents, table, state, check_finite),
         scaled=plan.scaled,
         seeds=seeds,
     )
-    out = _follow(run, networks, plan.inputs(latents), plan, tracked, progress)
+    out = follow(run, networks, plan.inputs(latents), plan, tracked, progress)
     return out if tracked is None else tracked.result(out)
 
 
@@ -184,8 +184,8 @@ def edm_plan(
     after = sigma[1:]
     h = after - hat
     divisor = torch.where(after > 0, after, 1)  # the last step to 0 has no second evaluation
-    skip1, out1, in1 = _preconditioning(hat, precondition)
-    skip2, out2, in2 = _preconditioning(divisor, precondition)
+    skip1, out1, in1 = preconditioning(hat, precondition)
+    skip2, out2, in2 = preconditioning(divisor, precondition)
     a, b = h * (1 - skip1) / hat, -h * out1 / hat
     half = h / 2 * (1 - skip2) / divisor
     own, first = 1 + a / 2 + half * (1 + a), b / 2 + half * b
@@ -193,9 +193,11 @@ def edm_plan(
         own[-1], first[-1] = 1 + a[-1], b[-1]
     zero, one = torch.zeros_like(h), torch.ones_like(h)
     noise_after, scale_after = torch.cat((noise[1:], zero[:1])), torch.cat((in1[1:], one[:1]))
-    predictor = _row(own, first, guidance, net=(in2 * (1 + a), in2 * b))
-    corrector = _row(one, -h / 2 * out2 / divisor, guidance, noise=noise_after, scale=scale_after)
-    start = _row(sigma[:1], None, guidance, noise=noise[:1], scale=in1[:1])[0]
+    predictor = table_row(own, first, guidance, net=(in2 * (1 + a), in2 * b))
+    corrector = table_row(
+        one, -h / 2 * out2 / divisor, guidance, noise=noise_after, scale=scale_after
+    )
+    start = table_row(sigma[:1], None, guidance, noise=noise[:1], scale=in1[:1])[0]
     given = torch.stack((hat, divisor), 1).flatten(0, 1)
     traces = torch.stack((h / 2 * out1 * in1 / hat, h / 2 * out2 * in2 / divisor), 1)
     constant = -(h / 2 * ((1 - skip1) / hat + (1 - skip2) / divisor)).sum(0)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fewstep.ops.heun.engine import Run, rows
 from fewstep.ops.heun.inputs import check_nodes, check_state, pick
-from fewstep.samplers.inputs import _check_count, _check_guidance
-from fewstep.samplers.plan import Churn, Network, Plan, _follow, _row
-from fewstep.samplers.seeds import _seeds_for
+from fewstep.samplers.inputs import check_count, check_guidance
+from fewstep.samplers.plan import Churn, Network, Plan, follow, table_row
+from fewstep.samplers.seeds import seeds_for
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def flow_sample(
     """
     check_state("flow_sample", latents, state)
     if times is None:
-        _check_count("flow_sample", "steps", steps)
+        check_count("flow_sample", "steps", steps)
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     nodes = check_nodes("flow_sample", times, latents)
     if bool(
@@ -79,14 +79,14 @@ def flow_sample(
         raise ValueError(f"flow_sample: times must decrease within [0, 1], got {times}")
     churn = Churn(S_churn, S_min, S_max, S_noise)
     churn.check("flow_sample")
-    weight = _check_guidance("flow_sample", guidance, uncond, latents)
-    seeds = _seeds_for("flow_sample", seeds, latents, churn.amount > 0)
+    weight = check_guidance("flow_sample", guidance, uncond, latents)
+    seeds = seeds_for("flow_sample", seeds, latents, churn.amount > 0)
     plan = flow_plan(nodes, churn, weight)
     networks = (velocity,) if uncond is None else (velocity, uncond)
     name = pick(latents, backend)
     table = plan.table.to(latents.device)
     run = Run("flow_sample", name, latents, table, state, check_finite, seeds=seeds)
-    return _follow(run, networks, plan.inputs(latents), plan, None, progress)
+    return follow(run, networks, plan.inputs(latents), plan, None, progress)
 
 
 def flow_plan(times: Tensor, churn: Churn, guidance: Tensor | None) -> Plan:
@@ -102,9 +102,9 @@ def flow_plan(times: Tensor, churn: Churn, guidance: Tensor | None) -> Plan:
     one, last = torch.ones_like(h), torch.zeros_like(h[:1])
     keep_after = torch.cat((keep[1:], one[:1]))
     noise_after = torch.cat((noise[1:], last))
-    predictor = _row(one, h / 2, guidance, net=(one, h))
-    corrector = _row(keep_after, keep_after * h / 2, guidance, noise=noise_after, scale=one)
-    start = _row((keep * now)[:1], None, guidance, noise=noise[:1], scale=one[:1])[0]
+    predictor = table_row(one, h / 2, guidance, net=(one, h))
+    corrector = table_row(keep_after, keep_after * h / 2, guidance, noise=noise_after, scale=one)
+    start = table_row((keep * now)[:1], None, guidance, noise=noise[:1], scale=one[:1])[0]
     given = torch.stack((raised, after), 1).flatten(0, 1)
     table = rows(torch.stack((predictor, corrector), 1), start)
     return Plan(table, given, steps, euler=False, scaled=False)

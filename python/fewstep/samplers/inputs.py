@@ -10,12 +10,12 @@ from torch import Tensor
 from fewstep.samplers.plan import Network
 
 
-def _check_count(who: str, name: str, value: int) -> None:
+def check_count(who: str, name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{who}: {name} must be an integer of at least 1, got {value!r}")
 
 
-def _check_sigmas(who: str, sigmas: Tensor | Sequence[float], latents: Tensor) -> Tensor:
+def check_sigmas(who: str, sigmas: Tensor | Sequence[float], latents: Tensor) -> Tensor:
     """float64 `[1 or B, N + 1]`"""
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
     if levels.ndim not in (1, 2) or levels.shape[-1] < 2:
@@ -35,7 +35,7 @@ def _check_sigmas(who: str, sigmas: Tensor | Sequence[float], latents: Tensor) -
     return levels
 
 
-def _check_guidance(
+def check_guidance(
     who: str, guidance: float | Tensor | None, uncond: Network | None, latents: Tensor
 ) -> Tensor | None:
     """w, float64 `[1 or B]`"""

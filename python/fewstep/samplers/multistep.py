@@ -11,7 +11,7 @@ from fewstep.ops.heun.engine import FIRST, Run
 from fewstep.ops.heun.inputs import check_state, pick
 from fewstep.reference.heun import COLUMNS, NOISE, SCALE
 from fewstep.samplers.plan import Network
-from fewstep.samplers.seeds import _seeds_for
+from fewstep.samplers.seeds import seeds_for
 
 MODES = ("fresh", "line", "reuse")
 
@@ -67,7 +67,7 @@ def multistep_sample(
         raise ValueError(
             f"multistep_sample: sigmas must be positive and decreasing, got {levels.tolist()}"
         )
-    seeds = _seeds_for("multistep_sample", seeds, latents, mode == "fresh" and len(levels) > 1)
+    seeds = seeds_for("multistep_sample", seeds, latents, mode == "fresh" and len(levels) > 1)
     table = levels.new_zeros((FIRST + len(levels), 1, COLUMNS))
     table[..., SCALE] = 1
     table[1, :, 0] = levels[0]

@@ -68,7 +68,7 @@ class Plan:
         return own.unbind()
 
 
-def _row(
+def table_row(
     own: Tensor,
     part: Tensor | None,
     guidance: Tensor | None,
@@ -95,7 +95,7 @@ def _row(
     return torch.stack(torch.broadcast_tensors(*columns), -1)  # type: ignore[no-untyped-call]
 
 
-def _preconditioning(sigma: Tensor, data: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def preconditioning(sigma: Tensor, data: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out and c_in of EDM, or those of a denoiser."""
     if data is None:
         return torch.zeros_like(sigma), torch.ones_like(sigma), torch.ones_like(sigma)
@@ -103,7 +103,7 @@ def _preconditioning(sigma: Tensor, data: float | None) -> tuple[Tensor, Tensor,
     return data**2 / total, sigma * data / total.sqrt(), total.rsqrt()
 
 
-class _Tracked:
+class Tracked:
     """A log-density along a plan: networks that return their traces too.
 
     A denoiser's derivative `(x - D)/sigma` has the trace `(dim (1 - skip) - out in tr F)/sigma`;
@@ -124,7 +124,7 @@ class _Tracked:
         self.solvers = [Solver(network, options) for network in networks]
         self.keys = make_keys(0, plan.steps)
         weights = plan.traces.to(log_density.device)
-        row = _row(torch.ones_like(weights), weights, guidance)
+        row = table_row(torch.ones_like(weights), weights, guidance)
         table = rows(row.reshape(-1, 2, *row.shape[1:]))
         self.tracker = Tracker(backend, log_density, table)
         # What the traces are weighed by, once for all evaluations.
@@ -141,12 +141,12 @@ class _Tracked:
         return HeunResult(x, *self.tracker.result(change), None, self.tracker.estimator)
 
 
-def _follow(
+def follow(
     run: Run,
     networks: tuple[Network, ...],
     inputs: tuple[Tensor, ...],
     plan: Plan,
-    tracked: _Tracked | None,
+    tracked: Tracked | None,
     progress: bool,
 ) -> Tensor:
     """Take a plan's steps."""

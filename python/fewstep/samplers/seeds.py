@@ -59,7 +59,7 @@ def _check_seeds(who: str, seeds: Tensor, batch: int) -> Tensor:
     return seeds.contiguous()
 
 
-def _seeds_for(who: str, seeds: Tensor | None, latents: Tensor, noisy: bool) -> Tensor | None:
+def seeds_for(who: str, seeds: Tensor | None, latents: Tensor, noisy: bool) -> Tensor | None:
     """Seeds where there is noise: those given, or drawn."""
     if seeds is not None:
         seeds = _check_seeds(who, seeds, latents.shape[0]).to(latents.device)

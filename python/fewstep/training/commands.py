@@ -19,7 +19,7 @@ import tyro
 from fewstep.data import pairs
 from fewstep.data.generate import Teacher, generate, worker
 from fewstep.training import lines as training_lines
-from fewstep.training import plots, reflow, wflow
+from fewstep.training import lines_run, plots, reflow, wflow
 from fewstep.training.lines_run import (
     LinesConfig,
     load_student,
@@ -42,14 +42,15 @@ class _Training:
         overwrite: replace the run in that folder.
     """
 
-    module: ClassVar[ModuleType]
+    trainer: ClassVar[ModuleType]
+    settings: ClassVar[ModuleType]  # has `preset` and `read_run`
     out: Path
     config: Any
     resume: bool = False
     overwrite: bool = False
 
     def run(self) -> None:
-        result = self.module.train(
+        result = self.trainer.train(
             self.config, self.out, resume=self.resume, overwrite=self.overwrite
         )
         sys.stdout.write(f"\n{result.table}\n\n{result.picture}\n")
@@ -63,7 +64,8 @@ class Train(_Training):
         method: the training method.
     """
 
-    module: ClassVar[ModuleType] = wflow
+    trainer: ClassVar[ModuleType] = wflow
+    settings: ClassVar[ModuleType] = wflow
     method: tyro.conf.Positional[Literal["wflow", "reflow", "lines"]]
     config: wflow.TrainConfig
 
@@ -76,7 +78,8 @@ class TrainReflow(_Training):
         method: the training method.
     """
 
-    module: ClassVar[ModuleType] = reflow
+    trainer: ClassVar[ModuleType] = reflow
+    settings: ClassVar[ModuleType] = reflow
     method: tyro.conf.Positional[Literal["reflow"]]
     config: reflow.ReflowConfig
 
@@ -89,7 +92,8 @@ class TrainLines(_Training):
         method: the training method.
     """
 
-    module: ClassVar[ModuleType] = training_lines
+    trainer: ClassVar[ModuleType] = training_lines
+    settings: ClassVar[ModuleType] = lines_run
     method: tyro.conf.Positional[Literal["lines"]]
     config: LinesConfig
 
@@ -234,11 +238,11 @@ def _train_defaults(arguments: list[str]) -> _Training:
     kinds: dict[str, type[_Training]] = {"reflow": TrainReflow, "lines": TrainLines}
     kind: Any = kinds.get(method, Train)
     if training and known.resume and known.out:
-        config = kind.module.read_run(Path(known.out)).config
+        config = kind.settings.read_run(Path(known.out)).config
     elif known.data:
-        config = kind.module.preset(known.data)
+        config = kind.settings.preset(known.data)
     else:
         usual = "mnist5k" if kind is Train else "digits"
-        config = replace(kind.module.preset(usual), data=tyro.MISSING)
+        config = replace(kind.settings.preset(usual), data=tyro.MISSING)
     defaults: _Training = kind(method=tyro.MISSING, out=tyro.MISSING, config=config)
     return defaults

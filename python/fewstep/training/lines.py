@@ -19,9 +19,9 @@ from fewstep.training.lines_report import Outcome, evaluate, format_outcomes
 from fewstep.training.lines_run import (
     LinesConfig,
     Run,
-    _as_teacher,
-    _networks,
-    _pairs_config,
+    as_teacher,
+    networks_of,
+    pairs_config,
     read_run,
 )
 from fewstep.training.loop import CHECKPOINT, Network, Stage, fit
@@ -90,7 +90,7 @@ def train(
     run = Run(config, tuple(data.images.shape[1:]), names, float(data.images.std()))
     device = torch_device(config.device)
     open_run(out, "lines", run, began=read_run(out) if resume else None, overwrite=overwrite)
-    networks = _networks(run, device)
+    networks = networks_of(run, device)
     if config.teacher and not (out / CHECKPOINT).exists():  # which has it
         _take_teacher(networks["teacher"], run)
     _fit(run, data, networks, out, device, progress=progress)
@@ -138,8 +138,8 @@ def _fit(
     def make_pairs(step: int) -> None:
         if step == 0 and config.parameterisation == "edm":
             student.copy(teacher.averaged)
-        own = _as_teacher(teacher.averaged.eval(), run)
-        generate(own, _pairs_config(config), out / PAIRS, device=str(device), progress=progress)
+        own = as_teacher(teacher.averaged.eval(), run)
+        generate(own, pairs_config(config), out / PAIRS, device=str(device), progress=progress)
         made[:] = [pairs.PairDataset(out / PAIRS)]
 
     def match(step: int) -> dict[str, Tensor]:

@@ -17,13 +17,13 @@ from fewstep.ops.heun.solve import heun_solve
 from fewstep.samplers.seeds import latents
 from fewstep.training import plots
 from fewstep.training.lines_run import (
-    _EVALUATION,
+    EVALUATION,
     SAMPLERS,
     Run,
-    _conditioned,
-    _most_steps,
-    _teach,
+    conditioned,
+    most_steps,
     sample,
+    teach,
 )
 from fewstep.training.runs import PICTURE
 
@@ -53,8 +53,8 @@ def evaluate(
     labels = None
     if run.classes and data.labels is not None:
         labels = data.labels.sort().values[torch.arange(m) * n // m]
-    seeds = torch.arange(m) + (config.seed << 32) + _EVALUATION
-    of_teacher = _teach(teacher, run, seeds, labels)
+    seeds = torch.arange(m) + (config.seed << 32) + EVALUATION
+    of_teacher = teach(teacher, run, seeds, labels)
 
     def measure(images: Tensor) -> Outcome:
         rows = report(
@@ -67,7 +67,7 @@ def evaluate(
         return Outcome(rows, (images - of_teacher.clamp(-1, 1)).square().mean().sqrt().item())
 
     outcomes = {f"teacher, {2 * config.lines.levels - 1}": measure(of_teacher.clamp(-1, 1))}
-    counts = [k for k in (1, 2, 3) if k <= _most_steps(config.lines)]
+    counts = [k for k in (1, 2, 3) if k <= most_steps(config.lines)]
     for steps in counts:
         for mode in SAMPLERS if steps > 1 else SAMPLERS[:1]:
             images = sample(student, run, seeds, labels=labels, steps=steps, mode=mode)
@@ -80,7 +80,7 @@ def evaluate(
     columns, rows = 10, 3
     shown = torch.arange(columns * rows) % m
     classes = torch.arange(len(shown)) % len(run.classes) if run.classes else None
-    groups = {"teacher": _teach(teacher, run, seeds[shown], classes)}
+    groups = {"teacher": teach(teacher, run, seeds[shown], classes)}
     for steps in counts:
         images = sample(student, run, seeds[shown], labels=classes, steps=steps)
         groups[f"{steps} step{'s' * (steps > 1)}"] = images
@@ -121,7 +121,7 @@ def _straightness(
     network: nn.Module, run: Run, seeds: Tensor, labels: Tensor | None
 ) -> Straightness:
     """Of Heun's paths of `dz/ds = (z - N) / s` from noise to nearly s = 0."""
-    predict = _conditioned(network, None if labels is None else labels[: len(seeds)])
+    predict = conditioned(network, None if labels is None else labels[: len(seeds)])
 
     def velocity(z: Tensor, s: Tensor) -> Tensor:
         wide = s[:, None, None, None]

@@ -25,7 +25,7 @@ from fewstep.training.runs import read_config
 
 PARAMETERISATIONS = ("edm", "unified")
 SAMPLERS = ("fresh", "line", "reuse")
-_EVALUATION = 2**31  # seed of the first latent of the evaluation, past those of any pairs
+EVALUATION = 2**31  # seed of the first latent of the evaluation, past those of any pairs
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class LinesConfig:
     def __post_init__(self) -> None:
         sizes = ("teacher_steps", "student_steps", "pairs", "batch", "width", "depth")
         check_config(self, *sizes, "log_every", "checkpoint_every")
-        for name, high in (("seed", 2**31), ("pairs", _EVALUATION)):
+        for name, high in (("seed", 2**31), ("pairs", EVALUATION)):
             if getattr(self, name) >= high:
                 raise ValueError(f"{name} must be below {high}, got {getattr(self, name)}")
         if self.parameterisation not in PARAMETERISATIONS:
@@ -151,7 +151,7 @@ def load_teacher(out: Path) -> Teacher:
         ValueError: as `load_student`.
     """
     run = read_run(out)
-    return _as_teacher(_restored(out, run, "teacher"), run)
+    return as_teacher(_restored(out, run, "teacher"), run)
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def sample(
         labels = torch.arange(len(seeds)) % len(run.classes)
     x0 = latents(seeds, run.image_shape)
     images: Tensor = multistep_sample(
-        _conditioned(student, labels),
+        conditioned(student, labels),
         x0,
         sigmas=sampling_sigmas(run.config.lines, steps),
         mode=mode,
@@ -202,19 +202,19 @@ def sampling_sigmas(lines: LinesMatching, steps: int) -> Tensor:
     )
 
 
-def _most_steps(lines: LinesMatching) -> int:
+def most_steps(lines: LinesMatching) -> int:
     return len(lines.indices) if lines.law == "sot" else len(range(3, lines.levels, 2)) + 1
 
 
-def _conditioned(network: nn.Module, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+def conditioned(network: nn.Module, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
     return network if labels is None else lambda x, sigma: network(x, sigma, labels)
 
 
-def _teach(teacher: nn.Module, run: Run, seeds: Tensor, labels: Tensor | None) -> Tensor:
+def teach(teacher: nn.Module, run: Run, seeds: Tensor, labels: Tensor | None) -> Tensor:
     """The teacher's images of the latents of `seeds`."""
     lines = run.config.lines
     images: Tensor = edm_sample(
-        _conditioned(teacher, labels),
+        conditioned(teacher, labels),
         latents(seeds, run.image_shape),
         steps=lines.levels,
         sigma_min=lines.sigma_min,
@@ -246,7 +246,7 @@ def _model(run: Run, name: str) -> nn.Module:
         return LinePrecond(denoiser.network) if unified else denoiser
 
 
-def _networks(run: Run, device: torch.device) -> dict[str, Network]:
+def networks_of(run: Run, device: torch.device) -> dict[str, Network]:
     config = run.config
     networks = {
         name: Network(_model(run, name).to(device), lr=lr, ema=config.ema)
@@ -278,11 +278,11 @@ def sampling_seeds(n: int, seed: int) -> Tensor:
     return torch.arange(n) + (seed << 32) + (3 << 30)
 
 
-def _as_teacher(model: nn.Module, run: Run) -> Teacher:
+def as_teacher(model: nn.Module, run: Run) -> Teacher:
     return Teacher(model, run.image_shape, len(run.classes))
 
 
-def _pairs_config(config: LinesConfig) -> pairs.PairsConfig:
+def pairs_config(config: LinesConfig) -> pairs.PairsConfig:
     lines = config.lines
     return pairs.PairsConfig(
         n=config.pairs,

@@ -409,7 +409,7 @@ def _register(namespace: str) -> None:
 _register("fewstep")
 
 
-def _kernel_shift(shift: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, int]:
+def kernel_shift(shift: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, int]:
     """A shift as the kernels take it, with the elements that share each value of it."""
     if shift is None:
         return None, 1

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fewstep.ops.dual.source import Source, _plain, _redrawing, _Stack, _stacked
+from fewstep.ops.dual.source import Source, Stack, plain, redrawing, stacked
 
 
 class UnsupportedError(AttributeError, NotImplementedError):
@@ -46,7 +46,7 @@ def register(*functions: Any) -> Callable[[R], R]:
     return add
 
 
-class _Traced:
+class Traced:
     """What a forward sees in place of x: its shape, and functions that have rules."""
 
     primal_shape: torch.Size
@@ -134,7 +134,7 @@ class _Traced:
 def _method(name: str) -> Callable[..., Any]:
     function = getattr(torch.Tensor, name)
 
-    def call(self: _Traced, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Traced, *args: Any, **kwargs: Any) -> Any:
         return self._call(function, self, *args, **kwargs)
 
     call.__name__ = name
@@ -147,10 +147,10 @@ for _name in (
     *("mean", "sum", "tanh", "relu", "sigmoid", "softmax", "exp", "sin", "cos", "square"),
     *("to", "float", "clone", "expand_as", "type_as"),
 ):
-    setattr(_Traced, _name, _method(_name))
+    setattr(Traced, _name, _method(_name))
 
 
-class Dual(_Traced):
+class Dual(Traced):
     """A primal `[B, ...]` and its K tangents.
 
     Attributes:
@@ -209,7 +209,7 @@ class Dual(_Traced):
         flat = self.joined()
         if self.shift is not None:
             batch = self.primal_shape[0]
-            if _plain():
+            if plain():
                 flat = torch.cat([flat[:batch] + self.shift, flat[batch:]])
             elif torch.is_grad_enabled():
                 flat = _Shifted.apply(flat, self.shift, batch)  # type: ignore[no-untyped-call]
@@ -224,7 +224,7 @@ class Dual(_Traced):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         source = _beginning((*args, *(kwargs or {}).values()))
-        with contextlib.nullcontext() if source is None else _redrawing(source):
+        with contextlib.nullcontext() if source is None else redrawing(source):
             return super().__torch_function__(func, types, args, kwargs)
 
     def begins(self) -> bool:
@@ -302,11 +302,11 @@ class Seed(Dual):
         """As `_stacked`."""
         if self._made is None:
             source, primal, place = self.source, self.primal, (self.low, self.width)
-            self._made = z = _stacked(source, primal, *place)
-            if torch.is_grad_enabled() and not _plain():
+            self._made = z = stacked(source, primal, *place)
+            if torch.is_grad_enabled() and not plain():
                 storage = StorageWeakRef(z.untyped_storage())  # type: ignore[no-untyped-call]
                 own = replace(source, stacks={})
-                stack = _Stack(storage, z.dtype, z._version, own, primal.detach(), *place)
+                stack = Stack(storage, z.dtype, z._version, own, primal.detach(), *place)
                 source.stacks[storage.cdata] = stack
         return self._made
 
@@ -319,7 +319,7 @@ class Seed(Dual):
         return (self.made(),) if self.source.dtype is None else (self.primal, self.made())
 
     def begins(self) -> bool:
-        return torch.is_grad_enabled() and not _plain()
+        return torch.is_grad_enabled() and not plain()
 
     def stack(self) -> Tensor:
         return self.joined()
@@ -352,7 +352,7 @@ class _Shifted(torch.autograd.Function):
         return g, g[: ctx.batch].sum_to_size(ctx.shape), None
 
 
-def _same(h: Dual, function: Callable[[Tensor], Any]) -> Any:
+def same(h: Dual, function: Callable[[Tensor], Any]) -> Any:
     """A function that is linear in each sample by itself."""
     outs = [function(z) for z in h.pieces()]
     if isinstance(outs[0], Tensor):
@@ -360,6 +360,6 @@ def _same(h: Dual, function: Callable[[Tensor], Any]) -> Any:
     return type(outs[0])(h.like(*own) for own in zip(*outs, strict=True))
 
 
-def _broadcast(h: _Traced, other: Tensor) -> torch.Size:
+def broadcast(h: Traced, other: Tensor) -> torch.Size:
     shape: torch.Size = torch.broadcast_shapes(h.shape, other.shape)  # type: ignore[no-untyped-call]
     return shape

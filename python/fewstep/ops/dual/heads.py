@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.engine import Dual, Seed, UnsupportedError
-from fewstep.ops.dual.source import Source, _kept, _plain
+from fewstep.ops.dual.source import Source, kept_or_computed, plain
 
 
 class _Head(torch.autograd.Function):
@@ -83,7 +83,7 @@ def probe_products(
             *(source.backend, tangents, source.key, source.ids, source.count, source.kind)
         )
     flat = out.joined()
-    if torch.is_grad_enabled() and flat.requires_grad and not _plain():
+    if torch.is_grad_enabled() and flat.requires_grad and not plain():
         return _Head.apply(flat, out.shift, source)  # type: ignore[no-any-return,no-untyped-call]
     return _head(flat, out.shift, source)
 
@@ -93,7 +93,7 @@ def _fixed_head(out: Dual, x: Tensor) -> tuple[Tensor, Tensor]:
     source, weight, cache = out.source, out.pending, out.source.cache
     assert weight is not None
     assert cache is not None
-    kept = _kept(cache, "last", (weight,), lambda: source.draw(x).flatten(0, 1) @ weight)
+    kept = kept_or_computed(cache, "last", (weight,), lambda: source.draw(x).flatten(0, 1) @ weight)
     batch = x.shape[0]
     velocity = F.linear(out.flat[:batch], weight, out.shift)
     dots = torch.linalg.vecdot(kept, out.flat[batch:])

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual import dispatch
-from fewstep.ops.dual.engine import Rule, UnsupportedError, _Traced
-from fewstep.ops.dual.source import Source, _kept
+from fewstep.ops.dual.engine import Rule, Traced, UnsupportedError
+from fewstep.ops.dual.source import Source, kept_or_computed
 from fewstep.reference import dual as reference
 
 MOST_PROBES = 64  # a tile of 8 samples and their tangents must stay in cache
@@ -64,7 +64,7 @@ class Program:
 RECORDED: dict[Any, Rule] = {}
 
 
-class Recorded(_Traced):
+class Recorded(Traced):
     """What a forward sees in place of x: see the module.
 
     Attributes:
@@ -300,8 +300,12 @@ def probe_products(program: Program, source: Source) -> tuple[Tensor, Tensor]:
         first = last = None
         if source.cache is not None:
             part, end = program.outer[0], program.weights[-1]
-            first = _kept(source.cache, "first", (part,), lambda: _drawn(program, source) @ part.T)
-            last = _kept(source.cache, "last", (end,), lambda: _drawn(program, source) @ end)
+            first = kept_or_computed(
+                source.cache, "first", (part,), lambda: _drawn(program, source) @ part.T
+            )
+            last = kept_or_computed(
+                source.cache, "last", (end,), lambda: _drawn(program, source) @ end
+            )
         velocity, dots, *_ = _run(program, source, first, last, keep=False)
     return velocity.view(program.shape), dots
 
@@ -311,7 +315,7 @@ def trace(program: Program, cache: dict[Any, Tensor] | None) -> tuple[Tensor, Te
     core = None
     if cache is not None:
         a, b, c = program.outer
-        core = _kept(cache, "structural", (a, b, c), lambda: (a @ c) * b.T)
+        core = kept_or_computed(cache, "structural", (a, b, c), lambda: (a @ c) * b.T)
     with torch._C._AutoDispatchBelowAutograd():
         velocity, value = torch.ops.fewstep.mlp_trace.default(*program.arguments(), core)
     return velocity.view(program.shape), value

@@ -51,7 +51,7 @@ class Source:
     cache: dict[Any, Tensor] | None = None
     dtype: torch.dtype | None = None
     copies: dict[Any, Tensor] | None = None
-    stacks: dict[int, _Stack] = field(default_factory=dict)
+    stacks: dict[int, Stack] = field(default_factory=dict)
 
     def draw(self, x: Tensor) -> Tensor:
         """The tangents of x `[B, ...]`: `[K, B, ...]`."""
@@ -72,7 +72,7 @@ class Source:
 
     def copy(self, other: Tensor) -> Tensor:
         """What tangents multiply with, in their dtype."""
-        return _kept(self.copies, "copy", (other,), lambda: self.lower(other))
+        return kept_or_computed(self.copies, "copy", (other,), lambda: self.lower(other))
 
     def product(
         self, function: Callable[[Tensor, Tensor], Tensor], z: Tensor, other: Tensor
@@ -93,7 +93,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class _Stack:
+class Stack:
     """What `[x; tangents]` is made of.
 
     Attributes:
@@ -112,10 +112,10 @@ class _Stack:
 
     @torch.no_grad()
     def make(self, primal: Tensor) -> Tensor:
-        return _stacked(self.source, primal, self.low, self.width)
+        return stacked(self.source, primal, self.low, self.width)
 
 
-def _stacked(source: Source, primal: Tensor, low: int, width: int) -> Tensor:
+def stacked(source: Source, primal: Tensor, low: int, width: int) -> Tensor:
     """`[(K + 1) B, ...]`, or `[K B, ...]` of tangents apart; they are 0 outside x's columns."""
     tangents = source.draw(primal[..., low : low + width])
     right = primal.shape[-1] - low - width
@@ -165,7 +165,7 @@ def _remaking(origin: Callable[[Tensor], tuple[Tensor, Remake] | None]) -> Itera
         yield
 
 
-def _redrawing(source: Source) -> contextlib.AbstractContextManager[None]:
+def redrawing(source: Source) -> contextlib.AbstractContextManager[None]:
     """Keeps x and how to draw, wherever it would be the stack."""
 
     def origin(z: Tensor) -> tuple[Tensor, Remake] | None:
@@ -179,7 +179,7 @@ def _redrawing(source: Source) -> contextlib.AbstractContextManager[None]:
 
 def _widened(low: Tensor, wide: Tensor) -> contextlib.AbstractContextManager[None]:
     """Keeps tangents of bfloat16 wherever it would be their float32 copy."""
-    if _plain() or not torch.is_grad_enabled():
+    if plain() or not torch.is_grad_enabled():
         return contextlib.nullcontext()
     own, version, dtype = wide.untyped_storage()._cdata, wide._version, wide.dtype
 
@@ -191,12 +191,12 @@ def _widened(low: Tensor, wide: Tensor) -> contextlib.AbstractContextManager[Non
     return _remaking(origin)
 
 
-def _plain() -> bool:
+def plain() -> bool:
     """Whether to use torch's own derivatives: compilers and transforms plan what they keep."""
     return torch.compiler.is_compiling() or is_transformed()
 
 
-def _kept(
+def kept_or_computed(
     cache: dict[Any, Tensor] | None,
     name: str,
     weights: Sequence[Tensor],

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual import dispatch
-from fewstep.ops.dual.dispatch import _kernel_shift
-from fewstep.ops.dual.engine import R, Rule, UnsupportedError, _broadcast, _Traced
-from fewstep.ops.dual.source import _kept
+from fewstep.ops.dual.dispatch import kernel_shift
+from fewstep.ops.dual.engine import R, Rule, Traced, UnsupportedError, broadcast
+from fewstep.ops.dual.source import kept_or_computed
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Factors:
     diagonals: list[Tensor] = field(default_factory=list)
 
 
-class Chain(_Traced):
+class Chain(Traced):
     """A primal whose Jacobian is kept as its factors: weights, and diagonals of derivatives.
 
     Attributes:
@@ -104,7 +104,7 @@ def _chain_linear(h: Any, weight: Tensor, bias: Tensor | None = None) -> Chain:
 def _chain_activation(kind: str, h: Chain, beta: float = 1.0, threshold: float = 20.0) -> Chain:
     if not h.complete() or h.factors is None:
         raise UnsupportedError("not a chain of linear layers with activations between them")
-    shift, inner = _kernel_shift(h.shift, h.primal_shape)
+    shift, inner = kernel_shift(h.shift, h.primal_shape)
     ones = h.primal.new_ones((1, h.primal_shape[1]))
     both = dispatch.activate(
         h.backend, h.primal, ones, shift, 1, kind, beta, threshold, inner
@@ -148,7 +148,7 @@ def _chain_add(a: Any, b: Any) -> Chain:
     h, other = (a, b) if isinstance(a, Chain) else (b, a)
     if isinstance(other, Chain) or h.factors is None:
         raise UnsupportedError("not a chain: a sum of two branches")
-    if isinstance(other, Tensor) and _broadcast(h, other) != h.shape:
+    if isinstance(other, Tensor) and broadcast(h, other) != h.shape:
         raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
     if not isinstance(other, Tensor):
         other = torch.full((), other, dtype=h.dtype, device=h.device)
@@ -164,7 +164,7 @@ def _chain_mul(a: Any, b: Any) -> Chain:
         raise UnsupportedError(
             "not a chain: a gate that depends on x, or is outside the hidden layers"
         )
-    if isinstance(other, Tensor) and _broadcast(h, other) != h.shape:
+    if isinstance(other, Tensor) and broadcast(h, other) != h.shape:
         raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
     *before, last = h.factors.diagonals
     primal = h.primal if h.shift is None else h.primal + h.shift
@@ -246,7 +246,7 @@ def structural(
             return (weights[0] * weights[1].T).sum(1)
         return (weights[0] @ weights[2]) * weights[1].T  # [H1, H2]
 
-    middle = _kept(cache, "structural", weights, core)
+    middle = kept_or_computed(cache, "structural", weights, core)
     if len(weights) == 1:
         value = middle.expand(x.shape[0])
     elif len(weights) == 2:

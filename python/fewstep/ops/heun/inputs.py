@@ -59,7 +59,7 @@ def check_nodes(who: str, times: Tensor | Sequence[float], x: Tensor) -> Tensor:
     return nodes if nodes.ndim == 2 else nodes[None]
 
 
-def _vector(name: str, value: float | Tensor, x: Tensor) -> Tensor:
+def as_vector(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """float64 `[1 or B]`"""
     own = torch.as_tensor(value, dtype=torch.float64, device=x.device)
     if own.ndim == 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
-from fewstep.ops.heun.inputs import _vector, check_log_density, check_nodes, check_state, pick
+from fewstep.ops.heun.inputs import as_vector, check_log_density, check_nodes, check_state, pick
 from fewstep.ops.trace.estimator import Solver
 from fewstep.ops.trace.inputs import Options, check, check_ids, make_keys
 
@@ -69,7 +69,7 @@ def heun_step(
     >>> fewstep.heun_step(lambda x, t: -x, x, 0.0, 0.1)[0, 0].item()  # 1 - 0.1 + 0.01 / 2
     0.9049999713897705
     """
-    start, step = (_vector(name, value, x) for name, value in (("t", t), ("dt", dt)))
+    start, step = (as_vector(name, value, x) for name, value in (("t", t), ("dt", dt)))
     start, step = torch.broadcast_tensors(start, step)  # type: ignore[no-untyped-call]
     times = torch.stack((start, start + step), 1)
     times = times[0] if len(times) == 1 else times

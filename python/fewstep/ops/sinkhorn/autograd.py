@@ -14,21 +14,21 @@ from torch import Tensor
 
 from fewstep._torch import is_dual, is_transformed
 from fewstep.ops.sinkhorn import dispatch, implicit
-from fewstep.ops.sinkhorn.compiled import _compiled_product, _compiled_value, _scalars
+from fewstep.ops.sinkhorn.compiled import compiled_product, compiled_value, scalars
 from fewstep.ops.sinkhorn.function import (
-    _FIELDS,
-    _Batched,
-    _call,
-    _completed,
-    _Grads,
-    _InJvp,
-    _inner,
-    _Once,
-    _placed,
-    _Refuse,
-    _save,
-    _scaled,
-    _transpose,
+    FIELDS,
+    Batched,
+    Grads,
+    InJvp,
+    Once,
+    Refuse,
+    call,
+    completed,
+    inner,
+    placed,
+    save,
+    scaled,
+    transpose,
 )
 from fewstep.ops.sinkhorn.problem import (
     VARIABLES,
@@ -71,7 +71,7 @@ def solve(
     if transformed:
         p = _problem(fixed, a.detach(), b.detach(), f0, g0, eps)
         bare = replace(schedule, start=None, temperatures=None)
-        out = _call(_Solve, schedule.start, *p, schedule.temperatures, c, bare)
+        out = call(_Solve, schedule.start, *p, schedule.temperatures, c, bare)
         grads: tuple[Tensor | None, Tensor | None] = (None, None)
     else:
         need = (points.x.requires_grad, points.y.requires_grad and not c.symmetric)
@@ -151,9 +151,9 @@ def differentiable_value(
         problem = problem._replace(y=problem.x.detach(), b=problem.a.detach())
     out: Tensor
     if torch.compiler.is_compiling():
-        out = _compiled_value(value, *grads, *problem, *_scalars(constants))
+        out = compiled_value(value, *grads, *problem, *scalars(constants))
     else:
-        out = _call(_Value, value, *grads, *problem, constants)
+        out = call(_Value, value, *grads, *problem, constants)
     return out
 
 
@@ -163,7 +163,7 @@ def potentials(problem: Problem, constants: Constants) -> tuple[Tensor, Tensor]:
     Where both marginals are fixed the pair is shifted so that `<a, f> = <b, g>` for every problem,
     which makes it a function of the problem. Second derivatives raise NotImplementedError.
     """
-    f, g = _call(_Potentials, *problem, constants)
+    f, g = call(_Potentials, *problem, constants)
     if constants.balanced:
         p = problem
         excess = total(p.a * f, p.segment_x) - total(p.b * g, p.segment_y)
@@ -177,19 +177,19 @@ def product(v: Tensor, problem: Problem, constants: Constants) -> Tensor:
     """`sum_j b_j e_ij v_j`, `[B, N, K]`, differentiable without limit in v and in nothing else."""
     out: Tensor
     if torch.compiler.is_compiling():
-        out = _compiled_product(v, *problem, *_scalars(constants))
+        out = compiled_product(v, *problem, *scalars(constants))
     else:
-        out = _call(_Product, v, *problem, constants)
+        out = call(_Product, v, *problem, constants)
     return out
 
 
 def product_through_plan(v: Tensor, problem: Problem, constants: Constants) -> Tensor:
     """The same, differentiable once in x, y, b, f, g, matrix and v."""
-    out: Tensor = _call(_ProductThroughPlan, v, *problem, constants)
+    out: Tensor = call(_ProductThroughPlan, v, *problem, constants)
     return out
 
 
-class _Solve(_Batched):
+class _Solve(Batched):
     """`raw.solve`, without derivatives; f and g of the Problem are where it starts."""
 
     lead = 1
@@ -207,7 +207,7 @@ class _Solve(_Batched):
         ctx.mark_non_differentiable(*output)
 
 
-class _Value(_Batched):
+class _Value(Batched):
     """Identity on the value that knows the value's gradient."""
 
     lead = 3
@@ -219,32 +219,32 @@ class _Value(_Batched):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *tensors, ctx.constants = inputs
-        _save(ctx, tensors)
+        save(ctx, tensors)
 
     @staticmethod
-    def backward(ctx: Any, w: Tensor | None) -> _Grads:
+    def backward(ctx: Any, w: Tensor | None) -> Grads:
         need = ctx.needs_input_grad[3 : 3 + VARIABLES]
         if w is None or not any(need):
-            return (None,) * (_FIELDS + 4)
+            return (None,) * (FIELDS + 4)
         p, c = Problem._make(ctx.saved_tensors[2:]), ctx.constants
         # What is known already has no derivative of its own.
         known = () if torch.is_grad_enabled() else ctx.saved_tensors[:2]
-        grads = _completed(known, need, lambda unknown: _call(_Gradient, *p, c, unknown))
-        parts = _placed(_scaled(w, grads, p, need), need)
-        return None, None, None, *parts, *(None,) * (_FIELDS - VARIABLES + 1)
+        grads = completed(known, need, lambda unknown: call(_Gradient, *p, c, unknown))
+        parts = placed(scaled(w, grads, p, need), need)
+        return None, None, None, *parts, *(None,) * (FIELDS - VARIABLES + 1)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        with _InJvp() as here:
+        with InJvp() as here:
             p = Problem._make(here.primals(ctx.saved_tensors[2:]))
             u = here.primals(tangents[3 : 3 + VARIABLES])
             need = tuple(t is not None for t in u)
             if not any(need):
                 return torch.zeros_like(p.eps)
-            return _inner(_call(_Gradient, *p, ctx.constants, need), u, p)
+            return inner(call(_Gradient, *p, ctx.constants, need), u, p)
 
 
-class _Gradient(_Batched):
+class _Gradient(Batched):
     """The envelope gradient, whose derivative is the Hessian."""
 
     @staticmethod
@@ -255,31 +255,31 @@ class _Gradient(_Batched):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         *tensors, ctx.constants, ctx.need = inputs
-        _save(ctx, tensors)
+        save(ctx, tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> _Grads:
+    def backward(ctx: Any, *grads: Any) -> Grads:
         need = ctx.needs_input_grad[:VARIABLES]
         if not any(need) or all(g is None for g in grads):
-            return (None,) * (_FIELDS + 2)
-        u = _placed(grads, ctx.need)
+            return (None,) * (FIELDS + 2)
+        u = placed(grads, ctx.need)
         parts = _hessian_product(u, Problem._make(ctx.saved_tensors), ctx.constants, need)
-        return *_placed(parts, need), *(None,) * (_FIELDS - VARIABLES + 2)
+        return *placed(parts, need), *(None,) * (FIELDS - VARIABLES + 2)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
-        with _InJvp() as here:
+        with InJvp() as here:
             p = Problem._make(here.primals(ctx.saved_tensors))
             return _hessian_product(here.primals(tangents[:VARIABLES]), p, ctx.constants, ctx.need)
 
 
 def _hessian_product(u: Any, p: Problem, c: Constants, need: Flags) -> Tensors:
-    variables = [t if t is None else _call(_Refuse, t) for t in p[:VARIABLES]]
-    out: Tensors = _call(_Hessian, *u, *variables, *p[VARIABLES:], c, need)
+    variables = [t if t is None else call(Refuse, t) for t in p[:VARIABLES]]
+    out: Tensors = call(_Hessian, *u, *variables, *p[VARIABLES:], c, need)
     return out
 
 
-class _Hessian(_Batched):
+class _Hessian(Batched):
     """A Hessian-vector product, differentiable for the vector, in which it is linear."""
 
     lead = VARIABLES
@@ -293,59 +293,59 @@ class _Hessian(_Batched):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         *tensors, ctx.constants, ctx.need = inputs
-        _save(ctx, tensors[VARIABLES:])
+        save(ctx, tensors[VARIABLES:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> _Grads:
+    def backward(ctx: Any, *grads: Any) -> Grads:
         # The variables get no gradient, and through `_Refuse` an error if one was asked for.
         need = ctx.needs_input_grad[:VARIABLES]
         if not any(need) or all(g is None for g in grads):
-            return (None,) * (VARIABLES + _FIELDS + 2)
-        u = _placed(grads, ctx.need)
+            return (None,) * (VARIABLES + FIELDS + 2)
+        u = placed(grads, ctx.need)
         parts = _hessian_product(u, Problem._make(ctx.saved_tensors), ctx.constants, need)
-        return *_placed(parts, need), *(None,) * (_FIELDS + 2)
+        return *placed(parts, need), *(None,) * (FIELDS + 2)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
-        with _InJvp() as here:
+        with InJvp() as here:
             p = Problem._make(here.primals(ctx.saved_tensors))
             return _hessian_product(here.primals(tangents[:VARIABLES]), p, ctx.constants, ctx.need)
 
 
-class _Potentials(_Batched):
+class _Potentials(Batched):
     """Identity on (f, g) that knows how they depend on the problem."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        p = Problem._make(args[:_FIELDS])
+        p = Problem._make(args[:FIELDS])
         return p.f.clone(), p.g.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         *tensors, ctx.constants = inputs
-        _save(ctx, tensors)
+        save(ctx, tensors)
 
     @staticmethod
-    def backward(ctx: Any, uf: Tensor | None, ug: Tensor | None) -> _Grads:
+    def backward(ctx: Any, uf: Tensor | None, ug: Tensor | None) -> Grads:
         need = ctx.needs_input_grad[:VARIABLES]
         if not any(need) or (uf is None and ug is None):
-            return (None,) * (_FIELDS + 1)
+            return (None,) * (FIELDS + 1)
         p = Problem._make(ctx.saved_tensors)
         uf = torch.zeros_like(p.f) if uf is None else uf
         ug = torch.zeros_like(p.g) if ug is None else ug
-        parts = _call(_PotentialsAdjoint, uf, ug, *p, ctx.constants, need)
-        return *_placed(parts, need), *(None,) * (_FIELDS - VARIABLES + 1)
+        parts = call(_PotentialsAdjoint, uf, ug, *p, ctx.constants, need)
+        return *placed(parts, need), *(None,) * (FIELDS - VARIABLES + 1)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
-        with _InJvp() as here:
+        with InJvp() as here:
             p = Problem._make(here.primals(ctx.saved_tensors))
             u = here.primals(tangents[:VARIABLES])
-            out: Tensors = _call(_PotentialsTangent, *u, *p, ctx.constants)
+            out: Tensors = call(_PotentialsTangent, *u, *p, ctx.constants)
             return out
 
 
-class _PotentialsAdjoint(_Once):
+class _PotentialsAdjoint(Once):
     lead = 2
 
     @staticmethod
@@ -354,7 +354,7 @@ class _PotentialsAdjoint(_Once):
         return implicit.potentials_adjoint(uf, ug, Problem._make(tensors), constants, need)
 
 
-class _PotentialsTangent(_Once):
+class _PotentialsTangent(Once):
     lead = VARIABLES
 
     @staticmethod
@@ -366,10 +366,10 @@ class _PotentialsTangent(_Once):
 
 def _weighted(u: Tensor, p: Problem, c: Constants) -> Tensor:
     """`b_j sum_i e_ij u_i`, the transpose of `product`."""
-    return p.b[..., None] * product(u, *_transpose(p, c))
+    return p.b[..., None] * product(u, *transpose(p, c))
 
 
-class _Product(_Batched):
+class _Product(Batched):
     lead = 1
 
     @staticmethod
@@ -381,59 +381,59 @@ class _Product(_Batched):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *tensors, ctx.constants = inputs
-        _save(ctx, tensors)
+        save(ctx, tensors)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor | None) -> _Grads:
+    def backward(ctx: Any, u: Tensor | None) -> Grads:
         p = Problem._make(ctx.saved_tensors)
         out = None if u is None else _weighted(u, p, ctx.constants)
-        return out, *(None,) * (_FIELDS + 1)
+        return out, *(None,) * (FIELDS + 1)
 
     @staticmethod
     def jvp(ctx: Any, dv: Tensor, *tangents: Any) -> Tensor:
-        with _InJvp() as here:
+        with InJvp() as here:
             p = Problem._make(here.primals(ctx.saved_tensors))
             (u,) = here.primals([dv])
             assert u is not None
             return product(u, p, ctx.constants)
 
 
-class _ProductThroughPlan(_Batched):
+class _ProductThroughPlan(Batched):
     lead = 1
     forward = _Product.forward
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.constants = inputs
-        _save(ctx, tensors)
+        save(ctx, tensors)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor | None) -> _Grads:
+    def backward(ctx: Any, u: Tensor | None) -> Grads:
         if u is None:
-            return (None,) * (_FIELDS + 2)
+            return (None,) * (FIELDS + 2)
         v, *tensors = ctx.saved_tensors
         p = Problem._make(tensors)
         need = ctx.needs_input_grad[1 : 1 + VARIABLES]
-        f, g, *parts = _call(_ConditionalPullback, u, v, *p, ctx.constants, need)
+        f, g, *parts = call(_ConditionalPullback, u, v, *p, ctx.constants, need)
         of_v = _weighted(u, p, ctx.constants) if ctx.needs_input_grad[0] else None
-        return of_v, *_placed(parts, need), f, g, *(None,) * (_FIELDS - VARIABLES - 1)
+        return of_v, *placed(parts, need), f, g, *(None,) * (FIELDS - VARIABLES - 1)
 
     @staticmethod
     def jvp(ctx: Any, dv: Tensor | None, *tangents: Any) -> Tensor:
-        with _InJvp() as here:
+        with InJvp() as here:
             v, *tensors = here.primals(ctx.saved_tensors)
             p = Problem._make(tensors)
-            u = Problem._make(here.primals(tangents[:_FIELDS]))
+            u = Problem._make(here.primals(tangents[:FIELDS]))
             df = torch.zeros_like(p.f) if u.f is None else u.f
             dg = torch.zeros_like(p.g) if u.g is None else u.g
             directions = (u.x, u.y, None, u.b, u.matrix)
-            out: Tensor = _call(_ConditionalTangent, *directions, df, dg, v, *p, ctx.constants)
+            out: Tensor = call(_ConditionalTangent, *directions, df, dg, v, *p, ctx.constants)
             if dv is not None:
                 out = out + product(dv, p, ctx.constants)
             return out
 
 
-class _ConditionalPullback(_Once):
+class _ConditionalPullback(Once):
     lead = 2
 
     @staticmethod
@@ -442,7 +442,7 @@ class _ConditionalPullback(_Once):
         return implicit.conditional_pullback(u, v, Problem._make(tensors), constants, need)
 
 
-class _ConditionalTangent(_Once):
+class _ConditionalTangent(Once):
     lead = VARIABLES + 3
 
     @staticmethod

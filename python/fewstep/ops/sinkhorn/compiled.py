@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.sinkhorn import implicit
-from fewstep.ops.sinkhorn.function import _FIELDS, _completed, _Grads, _placed, _scaled, _transpose
+from fewstep.ops.sinkhorn.function import FIELDS, Grads, completed, placed, scaled, transpose
 from fewstep.ops.sinkhorn.problem import VARIABLES, Constants, Problem
 from fewstep.ops.sinkhorn.problem import product as plan_product
 
@@ -26,30 +26,30 @@ _SCHEMA = (
     mutates_args=(),
     schema=f"(Tensor value, Tensor? grad_x, Tensor? grad_y, {_SCHEMA}) -> Tensor",
 )
-def _compiled_value(value: Tensor, *args: Any) -> Tensor:
+def compiled_value(value: Tensor, *args: Any) -> Tensor:
     return value.clone()
 
 
 @torch.library.custom_op(
     "fewstep::sinkhorn_product", mutates_args=(), schema=f"(Tensor v, {_SCHEMA}) -> Tensor"
 )
-def _compiled_product(v: Tensor, *args: Any) -> Tensor:
-    p = Problem._make(args[:_FIELDS])
-    return plan_product(p, Constants(*args[_FIELDS:]), v, p.b)
+def compiled_product(v: Tensor, *args: Any) -> Tensor:
+    p = Problem._make(args[:FIELDS])
+    return plan_product(p, Constants(*args[FIELDS:]), v, p.b)
 
 
-@_compiled_value.register_fake
+@compiled_value.register_fake
 def _(value: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(value)
 
 
-@_compiled_product.register_fake
+@compiled_product.register_fake
 def _(v: Tensor, *args: Any) -> Tensor:
-    f = Problem._make(args[:_FIELDS]).f
+    f = Problem._make(args[:FIELDS]).f
     return v.new_empty((*f.shape, v.shape[-1]))
 
 
-def _scalars(c: Constants) -> tuple[Any, ...]:
+def scalars(c: Constants) -> tuple[Any, ...]:
     if c.formula is not None:
         raise NotImplementedError("sinkhorn: a cost function cannot be compiled")
     return c[:-1]
@@ -57,34 +57,34 @@ def _scalars(c: Constants) -> tuple[Any, ...]:
 
 def _compiled_value_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *args = inputs
-    ctx.save_for_backward(*args[: 2 + _FIELDS])
-    ctx.constants = Constants(*args[2 + _FIELDS :])
+    ctx.save_for_backward(*args[: 2 + FIELDS])
+    ctx.constants = Constants(*args[2 + FIELDS :])
 
 
-def _compiled_value_backward(ctx: Any, w: Tensor) -> _Grads:
+def _compiled_value_backward(ctx: Any, w: Tensor) -> Grads:
     need = ctx.needs_input_grad[3 : 3 + VARIABLES]
     known, p, c = ctx.saved_tensors[:2], Problem._make(ctx.saved_tensors[2:]), ctx.constants
-    grads = _completed(known, need, lambda unknown: implicit.gradient(p, c, unknown))
-    rest = _FIELDS - VARIABLES + len(_scalars(c))
-    return None, None, None, *_placed(_scaled(w, grads, p, need), need), *(None,) * rest
+    grads = completed(known, need, lambda unknown: implicit.gradient(p, c, unknown))
+    rest = FIELDS - VARIABLES + len(scalars(c))
+    return None, None, None, *placed(scaled(w, grads, p, need), need), *(None,) * rest
 
 
 def _compiled_product_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *args = inputs
-    ctx.save_for_backward(*args[:_FIELDS])
-    ctx.constants = Constants(*args[_FIELDS:])
+    ctx.save_for_backward(*args[:FIELDS])
+    ctx.constants = Constants(*args[FIELDS:])
 
 
-def _compiled_product_backward(ctx: Any, u: Tensor) -> _Grads:
+def _compiled_product_backward(ctx: Any, u: Tensor) -> Grads:
     p, c = Problem._make(ctx.saved_tensors), ctx.constants
-    q, d = _transpose(p, c)
-    out = p.b[..., None] * _compiled_product(u, *q, *_scalars(d))
-    return out, *(None,) * (_FIELDS + len(_scalars(c)))
+    q, d = transpose(p, c)
+    out = p.b[..., None] * compiled_product(u, *q, *scalars(d))
+    return out, *(None,) * (FIELDS + len(scalars(c)))
 
 
-_compiled_value.register_autograd(_compiled_value_backward, setup_context=_compiled_value_setup)
+compiled_value.register_autograd(_compiled_value_backward, setup_context=_compiled_value_setup)
 
 
-_compiled_product.register_autograd(
+compiled_product.register_autograd(
     _compiled_product_backward, setup_context=_compiled_product_setup
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fewstep._torch import _unpack, is_transformed
+from fewstep._torch import is_transformed, unpack_dual
 from fewstep.ops.sinkhorn.problem import (
     VARIABLES,
     Constants,
@@ -22,15 +22,15 @@ from fewstep.ops.sinkhorn.problem import (
 )
 
 
-def _call(function: Any, *args: Any) -> Any:
+def call(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
-_FIELDS = len(Problem._fields)
-_Grads = tuple[Tensor | None, ...]
+FIELDS = len(Problem._fields)
+Grads = tuple[Tensor | None, ...]
 
 
-class _Batched(torch.autograd.Function):
+class Batched(torch.autograd.Function):
     """A Function of `lead` tensors and a Problem, whose vmap is a larger batch."""
 
     lead = 0
@@ -71,19 +71,19 @@ class _Batched(torch.autograd.Function):
                 folded[i] = join(mapped(t, dim), mapped(args[k], in_dims[k]).shape[2])
             else:
                 folded[i] = fold(mapped(t, dim))
-        out = _call(cls, *folded)
+        out = call(cls, *folded)
         if isinstance(out, Tensor):
             return unfold(out), 0
         return tuple(unfold(t) for t in out), (0,) * len(out)
 
 
-def _save(ctx: Any, tensors: Any) -> None:
+def save(ctx: Any, tensors: Any) -> None:
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
 
 
-class _InJvp:
+class InJvp:
     """Inside a jvp: saved tensors and tangents without the tangents of this level.
 
     torch turns forward mode off inside a Function's jvp, for outer levels of functorch too, which
@@ -94,7 +94,7 @@ class _InJvp:
         self._nested = is_transformed()
         self._enabled = forward_ad._set_fwd_grad_enabled(self._nested)
 
-    def __enter__(self) -> _InJvp:
+    def __enter__(self) -> InJvp:
         self._enabled.__enter__()
         return self
 
@@ -104,16 +104,16 @@ class _InJvp:
     def primals(self, tensors: Any) -> list[Tensor | None]:
         if not self._nested:
             return list(tensors)
-        return [t if t is None else _unpack(t).primal for t in tensors]
+        return [t if t is None else unpack_dual(t).primal for t in tensors]
 
 
-def _placed(parts: Any, need: Flags) -> _Grads:
+def placed(parts: Any, need: Flags) -> Grads:
     """The parts that were needed, each in its place among the variables."""
     it = iter(parts)
     return tuple(next(it) if needed else None for needed in need)
 
 
-def _completed(known: Any, need: Flags, compute: Callable[[Flags], Tensors]) -> Tensors:
+def completed(known: Any, need: Flags, compute: Callable[[Flags], Tensors]) -> Tensors:
     """The needed gradients, of which the first may be known."""
     have = (*known, *[None] * (VARIABLES - len(known)))
     unknown = tuple(n and k is None for n, k in zip(need, have, strict=True))
@@ -121,7 +121,7 @@ def _completed(known: Any, need: Flags, compute: Callable[[Flags], Tensors]) -> 
     return tuple(next(it) if k is None else k for n, k in zip(need, have, strict=True) if n)
 
 
-def _scaled(w: Tensor, parts: Tensors, p: Problem, need: Flags) -> Tensors:
+def scaled(w: Tensor, parts: Tensors, p: Problem, need: Flags) -> Tensors:
     """`w [B]` times per-point parts of the variables that were needed."""
     out = []
     for part, k in zip(parts, (k for k in range(VARIABLES) if need[k]), strict=True):
@@ -130,7 +130,7 @@ def _scaled(w: Tensor, parts: Tensors, p: Problem, need: Flags) -> Tensors:
     return tuple(out)
 
 
-def _inner(parts: Tensors, tangents: Any, p: Problem) -> Tensor:
+def inner(parts: Tensors, tangents: Any, p: Problem) -> Tensor:
     """Inner products of gradients and directions, summed for every problem, `[B]`."""
     it = iter(parts)
     terms = [
@@ -141,7 +141,7 @@ def _inner(parts: Tensors, tangents: Any, p: Problem) -> Tensor:
     return torch.stack(terms).sum(0)
 
 
-class _Refuse(torch.autograd.Function):
+class Refuse(torch.autograd.Function):
     """Identity without a derivative: an error where one is asked for, not zeros."""
 
     @staticmethod
@@ -162,10 +162,10 @@ class _Refuse(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor) -> tuple[Tensor, int | None]:
-        return _call(_Refuse, x), in_dims[0]
+        return call(Refuse, x), in_dims[0]
 
 
-class _Once(_Batched):
+class Once(Batched):
     """A derivative that has no derivative."""
 
     @staticmethod
@@ -180,10 +180,10 @@ class _Once(_Batched):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Once.backward(ctx)
+        return Once.backward(ctx)
 
 
-def _transpose(p: Problem, c: Constants) -> tuple[Problem, Constants]:
+def transpose(p: Problem, c: Constants) -> tuple[Problem, Constants]:
     """With which `product` is `sum_i e_ij u_i`, and 0 for y_j without weight.
 
     For two points without weight e may overflow.

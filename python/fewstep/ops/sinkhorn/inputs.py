@@ -42,7 +42,7 @@ _HALF = (torch.bfloat16, torch.float16)
 _MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
-def _points(
+def canonical_points(
     x: Tensor | None,
     y: Tensor | None,
     cost: str | Callable[[Any, Any], Any],
@@ -164,7 +164,7 @@ def _segments(
     return cu_x, cu_y
 
 
-def _labelled(
+def labelled(
     points: Points,
     batch: tuple[int, ...],
     labels: tuple[Tensor, Tensor] | None,
@@ -204,7 +204,7 @@ def _labelled(
     return replace(points, labels=(lx, ly), label_cost=label_cost.to(dtype))
 
 
-def _penalties(
+def penalties(
     reach: float | tuple[float | None, float | None] | None, cost: str
 ) -> tuple[float | None, float | None]:
     pair = reach if isinstance(reach, tuple) else (reach, reach)
@@ -218,7 +218,7 @@ def _penalties(
     return rho[0], rho[1]
 
 
-def _annealed(
+def annealed(
     schedule: Schedule,
     anneal: float | Sequence[float] | Tensor | None,
     points: Points,
@@ -285,7 +285,7 @@ def _largest_cost(points: Points) -> Tensor:
     return out if p.label_cost is None else out + p.label_cost.detach().abs().max()
 
 
-def _weights(
+def canonical_weights(
     name: str,
     w: Tensor | None,
     batch: tuple[int, ...],
@@ -336,7 +336,7 @@ def _problem_of(cu: Tensor, count: int) -> Tensor:
     return torch.bucketize(torch.arange(count, device=cu.device), cu[1:], right=True)
 
 
-def _eps(
+def canonical_eps(
     eps: float | Sequence[float] | Tensor,
     lead: tuple[int, ...],
     like: Tensor,
@@ -370,7 +370,7 @@ def _eps(
     return e.expand((*lead, *temperatures)).reshape(-1), temperatures
 
 
-def _initial(
+def initial_potential(
     init: tuple[Tensor, Tensor],
     batch: tuple[int, ...],
     temperatures: tuple[int, ...],

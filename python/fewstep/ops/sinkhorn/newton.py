@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.sinkhorn.blocks import Block
-from fewstep.ops.sinkhorn.problem import Constants, Problem, _double, _product, transposed
+from fewstep.ops.sinkhorn.problem import Constants, Problem, double, marginal_product, transposed
 
 # Pairs up to which `e` is kept for all products with it.
 KEPT_PAIRS = 2**20
@@ -48,7 +48,7 @@ class System:
     def __init__(self, p: Problem, c: Constants, strict: bool) -> None:
         """`strict` where f and g matter and not only the plan, as in derivatives for a and b."""
         self.c, self.tolerance = c, _NEWTON_CG
-        error = self._linearise(_double(p))
+        error = self._linearise(double(p))
         if not bool((error <= START_BOUND).all()):
             raise ConvergenceError(
                 f"sinkhorn: an implicit derivative needs an L1 error of the marginals of at most"
@@ -98,14 +98,14 @@ class System:
     def rows(self, v: Tensor | None, weights: Tensor) -> Tensor:
         """`sum_j e_ij weights_j v_j`, with v = 1 where None."""
         if self.e is None:
-            return _product(self.p, self.c, v, weights)
+            return marginal_product(self.p, self.c, v, weights)
         v = weights if v is None else weights * v
         return (self.e @ v[..., None])[..., 0]
 
     def columns(self, v: Tensor | None, weights: Tensor) -> Tensor:
         """`sum_i e_ij weights_i v_i`."""
         if self.e is None:
-            return _product(*transposed(self.p, self.c), v, weights)
+            return marginal_product(*transposed(self.p, self.c), v, weights)
         v = weights if v is None else weights * v
         return (v[..., None, :] @ self.e)[..., 0, :]
 

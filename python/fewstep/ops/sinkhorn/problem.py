@@ -52,7 +52,7 @@ class Problem(NamedTuple):
     label_cost: Tensor | None = None  # [L, L']
 
 
-def _double(p: Problem) -> Problem:
+def double(p: Problem) -> Problem:
     return Problem._make(t.double() if t is not None and t.is_floating_point() else t for t in p)
 
 
@@ -80,7 +80,7 @@ def product(p: Problem, c: Constants, v: Tensor, weights: Tensor) -> Tensor:
     return dispatch.transport(c.backend, points_of(p, c), p.f, p.g, weights, p.eps, v)[0]
 
 
-def _product(p: Problem, c: Constants, v: Tensor | None, weights: Tensor) -> Tensor:
+def marginal_product(p: Problem, c: Constants, v: Tensor | None, weights: Tensor) -> Tensor:
     """The same for `v [B, M]`, or for v = 1."""
     if v is not None:
         return product(p, c, v[..., None], weights)[..., 0]

@@ -14,7 +14,7 @@ from fewstep.reference.sinkhorn import Points, Schedule
 
 
 @dataclass(frozen=True)
-class _Problem:
+class CanonicalProblem:
     """The inputs in canonical form, as `fewstep.reference.sinkhorn` has them."""
 
     points: Points
@@ -64,7 +64,7 @@ class SinkhornResult:
     residual: Tensor
     iterations: Tensor
     converged: Tensor
-    _problem: _Problem = field(repr=False)
+    _problem: CanonicalProblem = field(repr=False)
 
     def _potentials(self) -> tuple[Tensor, Tensor]:
         """f and g as the kernels have them, `[P, N]` and `[P, M]`."""

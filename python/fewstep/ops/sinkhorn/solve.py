@@ -14,16 +14,16 @@ from fewstep._torch import is_transformed
 from fewstep.ops.sinkhorn import autograd, dispatch
 from fewstep.ops.sinkhorn.inputs import (
     UPDATES,
-    _annealed,
-    _eps,
-    _initial,
-    _labelled,
-    _penalties,
-    _points,
-    _weights,
+    annealed,
+    canonical_eps,
+    canonical_points,
+    canonical_weights,
     checked_precision,
+    initial_potential,
+    labelled,
+    penalties,
 )
-from fewstep.ops.sinkhorn.result import SinkhornResult, _Problem
+from fewstep.ops.sinkhorn.result import CanonicalProblem, SinkhornResult
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 
@@ -159,15 +159,15 @@ def sinkhorn(
     device = next((t.device for t in (x, C) if isinstance(t, Tensor)), torch.device("cpu"))
     read = check_finite or device.type == "cpu"
     read = read and not torch.compiler.is_compiling() and not is_transformed()
-    points, batch, dtype = _points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
-    points = _labelled(points, batch, labels, label_cost, dtype, read)
+    points, batch, dtype = canonical_points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
+    points = labelled(points, batch, labels, label_cost, dtype, read)
     points = replace(points, precision=checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
-    e, temperatures = _eps(eps, lead, points.x, dtype, read)
-    rho = _penalties(reach, points.cost)
+    e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
+    rho = penalties(reach, points.cost)
     free = rho != (None, None)
-    weights = _weights("a", a, batch, points, dtype, read, free=free)
-    columns = _weights("b", b, batch, points, dtype, read, free=free)
+    weights = canonical_weights("a", a, batch, points, dtype, read, free=free)
+    columns = canonical_weights("b", b, batch, points, dtype, read, free=free)
     if max_iter < 1:
         raise ValueError(f"sinkhorn: max_iter must be at least 1, got {max_iter}")
     if tol is not None and not tol >= 0:
@@ -195,8 +195,12 @@ def sinkhorn(
         single=single,
         memory_limit=memory_limit,
     )
-    schedule = _annealed(schedule, anneal, points, e, read)
-    f0, g0 = (None, None) if init is None else _initial(init, batch, temperatures, points, dtype)
+    schedule = annealed(schedule, anneal, points, e, read)
+    f0, g0 = (
+        (None, None)
+        if init is None
+        else initial_potential(init, batch, temperatures, points, dtype)
+    )
     chosen = choose_backend(
         "sinkhorn",
         device.type,
@@ -211,7 +215,9 @@ def sinkhorn(
             bad = 0 if t is None else int((~torch.isfinite(t)).sum())
             if bad:
                 raise ValueError(f"sinkhorn: {name} must be finite, got {bad} NaN or inf values")
-    problem = _Problem(points, weights, columns, e, f0, g0, schedule, chosen, batch, temperatures)
+    problem = CanonicalProblem(
+        points, weights, columns, e, f0, g0, schedule, chosen, batch, temperatures
+    )
     f, g, *numbers = autograd.solve(chosen, points, weights, columns, e, f0, g0, schedule)
     f, g = (t.reshape(*problem.lead, t.shape[-1]) for t in (f, g))
     value, residual, iterations, converged = (t.reshape(problem.values) for t in numbers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.trace.estimator import Divergence, Solver
-from fewstep.ops.trace.inputs import Options, _check_time, check, check_ids, make_key
+from fewstep.ops.trace.inputs import Options, check, check_ids, check_time, make_key
 
 
 def divergence(
@@ -85,6 +85,6 @@ def divergence(
     options = Options(estimator, probes, probe, backend, tangent_dtype)
     check(options, x, "divergence")
     ids = check_ids(sample_ids, x)
-    t = _check_time(t, x)
+    t = check_time(t, x)
     solver = Solver(velocity, options, ids)
     return solver(x, t, make_key(seed))

@@ -16,7 +16,7 @@ from fewstep._torch import is_transformed
 from fewstep.ops.dual import dispatch, heads, mlp
 from fewstep.ops.dual.engine import UnsupportedError
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
-from fewstep.ops.dual.source import Source, _plain
+from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget, structural
 from fewstep.ops.trace.inputs import Options, unsupported
 from fewstep.reference import trace as reference
@@ -154,7 +154,7 @@ class Solver:
         source = Source(backend, options.probes, key, self.ids, options.probe, dtype=dtype)
         kept = None if torch.is_grad_enabled() else self.cache
         if dtype is not None:
-            if _plain():
+            if plain():
                 return source
             return replace(source, copies={} if kept is None else kept)
         return replace(source, cache=kept if self.fixed else None)

@@ -75,7 +75,7 @@ def check_ids(ids: Tensor | None, x: Tensor) -> Tensor | None:
     return ids.clone()  # backward draws by them again
 
 
-def _check_time(t: float | Tensor, x: Tensor) -> Tensor:
+def check_time(t: float | Tensor, x: Tensor) -> Tensor:
     if not isinstance(t, Tensor):
         if not math.isfinite(t):
             raise ValueError(f"divergence: t must be finite, got {t}")

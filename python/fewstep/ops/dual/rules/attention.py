@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual.engine import Dual, UnsupportedError, register
-from fewstep.ops.dual.rules.shapes import _inside
+from fewstep.ops.dual.rules.shapes import inside
 
 
 @register(F.softmax, torch.softmax, torch.Tensor.softmax)
 def _softmax(input: Dual, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Dual:
-    (own,) = _inside(input, dim)
+    (own,) = inside(input, dim)
     primal, t = input.halves()
     p = primal.softmax(own + 1)
     change = input.source.lower(t - (p * t).sum(own + 1, keepdim=True))

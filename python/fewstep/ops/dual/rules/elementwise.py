@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual import dispatch
-from fewstep.ops.dual.dispatch import _kernel_shift
-from fewstep.ops.dual.engine import Dual, Rule, Seed, UnsupportedError, _broadcast, register
-from fewstep.ops.dual.rules.shapes import _chunk
+from fewstep.ops.dual.dispatch import kernel_shift
+from fewstep.ops.dual.engine import Dual, Rule, Seed, UnsupportedError, broadcast, register
+from fewstep.ops.dual.rules.shapes import chunk
 
 
 def _activation(kind: str, h: Dual, beta: float = 1.0, threshold: float = 20.0) -> Dual:
     if h.source.dtype is not None:
-        shift, inner = _kernel_shift(h.shift, h.primal_shape)
+        shift, inner = kernel_shift(h.shift, h.primal_shape)
         z, u = h.pieces(shifted=False)
         options = (shift, kind, beta, threshold, inner)
         return h.like(*dispatch.activate_pair(h.source.backend, z, u, *options))
@@ -26,7 +26,7 @@ def _activation(kind: str, h: Dual, beta: float = 1.0, threshold: float = 20.0) 
         flat = h.joined()
     if shared is not None and torch.is_grad_enabled() and shared.requires_grad:
         flat, shared = h.joined(), None
-    shift, inner = _kernel_shift(h.shift, h.primal_shape)
+    shift, inner = kernel_shift(h.shift, h.primal_shape)
     out = dispatch.activate(
         h.source.backend, flat, shared, shift, h.source.count, kind, beta, threshold, inner
     )
@@ -88,13 +88,13 @@ def _aligned(h: Dual, other: Any) -> Any:
     if isinstance(other, Tensor) and other.ndim > 0:
         if other.ndim > h.ndim or (other.ndim == h.ndim and other.shape[0] not in (1, h.shape[0])):
             raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
-        if _broadcast(h, other) != h.shape:
+        if broadcast(h, other) != h.shape:
             raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
     return other
 
 
 @register(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
-def _add(a: Any, b: Any, *, alpha: float = 1) -> Dual:
+def add(a: Any, b: Any, *, alpha: float = 1) -> Dual:
     if alpha != 1:
         b = b * alpha
     if isinstance(a, Dual) and isinstance(b, Dual):
@@ -118,7 +118,7 @@ def _add(a: Any, b: Any, *, alpha: float = 1) -> Dual:
 
 @register(torch.sub, torch.Tensor.sub, torch.Tensor.__sub__)
 def _sub(a: Any, b: Any, *, alpha: float = 1) -> Dual:
-    return _add(a, _neg(b) if isinstance(b, Dual) else -b, alpha=alpha)
+    return add(a, _neg(b) if isinstance(b, Dual) else -b, alpha=alpha)
 
 
 @register(torch.neg, torch.Tensor.neg)
@@ -127,7 +127,7 @@ def _neg(h: Dual) -> Dual:
 
 
 @register(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
-def _mul(a: Any, b: Any) -> Dual:
+def mul(a: Any, b: Any) -> Dual:
     if isinstance(a, Dual) and isinstance(b, Dual):
         if a.ndim != b.ndim:
             raise UnsupportedError(f"no rule for {tuple(a.shape)} * {tuple(b.shape)}")
@@ -144,7 +144,7 @@ def _mul(a: Any, b: Any) -> Dual:
 def _div(a: Any, b: Any) -> Dual:
     if isinstance(b, Dual):
         raise UnsupportedError("no rule for division by what depends on x")
-    return _mul(a, 1 / b)
+    return mul(a, 1 / b)
 
 
 @register(torch.Tensor.contiguous, torch.Tensor.clone, torch.clone)
@@ -173,5 +173,5 @@ def _dropout(input: Dual, p: float = 0.5, training: bool = True, inplace: bool =
 
 @register(F.glu)
 def _glu(input: Dual, dim: int = -1) -> Dual:
-    value, gate = _chunk(input, 2, dim)
-    return _mul(value, _sigmoid(gate))
+    value, gate = chunk(input, 2, dim)
+    return mul(value, _sigmoid(gate))

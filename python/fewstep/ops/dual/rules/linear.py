@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual.engine import Dual, Rule, Seed, UnsupportedError, register
-from fewstep.ops.dual.source import Source, _kept, _plain, widens
+from fewstep.ops.dual.source import Source, kept_or_computed, plain, widens
 
 
 class _ProbeLinear(torch.autograd.Function):
@@ -45,7 +45,7 @@ def _probe_linear(primal: Tensor, weight: Tensor, source: Source, low: int, widt
     own = primal[:, low : low + width]
     v = source.draw(own).flatten(0, 1)
     part = weight if width == weight.shape[1] else weight[:, low : low + width]
-    if _plain():
+    if plain():
         return torch.cat([primal @ weight.T, v @ part.T])
     batch = primal.shape[0]
     out = primal.new_empty((batch * (source.count + 1), weight.shape[0]))
@@ -78,7 +78,7 @@ def _linear_pieces(source: Source, pieces: Sequence[Tensor], weight: Tensor) -> 
     """Each piece times W'."""
     out = [F.linear(pieces[0], weight)]
     for t in pieces[1:]:
-        if widens(t.device) or _plain() or not torch.is_grad_enabled():
+        if widens(t.device) or plain() or not torch.is_grad_enabled():
             out.append(source.product(F.linear, t, weight))
         else:
             copy = source.copy(weight)
@@ -119,9 +119,9 @@ def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
         return Dual(source, F.linear(primal, weight), shared=shared, shift=bias, owned=True)
     if source.tangents is not None:
         return Dual(source, F.linear(h.stack(), weight), shift=bias, owned=True)
-    if source.cache is not None and not torch.is_grad_enabled() and not _plain():
+    if source.cache is not None and not torch.is_grad_enabled() and not plain():
         part = weight[:, h.low : h.low + h.width]
-        fixed = _kept(
+        fixed = kept_or_computed(
             source.cache, "first", (weight,), lambda: source.draw(h.own).flatten(0, 1) @ part.T
         )
         batch = primal.shape[0]
@@ -130,7 +130,7 @@ def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
         flat[batch:] = fixed
         return Dual(source, flat, shift=bias, owned=True)
     wanted = torch.is_grad_enabled() and (weight.requires_grad or primal.requires_grad)
-    if wanted and not _plain():
+    if wanted and not plain():
         flat = _ProbeLinear.apply(primal, weight, source, h.low, h.width)  # type: ignore[no-untyped-call]
     else:
         flat = _probe_linear(primal, weight, source, h.low, h.width)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual import dispatch
-from fewstep.ops.dual.dispatch import _kernel_shift
+from fewstep.ops.dual.dispatch import kernel_shift
 from fewstep.ops.dual.engine import Dual, UnsupportedError, register
-from fewstep.ops.dual.rules.elementwise import _add, _mul
+from fewstep.ops.dual.rules.elementwise import add, mul
 
 
 def _normed(
@@ -25,7 +25,7 @@ def _normed(
 ) -> Dual:
     shift = h.shift
     if shift is not None:
-        shift, inner = _kernel_shift(shift, h.primal_shape)
+        shift, inner = kernel_shift(shift, h.primal_shape)
         if inner > 1:
             h.pieces()
             shift = None
@@ -108,4 +108,4 @@ def _batch_norm(
     scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
     shift = -running_mean * scale + (0 if bias is None else bias)
     per = (-1, *(1,) * (input.ndim - 2))
-    return _add(_mul(input, scale.reshape(per)), shift.reshape(per))
+    return add(mul(input, scale.reshape(per)), shift.reshape(per))

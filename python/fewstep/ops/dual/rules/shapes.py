@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.ops.dual.engine import Dual, Rule, Seed, UnsupportedError, _same, _Traced, register
+from fewstep.ops.dual.engine import Dual, Rule, Seed, Traced, UnsupportedError, register, same
 
 
 @register(torch.cat, torch.concat, torch.concatenate)
@@ -81,7 +81,7 @@ def _unflatten(h: Dual, dim: int, sizes: Sequence[int]) -> Dual:
     return _reshape(h, *h.shape[:dim], *own, *h.shape[dim + 1 :])
 
 
-def _inside(h: Dual, *dims: int) -> tuple[int, ...]:
+def inside(h: Dual, *dims: int) -> tuple[int, ...]:
     own = tuple(d % h.ndim for d in dims)
     if 0 in own:
         raise UnsupportedError("no rule along the batch")
@@ -90,8 +90,8 @@ def _inside(h: Dual, *dims: int) -> tuple[int, ...]:
 
 @register(torch.transpose, torch.Tensor.transpose)
 def _transpose(h: Dual, dim0: int, dim1: int) -> Dual:
-    dims = _inside(h, dim0, dim1)
-    return _same(h, lambda z: z.transpose(*dims))  # type: ignore[no-any-return]
+    dims = inside(h, dim0, dim1)
+    return same(h, lambda z: z.transpose(*dims))  # type: ignore[no-any-return]
 
 
 @register(torch.permute, torch.Tensor.permute)
@@ -99,13 +99,13 @@ def _permute(h: Dual, *dims: Any) -> Dual:
     order = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
     if order[0] % h.ndim != 0:
         raise UnsupportedError("no rule along the batch")
-    return _same(h, lambda z: z.permute(order))  # type: ignore[no-any-return]
+    return same(h, lambda z: z.permute(order))  # type: ignore[no-any-return]
 
 
 @register(torch.movedim, torch.Tensor.movedim)
 def _movedim(h: Dual, source: int, destination: int) -> Dual:
-    dims = _inside(h, source, destination)
-    return _same(h, lambda z: z.movedim(*dims))  # type: ignore[no-any-return]
+    dims = inside(h, source, destination)
+    return same(h, lambda z: z.movedim(*dims))  # type: ignore[no-any-return]
 
 
 @register(torch.unsqueeze, torch.Tensor.unsqueeze)
@@ -113,44 +113,44 @@ def _unsqueeze(h: Dual, dim: int) -> Dual:
     own = dim % (h.ndim + 1)
     if own == 0:
         raise UnsupportedError("no rule along the batch")
-    return _same(h, lambda z: z.unsqueeze(own))  # type: ignore[no-any-return]
+    return same(h, lambda z: z.unsqueeze(own))  # type: ignore[no-any-return]
 
 
 @register(torch.squeeze, torch.Tensor.squeeze)
 def _squeeze(h: Dual, dim: int) -> Dual:
-    (own,) = _inside(h, dim)
-    return _same(h, lambda z: z.squeeze(own))  # type: ignore[no-any-return]
+    (own,) = inside(h, dim)
+    return same(h, lambda z: z.squeeze(own))  # type: ignore[no-any-return]
 
 
 @register(torch.chunk, torch.Tensor.chunk)
-def _chunk(h: Dual, chunks: int, dim: int = 0) -> Any:
-    (own,) = _inside(h, dim)
-    return _same(h, lambda z: z.chunk(chunks, own))
+def chunk(h: Dual, chunks: int, dim: int = 0) -> Any:
+    (own,) = inside(h, dim)
+    return same(h, lambda z: z.chunk(chunks, own))
 
 
 @register(torch.split, torch.Tensor.split)
 def _split(h: Dual, split_size_or_sections: Any, dim: int = 0) -> Any:
-    (own,) = _inside(h, dim)
-    return _same(h, lambda z: torch.split(z, split_size_or_sections, own))
+    (own,) = inside(h, dim)
+    return same(h, lambda z: torch.split(z, split_size_or_sections, own))
 
 
 @register(torch.Tensor.__getitem__)
 def _getitem(h: Dual, index: Any) -> Dual:
     own = index if isinstance(index, tuple) else (index,)
     whole = isinstance(own[0], slice) and own[0] == slice(None)
-    if not (whole or own[0] is Ellipsis) or any(isinstance(i, (Tensor, _Traced)) for i in own):
+    if not (whole or own[0] is Ellipsis) or any(isinstance(i, (Tensor, Traced)) for i in own):
         raise UnsupportedError("no rule for indexing the batch, or by tensors")
     if own[0] is Ellipsis and len([i for i in own if i is not None]) > h.ndim:
         raise UnsupportedError("no rule along the batch")
-    return _same(h, lambda z: z[index])  # type: ignore[no-any-return]
+    return same(h, lambda z: z[index])  # type: ignore[no-any-return]
 
 
 def _reduced(name: str) -> Rule:
     def rule(h: Dual, dim: Any = None, keepdim: bool = False) -> Dual:
         if dim is None:
             raise UnsupportedError(f"no rule for {name} over the batch")
-        dims = _inside(h, *((dim,) if isinstance(dim, int) else dim))
-        return _same(h, lambda z: getattr(z, name)(dims, keepdim))  # type: ignore[no-any-return]
+        dims = inside(h, *((dim,) if isinstance(dim, int) else dim))
+        return same(h, lambda z: getattr(z, name)(dims, keepdim))  # type: ignore[no-any-return]
 
     return rule
 
@@ -163,7 +163,7 @@ register(torch.mean, torch.Tensor.mean)(_reduced("mean"))
 
 def _each(function: Callable[..., Tensor]) -> Rule:
     def rule(h: Dual, *args: Any, **kwargs: Any) -> Dual:
-        return _same(h, lambda z: function(z, *args, **kwargs))  # type: ignore[no-any-return]
+        return same(h, lambda z: function(z, *args, **kwargs))  # type: ignore[no-any-return]
 
     return rule
 
