@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../shared/sinkhorn_resident.h"
+#include "../shared/resident/solver.h"
 #include "reduce.cuh"
 #include "sinkhorn_resident.cuh"
 

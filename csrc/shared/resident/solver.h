@@ -24,8 +24,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "halves.h"
-#include "sinkhorn_block.h"
+#include "../halves.h"
+#include "../sinkhorn_block.h"
 
 namespace fewstep::resident {
 
