@@ -3,6 +3,11 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "../shared/resident/direct.h"
+#include "../shared/resident/distances.h"
+#include "../shared/resident/drift.h"
+#include "../shared/resident/layout.h"
+#include "../shared/resident/problem.h"
 #include "../shared/resident/solver.h"
 #include "reduce.cuh"
 #include "sinkhorn_resident.cuh"
