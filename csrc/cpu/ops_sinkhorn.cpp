@@ -10,29 +10,12 @@
 #include "cpu/drift.h"
 #include "cpu/parallel.h"
 #include "cpu/sinkhorn.h"
+#include "cpu/tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace fewstep::tensors;
 namespace cpu = fewstep::cpu;
-
-template <class T>
-const T* read(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
-}
-
-template <class T>
-T* write(Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-template <class F>
-auto dispatch(const Tensor& x, F&& body) {
-  if (x.scalar_type() == ScalarType::Float) return body(float{});
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "fewstep: float32 or float64 expected");
-  return body(double{});
-}
 
 // A tensor whose problems are contiguous inside; a problem may be repeated by a stride of 0.
 Tensor rows_contiguous(const Tensor& t) {
@@ -42,15 +25,6 @@ Tensor rows_contiguous(const Tensor& t) {
     expected *= t.size(i);
   }
   return t;
-}
-
-using Maybe = std::optional<Tensor>;
-
-Maybe contiguous_if(const Maybe& t) { return t.has_value() ? Maybe(contiguous(*t)) : std::nullopt; }
-
-template <class T>
-const T* read_if(const Maybe& t) {
-  return t.has_value() ? read<T>(*t) : nullptr;
 }
 
 // The arguments that every op has, held while their pointers are in use.

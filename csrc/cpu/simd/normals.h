@@ -1,4 +1,4 @@
-// Standard normals, kLanes<double> Philox blocks at a time. Include after simd_math.h, where shared/philox.h is known.
+// Standard normals, kLanes<double> Philox blocks at a time. Include after math.h, where shared/philox.h is known.
 #pragma once
 
 // The low 32 bits of each lane of a times those of b, 64 bits each.
