@@ -25,7 +25,7 @@
 
 namespace fewstep::halves {
 
-// How distances and barycentres are multiplied; the numbers of fewstep.ops.raw.PRECISIONS.
+// How distances and barycentres are multiplied; the numbers of fewstep.ops.sinkhorn.inputs.PRECISIONS.
 enum Precision : int { kThree, kOne, kFloat32 };
 
 template <class To, class From>
