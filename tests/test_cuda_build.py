@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import fewstep
-from emulation import Emulator, build_emulator
 from fewstep._library import cuda_library
 from fewstep.ops import raw
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
+from support.emulation import Emulator, build_emulator
 from tolerances import assert_contract
 
 COSTS = reference.COSTS[:3]  # those that the CUDA kernels have

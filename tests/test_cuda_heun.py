@@ -8,7 +8,7 @@ from math import nan
 import pytest
 import torch
 
-from emulation import Emulator, build_emulator
+from support.emulation import Emulator, build_emulator
 from test_cuda_build import arrays, split
 from test_heun import KINDS, SHAPES, exact
 from tolerances import assert_contract

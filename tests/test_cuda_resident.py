@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import fewstep
-from emulation import Emulator, build_emulator
 from fewstep._library import DEVICE_TESTED
 from fewstep.ops import raw
 from fewstep.reference import drift as drift_reference
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
+from support.emulation import Emulator, build_emulator
 from test_cuda_build import arrays, split, wide
 from tolerances import assert_contract, error
 

@@ -12,6 +12,7 @@ import fewstep
 from fewstep.ops import raw_dual
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import PROBES, probes
+from support.velocity_nets import Film, Residual
 from test_dual import (
     NORMS,
     PAIRS,
@@ -23,7 +24,6 @@ from test_dual import (
 )
 from test_probe import IDS, KEY
 from tolerances import TANGENTS, assert_contract, error
-from velocity_nets import Film, Residual
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float64]

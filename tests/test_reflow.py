@@ -14,8 +14,8 @@ from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import heun, log_prob_of, score_of
 from fewstep.ops import log_density, trace
 from fewstep.toys import GaussianMixture
+from support.velocity_nets import TimeMLP
 from tolerances import TANGENTS, error
-from velocity_nets import TimeMLP
 
 F64 = torch.float64
 OPTIONS = trace.Options("exact")

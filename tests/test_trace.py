@@ -19,8 +19,8 @@ import fewstep
 from fewstep.ops import dual
 from fewstep.reference import trace as reference
 from fewstep.reference.probe import probes
+from support.velocity_nets import Attention, Convolutions, Film, Residual, TimeMLP, Unknown
 from tolerances import TANGENTS, assert_contract, error
-from velocity_nets import Attention, Convolutions, Film, Residual, TimeMLP, Unknown
 
 F64 = torch.float64
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
