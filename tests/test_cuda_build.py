@@ -10,7 +10,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from fewstep._library import cuda_library
 from fewstep.ops import raw
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
-from support.emulation import Emulator, build_emulator
+from support.emulation import Emulator, arrays, build_emulator, split, wide
 from tolerances import assert_contract
 
 COSTS = reference.COSTS[:3]  # those that the CUDA kernels have
@@ -91,22 +90,6 @@ def header(
     return struct.pack("11q2d", *integers, *sizes, *stop)
 
 
-def arrays(*tensors: Tensor) -> bytes:
-    return b"".join(t.contiguous().numpy().tobytes() for t in tensors)
-
-
-def split(answer: bytes, *parts: tuple[torch.dtype, tuple[int, ...]]) -> list[Tensor]:
-    out, start = [], 0
-    for dtype, shape in parts:
-        kind = {torch.bool: np.bool_, torch.int64: np.int64, torch.float32: np.float32}
-        size = int(np.prod(shape)) * dtype.itemsize
-        piece = np.frombuffer(answer[start : start + size], dtype=kind.get(dtype, np.float64))
-        out.append(torch.from_numpy(piece.reshape(shape).copy()))
-        start += size
-    assert start == len(answer)
-    return out
-
-
 def solve_emulated(
     run: Emulator,
     team: str,
@@ -141,10 +124,6 @@ def make(batch: int, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[Tensor
     eps = torch.linspace(0.05, 0.3, batch, dtype=torch.float64)
     # Rounded first, so that the float64 reference sees the very numbers of the kernel.
     return tuple(t.to(dtype) for t in (x, y, a / a.sum(-1, True), b / b.sum(-1, True), eps))
-
-
-def wide(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(t.double() for t in tensors)
 
 
 def largest_cost(inputs: tuple[Tensor, ...], cost: str) -> Tensor:

@@ -8,9 +8,8 @@ from math import nan
 import pytest
 import torch
 
-from support.emulation import Emulator, build_emulator
-from test_cuda_build import arrays, split
-from test_heun import KINDS, SHAPES, exact
+from support.emulation import Emulator, arrays, build_emulator, split
+from support.heun import KINDS, SHAPES, exact
 from tolerances import assert_contract
 
 

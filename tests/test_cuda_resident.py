@@ -18,8 +18,7 @@ from fewstep.ops import raw
 from fewstep.reference import drift as drift_reference
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
-from support.emulation import Emulator, build_emulator
-from test_cuda_build import arrays, split, wide
+from support.emulation import Emulator, arrays, build_emulator, split, wide
 from tolerances import assert_contract, error
 
 COSTS = reference.COSTS[:3]

@@ -12,8 +12,7 @@ import fewstep
 from fewstep.ops import raw_dual
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import PROBES, probes
-from support.velocity_nets import Film, Residual
-from test_dual import (
+from support.duals import (
     NORMS,
     PAIRS,
     SHAPES,
@@ -22,7 +21,8 @@ from test_dual import (
     inputs,
     norm_pairs,
 )
-from test_probe import IDS, KEY
+from support.probes import IDS, KEY
+from support.velocity_nets import Film, Residual
 from tolerances import TANGENTS, assert_contract, error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 Emulator = Callable[[bytes], bytes]
@@ -39,3 +42,23 @@ def build_emulator(
         return done.stdout
 
     return run
+
+
+def arrays(*tensors: Tensor) -> bytes:
+    return b"".join(t.contiguous().numpy().tobytes() for t in tensors)
+
+
+def split(answer: bytes, *parts: tuple[torch.dtype, tuple[int, ...]]) -> list[Tensor]:
+    out, start = [], 0
+    for dtype, shape in parts:
+        kind = {torch.bool: np.bool_, torch.int64: np.int64, torch.float32: np.float32}
+        size = int(np.prod(shape)) * dtype.itemsize
+        piece = np.frombuffer(answer[start : start + size], dtype=kind.get(dtype, np.float64))
+        out.append(torch.from_numpy(piece.reshape(shape).copy()))
+        start += size
+    assert start == len(answer)
+    return out
+
+
+def wide(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.double() for t in tensors)
