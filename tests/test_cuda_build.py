@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fewstep._library import cuda_library
 from fewstep.ops import raw
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
-from support.emulation import Emulator, arrays, build_emulator, split, wide
+from support.emulation import Emulator, arrays, emulator, split, wide
 from tolerances import assert_contract
 
 COSTS = reference.COSTS[:3]  # those that the CUDA kernels have
@@ -57,15 +58,13 @@ PLACES = ("shared", "workspace", "direct")
 
 
 @pytest.fixture(scope="session")
-def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emulator]:
+def emulators() -> Iterator[dict[str, Emulator]]:
     """A team of one under the address sanitizer, a team of threads under the thread sanitizer."""
-    folder = tmp_path_factory.mktemp("emulation")
-
-    def build(team: str, sanitizer: str) -> Emulator:
-        empty = header("solve", torch.float32, team, batch=0)
-        return build_emulator("emulate.cpp", folder / team, sanitizer, empty, optimise="-O0")
-
-    return {"single": build("single", "address"), "threads": build("threads", "thread")}
+    with (
+        emulator("emulate.cpp", "address", optimise="-O0") as single,
+        emulator("emulate.cpp", "thread", optimise="-O0") as threads,
+    ):
+        yield {"single": single, "threads": threads}
 
 
 def header(
