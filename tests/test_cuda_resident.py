@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +14,13 @@ import torch
 from torch import Tensor
 
 import fewstep
-from emulation import Emulator, build_emulator
 from fewstep._library import DEVICE_TESTED
 from fewstep.ops.sinkhorn import dispatch
 from fewstep.ops.sinkhorn.inputs import PRECISIONS
 from fewstep.reference import drift as drift_reference
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
-from test_cuda_build import arrays, split, wide
+from support.emulation import Emulator, arrays, emulator, split, wide
 from tolerances import assert_contract, error
 
 COSTS = reference.COSTS[:3]
@@ -33,17 +33,12 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 
 
 @pytest.fixture(scope="session")
-def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emulator]:
-    folder = tmp_path_factory.mktemp("resident")
-
-    def build(sanitizer: str, ranks: int) -> Emulator:
-        empty = header("solve", torch.float32, (ranks, 0), batch=0)
-        target = folder / sanitizer
-        return build_emulator("emulate_resident.cpp", target, sanitizer, empty, optimise="-O1")
-
-    threads = build("thread", 1)
-    alone = build("address", 0)
-    return dict.fromkeys(("alone", *WIDE), alone) | dict.fromkeys(("block", "cluster"), threads)
+def emulators() -> Iterator[dict[str, Emulator]]:
+    with (
+        emulator("emulate_resident.cpp", "thread", optimise="-O1") as threads,
+        emulator("emulate_resident.cpp", "address", optimise="-O1") as alone,
+    ):
+        yield dict.fromkeys(("alone", *WIDE), alone) | dict.fromkeys(("block", "cluster"), threads)
 
 
 def header(

@@ -12,7 +12,7 @@ import fewstep
 from fewstep.ops.dual import dispatch
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import PROBES, probes
-from test_dual import (
+from support.duals import (
     NORMS,
     PAIRS,
     SHAPES,
@@ -21,9 +21,9 @@ from test_dual import (
     inputs,
     norm_pairs,
 )
-from test_probe import IDS, KEY
+from support.probes import IDS, KEY
+from support.velocity_nets import Film, Residual
 from tolerances import TANGENTS, assert_contract, error
-from velocity_nets import Film, Residual
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float64]

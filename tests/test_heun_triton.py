@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 import fewstep
 from fewstep.ops.heun import dispatch
-from test_heun import KINDS, SHAPES, Field, combine_into, exact
-from test_samplers import gaussian
+from support.denoisers import gaussian
+from support.heun import KINDS, SHAPES, Field, combine_into, exact
 from tolerances import assert_contract
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

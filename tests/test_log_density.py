@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import fewstep
 from fewstep import conversions
 from fewstep.data.toys import GaussianMixture
+from support.velocity_nets import Residual, TimeMLP, Unknown
 from tolerances import TANGENTS, error
-from velocity_nets import Residual, TimeMLP, Unknown
 
 F64 = torch.float64
 

@@ -16,8 +16,8 @@ from fewstep.ops.dual.source import Source
 from fewstep.ops.trace.inputs import make_key, make_keys
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import probes
+from support.velocity_nets import Film, Residual, TimeMLP
 from tolerances import assert_contract
-from velocity_nets import Film, Residual, TimeMLP
 
 # batch, features before x, D, features after it, hidden widths, probes
 SHAPES = [

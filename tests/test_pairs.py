@@ -15,32 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import fewstep
 from fewstep import cli
 from fewstep.data.generate import Teacher, generate, worker
 from fewstep.data.pairs import PairDataset, PairsConfig
-from fewstep.networks import EDMPrecond, ResidualMLP
-
-CONFIG = PairsConfig(n=37, seed=5, steps=3, batch=4, shard_size=12)
-SHAPE = (1, 3, 5)
-
-
-class Denoiser(nn.Module):
-    """One whose GEMMs are wide enough that their rounding could depend on the batch."""
-
-    def __init__(self, classes: int = 0, pause: float = 0.0) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.inner = EDMPrecond(ResidualMLP(SHAPE, classes=classes, width=64), sigma_data=0.7)
-        nn.init.normal_(self.inner.network.last.weight, std=0.1)
-        self.pause = pause
-
-    def forward(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Tensor:
-        time.sleep(self.pause)
-        return self.inner(x, sigma, *labels)
+from support.pairs import CONFIG, SHAPE, Denoiser
 
 
 def make(out: Path, config: PairsConfig = CONFIG, *, classes: int = 0, **options: object) -> int:
@@ -121,7 +102,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_pairs import CONFIG, SHAPE, Denoiser
+from support.pairs import CONFIG, SHAPE, Denoiser
 from fewstep import pairs
 teacher = pairs.Teacher(Denoiser(pause=float(sys.argv[3])), SHAPE)
 pairs.generate(teacher, CONFIG, Path(sys.argv[2]), worker=pairs.worker(), progress=False)

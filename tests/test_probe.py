@@ -8,9 +8,7 @@ from torch import Tensor
 
 from fewstep.ops.dual import dispatch
 from fewstep.reference.probe import PROBES, philox, probes
-
-KEY = torch.tensor((12345678901234, 7, 3))
-IDS = torch.tensor((3, 2**40 + 5, 0, 99))
+from support.probes import IDS, KEY
 
 
 def words(*values: int) -> tuple[Tensor, ...]:

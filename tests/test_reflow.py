@@ -15,8 +15,8 @@ from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import heun, log_prob_of, score_of
 from fewstep.ops.trace import log_density
 from fewstep.ops.trace.inputs import Options
+from support.velocity_nets import TimeMLP
 from tolerances import TANGENTS, error
-from velocity_nets import TimeMLP
 
 F64 = torch.float64
 OPTIONS = Options("exact")

@@ -15,18 +15,8 @@ from fewstep.data.toys import GaussianMixture
 from fewstep.ops.heun.engine import FIRST
 from fewstep.reference import heun as reference
 from fewstep.samplers.multistep import MODES
+from support.denoisers import Network, gaussian, wide
 from tolerances import assert_contract
-
-Network = Callable[[Tensor, Tensor], Tensor]
-
-
-def wide(sigma: Tensor, x: Tensor) -> Tensor:
-    return sigma.reshape(-1, *(1,) * (x.ndim - 1))
-
-
-def gaussian(sd: float) -> Network:
-    """The exact denoiser of N(0, sd^2 I)."""
-    return lambda x, sigma: x * (sd**2 / (sd**2 + wide(sigma, x).square())).to(x.dtype)
 
 
 def mixture() -> GaussianMixture:

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import fewstep
 from fewstep.reference import trace as reference
 from fewstep.reference.probe import probes
+from support.velocity_nets import Attention, Convolutions, Film, Residual, TimeMLP, Unknown
 from tolerances import TANGENTS, assert_contract, error
-from velocity_nets import Attention, Convolutions, Film, Residual, TimeMLP, Unknown
 
 F64 = torch.float64
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
