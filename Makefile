@@ -51,7 +51,7 @@ gpu:
 
 gpu-tests:
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(GPU_PYTHON) -m pytest -m gpu -q tests $(ARGS); \
+	  $(GPU_PYTHON) -m pytest -m gpu -q $(or $(TESTS),tests) $(ARGS); \
 	elif [ -n "$(NVCC)" ]; then \
 	  $(MAKE) -C tests/ptx gpu-tests; \
 	else \

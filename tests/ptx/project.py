@@ -83,8 +83,8 @@ def use_cuda() -> None:
     assert sim.preloaded(), "run under LD_PRELOAD=build/libptx.so"
     for path in sorted((sim.BUILD / f"sm_{sim.ARCH}").glob("*.ptx")):
         sim.load(path.read_bytes())
+    _import_all("fewstep.ops")  # first: the ops that are registered last serve CPU tensors
     torch.ops.load_library(LIBRARY)
-    _import_all("fewstep.ops")
     torch.cuda.get_device_properties = lambda *_: PROPERTIES
     replace("is_cuda", lambda _: lambda device: True)
     replace("unavailable", lambda old: lambda b, device: None if b == "cuda" else old(b, device))

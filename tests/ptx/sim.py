@@ -58,6 +58,13 @@ def option(name: str, value: float) -> None:
     lib.ptx_option(name.encode(), value)
 
 
+def options_of_environment() -> None:
+    """Set those that PTX_SEED and its like give: see README.md."""
+    for name in ("seed", "approximate", "resident", "races", "global_races", "truncate"):
+        if (value := os.environ.get("PTX_" + name.upper())) is not None:
+            option(name, float(value))
+
+
 def entry(name: str) -> int:
     found = lib.ptx_entry(name.encode())
     if not found:
@@ -106,7 +113,7 @@ class Finding:
     @property
     def place(self) -> str:
         """`where` without lines of PTX, which differ between specialisations."""
-        return re.sub(r"PTX line \d+ ?", "", self.where)
+        return re.sub(r"( after)? ?PTX line \d+ ?", "", self.where)
 
     @property
     def source(self) -> str:

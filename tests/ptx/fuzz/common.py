@@ -180,12 +180,13 @@ def solve_case(backend_name: str) -> None:
 
 
 def main(name: str, cases: dict[str, Callable[[], None]]) -> None:
-    """Cases of each kind in turn until the time is over, then findings, errors and counters."""
+    """Cases of each kind in turn until the time is over, then findings, errors and counters.
+
+    Exits with 1 where a case failed or something was found; results over the contract are printed.
+    """
     seconds, seed = float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     kinds = sys.argv[3:] or list(cases)
-    for option in ("seed", "approximate", "resident", "global_races"):
-        if (value := os.environ.get("PTX_" + option.upper())) is not None:
-            sim.option(option, float(value))
+    sim.options_of_environment()
     end, done, found = time.time() + seconds, collections.Counter(), collections.Counter()
     case = seed * 1000003
     while time.time() < end:
@@ -224,3 +225,4 @@ def main(name: str, cases: dict[str, Callable[[], None]]) -> None:
     (sim.OUT / f"{name}_{sim.DEVICE}.md").write_text(
         sim.table(rows) + "\n\n" + sim.worst(rows, 40) + "\n"
     )
+    sys.exit(bool(found) or any(kind.endswith(" failed") for kind in done))
