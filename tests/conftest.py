@@ -12,6 +12,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel module is imported
 
+collect_ignore = ["ptx"]  # has targets of its own: tests/ptx/README.md
 settings.register_profile("fewstep", derandomize=True, database=None, deadline=None)
 settings.load_profile("fewstep")
 
