@@ -7,20 +7,20 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fewstep
-from emulation import Emulator, build_emulator
 from fewstep._library import cuda_library
-from fewstep.ops import raw
+from fewstep.ops.sinkhorn import dispatch
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
+from support.emulation import Emulator, arrays, emulator, split, wide
 from tolerances import assert_contract
 
 COSTS = reference.COSTS[:3]  # those that the CUDA kernels have
@@ -58,15 +58,13 @@ PLACES = ("shared", "workspace", "direct")
 
 
 @pytest.fixture(scope="session")
-def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emulator]:
+def emulators() -> Iterator[dict[str, Emulator]]:
     """A team of one under the address sanitizer, a team of threads under the thread sanitizer."""
-    folder = tmp_path_factory.mktemp("emulation")
-
-    def build(team: str, sanitizer: str) -> Emulator:
-        empty = header("solve", torch.float32, team, batch=0)
-        return build_emulator("emulate.cpp", folder / team, sanitizer, empty, optimise="-O0")
-
-    return {"single": build("single", "address"), "threads": build("threads", "thread")}
+    with (
+        emulator("emulate.cpp", "address", optimise="-O0") as single,
+        emulator("emulate.cpp", "thread", optimise="-O0") as threads,
+    ):
+        yield {"single": single, "threads": threads}
 
 
 def header(
@@ -89,22 +87,6 @@ def header(
     sizes = (batch, n, m, d, k, COSTS.index(cost), max_iter)
     stop = (-1.0 if tol is None else tol, reference.DEFAULT_TOL if tol is None else tol)
     return struct.pack("11q2d", *integers, *sizes, *stop)
-
-
-def arrays(*tensors: Tensor) -> bytes:
-    return b"".join(t.contiguous().numpy().tobytes() for t in tensors)
-
-
-def split(answer: bytes, *parts: tuple[torch.dtype, tuple[int, ...]]) -> list[Tensor]:
-    out, start = [], 0
-    for dtype, shape in parts:
-        kind = {torch.bool: np.bool_, torch.int64: np.int64, torch.float32: np.float32}
-        size = int(np.prod(shape)) * dtype.itemsize
-        piece = np.frombuffer(answer[start : start + size], dtype=kind.get(dtype, np.float64))
-        out.append(torch.from_numpy(piece.reshape(shape).copy()))
-        start += size
-    assert start == len(answer)
-    return out
 
 
 def solve_emulated(
@@ -141,10 +123,6 @@ def make(batch: int, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[Tensor
     eps = torch.linspace(0.05, 0.3, batch, dtype=torch.float64)
     # Rounded first, so that the float64 reference sees the very numbers of the kernel.
     return tuple(t.to(dtype) for t in (x, y, a / a.sum(-1, True), b / b.sum(-1, True), eps))
-
-
-def wide(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(t.double() for t in tensors)
 
 
 def largest_cost(inputs: tuple[Tensor, ...], cost: str) -> Tensor:
@@ -387,12 +365,12 @@ def test_device_stop_empty_batch_and_same_bits() -> None:
 @pytest.mark.gpu
 def test_device_capture_in_a_graph() -> None:
     x, y, a, b, eps = (t.cuda() for t in make(4, 30, 40, 3, torch.float32))
-    expected = raw.solve(
+    expected = dispatch.solve(
         "cuda", Points(x, y), a, b, eps, None, None, Schedule(max_iter=20, tol=1e-4)
     )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = raw.solve(
+        captured = dispatch.solve(
             "cuda", Points(x, y), a, b, eps, None, None, Schedule(max_iter=20, tol=1e-4)
         )
     graph.replay()

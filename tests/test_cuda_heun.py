@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from math import nan
 
 import pytest
 import torch
 
-from emulation import Emulator, build_emulator
-from test_cuda_build import arrays, split
-from test_heun import KINDS, SHAPES, exact
+from support.emulation import Emulator, arrays, emulator, split
+from support.heun import KINDS, SHAPES, exact
 from tolerances import assert_contract
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    empty = struct.pack("10q", *(0,) * 10) + arrays(torch.zeros(0))
-    target = tmp_path_factory.mktemp("heun") / "address"
-    return build_emulator("emulate_heun.cpp", target, "address", empty, optimise="-O1")
+def run() -> Iterator[Emulator]:
+    with emulator("emulate_heun.cpp", "address", optimise="-O1") as running:
+        yield running
 
 
 def header(
@@ -40,7 +39,7 @@ def header(
 @pytest.mark.parametrize("kind", KINDS, ids=["f32", "pair", "mixed", "f64"])
 @pytest.mark.parametrize(("per_sample", "noisy"), [(False, False), (False, True), (True, True)])
 def test_combine(
-    emulator: Emulator,
+    run: Emulator,
     shape: tuple[int, ...],
     kind: tuple[torch.dtype, torch.dtype, bool],
     per_sample: bool,
@@ -60,7 +59,7 @@ def test_combine(
         ) + arrays(*given)
         rest_shape = shape if paired else (0,)
         parts = ((torch.int64, (1,)), (dtype, shape), (dtype, rest_shape), (network, shape))
-        finite, high, rest, net = split(emulator(asked), *parts)
+        finite, high, rest, net = split(run(asked), *parts)
         assert finite.item() == 1
         if x.numel() == 0:
             continue
@@ -71,9 +70,9 @@ def test_combine(
             assert_contract("value", high.double() + rest, y)
 
 
-def test_what_is_not_finite_is_flagged(emulator: Emulator) -> None:
+def test_what_is_not_finite_is_flagged(run: Emulator) -> None:
     x, f = torch.randn(2, 7), torch.randn(2, 7)
     f[1, 6] = nan
     asked = header(x.dtype, f.dtype, (2, 7), terms=1, rows=1, low=False, seeds=False)
-    answer = emulator(asked + arrays(x, f, torch.ones(8, dtype=torch.float64)))
+    answer = run(asked + arrays(x, f, torch.ones(8, dtype=torch.float64)))
     assert struct.unpack_from("q", answer) == (0,)

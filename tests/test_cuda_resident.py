@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 import fewstep
-from emulation import Emulator, build_emulator
 from fewstep._library import DEVICE_TESTED
-from fewstep.ops import raw
+from fewstep.ops.sinkhorn import dispatch
+from fewstep.ops.sinkhorn.inputs import PRECISIONS
 from fewstep.reference import drift as drift_reference
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
-from test_cuda_build import arrays, split, wide
+from support.emulation import Emulator, arrays, emulator, split, wide
 from tolerances import assert_contract, error
 
 COSTS = reference.COSTS[:3]
@@ -32,17 +33,12 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 
 
 @pytest.fixture(scope="session")
-def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emulator]:
-    folder = tmp_path_factory.mktemp("resident")
-
-    def build(sanitizer: str, ranks: int) -> Emulator:
-        empty = header("solve", torch.float32, (ranks, 0), batch=0)
-        target = folder / sanitizer
-        return build_emulator("emulate_resident.cpp", target, sanitizer, empty, optimise="-O1")
-
-    threads = build("thread", 1)
-    alone = build("address", 0)
-    return dict.fromkeys(("alone", *WIDE), alone) | dict.fromkeys(("block", "cluster"), threads)
+def emulators() -> Iterator[dict[str, Emulator]]:
+    with (
+        emulator("emulate_resident.cpp", "thread", optimise="-O1") as threads,
+        emulator("emulate_resident.cpp", "address", optimise="-O1") as alone,
+    ):
+        yield dict.fromkeys(("alone", *WIDE), alone) | dict.fromkeys(("block", "cluster"), threads)
 
 
 def header(
@@ -65,7 +61,7 @@ def header(
     integers = (("solve", "direct", "drift").index(op), dtype == torch.float64, *team)
     where = NO_DIAGONAL if diagonal is None else diagonal
     sizes = (batch, n, m, d, COSTS.index(cost), where, max_iter)
-    how = raw.PRECISIONS.index(precision)
+    how = PRECISIONS.index(precision)
     return struct.pack("19q6d", *integers, *sizes, *flags, False, how, *updates, *numbers)
 
 
@@ -617,7 +613,7 @@ def test_device_small_segments_and_temperatures() -> None:
 @pytest.mark.gpu
 def test_device_runs_repeat_and_are_asked_for_by_name() -> None:
     x, y, a, b, eps = (t.cuda() for t in make(50, 64, 60, 24, torch.float32))
-    assert raw.resident(Points(x, y))
+    assert dispatch.resident(Points(x, y))
     options: dict[str, Any] = {"a": a, "b": b, "eps": eps, "max_iter": 20}
     one, other = (fewstep.sinkhorn(x, y, **options, backend="cuda") for _ in range(2))
     assert torch.equal(one.f, other.f)
@@ -678,7 +674,9 @@ def test_device_small_capture_in_a_graph() -> None:
 
     def work() -> tuple[Tensor, ...]:
         drift = fewstep.sinkhorn_drift(x, y, y, eps=0.1, backend="cuda")
-        return *raw.solve("cuda", Points(x, y), a, b, eps, None, None, schedule), drift.velocity
+        return *dispatch.solve(
+            "cuda", Points(x, y), a, b, eps, None, None, schedule
+        ), drift.velocity
 
     wanted = work()
     graph = torch.cuda.CUDAGraph()

@@ -8,33 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.ops import raw_dual
+from fewstep.ops.dual import dispatch
 from fewstep.reference import dual as reference
-from tolerances import CONTRACT, TANGENTS, assert_contract, error
+from support.duals import NORMS, PAIRS, SHAPES, activate_pairs, assert_pairs, inputs, norm_pairs
+from tolerances import TANGENTS, assert_contract, error
 
 DTYPES = [torch.float32, torch.float64]
-# batch, width, tangents, inner, what is shifted
-SHAPES = [
-    (1, 1, 1, 1, "none"),
-    (5, 37, 2, 1, "channels"),
-    (3, 40, 3, 1, "full"),
-    (2, 24, 1, 6, "channels"),
-    (4, 33, 5, 1, "shared"),
-    (3, 7, 0, 1, "channels"),
-    (0, 3, 2, 1, "none"),
-]
-
-
-def inputs(
-    shape: tuple[int, int, int, int, str], dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    batch, width, tangents, inner, shift = shape
-    alone = shift == "shared"
-    z = 3 * torch.randn(batch * (1 if alone else tangents + 1), width, dtype=dtype)
-    shared = torch.randn(tangents, width, dtype=dtype) if alone else None
-    size = {"none": None, "channels": (width // inner,), "full": (batch, width)}
-    own = size.get(shift, (width,))
-    return z, shared, None if own is None else torch.randn(own, dtype=dtype)
 
 
 @pytest.mark.parametrize("kind", reference.ACTIVATIONS)
@@ -50,7 +29,7 @@ def test_activation(
     for backend, cast in (("cpp", dtype), ("reference", torch.float64)):
         own = [None if m is None else m.to(cast) for m in (z, shared, shift)]
         live = [m.requires_grad_() for m in (own[0], own[2]) if m is not None]
-        out = raw_dual.activate(backend, *own, tangents, kind, 1.3, 20.0, inner)  # type: ignore[arg-type]
+        out = dispatch.activate(backend, *own, tangents, kind, 1.3, 20.0, inner)  # type: ignore[arg-type]
         torch.manual_seed(1)
         g = torch.randn(out.shape, dtype=torch.float64).to(cast)
         grads.append(torch.autograd.grad(out, live, g))
@@ -67,23 +46,11 @@ def test_activation(
 def test_activation_far_out_and_nan(capability: str, kind: str) -> None:
     z = torch.tensor([-1e4, -88.0, -30.0, -0.0, 0.0, 1e-5, 30.0, 88.0, 1e4])
     stack = torch.cat([z, torch.ones(9)])
-    actual = raw_dual.activate("cpp", stack, None, None, 1, kind)
+    actual = dispatch.activate("cpp", stack, None, None, 1, kind)
     exact = reference.activate(stack.double(), None, None, 1, kind)
     torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-6)
-    bad = raw_dual.activate("cpp", torch.tensor([float("nan"), 1.0]), None, None, 1, kind)
+    bad = dispatch.activate("cpp", torch.tensor([float("nan"), 1.0]), None, None, 1, kind)
     assert bad[0].isnan()
-
-
-NORMS = [
-    # batch, groups, n, tangents, centred, elements of the shift, affine
-    (1, 1, 5, 1, True, None, True),
-    (4, 1, 33, 2, True, 33, True),
-    (3, 4, 18, 2, True, None, True),
-    (5, 1, 64, 3, False, 64, True),
-    (2, 2, 7, 0, True, None, False),
-    (6, 1, 16, 2, True, 96, True),
-    (0, 1, 4, 1, True, None, True),
-]
 
 
 @pytest.mark.parametrize("shape", NORMS, ids=str)
@@ -99,7 +66,7 @@ def test_norm(
     for backend, cast in (("cpp", dtype), ("reference", torch.float64)):
         own = [None if m is None else m.to(cast) for m in (z, shift, w, b)]
         live = [m.requires_grad_() for m in own if m is not None]
-        out = raw_dual.norm(backend, *own, tangents, groups, centred, 1e-5)  # type: ignore[arg-type]
+        out = dispatch.norm(backend, *own, tangents, groups, centred, 1e-5)  # type: ignore[arg-type]
         torch.manual_seed(1)
         g = torch.randn(out.shape, dtype=torch.float64).to(cast)
         grads.append(torch.autograd.grad(out, live, g))
@@ -112,42 +79,6 @@ def test_norm(
         assert_contract("gradient", actual, exact)
 
 
-Pair = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-
-
-def assert_pairs(found: Pair, exact: Pair, unit: float = TANGENTS["rounded"]) -> None:
-    """Primal and tangents, and gradients for z, u and others, against float64 from the same u."""
-    (a, t), (a64, t64) = found[0], exact[0]
-    assert (a.dtype, t.dtype) == (torch.float32, torch.bfloat16)
-    assert (a.shape, t.shape) == (a64.shape, t64.shape)
-    if a.numel() == 0:
-        return
-    assert_contract("value", a.detach(), a64.detach())
-    slack = CONTRACT["value"] * t64.detach().abs().max() if t.numel() else 0
-    assert ((t.double() - t64).abs() <= unit * t64.abs() + slack).all()
-    for i, (actual, right) in enumerate(zip(found[1], exact[1], strict=True)):
-        assert actual.shape == right.shape
-        bound = CONTRACT["gradient"] + (unit if i == 1 else 0)
-        assert right.numel() == 0 or error("gradient", actual, right) <= bound
-
-
-def activate_pairs(backend: str, shape: tuple[int, int, int, int, str], kind: str) -> Pair:
-    """Of a backend in float32 and bfloat16, or of the reference in float64 for the same input."""
-    torch.manual_seed(2)
-    batch, width, tangents, inner, shifted = shape
-    z, _, shift = inputs((batch, width, tangents, inner, shifted), torch.float32)
-    z, u = z[:batch], torch.randn(tangents * batch, width).bfloat16()
-    low = backend != "reference"
-    own = [m if low or m is None else m.double() for m in (z, u, shift)]
-    live = [m.requires_grad_() for m in own if m is not None]
-    out = raw_dual.activate_pair(backend, *own, kind, 1.3, 20.0, inner)  # type: ignore[arg-type]
-    g = [torch.randn(o.shape).bfloat16().to(o.dtype) for o in out]
-    return out, torch.autograd.grad(out, live, g)
-
-
-PAIRS = [s for s in SHAPES if s[4] != "shared"]
-
-
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [*(("silu", s) for s in PAIRS), *((kind, PAIRS[1]) for kind in reference.ACTIVATIONS[1:])],
@@ -157,22 +88,6 @@ def test_activation_of_tangents_in_bfloat16(
     capability: str, kind: str, shape: tuple[int, int, int, int, str]
 ) -> None:
     assert_pairs(activate_pairs("cpp", shape, kind), activate_pairs("reference", shape, kind))
-
-
-def norm_pairs(backend: str, shape: tuple[int, int, int, int, bool, int | None, bool]) -> Pair:
-    """As `activate_pairs`."""
-    torch.manual_seed(2)
-    batch, groups, n, tangents, centred, shifted, affine = shape
-    z, u = torch.randn(batch, groups * n) + 2, torch.randn(tangents * batch, groups * n)
-    shift = None if shifted is None else torch.randn(shifted)
-    w, b = (torch.randn(groups * n) if affine else None for _ in range(2))
-    low = backend != "reference"
-    tensors = (z, u.bfloat16(), shift, w, b)
-    own = [m if low or m is None else m.double() for m in tensors]
-    live = [m.requires_grad_() for m in own if m is not None]
-    out = raw_dual.norm_pair(backend, *own, groups, centred, 1e-5)  # type: ignore[arg-type]
-    g = [torch.randn(o.shape).bfloat16().to(o.dtype) for o in out]
-    return out, torch.autograd.grad(out, live, g)
 
 
 @pytest.mark.parametrize("shape", [*NORMS, (130, 2, 9, 2, True, None, True)], ids=str)
@@ -190,8 +105,8 @@ def test_strided_pairs_and_their_second_derivatives() -> None:
         z = torch.randn(5, 3).T.requires_grad_()
         u = torch.randn(5, 6).bfloat16().T.requires_grad_()
         w = torch.randn(5, requires_grad=True)
-        a, t = raw_dual.activate_pair(backend, z, u, None, "tanh")
-        a, t = raw_dual.norm_pair(backend, a, t, None, w, None, 1, True, 1e-2)
+        a, t = dispatch.activate_pair(backend, z, u, None, "tanh")
+        a, t = dispatch.norm_pair(backend, a, t, None, w, None, 1, True, 1e-2)
         loss = a.square().sum() + t.float().square().sum()
         first = torch.autograd.grad(loss, (z, u, w), create_graph=True)
         second = torch.autograd.grad(sum(g.float().square().sum() for g in first), (z, u, w))
@@ -207,10 +122,10 @@ def test_rounding_is_to_the_nearest() -> None:
     ones, z = torch.ones(1, 1), torch.zeros(1, 1)
     for w in (1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.1**-8, 3.4e38, 1e-40, math.inf, math.nan):
         weight = torch.tensor([w])
-        g = raw_dual.norm_pair("cpp", z, ones.bfloat16(), None, weight, None, 1, False, 1.0)[1]
+        g = dispatch.norm_pair("cpp", z, ones.bfloat16(), None, weight, None, 1, False, 1.0)[1]
         torch.testing.assert_close(g, weight[None].bfloat16(), rtol=0, atol=0, equal_nan=True)
     s = torch.full((1, 4), 100.0)
-    exact = raw_dual.activate_pair("cpp", s, u, None, "softplus")[1]
+    exact = dispatch.activate_pair("cpp", s, u, None, "softplus")[1]
     assert torch.equal(exact, u)
 
 
@@ -229,7 +144,7 @@ def test_derivatives_of_activations(backend: str) -> None:
     for kind in set(reference.ACTIVATIONS) - {"relu"}:
 
         def run(z: Tensor, shift: Tensor, kind: str = kind) -> Tensor:
-            return raw_dual.activate(backend, z, None, shift, 2, kind)
+            return dispatch.activate(backend, z, None, shift, 2, kind)
 
         assert torch.autograd.gradcheck(run, (z, shift))
         assert torch.autograd.gradgradcheck(run, (z, shift))
@@ -241,14 +156,14 @@ def test_derivatives_of_norms_and_dots(backend: str) -> None:
     for centred in (True, False):
 
         def run(z: Tensor, w: Tensor, b: Tensor, centred: bool = centred) -> Tensor:
-            return raw_dual.norm(backend, z, None, w, b, 2, 1, centred, 1e-2)
+            return dispatch.norm(backend, z, None, w, b, 2, 1, centred, 1e-2)
 
         assert torch.autograd.gradcheck(run, (z, w, b))
         assert torch.autograd.gradgradcheck(run, (z, w, b))
     key = torch.tensor((1, 0, 0))
 
     def dot(y: Tensor) -> Tensor:
-        return raw_dual.probe_dot(backend, y, key, None, 3, "gaussian")
+        return dispatch.probe_dot(backend, y, key, None, 3, "gaussian")
 
     assert torch.autograd.gradcheck(dot, (z,))
     assert torch.autograd.gradgradcheck(dot, (z,))
@@ -256,7 +171,7 @@ def test_derivatives_of_norms_and_dots(backend: str) -> None:
 
 def test_shared_tangents_refuse_a_gradient() -> None:
     shared = torch.randn(2, 3, requires_grad=True)
-    out = raw_dual.activate("cpp", torch.randn(4, 3), shared, None, 2, "silu")
+    out = dispatch.activate("cpp", torch.randn(4, 3), shared, None, 2, "silu")
     with pytest.raises(NotImplementedError, match="shared tangents"):
         out.sum().backward()
 

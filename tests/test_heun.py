@@ -12,43 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep
-from fewstep.ops import raw_heun
-from fewstep.reference import heun as reference
+from fewstep.ops.heun import dispatch
+from support.heun import KINDS, SHAPES, Field, combine_into, exact
 from tolerances import assert_contract
-
-SHAPES = [(1, 1), (5, 7), (3, 130), (2, 3, 5), (0, 3), (4,), (2, 1100)]
-# Of the state, the network, and whether what rounding leaves of the state is kept.
-KINDS = [
-    (torch.float32, torch.float32, False),
-    (torch.float32, torch.float32, True),
-    (torch.float64, torch.float32, False),
-    (torch.float64, torch.float64, False),
-]
-
-
-def combine_into(
-    backend: str,
-    x: Tensor,
-    low: Tensor | None,
-    terms: list[Tensor],
-    table: Tensor,
-    row: int,
-    *,
-    seeds: Tensor | None = None,
-    high: Tensor | None = None,
-    out_low: Tensor | None = None,
-    net: Tensor | None = None,
-    wrong: Tensor | None = None,
-) -> None:
-    run = raw_heun.into(backend, terms[0].dtype if terms else x.dtype)
-    run(x, low, terms, table, row, seeds, high, out_low, net, wrong)
-
-
-def exact(
-    x: Tensor, low: Tensor | None, terms: list[Tensor], table: Tensor, seeds: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    noise = None if seeds is None else reference.noise(seeds, 2, tuple(x.shape[1:]))
-    return reference.combine(x, low, [t.double() for t in terms], table[2], noise)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -93,7 +59,7 @@ def test_combine(
 def test_combine_of_strided_and_expanded_terms(capability: str) -> None:
     x, a, b = torch.randn(6, 4).T, torch.randn(4, 1).expand(4, 6), torch.randn(4, 12)[:, ::2]
     table = torch.randn(3, 1, 8, dtype=torch.float64)
-    own, _, net = raw_heun.combine("cpp", x, None, [a, b], table, 2, want_net=True)
+    own, _, net = dispatch.combine("cpp", x, None, [a, b], table, 2, want_net=True)
     y, z = exact(x, None, [a, b], table, None)
     assert net is not None
     assert_contract("value", own, y)
@@ -145,16 +111,6 @@ def test_the_table_has_no_gradient_in_the_kernel() -> None:
     y, _, _ = torch.ops.fewstep.heun_combine.default(x, None, [], table, 0, False, False)
     with pytest.raises(NotImplementedError, match="table has no gradient"):
         y.sum().backward()
-
-
-class Field(nn.Module):
-    def __init__(self, d: int = 3) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(d + 1, 8), nn.Linear(8, d)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        out: Tensor = self.second(torch.tanh(self.first(torch.cat((x, t[:, None]), 1))))
-        return out
 
 
 def loop(velocity: Any, x: Tensor, times: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep.ops import mlp
-from fewstep.ops.dual import Source, UnsupportedError
-from fewstep.ops.trace import make_key, make_keys
+from fewstep.ops.dual import mlp
+from fewstep.ops.dual.engine import UnsupportedError
+from fewstep.ops.dual.source import Source
+from fewstep.ops.trace.inputs import make_key, make_keys
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import probes
+from support.velocity_nets import Film, Residual, TimeMLP
 from tolerances import assert_contract
-from velocity_nets import Film, Residual, TimeMLP
 
 # batch, features before x, D, features after it, hidden widths, probes
 SHAPES = [

@@ -24,7 +24,7 @@ bool all(const heun::Pass<S, F>& pass) {
 }
 
 template <class S, class F>
-void answer(const Request& q) {
+void combine(const Request& q) {
   const int64_t size = q.batch * q.d;
   const auto x = input<S>(size), low = input<S>(q.low ? size : 0);
   std::vector<std::vector<F>> terms;
@@ -62,14 +62,13 @@ void answer(const Request& q) {
 }  // namespace
 
 int main() {
-  Request q;
-  read(&q, sizeof(q));
-  if (!q.wide) {
-    answer<float, float>(q);
-  } else if (!q.wide_network) {
-    answer<double, float>(q);
-  } else {
-    answer<double, double>(q);
-  }
-  return 0;
+  return serve_all<Request>([](const Request& q) {
+    if (!q.wide) {
+      combine<float, float>(q);
+    } else if (!q.wide_network) {
+      combine<double, float>(q);
+    } else {
+      combine<double, double>(q);
+    }
+  });
 }
