@@ -1,7 +1,7 @@
 # make demo    train a one-step generator of MNIST digits on this CPU   (FAST=1: 8x8 digits, a minute)
-# make test    lint, format, types, tests
+# make test    lint, format, types, tests of minutes; make test-slow has the other tests
 # make gpu     build, test, check and time all GPU kernels (OUT=runs/gpu, WHEELS=folder with wheels of peers)
-# The first two set up .venv the first time and whenever what they install from has changed.
+# All but the last set up .venv the first time and whenever what they install from has changed.
 PYTHON ?= python3
 BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.[ch]*' -o -name '*.inl')
@@ -17,13 +17,19 @@ endif
 GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
 OUT ?= runs/gpu
 
-.PHONY: demo test lint bench gpu clean
+# A file's tests stay in one process: they share trained runs, emulators and compiled formulas.
+PYTEST := $(BIN)/pytest --doctest-modules --numprocesses auto --dist loadscope
+
+.PHONY: demo test test-slow lint bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/fewstep train wflow $(DEMO) --overwrite
 
 test: .venv/ready lint
-	$(BIN)/pytest --doctest-modules
+	$(PYTEST) -m 'not slow'
+
+test-slow: .venv/ready
+	$(PYTEST) -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .
