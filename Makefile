@@ -1,5 +1,5 @@
 # make demo    train a one-step generator of MNIST digits on this CPU   (FAST=1: 8x8 digits, a minute)
-# make test    lint, format, types, tests of minutes; make test-slow has the other tests
+# make test    lint, format, types, tests   (make test-slow: the long ones)
 # make gpu     build, test, check and time all GPU kernels (OUT=runs/gpu, WHEELS=folder with wheels of peers)
 # All but the last set up .venv the first time and whenever what they install from has changed.
 PYTHON ?= python3
