@@ -63,7 +63,7 @@ common = {"depends": sources("csrc/**/*.h") + sources("csrc/**/*.inl"), "languag
 extensions = [
     CppExtension(
         "fewstep._C",
-        ["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/cpu/*.cpp")],
+        ["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/cpu/**/*.cpp")],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         extra_compile_args=[*CXX, *SIMD, *STABLE],
         extra_link_args=["-Wl,-s"],

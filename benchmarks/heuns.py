@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.registry import HeunProblem
+from benchmarks.timing import Beside, Run
 
 Network = Callable[[Tensor, Tensor], Tensor]
 _DATA = 0.5
@@ -90,41 +89,6 @@ def karras(problem: HeunProblem) -> Tensor:
 
 def latents(problem: HeunProblem) -> Tensor:
     return torch.as_tensor(problem.x).to(problem.device)
-
-
-Run = Callable[[], tuple[Any, ...]]
-_COMPARED_S = 1.5
-
-
-class Beside:
-    """A contender's run, and how it compares with the network alone in the same process."""
-
-    def __init__(
-        self, problem: Any, build: Callable[[Any], Run], alone: Callable[[Any], Run]
-    ) -> None:
-        self.run, self.network = build(problem), alone(problem)
-
-    def __call__(self) -> tuple[Any, ...]:
-        return self.run()
-
-    def more(self) -> dict[str, float]:
-        found: dict[str, float] = getattr(self.run, "more", dict)()
-        return found | {"over_network": compared(self.run, self.network)}
-
-
-def compared(run: Run, network: Run) -> float:
-    """The ratio of medians of calls in turn, for `_COMPARED_S` seconds and at least nine of each.
-
-    A machine's speed may change between processes, and then does so for both here.
-    """
-    times: tuple[list[float], list[float]] = ([], [])
-    run(), network()
-    while sum(map(sum, times)) < _COMPARED_S or len(times[0]) < 9:
-        for call, own in zip((run, network), times, strict=True):
-            start = time.perf_counter()
-            call()
-            own.append(time.perf_counter() - start)
-    return statistics.median(times[0]) / statistics.median(times[1])
 
 
 def plain(problem: HeunProblem) -> Run:

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.registry import CASES, CONTENDERS, STREAMED
+from benchmarks.contenders import CONTENDERS
+from benchmarks.registry import CASES, STREAMED
 from benchmarks.table import ROOT, Row, ours_of, read
 
 # Figure 10 x 4 inches at this resolution.

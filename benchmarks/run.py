@@ -28,15 +28,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plot, table
-from benchmarks.registry import (
-    ALL_CASES,
-    BUSY_CORES,
-    CONTENDERS,
-    FAMILIES,
-    AnyCase,
-    Case,
-    Contender,
-)
+from benchmarks.contenders import BUSY_CORES, CONTENDERS, Contender
+from benchmarks.registry import ALL_CASES, FAMILIES, AnyCase, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

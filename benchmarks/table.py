@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.registry import ALL_CASES, BUSY_CORES, CASES, CONTENDERS, FAMILIES, Case
+from benchmarks.contenders import BUSY_CORES, CONTENDERS
+from benchmarks.registry import ALL_CASES, CASES, FAMILIES, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, str]

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from benchmarks import plot, run, table, targets
+from benchmarks.contenders import CONTENDERS
 from benchmarks.dense import divergence_averaged, sinkhorn_averaged
 from benchmarks.peers import BACKENDS, BUILDERS, DEFINITIONS, numpy_outputs
 from benchmarks.registry import (
     CASES,
-    CONTENDERS,
     GRAD_RTOL,
     HEUN_CASES,
     TRACE_CASES,

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.heuns import Beside
 from benchmarks.registry import TraceProblem
+from benchmarks.timing import Beside
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 _SEED = 0
@@ -53,7 +53,7 @@ def network(problem: TraceProblem) -> MLP:
 
 
 def _digits() -> Tensor:
-    from fewstep.data import load
+    from fewstep.data.images import load
 
     return load("digits").images.flatten(1)
 
@@ -226,11 +226,12 @@ def trace(problem: TraceProblem, who: str) -> Callable[[], tuple[Any, ...]]:
 
 def trace_in_solve(problem: TraceProblem) -> Callable[[], tuple[Any, ...]]:
     """A call in the middle of a solve with fixed probes: nothing that the weights give is new."""
-    from fewstep.ops import trace as ops
+    from fewstep.ops.trace.estimator import Solver
+    from fewstep.ops.trace.inputs import Options, make_key
 
     s, case = setup(problem), problem.case
-    solver = ops.Solver(s.net, ops.Options(case.estimator, case.probes), fixed=True, cache={})
-    key = ops.make_key(_SEED)
+    solver = Solver(s.net, Options(case.estimator, case.probes), fixed=True, cache={})
+    key = make_key(_SEED)
 
     @torch.no_grad()
     def run() -> tuple[Tensor, ...]:

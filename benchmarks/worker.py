@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.peers import BUILDERS, DEFINITIONS, Run, numpy_outputs
 from benchmarks.registry import (
     ALL_CASES,
-    CONTENDERS,
     AnyCase,
     Case,
-    Contender,
     HeunCase,
     HeunProblem,
     Problem,
@@ -39,8 +38,6 @@ from benchmarks.registry import (
 MIN_REPEATS, MAX_REPEATS = 3, 1000
 # Fewer calls than MIN_REPEATS where they take over this many budgets.
 SLOW_BUDGETS = 4
-
-
 AnyProblem = Problem | TraceProblem | HeunProblem
 
 

@@ -21,7 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import config, dual, hessian, heun, sinkhorn
+from . import config, dual, heun
+from .probe import probe_kernel
+from .sinkhorn import hessian
+from .sinkhorn.alternating import sinkhorn_column_kernel, sinkhorn_row_kernel
+from .sinkhorn.apply import sinkhorn_apply_kernel
+from .sinkhorn.kept import sinkhorn_cost_kernel, sinkhorn_kept_kernel, sinkhorn_kept_merge_kernel
+from .sinkhorn.symmetric import sinkhorn_merge_kernel, sinkhorn_symmetric_kernel
 
 # With float32, tangents and probes may be bfloat16.
 _POINTER = {"float32": "*fp32", "float64": "*fp64", "bfloat16 tangents": "*fp32"}
@@ -110,7 +116,7 @@ def compile_kernel(kernel: Any, *, dtype: str, arch: str, launch: dict[str, Any]
     signature = {name: _OTHER.get(name, _POINTER[dtype]) for name in names}
     if dtype == "bfloat16 tangents":
         drawn = "Out" if launch.get("MODE") == 0 else "Y"
-        low = (drawn,) if kernel is dual.probe_kernel else _TANGENTS
+        low = (drawn,) if kernel is probe_kernel else _TANGENTS
         signature |= {name: "*bf16" for name in low if name in names}
     signature |= {name: "i32" for name in _INTEGERS if name in names}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -173,9 +179,9 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
                 yield kernel, dtype, launch
             continue
         large = launch["BLOCK_M"] == (64 if launch["DOT"] else 128)
-        apply = kernel is sinkhorn.sinkhorn_apply_kernel
-        row = kernel in (sinkhorn.sinkhorn_row_kernel, sinkhorn.sinkhorn_symmetric_kernel)
-        symmetric = kernel is sinkhorn.sinkhorn_symmetric_kernel
+        apply = kernel is sinkhorn_apply_kernel
+        row = kernel in (sinkhorn_row_kernel, sinkhorn_symmetric_kernel)
+        symmetric = kernel is sinkhorn_symmetric_kernel
         lightest = launch["PRECISION"] == "tf32" and not symmetric
         heavy = launch["EUCLIDEAN"] and large and (row or apply) and not lightest
         # Leaving out a diagonal takes registers, so that wide products have smaller tiles then.
@@ -192,7 +198,7 @@ def _heavy(kernel: Any, launch: dict[str, Any]) -> bool:
     """Of duals: gelu's backward, the longest rows, products with the sphere."""
     if kernel is dual.dual_activate_kernel:
         own = launch["KIND"] == 1 and launch["BACKWARD"]
-    elif kernel is dual.probe_kernel:
+    elif kernel is probe_kernel:
         own = launch["KIND"] == 3 and launch["MODE"] == 1
     else:
         own = launch["BLOCK"] >= min(config.LONGEST_ROW.values())
@@ -215,7 +221,7 @@ def _dual_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
             yield dual.dual_norm_backward_kernel, dtype, launch
         for kind, mode in itertools.product(range(4), range(2 if low else 3)):
             flags = {"KIND": kind, "MODE": mode, "IDS": True}
-            yield dual.probe_kernel, dtype, config.probe(own, arch) | flags
+            yield probe_kernel, dtype, config.probe(own, arch) | flags
 
 
 def _heun_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
@@ -244,13 +250,13 @@ def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
     for (dtype, dim, precision), euclidean, diagonal, batch in cases:
         cost = {"EUCLIDEAN": euclidean, "DIAGONAL": diagonal}
         update = config.sinkhorn_update(batch, 1024, dim, dtype, arch, precision) | cost
-        yield sinkhorn.sinkhorn_row_kernel, dtype, update
-        yield sinkhorn.sinkhorn_column_kernel, dtype, update
-        yield sinkhorn.sinkhorn_symmetric_kernel, dtype, config.sinkhorn_symmetric(update, arch)
-        yield sinkhorn.sinkhorn_cost_kernel, dtype, update
-        yield sinkhorn.sinkhorn_merge_kernel, dtype, config.sinkhorn_merge()
-        yield sinkhorn.sinkhorn_kept_kernel, dtype, config.sinkhorn_kept(dtype, arch)
-        yield sinkhorn.sinkhorn_kept_merge_kernel, dtype, config.sinkhorn_kept_merge()
+        yield sinkhorn_row_kernel, dtype, update
+        yield sinkhorn_column_kernel, dtype, update
+        yield sinkhorn_symmetric_kernel, dtype, config.sinkhorn_symmetric(update, arch)
+        yield sinkhorn_cost_kernel, dtype, update
+        yield sinkhorn_merge_kernel, dtype, config.sinkhorn_merge()
+        yield sinkhorn_kept_kernel, dtype, config.sinkhorn_kept(dtype, arch)
+        yield sinkhorn_kept_merge_kernel, dtype, config.sinkhorn_kept_merge()
         if dtype == "float64":
             second = config.sinkhorn_hessian(batch, 1024, arch) | cost
             yield hessian.sinkhorn_hessian_kernel, dtype, second | {"SUMS": False}
@@ -262,7 +268,7 @@ def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
                 options = {"gradient": gradient, "near_only": near_only, "diagonal": diagonal}
                 shape = (batch, 1024, dim, width, dtype, arch, precision)
                 launch = config.sinkhorn_apply(*shape, **options) | cost | {"GRADIENT": gradient}
-                yield sinkhorn.sinkhorn_apply_kernel, dtype, launch
+                yield sinkhorn_apply_kernel, dtype, launch
     yield from _dual_launches(arch)
     yield from _heun_launches(arch)
 

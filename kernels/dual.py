@@ -14,12 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import architecture, dtype_name, on
+from .launch import architecture, dtype_name, on, row_size
 
 LOG2E = tl.constexpr(1.4426950408889634)
-_ROW = tl.constexpr(0xFFFF)  # the k of the numbers that choose Hadamard rows
-GAUSSIAN = tl.constexpr(2)  # kinds in the order of `fewstep.reference.probe.PROBES`
-SPHERE = tl.constexpr(3)
 
 
 @triton.jit
@@ -276,152 +273,8 @@ def dual_norm_backward_kernel(
     tl.store(Sum_b + to, sum_b, mask=mask)
 
 
-@triton.jit
-def _words(Key, sample, k, blocks):
-    """Four 32-bit words of Philox for each block of a probe: csrc/shared/philox.h."""
-    seed = tl.load(Key)
-    zero = blocks * 0
-    step = zero + tl.load(Key + 1)
-    c0 = blocks | tl.load(Key + 2) << 28
-    c2 = k | (sample >> 32) << 16
-    return tl.philox(
-        seed,
-        c0.to(tl.uint32),
-        step.to(tl.uint32),
-        (zero + c2).to(tl.uint32),
-        (zero + sample).to(tl.uint32),
-    )
-
-
-@triton.jit
-def _four(w0, w1, w2, w3, BLOCK: tl.constexpr):
-    """Words of a block side by side, `[BLOCK]`."""
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
-
-
-@triton.jit
-def _circle(u):
-    """sin and cos of `2 pi u`, u in [0, 1], by their series on an eighth of the circle: those of
-    libraries keep memory for arguments that do not occur here."""
-    quarter = tl.floor(4 * u + 0.5)
-    x = (u - 0.25 * quarter) * 6.283185307179586
-    y = x * x
-    s = 1 - y * (1 / 110) * (1 - y * (1 / 156) * (1 - y * (1 / 210) * (1 - y * (1 / 272))))
-    s = x * (1 - y * (1 / 6) * (1 - y * (1 / 20) * (1 - y * (1 / 42) * (1 - y * (1 / 72) * s))))
-    c = 1 - y * (1 / 90) * (1 - y * (1 / 132) * (1 - y * (1 / 182) * (1 - y * (1 / 240))))
-    c = 1 - y * (1 / 2) * (1 - y * (1 / 12) * (1 - y * (1 / 30) * (1 - y * (1 / 56) * c)))
-    n = quarter.to(tl.int32) % 4
-    odd = n % 2 == 1
-    sine = tl.where(odd, c, s)
-    cosine = tl.where(odd, s, c)
-    return tl.where(n >= 2, -sine, sine), tl.where((n == 1) | (n == 2), -cosine, cosine)
-
-
-@triton.jit
-def normals_of(w0, w1, w2, w3, BLOCK: tl.constexpr):
-    """Standard normals by Box-Muller in float64, `[BLOCK]` from words `[BLOCK / 4]`."""
-    UNIT: tl.constexpr = 2.3283064365386963e-10  # 2^-32
-    first = tl.sqrt(-2 * tl.log((w0.to(tl.float64) + 0.5) * UNIT))
-    second = tl.sqrt(-2 * tl.log((w2.to(tl.float64) + 0.5) * UNIT))
-    sine, cosine = _circle((w1.to(tl.float64) + 0.5) * UNIT)
-    other_sine, other_cosine = _circle((w3.to(tl.float64) + 0.5) * UNIT)
-    return _four(first * cosine, first * sine, second * other_cosine, second * other_sine, BLOCK)
-
-
-@triton.jit
-def _normals(Key, sample, k, start, BLOCK: tl.constexpr):
-    """Those of a probe from coordinate `start` on."""
-    w0, w1, w2, w3 = _words(Key, sample, k, (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.int64))
-    return normals_of(w0, w1, w2, w3, BLOCK)
-
-
-@triton.jit
-def _parity(v):
-    v = v ^ (v >> 16)
-    v = v ^ (v >> 8)
-    v = v ^ (v >> 4)
-    v = v ^ (v >> 2)
-    v = v ^ (v >> 1)
-    return v & 1
-
-
-@triton.jit
-def _signs(Key, sample, k, start, bits, HADAMARD: tl.constexpr, BLOCK: tl.constexpr):
-    """1 where a probe is -1, `[BLOCK]` int64 from coordinate `start` on."""
-    blocks = (start // 128 + tl.arange(0, BLOCK // 128)).to(tl.int64)
-    w0, w1, w2, w3 = _words(Key, sample, k * 0 if HADAMARD else k, blocks)
-    words = _four(w0, w1, w2, w3, BLOCK // 32).to(tl.int64)
-    signs = tl.reshape((words[:, None] >> tl.arange(0, 32)[None, :]) & 1, [BLOCK])
-    if HADAMARD:
-        # Row k of a random order of all 2^bits, as philox.h chooses it.
-        only = tl.arange(0, 1).to(tl.int64)
-        r0, r1, r2, r3 = _words(Key, sample, _ROW, only)
-        mask = (1 << bits) - 1
-        shift = (bits + 1) // 2
-        row = (k * (r0.to(tl.int64) | 1) + r2.to(tl.int64)) & mask
-        row = row ^ (row >> shift)
-        row = (row * (r1.to(tl.int64) | 1) + r3.to(tl.int64)) & mask
-        row = row ^ (row >> shift)
-        signs = signs ^ _parity((start + tl.arange(0, BLOCK)).to(tl.int64) & row)
-    return signs
-
-
-@triton.jit
-def probe_kernel(
-    Key,
-    Ids,
-    Y,
-    Out,
-    batch,
-    D,
-    bits,
-    KIND: tl.constexpr,
-    MODE: tl.constexpr,
-    IDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Probe k of sample i, one a program, number `i + B k`: drawn (MODE 0), its product with
-    `y [K, B, D]` (1), or times `y [K, B]` (2)."""
-    item = tl.program_id(0).to(tl.int64)
-    sample = item % batch
-    k = item // batch
-    if IDS:
-        sample = tl.load(Ids + sample)
-    # Arithmetic is that of the result; that of tangents in bfloat16 is float32.
-    T: tl.constexpr = tl.float32 if Out.dtype.element_ty == tl.bfloat16 else Out.dtype.element_ty
-    factor = tl.full([1], 1.0, T)
-    if MODE == 2:
-        factor *= tl.load(Y + item)
-    if KIND == SPHERE:
-        squares = tl.zeros([BLOCK], tl.float64)
-        for start in range(0, D, BLOCK):
-            v = _normals(Key, sample, k, start, BLOCK)
-            squares += tl.where(start + tl.arange(0, BLOCK) < D, v * v, 0.0)
-        scale = tl.sqrt(D / tl.sum(squares, 0)).to(T)
-    total = tl.zeros([BLOCK], T)
-    for start in range(0, D, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        mask = cols < D
-        if KIND >= GAUSSIAN:
-            v = _normals(Key, sample, k, start, BLOCK).to(T)
-            if KIND == SPHERE:
-                v *= scale
-        else:
-            v = (1 - 2 * _signs(Key, sample, k, start, bits, KIND == 1, BLOCK)).to(T)
-        if MODE == 1:
-            total += v * tl.load(Y + item * D + cols, mask=mask, other=0.0).to(T)
-        else:
-            tl.store(Out + item * D + cols, v * factor, mask=mask)
-    if MODE == 1:
-        tl.store(Out + item, tl.sum(total, 0))
-
-
 def _contiguous(*tensors: Tensor | None) -> Any:
     return tuple(None if t is None else t.contiguous() for t in tensors)
-
-
-def _row(like: Tensor) -> int:
-    return like.shape[1:].numel()
 
 
 def _halves(stack: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
@@ -640,7 +493,7 @@ def dual_norm(
     """See `fewstep.reference.dual.norm`; rows of up to `config.LONGEST_ROW`."""
     out = z.new_empty(z.shape)
     z, *rest = _contiguous(z, shift, weight, bias)
-    count, width = z.numel() // (tangents + 1), _row(z)
+    count, width = z.numel() // (tangents + 1), row_size(z)
     own, made = _halves(z, count), _halves(out, count)
     _normed(own, *rest, made, tangents, width, groups, centred, eps)
     return out
@@ -665,7 +518,7 @@ def dual_norm_pair(
     """See `fewstep.reference.dual.norm_pair`."""
     out = _empty_pair(z, u)
     z, u, *rest = _contiguous(z, u, shift, weight, bias)
-    _normed((z, u), *rest, out, _count(z, u), _row(z), groups, centred, eps)
+    _normed((z, u), *rest, out, _count(z, u), row_size(z), groups, centred, eps)
     return out
 
 
@@ -725,7 +578,7 @@ def dual_norm_backward(
     """Gradients for z, and for weight and bias `[groups n]`."""
     out = z.new_empty(z.shape)
     g, z, shift, weight = _contiguous(g, z, shift, weight)
-    count, width = z.numel() // (tangents + 1), _row(z)
+    count, width = z.numel() // (tangents + 1), row_size(z)
     both, own, made = (_halves(t, count) for t in (g, z, out))
     options = (tangents, width, groups, centred, eps)
     return out, *_normed_backward(both, own, shift, weight, made, *options)
@@ -751,69 +604,5 @@ def dual_norm_pair_backward(
     """Gradients for z and u, and for weight and bias `[groups n]`."""
     out = _empty_pair(z, u)
     ga, gt, z, u, shift, weight = _contiguous(ga, gt, z, u, shift, weight)
-    options = (_count(z, u), _row(z), groups, centred, eps)
+    options = (_count(z, u), row_size(z), groups, centred, eps)
     return *out, *_normed_backward((ga, gt), (z, u), shift, weight, out, *options)
-
-
-def _probes(
-    mode: int,
-    y: Tensor,
-    out: Tensor,
-    key: Tensor,
-    ids: Tensor | None,
-    shape: tuple[int, int, int],
-    kind: int,
-) -> Tensor:
-    count, batch, d = shape
-    if count * batch == 0:
-        return out
-    key = key.to(y.device)
-    ids = None if ids is None else ids.to(y.device).contiguous()
-    dtype = "float32" if y.dtype == torch.bfloat16 else dtype_name("probe", y)
-    launch = config.probe(dtype, architecture(y.device))
-    with on(y.device):
-        probe_kernel[(count * batch,)](
-            *(key.contiguous(), key if ids is None else ids, y, out, batch, d),
-            max(d - 1, 0).bit_length(),
-            KIND=kind,
-            MODE=mode,
-            IDS=ids is not None,
-            **launch,
-        )
-    return out
-
-
-@torch.library.custom_op(
-    "fewstep_triton::probe",
-    mutates_args=(),
-    schema="(Tensor like, Tensor key, Tensor? ids, int probes, int kind) -> Tensor",
-)
-def probe(like: Tensor, key: Tensor, ids: Tensor | None, probes: int, kind: int) -> Tensor:
-    """`[K, B, ...]`"""
-    out = like.new_empty((probes, *like.shape))
-    shape = (probes, like.shape[0], _row(like))
-    return _probes(0, out, out, key, ids, shape, kind)
-
-
-@torch.library.custom_op(
-    "fewstep_triton::probe_dot",
-    mutates_args=(),
-    schema="(Tensor y, Tensor key, Tensor? ids, int probes, int kind) -> Tensor",
-)
-def probe_dot(y: Tensor, key: Tensor, ids: Tensor | None, probes: int, kind: int) -> Tensor:
-    """`<v_k, y_k>` `[K, B]` for y `[K B, ...]`."""
-    batch = y.shape[0] // probes
-    wide = torch.float32 if y.dtype == torch.bfloat16 else y.dtype
-    out = y.new_empty((probes, batch), dtype=wide)
-    return _probes(1, y.contiguous(), out, key, ids, (probes, batch, _row(y)), kind)
-
-
-@torch.library.custom_op(
-    "fewstep_triton::probe_scale",
-    mutates_args=(),
-    schema="(Tensor g, Tensor key, Tensor? ids, int d, int kind) -> Tensor",
-)
-def probe_scale(g: Tensor, key: Tensor, ids: Tensor | None, d: int, kind: int) -> Tensor:
-    """`g_k v_k` `[K, B, D]` for g `[K, B]`."""
-    out = g.new_empty((*g.shape, d))
-    return _probes(2, g.contiguous(), out, key, ids, (*g.shape, d), kind)  # type: ignore[arg-type]

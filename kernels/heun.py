@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .dual import normals_of
 from .launch import architecture, on
+from .probe import normals_of
 
 MOST_TERMS = 2
 _STAGE = tl.constexpr(15 << 28)  # of the noise: apart from the probes

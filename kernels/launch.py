@@ -24,6 +24,11 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def row_size(like: Tensor) -> int:
+    """Elements of one sample of `[B, ...]`."""
+    return like.shape[1:].numel()
+
+
 def dtype_name(op: str, x: Tensor) -> str:
     """ "float32" or "float64".
 

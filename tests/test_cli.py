@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fewstep
-from fewstep import plots, train
+from fewstep import training
 from fewstep.cli import main
+from fewstep.training import plots, wflow
+from fewstep.training.runs import EXTRA, PICTURE
 
 
 @pytest.fixture
@@ -26,9 +27,9 @@ def data(tmp_path: Path) -> str:
 def finished(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "report", lambda real, generated, **_: [])
+        patch.setattr(wflow, "report", lambda real, generated, **_: [])
         patch.setattr(plots, "save_comparison", lambda path, *_, **__: path.touch())
-        train.train(train.TrainConfig(data, steps=2, batch=4, width=8, seed=3), out, progress=False)
+        wflow.train(wflow.TrainConfig(data, steps=2, batch=4, width=8, seed=3), out, progress=False)
     return out
 
 
@@ -55,24 +56,24 @@ def test_train_prints_a_table_and_the_picture(
     assert main(["train", "wflow", "--data", data, "--out", str(out), *options.split()]) == 0
     lines = capsys.readouterr().out.split("\n")
     assert any(line.startswith("3-NN agreement") for line in lines)
-    assert Path(lines[-2]) == out / train.PICTURE
+    assert Path(lines[-2]) == out / PICTURE
     assert Path(lines[-2]).stat().st_size > 1000
-    config = train.read_run(out).config
+    config = wflow.read_run(out).config
     assert (config.steps, config.width, config.flow.eps) == (3, 8, 0.1)
     assert not config.flow.normalize
-    assert config.lr == train.preset(data).lr
+    assert config.lr == wflow.preset(data).lr
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])
 def test_defaults_are_those_of_the_data_set(name: str) -> None:
-    from fewstep import _commands
+    from fewstep.training import commands
 
-    command = _commands.parse(["train", "wflow", "--data", name, "--out", "run"])
-    assert isinstance(command, _commands.Train)
-    assert command.config == train.PRESETS[name]
-    command = _commands.parse(["train", "wflow", f"--data={name}", "--out", "run", "--lr", "1"])
-    assert isinstance(command, _commands.Train)
-    assert command.config.batch == train.PRESETS[name].batch
+    command = commands.parse(["train", "wflow", "--data", name, "--out", "run"])
+    assert isinstance(command, commands.Train)
+    assert command.config == wflow.PRESETS[name]
+    command = commands.parse(["train", "wflow", f"--data={name}", "--out", "run", "--lr", "1"])
+    assert isinstance(command, commands.Train)
+    assert command.config.batch == wflow.PRESETS[name].batch
     assert command.config.lr == 1
 
 
@@ -95,11 +96,11 @@ def test_resume_takes_the_settings_of_the_run(
 ) -> None:
     seen = []
     monkeypatch.setattr(
-        train, "train", lambda config, out, **options: seen.append((config, options)) or None
+        wflow, "train", lambda config, out, **options: seen.append((config, options)) or None
     )
     with pytest.raises(AttributeError):
         main(["train", "wflow", "--out", str(finished), "--resume"])
-    assert seen == [(train.read_run(finished).config, {"resume": True, "overwrite": False})]
+    assert seen == [(wflow.read_run(finished).config, {"resume": True, "overwrite": False})]
     monkeypatch.undo()
     assert main(["train", "wflow", "--out", str(finished), "--resume", "--lr", "0.5"]) == 2
     assert "lr is 0.005, not 0.5" in error_line(capsys)
@@ -169,7 +170,7 @@ def test_bad_arguments(
 def test_a_bad_checkpoint_is_refused_and_left(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = finished / train.CHECKPOINT
+    path = finished / wflow.CHECKPOINT
     path.write_bytes(path.read_bytes()[:-100])
     before = path.read_bytes()
     for arguments in (
@@ -188,8 +189,8 @@ def test_a_missing_extra_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delattr(fewstep, "_commands", raising=False)
-    monkeypatch.delitem(sys.modules, "fewstep._commands", raising=False)
+    monkeypatch.delattr(training, "commands", raising=False)
+    monkeypatch.delitem(sys.modules, "fewstep.training.commands", raising=False)
     monkeypatch.setitem(sys.modules, name, None)
     assert main(["train", "wflow", "--data", "digits", "--out", str(tmp_path / "run")]) == 2
     line = error_line(capsys)
@@ -206,7 +207,7 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_importing_the_package_loads_no_extra() -> None:
-    code = "import fewstep, fewstep.cli, fewstep.train, sys; print(*sys.modules)"
+    code = "import fewstep, fewstep.cli, fewstep.training.wflow, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # torch loads tqdm by itself where it is installed.
-    assert not {*train.EXTRA, "tyro"} & set(done.stdout.split()) - {"tqdm"}
+    assert not {*EXTRA, "tyro"} & set(done.stdout.split()) - {"tqdm"}

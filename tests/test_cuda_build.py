@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep._library import cuda_library
-from fewstep.ops import raw
+from fewstep.ops.sinkhorn import dispatch
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 from support.emulation import Emulator, arrays, emulator, split, wide
@@ -366,12 +366,12 @@ def test_device_stop_empty_batch_and_same_bits() -> None:
 @pytest.mark.gpu
 def test_device_capture_in_a_graph() -> None:
     x, y, a, b, eps = (t.cuda() for t in make(4, 30, 40, 3, torch.float32))
-    expected = raw.solve(
+    expected = dispatch.solve(
         "cuda", Points(x, y), a, b, eps, None, None, Schedule(max_iter=20, tol=1e-4)
     )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = raw.solve(
+        captured = dispatch.solve(
             "cuda", Points(x, y), a, b, eps, None, None, Schedule(max_iter=20, tol=1e-4)
         )
     graph.replay()

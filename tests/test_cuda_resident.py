@@ -15,7 +15,8 @@ from torch import Tensor
 
 import fewstep
 from fewstep._library import DEVICE_TESTED
-from fewstep.ops import raw
+from fewstep.ops.sinkhorn import dispatch
+from fewstep.ops.sinkhorn.inputs import PRECISIONS
 from fewstep.reference import drift as drift_reference
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
@@ -60,7 +61,7 @@ def header(
     integers = (("solve", "direct", "drift").index(op), dtype == torch.float64, *team)
     where = NO_DIAGONAL if diagonal is None else diagonal
     sizes = (batch, n, m, d, COSTS.index(cost), where, max_iter)
-    how = raw.PRECISIONS.index(precision)
+    how = PRECISIONS.index(precision)
     return struct.pack("19q6d", *integers, *sizes, *flags, False, how, *updates, *numbers)
 
 
@@ -619,7 +620,7 @@ def test_device_small_segments_and_temperatures() -> None:
 @pytest.mark.gpu
 def test_device_runs_repeat_and_are_asked_for_by_name() -> None:
     x, y, a, b, eps = (t.cuda() for t in make(50, 64, 60, 24, torch.float32))
-    assert raw.resident(Points(x, y))
+    assert dispatch.resident(Points(x, y))
     options: dict[str, Any] = {"a": a, "b": b, "eps": eps, "max_iter": 20}
     one, other = (fewstep.sinkhorn(x, y, **options, backend="cuda") for _ in range(2))
     assert torch.equal(one.f, other.f)
@@ -680,7 +681,9 @@ def test_device_small_capture_in_a_graph() -> None:
 
     def work() -> tuple[Tensor, ...]:
         drift = fewstep.sinkhorn_drift(x, y, y, eps=0.1, backend="cuda")
-        return *raw.solve("cuda", Points(x, y), a, b, eps, None, None, schedule), drift.velocity
+        return *dispatch.solve(
+            "cuda", Points(x, y), a, b, eps, None, None, schedule
+        ), drift.velocity
 
     wanted = work()
     graph = torch.cuda.CUDAGraph()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.data import Images, load
+from fewstep.data.images import Images, load
 
 
 def check(data: Images) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fewstep
-from fewstep.ops import divergence
-from fewstep.ops.sinkhorn import COSTS
+from fewstep.ops.sinkhorn import divergence
+from fewstep.ops.sinkhorn.inputs import COSTS
 from tolerances import CONTRACT, assert_contract, error
 
 # Raised inside torch when forward mode is first used.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.ops import raw_dual
+from fewstep.ops.dual import dispatch
 from fewstep.reference import dual as reference
 from support.duals import NORMS, PAIRS, SHAPES, activate_pairs, assert_pairs, inputs, norm_pairs
 from tolerances import TANGENTS, assert_contract, error
@@ -29,7 +29,7 @@ def test_activation(
     for backend, cast in (("cpp", dtype), ("reference", torch.float64)):
         own = [None if m is None else m.to(cast) for m in (z, shared, shift)]
         live = [m.requires_grad_() for m in (own[0], own[2]) if m is not None]
-        out = raw_dual.activate(backend, *own, tangents, kind, 1.3, 20.0, inner)  # type: ignore[arg-type]
+        out = dispatch.activate(backend, *own, tangents, kind, 1.3, 20.0, inner)  # type: ignore[arg-type]
         torch.manual_seed(1)
         g = torch.randn(out.shape, dtype=torch.float64).to(cast)
         grads.append(torch.autograd.grad(out, live, g))
@@ -46,10 +46,10 @@ def test_activation(
 def test_activation_far_out_and_nan(capability: str, kind: str) -> None:
     z = torch.tensor([-1e4, -88.0, -30.0, -0.0, 0.0, 1e-5, 30.0, 88.0, 1e4])
     stack = torch.cat([z, torch.ones(9)])
-    actual = raw_dual.activate("cpp", stack, None, None, 1, kind)
+    actual = dispatch.activate("cpp", stack, None, None, 1, kind)
     exact = reference.activate(stack.double(), None, None, 1, kind)
     torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-6)
-    bad = raw_dual.activate("cpp", torch.tensor([float("nan"), 1.0]), None, None, 1, kind)
+    bad = dispatch.activate("cpp", torch.tensor([float("nan"), 1.0]), None, None, 1, kind)
     assert bad[0].isnan()
 
 
@@ -66,7 +66,7 @@ def test_norm(
     for backend, cast in (("cpp", dtype), ("reference", torch.float64)):
         own = [None if m is None else m.to(cast) for m in (z, shift, w, b)]
         live = [m.requires_grad_() for m in own if m is not None]
-        out = raw_dual.norm(backend, *own, tangents, groups, centred, 1e-5)  # type: ignore[arg-type]
+        out = dispatch.norm(backend, *own, tangents, groups, centred, 1e-5)  # type: ignore[arg-type]
         torch.manual_seed(1)
         g = torch.randn(out.shape, dtype=torch.float64).to(cast)
         grads.append(torch.autograd.grad(out, live, g))
@@ -105,8 +105,8 @@ def test_strided_pairs_and_their_second_derivatives() -> None:
         z = torch.randn(5, 3).T.requires_grad_()
         u = torch.randn(5, 6).bfloat16().T.requires_grad_()
         w = torch.randn(5, requires_grad=True)
-        a, t = raw_dual.activate_pair(backend, z, u, None, "tanh")
-        a, t = raw_dual.norm_pair(backend, a, t, None, w, None, 1, True, 1e-2)
+        a, t = dispatch.activate_pair(backend, z, u, None, "tanh")
+        a, t = dispatch.norm_pair(backend, a, t, None, w, None, 1, True, 1e-2)
         loss = a.square().sum() + t.float().square().sum()
         first = torch.autograd.grad(loss, (z, u, w), create_graph=True)
         second = torch.autograd.grad(sum(g.float().square().sum() for g in first), (z, u, w))
@@ -122,10 +122,10 @@ def test_rounding_is_to_the_nearest() -> None:
     ones, z = torch.ones(1, 1), torch.zeros(1, 1)
     for w in (1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.1**-8, 3.4e38, 1e-40, math.inf, math.nan):
         weight = torch.tensor([w])
-        g = raw_dual.norm_pair("cpp", z, ones.bfloat16(), None, weight, None, 1, False, 1.0)[1]
+        g = dispatch.norm_pair("cpp", z, ones.bfloat16(), None, weight, None, 1, False, 1.0)[1]
         torch.testing.assert_close(g, weight[None].bfloat16(), rtol=0, atol=0, equal_nan=True)
     s = torch.full((1, 4), 100.0)
-    exact = raw_dual.activate_pair("cpp", s, u, None, "softplus")[1]
+    exact = dispatch.activate_pair("cpp", s, u, None, "softplus")[1]
     assert torch.equal(exact, u)
 
 
@@ -144,7 +144,7 @@ def test_derivatives_of_activations(backend: str) -> None:
     for kind in set(reference.ACTIVATIONS) - {"relu"}:
 
         def run(z: Tensor, shift: Tensor, kind: str = kind) -> Tensor:
-            return raw_dual.activate(backend, z, None, shift, 2, kind)
+            return dispatch.activate(backend, z, None, shift, 2, kind)
 
         assert torch.autograd.gradcheck(run, (z, shift))
         assert torch.autograd.gradgradcheck(run, (z, shift))
@@ -156,14 +156,14 @@ def test_derivatives_of_norms_and_dots(backend: str) -> None:
     for centred in (True, False):
 
         def run(z: Tensor, w: Tensor, b: Tensor, centred: bool = centred) -> Tensor:
-            return raw_dual.norm(backend, z, None, w, b, 2, 1, centred, 1e-2)
+            return dispatch.norm(backend, z, None, w, b, 2, 1, centred, 1e-2)
 
         assert torch.autograd.gradcheck(run, (z, w, b))
         assert torch.autograd.gradgradcheck(run, (z, w, b))
     key = torch.tensor((1, 0, 0))
 
     def dot(y: Tensor) -> Tensor:
-        return raw_dual.probe_dot(backend, y, key, None, 3, "gaussian")
+        return dispatch.probe_dot(backend, y, key, None, 3, "gaussian")
 
     assert torch.autograd.gradcheck(dot, (z,))
     assert torch.autograd.gradgradcheck(dot, (z,))
@@ -171,7 +171,7 @@ def test_derivatives_of_norms_and_dots(backend: str) -> None:
 
 def test_shared_tangents_refuse_a_gradient() -> None:
     shared = torch.randn(2, 3, requires_grad=True)
-    out = raw_dual.activate("cpp", torch.randn(4, 3), shared, None, 2, "silu")
+    out = dispatch.activate("cpp", torch.randn(4, 3), shared, None, 2, "silu")
     with pytest.raises(NotImplementedError, match="shared tangents"):
         out.sum().backward()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import fewstep
-from fewstep.ops import raw_dual
+from fewstep.ops.dual import dispatch
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import PROBES, probes
 from support.duals import (
@@ -47,7 +47,7 @@ def test_activation(kind: str, shape: tuple[int, int, int, int, str], dtype: tor
     for backend, cast in (("triton", dtype), ("reference", torch.float64)):
         own = [on(m, cast) for m in (z, shared, shift)]
         live = [m.requires_grad_() for m in (own[0], own[2]) if m is not None]
-        out = raw_dual.activate(backend, *own, tangents, kind, 1.3, 20.0, inner)  # type: ignore[arg-type]
+        out = dispatch.activate(backend, *own, tangents, kind, 1.3, 20.0, inner)  # type: ignore[arg-type]
         torch.manual_seed(1)
         g = torch.randn(out.shape, dtype=torch.float64).to(DEVICE, cast)
         grads.append(torch.autograd.grad(out, live, g))
@@ -73,7 +73,7 @@ def test_norm(shape: tuple[int, int, int, int, bool, int | None, bool], dtype: t
     for backend, cast in (("triton", dtype), ("reference", torch.float64)):
         own = [on(m, cast) for m in tensors]
         live = [m.requires_grad_() for m in own if m is not None]
-        out = raw_dual.norm(backend, *own, tangents, groups, centred, 1e-5)  # type: ignore[arg-type]
+        out = dispatch.norm(backend, *own, tangents, groups, centred, 1e-5)  # type: ignore[arg-type]
         torch.manual_seed(1)
         g = torch.randn(out.shape, dtype=torch.float64).to(DEVICE, cast)
         grads.append(torch.autograd.grad(out, live, g))
@@ -108,7 +108,7 @@ def test_norm_of_tangents_in_bfloat16(
 def test_probes(kind: str, d: int, dtype: torch.dtype) -> None:
     count = min(3, d)
     like = torch.empty(4, d, dtype=dtype, device=DEVICE)
-    actual = raw_dual.probe("triton", like, KEY, IDS, count, kind)
+    actual = dispatch.probe("triton", like, KEY, IDS, count, kind)
     expected = probes(KEY, IDS, (count, 4, d), kind, dtype).to(DEVICE)
     if kind in ("rademacher", "hadamard"):
         assert torch.equal(actual, expected)
@@ -116,22 +116,22 @@ def test_probes(kind: str, d: int, dtype: torch.dtype) -> None:
         ulps = 8 * torch.finfo(dtype).eps
         torch.testing.assert_close(actual, expected, rtol=ulps, atol=ulps)
     y = torch.randn(count * 4, d, dtype=dtype, device=DEVICE)
-    dots = raw_dual.probe_dot("triton", y, KEY, IDS, count, kind)
+    dots = dispatch.probe_dot("triton", y, KEY, IDS, count, kind)
     assert_contract("value", dots, (actual.double() * y.double().view(count, 4, d)).sum(2))
     g = torch.randn(count, 4, dtype=dtype, device=DEVICE)
-    scaled = raw_dual.probe_scale("triton", g, KEY, IDS, d, kind)
+    scaled = dispatch.probe_scale("triton", g, KEY, IDS, d, kind)
     torch.testing.assert_close(scaled, g[..., None] * actual)
 
 
 @pytest.mark.parametrize("kind", PROBES)
 def test_probes_in_bfloat16(kind: str) -> None:
     like = torch.empty(4, 130, device=DEVICE)
-    wide = raw_dual.probe("triton", like, KEY, IDS, 3, kind)
-    low = raw_dual.probe("triton", like.bfloat16(), KEY, IDS, 3, kind)
+    wide = dispatch.probe("triton", like, KEY, IDS, 3, kind)
+    low = dispatch.probe("triton", like.bfloat16(), KEY, IDS, 3, kind)
     assert low.dtype == torch.bfloat16
     assert ((low.float() - wide).abs() <= UNIT * wide.abs()).all()
     y = torch.randn(12, 130, device=DEVICE).bfloat16()
-    dots = raw_dual.probe_dot("triton", y, KEY, IDS, 3, kind)
+    dots = dispatch.probe_dot("triton", y, KEY, IDS, 3, kind)
     assert_contract("value", dots, (wide.double() * y.double().view(3, 4, 130)).sum(2))
 
 
@@ -174,7 +174,7 @@ def test_ops() -> None:
     ops = torch.ops.fewstep_triton
     z = torch.randn(6, 5, device=DEVICE)
     u = torch.randn(12, 5, device=DEVICE).bfloat16()
-    raw_dual.activate("triton", z, None, None, 1, "silu")  # registers them
+    dispatch.activate("triton", z, None, None, 1, "silu")  # registers them
     tests = ("test_schema", "test_faketensor")
     for op, arguments in (
         (ops.dual_activate, (z, None, None, 1, 0, 1.0, 20.0, 1)),
@@ -195,5 +195,5 @@ def test_ops() -> None:
 
 def test_long_rows_are_left_to_the_reference() -> None:
     z = torch.randn(2, 2049, device=DEVICE)
-    actual = raw_dual.norm("triton", z, None, None, None, 1, 1, True, 1e-5)
+    actual = dispatch.norm("triton", z, None, None, None, 1, 1, True, 1e-5)
     torch.testing.assert_close(actual, reference.norm(z, None, None, None, 1, 1, True, 1e-5))

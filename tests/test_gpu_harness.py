@@ -14,9 +14,20 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import gpu, occupancy
+from benchmarks.contenders import CONTENDERS
+from benchmarks.gpu_cases import (
+    GPU_CASES,
+    definition_of,
+    draw,
+    exact_drift,
+    expected,
+    least_bytes,
+    least_flops,
+    timing,
+)
 from benchmarks.occupancy import Kernel
 from benchmarks.peers import BUILDERS, numpy_outputs
-from benchmarks.registry import CASES, CONTENDERS
+from benchmarks.registry import CASES
 from benchmarks.worker import errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +89,7 @@ def test_first_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_crash_costs_one_contender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = replace(gpu.GPU_CASES["n10000_d64"], contenders=("triton", "eager", "compile"))
+    case = replace(GPU_CASES["n10000_d64"], contenders=("triton", "eager", "compile"))
 
     class Crashing(gpu.Runner):
         def run(self, log: str, command: object, limit: float) -> tuple[int | None, str]:
@@ -90,7 +101,7 @@ def test_a_crash_costs_one_contender(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 lines.append({"begun": name})
                 if name == "eager":
                     break
-                times = gpu.timing([2.0 if name == "triton" else 6.0], case, 100, 0)
+                times = timing([2.0 if name == "triton" else 6.0], case, 100, 0)
                 lines.append(case.columns() | {"contender": name} | times)
             result.write_text("\n".join(map(json.dumps, lines)))
             return (1, "CUDA error") if "eager" in todo else (0, "")
@@ -115,11 +126,11 @@ def test_a_crash_costs_one_contender(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_floors_are_counted_by_hand() -> None:
     solve = replace(CASES["n512_d64"], batch=2, n=10, m=20, d=3)
-    assert gpu.least_bytes(solve) == 4 * (2 * 30 * 3 + 2 * 30 + 2 * 30 + 2)
-    assert gpu.least_flops(solve, 7) == 2 * 10 * 20 * (2 * 3 + 7 * 4)
+    assert least_bytes(solve) == 4 * (2 * 30 * 3 + 2 * 30 + 2 * 30 + 2)
+    assert least_flops(solve, 7) == 2 * 10 * 20 * (2 * 3 + 7 * 4)
     drift = replace(CASES["drift_joint_b256_n64_d256"], batch=2, n=10, m=20, d=3)
-    assert gpu.least_bytes(drift) == 4 * 2 * 3 * (10 + 20 + 20 + 10)
-    assert gpu.least_flops(drift, 7) == 2 * 10 * 40 * (2 * 3 * 4 + 3 * 7 * 4)
+    assert least_bytes(drift) == 4 * 2 * 3 * (10 + 20 + 20 + 10)
+    assert least_flops(drift, 7) == 2 * 10 * 40 * (2 * 3 * 4 + 3 * 7 * 4)
 
 
 @pytest.mark.parametrize(
@@ -127,11 +138,11 @@ def test_floors_are_counted_by_hand() -> None:
 )
 def test_points_of_every_set_have_one_value(name: str) -> None:
     case = replace(CASES[name], batch=3 if CASES[name].batch > 1 else 1, n=12, m=9, d=5)
-    definition = gpu.definition_of("eager", case)
+    definition = definition_of("eager", case)
     assert definition is not None
-    problems = gpu.draw(case, "cpu", copies=2)
+    problems = draw(case, "cpu", copies=2)
     assert not torch.equal(problems[0].x, problems[1].x)
-    first, second = (gpu.expected(problem, definition) for problem in problems)
+    first, second = (expected(problem, definition) for problem in problems)
     np.testing.assert_allclose(first[0], second[0], rtol=1e-6)
     # The definition in slices is what the dense one gives on the same points.
     outputs = numpy_outputs(BUILDERS[case.workload, "eager"](problems[0])())
@@ -142,23 +153,23 @@ def test_points_of_every_set_have_one_value(name: str) -> None:
 
 def test_slices_of_groups_do_not_matter() -> None:
     case = replace(CASES["drift_split_b16_n64_d256"], batch=5, n=12, m=9, d=5)
-    (problem,) = gpu.draw(case, "cpu")
-    whole, sliced = gpu.exact_drift(problem), gpu.exact_drift(problem, slice_groups=2)
+    (problem,) = draw(case, "cpu")
+    whole, sliced = exact_drift(problem), exact_drift(problem, slice_groups=2)
     torch.testing.assert_close(whole[0], sliced[0], rtol=1e-12, atol=0)
     torch.testing.assert_close(whole[1], sliced[1])
 
 
 def test_who_takes_part() -> None:
-    for case in gpu.GPU_CASES.values():
+    for case in GPU_CASES.values():
         for name in case.contenders:
-            definition = gpu.definition_of(name, case)
+            definition = definition_of(name, case)
             if definition is not None and not name.startswith("flash"):
                 assert (case.workload, name) in BUILDERS
                 assert "cuda" in CONTENDERS[name].devices
     for name in ("b256_n256_d64", "drift_joint_b26752_n64_m72_d512"):
-        assert {"cuda", "triton"} <= set(gpu.GPU_CASES[name].contenders)
-    assert gpu.definition_of("flash-sinkhorn", gpu.GPU_CASES["n10000_d64"]) == "alternating"
-    assert gpu.definition_of("flash-sinkhorn", gpu.GPU_CASES["n10000_d64_grad"]) is None
+        assert {"cuda", "triton"} <= set(GPU_CASES[name].contenders)
+    assert definition_of("flash-sinkhorn", GPU_CASES["n10000_d64"]) == "alternating"
+    assert definition_of("flash-sinkhorn", GPU_CASES["n10000_d64_grad"]) is None
 
 
 def test_resident_blocks() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep
-from fewstep.ops import raw_heun
+from fewstep.ops.heun import dispatch
 from support.heun import KINDS, SHAPES, Field, combine_into, exact
 from tolerances import assert_contract
 
@@ -59,7 +59,7 @@ def test_combine(
 def test_combine_of_strided_and_expanded_terms(capability: str) -> None:
     x, a, b = torch.randn(6, 4).T, torch.randn(4, 1).expand(4, 6), torch.randn(4, 12)[:, ::2]
     table = torch.randn(3, 1, 8, dtype=torch.float64)
-    own, _, net = raw_heun.combine("cpp", x, None, [a, b], table, 2, want_net=True)
+    own, _, net = dispatch.combine("cpp", x, None, [a, b], table, 2, want_net=True)
     y, z = exact(x, None, [a, b], table, None)
     assert net is not None
     assert_contract("value", own, y)

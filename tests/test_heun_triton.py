@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import fewstep
-from fewstep.ops import raw_heun
+from fewstep.ops.heun import dispatch
 from support.denoisers import gaussian
 from support.heun import KINDS, SHAPES, Field, combine_into, exact
 from tolerances import assert_contract
@@ -129,7 +129,7 @@ def test_whole_sampler_in_a_graph(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised inside torch 2.14's opcheck
 def test_opcheck() -> None:
-    ops = raw_heun._triton()
+    ops = dispatch._triton()
     x, table = (
         torch.randn(3, 4, device=DEVICE),
         torch.randn(2, 3, 8, dtype=torch.float64, device=DEVICE),

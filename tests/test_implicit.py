@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fewstep
-from fewstep.ops import implicit
 from tolerances import CONTRACT, assert_contract, error
 
 # Raised inside torch when forward mode is first used.
@@ -182,8 +181,8 @@ def test_streamed_products_are_the_same(cost: str, monkeypatch: pytest.MonkeyPat
 
     (whole_of_f,) = torch.autograd.grad(potential(x.requires_grad_()), x)
     for pairs in (50, 300):
-        monkeypatch.setattr(implicit, "BLOCK_PAIRS", pairs)
-        monkeypatch.setattr(implicit, "KEPT_PAIRS", 0)
+        monkeypatch.setattr("fewstep.ops.sinkhorn.blocks.BLOCK_PAIRS", pairs)
+        monkeypatch.setattr("fewstep.ops.sinkhorn.newton.KEPT_PAIRS", 0)
         assert torch.allclose(product(value, x, u), whole, rtol=1e-9, atol=1e-12)
         (of_f,) = torch.autograd.grad(potential(x), x)
         assert torch.allclose(of_f, whole_of_f, rtol=1e-8, atol=1e-11)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.ops import raw
+from fewstep.ops.sinkhorn.inputs import PRECISIONS, from_numbers
 
 pytest.importorskip("triton")
 
 from fewstep.kernels import config
-from fewstep.kernels import sinkhorn as kernels
+from fewstep.kernels.sinkhorn.alternating import sinkhorn_row_kernel
 
 # Bytes of shared memory that every GPU of a family gives one program.
 SHARED = {"sm": 99 * 1024, "gfx": 64 * 1024}
@@ -62,9 +62,9 @@ def test_launches_are_legal(arch: str, dtype: str) -> None:
 
 def test_precisions_have_one_order() -> None:
     header = (Path(__file__).parents[1] / "csrc/shared/halves.h").read_text()
-    assert config.PRECISIONS == raw.PRECISIONS == ("tf32x3", "tf32", "float32")
+    assert config.PRECISIONS == PRECISIONS == ("tf32x3", "tf32", "float32")
     assert "enum Precision : int { kThree, kOne, kFloat32 };" in header
-    how = [config.sinkhorn_update(1, 64, 17, "float32", "sm_90", p) for p in raw.PRECISIONS]
+    how = [config.sinkhorn_update(1, 64, 17, "float32", "sm_90", p) for p in PRECISIONS]
     assert [launch["DOT"] for launch in how] == [True, True, False]
     assert [launch["PRECISION"] for launch in how[:2]] == ["tf32x3", "tf32"]
 
@@ -87,10 +87,10 @@ def test_temperatures_are_not_copied_from_the_host() -> None:
             return func(*args, **(kwargs or {}))
 
     with Ops() as seen:
-        filled = raw.from_numbers([2.0, 0.5], torch.device("meta"), torch.float32)
+        filled = from_numbers([2.0, 0.5], torch.device("meta"), torch.float32)
     assert filled.shape == (2,)
     assert set(seen.names) == {"aten.full.default", "aten.stack.default"}
-    on_cpu = raw.from_numbers([2.0, 0.5], torch.device("cpu"), torch.float64)
+    on_cpu = from_numbers([2.0, 0.5], torch.device("cpu"), torch.float64)
     assert on_cpu.tolist() == [2.0, 0.5]
 
 
@@ -100,9 +100,9 @@ def test_compiling_interpreted_kernels_is_refused() -> None:
 
     launch = config.sinkhorn_update(1, 64, 3, "float32", "sm_90")
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        compile_kernel(kernels.sinkhorn_row_kernel, dtype="float32", arch="sm_90", launch=launch)
+        compile_kernel(sinkhorn_row_kernel, dtype="float32", arch="sm_90", launch=launch)
     with pytest.raises(ValueError, match=r"arch must be one of .*, got 'sm_20'"):
-        compile_kernel(kernels.sinkhorn_row_kernel, dtype="float32", arch="sm_20", launch=launch)
+        compile_kernel(sinkhorn_row_kernel, dtype="float32", arch="sm_20", launch=launch)
 
 
 COUNT_VARIANTS = """
@@ -111,7 +111,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from fewstep.kernels import sinkhorn
+from fewstep.kernels import config
+from fewstep.kernels.sinkhorn import apply, solve
 
 backend = CUDABackend(GPUTarget("cuda", 90, 32))
 variants = {}
@@ -123,7 +124,7 @@ def launch(kernel, *args, grid, warmup, **kwargs):
     variants.setdefault(kernel.__name__, set()).add(tuple(map(tuple, key)))
 
 JITFunction.run = launch
-sinkhorn.config._KEPT_FROM_DOT = 16
+config._KEPT_FROM_DOT = 16
 cases = ((1, 70, 4, 1), (3, 99, 17, 1), (4, 97, 16, 1), (2, 64, 5, 2))
 for count, n, max_iter, temperatures in cases:
     x, y = torch.randn(count, n, 20), torch.randn(count, n + 30, 20)
@@ -132,9 +133,9 @@ for count, n, max_iter, temperatures in cases:
     for simultaneous, kept in ((False, 0), (False, 2**40), (True, 0)):
         how = (1e-3, None, 1.0, None, None, None, 1.0, simultaneous, False, kept, 0)
         points = (x, y, a, b, eps, None, None, 0, None)
-        f, g, *_ = sinkhorn.sinkhorn(*points, max_iter, *how)
+        f, g, *_ = solve.sinkhorn(*points, max_iter, *how)
     v = torch.rand(count * temperatures, n + 30, 20)
-    sinkhorn.sinkhorn_transport(x, y, f, g, b, eps, v, 0, None, 0)
+    apply.sinkhorn_transport(x, y, f, g, b, eps, v, 0, None, 0)
 print(json.dumps({name: len(keys) for name, keys in variants.items()}))
 """
 

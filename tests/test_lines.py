@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep.augment import diff_augment
+from fewstep.data.toys import GaussianMixture
 from fewstep.methods import LinesMatching
+from fewstep.methods.augment import diff_augment
 from fewstep.methods.lines import adaptive_weight, pseudo_huber
-from fewstep.metrics import straightness
+from fewstep.metrics.straightness import straightness
 from fewstep.networks import (
     ConvDiscriminator,
     EDMPrecond,
@@ -24,7 +25,6 @@ from fewstep.networks import (
     MLPDiscriminator,
     ResidualMLP,
 )
-from fewstep.toys import GaussianMixture
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep import score
-from fewstep.toys import GaussianMixture
+from fewstep import conversions
+from fewstep.data.toys import GaussianMixture
 from support.velocity_nets import Residual, TimeMLP, Unknown
 from tolerances import TANGENTS, error
 
@@ -29,14 +29,14 @@ def mixture(path: str = "noise-at-1", d: int = 2) -> GaussianMixture:
 TIMES = {"noise-at-1": 0.3, "data-at-1": 0.3, "ve": 0.8, "vp": 0.6}
 
 
-@pytest.mark.parametrize("path", score.PATHS)
+@pytest.mark.parametrize("path", conversions.PATHS)
 def test_conversions_are_those_of_the_density(path: str) -> None:
     teacher, t = mixture(path), TIMES[path]
     x = teacher.sample(20, t).requires_grad_()
     (s,) = torch.autograd.grad(teacher.log_prob(x, t).sum(), x)
     x = x.detach()
     assert (teacher.score(x, t) - s).abs().max() < 1e-10
-    a, b, da, db = score.coefficients(path, torch.tensor(t, dtype=F64))
+    a, b, da, db = conversions.coefficients(path, torch.tensor(t, dtype=F64))
     denoiser = (x + b * b * s) / a  # Tweedie
     truth = {
         "score": s,
@@ -44,15 +44,17 @@ def test_conversions_are_those_of_the_density(path: str) -> None:
         "noise": -b * s,
         "velocity": da * denoiser - db * b * s,
     }
-    for source in score.KINDS:
-        for target in score.KINDS:
-            found = score.convert(truth[source], x, t, source=source, target=target, path=path)
+    for source in conversions.KINDS:
+        for target in conversions.KINDS:
+            found = conversions.convert(
+                truth[source], x, t, source=source, target=target, path=path
+            )
             assert (found - truth[target]).abs().max() < 1e-10, (source, target)
 
 
 def test_velocity_moves_the_marginals() -> None:
     """Continuity: d/dt log p = -div v - v . grad log p along each path."""
-    for path in score.PATHS:
+    for path in conversions.PATHS:
         teacher = mixture(path)
         t = torch.full((10,), TIMES[path], dtype=F64, requires_grad=True)
         x = teacher.sample(10, TIMES[path])
@@ -278,7 +280,9 @@ def test_bad_conversions(change: dict[str, Any], message: str) -> None:
         "target": "score",
     } | change
     with pytest.raises(ValueError, match=message):
-        score.convert(arguments.pop("value"), arguments.pop("x"), arguments.pop("t"), **arguments)
+        conversions.convert(
+            arguments.pop("value"), arguments.pop("x"), arguments.pop("t"), **arguments
+        )
 
 
 def test_bad_mixtures() -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep.ops import mlp
-from fewstep.ops.dual import Source, UnsupportedError
-from fewstep.ops.trace import make_key, make_keys
+from fewstep.ops.dual import mlp
+from fewstep.ops.dual.engine import UnsupportedError
+from fewstep.ops.dual.source import Source
+from fewstep.ops.trace.inputs import make_key, make_keys
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import probes
 from support.velocity_nets import Film, Residual, TimeMLP

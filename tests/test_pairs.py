@@ -18,14 +18,15 @@ import torch
 from torch.utils.data import DataLoader
 
 import fewstep
-from fewstep import cli, pairs
-from fewstep.pairs import PairDataset, PairsConfig, Teacher
+from fewstep import cli
+from fewstep.data.generate import Teacher, generate, worker
+from fewstep.data.pairs import PairDataset, PairsConfig
 from support.pairs import CONFIG, SHAPE, Denoiser
 
 
 def make(out: Path, config: PairsConfig = CONFIG, *, classes: int = 0, **options: object) -> int:
     teacher = Teacher(Denoiser(classes), SHAPE, classes)
-    return pairs.generate(teacher, config, out, device="cpu", progress=False, **options)
+    return generate(teacher, config, out, device="cpu", progress=False, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -84,7 +85,7 @@ def test_labels_and_half_precision(tmp_path: Path) -> None:
 
 def test_a_raw_network_is_preconditioned_by_the_sampler(whole: Path, tmp_path: Path) -> None:
     raw = Denoiser().inner.network
-    pairs.generate(Teacher(raw, SHAPE, precondition=0.7), CONFIG, tmp_path, progress=False)
+    generate(Teacher(raw, SHAPE, precondition=0.7), CONFIG, tmp_path, progress=False)
     a, b = (PairDataset(folder).batch(torch.arange(37))[1] for folder in (whole, tmp_path))
     # Two orders of float32 arithmetic, on states that begin at 80.
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
@@ -140,13 +141,13 @@ def test_ranks_of_torchrun(whole: Path, tmp_path: Path) -> None:
 
 
 def test_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pairs.worker("2/3") == (2, 3)
+    assert worker("2/3") == (2, 3)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert pairs.worker("2/3") == (9, 12)
+    assert worker("2/3") == (9, 12)
     for shard in ("3/3", "0/0", "1", "-1/3", "a/b"):
         with pytest.raises(ValueError, match=re.escape(f"got {shard!r}")):
-            pairs.worker(shard)
+            worker(shard)
 
 
 @pytest.fixture
@@ -224,7 +225,7 @@ def test_other_pairs_in_the_folder(copy: Path, tmp_path: Path) -> None:
     another.inner.sigma_data = 0.8
     for network in (other, another):
         with pytest.raises(ValueError, match=r"teacher.digest is"):
-            pairs.generate(Teacher(network, SHAPE), CONFIG, copy, progress=False)
+            generate(Teacher(network, SHAPE), CONFIG, copy, progress=False)
     assert contents(copy) == before
     (tmp_path / "a.safetensors").touch()
     with pytest.raises(ValueError, match=r"holds a.safetensors but no config.json"):
@@ -258,7 +259,7 @@ def test_bad_teachers(tmp_path: Path) -> None:
         make(tmp_path, worker=(2, 2))
     nan = Teacher(lambda x, sigma: x * torch.nan, SHAPE, digest="nan")
     with pytest.raises(ValueError, match="edm_sample: the state is not finite at step 0"):
-        pairs.generate(nan, CONFIG, tmp_path, device="cpu", progress=False)
+        generate(nan, CONFIG, tmp_path, device="cpu", progress=False)
     assert not list(tmp_path.glob("*pairs-*"))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.ops import raw_dual
+from fewstep.ops.dual import dispatch
 from fewstep.reference.probe import PROBES, philox, probes
 from support.probes import IDS, KEY
 
@@ -44,7 +44,7 @@ def test_kernels_draw_the_bits_of_the_reference(
     capability: str, kind: str, d: int, dtype: torch.dtype
 ) -> None:
     count = min(3, d)
-    actual = raw_dual.probe("cpp", torch.empty(4, d, dtype=dtype), KEY, IDS, count, kind)
+    actual = dispatch.probe("cpp", torch.empty(4, d, dtype=dtype), KEY, IDS, count, kind)
     expected = probes(KEY, IDS, (count, 4, d), kind, dtype)
     if kind in ("rademacher", "hadamard"):
         assert torch.equal(actual, expected)
@@ -58,19 +58,19 @@ def test_kernels_draw_the_bits_of_the_reference(
 def test_dot_and_scale_draw_the_same_probes(capability: str, kind: str) -> None:
     y, g = torch.randn(3 * 4, 37), torch.randn(3, 4)
     v = probes(KEY, IDS, (3, 4, 37), kind, torch.float32)
-    dots = raw_dual.probe_dot("cpp", y, KEY, IDS, 3, kind)
+    dots = dispatch.probe_dot("cpp", y, KEY, IDS, 3, kind)
     torch.testing.assert_close(dots, (v * y.reshape(3, 4, 37)).sum(-1), rtol=1e-5, atol=1e-5)
-    scaled = raw_dual.probe_scale("cpp", g, KEY, IDS, 37, kind)
+    scaled = dispatch.probe_scale("cpp", g, KEY, IDS, 37, kind)
     torch.testing.assert_close(scaled, v * g[..., None], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", PROBES)
 def test_a_sample_keeps_its_probes_in_any_batch(kind: str) -> None:
-    whole = raw_dual.probe("cpp", torch.empty(4, 9), KEY, IDS, 3, kind)
+    whole = dispatch.probe("cpp", torch.empty(4, 9), KEY, IDS, 3, kind)
     for i in range(4):
-        alone = raw_dual.probe("cpp", torch.empty(1, 9), KEY, IDS[i : i + 1], 3, kind)
+        alone = dispatch.probe("cpp", torch.empty(1, 9), KEY, IDS[i : i + 1], 3, kind)
         assert torch.equal(alone[:, 0], whole[:, i])
-    fewer = raw_dual.probe("cpp", torch.empty(4, 9), KEY, IDS, 2, kind)
+    fewer = dispatch.probe("cpp", torch.empty(4, 9), KEY, IDS, 2, kind)
     assert torch.equal(fewer, whole[:2])
 
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.data.toys import GaussianMixture
 from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import heun, log_prob_of, score_of
-from fewstep.ops import log_density, trace
-from fewstep.toys import GaussianMixture
+from fewstep.ops.trace import log_density
+from fewstep.ops.trace.inputs import Options
 from support.velocity_nets import TimeMLP
 from tolerances import TANGENTS, error
 
 F64 = torch.float64
-OPTIONS = trace.Options("exact")
+OPTIONS = Options("exact")
 
 
 def mixture() -> GaussianMixture:

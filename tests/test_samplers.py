@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep import samplers
+from fewstep.data.toys import GaussianMixture
+from fewstep.ops.heun.engine import FIRST
 from fewstep.reference import heun as reference
-from fewstep.toys import GaussianMixture
+from fewstep.samplers.multistep import MODES
 from support.denoisers import Network, gaussian, wide
 from tolerances import assert_contract
 
@@ -40,7 +41,7 @@ def edm(
     def noise(i: int) -> Tensor:
         if seeds is None:
             return torch.zeros_like(x)
-        row = 1 if i == 0 else samplers.FIRST + 2 * (i - 1) + 1  # of the pass that adds it
+        row = 1 if i == 0 else FIRST + 2 * (i - 1) + 1  # of the pass that adds it
         return reference.noise(seeds, row, tuple(x.shape[1:]))
 
     for i in range(steps):
@@ -213,7 +214,7 @@ def test_log_density_of_edm_samples() -> None:
     """Against the exact density of Gaussian data at the last level, and of the raw network."""
     d, steps = 3, 200
     latents = torch.randn(8, d, dtype=torch.float64)
-    start = fewstep.ops.log_density.standard_normal(latents) - d * math.log(80.0)
+    start = fewstep.ops.trace.log_density.standard_normal(latents) - d * math.log(80.0)
     out = fewstep.edm_sample(
         gaussian(1.0), latents, steps=steps, log_density=start, estimator="exact"
     )
@@ -301,7 +302,7 @@ def test_multistep_modes() -> None:
     """The network's inputs, level by level."""
     latents, end = torch.randn(5, 3), torch.randn(5, 3)
     seeds, sigmas = torch.arange(5), fewstep.few_step_sigmas([0, 3, 5])
-    for mode in samplers.MODES:
+    for mode in MODES:
         seen: list[Tensor] = []
 
         def watch(x: Tensor, sigma: Tensor, seen: list[Tensor] = seen) -> Tensor:
@@ -314,7 +315,7 @@ def test_multistep_modes() -> None:
         for k, actual in enumerate(seen):
             torch.testing.assert_close(actual, x, rtol=1e-5, atol=1e-4)
             if k + 1 < len(sigmas):
-                eta = reference.noise(seeds, samplers.FIRST + k, (3,))
+                eta = reference.noise(seeds, FIRST + k, (3,))
                 x = {
                     "fresh": end + sigmas[k + 1] * eta,
                     "line": end + sigmas[k + 1] / sigmas[k] * (x - end),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fewstep
-from fewstep.ops import raw
+from fewstep.ops.sinkhorn import dispatch
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule, cost_matrix
 from tolerances import assert_contract, assert_no_worse_than_eager
@@ -184,7 +184,7 @@ def test_ops_pass_opcheck() -> None:
     eps = torch.tensor([0.5, 1.0], dtype=x.dtype)
     ops, check = torch.ops.fewstep, torch.library.opcheck
     none = (None,) * 6
-    f, g, *_ = raw.solve("cpp", Points(x, y), a, b, eps, None, None, Schedule(max_iter=5))
+    f, g, *_ = dispatch.solve("cpp", Points(x, y), a, b, eps, None, None, Schedule(max_iter=5))
     plain = (5, None, None, 1.0, None, None, None, 1.0, False, False, 2**20, 0)
     check(ops.sinkhorn.default, (x, y, a, b, eps, None, None, *none, 0, None, *plain))
     start, steps = eps.new_tensor([2.0, 3.0]), eps.new_tensor([4.0, 3.0])
@@ -216,12 +216,12 @@ def test_raw_ops_refuse_gradients() -> None:
     x, y, a, b = problem((1, 4, 4, 2))
     points = Points(x.requires_grad_(), y)
     eps = torch.ones(1, dtype=x.dtype)
-    f, g, value, *_ = raw.solve("cpp", points, a, b, eps, None, None, Schedule(max_iter=5))
+    f, g, value, *_ = dispatch.solve("cpp", points, a, b, eps, None, None, Schedule(max_iter=5))
     f, g = f.detach(), g.detach()
     for out in (
         value,
-        raw.transport("cpp", points, f, g, b, eps, y)[0],
-        raw.gradient("cpp", points, f, g, a, b, eps),
+        dispatch.transport("cpp", points, f, g, b, eps, y)[0],
+        dispatch.gradient("cpp", points, f, g, a, b, eps),
     ):
         with pytest.raises(NotImplementedError, match="have no gradients"):
             torch.autograd.grad(out.sum(), x)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep.ops import implicit, raw
+from fewstep.ops.sinkhorn import dispatch, implicit
+from fewstep.ops.sinkhorn.problem import Constants, Problem
 from fewstep.reference import sinkhorn as reference
 from tolerances import assert_contract
 
@@ -366,9 +367,9 @@ def test_second_derivatives_by_the_kernel(
     data["x"][:, :5] = data["y"][:, :5]
     eps = {"eps": torch.tensor([0.4, 1.0], dtype=torch.float64, device=DEVICE)}
     solved = fewstep.sinkhorn(**data, **eps, cost=cost, max_iter=60, **options, backend="reference")
-    p = implicit.Problem(*data.values(), None, solved.f, solved.g, eps["eps"])
+    p = Problem(*data.values(), None, solved.f, solved.g, eps["eps"])
     rho = solved._problem.schedule.rho
-    c = implicit.Constants(cost, "triton", *rho, solved._problem.points.diagonal)
+    c = Constants(cost, "triton", *rho, solved._problem.points.diagonal)
     directions = [torch.randn_like(t) for t in data.values()]
     for weights in directions[2:]:
         weights -= weights.mean(-1, keepdim=True)  # of no mass
@@ -387,8 +388,8 @@ def test_second_derivatives_by_the_kernel(
     exact = found()
     monkeypatch.setattr(implicit, "BLOCKS_PAIRS", 0)
     calls = []
-    kernel = raw.hessian
-    monkeypatch.setattr(raw, "hessian", lambda *args: calls.append(args) or kernel(*args))
+    kernel = dispatch.hessian
+    monkeypatch.setattr(dispatch, "hessian", lambda *args: calls.append(args) or kernel(*args))
     for mine, true in zip(found(), exact, strict=True):
         assert_contract("gradient", mine, true)
     assert len(calls) == 12
@@ -399,7 +400,7 @@ def test_second_derivatives_are_in_float64() -> None:
     x, y, a, b = data.values()
     eps = torch.full((1,), 0.5, dtype=x.dtype, device=DEVICE)
     arguments = (x, y, x, y, a, b, a, b, a, b, a, b, eps, 1, None)
-    importlib.import_module("fewstep.kernels.hessian")
+    importlib.import_module("fewstep.kernels.sinkhorn.hessian")
     op = torch.ops.fewstep_triton.sinkhorn_hessian.default
     for sums in (False, True):
         torch.library.opcheck(op, (*arguments, sums))

@@ -16,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fewstep
-from fewstep.ops import dual
 from fewstep.reference import trace as reference
 from fewstep.reference.probe import probes
 from support.velocity_nets import Attention, Convolutions, Film, Residual, TimeMLP, Unknown
@@ -484,7 +483,7 @@ LOW = {"tangent_dtype": torch.bfloat16}
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How a CPU multiplies tangents of bfloat16, and how a GPU does."""
     if request.param == "narrow":
-        monkeypatch.setattr(dual, "WIDENED", ())
+        monkeypatch.setattr("fewstep.ops.dual.source.WIDENED", ())
 
 
 @pytest.mark.usefixtures("products")

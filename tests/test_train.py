@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fewstep import checkpoint, plots, train
-from fewstep.data import Images
+from fewstep.data.images import Images, load
 from fewstep.methods import WFlow
 from fewstep.networks import MLPGenerator
+from fewstep.training import checkpoint, plots, wflow
+from fewstep.training.loop import CHECKPOINT, LOGS
+from fewstep.training.runs import CONFIG, PICTURE
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def measured() -> bool:
 def _report(measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds of metrics and plotting are spent only by tests that are `measured`."""
     if not measured:
-        monkeypatch.setattr(train, "report", lambda real, generated, **_: [])
+        monkeypatch.setattr(wflow, "report", lambda real, generated, **_: [])
         monkeypatch.setattr(plots, "save_comparison", lambda path, *_, **__: path.touch())
 
 
@@ -46,14 +48,14 @@ def data(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def config(data: str) -> train.TrainConfig:
-    return train.TrainConfig(
+def config(data: str) -> wflow.TrainConfig:
+    return wflow.TrainConfig(
         data, steps=24, batch=8, width=16, log_every=1, checkpoint_every=10, device="cpu"
     )
 
 
-def run(config: train.TrainConfig, out: Path, **options: bool) -> train.TrainResult:
-    return train.train(config, out, progress=False, **options)
+def run(config: wflow.TrainConfig, out: Path, **options: bool) -> wflow.TrainResult:
+    return wflow.train(config, out, progress=False, **options)
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -62,7 +64,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 def curves(out: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(out / train.LOGS))
+    events = EventAccumulator(str(out / LOGS))
     events.Reload()
     return {
         tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
@@ -70,14 +72,14 @@ def curves(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def assert_same_state(a: Path, b: Path) -> None:
-    first, second = (checkpoint.load(out / train.CHECKPOINT) for out in (a, b))
+    first, second = (checkpoint.load(out / CHECKPOINT) for out in (a, b))
     assert first[1] == second[1]
     assert first[0].keys() == second[0].keys()
     for name, tensor in first[0].items():
         assert torch.equal(tensor, second[0][name]), name
 
 
-def start(config: train.TrainConfig, out: Path) -> subprocess.Popen[str]:
+def start(config: wflow.TrainConfig, out: Path) -> subprocess.Popen[str]:
     """A run in another process, returned once it has written a checkpoint."""
     options = f"--data {config.data} --out {out} --steps {config.steps} --batch {config.batch}"
     options += f" --width {config.width} --checkpoint-every {config.checkpoint_every}"
@@ -89,40 +91,40 @@ def start(config: train.TrainConfig, out: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not (out / train.CHECKPOINT).exists():
+    while process.poll() is None and not (out / CHECKPOINT).exists():
         time.sleep(0.005)
     return process
 
 
 @pytest.mark.parametrize("measured", [True])
-def test_a_run_leaves_everything(config: train.TrainConfig, tmp_path: Path) -> None:
+def test_a_run_leaves_everything(config: wflow.TrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
     result = run(config, out)
     names = {path.name for path in out.iterdir()}
-    assert names == {train.CHECKPOINT, train.CONFIG, train.LOGS, train.PICTURE}
-    assert result.picture == out / train.PICTURE
+    assert names == {CHECKPOINT, CONFIG, LOGS, PICTURE}
+    assert result.picture == out / PICTURE
     assert picture_size(result.picture)[0] > 500
     assert {row.name for row in result.rows} >= {"sliced W2^2", "exact W2^2"}
-    assert train.read_run(out) == train.Run(config, (1, 4, 4), ("3", "5"))
+    assert wflow.read_run(out) == wflow.Run(config, (1, 4, 4), ("3", "5"))
     loss = curves(out)["loss"]
     assert [step for step, _ in loss] == list(range(24))
     assert len({value for _, value in curves(out)["drift"]}) == 24
 
-    loaded = train.load_generator(out)
-    expected = train.sample(result.generator, 6, seed=3)
-    assert torch.equal(train.sample(loaded, 6, seed=3), expected)
-    assert not torch.equal(train.sample(loaded, 6, seed=4), expected)
+    loaded = wflow.load_generator(out)
+    expected = wflow.sample(result.generator, 6, seed=3)
+    assert torch.equal(wflow.sample(loaded, 6, seed=3), expected)
+    assert not torch.equal(wflow.sample(loaded, 6, seed=4), expected)
     assert expected.shape == (6, 1, 4, 4)
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_curve(config: train.TrainConfig, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_curve(config: wflow.TrainConfig, tmp_path: Path) -> None:
     config = replace(config, steps=600, checkpoint_every=50)
     process = start(config, tmp_path / "killed")
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    _, done = checkpoint.load(tmp_path / "killed" / train.CHECKPOINT)
+    _, done = checkpoint.load(tmp_path / "killed" / CHECKPOINT)
     assert done < config.steps
     time.sleep(1.1)  # TensorBoard reads its files in the order of their seconds
     run(config, tmp_path / "killed", resume=True)
@@ -132,12 +134,12 @@ def test_a_killed_run_resumes_to_the_same_curve(config: train.TrainConfig, tmp_p
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_shell(config: train.TrainConfig, tmp_path: Path) -> None:
+def test_ctrl_c_in_the_shell(config: wflow.TrainConfig, tmp_path: Path) -> None:
     process = start(replace(config, steps=100_000), tmp_path / "run")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    _, done = checkpoint.load(tmp_path / "run" / train.CHECKPOINT)
+    _, done = checkpoint.load(tmp_path / "run" / CHECKPOINT)
     assert errors.splitlines()[-1] == (
         f"fewstep: stopped after step {done} of 100000; --resume continues"
     )
@@ -147,44 +149,44 @@ def test_ctrl_c_in_the_shell(config: train.TrainConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [0, 4, 13])
 def test_a_stopped_run_resumes(
-    config: train.TrainConfig,
+    config: wflow.TrainConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
     step: int,
 ) -> None:
-    draw, before = train._draw, signal.getsignal(number)
+    draw, before = wflow._draw, signal.getsignal(number)
 
-    def interrupted(config: train.TrainConfig, classes: list[torch.Tensor], at: int) -> object:
+    def interrupted(config: wflow.TrainConfig, classes: list[torch.Tensor], at: int) -> object:
         if at == step:
             os.kill(os.getpid(), number)
         return draw(config, classes, at)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_draw", interrupted)
+        patch.setattr(wflow, "_draw", interrupted)
         with pytest.raises(KeyboardInterrupt, match=f"step {step + 1} of 24"):
             run(config, tmp_path / "stopped")
     assert signal.getsignal(number) is before
-    assert checkpoint.load(tmp_path / "stopped" / train.CHECKPOINT)[1] == step + 1
+    assert checkpoint.load(tmp_path / "stopped" / CHECKPOINT)[1] == step + 1
     run(config, tmp_path / "stopped", resume=True)
     run(config, tmp_path / "whole")
     assert_same_state(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_a_finished_run_resumes_to_its_report(config: train.TrainConfig, tmp_path: Path) -> None:
+def test_a_finished_run_resumes_to_its_report(config: wflow.TrainConfig, tmp_path: Path) -> None:
     run(config, tmp_path / "run")
-    before = (tmp_path / "run" / train.CHECKPOINT).read_bytes()
-    (tmp_path / "run" / train.PICTURE).unlink()
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    (tmp_path / "run" / PICTURE).unlink()
     assert run(config, tmp_path / "run", resume=True).picture.exists()
-    assert (tmp_path / "run" / train.CHECKPOINT).read_bytes() == before
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
 
 
-def test_steps_draw_afresh(config: train.TrainConfig, data: str) -> None:
-    classes = train._classes(train.load(data))
-    draws = [train._draw(config, classes, step) for step in (0, 1, 1)]
+def test_steps_draw_afresh(config: wflow.TrainConfig, data: str) -> None:
+    classes = wflow._classes(load(data))
+    draws = [wflow._draw(config, classes, step) for step in (0, 1, 1)]
     assert all(torch.equal(a, b) for a, b in zip(draws[1], draws[2], strict=True))
     noise, real = draws[0][1:]
-    assert noise.shape == (2, 2, 8, train.preset("digits").noise_dim)
+    assert noise.shape == (2, 2, 8, wflow.preset("digits").noise_dim)
     assert real.shape == (2, 8, 1, 4, 4)
     assert not torch.equal(noise[0], noise[1])
     assert not torch.equal(noise, draws[1][1])
@@ -193,15 +195,15 @@ def test_steps_draw_afresh(config: train.TrainConfig, data: str) -> None:
         left = images.reshape(8, 4, 4)[:, :, :2].mean((1, 2))
         assert torch.all((left > 0) == (label == 0))
 
-    few = train._draw(replace(config, batch=30, groups=1), classes, 0)
+    few = wflow._draw(replace(config, batch=30, groups=1), classes, 0)
     assert few[2].shape == (1, 30, 1, 4, 4)
 
 
-def test_generator_learns_its_classes(config: train.TrainConfig, tmp_path: Path) -> None:
+def test_generator_learns_its_classes(config: wflow.TrainConfig, tmp_path: Path) -> None:
     config = replace(config, steps=300, batch=16, width=64, ema=0.95, log_every=50)
     result = run(config, tmp_path / "run")
-    real = train.load(config.data)
-    images = train.sample(result.generator, 200)
+    real = load(config.data)
+    images = wflow.sample(result.generator, 200)
     for k in range(2):
         fake, true = images[k::2], real.images[real.labels == k]
         torch.testing.assert_close(fake.mean(0), true.mean(0), rtol=0, atol=0.1)
@@ -211,68 +213,68 @@ def test_generator_learns_its_classes(config: train.TrainConfig, tmp_path: Path)
 @pytest.mark.parametrize("shape", [(14, 4, 5), (14, 3, 4, 5)])
 def test_images_without_labels(tmp_path: Path, shape: tuple[int, ...]) -> None:
     np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-    config = train.TrainConfig(str(tmp_path / "a.npy"), steps=3, batch=8, width=16, device="cpu")
+    config = wflow.TrainConfig(str(tmp_path / "a.npy"), steps=3, batch=8, width=16, device="cpu")
     result = run(config, tmp_path / "run")
     assert result.generator.classes == 0
-    assert train.sample(result.generator, 3).shape == (3, *result.generator.image_shape)
+    assert wflow.sample(result.generator, 3).shape == (3, *result.generator.image_shape)
 
 
 @pytest.mark.parametrize("measured", [True])
-def test_a_class_of_one_image(tmp_path: Path, config: train.TrainConfig, data: str) -> None:
+def test_a_class_of_one_image(tmp_path: Path, config: wflow.TrainConfig, data: str) -> None:
     np.save(data.replace(".npy", "_labels.npy"), np.repeat([3, 5, 7], (40, 19, 1)))
     assert run(config, tmp_path / "run").picture.exists()
 
 
 def test_divergence_is_an_error_and_keeps_the_checkpoint(
-    config: train.TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: wflow.TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = train._draw
+    draw = wflow._draw
 
     def poisoned(
-        config: train.TrainConfig, classes: list[torch.Tensor], step: int
+        config: wflow.TrainConfig, classes: list[torch.Tensor], step: int
     ) -> tuple[torch.Tensor, ...]:
         labels, noise, real = draw(config, classes, step)
         return labels, noise, real * (torch.nan if step >= 15 else 1)
 
-    monkeypatch.setattr(train, "_draw", poisoned)
+    monkeypatch.setattr(wflow, "_draw", poisoned)
     with pytest.raises(FloatingPointError, match=r"step 15.*nan"):
         run(config, tmp_path / "run")
-    tensors, done = checkpoint.load(tmp_path / "run" / train.CHECKPOINT)
+    tensors, done = checkpoint.load(tmp_path / "run" / CHECKPOINT)
     assert done == 10
     assert all(t.isfinite().all() for t in tensors.values())
 
 
-def test_folder_in_use(config: train.TrainConfig, tmp_path: Path) -> None:
+def test_folder_in_use(config: wflow.TrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(config, out)
-    before = (out / train.CHECKPOINT).read_bytes()
+    before = (out / CHECKPOINT).read_bytes()
     with pytest.raises(ValueError, match="--resume or --overwrite"):
         run(config, out)
     with pytest.raises(ValueError, match=r"another configuration.*lr"):
         run(replace(config, lr=0.1), out, resume=True)
     with pytest.raises(ValueError, match=r"another configuration.*flow"):
         run(replace(config, flow=WFlow(eps=0.1)), out, resume=True)
-    assert (out / train.CHECKPOINT).read_bytes() == before
+    assert (out / CHECKPOINT).read_bytes() == before
 
     np.save(config.data, np.zeros((60, 5, 4), np.uint8))
     with pytest.raises(ValueError, match="image_shape"):
         run(config, out, resume=True)
 
     run(replace(config, steps=3), out, overwrite=True)
-    assert checkpoint.load(out / train.CHECKPOINT)[1] == 3
+    assert checkpoint.load(out / CHECKPOINT)[1] == 3
     assert [step for step, _ in curves(out)["loss"]] == [0, 1, 2]
 
 
-def test_foreign_folder(config: train.TrainConfig, tmp_path: Path) -> None:
+def test_foreign_folder(config: wflow.TrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(ValueError, match=r"run holds no run"):
         run(config, out, resume=True)
     out.mkdir()
     for text in ('{"name": "theirs"}', "[1, 2]", "not json", "{"):
-        (out / train.CONFIG).write_text(text)
+        (out / CONFIG).write_text(text)
         with pytest.raises(ValueError, match=r"config.json is not the configuration of a run"):
             run(config, out, overwrite=True)
-        assert (out / train.CONFIG).read_text() == text
+        assert (out / CONFIG).read_text() == text
 
 
 def damage(path: Path, how: str) -> None:
@@ -299,14 +301,14 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how", ["torn", "flipped", "text", "empty", "foreign", "other shape", "missing"]
 )
-def test_damaged_checkpoint(config: train.TrainConfig, tmp_path: Path, how: str) -> None:
+def test_damaged_checkpoint(config: wflow.TrainConfig, tmp_path: Path, how: str) -> None:
     out = tmp_path / "run"
     run(replace(config, steps=2), out)
-    path = out / train.CHECKPOINT
+    path = out / CHECKPOINT
     damage(path, how)
     before = path.read_bytes() if path.exists() else None
     with pytest.raises(ValueError, match="checkpoint"):
-        train.load_generator(out)
+        wflow.load_generator(out)
     if before is not None:
         with pytest.raises(ValueError, match="checkpoint"):
             run(replace(config, steps=2), out, resume=True)
@@ -348,10 +350,10 @@ BAD_CONFIG = [
 @pytest.mark.parametrize(("name", "value"), BAD_CONFIG)
 def test_bad_config(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must .*got {value}"):
-        train.TrainConfig("digits", **{name: value})
+        wflow.TrainConfig("digits", **{name: value})
 
 
-def test_bad_device_and_small_data(config: train.TrainConfig, tmp_path: Path) -> None:
+def test_bad_device_and_small_data(config: wflow.TrainConfig, tmp_path: Path) -> None:
     for device in ("quantum", "cuda:99"):
         with pytest.raises(ValueError, match=device):
             run(replace(config, device=device), tmp_path / "run")
@@ -366,5 +368,5 @@ def test_evaluation_shows_at_most_twenty_classes(tmp_path: Path) -> None:
         torch.rand(90, 1, 4, 4), torch.arange(90) % 30, tuple(f"class {k}" for k in range(30))
     )
     generator = MLPGenerator((1, 4, 4), classes=30, width=8)
-    _, picture = train.evaluate(generator, data, tmp_path)
+    _, picture = wflow.evaluate(generator, data, tmp_path)
     assert 20 * 60 < picture_size(picture)[1] < 25 * 60

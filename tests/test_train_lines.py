@@ -16,11 +16,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep import checkpoint, cli, pairs, plots, stages, train_lines
+from fewstep import cli
+from fewstep.data import pairs
 from fewstep.methods import LinesMatching
+from fewstep.training import checkpoint, lines_report, lines_run, loop, plots
+from fewstep.training import lines as training_lines
+from fewstep.training.lines_run import (
+    LinesConfig,
+    load_student,
+    load_teacher,
+    preset,
+    read_run,
+    sampling_sigmas,
+)
 
 CONFIG = replace(
-    train_lines.preset("digits"),
+    preset("digits"),
     teacher_steps=3,
     student_steps=4,
     pairs=24,
@@ -43,9 +54,9 @@ def measured() -> bool:
 @pytest.fixture(autouse=True)
 def _quick(measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds of metrics and plotting are spent only by tests that are `measured`."""
-    monkeypatch.setattr(train_lines, "_NODES", 4)
+    monkeypatch.setattr(lines_report, "_NODES", 4)
     if not measured:
-        monkeypatch.setattr(train_lines, "report", lambda *_, **__: [])
+        monkeypatch.setattr(lines_report, "report", lambda *_, **__: [])
         monkeypatch.setattr(plots, "save_comparison", lambda path, *_, **__: path.touch())
 
 
@@ -61,12 +72,12 @@ def data(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def config(data: str) -> train_lines.LinesConfig:
+def config(data: str) -> LinesConfig:
     return replace(CONFIG, data=data, conditional=True)
 
 
-def run(config: train_lines.LinesConfig, out: Path, **options: bool) -> train_lines.LinesResult:
-    return train_lines.train(config, out, progress=False, **options)
+def run(config: LinesConfig, out: Path, **options: bool) -> training_lines.LinesResult:
+    return training_lines.train(config, out, progress=False, **options)
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -82,7 +93,7 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("measured", [True])
-def test_a_run_leaves_everything(config: train_lines.LinesConfig, tmp_path: Path) -> None:
+def test_a_run_leaves_everything(config: LinesConfig, tmp_path: Path) -> None:
     result = run(config, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"checkpoint.safetensors", "config.json", "logs", "pairs", "samples.png"}
@@ -93,31 +104,31 @@ def test_a_run_leaves_everything(config: train_lines.LinesConfig, tmp_path: Path
         assert name in result.table
     data = pairs.PairDataset(tmp_path / "run" / "pairs")
     assert (len(data), data.classes, data.shape) == (24, 2, (1, 4, 4))
-    teacher = train_lines.load_teacher(tmp_path / "run")
+    teacher = load_teacher(tmp_path / "run")
     assert teacher.digest == data.manifest["teacher"]["digest"]
-    student, its_run = train_lines.load_student(tmp_path / "run")
+    student, its_run = load_student(tmp_path / "run")
     assert its_run.config == config
     seeds = torch.arange(6)
-    expected = train_lines.sample(result.student, its_run, seeds)
-    assert torch.equal(train_lines.sample(student, its_run, seeds), expected)
-    few = train_lines.sample(student, its_run, seeds[2:4])
+    expected = lines_run.sample(result.student, its_run, seeds)
+    assert torch.equal(lines_run.sample(student, its_run, seeds), expected)
+    few = lines_run.sample(student, its_run, seeds[2:4])
     torch.testing.assert_close(few, expected[2:4])
-    assert not torch.equal(train_lines.sample(student, its_run, seeds, steps=2), expected)
+    assert not torch.equal(lines_run.sample(student, its_run, seeds, steps=2), expected)
 
 
 # The teacher has steps 0 to 2, the student 3 to 6; its discriminator joins at 5.
 @pytest.mark.parametrize("step", [1, 3, 6])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_resumes_bit_for_bit(
-    config: train_lines.LinesConfig,
+    config: LinesConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
     step: int,
 ) -> None:
-    own, calls = stages.Network.step, 0
+    own, calls = loop.Network.step, 0
 
-    def interrupted(self: stages.Network, *arguments: object, **options: object) -> None:
+    def interrupted(self: loop.Network, *arguments: object, **options: object) -> None:
         nonlocal calls
         own(self, *arguments, **options)  # type: ignore[arg-type]
         if self.average is not None:
@@ -126,7 +137,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
             calls += 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.Network, "step", interrupted)
+        patch.setattr(loop.Network, "step", interrupted)
         with pytest.raises(KeyboardInterrupt, match=f"step {step + 1} of 7"):
             run(config, tmp_path / "stopped")
     run(config, tmp_path / "stopped", resume=True)
@@ -135,7 +146,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(config: train_lines.LinesConfig, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(config: LinesConfig, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     config = replace(config, teacher_steps=4, student_steps=400)
     options = f"--data {config.data} --out {out} --teacher-steps 4 --student-steps 400 --pairs 24"
@@ -158,13 +169,13 @@ def test_a_killed_run_resumes_bit_for_bit(config: train_lines.LinesConfig, tmp_p
 
 
 def test_pairs_that_were_cut_short(
-    config: train_lines.LinesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: LinesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object, **__: object) -> object:
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pairs, "edm_sample", failing)
+        patch.setattr("fewstep.data.generate.edm_sample", failing)
         with pytest.raises(RuntimeError, match="power cut"):
             run(config, tmp_path / "cut")
     assert checkpoint.load(tmp_path / "cut" / "checkpoint.safetensors")[1] == 3
@@ -173,7 +184,7 @@ def test_pairs_that_were_cut_short(
     assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_teacher_of_another_run(config: train_lines.LinesConfig, tmp_path: Path) -> None:
+def test_teacher_of_another_run(config: LinesConfig, tmp_path: Path) -> None:
     run(config, tmp_path / "a")
     other = replace(config, teacher=str(tmp_path / "a"), student_steps=2)
     run(other, tmp_path / "b")
@@ -189,9 +200,7 @@ def test_teacher_of_another_run(config: train_lines.LinesConfig, tmp_path: Path)
 
 
 @pytest.mark.parametrize("parameterisation", ["edm", "unified"])
-def test_where_students_start(
-    config: train_lines.LinesConfig, tmp_path: Path, parameterisation: str
-) -> None:
+def test_where_students_start(config: LinesConfig, tmp_path: Path, parameterisation: str) -> None:
     config = replace(config, parameterisation=parameterisation, student_steps=1, lr=1e-6)
     run(config, tmp_path / "run")
     state = weights(tmp_path / "run")
@@ -203,7 +212,7 @@ def test_where_students_start(
 
 
 @pytest.mark.slow
-def test_students_learn_their_classes(config: train_lines.LinesConfig, tmp_path: Path) -> None:
+def test_students_learn_their_classes(config: LinesConfig, tmp_path: Path) -> None:
     config = replace(
         config,
         teacher_steps=300,
@@ -219,8 +228,8 @@ def test_students_learn_their_classes(config: train_lines.LinesConfig, tmp_path:
         checkpoint_every=1000,
     )
     result = run(config, tmp_path / "run")
-    its_run = train_lines.read_run(tmp_path / "run")
-    images = train_lines.sample(result.student, its_run, torch.arange(100))
+    its_run = read_run(tmp_path / "run")
+    images = lines_run.sample(result.student, its_run, torch.arange(100))
     left, right = images[..., :2].mean((1, 2, 3)), images[..., 2:].mean((1, 2, 3))
     assert ((left > right) == (torch.arange(100) % 2 == 0)).all()
     assert result.outcomes["1"].error < 0.05
@@ -229,21 +238,21 @@ def test_students_learn_their_classes(config: train_lines.LinesConfig, tmp_path:
 
 
 def test_a_loss_that_is_not_finite(
-    config: train_lines.LinesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: LinesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = train_lines._student_step
+    own = training_lines._student_step
 
     def poisoned(*arguments: object) -> dict[str, Tensor]:
         scalars = own(*arguments)  # type: ignore[arg-type]
         return {**scalars, "lines": scalars["lines"] * torch.nan}
 
-    monkeypatch.setattr(train_lines, "_student_step", poisoned)
+    monkeypatch.setattr(training_lines, "_student_step", poisoned)
     with pytest.raises(FloatingPointError, match=r"step 3: .*nan"):
         run(config, tmp_path / "run")
     assert checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")[1] == 3
 
 
-def test_folder_in_use(config: train_lines.LinesConfig, tmp_path: Path) -> None:
+def test_folder_in_use(config: LinesConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(config, out)
     before = (out / "checkpoint.safetensors").read_bytes()
@@ -290,12 +299,12 @@ def test_command(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_samplers_levels() -> None:
     lines = LinesMatching()
     schedule = lines.schedule(torch.zeros(()))
-    assert train_lines.sampling_sigmas(lines, 3).float().equal(schedule[[0, 3, 5]])
+    assert sampling_sigmas(lines, 3).float().equal(schedule[[0, 3, 5]])
     sot = replace(lines, law="sot", indices=(0, 4))
-    assert train_lines.sampling_sigmas(sot, 2).float().equal(schedule[[0, 4]])
+    assert sampling_sigmas(sot, 2).float().equal(schedule[[0, 4]])
     for steps in (0, 3):
         with pytest.raises(ValueError, match=f"steps must be from 1 to 2, got {steps}"):
-            train_lines.sampling_sigmas(sot, steps)
+            sampling_sigmas(sot, steps)
 
 
 @pytest.mark.parametrize(
@@ -317,8 +326,8 @@ def test_bad_numbers(change: dict[str, object], message: str) -> None:
 
 def test_other_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run of fewstep"):
-        train_lines.read_run(tmp_path)
+        read_run(tmp_path)
     (tmp_path / "config.json").write_text('{"method": "wflow"}')
-    for load in (train_lines.load_student, train_lines.load_teacher):
+    for load in (load_student, load_teacher):
         with pytest.raises(ValueError, match="not the configuration of a run of lines"):
             load(tmp_path)

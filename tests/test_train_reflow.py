@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep import checkpoint, cli, train_reflow
+from fewstep import cli
 from fewstep.methods import MarginalReflow
+from fewstep.training import checkpoint, reflow
 
 CONFIG = replace(
-    train_reflow.preset("digits"),
+    reflow.preset("digits"),
     teacher_steps=3,
     student_steps=2,
     teacher_batch=16,
@@ -29,8 +30,8 @@ CONFIG = replace(
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_reflow, "_EVALUATED", 16)
-    monkeypatch.setattr(train_reflow, "report", lambda *_, **__: [])
+    monkeypatch.setattr(reflow, "_EVALUATED", 16)
+    monkeypatch.setattr(reflow, "report", lambda *_, **__: [])
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -40,10 +41,10 @@ def weights(out: Path) -> dict[str, Tensor]:
 def test_a_run_repeats_and_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train_reflow.train(CONFIG, tmp_path / "a", progress=False)
+    whole = reflow.train(CONFIG, tmp_path / "a", progress=False)
     assert whole.picture.stat().st_size > 1000
     assert re.search(r"KL to teacher, window 2 +\S+ \(se \S+\) +\S+ \(se \S+\)", whole.table)
-    own = train_reflow._loss
+    own = reflow._loss
     calls = 0
 
     def failing(*arguments: object) -> object:
@@ -53,11 +54,11 @@ def test_a_run_repeats_and_resumes_bit_for_bit(
             raise RuntimeError("power cut")
         return own(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train_reflow, "_loss", failing)
+    monkeypatch.setattr(reflow, "_loss", failing)
     with pytest.raises(RuntimeError, match="power cut"):
-        train_reflow.train(CONFIG, tmp_path / "b", progress=False)
-    monkeypatch.setattr(train_reflow, "_loss", own)
-    train_reflow.train(CONFIG, tmp_path / "b", resume=True, progress=False)
+        reflow.train(CONFIG, tmp_path / "b", progress=False)
+    monkeypatch.setattr(reflow, "_loss", own)
+    reflow.train(CONFIG, tmp_path / "b", resume=True, progress=False)
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -67,17 +68,17 @@ def test_a_run_repeats_and_resumes_bit_for_bit(
 
 
 def test_teacher_from_a_run_and_from_a_function(tmp_path: Path) -> None:
-    train_reflow.train(CONFIG, tmp_path / "a", progress=False)
+    reflow.train(CONFIG, tmp_path / "a", progress=False)
     config = replace(CONFIG, teacher=str(tmp_path / "a"))
-    train_reflow.train(config, tmp_path / "b", progress=False)
+    reflow.train(config, tmp_path / "b", progress=False)
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(a[k], b[k]) for k in a if k.startswith(("teacher.ema", "student.ema")))
-    result = train_reflow.train(
+    result = reflow.train(
         CONFIG, tmp_path / "c", teacher=lambda x, t: x * t[:, None, None, None], progress=False
     )
     assert set(result.outcomes) == {"student", "plain"}
     with pytest.raises(ValueError, match="has width 8, not 9"):
-        train_reflow.train(replace(config, width=9), tmp_path / "d", progress=False)
+        reflow.train(replace(config, width=9), tmp_path / "d", progress=False)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +111,7 @@ def test_bad_numbers(change: dict[str, object], message: str) -> None:
 
 def test_other_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run of fewstep"):
-        train_reflow.read_run(tmp_path)
+        reflow.read_run(tmp_path)
     (tmp_path / "config.json").write_text('{"method": "wflow"}')
     with pytest.raises(ValueError, match="not the configuration of a reflow run"):
-        train_reflow.load_student(tmp_path)
+        reflow.load_student(tmp_path)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/driver.h"
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace fewstep::cpu {

@@ -2,7 +2,7 @@
 namespace fewstep::cpu::FEWSTEP_ISA {
 namespace {
 
-#include "cpu/simd_math.h"
+#include "cpu/simd/math.h"
 
 constexpr int kRowsPerSum = 16;  // rows that are summed in the points' precision
 

@@ -8,13 +8,11 @@
 #include <initializer_list>
 #include <memory>
 #include <new>
-#include <type_traits>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace fewstep::cpu {
@@ -95,24 +93,6 @@ struct Chunks {
     return {(n + rows - 1) / rows, rows};
   }
 };
-
-// The kernels of one instruction set.
-template <template <class> class Kernels>
-struct Compiled {
-  const Kernels<float>& single;
-  const Kernels<double>& twice;
-};
-
-// Those for T of the instruction set in use, from what was compiled for each, in the order of Isa.
-template <class T, template <class> class Kernels>
-const Kernels<T>& in_use(const Compiled<Kernels>* by_isa) {
-  const Compiled<Kernels>& compiled = by_isa[static_cast<int>(current_isa())];
-  if constexpr (std::is_same_v<T, float>) {
-    return compiled.single;
-  } else {
-    return compiled.twice;
-  }
-}
 
 // Multiply-adds that are worth a team, some 40 us: sleeping threads take as long to come.
 constexpr double kWorthATeam = 2e6;

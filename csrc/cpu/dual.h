@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cpu/isa.h"
+
 namespace fewstep::cpu {
 
 enum class Activation : int64_t { silu, gelu, gelu_tanh, tanh, softplus, relu, sigmoid };
@@ -95,5 +97,18 @@ namespace avx512 {
 extern const DualKernels<float> kDualFloat;
 extern const DualKernels<double> kDualDouble;
 }  // namespace avx512
+
+// Those of the instruction set in use.
+template <class T>
+const DualKernels<T>& dual_kernels() {
+  static constexpr Compiled<DualKernels> kByIsa[] = {
+      {base::kDualFloat, base::kDualDouble},
+#if defined(__x86_64__)
+      {avx2::kDualFloat, avx2::kDualDouble},
+      {avx512::kDualFloat, avx512::kDualDouble},
+#endif
+  };
+  return in_use<T>(kByIsa);
+}
 
 }  // namespace fewstep::cpu

@@ -2,7 +2,7 @@
 namespace fewstep::cpu::FEWSTEP_ISA {
 namespace {
 
-#include "cpu/simd_math.h"
+#include "cpu/simd/math.h"
 
 template <class T>
 FEWSTEP_INLINE Vec<T> load_part(const T* p, int64_t n) {

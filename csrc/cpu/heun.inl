@@ -2,8 +2,8 @@
 namespace fewstep::cpu::FEWSTEP_ISA {
 namespace {
 
-#include "cpu/simd_math.h"
-#include "cpu/simd_normals.h"
+#include "cpu/simd/math.h"
+#include "cpu/simd/normals.h"
 
 // As many numbers of storage type S as a vector of the arithmetic's type A has: the first n of them, or all.
 template <class A, class S>

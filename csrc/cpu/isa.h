@@ -1,5 +1,8 @@
-// Which instruction set the CPU kernels run on: detected once, overridable for tests and benchmarks.
+// Which instruction set the CPU kernels run on: detected once, overridable for tests and benchmarks. And the kernels
+// that were compiled for it.
 #pragma once
+
+#include <type_traits>
 
 namespace fewstep::cpu {
 
@@ -15,5 +18,23 @@ Isa current_isa();
 bool force_isa(Isa isa);
 
 const char* name(Isa isa);
+
+// The kernels of one instruction set.
+template <template <class> class Kernels>
+struct Compiled {
+  const Kernels<float>& single;
+  const Kernels<double>& twice;
+};
+
+// Those for T of the instruction set in use, from what was compiled for each, in the order of Isa.
+template <class T, template <class> class Kernels>
+const Kernels<T>& in_use(const Compiled<Kernels>* by_isa) {
+  const Compiled<Kernels>& compiled = by_isa[static_cast<int>(current_isa())];
+  if constexpr (std::is_same_v<T, float>) {
+    return compiled.single;
+  } else {
+    return compiled.twice;
+  }
+}
 
 }  // namespace fewstep::cpu

@@ -8,18 +8,6 @@
 namespace fewstep::cpu {
 namespace {
 
-template <class T>
-const DualKernels<T>& kernels() {
-  static constexpr Compiled<DualKernels> kByIsa[] = {
-      {base::kDualFloat, base::kDualDouble},
-#if defined(__x86_64__)
-      {avx2::kDualFloat, avx2::kDualDouble},
-      {avx512::kDualFloat, avx512::kDualDouble},
-#endif
-  };
-  return in_use<T>(kByIsa);
-}
-
 constexpr int64_t kKeptBytes = 64 << 20;  // of a thread between calls
 
 // Memory of the thread that leads: kept between calls while it is small, since new pages cost as much as the work.
@@ -46,14 +34,14 @@ struct Packed {
   Matrix<T> matrix;
   T* panels;
 
-  static int64_t width() { return kernels<T>().panel; }
+  static int64_t width() { return dual_kernels<T>().panel; }
   int64_t count() const { return (matrix.cols + width() - 1) / width(); }
   int64_t stride() const { return matrix.depth * width(); }
   int64_t size() const { return count() * stride(); }
 
   // out [rows, cols] = a [rows, depth] times its rows from `from` on.
   void multiply(const T* a, int64_t lda, int64_t rows, T* out, int64_t from, int64_t depth) const {
-    kernels<T>().multiply(a, lda, rows, panels + from * width(), stride(), depth, matrix.cols, out, matrix.cols);
+    dual_kernels<T>().multiply(a, lda, rows, panels + from * width(), stride(), depth, matrix.cols, out, matrix.cols);
   }
   void multiply(const T* a, int64_t rows, T* out) const { multiply(a, matrix.depth, rows, out, 0, matrix.depth); }
 };
@@ -84,7 +72,7 @@ void pack(std::vector<Packed<T>>& packed, Buffer<T>& memory, int64_t threads) {
   parallel_for(panels, threads, [&](int64_t i) {
     auto p = packed.begin();
     for (; i >= p->count(); ++p) i -= p->count();
-    kernels<T>().pack(p->matrix, p->panels, i, i + 1);
+    dual_kernels<T>().pack(p->matrix, p->panels, i, i + 1);
   });
 }
 
@@ -148,7 +136,7 @@ double work_of(const Mlp<T>& in, int64_t streams) {
 
 template <class T>
 void probe_tile(const Mlp<T>& in, const ProbePass<T>& pass, const std::vector<Packed<T>>& weights, const Tile<T>& t) {
-  const DualKernels<T>& run = kernels<T>();
+  const DualKernels<T>& run = dual_kernels<T>();
   const int64_t count = t.count(), tangents = pass.probes.count, d = in.d(), depth = in.depth();
   if (pass.first == nullptr || pass.last == nullptr) {
     for (int64_t k = 0; k < tangents; ++k) {
@@ -203,7 +191,7 @@ void probe_tile(const Mlp<T>& in, const ProbePass<T>& pass, const std::vector<Pa
 template <class T>
 void trace_tile(const Mlp<T>& in, const TracePass<T>& pass, const std::vector<Packed<T>>& weights, const T* ones,
                 const Tile<T>& t) {
-  const DualKernels<T>& run = kernels<T>();
+  const DualKernels<T>& run = dual_kernels<T>();
   const int64_t count = t.count(), n1 = in.layers[0].out, n2 = in.layers[1].out;
   const auto slopes = [&](const Layer<T>& layer, const T* z, T* out) {  // [a(z); a'(z)]
     Elementwise<T> e = elementwise(layer, 1, t, z);
@@ -233,7 +221,7 @@ struct Stacks {
 template <class T>
 void backward_tile(const Mlp<T>& in, const BackwardPass<T>& pass, const std::vector<Packed<T>>& weights,
                    const std::vector<Stacks<T>>& stacks, const Tile<T>& t) {
-  const DualKernels<T>& run = kernels<T>();
+  const DualKernels<T>& run = dual_kernels<T>();
   const int64_t count = t.count(), tangents = pass.probes.count, depth = in.depth(), d = in.d();
   const int64_t width = in.layers[0].in, most = in.layers.back().in;
   std::memcpy(stacks.back().g + t.begin * d, pass.velocity + t.begin * d, count * d * sizeof(T));
@@ -333,8 +321,8 @@ void sums_over_batch(const Mlp<T>& in, const BackwardPass<T>& pass, const std::v
       }
       Packed<T> own = straight<T>(stacks[l].h + row * layer.in + j, depth, ins);
       own.matrix.row = layer.in;
-      kernels<T>().pack(own.matrix, h, 0, own.count());
-      kernels<T>().multiply_turned(g, kOuts, outs, h, own.stride(), depth, ins, out, layer.in);
+      dual_kernels<T>().pack(own.matrix, h, 0, own.count());
+      dual_kernels<T>().multiply_turned(g, kOuts, outs, h, own.stride(), depth, ins, out, layer.in);
     }
   });
 }
@@ -373,8 +361,8 @@ void mlp_trace(const Mlp<T>& in, const TracePass<T>& pass, int64_t threads) {
       parallel_for(core.count(), own, [&](int64_t p) {
         T* to = core.panels + p * core.stride();
         const T* factor = weights[1].panels + p * core.stride();  // W_2' lies in panels as its product with this does
-        kernels<T>().multiply(in.layers[0].weight + in.low, in.layers[0].in, n1,
-                              weights[3].panels + p * weights[3].stride(), 0, d, width, to, width);
+        dual_kernels<T>().multiply(in.layers[0].weight + in.low, in.layers[0].in, n1,
+                                   weights[3].panels + p * weights[3].stride(), 0, d, width, to, width);
         for (int64_t i = 0; i < n1 * width; ++i) to[i] *= factor[i];
       });
       weights[3] = core;

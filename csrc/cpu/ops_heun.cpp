@@ -11,17 +11,14 @@
 
 #include "cpu/heun.h"
 #include "cpu/isa.h"
+#include "cpu/tensors.h"
 #include "shared/heun.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
+using namespace fewstep::tensors;
 namespace cpu = fewstep::cpu;
 namespace heun = fewstep::heun;
-
-constexpr int64_t kGrain = 16384;  // elements worth a thread's waking up
 
 template <class T, class F>
 const cpu::HeunKernels<T, F>& kernels() {
@@ -39,11 +36,6 @@ const cpu::HeunKernels<T, F>& kernels() {
     return FEWSTEP_BY_ISA(kHeunDouble);
   }
 #undef FEWSTEP_BY_ISA
-}
-
-template <class T>
-const T* read(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
 }
 
 template <class T>

@@ -10,7 +10,7 @@
 namespace fewstep::cpu {
 
 // Runs member(0) on the caller and member(1) .. member(threads - 1) on torch's threads, if it can; returns after all.
-// Defined by ops_cpu.cpp.
+// Defined by ops_sinkhorn.cpp.
 void launch(int64_t threads, const std::function<void(int64_t)>& member);
 
 // Runs `lead` on the caller with a team of up to `threads` for its parallel loops. None in a forked child, where torch

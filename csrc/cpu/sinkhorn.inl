@@ -4,7 +4,7 @@
 namespace fewstep::cpu::FEWSTEP_ISA {
 namespace {
 
-#include "cpu/simd_math.h"
+#include "cpu/simd/math.h"
 
 constexpr int kRows = FEWSTEP_ROWS;
 constexpr int kWidth = 2;  // vectors in a panel

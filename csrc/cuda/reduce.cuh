@@ -1,4 +1,4 @@
-// The thread block, or a cluster of them, as a team: see shared/sinkhorn_block.h, sinkhorn_resident.h and halves.h.
+// The thread block, or a cluster of them, as a team: see shared/sinkhorn_block.h, resident/solver.h and halves.h.
 #pragma once
 
 #include <cooperative_groups.h>

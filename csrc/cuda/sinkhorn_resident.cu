@@ -3,7 +3,12 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../shared/sinkhorn_resident.h"
+#include "../shared/resident/direct.h"
+#include "../shared/resident/distances.h"
+#include "../shared/resident/drift.h"
+#include "../shared/resident/layout.h"
+#include "../shared/resident/problem.h"
+#include "../shared/resident/solver.h"
 #include "reduce.cuh"
 #include "sinkhorn_resident.cuh"
 

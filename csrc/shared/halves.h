@@ -6,7 +6,7 @@
 // by a power of 2 that makes the largest of its neighbours 2^13 to 2^14, so that r is at most 2^-38 of that one
 // besides.
 //
-// On top of what sinkhorn_resident.h asks of a Team: kTensor (whether there are tensor cores), split(p, q, high, low)
+// On top of what resident/solver.h asks of a Team: kTensor (whether there are tensor cores), split(p, q, high, low)
 // (two floats as pairs of halves, p in the low bits), load<transposed>(to, row) (four matrices of 8 x 8 halves, of
 // which lane l hands over row l % 8 of matrix l / 8, in 4 words aligned to 16 bytes), multiply(c, a, b) (the
 // instruction, c += a b), copy<count>(to, from, inside) (an asynchronous copy of floats into shared memory, zeros where
@@ -25,7 +25,7 @@
 
 namespace fewstep::halves {
 
-// How distances and barycentres are multiplied; the numbers of fewstep.ops.raw.PRECISIONS.
+// How distances and barycentres are multiplied; the numbers of fewstep.ops.sinkhorn.inputs.PRECISIONS.
 enum Precision : int { kThree, kOne, kFloat32 };
 
 template <class To, class From>

@@ -1,30 +1,32 @@
 """Compiled kernels for training few-step and one-step generative models."""
 
+import importlib
 from importlib.metadata import version
+from types import ModuleType
 
-from fewstep import _library
+from fewstep import _aliases, _library
 
 _library.load_cpp()
+_aliases.install()
 
-from fewstep.ops.divergence import (  # noqa: E402
+from fewstep.ops.heun.solve import HeunResult, heun_solve, heun_step
+from fewstep.ops.sinkhorn.divergence import (
     ConvergenceWarning,
     DivergenceResult,
     sinkhorn_divergence,
 )
-from fewstep.ops.drift import Drift, sinkhorn_drift  # noqa: E402
-from fewstep.ops.heun import HeunResult, heun_solve, heun_step  # noqa: E402
-from fewstep.ops.implicit import ConvergenceError  # noqa: E402
-from fewstep.ops.log_density import LogDensity, log_density  # noqa: E402
-from fewstep.ops.sinkhorn import SinkhornResult, sinkhorn, transport  # noqa: E402
-from fewstep.ops.trace import Divergence, divergence  # noqa: E402
-from fewstep.samplers import (  # noqa: E402
-    edm_sample,
-    few_step_sigmas,
-    flow_sample,
-    karras_sigmas,
-    latents,
-    multistep_sample,
-)
+from fewstep.ops.sinkhorn.drift import Drift, sinkhorn_drift
+from fewstep.ops.sinkhorn.newton import ConvergenceError
+from fewstep.ops.sinkhorn.result import SinkhornResult
+from fewstep.ops.sinkhorn.solve import sinkhorn, transport
+from fewstep.ops.trace.divergence import divergence
+from fewstep.ops.trace.estimator import Divergence
+from fewstep.ops.trace.log_density import LogDensity, log_density
+from fewstep.samplers.edm import edm_sample
+from fewstep.samplers.flow import flow_sample
+from fewstep.samplers.multistep import multistep_sample
+from fewstep.samplers.schedules import few_step_sigmas, karras_sigmas
+from fewstep.samplers.seeds import latents
 
 __version__ = version("fewstep")
 __all__ = [
@@ -51,3 +53,26 @@ __all__ = [
     "sinkhorn_drift",
     "transport",
 ]
+
+# Imported when first asked for.
+_SUBMODULES = (
+    "cli",
+    "conversions",
+    "data",
+    "info",
+    "kernels",
+    "methods",
+    "metrics",
+    "networks",
+    "training",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES or f"fewstep.{name}" in _aliases.ALIASES:
+        return importlib.import_module(f"fewstep.{name}")
+    raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

@@ -13,9 +13,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     2
     """
     try:
-        from fewstep import _commands
+        from fewstep.training import commands
 
-        _commands.parse(list(sys.argv[1:] if argv is None else argv)).run()
+        commands.parse(list(sys.argv[1:] if argv is None else argv)).run()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("fewstep"):
             raise

@@ -11,15 +11,17 @@ import torch
 
 from fewstep import __version__
 from fewstep._library import BACKENDS, DEFAULT_ORDER, cuda_library, load_cpp, unavailable
-from fewstep.ops import drift, heun, trace
+from fewstep.ops.heun import inputs
+from fewstep.ops.sinkhorn import drift
+from fewstep.ops.trace import inputs as trace_inputs
 
 # Why a backend cannot serve an op at all, or None; "sinkhorn" has transport and barycenters too,
 # "heun" all samplers.
 OPS: dict[str, Callable[[str], str | None]] = {
     "sinkhorn": lambda _: None,
     "sinkhorn_drift": lambda backend: drift.unsupported(backend, None),
-    "divergence": trace.unsupported,
-    "heun": heun.unsupported,
+    "divergence": trace_inputs.unsupported,
+    "heun": inputs.unsupported,
 }
 
 

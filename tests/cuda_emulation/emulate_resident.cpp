@@ -1,4 +1,4 @@
-// Runs csrc/shared/sinkhorn_resident.h on the host: a request on stdin, the answer on stdout.
+// Runs csrc/shared/resident on the host: a request on stdin, the answer on stdout.
 // Request: int64 {op, double?, ranks (0: one thread alone), wide (warps of 32 in a block: 2, 4, or 0 for others),
 // batch, n, m, d, cost, diagonal, max_iter, has_start, scheduled, has_f0, has_g0, unit_start, precision, simultaneous,
 // single}, double {tol, converged_at, factor, rho_x, rho_y, relax}, then the arrays of the op. An infinite rho is a
@@ -9,7 +9,12 @@
 #include <vector>
 
 #include "requests.h"
-#include "shared/sinkhorn_resident.h"
+#include "shared/resident/direct.h"
+#include "shared/resident/distances.h"
+#include "shared/resident/drift.h"
+#include "shared/resident/layout.h"
+#include "shared/resident/problem.h"
+#include "shared/resident/solver.h"
 #include "teams.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// Thread blocks on the host, for the Team of csrc/shared/sinkhorn_block.h, sinkhorn_resident.h and halves.h: one thread
+// Thread blocks on the host, for the Team of csrc/shared/sinkhorn_block.h, resident/solver.h and halves.h: one thread
 // alone, or threads with real barriers, in one block or a cluster of blocks; or, for warps of 32, which have tensor
 // cores, fibers that take turns from barrier to barrier: what is read without one has not been written yet.
 #pragma once

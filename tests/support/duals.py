@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.ops import raw_dual
+from fewstep.ops.dual import dispatch
 from tolerances import CONTRACT, TANGENTS, assert_contract, error
 
 # batch, width, tangents, inner, what is shifted
@@ -71,7 +71,7 @@ def activate_pairs(backend: str, shape: tuple[int, int, int, int, str], kind: st
     low = backend != "reference"
     own = [m if low or m is None else m.double() for m in (z, u, shift)]
     live = [m.requires_grad_() for m in own if m is not None]
-    out = raw_dual.activate_pair(backend, *own, kind, 1.3, 20.0, inner)  # type: ignore[arg-type]
+    out = dispatch.activate_pair(backend, *own, kind, 1.3, 20.0, inner)  # type: ignore[arg-type]
     g = [torch.randn(o.shape).bfloat16().to(o.dtype) for o in out]
     return out, torch.autograd.grad(out, live, g)
 
@@ -90,6 +90,6 @@ def norm_pairs(backend: str, shape: tuple[int, int, int, int, bool, int | None, 
     tensors = (z, u.bfloat16(), shift, w, b)
     own = [m if low or m is None else m.double() for m in tensors]
     live = [m.requires_grad_() for m in own if m is not None]
-    out = raw_dual.norm_pair(backend, *own, groups, centred, 1e-5)  # type: ignore[arg-type]
+    out = dispatch.norm_pair(backend, *own, groups, centred, 1e-5)  # type: ignore[arg-type]
     g = [torch.randn(o.shape).bfloat16().to(o.dtype) for o in out]
     return out, torch.autograd.grad(out, live, g)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewstep.ops import raw_heun
+from fewstep.ops.heun import dispatch
 from fewstep.reference import heun as reference
 
 SHAPES = [(1, 1), (5, 7), (3, 130), (2, 3, 5), (0, 3), (4,), (2, 1100)]
@@ -32,7 +32,7 @@ def combine_into(
     net: Tensor | None = None,
     wrong: Tensor | None = None,
 ) -> None:
-    run = raw_heun.into(backend, terms[0].dtype if terms else x.dtype)
+    run = dispatch.into(backend, terms[0].dtype if terms else x.dtype)
     run(x, low, terms, table, row, seeds, high, out_low, net, wrong)
 
 

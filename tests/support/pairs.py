@@ -7,8 +7,8 @@ import time
 import torch
 from torch import Tensor, nn
 
+from fewstep.data.pairs import PairsConfig
 from fewstep.networks import EDMPrecond, ResidualMLP
-from fewstep.pairs import PairsConfig
 
 CONFIG = PairsConfig(n=37, seed=5, steps=3, batch=4, shard_size=12)
 SHAPE = (1, 3, 5)

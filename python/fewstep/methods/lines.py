@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fewstep.augment import diff_augment
-from fewstep.samplers import karras_sigmas
+from fewstep.methods.augment import diff_augment
+from fewstep.samplers.schedules import karras_sigmas
 
 LAWS = ("uniform", "levels", "sot")
 METRICS = ("l2", "pseudo_huber", "lpips")
@@ -57,7 +57,7 @@ class LinesMatching:
             lam makes up for the small slopes of an untrained one.
         warmup: training steps over which lam then rises to its value.
         r1: weight gamma of `gamma / 2 E |dD/dx|^2` on real samples, in the discriminator's loss.
-        augment: policy of `fewstep.augment.diff_augment`, for images; () for none.
+        augment: policy of `fewstep.methods.augment.diff_augment`, for images; () for none.
 
     Raises:
         ValueError: a number outside its range, an unknown name.

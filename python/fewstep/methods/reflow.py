@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.ops import log_density as densities
-from fewstep.ops import trace
-from fewstep.ops.log_density import METHODS, TRACKERS, Path, standard_normal
-from fewstep.score import convert
+from fewstep.conversions import convert
+from fewstep.ops.trace import log_density as densities
+from fewstep.ops.trace.inputs import Options, check
+from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
 
 Field = Callable[[Tensor, Tensor], Tensor]
 WEIGHTS = ("one", "t^2")
@@ -63,7 +63,7 @@ class MarginalReflow:
     Raises:
         ValueError: a number outside its range, an unknown name.
 
-    >>> from fewstep.toys import GaussianMixture
+    >>> from fewstep.data.toys import GaussianMixture
     >>> teacher = GaussianMixture(torch.tensor([[-2.0, 0], [2, 0]]), torch.full((2, 2), 0.1))
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
     >>> loss, metrics = MarginalReflow()(lambda x, t: net(x), teacher, teacher.sample(64))
@@ -192,7 +192,7 @@ class MarginalReflow:
         a: Tensor,
         b: Tensor,
         *,
-        options: trace.Options | None = None,
+        options: Options | None = None,
         step: int = 0,
     ) -> tuple[Tensor, Path, Tensor]:
         """`Dl - <sg s_p(x_k, b), x_k>` `[B]` of steps from a to b `[B]`, their path, and s_p."""
@@ -298,11 +298,9 @@ class MarginalReflow:
             tracker=tracker,
         )
 
-    def _options(self, x: Tensor) -> trace.Options:
-        options = trace.Options(
-            self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype
-        )
-        trace.check(options, x, "MarginalReflow")
+    def _options(self, x: Tensor) -> Options:
+        options = Options(self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype)
+        check(options, x, "MarginalReflow")
         return options
 
     def _track(
@@ -311,7 +309,7 @@ class MarginalReflow:
         x: Tensor,
         a: Tensor,
         b: Tensor,
-        options: trace.Options,
+        options: Options,
         seed: int,
         tracker: str | None = None,
     ) -> Path:

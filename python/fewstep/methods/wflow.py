@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.ops.drift import FORMS, sinkhorn_drift
+from fewstep.ops.sinkhorn.drift import FORMS, sinkhorn_drift
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""Timing of runs that take turns in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+Run = Callable[[], tuple[Any, ...]]
+_COMPARED_S = 1.5
+
+
+class Beside:
+    """A contender's run, and how it compares with the network alone in the same process."""
+
+    def __init__(
+        self, problem: Any, build: Callable[[Any], Run], alone: Callable[[Any], Run]
+    ) -> None:
+        self.run, self.network = build(problem), alone(problem)
+
+    def __call__(self) -> tuple[Any, ...]:
+        return self.run()
+
+    def more(self) -> dict[str, float]:
+        found: dict[str, float] = getattr(self.run, "more", dict)()
+        return found | {"over_network": compared(self.run, self.network)}
+
+
+def compared(run: Run, network: Run) -> float:
+    """The ratio of medians of calls in turn, for `_COMPARED_S` seconds and at least nine of each.
+
+    A machine's speed may change between processes, and then does so for both here.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    run(), network()
+    while sum(map(sum, times)) < _COMPARED_S or len(times[0]) < 9:
+        for call, own in zip((run, network), times, strict=True):
+            start = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])

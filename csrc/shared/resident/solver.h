@@ -1,0 +1,637 @@
+// Sinkhorn on problems that stay on chip, as one team sees them: a thread block, the blocks of a cluster that share the
+// rows of a problem, or their emulation on the host.
+//
+// Distances C lie in shared memory and K = 2^(shift_i + h_j - k C_ij) in registers: a warp owns R rows, a lane every
+// kLanes-th of up to Q kLanes columns. An iteration is one pass over K,
+//
+//     s_i = sum_j K_ij v_j,  u_i = 1 / s_i,  q_j = sum_i a_i u_i K_ij,  v_j = b_j / q_j,
+//
+// with F_i = shift_i + log2 u_i and H_j = h_j + log2 v_j the potentials in units of eps ln 2, log2 b_j included in H.
+// Symmetric updates take q_j with the u before, and one potential (x is y) has H_j = F_j + log2 b_j instead. Where a
+// scaling leaves its safe range the potentials are taken into K anew ("absorbed"), from row sums around their maxima; a
+// column whose sum has underflowed gets a log-sum-exp of its own.
+//
+// On top of what sinkhorn_block.h asks of a Team: ranks(), block() (which of the ranks), sync_all() (a barrier of all
+// ranks), peer(pointer, rank) (the same place in the memory of a rank), any(flag) (of a block, also a barrier),
+// lane_any(flag), sync_lanes() and opaque(value) (the same, hidden from the compiler: what follows from it is computed
+// where it is used, and not kept in registers from the start). A warp's R values, one per row, are combined over its
+// lanes by combine_rows(values, own, combine), which leaves a lane those of its own rows, and spread(own, values) tells
+// them to all lanes; a lane has the R / kLanes rows from lane R / kLanes on, or kLanes / R lanes share one. A team with
+// tensor cores has those of halves.h besides.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../sinkhorn_block.h"
+#include "layout.h"
+#include "problem.h"
+
+namespace fewstep::resident {
+
+template <typename T>
+struct Share;
+template <typename T>
+struct Velocities;
+
+template <int R, int Q, int kWarps, typename T, typename Team>
+class Solver {
+ public:
+  static constexpr int kLanes = Team::kLanes;
+  static constexpr bool kTensor = Team::kTensor && sizeof(T) == sizeof(float);
+  using At = Layout<R, Q, kLanes, kWarps>;
+  static constexpr int kTiles = tiles_of(Q);
+  static constexpr int kWide = kWarps <= 8 ? 4 : 1;             // warps that measure their rows together
+  static constexpr int kOwn = R > kLanes ? R / kLanes : 1;      // rows of a lane
+  static constexpr int kSharers = kLanes > R ? kLanes / R : 1;  // lanes of a row
+
+  // Rows of this block: ranks share them evenly, in order.
+  FEWSTEP_HD Solver(const Team& team, const Points<T>& points, T* memory) : team_(team), p_(points), memory_(memory) {
+    const int each = (p_.n + team.ranks() - 1) / team.ranks();
+    first_ = least(each * team.block(), p_.n);
+    rows_ = least(each, p_.n - first_);
+  }
+
+  FEWSTEP_HD int first() const { return first_; }
+  FEWSTEP_HD int rows() const { return rows_; }
+  FEWSTEP_HD int tiled() const { return static_cast<int>(At::tiled(p_.m)); }
+  FEWSTEP_HD int row_of(int r) const { return team_.warp() * R + r; }
+  FEWSTEP_HD int column_of(int q) const { return team_.lane() + q * kLanes; }
+  FEWSTEP_HD int own_row(int e) const { return row_of(team_.lane() / kSharers * kOwn + e); }
+  FEWSTEP_HD bool first_of_row() const { return team_.lane() % kSharers == 0; }
+
+  // Distances into shared memory; c is scratch. Begins and ends with sync(). In distances.h.
+  FEWSTEP_HD void measure(T (&c)[R][Q]);
+
+  // All iterations at `eps`, and at the temperatures before it. `start` is where annealing begins, at most eps for
+  // none. The state stays for write() and weigh().
+  FEWSTEP_HD void solve(T (&k)[R][Q], const Schedule<T>& s, const Marginals<T>& w, T eps, T start) {
+    s_ = s;
+    plain_ = std::isinf(s.rho_x) && std::isinf(s.rho_y) && s.relax == 1;
+    averaged_ = s.simultaneous;
+    relax_ = w.f0 == nullptr ? T(1) : s.relax;  // an iteration without a potential before it is taken in full
+    step_ = iterations_ = 0;
+    annealed_ = start;
+    final_ = false;
+    temperature_ = next_temperature(eps);
+    set_temperature();
+    begin(w);
+    bool absorb = true, measured = false, closing = false;
+    int at_eps = 0;
+    while (true) {
+      // The pass after an iteration at eps tells its error.
+      const bool last = measured && ++at_eps == (closing ? s.last_steps() : s.max_iter);
+      const bool asked = last || (measured && s.tol >= 0);
+      bool usable = !absorb && pass<false>(k, asked);
+      if (!usable) usable = pass<true>(k, asked);
+      if (asked) {
+        residual_ = error() / a_total_;
+        if (last || residual_ <= s.tol) {
+          if (closing || !s.simultaneous) return;
+          if (!absorbed_) fold();
+          averaged_ = measured = false;
+          closing = absorb = true;
+          relax_ = 1;
+          at_eps = 0;
+          continue;
+        }
+      }
+      if (!averaged_) accept();
+      const bool far = s_.single ? follow_rows() : finish_columns();
+      absorb = far || !usable;
+      if (averaged_) accept();
+      if (absorb) fold();
+      measured = final_;
+      if (closing) continue;
+      ++iterations_;
+      relax_ = s.relax;
+      if (final_) continue;
+      const T next = next_temperature(eps);
+      if (next == temperature_) continue;
+      change_temperature(next, absorb);
+      absorb = true;
+    }
+  }
+
+  // f, g, value and the rest of a problem that has been solved. Ends with sync_all().
+  FEWSTEP_HD void write(T eps, const block::Solution<T>& out) {
+    const T unit = 1 / k_, mass = total(1);
+    T value = 0;
+    FEWSTEP_ROLLED
+    for (int i = team_.rank(); i < rows_; i += team_.size()) {
+      const T f = potential(i) * unit;
+      out.f[first_ + i] = f;
+      if (s_.single) out.g[first_ + i] = f;
+      if (at(At::kA)[i] != 0) value += (s_.single ? 2 : 1) * at(At::kA)[i] * penalised(f, s_.rho_x);
+    }
+    if (!s_.single) soft_of_massless_columns();
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m && !s_.single; j += team_.size()) {
+      const T b = at(At::kB)[j];
+      const T g = unit * (b > 0 ? at(At::kH)[j] + log2(at(At::kV)[j]) - log2(b) : -damping_y_ * at(At::kLse)[j]);
+      if (team_.block() != 0) continue;
+      out.g[j] = g;
+      if (b != 0) value += b * penalised(g, s_.rho_y);
+    }
+    parity_ = 1 - parity_;
+    hand_over(0, value);
+    team_.sync_all();
+    value = total(0);
+    if (!plain_) value -= eps * (mass - a_total_ * b_total_);
+    if (team_.block() == 0 && team_.rank() == 0) {
+      *out.value = value;
+      *out.residual = residual_;
+      *out.iterations = iterations_;
+      *out.converged = residual_ <= s_.converged_at;
+    }
+    team_.sync_all();
+  }
+
+  // The weights of a plan's share of a drift, from the K of a solve of one rank, into matrix t, and three sums over the
+  // rows, of |sum_j p_ij - 1|, of the entropy (in nats) and of the largest entry of the normalised plan, into `sums`.
+  // In barycentres.h.
+  FEWSTEP_HD void weigh(T (&k)[R][Q], const Share<T>& io, int t, T (&sums)[kMetrics]);
+
+  // out = the points of the columns, weighted, for the first `count` matrices of weights; this thread's shares of the
+  // squares of what is in `out` then. Begins and ends with sync(). In barycentres.h.
+  template <int kStacked>
+  FEWSTEP_HD void combine(const Velocities<T>& out, int count, T (&squares)[kStacked]);
+
+ private:
+  FEWSTEP_HD T* at(int offset) const { return memory_ + offset; }
+  FEWSTEP_HD const T* row(int i) const { return p_.x + static_cast<int64_t>(first_ + i) * p_.d; }
+
+  FEWSTEP_HD T next_temperature(T eps) {
+    if (step_ < s_.scheduled) return s_.temperatures[step_++];
+    if (annealed_ > eps) {
+      const T now = annealed_;
+      annealed_ *= s_.factor;
+      return now;
+    }
+    final_ = true;
+    return eps;
+  }
+
+  FEWSTEP_HD void set_temperature() {
+    k_ = block::inverse_temperature(temperature_);
+    damping_x_ = std::isinf(s_.rho_x) ? T(1) : s_.rho_x / (s_.rho_x + temperature_);
+    damping_y_ = std::isinf(s_.rho_y) ? T(1) : s_.rho_y / (s_.rho_y + temperature_);
+    target_x_ = std::isinf(s_.rho_x) ? T(0) : temperature_ / s_.rho_x;
+    target_y_ = std::isinf(s_.rho_y) ? T(0) : temperature_ / s_.rho_y;
+  }
+
+  // Potentials to start from. Begins with sync_all(): a problem before this one may still be read.
+  FEWSTEP_HD void begin(const Marginals<T>& w) {
+    team_.sync_all();
+    parity_ = f_ = u_ = 0;
+    bool massless = false;
+    T part = 0;
+    FEWSTEP_ROLLED
+    for (int i = team_.rank(); i < rows_; i += team_.size()) {
+      const T a = w.a == nullptr ? T(1) / T(rows_) : w.a[first_ + i];
+      at(At::kA)[i] = a;
+      at(At::kF + f_)[i] = w.f0 == nullptr ? T(0) : w.f0[first_ + i] * k_;
+      part += a;
+    }
+    hand_over(1, part);
+    part = 0;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      T b = w.b[j] / w.b_total;
+      if (b < kSmallest<T>) b = 0;
+      const T g = w.g0 == nullptr ? T(0) : w.g0[j] * k_;
+      at(At::kB)[j] = b;
+      at(At::kH)[j] = s_.unit_start ? (b > 0 ? T(0) : log2(b)) : g + log2(b);
+      at(At::kV)[j] = b > 0 ? T(1) : T(0);
+      part += b;
+      massless = massless || b == 0;
+    }
+    hand_over(0, part);
+    massless_ = team_.any(massless);
+    team_.sync_all();
+    a_total_ = total(1);
+    b_total_ = total_of_columns(0);
+  }
+
+  FEWSTEP_HD T* scalars(int parity, int which) const { return at(At::kScalar) + (parity * kScalars + which) * kWarps; }
+  FEWSTEP_HD T* partial(int parity, int warp) const {
+    return at(At::kPartial) + (parity * (kWarps < 2 ? 2 : kWarps) + warp) * At::kColumns;
+  }
+
+  // Leaves a warp's sum of `part` for all ranks to read after sync_all().
+  FEWSTEP_HD void hand_over(int which, T part) {
+    part = team_.lane_sum(part);
+    if (team_.lane() == 0) scalars(parity_, which)[team_.warp()] = part;
+  }
+
+  // Sum over warps and ranks, in the same order everywhere.
+  FEWSTEP_HD T total(int which) const {
+    if (team_.ranks() == 1) return total_of_columns(which);
+    T sum = 0;
+    FEWSTEP_ROLLED
+    for (int e = team_.lane(); e < team_.ranks() * team_.warps(); e += kLanes) {
+      sum += team_.peer(scalars(parity_, which), e / team_.warps())[e % team_.warps()];
+    }
+    return team_.lane_sum(sum);
+  }
+
+  // The same of this block's warps alone: all ranks have all columns.
+  FEWSTEP_HD T total_of_columns(int which) const {
+    T sum = 0;
+    FEWSTEP_ROLLED
+    for (int w = team_.lane(); w < team_.warps(); w += kLanes) sum += scalars(parity_, which)[w];
+    return team_.lane_sum(sum);
+  }
+
+  FEWSTEP_HD T* weights(int t, int i) const {
+    const int first = static_cast<int>(At::behind_costs(rows_, p_.m));
+    return at(first + (t * rows_ + i) * static_cast<int>(At::weight_stride(p_.m)));
+  }
+  FEWSTEP_HD bool by_products() const { return kTensor && p_.by_products(); }
+
+  // In distances.h:
+  FEWSTEP_HD void measure_by_differences(T (&c)[R][Q]);
+  FEWSTEP_HD T squared_distance(int i, int j) const;
+  FEWSTEP_HD bool aligned() const;
+  FEWSTEP_HD void fetch(T* stage, int points, int k0, int wide) const;
+  template <int kCount, typename From, typename To>
+  static FEWSTEP_HD void move(const From* from, To* to);
+  template <bool kNormed, typename Down>
+  FEWSTEP_HD void halve(T* stage, int points, Down down) const;
+  template <bool kNormed, typename Down, typename Use>
+  FEWSTEP_HD void stream(int first, int points, Down down, Use use);
+  template <int kSet>
+  FEWSTEP_HD void measure_by_products();
+
+  // In barycentres.h:
+  template <int kStacked>
+  FEWSTEP_HD void combine_by_products(const Velocities<T>& out, int count, T (&squares)[kStacked]);
+  FEWSTEP_HD T combine_by_differences(const Velocities<T>& out, int t);
+
+  FEWSTEP_HD void accept() {
+    u_ = At::kRows - u_;
+    if (absorbed_) f_ = At::kRows - f_;
+  }
+
+  // F_i as of the last row update that was accepted. After a pass that absorbs, f has it: its scaling may be inf.
+  FEWSTEP_HD T potential(int i) const {
+    return absorbed_ ? at(At::kF + f_)[i] : at(At::kShift)[i] + log2(at(At::kU + u_)[i]);
+  }
+
+  // H and F from scalings, where these are in use.
+  FEWSTEP_HD void fold() {
+    FEWSTEP_ROLLED
+    for (int i = team_.rank(); i < rows_; i += team_.size()) at(At::kF + f_)[i] = potential(i);
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      if (!(at(At::kB)[j] > 0)) continue;
+      at(At::kH)[j] += log2(at(At::kV)[j]);
+      at(At::kV)[j] = 1;
+    }
+    team_.sync();
+  }
+
+  FEWSTEP_HD void change_temperature(T next, bool folded) {
+    if (!folded) fold();
+    const T ratio = temperature_ / next;
+    temperature_ = next;
+    set_temperature();
+    FEWSTEP_ROLLED
+    for (int i = team_.rank(); i < rows_; i += team_.size()) at(At::kF + f_)[i] *= ratio;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      const T b = at(At::kB)[j];
+      if (b > 0) at(At::kH)[j] = (at(At::kH)[j] - log2(b)) * ratio + log2(b);
+    }
+    team_.sync();
+  }
+
+  // Row update and column sums, from K or, with kAbsorb, from the potentials f and h, which are then in K; where it is
+  // asked for, the error of the rows and their mass, of the potentials before. Ends with sync_all(). Returns whether
+  // all scalings are in their range: if not, a pass from K is void, and after one that absorbs the next is to absorb
+  // too.
+  template <bool kAbsorb>
+  FEWSTEP_HD bool pass(T (&k)[R][Q], bool asked) {
+    T s[R], own[kOwn];
+    if constexpr (kAbsorb) {
+      absorb(k);
+      FEWSTEP_UNROLL
+      for (int e = 0; e < kOwn; ++e) own[e] = 1;
+    } else {
+      FEWSTEP_UNROLL
+      for (int r = 0; r < R; ++r) s[r] = 0;
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        const T v = column_of(q) < p_.m ? at(At::kV)[column_of(q)] : T(0);
+        FEWSTEP_UNROLL
+        for (int r = 0; r < R; ++r) s[r] += k[r][q] * v;
+      }
+      team_.combine_rows(s, own, Sum());
+    }
+    parity_ = 1 - parity_;
+    T error = 0, mass = 0;
+    bool safe = true;
+    FEWSTEP_UNROLL
+    for (int e = 0; e < kOwn; ++e) {
+      const int i = own_row(e);
+      if (i >= rows_) {
+        own[e] = 0;
+        continue;
+      }
+      const T a = at(At::kA)[i], before = at(At::kU + u_)[i], shift = kAbsorb || !plain_ ? at(At::kShift)[i] : T(0);
+      T next = reciprocal(own[e]), full = shift, wanted = 1;
+      if (!plain_) {
+        // All but `full` about the shift, which may be large.
+        const T now = kAbsorb ? at(At::kF + f_)[i] - shift : log2(before);
+        T change = -log2(own[e]);
+        if (damping_x_ != 1) change = damping_x_ * (shift + change) - shift;
+        if (relax_ != 1) change = now + relax_ * (change - now);
+        next = exp2(change);
+        full = shift + change;
+        if (target_x_ != 0) wanted = exp2(-target_x_ * (shift + now));
+      }
+      safe = safe && within(next, 1 / Range<T>::kSafe, Range<T>::kSafe);
+      // A row without mass may have any sum, also one that overflows.
+      if (asked && a != 0 && first_of_row()) {
+        error += a * std::abs(before * own[e] - wanted);
+        mass += a * before * own[e];
+      }
+      T scaling = averaged_ ? before : next;
+      // More than that in an entry of K that is 0 would be felt: all columns are to see it.
+      if (kAbsorb && scaling > Range<T>::kTop) scaling = kInfinity<T>;
+      own[e] = a == 0 ? T(0) : a * scaling;
+      if (!first_of_row()) continue;
+      at(At::kU + At::kRows - u_)[i] = next;
+      if constexpr (kAbsorb) at(At::kF + At::kRows - f_)[i] = full;
+      if (s_.single) partial(parity_, 0)[i] = full;
+    }
+    if (!s_.single) {
+      team_.spread(own, s);
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        if (column_of(q) >= p_.m) continue;
+        T sum = 0;
+        FEWSTEP_UNROLL
+        for (int r = 0; r < R; ++r) sum += s[r] * k[r][q];
+        partial(parity_, team_.warp())[column_of(q)] = sum;
+      }
+    }
+    if (asked) {
+      hand_over(0, error);
+      hand_over(1, mass);
+    }
+    safe = !sync_any(!safe);
+    if (kAbsorb || safe) {
+      absorbed_ = kAbsorb;
+    } else {
+      fold();
+    }
+    return safe;
+  }
+
+  // sync_all(), and whether a flag is set in any thread of all ranks.
+  FEWSTEP_HD bool sync_any(bool flag) const {
+    if (team_.ranks() == 1) return team_.any(flag);
+    flag = team_.lane_any(flag);
+    if (team_.lane() == 0) scalars(parity_, 2)[team_.warp()] = flag ? T(1) : T(0);
+    team_.sync_all();
+    bool all = false;
+    FEWSTEP_ROLLED
+    for (int e = team_.lane(); e < team_.ranks() * team_.warps(); e += kLanes) {
+      all = all || team_.peer(scalars(parity_, 2), e / team_.warps())[e % team_.warps()] != 0;
+    }
+    return team_.lane_any(all);
+  }
+
+  // K with rows that sum to 1, and u of the potentials f.
+  FEWSTEP_HD void absorb(T (&k)[R][Q]) {
+    T row[R], top[kOwn], own[kOwn];
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) row[r] = kLowest<T>;
+    FEWSTEP_UNROLL
+    for (int q = 0; q < Q; ++q) {
+      const int j = least(column_of(q), p_.m - 1);
+      const T h = column_of(q) < p_.m ? at(At::kH)[j] : -kInfinity<T>;
+      FEWSTEP_UNROLL
+      for (int r = 0; r < R; ++r) {
+        k[r][q] = h - k_ * at(At::kCost)[least(row_of(r), rows_ - 1) * p_.m + j];
+        row[r] = largest(k[r][q], row[r]);
+      }
+    }
+    team_.combine_rows(row, top, Largest());
+    team_.spread(top, row);
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
+      T sum = 0;
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        k[r][q] = exp2(k[r][q] - row[r]);
+        sum += k[r][q];
+      }
+      row[r] = sum;
+    }
+    team_.combine_rows(row, own, Sum());
+    FEWSTEP_UNROLL
+    for (int e = 0; e < kOwn; ++e) {
+      const int i = own_row(e);
+      const T sum = own[e], shift = -(top[e] + log2(sum));
+      own[e] = reciprocal(sum);
+      if (i >= rows_ || !first_of_row()) continue;
+      at(At::kShift)[i] = shift;
+      at(At::kU + u_)[i] = exp2(at(At::kF + f_)[i] - shift);
+    }
+    team_.spread(own, row);
+    FEWSTEP_UNROLL
+    for (int r = 0; r < R; ++r) {
+      FEWSTEP_UNROLL
+      for (int q = 0; q < Q; ++q) k[r][q] = row_of(r) < rows_ ? k[r][q] * row[r] : T(0);
+    }
+    team_.sync_lanes();
+  }
+
+  // The error of the potentials before the last pass: of the rows and, where columns are not exact, of the columns,
+  // whichever is larger. Every rank comes to the same bits.
+  FEWSTEP_HD T error() {
+    const T rows = total(0);
+    if (!averaged_ || s_.single) return rows;
+    bool bad = false;
+    T part = 0;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      const T b = at(At::kB)[j];
+      if (b == 0) continue;
+      const T sum = column_sum(j), v = at(At::kV)[j];
+      if (!within(sum, Range<T>::kLow, Range<T>::kHigh)) {
+        bad = true;
+        at(At::kV)[j] = -v;  // marks the column
+        continue;
+      }
+      part += std::abs(v * sum - b * wanted(j, v));
+    }
+    if (team_.any(bad)) {
+      column_lse();
+      FEWSTEP_ROLLED
+      for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+        const T v = -at(At::kV)[j];
+        if (!(v > 0)) continue;
+        part += std::abs(exp2(at(At::kH)[j] + log2(v) + at(At::kLse)[j]) - at(At::kB)[j] * wanted(j, v));
+        at(At::kV)[j] = v;
+      }
+    }
+    hand_over(3, part);
+    team_.sync();
+    return largest(total_of_columns(3), rows);
+  }
+
+  // What the marginal of column j is to be, over b_j, where v_j is `v`.
+  FEWSTEP_HD T wanted(int j, T v) const {
+    return target_y_ == 0 ? T(1) : exp2(-target_y_ * (at(At::kH)[j] + log2(v) - log2(at(At::kB)[j])));
+  }
+
+  FEWSTEP_HD T column_sum(int j) const {
+    T sum = 0;
+    FEWSTEP_ROLLED
+    for (int rank = 0; rank < team_.ranks(); ++rank) {
+      FEWSTEP_UNROLL
+      for (int w = 0; w < kWarps; ++w) {
+        if (w < team_.warps()) sum += team_.peer(partial(parity_, w), rank)[j];
+      }
+    }
+    return sum;
+  }
+
+  // v from the column sums of all ranks. Every rank does the same and comes to the same bits. Ends with sync(). Returns
+  // whether the potentials are to be folded, for the next pass to absorb.
+  FEWSTEP_HD bool finish_columns() {
+    const T high = absorbed_ ? Range<T>::kHalf : Range<T>::kSafe;
+    bool far = false, bad = false;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      const T b = at(At::kB)[j];
+      if (b == 0) continue;
+      const T sum = column_sum(j);
+      if (!within(sum, Range<T>::kLow, Range<T>::kHigh)) {
+        bad = true;
+        at(At::kV)[j] = -at(At::kV)[j];  // marks the column
+        continue;
+      }
+      const T before = at(At::kV)[j];
+      const T next = plain_ ? b * reciprocal(sum) : exp2(column_step(j, -log2(sum), before));
+      const bool own = !within(next, 1 / high, high);
+      at(At::kV)[j] = own ? T(1) : next;
+      // It may be 0 or inf: its logarithm is not taken.
+      if (own) at(At::kH)[j] += column_step(j, -log2(sum), before);
+      far = far || own;
+    }
+    if (!team_.any(far || bad)) return false;
+    if (team_.any(bad)) {
+      column_lse();
+      FEWSTEP_ROLLED
+      for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+        if (!(at(At::kV)[j] < 0)) continue;
+        at(At::kH)[j] += column_step(j, -at(At::kLse)[j] - at(At::kH)[j], -at(At::kV)[j]);
+        at(At::kV)[j] = 1;
+      }
+      team_.sync();
+    }
+    return true;
+  }
+
+  // log2 of the next v_j, which was `before`, for the soft c-transform of column j less h_j: damped and relaxed.
+  FEWSTEP_HD T column_step(int j, T soft, T before) const {
+    const T log_b = log2(at(At::kB)[j]);
+    T change = log_b + soft;
+    if (damping_y_ != 1) change = damping_y_ * (at(At::kH)[j] + soft) + log_b - at(At::kH)[j];
+    if (relax_ == 1) return change;
+    const T now = log2(before);
+    return now + relax_ * (change - now);
+  }
+
+  // v from the next F of all ranks: x is y. As finish_columns().
+  FEWSTEP_HD bool follow_rows() {
+    const T high = absorbed_ ? Range<T>::kHalf : Range<T>::kSafe;
+    const int each = (p_.n + team_.ranks() - 1) / team_.ranks();
+    bool far = false;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      const T b = at(At::kB)[j];
+      if (b == 0) continue;
+      const int rank = j / each;
+      const T h = team_.peer(partial(parity_, 0), rank)[j - rank * each] + log2(b), v = exp2(h - at(At::kH)[j]);
+      const bool own = !within(v, 1 / high, high);
+      at(At::kV)[j] = own ? T(1) : v;
+      if (own) at(At::kH)[j] = h;
+      far = far || own;
+    }
+    return team_.any(far);
+  }
+
+  // lse_j = log2 sum_i a_i 2^(F_i - k C_ij) of the columns whose v is negative, by all ranks. Contains sync_all().
+  FEWSTEP_HD void column_lse() {
+    T* const fa = at(At::kLogs);
+    FEWSTEP_ROLLED
+    for (int i = team_.rank(); i < rows_; i += team_.size()) fa[i] = potential(i) + log2(at(At::kA)[i]);
+    team_.sync();
+    // What was read last was of the other parity: all ranks have passed a barrier since.
+    T* const tops = partial(1 - parity_, 0);
+    T* const sums = partial(1 - parity_, 1);
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      if (!(at(At::kV)[j] < 0)) continue;
+      T top = kLowest<T>;
+      FEWSTEP_ROLLED
+      for (int i = 0; i < rows_; ++i) top = largest(fa[i] - k_ * at(At::kCost)[i * p_.m + j], top);
+      T sum = 0;
+      FEWSTEP_ROLLED
+      for (int i = 0; i < rows_; ++i) sum += exp2(fa[i] - k_ * at(At::kCost)[i * p_.m + j] - top);
+      tops[j] = top;
+      sums[j] = sum;
+    }
+    team_.sync_all();
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      if (!(at(At::kV)[j] < 0)) continue;
+      T top = kLowest<T>;
+      FEWSTEP_ROLLED
+      for (int rank = 0; rank < team_.ranks(); ++rank) top = largest(team_.peer(tops, rank)[j], top);
+      T sum = 0;
+      FEWSTEP_ROLLED
+      for (int rank = 0; rank < team_.ranks(); ++rank) {
+        sum += team_.peer(sums, rank)[j] * exp2(team_.peer(tops, rank)[j] - top);
+      }
+      at(At::kLse)[j] = top + log2(sum);
+    }
+    team_.sync_all();
+  }
+
+  // lse of the columns without mass, from the f that came out: their g has a meaning too.
+  FEWSTEP_HD void soft_of_massless_columns() {
+    if (!massless_) return;
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      if (!(at(At::kB)[j] > 0)) at(At::kV)[j] = -1;
+    }
+    team_.sync();
+    column_lse();
+    FEWSTEP_ROLLED
+    for (int j = team_.rank(); j < p_.m; j += team_.size()) {
+      if (!(at(At::kB)[j] > 0)) at(At::kV)[j] = 0;
+    }
+    team_.sync();
+  }
+
+  const Team& team_;
+  Points<T> p_;
+  T* const memory_;
+  Schedule<T> s_;
+  int first_, rows_;
+  int f_ = 0, u_ = 0;  // which of two
+  int parity_ = 0, step_ = 0, iterations_ = 0;
+  bool plain_ = true, averaged_ = false;  // column sums are those with the u before
+  bool final_ = false, absorbed_ = false, massless_ = false;
+  T k_ = 0, temperature_ = 0, annealed_ = 0, relax_ = 1;
+  T damping_x_ = 1, damping_y_ = 1, target_x_ = 0, target_y_ = 0;
+  T a_total_ = 1, b_total_ = 1, residual_ = 0;
+};
+
+}  // namespace fewstep::resident

@@ -1,0 +1,220 @@
+"""Alternating updates that stream the costs: the rows of a step, then its columns."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .problem import Solve, Solved
+from .tiles import LN2, LOG2E, RUN_TIME, soft_transform, store_row_error, sum_of_pieces, updated
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def sinkhorn_row_kernel(
+    X,
+    Y,
+    X_centred,
+    Y_centred,
+    X2,
+    Y2,
+    A,
+    Log_b,
+    Eps,
+    G,
+    F_old,
+    F,
+    Error,
+    Mass,
+    Done,
+    Settings,
+    N,
+    M,
+    D,
+    temperatures,
+    diagonal,
+    cost_scale,
+    DIAGONAL: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`f_i = -eps log sum_j b_j exp((g_j - C_ij) / eps)`, damped and relaxed, and how far `F_old`
+    was from it.
+
+    `Error` and `Mass [P, blocks]` get each block's share of `sum_i a_i |r_i - w_i|` and
+    `sum_i a_i r_i`, where `r_i = exp((F_old_i - f_i) / eps)` and w_i = 1, or `exp(-F_old_i / rho)`.
+    `temperatures` problems in a row share points and weights. Settings: tol, 1 / rho_x, 1 / rho_y,
+    relax.
+    """
+    blocks = N // BLOCK_M
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    if tl.load(Done + problem) > 0:
+        return
+    cloud = problem // temperatures
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    eps = tl.load(Eps + problem)
+    scale = 1 / eps * LOG2E
+    total = soft_transform(
+        X + cloud * N * D,
+        Y + cloud * M * D,
+        X_centred + cloud * N * D,
+        Y_centred + cloud * M * D,
+        X2 + cloud * N,
+        Y2 + cloud * M,
+        G + problem * M,
+        Log_b + cloud * M,
+        scale,
+        rows,
+        N,
+        M,
+        D,
+        cost_scale,
+        diagonal,
+        DIAGONAL,
+        EUCLIDEAN,
+        DOT,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    soft = -total * (eps * LN2)  # [BM]
+    points = problem * N + rows
+    a = tl.load(A + cloud * N + rows)
+    old = tl.load(F_old + points)
+    inverse_rho = tl.load(Settings + 1)
+    tl.store(F + points, updated(old, soft, eps, inverse_rho, tl.load(Settings + 3)))
+    store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, problem * blocks + block)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def sinkhorn_column_kernel(
+    X,
+    Y,
+    X_centred,
+    Y_centred,
+    X2,
+    Y2,
+    Log_a,
+    B,
+    Eps,
+    F,
+    G,
+    Error,
+    Mass,
+    Residual,
+    Iterations,
+    Annealing,
+    Done,
+    Settings,
+    step,
+    max_iter,
+    N,
+    M,
+    D,
+    temperatures,
+    partials,
+    diagonal,
+    cost_scale,
+    DIAGONAL: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`g_j = -eps log sum_i a_i exp((f_i - C_ij) / eps)`, damped and relaxed, unless the problem is
+    done: after `max_iter` iterations at its last temperature, which `Annealing` others come before,
+    or once the residual is at most the tolerance.
+
+    `Error [P, partials]` holds the residual of the previous iteration in pieces, and every block
+    of a problem adds them in the same order, so all decide alike. BLOCK_M counts points of y.
+    """
+    blocks = M // BLOCK_M
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    if tl.load(Done + problem) > 0:
+        return
+    cloud = problem // temperatures
+    at_eps = step - tl.load(Annealing + problem)  # iterations that have been made there
+    if at_eps > 0:
+        residual = sum_of_pieces(Error + problem * partials, partials)
+        if (residual <= tl.load(Settings)) | (at_eps >= max_iter):
+            if block == 0:
+                tl.store(Residual + problem, residual)
+                mass = sum_of_pieces(Mass + problem * partials, partials)
+                tl.store(Residual + problem + tl.num_programs(0) // blocks, mass)
+                tl.store(Done + problem, 1)
+            return
+    if block == 0:
+        tl.store(Iterations + problem, step + 1)
+    cols = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    eps = tl.load(Eps + problem)
+    total = soft_transform(
+        Y + cloud * M * D,
+        X + cloud * N * D,
+        Y_centred + cloud * M * D,
+        X_centred + cloud * N * D,
+        Y2 + cloud * M,
+        X2 + cloud * N,
+        F + problem * N,
+        Log_a + cloud * N,
+        1 / eps * LOG2E,
+        cols,
+        M,
+        N,
+        D,
+        cost_scale,
+        -diagonal,
+        DIAGONAL,
+        EUCLIDEAN,
+        DOT,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    points = problem * M + cols
+    # A point without weight has the transform of the last f alone.
+    relax = tl.where(tl.load(B + cloud * M + cols) == 0, 1.0, tl.load(Settings + 3))
+    soft = -total * (eps * LN2)
+    g = updated(tl.load(G + points), soft, eps, tl.load(Settings + 2), relax)
+    tl.store(G + points, g)
+
+
+def alternate(s: Solve) -> Solved:
+    """f from g, then g from f."""
+    problems, partials = s.g.shape[0], s.blocks(0)
+    # Step k (from 0) writes f[k % 2]; the infinities before it make its residual infinite.
+    f = s.g.new_full((2, problems, s.clouds.shape[0]), torch.inf)
+    if s.f0 is not None:
+        f[1] = s.f0
+    g = s.g.clone()
+    pieces = f.new_zeros((2, problems, partials))
+    measured = f.new_full((2, problems), torch.inf)
+    iterations = torch.zeros_like(s.annealing, dtype=torch.int64)
+    done = torch.zeros_like(s.annealing)
+
+    def update_rows(k: int) -> None:
+        sinkhorn_row_kernel[(problems * partials,)](
+            *(*s.clouds.pointers, s.weights[0], s.logs[1], s.eps(k), g, f[(k + 1) % 2], f[k % 2]),
+            *(*pieces, done, s.setting(k), *s.clouds.shape, s.temperatures, *s.constants),
+            **s.rows,
+        )
+
+    for k in range(s.steps):
+        update_rows(k)
+        sinkhorn_column_kernel[(problems * s.blocks(1),)](
+            *(*s.clouds.pointers, s.logs[0], s.weights[1], s.eps(k), f[k % 2], g, *pieces),
+            *(measured, iterations, s.annealing, done, s.setting(k), k, s.max_iter),
+            *(*s.clouds.shape, s.temperatures, partials, *s.constants),
+            **s.cols,
+        )
+    update_rows(s.steps)
+    residual, mass = torch.where(done > 0, measured, pieces.sum(2))
+    last = torch.where((iterations % 2 == 1)[:, None], f[0], f[1])
+    return last, g, residual, mass, iterations

@@ -1,0 +1,259 @@
+"""Symmetric updates: both potentials in one pass, averaged with the ones before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import config
+from ..launch import architecture
+from .alternating import alternate
+from .problem import Solve, Solved
+from .tiles import LN2, LOG2E, RUN_TIME, accumulated, squared_distances, sum_of_pieces, updated
+
+# Alternating iterations at most after symmetric ones, as in `fewstep.reference.sinkhorn`.
+LAST_STEPS = 10
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def sinkhorn_symmetric_kernel(
+    X,
+    Y,
+    X_centred,
+    Y_centred,
+    X2,
+    Y2,
+    A,
+    Log_a,
+    Log_b,
+    Eps,
+    F,
+    G,
+    F_next,
+    Tops,
+    Sums,
+    Row_error,
+    Column_error,
+    Mass,
+    Iterations,
+    Annealing,
+    Done,
+    Settings,
+    step,
+    max_iter,
+    N,
+    M,
+    D,
+    temperatures,
+    row_pieces,
+    column_pieces,
+    diagonal,
+    cost_scale,
+    DIAGONAL: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Both soft c-transforms from each tile of costs once: `F_next` from g as in
+    `sinkhorn_row_kernel`, and this block of rows' share of those from f, as a maximum and a sum per
+    column: `Tops` and `Sums [P, blocks, M]`, for `sinkhorn_merge_kernel`.
+
+    Row_error, Mass `[2, P, row_pieces]` and Column_error `[2, P, column_pieces]`, alternating by
+    step, hold the residuals of the potentials that a step began with. A problem is done once those
+    of the step before were at most the tolerance, or after max_iter iterations at eps.
+    """
+    REDUCE: tl.constexpr = 1 if DOT else 0
+    blocks = N // BLOCK_M
+    problems = tl.num_programs(0) // blocks
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    if tl.load(Done + problem) > 0:
+        return
+    annealing = tl.load(Annealing + problem)
+    if step - 1 - annealing > 0:
+        before = ((step + 1) % 2) * problems + problem
+        rows_off = sum_of_pieces(Row_error + before * row_pieces, row_pieces)
+        columns_off = sum_of_pieces(Column_error + before * column_pieces, column_pieces)
+        # NaN is not at most anything.
+        if (rows_off <= tl.load(Settings)) & (columns_off <= tl.load(Settings)):
+            if block == 0:
+                tl.store(Iterations + problem, step - 1)
+                tl.store(Done + problem, 1)
+            return
+    if step - annealing >= max_iter:
+        if block == 0:
+            tl.store(Iterations + problem, step)
+            tl.store(Done + problem, 1)
+        return
+    cloud = problem // temperatures
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    points = problem * N + rows
+    eps = tl.load(Eps + problem)
+    scale = 1 / eps * LOG2E
+    f = tl.load(F + points)
+    f_score = tl.expand_dims(f * scale + tl.load(Log_a + cloud * N + rows), REDUCE)
+    X += cloud * N * D
+    Y += cloud * M * D
+    X_centred += cloud * N * D
+    Y_centred += cloud * M * D
+    Y2 += cloud * M
+    Log_b += cloud * M
+    G += problem * M
+    Tops += (problem * blocks + block) * M
+    Sums += (problem * blocks + block) * M
+    x2 = tl.expand_dims(tl.load(X2 + cloud * N + rows), REDUCE)
+    top = tl.full([BLOCK_M], float("-inf"), X.dtype.element_ty)
+    total = tl.full([BLOCK_M], 0.0, X.dtype.element_ty)
+    for start in range(0, M, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        norms = x2 + tl.expand_dims(tl.load(Y2 + cols), 1 - REDUCE)
+        squared = squared_distances(
+            X,
+            Y,
+            X_centred,
+            Y_centred,
+            rows,
+            cols,
+            norms,
+            N,
+            M,
+            D,
+            EUCLIDEAN,
+            DOT,
+            PRECISION,
+            BLOCK_D,
+        )
+        cost = (tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale) * scale
+        if DIAGONAL:
+            own = tl.expand_dims(rows + diagonal, REDUCE)
+            cost = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("inf"), cost)
+        g_score = tl.load(G + cols) * scale + tl.load(Log_b + cols)
+        score = tl.expand_dims(g_score, 1 - REDUCE) - cost
+        top, total = accumulated(top, total, score, REDUCE)
+        score = f_score - cost
+        own_top = tl.max(score, 1 - REDUCE)  # [BN]
+        shift = tl.where(own_top == float("-inf"), 0.0, own_top)
+        p = tl.exp2(score - tl.expand_dims(shift, 1 - REDUCE))
+        tl.store(Tops + cols, own_top)
+        tl.store(Sums + cols, tl.sum(p, 1 - REDUCE))
+    soft = -(top + tl.log2(total)) * (eps * LN2)  # [BM]
+    inverse_rho = tl.load(Settings + 1)
+    tl.store(F_next + points, updated(f, soft, eps, inverse_rho, tl.load(Settings + 3)))
+    a = tl.load(A + cloud * N + rows)
+    # A point without mass may have any ratio, also one that overflows.
+    ratio = tl.exp2(tl.where(a == 0, 0.0, (f - soft) * scale))
+    wanted = tl.exp2(-f * inverse_rho * LOG2E)
+    piece = ((step % 2) * problems + problem) * row_pieces + block
+    tl.store(Row_error + piece, tl.sum(a * tl.abs(ratio - wanted), 0))
+    tl.store(Mass + piece, tl.sum(a * ratio, 0))
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def sinkhorn_merge_kernel(
+    B,
+    Eps,
+    G,
+    G_next,
+    Tops,
+    Sums,
+    Column_error,
+    Done,
+    Settings,
+    step,
+    M,
+    temperatures,
+    row_pieces,
+    column_pieces,
+    BLOCK: tl.constexpr,
+):
+    """`G_next` from what the blocks of rows left in `Tops` and `Sums`, merged in order."""
+    problems = tl.num_programs(0) // column_pieces
+    problem = (tl.program_id(0) // column_pieces).to(tl.int64)
+    block = tl.program_id(0) % column_pieces
+    if tl.load(Done + problem) > 0:
+        return
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < M
+    top = tl.full([BLOCK], float("-inf"), G.dtype.element_ty)
+    total = tl.full([BLOCK], 0.0, G.dtype.element_ty)
+    for rows in range(row_pieces):
+        here = (problem * row_pieces + rows) * M + cols
+        part = tl.load(Tops + here, mask=inside, other=float("-inf"))
+        new_top = tl.maximum(top, part)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        sums = tl.load(Sums + here, mask=inside, other=0.0)
+        total = total * tl.exp2(top - shift) + sums * tl.exp2(part - shift)
+        top = new_top
+    eps = tl.load(Eps + problem)
+    total = tl.where(inside, total, 1.0)
+    soft = -(tl.where(inside, top, 0.0) + tl.log2(total)) * (eps * LN2)
+    g = tl.load(G + problem * M + cols, mask=inside, other=0.0)
+    inverse_rho = tl.load(Settings + 2)
+    g_next = updated(g, soft, eps, inverse_rho, tl.load(Settings + 3))
+    tl.store(G_next + problem * M + cols, g_next, mask=inside)
+    b = tl.load(B + problem // temperatures * M + cols, mask=inside, other=0.0)
+    ratio = tl.exp2(tl.where(b == 0, 0.0, (g - soft) / eps * LOG2E))
+    wanted = tl.exp2(-g * inverse_rho * LOG2E)
+    piece = ((step % 2) * problems + problem) * column_pieces + block
+    tl.store(Column_error + piece, tl.sum(b * tl.abs(ratio - wanted), 0))
+
+
+def symmetric(s: Solve) -> Solved:
+    """Both potentials from the last two, mixed with them, and alternating steps at the end."""
+    problems, (n, m, _) = s.g.shape[0], s.clouds.shape
+    launch = config.sinkhorn_symmetric(s.rows, architecture(s.g.device))
+    merge = config.sinkhorn_merge()
+    row_pieces, column_pieces = s.blocks(0), -(-m // merge["BLOCK"])
+    # Step k goes from [k % 2] to the other one.
+    f, g = s.g.new_zeros((2, problems, n)), torch.stack([s.g, s.g])
+    if s.f0 is not None:
+        f[0] = s.f0
+    tops, sums = s.g.new_empty((2, problems, row_pieces, m))
+    row_error, mass = s.g.new_zeros((2, 2, problems, row_pieces))
+    column_error = s.g.new_zeros((2, problems, column_pieces))
+    iterations = torch.zeros_like(s.annealing, dtype=torch.int64)
+    done = torch.zeros_like(s.annealing)
+
+    def step(k: int, source: int, eps: Tensor, setting: Tensor, done: Tensor) -> None:
+        pieces = (s.temperatures, row_pieces, column_pieces)
+        sinkhorn_symmetric_kernel[(problems * row_pieces,)](
+            *(*s.clouds.pointers, s.weights[0], *s.logs, eps, f[source], g[source], f[1 - source]),
+            *(tops, sums, row_error, column_error, mass, iterations, s.annealing, done, setting),
+            *(k, s.max_iter, *s.clouds.shape, *pieces, *s.constants),
+            **launch,
+        )
+        sinkhorn_merge_kernel[(problems * column_pieces,)](
+            *(s.weights[1], eps, g[source], g[1 - source], tops, sums, column_error, done, setting),
+            *(k, m, *pieces),
+            **merge,
+        )
+
+    for k in range(s.steps + 1):  # the last one tells those that are done
+        step(k, k % 2, s.eps(k), s.setting(k), done)
+    odd = (iterations % 2 == 1)[:, None]
+    f[0], g[0] = torch.where(odd, f[1], f[0]), torch.where(odd, g[1], g[0])
+    if not s.single:
+        last = replace(
+            s,
+            f0=f[0],
+            g=g[0],
+            each=s.each[-1:],
+            annealing=torch.zeros_like(s.annealing),
+            settings=torch.stack([s.settings[0], s.settings[0]]),
+            max_iter=s.last_steps,
+        )
+        last_f, last_g, residual, last_mass, _ = alternate(last)
+        return last_f, last_g, residual, last_mass, iterations
+    # A step in full, and one that measures what came out; step 0 looks at no residual.
+    full, everyone = s.settings[0], torch.zeros_like(done)
+    step(0, 0, s.each[-1], full, everyone)
+    step(0, 1, s.each[-1], full, everyone)
+    residual = torch.maximum(row_error[0].sum(1), column_error[0].sum(1))
+    return f[1], f[1], residual, mass[0].sum(1), iterations

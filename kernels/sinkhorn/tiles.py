@@ -1,0 +1,177 @@
+"""What the kernels do to a tile: distances, soft transforms, updates, errors."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# A pair is near where |x - y|^2 < NEAR (|x|^2 + |y|^2): cancellation in the expanded square has
+# then cost more than 6 of the 24 bits.
+NEAR = tl.constexpr(1 / 64)
+# A sum of exponentials in this range has lost nothing to underflow or overflow. Larger exponents
+# than MOST, a sum of which is still finite, put it out of range.
+SAFE_LOW, SAFE_HIGH, MOST = tl.constexpr(2.0**-60), tl.constexpr(2.0**100), tl.constexpr(104.0)
+# Numbers that change from launch to launch, and pointers to where they come to lie: a kernel is not
+# compiled anew for those that are 1 or a multiple of 16.
+RUN_TIME = (
+    *("step", "max_iter", "temperatures", "partials", "row_pieces", "column_pieces", "diagonal"),
+    *("Eps", "Error", "Mass", "Row_error", "Column_error", "Settings"),
+)
+
+
+@triton.jit
+def _squared_differences(
+    X, Y, rows, cols, zeros, N, M, D, POINT_MAJOR: tl.constexpr, REDUCE: tl.constexpr
+):
+    x_first = X + (rows * D if POINT_MAJOR else rows)
+    y_first = Y + (cols * D if POINT_MAJOR else cols)
+    squared = zeros
+    for d in tl.range(0, D, loop_unroll_factor=1 if POINT_MAJOR else 2):
+        x = tl.load(x_first + (d if POINT_MAJOR else d * N))  # [BM]
+        y = tl.load(y_first + (d if POINT_MAJOR else d * M))  # [BN]
+        difference = tl.expand_dims(x, REDUCE) - tl.expand_dims(y, 1 - REDUCE)
+        squared += difference * difference
+    return squared
+
+
+@triton.jit
+def squared_distances(
+    X,
+    Y,
+    X_centred,
+    Y_centred,
+    rows,
+    cols,
+    norms,
+    N,
+    M,
+    D,
+    REFINE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`|x_i - y_j|^2`: by differences, `[BN, BM]`, or, where DOT, by the expanded square of centred
+    points on tensor cores, `[BM, BN]`. With REFINE a tile with near pairs is taken again by
+    differences, of points as they came: centring rounds.
+    """
+    zeros = tl.full(norms.shape, 0.0, norms.dtype)
+    if DOT:
+        product = zeros
+        for start in range(0, D, BLOCK_D):
+            ds = start + tl.arange(0, BLOCK_D)
+            x = tl.load(X_centred + rows[:, None] * D + ds[None, :])  # [BM, BD]
+            y = tl.load(Y_centred + cols[:, None] * D + ds[None, :])  # [BN, BD]
+            product = tl.dot(x, tl.trans(y), product, input_precision=PRECISION)
+        squared = norms - 2 * product
+        if REFINE:
+            if tl.max((squared < norms * NEAR).to(tl.int32)) > 0:
+                squared = _squared_differences(X, Y, rows, cols, zeros, N, M, D, True, 1)
+        else:
+            squared = tl.where(squared < 0, 0.0, squared)
+    else:
+        squared = _squared_differences(X, Y, rows, cols, zeros, N, M, D, False, 0)
+    return squared
+
+
+@triton.jit
+def accumulated(top, total, score, AXIS: tl.constexpr):
+    """Maxima and sums `sum 2^(score - top)` so far, with those of a tile along an axis."""
+    new_top = tl.maximum(top, tl.max(score, AXIS))
+    # While every weight seen is 0 the top is -inf, and -inf - -inf would be NaN.
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(score - tl.expand_dims(shift, AXIS))
+    return new_top, total * tl.exp2(top - shift) + tl.sum(p, AXIS)
+
+
+@triton.jit
+def soft_transform(
+    X,
+    Y,
+    X_centred,
+    Y_centred,
+    X2,
+    Y2,
+    G,
+    Log_w,
+    scale,
+    rows,
+    N,
+    M,
+    D,
+    cost_scale,
+    diagonal,
+    DIAGONAL: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`log2 sum_j w_j 2^((g_j - C_ij) scale)` for some rows, `[BM]`, online over column tiles.
+
+    With DIAGONAL less the pairs `j == i + diagonal`.
+    """
+    # Columns go along axis REDUCE of a tile. Without a dot they go along axis 0, which the default
+    # layout keeps inside one thread, so that no reduction crosses threads.
+    REDUCE: tl.constexpr = 1 if DOT else 0
+    x2 = tl.expand_dims(tl.load(X2 + rows), REDUCE)
+    top = tl.full([rows.shape[0]], float("-inf"), X.dtype.element_ty)
+    total = tl.full([rows.shape[0]], 0.0, X.dtype.element_ty)
+    for start in range(0, M, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        g = tl.expand_dims(tl.load(G + cols), 1 - REDUCE)
+        log_w = tl.expand_dims(tl.load(Log_w + cols), 1 - REDUCE)
+        norms = x2 + tl.expand_dims(tl.load(Y2 + cols), 1 - REDUCE)
+        squared = squared_distances(
+            X,
+            Y,
+            X_centred,
+            Y_centred,
+            rows,
+            cols,
+            norms,
+            N,
+            M,
+            D,
+            EUCLIDEAN,
+            DOT,
+            PRECISION,
+            BLOCK_D,
+        )
+        cost = tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale
+        score = (g - cost) * scale + log_w
+        if DIAGONAL:
+            own = tl.expand_dims(rows + diagonal, REDUCE)
+            score = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("-inf"), score)
+        top, total = accumulated(top, total, score, REDUCE)
+    return top + tl.log2(total)
+
+
+@triton.jit
+def updated(old, soft, eps, inverse_rho, relax):
+    """A potential from its soft c-transform: damped by `rho / (rho + eps)`, then over-relaxed."""
+    damped = soft / (1 + eps * inverse_rho)
+    base = tl.where(relax == 1, damped, old)  # the old one may be infinite
+    return base + relax * (damped - base)
+
+
+@triton.jit
+def store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, piece):
+    """How far the potential before an update was from its soft c-transform, over a block."""
+    # A point without mass may have any ratio, also one that overflows.
+    ratio = tl.exp2(tl.where(a == 0, 0.0, (old - soft) * scale))
+    wanted = tl.exp2(-tl.where(inverse_rho == 0, 0.0, old) * inverse_rho * LOG2E)
+    tl.store(Error + piece, tl.sum(a * tl.abs(ratio - wanted), 0))
+    tl.store(Mass + piece, tl.sum(a * ratio, 0))
+
+
+@triton.jit
+def sum_of_pieces(Pieces, count):
+    total = tl.zeros([128], Pieces.dtype.element_ty)
+    for start in range(0, count, 128):
+        piece = start + tl.arange(0, 128)
+        total += tl.load(Pieces + piece, mask=piece < count, other=0.0)
+    return tl.sum(total, 0)

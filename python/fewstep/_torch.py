@@ -1,0 +1,62 @@
+"""Where torch's transforms, threads, devices and seeds are touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    # A small net gains no speed from threads, and its bits then do not depend on their number.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def unpack_dual(t: Tensor) -> Any:
+    return forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call]
+
+
+def is_transformed() -> bool:
+    """Whether a transform of functorch (vmap, grad, jvp) is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_dual(t: Tensor | None) -> bool:
+    if t is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return unpack_dual(t).tangent is not None
+
+
+def seeded(seed: int, step: int) -> torch.Generator:
+    """A generator for one step: its draws depend on (seed, step) alone."""
+    word = np.random.SeedSequence([seed, step]).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(word))
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of a name; "auto" takes a GPU where there is one.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {error}") from error
+    return device

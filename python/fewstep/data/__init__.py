@@ -1,0 +1,5 @@
+"""Data sets: images, toys, and pairs of noise and a teacher's samples."""
+
+from fewstep.data.images import Images, load
+
+__all__ = ["Images", "load"]

@@ -1,0 +1,238 @@
+"""Pairs of noise and a teacher's image of it, in shards on disk: made, checked and read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fewstep._checks import check_integers
+from fewstep._files import checksum
+
+CONFIG, MANIFEST = "config.json", "manifest.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+FORMAT = "fewstep pairs 1"
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """What decides a set of pairs, beside its teacher.
+
+    Pair i has the latent of seed `seed + i` and, for a class-conditional teacher, the label
+    `(seed + i) % classes`. The teacher always runs on whole batches that begin at multiples of
+    `batch`, so a pair does not depend on `n`, `shard_size` or on which process makes it.
+
+    Attributes:
+        n: pairs.
+        seed: of the first latent.
+        steps: N of the sampler, which evaluates the teacher 2 N - 1 times.
+        sigma_min, sigma_max, rho: of the sampler's schedule, `fewstep.karras_sigmas`.
+        batch: of the teacher's evaluations.
+        shard_size: pairs in a file, a multiple of `batch`.
+        dtype: of the files, "float32" or "float16".
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    n: int = 1_000_000
+    seed: int = 0
+    steps: int = 18
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    batch: int = 256
+    shard_size: int = 8192
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_integers(self, "n", "steps", "batch", "shard_size")
+        if self.seed + self.shards * self.shard_size > 2**63:
+            raise ValueError(f"seed must leave room for n seeds below 2^63, got {self.seed}")
+        if self.shard_size % self.batch:
+            raise ValueError(
+                f"shard_size must be a multiple of batch, {self.batch}, got {self.shard_size}"
+            )
+        if not 0 < self.sigma_min < self.sigma_max < math.inf or not 0 < self.rho < math.inf:
+            raise ValueError(
+                "sigma_min, sigma_max and rho must be positive and finite, the first two"
+                f" increasing, got {self.sigma_min}, {self.sigma_max} and {self.rho}"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {tuple(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def shards(self) -> int:
+        """Number of files."""
+        return -(-self.n // self.shard_size)
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of a module's `repr` and of the names, shapes, dtypes and values of its state.
+
+    >>> digest(nn.Linear(2, 1)) == digest(nn.Linear(2, 1))
+    False
+    """
+    sha = hashlib.sha256(repr(module).encode())
+    for name, t in sorted(module.state_dict().items()):
+        sha.update(f"{name} {tuple(t.shape)} {t.dtype}\n".encode())
+        sha.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+class PairDataset(Dataset[tuple[Tensor, ...]]):
+    """The pairs of a folder, memory-mapped: only what is read is loaded.
+
+    Item i is `(x0, x1)`, or `(x0, x1, label)` of a class-conditional teacher, in float32. Opening
+    checks the manifest, and of each file its size and header; `verify` reads every byte.
+
+    Args:
+        folder (Path): that `generate` or `fewstep pairs` filled.
+
+    Attributes:
+        shape: of one image.
+        classes: of the teacher; 0 for none.
+        manifest: the content of `manifest.json`.
+
+    Raises:
+        ValueError: no manifest, or a file that is missing, truncated or of other pairs.
+        ModuleNotFoundError: safetensors is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST
+        try:
+            self.manifest: dict[str, Any] = json.loads(path.read_text())
+            if self.manifest["format"] != FORMAT:
+                raise ValueError(f"format is {self.manifest['format']!r}")
+            self.config = PairsConfig(**self.manifest["config"])
+            self.shape = tuple(map(int, self.manifest["teacher"]["shape"]))
+            self.classes = int(self.manifest["teacher"]["classes"])
+            shards = self.manifest["shards"]
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{folder} holds no complete pairs, {MANIFEST} is missing: run fewstep pairs"
+            ) from error
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is not a manifest of pairs: {error}") from error
+        if len(shards) != self.config.shards:
+            raise ValueError(f"{path} must list {self.config.shards} files, got {len(shards)}")
+        for k, shard in enumerate(shards):
+            found = file_header(self.folder / file_name(self.config, k), self.manifest, k)
+            if found != shard:
+                raise ValueError(
+                    f"{self.folder / found['file']} is not the one of the manifest: it has"
+                    f" {found}, not {shard}"
+                )
+        self._maps: list[dict[str, Tensor]] = []
+
+    def __len__(self) -> int:
+        return self.config.n
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index must be within {len(self)} pairs, got {index}")
+        return tuple(t[0] for t in self.batch(torch.tensor([index % len(self)])))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """What a DataLoader asks for: one read for a whole batch."""
+        return list(zip(*self.batch(torch.as_tensor(indices)), strict=True))
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Pairs of int64 indices `[B]` in [0, n): x0 and x1 `[B, ...]`, and labels `[B]` if any."""
+        if not self._maps:
+            names = (file_name(self.config, k) for k in range(self.config.shards))
+            self._maps = [_tensors(self.folder / name)[0] for name in names]
+        shard = indices // self.config.shard_size
+        row = indices % self.config.shard_size
+        out: dict[str, Tensor] = {}
+        for k in sorted(set(shard.tolist())):
+            where = (shard == k).nonzero()[:, 0]
+            for name, t in self._maps[k].items():
+                kind = torch.float32 if t.is_floating_point() else t.dtype
+                if name not in out:
+                    out[name] = torch.empty((len(indices), *t.shape[1:]), dtype=kind)
+                out[name][where] = t[row[where]].to(kind)
+        return tuple(out[name] for name in ("x0", "x1", "labels") if name in out)
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum.
+
+        Raises:
+            ValueError: one is damaged, by its name.
+        """
+        for k in range(self.config.shards):
+            read_file(self.folder / file_name(self.config, k), self.manifest, k)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": []}  # each process maps the files itself
+
+
+def file_name(config: PairsConfig, k: int) -> str:
+    return f"pairs-{k:05d}-of-{config.shards:05d}.safetensors"
+
+
+def pairs_in(config: PairsConfig, k: int) -> int:
+    return min(config.shard_size, config.n - k * config.shard_size)
+
+
+def file_label(content: dict[str, Any], k: int, crc: str) -> dict[str, Any]:
+    """What a file says of itself."""
+    same = {name: value for name, value in content.items() if name not in ("fewstep", "shards")}
+    pairs = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+    return {"format": FORMAT, "pairs": pairs, "shard": k, "crc32": crc}
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, memory-mapped, and its label."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            label = json.loads((file.metadata() or {}).get("fewstep", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, label  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is damaged: delete it and run fewstep pairs again ({error})"
+        ) from error
+
+
+def file_header(path: Path, content: dict[str, Any], k: int) -> dict[str, Any]:
+    """A file's line in the manifest, from its header alone."""
+    _, label = _tensors(path)
+    crc = str(label.get("crc32"))
+    if label != file_label(content, k, crc):
+        raise ValueError(f"{path} is not file {k} of these pairs: it says {label}")
+    return {
+        "file": path.name,
+        "pairs": pairs_in(PairsConfig(**content["config"]), k),
+        "bytes": path.stat().st_size,
+        "crc32": crc,
+    }
+
+
+def read_file(path: Path, content: dict[str, Any], k: int) -> None:
+    """Verify a file.
+
+    Raises:
+        ValueError: it is missing, damaged, or of other pairs.
+    """
+    tensors, label = _tensors(path)
+    crc = checksum(tensors)
+    if label.get("crc32") != crc:
+        raise ValueError(
+            f"{path} is damaged, its checksum does not match: delete it and run fewstep pairs again"
+        )
+    if label != file_label(content, k, crc):
+        raise ValueError(f"{path} is not file {k} of these pairs: it says {label}")

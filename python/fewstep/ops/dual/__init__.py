@@ -1,0 +1,6 @@
+"""Forward-mode duals: a network's own forward, run on [primal; K tangents]."""
+
+from fewstep.ops.dual import rules
+from fewstep.ops.dual.engine import Dual, UnsupportedError, register
+
+__all__ = ["Dual", "UnsupportedError", "register", "rules"]

@@ -1,0 +1,1 @@
+"""Heun's method: single steps, whole solves, and the kernels behind the samplers."""

@@ -1,0 +1,143 @@
+"""A state and its passes: what is done between two calls of a velocity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep._torch import is_dual, is_transformed
+from fewstep.ops.heun import dispatch
+from fewstep.ops.trace.estimator import Divergence
+
+FIRST = 2  # row of the table for evaluation 0: row 0 draws latents, row 1 starts a sampler
+
+
+class Run:
+    """The state of a solve, and the passes over it that a table describes.
+
+    A step is two passes. The first one leaves in the state what is known of the next one, and makes
+    the network's input in the middle; the second one adds the rest, so that no output of the
+    network is held while it runs again. With autograd or `torch.compile` every pass makes new
+    tensors, else they write into buffers. Between steps the network's input is the state itself
+    where that has its dtype and scale.
+
+    Attributes:
+        high: the state, without what rounding left of it.
+        net: the network's next input.
+    """
+
+    def __init__(
+        self,
+        who: str,
+        backend: str,
+        x: Tensor,
+        table: Tensor,
+        state: str,
+        check_finite: bool | None,
+        *,
+        scaled: bool = False,
+        seeds: Tensor | None = None,
+    ) -> None:
+        self.who, self.backend, self.table, self.seeds = who, backend, table, seeds
+        self.functional = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if is_transformed() or is_dual(x):
+            self.functional, self.backend = True, "reference"
+        self.combine = dispatch.into(self.backend, x.dtype)
+        self.dtype = x.dtype
+        wide = state == "float64" or x.dtype == torch.float64
+        self.compensated = state == "compensated" and not wide
+        self.high = x.to(torch.float64 if wide else torch.float32)
+        self.low: Tensor | None = None
+        self.scaled = scaled
+        self.same = not scaled and self.high.dtype == x.dtype
+        self.net = x
+        # Whether the state's buffers are ours yet: the first one is the caller's, unless converted,
+        # and as strided as the caller's then.
+        converted = self.high is not x and self.high.is_contiguous()
+        self.own = converted and not self.compensated
+        self.buffer: Tensor | None = None  # for inputs that are not the state
+        on_cpu = x.device.type == "cpu"
+        default = on_cpu and not self.functional
+        possible = not torch.compiler.is_compiling() and not is_transformed()
+        self.checked = (default if check_finite is None else check_finite) and possible
+        fused = self.checked and not self.functional
+        self.wrong = x.new_zeros(1, dtype=torch.int32) if fused else None
+        self.flag = self.wrong.numpy() if self.wrong is not None and on_cpu else None
+
+    def accept(self, out: Any, step: int) -> Tensor:
+        """What the network returned, if it has the state's shape."""
+        if isinstance(out, Tensor) and out.shape == self.high.shape:
+            return out if out.dtype == self.dtype else out.to(self.dtype)
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"{self.who}: the network must return {tuple(self.high.shape)}, got {got}"
+            f" at step {step}"
+        )
+
+    def advance(self, terms: list[Tensor], row: int, step: int, *, middle: bool = False) -> None:
+        """The next state and the network's next input, by a row of the table."""
+        if self.functional:
+            self.high, self.low, net = dispatch.combine(
+                *(self.backend, self.high, self.low, terms, self.table, row),
+                seeds=self.seeds,
+                want_low=self.compensated,
+                want_net=middle or self.scaled,
+            )
+            self.net = self.high.to(self.dtype) if net is None else net.to(self.dtype)
+            if self.checked and not bool(self.high.detach().isfinite().all()):
+                raise ValueError(f"{self.who}: the state is not finite at step {step}")
+            return
+        high, low = self.high, self.low
+        if not self.own:  # the first state stays as it was
+            self.high = torch.empty_like(high, memory_format=torch.contiguous_format)
+            self.low = torch.empty_like(self.high) if self.compensated else None
+            self.own = True
+        net = None
+        if middle or not self.same:
+            if self.buffer is None:
+                self.buffer = torch.empty_like(self.high, dtype=self.dtype)
+            net = self.buffer
+        self.combine(
+            high, low, terms, self.table, row, self.seeds, self.high, self.low, net, self.wrong
+        )
+        self.net = self.high if net is None else net
+        if self.flag is not None and self.flag[0]:
+            raise ValueError(f"{self.who}: the state is not finite at step {step}")
+
+    def finish(self) -> Tensor:
+        """The state in the dtype of the input."""
+        if self.wrong is not None and self.flag is None and bool(self.wrong):
+            raise ValueError(f"{self.who}: the state is not finite")
+        return self.high.to(self.dtype)
+
+
+class Tracker:
+    """A log-density beside a state, `log q - h/2 (tr J1 + tr J2)`, and its variance over probes."""
+
+    def __init__(self, backend: str, log_density: Tensor, table: Tensor) -> None:
+        self.run = Run("log_density", backend, log_density.double(), table, "float64", False)
+        self.variance, self.dtype = torch.zeros_like(log_density), log_density.dtype
+        self.estimator = ""
+
+    def advance(self, found: list[Divergence], weights: list[Tensor], row: int) -> None:
+        """Past an evaluation; its traces' errors are weighed as the traces are."""
+        for one, weight in zip(found, weights, strict=True):
+            self.estimator = one.estimator
+            if not one.estimator.startswith("exact"):
+                self.variance = self.variance + (weight * one.stderr).square()
+        self.run.advance([one.value.double() for one in found], row, 0)
+
+    def result(self, constant: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        """The log-density, with what does not depend on the network, and its standard error."""
+        return (self.run.high + constant).to(self.dtype), self.variance.sqrt().to(self.dtype)
+
+
+def rows(table: Tensor, start: Tensor | None = None) -> Tensor:
+    """A whole table from the rows of the steps `[S, 2, R, 8]`: before them those of no step."""
+    own = table.flatten(0, 1)
+    lead = own.new_zeros((FIRST, *own.shape[1:]))
+    if start is not None:
+        lead = torch.cat((lead[:1], start[None]))
+    return torch.cat((lead, own)).contiguous()

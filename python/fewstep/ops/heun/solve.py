@@ -1,0 +1,192 @@
+"""Heun steps: one step, and whole solves of an ODE with its log-density beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
+from fewstep.ops.heun.inputs import as_vector, check_log_density, check_nodes, check_state, pick
+from fewstep.ops.trace.estimator import Solver
+from fewstep.ops.trace.inputs import Options, check, check_ids, make_keys
+
+Velocity = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class HeunResult:
+    """What `heun_solve` returns.
+
+    Attributes:
+        x: the state at the last time, of the shape and dtype of the input.
+        log_density: at the last time, `[B]`; None where it was not asked for.
+        stderr: its standard error over the probes, `[B]`: 0 where traces are exact, NaN for a
+            single probe.
+        path: the states at all times, `[S + 1, B, ...]`, with `keep=True`.
+        estimator: that of the traces.
+    """
+
+    x: Tensor
+    log_density: Tensor | None = None
+    stderr: Tensor | None = None
+    path: Tensor | None = None
+    estimator: str = ""
+
+
+def heun_step(
+    velocity: Velocity,
+    x: Tensor,
+    t: float | Tensor,
+    dt: float | Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of Heun's method, second order in dt, by two evaluations of the velocity.
+
+        x + dt/2 (v1 + v2),    v1 = v(x, t),    v2 = v(x + dt v1, t + dt)
+
+    Outside the network each half is one fused pass over the state.
+
+    Args:
+        velocity (Callable): `velocity(x, t)` with t `[B]`, of the shape of x.
+        x (Tensor): `[B, ...]`, of any floating dtype.
+        t (float | Tensor): a scalar or `[B]`.
+        dt (float | Tensor): a scalar or `[B]`, of either sign.
+        backend (str | None): as of `heun_solve`.
+
+    Returns:
+        Tensor: the state at `t + dt`; differentiable with respect to x, parameters, t and dt.
+
+    Raises:
+        ValueError: as `heun_solve`.
+
+    >>> import fewstep
+    >>> x = torch.ones(3, 2)
+    >>> fewstep.heun_step(lambda x, t: -x, x, 0.0, 0.1)[0, 0].item()  # 1 - 0.1 + 0.01 / 2
+    0.9049999713897705
+    """
+    start, step = (as_vector(name, value, x) for name, value in (("t", t), ("dt", dt)))
+    start, step = torch.broadcast_tensors(start, step)  # type: ignore[no-untyped-call]
+    times = torch.stack((start, start + step), 1)
+    times = times[0] if len(times) == 1 else times
+    return heun_solve(velocity, x, times, backend=backend).x
+
+
+def heun_solve(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor | Sequence[float],
+    *,
+    log_density: Tensor | None = None,
+    estimator: str = "auto",
+    probes: int = 1,
+    probe: str = "rademacher",
+    fresh: bool = True,
+    seed: int | Tensor = 0,
+    sample_ids: Tensor | None = None,
+    state: str = "float32",
+    keep: bool = False,
+    check_finite: bool | None = None,
+    backend: str | None = None,
+) -> HeunResult:
+    """Solve `dx/dt = v(x, t)` by Heun steps at given times, in either direction.
+
+    A log-density goes along as `d log q / dt = -tr(dv/dx)`, by the same method on the pair. Two
+    fused passes over the state are all that a step does outside the network. Without gradients the
+    passes write into buffers that the next step uses again: a network that keeps its input has to
+    clone it, and none may write into it, which at first is x itself.
+
+    Args:
+        velocity (Callable): `velocity(x, t)` with t `[B]`, of the shape of x.
+        x (Tensor): `[B, ...]` at the first time. The network is called with its dtype.
+        times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` with those
+            of each sample; each sample's in one direction.
+        log_density (Tensor | None): `[B]` at the first time, whose dtype the result has; None: not
+            tracked.
+        estimator, probes, probe, seed, sample_ids: of the traces, as of `fewstep.divergence`.
+        fresh (bool): new probes for each evaluation, whose errors average out; as of
+            `fewstep.log_density`.
+        state (str): "float32"; "compensated", a pair of float32 whose sum is the state, so that
+            rounding does not add up over steps; or "float64". A float64 x has a float64 state.
+        keep (bool): return the states at all times.
+        check_finite (bool | None): raise where a state is not finite, at the step where it happens
+            on the CPU, at the end (which waits for the device) elsewhere; None: on the CPU, outside
+            of graphs of autograd and of `torch.compile`.
+        backend (str | None): "cpp", "cuda", "triton", "reference"; None: the fastest one.
+
+    Returns:
+        HeunResult: differentiable with respect to x, parameters and log_density, and of times too,
+        which are constants where they do not require a gradient.
+
+    Raises:
+        ValueError: an unknown state or backend; times that are fewer than two or, on the CPU, not
+            finite or not monotone; a velocity of another shape than x, or not finite, with the
+            step; arguments of the traces as in `fewstep.divergence`.
+        TypeError: x that is not floating.
+
+    Source: Karras et al., EDM, arXiv 2206.00364, algorithm 1; Chen et al., Neural ODEs, 2018,
+    theorem 1.
+
+    >>> import fewstep
+    >>> x = torch.ones(3, 2)
+    >>> out = fewstep.heun_solve(lambda x, t: -x, x, [0.0, 0.5, 1.0], log_density=torch.zeros(3))
+    >>> out.x[0, 0].item(), out.log_density[0].item()  # 0.625^2; log q rises by D t
+    (0.390625, 2.0)
+    """
+    check_state("heun_solve", x, state)
+    nodes = check_nodes("heun_solve", times, x)
+    options = Options(estimator, probes, probe, None)
+    traced = None
+    if log_density is not None:
+        check(options, x, "heun_solve")
+        check_log_density("heun_solve", log_density, x)
+        ids = check_ids(sample_ids, x)
+        traced = Solver(velocity, options, ids, fixed=not fresh, cache={})
+    name = pick(x, backend)
+    h = nodes.diff(dim=1).T  # [S, 1 or B]
+    table = _table(h)
+    evaluations = torch.stack((nodes[:, :-1].T, nodes[:, 1:].T), 1).flatten(0, 1)
+    levels = evaluations.to(x.dtype).expand(-1, x.shape[0]).contiguous().unbind()
+    run = Run("heun_solve", name, x, table, state, check_finite)
+    keys = make_keys(seed, h.shape[0], fresh=fresh)
+    tracker = None if log_density is None else Tracker(name, log_density, _log_table(h))
+    path = [x] if keep else []
+
+    def evaluate(net: Tensor, index: int) -> list[Tensor]:
+        if traced is None:
+            out = velocity(net, levels[index])
+        else:
+            assert tracker is not None
+            found = traced(net, levels[index], keys[index])
+            out = found.velocity
+            tracker.advance([found], [h[index // 2] / 2], FIRST + index)
+        return [run.accept(out, index // 2)]
+
+    for step in range(h.shape[0]):
+        for index in (2 * step, 2 * step + 1):
+            run.advance(evaluate(run.net, index), FIRST + index, step, middle=index == 2 * step)
+        if keep:
+            path.append(run.high.to(x.dtype, copy=not run.functional))
+    out = run.finish()
+    kept = torch.stack(path) if keep else None
+    if tracker is None:
+        return HeunResult(out, path=kept)
+    return HeunResult(out, *tracker.result(), kept, tracker.estimator)
+
+
+def _table(h: Tensor) -> Tensor:
+    """Of steps h `[S, R]`: `x + h/2 v1` with the input `x + h v1`, then the state `+ h/2 v2`."""
+    zero, one = torch.zeros_like(h), torch.ones_like(h)
+    first = (one, h / 2, zero, zero, one, h, zero, zero)
+    second = (one, h / 2, zero, zero, zero, zero, zero, one)
+    return rows(torch.stack((torch.stack(first, -1), torch.stack(second, -1)), 1))
+
+
+def _log_table(h: Tensor) -> Tensor:
+    zero, one = torch.zeros_like(h), torch.ones_like(h)
+    row = torch.stack((one, -h / 2, zero, zero, zero, zero, zero, one), -1)
+    return rows(torch.stack((row, row), 1))

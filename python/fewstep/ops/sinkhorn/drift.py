@@ -1,0 +1,372 @@
+"""`sinkhorn_drift`: where the gradient flow of the Sinkhorn divergence moves generated points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep._library import choose_backend
+from fewstep.ops.sinkhorn import dispatch_drift
+from fewstep.ops.sinkhorn.inputs import checked_precision, from_numbers
+from fewstep.reference import drift as reference
+
+FORMS = ("split", "joint")
+NORMALIZE = (True, False, "scale")
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What `sinkhorn_drift` returns, without gradients.
+
+    `[..]` are the leading dimensions of x. `[T]` is there for several temperatures only. The P
+    plans are those of y, x_self and, where given, uncond in the split form, and one in the joint.
+
+    Attributes:
+        velocity: `[.., N, D]`; `[T, .., N, D]` for several temperatures without `normalize=True`.
+        scale: s, `[]`; 1 with `normalize=False`.
+        rms: root mean square of V before division by it, over the whole call, in the units of
+            `velocity`, `[T]`. It goes to zero as the generated law approaches the real one.
+        residual: L1 error of the row marginal, `[T, .., P]`; the columns are exact.
+        entropy: `-sum_j p_ij log p_ij` in nats, mean over i, of the plan with rows divided by their
+            sums, `[T, .., P]`. `exp(entropy)` is how many points each x_i is drawn to.
+        peak: `max_j p_ij`, mean over i, `[T, .., P]`.
+    """
+
+    velocity: Tensor
+    scale: Tensor
+    rms: Tensor
+    residual: Tensor
+    entropy: Tensor
+    peak: Tensor
+
+
+def sinkhorn_drift(
+    x: Tensor,
+    y: Tensor,
+    x_self: Tensor,
+    *,
+    eps: float | Sequence[float] | Tensor,
+    max_iter: int = 10,
+    cost: str = "half_sqeuclidean",
+    uncond: Tensor | None = None,
+    guidance: float | Tensor = 0.0,
+    form: str = "split",
+    weights: Tensor | None = None,
+    normalize: bool | str = True,
+    exclude_diagonal: bool | int = False,
+    memory_limit: int = 2**26,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Drift:
+    """The velocity that carries generated points x to real ones y, for many groups in one call.
+
+    Per group and temperature, `A_ij = N P_ij` with P the plan of `max_iter` iterations of
+    `fewstep.sinkhorn`, started at `v_j = 1`, between x (uniform weights) and a cloud whose points
+    are the columns; their weights b are `weights`, divided by their sum. An iteration is
+
+        u_i = 1 / sum_j exp(-C_ij / eps) v_j          rows sum to 1
+        v_j = N b_j / sum_i exp(-C_ij / eps) u_i      columns sum to N b_j
+
+    so columns are exact, rows nearly. With `T_z(x_i) = sum_j A_ij z_j / sum_j A_ij`, the split form
+    has a plan for each cloud and moves along the gradient flow of the Sinkhorn divergence, and of
+    `(1 + w) S(q, p) - w S(q, p_uncond)` with guidance w:
+
+        V = T_y - T_self + w (T_y - T_uncond)
+
+    The joint form has one plan, with all clouds as its columns, + those of y and - the others:
+
+        V_i = (sum_j A-_ij) (sum_j A+_ij y_j) - (sum_j A+_ij) (sum_j A-_ij z_j)
+
+    and is guided by columns: a point of uncond counts `w n / U` times, n the number of points of
+    x_self that a row of the plan sees (in the split form, append such points to x_self, with
+    `weights`). Points of weight zero are left out: they take no part at all.
+
+    `normalize=True` is the recipe for features of any scale: with s one number for the whole call,
+    coordinates are x/s, temperatures `eps D` (`eps sqrt(D)` for the euclidean cost) in their units,
+    and each temperature's V over the whole call is divided by its rms before they are summed:
+
+        s = max(sqrt(mean |x_i - u|^2) / sqrt(D), 1e-3)     (euclidean: mean |x_i - u|)
+        velocity = sum_t V_t / max(rms(V_t), 1e-4)
+
+    where the mean is over i, u in x, y and x_self (and uncond in the joint form) of the same
+    group, weighted, and groups. With "scale", V is not divided and not summed; with False, neither
+    are the coordinates scaled nor eps: points, eps and V are in the caller's units.
+
+    At `x_self` equal to y, V is zero exactly. It averages to zero wherever y and x_self are
+    independent draws of one law and of one size, at any temperature and iteration count, so x_self
+    ought to be a second batch, independent of x. `x_self=x` with `exclude_diagonal=True` is the
+    single batch of drifting models.
+
+    Source: arXiv 2605.11755, Algorithm 2 and Equation 16 (split), in the form of its released code;
+    arXiv 2602.04770, Algorithm 2 and Appendix A.6 and A.7, with the coupling of arXiv 2603.12366
+    (joint). `guidance` is their scale less 1.
+
+    Args:
+        x (Tensor): generated points `[.., N, D]`, any leading dimensions: independent groups.
+        y (Tensor): real points `[.., M, D]`.
+        x_self (Tensor): generated points `[.., N', D]`, of the same law as x.
+        eps (float | Sequence | Tensor): temperature, or T of them.
+        max_iter (int): iterations, exactly that many.
+        cost (str): "half_sqeuclidean" = `|x-y|^2 / 2`, "sqeuclidean" = `|x-y|^2`, "euclidean" =
+            `|x-y|`. V is made of barycentres for all, so for "euclidean" it is a drift, but not the
+            gradient flow of that cost's divergence.
+        uncond (Tensor | None): points `[.., U, D]` to be guided away from.
+        guidance (float | Tensor): w, at least 0; `[..]` for one per group. Needs uncond.
+        form (str): "split" or "joint".
+        weights (Tensor | None): relative weights `[.., M + N' (+ U)]`, or without leading
+            dimensions, of the points of y, x_self and uncond, in this order. Each plan divides by
+            its own sum. In the joint form those of uncond count `w n / U` times. Default: ones.
+        normalize (bool | str): True, False, or "scale", see above.
+        exclude_diagonal (bool | int): leave out the pairs `j == i + k` of x and x_self, which are
+            the same points, where an int k is given; True is k = 0. Then x_self stands for x in s.
+        memory_limit (int): bytes that each thread may take for the distances and kernels of the
+            group that it works on; what does not fit is computed again in every iteration.
+        precision (str | None): of distances and barycentres on GPUs: "tf32x3", "tf32" or "float32",
+            as for `sinkhorn`. Default: "tf32x3".
+        backend (str | None): "reference", "cpp", "cuda" or "triton". Default: the environment
+            variable FEWSTEP_BACKEND, else the fastest one that has been tested on the device; on
+            GPUs "reference", see `sinkhorn`. "cuda" keeps groups of up to 64 points and plans of up
+            to 256 columns on chip, in float32; otherwise it and "triton" have the kernels of
+            `sinkhorn` for the iterations and then form the plans.
+
+    Returns:
+        Drift: velocity, scale, rms, residual, entropy, peak. No gradient flows through any.
+
+    float64 stays float64; float32, bfloat16 and float16 are computed in float32 and return float32.
+    "cpp" against float64: velocity within 1e-4 (relative norm). It has no matrix of all pairs in
+    memory but those that `memory_limit` allows, of the groups that are being worked on; several
+    temperatures with `normalize=True` take T - 1 times the memory of the velocity besides, of which
+    the calling thread keeps up to 64 MB for the next call.
+
+    Raises:
+        ValueError: shapes, devices, eps, weights, guidance, cost, form, backend, iteration counts
+            that do not fit. Signs and sums of tensors are looked at on the CPU alone.
+        TypeError: a dtype that is not floating, or differs from that of x.
+
+    >>> import torch, fewstep
+    >>> x, x_self = torch.randn(2, 5, 64, 3).unbind()  # 5 groups of 64 points in 3 dimensions
+    >>> drift = fewstep.sinkhorn_drift(x, torch.randn(5, 64, 3) + 9, x_self, eps=[0.05, 0.2])
+    >>> drift.velocity.shape, drift.rms.shape, drift.entropy.shape
+    (torch.Size([5, 64, 3]), torch.Size([2]), torch.Size([2, 5, 2]))
+    >>> bool((drift.velocity > 0).all())
+    True
+    """
+    clouds = {"x": x, "y": y, "x_self": x_self} | ({} if uncond is None else {"uncond": uncond})
+    _check_points(clouds)
+    for name, value, allowed in (
+        ("cost", cost, reference.COSTS),
+        ("form", form, FORMS),
+        ("normalize", normalize, NORMALIZE),
+    ):
+        if value not in allowed:
+            raise ValueError(f"sinkhorn_drift: {name} must be one of {allowed}, got {value!r}")
+    if max_iter < 1:
+        raise ValueError(f"sinkhorn_drift: max_iter must be at least 1, got {max_iter}")
+    if memory_limit < 0:
+        raise ValueError(f"sinkhorn_drift: memory_limit must not be negative, got {memory_limit}")
+    precision = checked_precision("sinkhorn_drift", precision)
+    diagonal = _diagonal(exclude_diagonal, x, x_self, form)
+    lead, n, d = x.shape[:-2], x.shape[-2], x.shape[-1]
+    dtype = torch.float32 if x.dtype in _HALF else x.dtype
+    groups = math.prod(lead)
+    flat = {name: t.detach().to(dtype).reshape(groups, *t.shape[-2:]) for name, t in clouds.items()}
+    counts = [t.shape[1] for t in flat.values()][1:]
+    kept = dispatch_drift.resident(flat["x"], counts, form == "joint")
+    chosen = choose_backend(
+        "sinkhorn_drift",
+        x.device.type,
+        backend,
+        lambda name: unsupported(name, diagonal, kept),
+        first="cuda" if kept else None,
+    )
+    temperatures, several = _temperatures(eps, x, dtype)
+    w = _guidance(guidance, x, uncond, dtype).reshape(-1).expand(groups)
+    columns = _weights(weights, lead, flat, dtype)
+    if form == "joint" and uncond is not None:
+        size = uncond.shape[-2]
+        n_self = x_self.shape[-2] - (diagonal is not None)
+        factor = (w * (n_self / size))[:, None].expand(groups, size)
+        columns = torch.cat([columns[:, :-size], columns[:, -size:] * factor], 1)
+    if _readable(x, columns):
+        _check_weights(columns, counts, form)
+
+    velocity, scale, rms, *plans = dispatch_drift.drift(
+        chosen,
+        flat["x"],
+        flat["y"],
+        flat["x_self"],
+        flat.get("uncond"),
+        columns,
+        w,
+        temperatures,
+        cost=cost,
+        max_iter=max_iter,
+        joint=form == "joint",
+        scaled=normalize is not False,
+        unit=normalize is True,
+        diagonal=diagonal,
+        memory_limit=memory_limit,
+        precision=precision,
+    )
+    velocity = velocity.reshape(velocity.shape[0], *lead, n, d)
+    plans = [t.reshape(t.shape[0], *lead, t.shape[2]) for t in plans]
+    if not several:
+        velocity, rms, *plans = (t[0] for t in (velocity, rms, *plans))
+    elif normalize is True:
+        velocity = velocity[0]
+    return Drift(velocity, scale, rms, *plans)
+
+
+def _check_points(clouds: dict[str, Tensor]) -> None:
+    x = clouds["x"]
+    for name, t in clouds.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"sinkhorn_drift: {name} must be a Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"sinkhorn_drift: {name} must have a floating dtype, got {t.dtype}")
+        if t.ndim < 2:
+            raise ValueError(f"sinkhorn_drift: {name} must be [.., N, D], got {tuple(t.shape)}")
+        if 0 in t.shape[-2:]:
+            raise ValueError(
+                f"sinkhorn_drift: {name} must have points and D > 0, got {tuple(t.shape)}"
+            )
+        if t.dtype != x.dtype:
+            raise TypeError(
+                f"sinkhorn_drift: {name} must have the dtype of x, {x.dtype}, got {t.dtype}"
+            )
+        if t.device != x.device:
+            raise ValueError(f"sinkhorn_drift: {name} must be on {x.device} with x, got {t.device}")
+        if t.shape[:-2] != x.shape[:-2] or t.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"sinkhorn_drift: {name} must match x {tuple(x.shape)} except in its points,"
+                f" got {tuple(t.shape)}"
+            )
+
+
+def _diagonal(exclude: bool | int, x: Tensor, x_self: Tensor, form: str) -> int | None:
+    if exclude is False:
+        return None
+    if x.shape[-2] < 2 or (form == "split" and x_self.shape[-2] < 2):
+        raise ValueError(
+            "sinkhorn_drift: exclude_diagonal leaves a point without a partner, got x"
+            f" {tuple(x.shape)} and x_self {tuple(x_self.shape)}"
+        )
+    return int(exclude) if exclude is not True else 0
+
+
+def unsupported(backend: str, diagonal: int | None, resident: bool = False) -> str | None:
+    """What of a call a backend cannot do, where `resident` says that CUDA keeps it on chip."""
+    if backend == "keops":
+        return "it has no drift"
+    if diagonal is None:
+        return None
+    if backend == "triton" or (backend == "cuda" and not resident):
+        size = " for more than small float32 groups" if backend == "cuda" else ""
+        return f"it does not support exclude_diagonal{size}"
+    return None
+
+
+def _readable(*tensors: Tensor) -> bool:
+    """Whether looking at values is free: neither a synchronisation nor a break in a graph."""
+    batched = torch._C._functorch.is_batchedtensor
+    return not torch.compiler.is_compiling() and all(
+        t.device.type == "cpu" and not batched(t) for t in tensors
+    )
+
+
+def _numbers(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor argument in the compute dtype, on the device of x where it is a scalar."""
+    if value.device != x.device and value.ndim > 0:
+        raise ValueError(f"sinkhorn_drift: {name} must be on {x.device} with x, got {value.device}")
+    return value.detach().to(device=x.device, dtype=dtype)
+
+
+def _temperatures(
+    eps: float | Sequence[float] | Tensor, x: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, bool]:
+    """`[T]`, and whether there is an axis for them."""
+    if isinstance(eps, Tensor):
+        if eps.ndim > 1 or eps.numel() == 0:
+            raise ValueError(f"sinkhorn_drift: eps must be one or [T], got {tuple(eps.shape)}")
+        if _readable(eps) and not bool(((eps > 0) & eps.isfinite()).all()):
+            raise ValueError(f"sinkhorn_drift: eps must be positive and finite, got {eps.tolist()}")
+        return _numbers("eps", eps, x, dtype).reshape(-1), eps.ndim == 1
+    several = isinstance(eps, Sequence)
+    values = list(eps) if isinstance(eps, Sequence) else [eps]
+    if not values or not all(0 < e < math.inf for e in values):
+        raise ValueError(f"sinkhorn_drift: eps must be positive and finite, got {eps}")
+    return from_numbers(values, x.device, dtype), several
+
+
+def _guidance(
+    guidance: float | Tensor, x: Tensor, uncond: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`[]` or `[..]`."""
+    if not isinstance(guidance, Tensor):
+        if not 0 <= guidance < math.inf:
+            raise ValueError(
+                f"sinkhorn_drift: guidance must be at least 0 and finite, got {guidance}"
+            )
+        if guidance != 0 and uncond is None:
+            raise ValueError(f"sinkhorn_drift: guidance needs uncond, got {guidance} without")
+        return x.new_full((), guidance, dtype=dtype)
+    if uncond is None:
+        raise ValueError(
+            f"sinkhorn_drift: guidance needs uncond, got {tuple(guidance.shape)} without"
+        )
+    if guidance.ndim > 0 and guidance.shape != x.shape[:-2]:
+        raise ValueError(
+            f"sinkhorn_drift: guidance must have shape {tuple(x.shape[:-2])},"
+            f" got {tuple(guidance.shape)}"
+        )
+    if _readable(guidance) and not bool(((guidance >= 0) & guidance.isfinite()).all()):
+        raise ValueError(
+            "sinkhorn_drift: guidance must be at least 0 and finite,"
+            f" got {guidance.min().item()} to {guidance.max().item()}"
+        )
+    return _numbers("guidance", guidance, x, dtype)
+
+
+def _weights(
+    weights: Tensor | None, lead: torch.Size, flat: dict[str, Tensor], dtype: torch.dtype
+) -> Tensor:
+    """`[G, M + N' (+ U)]`."""
+    x = flat["x"]
+    count = sum(t.shape[1] for t in flat.values()) - x.shape[1]
+    if weights is None:
+        return x.new_ones((x.shape[0], count))
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"sinkhorn_drift: weights must be a floating Tensor, got {got}")
+    if tuple(weights.shape) not in ((*lead, count), (count,)):
+        raise ValueError(
+            f"sinkhorn_drift: weights must have shape {(*lead, count)}, got {tuple(weights.shape)}"
+        )
+    columns = _numbers("weights", weights, x, dtype)
+    return (columns if weights.ndim == 1 else columns.flatten(0, -2)).expand(x.shape[0], count)
+
+
+def _check_weights(columns: Tensor, sizes: list[int], form: str) -> None:
+    """Every plan needs mass, and the joint one some on both sides."""
+    if columns.numel() == 0:
+        return
+    if not bool((columns >= 0).all()):
+        raise ValueError(
+            f"sinkhorn_drift: weights must not be negative or NaN, got {columns.min().item()}"
+        )
+    names = ["y", "x_self", "uncond"]
+    if form == "joint":
+        names, sizes = ["y", "x_self and uncond"], [sizes[0], sum(sizes[1:])]
+    for name, part in zip(names, torch.split(columns, sizes, 1), strict=False):
+        total = part.double().sum(1)
+        bad = ~((total > 0) & total.isfinite())
+        if bool(bad.any()):
+            raise ValueError(
+                f"sinkhorn_drift: weights of {name} must not be zero in every column, got a sum"
+                f" of {total[bad][0].item()} in group {int(bad.nonzero()[0])}"
+            )

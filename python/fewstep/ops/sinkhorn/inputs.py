@@ -1,0 +1,388 @@
+"""What a user wrote, as `Points` and `Schedule`, or an error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.reference.sinkhorn import Points, Schedule
+
+# How GPU kernels multiply float32; the numbers of fewstep::halves::Precision in csrc/shared.
+PRECISIONS = ("tf32x3", "tf32", "float32")
+
+
+def checked_precision(op: str, precision: str | None) -> str:
+    """The precision that was asked for, or the default."""
+    if precision is None:
+        return PRECISIONS[0]
+    if precision not in PRECISIONS:
+        raise ValueError(f"{op}: precision must be one of {PRECISIONS}, got {precision!r}")
+    return precision
+
+
+def from_numbers(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`[len(values)]`, filled on a device: a graph of CUDA cannot capture copies from the host."""
+    plain = len(values) > 0 and all(isinstance(value, int | float) for value in values)
+    if device.type == "cpu" or not plain:
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+
+
+# What a user may write for `cost`; cosine is half_sqeuclidean of normalised points.
+COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "cosine", "dot", "l1")
+UPDATES = ("alternating", "symmetric")
+_SQUARED = ("sqeuclidean", "half_sqeuclidean")
+_HALF = (torch.bfloat16, torch.float16)
+# Largest deviation of a weight vector's sum from 1 that is taken for rounding.
+_MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+
+def canonical_points(
+    x: Tensor | None,
+    y: Tensor | None,
+    cost: str | Callable[[Any, Any], Any],
+    C: Tensor | None,
+    exclude_diagonal: bool | int,
+    cu_seqlens: tuple[Tensor, Tensor] | None,
+    read: bool,
+) -> tuple[Points, tuple[int, ...], torch.dtype]:
+    """The points with a batch axis, the leading shape that they came with, and the dtype."""
+    matrix = None
+    formula = None if isinstance(cost, str) else cost
+    if C is not None:
+        if x is not None or y is not None:
+            given = "x" if x is not None else "y"
+            raise ValueError(f"sinkhorn: {given} must be None with a cost matrix C, got a Tensor")
+        if cu_seqlens is not None:
+            raise ValueError("sinkhorn: cu_seqlens needs points, got a cost matrix C")
+        _check_tensor("C", C, "[N, M] or [B, N, M]")
+        matrix = C if C.ndim == 3 else C[None]
+        x, y = matrix.new_empty(*matrix.shape[:2], 0), matrix.new_empty(*matrix.mT.shape[:2], 0)
+        batch, cost = C.shape[:-2], "matrix"
+    else:
+        for name, t in (("x", x), ("y", y)):
+            _check_tensor(name, t, "[N, D] or [B, N, D]")
+        assert x is not None
+        assert y is not None
+        if x.dtype != y.dtype:
+            raise TypeError(f"sinkhorn: y must have the dtype of x, {x.dtype}, got {y.dtype}")
+        if y.device != x.device:
+            raise ValueError(f"sinkhorn: y must be on {x.device} with x, got {y.device}")
+        if y.ndim != x.ndim or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"sinkhorn: y must match x {tuple(x.shape)} except in its points,"
+                f" got {tuple(y.shape)}"
+            )
+        if formula is not None:
+            if not callable(formula):
+                raise TypeError(f"sinkhorn: cost must be a name or a function, got {cost!r}")
+            cost = "formula"
+        elif cost not in COSTS:
+            raise ValueError(f"sinkhorn: cost must be one of {COSTS}, got {cost!r}")
+        batch = x.shape[:-2]
+    dtype = torch.float32 if x.dtype in _HALF else x.dtype
+    x, y, matrix = (None if t is None else t.to(dtype) for t in (x, y, matrix))
+    assert x is not None
+    assert y is not None
+    if cost == "cosine":
+        x, y = (torch.nn.functional.normalize(t, dim=-1) for t in (x, y))
+        cost = "half_sqeuclidean"
+    if x.ndim == 2:
+        x, y = x[None], y[None]
+    diagonal = None if exclude_diagonal is False else int(exclude_diagonal)
+    if exclude_diagonal is True:
+        diagonal = 0
+    if diagonal is not None and min(x.shape[1], y.shape[1]) < 2:
+        raise ValueError(
+            "sinkhorn: exclude_diagonal needs two points on each side,"
+            f" got {x.shape[1]} and {y.shape[1]}"
+        )
+    segments = None
+    if cu_seqlens is not None:
+        segments = _segments(cu_seqlens, batch, x, y, diagonal, read)
+    assert isinstance(cost, str)
+    points = Points(x, y, cost, matrix, segments, diagonal=diagonal, formula=formula)
+    return points, tuple(batch), dtype
+
+
+def _check_tensor(name: str, t: object, shape: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"sinkhorn: {name} must be a Tensor, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(f"sinkhorn: {name} must have a floating dtype, got {t.dtype}")
+    if t.ndim not in (2, 3):
+        raise ValueError(f"sinkhorn: {name} must be {shape}, got {tuple(t.shape)}")
+    if 0 in t.shape[-2:]:
+        raise ValueError(f"sinkhorn: {name} must have points and D > 0, got {tuple(t.shape)}")
+
+
+def _segments(
+    cu_seqlens: tuple[Tensor, Tensor],
+    batch: Sequence[int],
+    x: Tensor,
+    y: Tensor,
+    diagonal: int | None,
+    read: bool,
+) -> tuple[Tensor, Tensor]:
+    if batch:
+        raise ValueError(f"sinkhorn: cu_seqlens needs flat x [N, D], got {tuple(x.shape)}")
+    for name, cu, points in zip(("cu_x", "cu_y"), cu_seqlens, (x, y), strict=True):
+        if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64):
+            got = cu.dtype if isinstance(cu, Tensor) else type(cu).__name__
+            raise TypeError(f"sinkhorn: {name} must be an int64 Tensor, got {got}")
+        if cu.ndim != 1 or cu.shape[0] < 2 or cu.shape != cu_seqlens[0].shape:
+            raise ValueError(
+                f"sinkhorn: {name} must be [B + 1] for B > 0 problems, as many as in cu_x,"
+                f" got {tuple(cu.shape)}"
+            )
+        if cu.device != x.device:
+            raise ValueError(f"sinkhorn: {name} must be on {x.device} with x, got {cu.device}")
+        if not read:
+            continue
+        ends = cu.tolist()
+        if ends[0] != 0 or ends[-1] != points.shape[1] or ends != sorted(ends):
+            raise ValueError(
+                f"sinkhorn: {name} must rise from 0 to the number of points, {points.shape[1]},"
+                f" got {ends if len(ends) < 10 else [*ends[:4], '...', *ends[-4:]]}"
+            )
+    cu_x, cu_y = (cu.to(torch.int64) for cu in cu_seqlens)
+    if read:
+        n, m = cu_x.diff(), cu_y.diff()
+        least = 1 if diagonal is None else 2
+        bad = ((n < least) | (m < least)) & (n + m > 0)
+        if bool(bad.any()):
+            i = int(bad.nonzero()[0])
+            raise ValueError(
+                f"sinkhorn: cu_seqlens must give both sides of a problem {least} or more points,"
+                f" or none, got {int(n[i])} and {int(m[i])} in problem {i}"
+            )
+    return cu_x, cu_y
+
+
+def labelled(
+    points: Points,
+    batch: tuple[int, ...],
+    labels: tuple[Tensor, Tensor] | None,
+    label_cost: Tensor | None,
+    dtype: torch.dtype,
+    read: bool,
+) -> Points:
+    if labels is None and label_cost is None:
+        return points
+    if labels is None or label_cost is None:
+        missing = "labels" if labels is None else "label_cost"
+        raise ValueError(f"sinkhorn: {missing} must be given with its counterpart, got None")
+    if points.cost == "matrix":
+        raise ValueError("sinkhorn: labels need points, got a cost matrix C")
+    if label_cost.ndim != 2 or not label_cost.is_floating_point():
+        raise ValueError(
+            "sinkhorn: label_cost must be a floating [L, L'],"
+            f" got {label_cost.dtype} {tuple(label_cost.shape)}"
+        )
+    if label_cost.requires_grad:
+        raise ValueError("sinkhorn: label_cost must not require a gradient, got one that does")
+    sides = zip(("lx", "ly"), labels, (points.x, points.y), label_cost.shape, strict=True)
+    for name, classes, p, count in sides:
+        if tuple(classes.shape) != (*batch, p.shape[1]) or classes.dtype != torch.int64:
+            raise ValueError(
+                f"sinkhorn: labels {name} must be int64 {(*batch, p.shape[1])},"
+                f" got {classes.dtype} {tuple(classes.shape)}"
+            )
+        if read and classes.numel() > 0:
+            low, high = int(classes.min()), int(classes.max())
+            if low < 0 or high >= count:
+                raise ValueError(
+                    f"sinkhorn: labels {name} must be from 0 to {count - 1} for this label_cost,"
+                    f" got {low if low < 0 else high}"
+                )
+    lx, ly = (t if batch else t[None] for t in labels)
+    return replace(points, labels=(lx, ly), label_cost=label_cost.to(dtype))
+
+
+def penalties(
+    reach: float | tuple[float | None, float | None] | None, cost: str
+) -> tuple[float | None, float | None]:
+    pair = reach if isinstance(reach, tuple) else (reach, reach)
+    if len(pair) != 2:
+        raise ValueError(f"sinkhorn: reach must be a number or a pair, got {reach}")
+    for r in pair:
+        if r is not None and not r > 0:
+            raise ValueError(f"sinkhorn: reach must be positive, got {r}")
+    power = 2 if cost in _SQUARED else 1
+    rho = [None if r is None or math.isinf(r) else float(r) ** power for r in pair]
+    return rho[0], rho[1]
+
+
+def annealed(
+    schedule: Schedule,
+    anneal: float | Sequence[float] | Tensor | None,
+    points: Points,
+    eps: Tensor,
+    read: bool,
+) -> Schedule:
+    if anneal is None:
+        return schedule
+    if isinstance(anneal, int | float):
+        if not 0 < anneal < 1:
+            raise ValueError(f"sinkhorn: anneal must be a factor in (0, 1), got {anneal}")
+        if points.cost == "formula":
+            raise ValueError(
+                f"sinkhorn: anneal must be temperatures for a cost function, got {anneal}"
+            )
+        T = eps.shape[0] // max(points.count, 1)
+        start = _largest_cost(points).repeat_interleave(T)
+        return replace(schedule, start=start, factor=float(anneal))
+    if isinstance(anneal, Tensor):
+        steps = anneal.to(device=eps.device, dtype=eps.dtype)
+    else:
+        steps = from_numbers(anneal, eps.device, eps.dtype)
+    if steps.ndim != 1:
+        raise ValueError(
+            f"sinkhorn: anneal must be a factor or temperatures [S], got {tuple(steps.shape)}"
+        )
+    values = (steps.tolist() if read else []) if isinstance(anneal, Tensor) else list(anneal)
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError(f"sinkhorn: anneal must be positive and finite, got {values}")
+    return replace(schedule, temperatures=steps.detach())
+
+
+def _largest_cost(points: Points) -> Tensor:
+    """An upper bound on what differences of costs can be, `[B]`: across the bounding box."""
+    p = points
+    if p.cost == "matrix":
+        assert p.matrix is not None
+        return (p.matrix.amax((1, 2)) - p.matrix.amin((1, 2))).detach()
+
+    def bounds(t: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor]:
+        t = t.detach()
+        if cu is None:
+            return t.amin(1), t.amax(1)
+        low, high = (
+            torch.segment_reduce(t[0], kind, lengths=cu.diff(), axis=0) for kind in ("min", "max")
+        )
+        return low, high
+
+    cu_x, cu_y = (None, None) if p.segments is None else p.segments
+    (low_x, high_x), (low_y, high_y) = bounds(p.x, cu_x), bounds(p.y, cu_y)
+    if p.cost == "dot":
+        largest = [
+            torch.maximum(low.abs(), high.abs()) for low, high in ((low_x, high_x), (low_y, high_y))
+        ]
+        out = 2 * (largest[0] * largest[1]).sum(-1)
+    else:
+        side = torch.maximum(high_x, high_y) - torch.minimum(low_x, low_y)
+        out = side.sum(-1) if p.cost == "l1" else side.square().sum(-1)
+        if p.cost == "euclidean":
+            out = out.sqrt()
+        if p.cost == "half_sqeuclidean":
+            out = out / 2
+    out = torch.nan_to_num(out, posinf=0.0)  # problems without points
+    return out if p.label_cost is None else out + p.label_cost.detach().abs().max()
+
+
+def canonical_weights(
+    name: str,
+    w: Tensor | None,
+    batch: tuple[int, ...],
+    points: Points,
+    dtype: torch.dtype,
+    read: bool,
+    *,
+    free: bool,
+) -> Tensor:
+    """Weights `[B, N]`, or flat `[1, N]`; of any mass where `free`."""
+    own = points.x if name == "a" else points.y
+    cu = None if points.segments is None else points.segments[0 if name == "a" else 1]
+    shape = (*batch, own.shape[1])
+    if w is None:
+        if cu is None:
+            return own.new_full((own.shape[0], shape[-1]), 1 / shape[-1], dtype=dtype)
+        return cu.diff().to(dtype).reciprocal()[_problem_of(cu, shape[-1])][None]
+    if not isinstance(w, Tensor) or not w.is_floating_point():
+        got = w.dtype if isinstance(w, Tensor) else type(w).__name__
+        raise TypeError(f"sinkhorn: {name} must be a floating Tensor, got {got}")
+    if w.device != own.device:
+        raise ValueError(f"sinkhorn: {name} must be on {own.device} with x, got {w.device}")
+    if tuple(w.shape) != shape:
+        raise ValueError(f"sinkhorn: {name} must have shape {shape}, got {tuple(w.shape)}")
+    if read and w.numel() > 0:
+        low = w.detach().min().item()
+        if low < 0:
+            raise ValueError(f"sinkhorn: {name} must not be negative, got {low}")
+        total = w.detach().double()
+        if cu is None:
+            total = total.sum(-1)
+        else:
+            total = total.new_zeros(cu.shape[0] - 1).index_add(0, _problem_of(cu, len(w)), total)
+            total = total[cu.diff() > 0]
+        if free:
+            if not bool((total > 0).all()):
+                raise ValueError(f"sinkhorn: {name} must have mass, got a sum of {total.min()}")
+        else:
+            worst = total.flatten()[(total - 1).abs().argmax()].item()
+            if not abs(worst - 1) <= _MASS_TOLERANCE.get(w.dtype, 3e-2):
+                raise ValueError(f"sinkhorn: {name} must sum to 1, got a sum of {worst}")
+    w = w.to(dtype)
+    return w if w.ndim == 2 else w[None]
+
+
+def _problem_of(cu: Tensor, count: int) -> Tensor:
+    """The problem that each of `count` flat points belongs to."""
+    return torch.bucketize(torch.arange(count, device=cu.device), cu[1:], right=True)
+
+
+def canonical_eps(
+    eps: float | Sequence[float] | Tensor,
+    lead: tuple[int, ...],
+    like: Tensor,
+    dtype: torch.dtype,
+    read: bool,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Temperatures `[P]`, and (T,) where there are several for each problem."""
+    count = lead[0] if lead else 1
+    if isinstance(eps, int | float):
+        if not 0 < eps < float("inf"):
+            raise ValueError(f"sinkhorn: eps must be positive and finite, got {eps}")
+        return like.new_full((count,), eps, dtype=dtype), ()
+    e = eps if isinstance(eps, Tensor) else from_numbers(eps, like.device, dtype)
+    if e.requires_grad:
+        raise ValueError("sinkhorn: eps must not require a gradient, got one that does")
+    if e.device != like.device and e.ndim > 0:
+        raise ValueError(f"sinkhorn: eps must be on {like.device} with x, got {e.device}")
+    if e.ndim > 0 and (tuple(e.shape[: len(lead)]) != lead or e.ndim > len(lead) + 1):
+        if not isinstance(eps, Tensor) and e.ndim == 1:  # the same temperatures everywhere
+            e = e.expand(*lead, -1)
+        else:
+            raise ValueError(
+                f"sinkhorn: eps must have shape {lead}, or {(*lead, 'T')}, got {tuple(e.shape)}"
+            )
+    if e.ndim == len(lead) + 1 and e.shape[-1] == 0:
+        raise ValueError(f"sinkhorn: eps must have a temperature, got {tuple(e.shape)}")
+    if read and not bool(((e > 0) & e.isfinite()).all()):
+        raise ValueError(f"sinkhorn: eps must be positive and finite, got {e.min().item()}")
+    temperatures = tuple(e.shape[len(lead) :])
+    e = e.to(device=like.device, dtype=dtype)
+    return e.expand((*lead, *temperatures)).reshape(-1), temperatures
+
+
+def initial_potential(
+    init: tuple[Tensor, Tensor],
+    batch: tuple[int, ...],
+    temperatures: tuple[int, ...],
+    points: Points,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    out = []
+    for name, t, p in (("f", init[0], points.x), ("g", init[1], points.y)):
+        expected = (*batch, *temperatures, p.shape[1])
+        if tuple(t.shape) != expected:
+            raise ValueError(f"sinkhorn: init {name} must be {expected}, got {tuple(t.shape)}")
+        if t.device != p.device:
+            raise ValueError(f"sinkhorn: init {name} must be on {p.device}, got {t.device}")
+        out.append(t.detach().to(dtype).reshape(math.prod(expected[:-1]), p.shape[1]))
+    return out[0], out[1]

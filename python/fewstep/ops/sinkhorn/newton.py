@@ -1,0 +1,190 @@
+"""The linear system of the potentials' derivatives, and how it is solved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fewstep.ops.sinkhorn.blocks import Block
+from fewstep.ops.sinkhorn.problem import Constants, Problem, double, marginal_product, transposed
+
+# Pairs up to which `e` is kept for all products with it.
+KEPT_PAIRS = 2**20
+# L1 error of both marginals, as a fraction of the mass, from which Newton's method may start.
+START_BOUND = 1e-2
+# A step of Newton's method after which potentials are taken as converged: its decrement, which
+# bounds `sum_ij P_ij |df_i + dg_j| / eps` for mass 1, and its largest `df_i / eps` (without a
+# constant), which finds parts of the plan that hardly exchange mass.
+_DECREMENT = 1e-5
+_LARGEST_STEP = 1e-3
+_NEWTON_STEPS = 20
+_NEWTON_CG = 1e-3  # relative residual of the linear systems of its steps
+_DERIVATIVE_CG = 1e-11  # that of a derivative's linear system
+_CG_ITERATIONS = 5000
+_CG_CHECK = 8  # iterations between two looks at the residuals, which synchronise a GPU
+
+
+class ConvergenceError(RuntimeError):
+    """An implicit derivative was asked for at potentials that are too far from convergence."""
+
+
+_REMEDY = "solve with a smaller tol and a larger max_iter, or with a larger eps"
+
+
+def _slope(f: Tensor, rho: float | None) -> Tensor:
+    """`phi'(f)`, the mass that the plan gives to a point of weight 1 at the optimum."""
+    return torch.ones_like(f) if rho is None else torch.exp(-f / rho)
+
+
+class System:
+    """The linearised conditions of optimality at converged potentials, in float64.
+
+    The potentials given are improved by Newton's method first: what a derivative is off by is
+    their error, which where iterations converge slowly is much larger than the residual.
+    """
+
+    def __init__(self, p: Problem, c: Constants, strict: bool) -> None:
+        """`strict` where f and g matter and not only the plan, as in derivatives for a and b."""
+        self.c, self.tolerance = c, _NEWTON_CG
+        error = self._linearise(double(p))
+        if not bool((error <= START_BOUND).all()):
+            raise ConvergenceError(
+                f"sinkhorn: an implicit derivative needs an L1 error of the marginals of at most"
+                f" {START_BOUND:g} of the mass, got {error.max().item():.3g}; {_REMEDY}"
+            )
+        for _ in range(_NEWTON_STEPS):
+            p, eps = self.p, self.p.eps[:, None]
+            rows, columns = eps * self.excess_x, eps * self.excess_y
+            df, dg = self.solve(rows, columns)
+            decrement = (p.a * df * rows).sum(-1) + (p.b * dg * columns).sum(-1)
+            decrement = decrement.clamp(min=0).sqrt() / p.eps
+            self._linearise(p._replace(f=p.f + df, g=p.g + dg))
+            done = decrement <= _DECREMENT
+            if strict:  # a constant in f means nothing
+                df = df - df.mean(-1, keepdim=True) if c.balanced else df
+                done = done & (df.abs() <= _LARGEST_STEP * eps).all(-1)
+            if bool(done.all()):
+                break
+        else:
+            raise ConvergenceError(
+                f"sinkhorn: an implicit derivative needs converged potentials, but step"
+                f" {_NEWTON_STEPS} of Newton's method still changed them by"
+                f" {(df.abs() / eps).max().item():.3g} eps and the plan by up to"
+                f" {decrement.max().item():.3g} of its mass; {_REMEDY}"
+            )
+        self.tolerance = _DERIVATIVE_CG
+
+    def _linearise(self, p: Problem) -> Tensor:
+        """Takes the potentials of p, and returns the L1 error of its marginals over the mass."""
+        self.p, c = p, self.c
+        (count, n), m = p.a.shape, p.b.shape[1]
+        dense = count * n * m <= KEPT_PAIRS or p.matrix is not None
+        self.e = Block(p, c, slice(0, count), slice(0, n)).e if dense else None
+        row_mass, column_mass = self.rows(None, p.b), self.columns(None, p.a)
+        slope_x, slope_y = _slope(p.f, c.rho_x), _slope(p.g, c.rho_y)
+        self.excess_x, self.excess_y = slope_x - row_mass, slope_y - column_mass
+        eps = p.eps[:, None]
+        self.R = row_mass if c.rho_x is None else row_mass + eps / c.rho_x * slope_x
+        self.S = column_mass if c.rho_y is None else column_mass + eps / c.rho_y * slope_y
+        # A point so far that its mass underflows has no influence.
+        tiny = torch.finfo(p.f.dtype).tiny
+        self.inverse_R = torch.where(self.R.gt(tiny), 1 / self.R, 0.0)
+        self.inverse_S = torch.where(self.S.gt(tiny), 1 / self.S, 0.0)
+        error = (p.a * self.excess_x.abs()).sum(-1) + (p.b * self.excess_y.abs()).sum(-1)
+        return error / (p.a * row_mass).sum(-1)
+
+    def rows(self, v: Tensor | None, weights: Tensor) -> Tensor:
+        """`sum_j e_ij weights_j v_j`, with v = 1 where None."""
+        if self.e is None:
+            return marginal_product(self.p, self.c, v, weights)
+        v = weights if v is None else weights * v
+        return (self.e @ v[..., None])[..., 0]
+
+    def columns(self, v: Tensor | None, weights: Tensor) -> Tensor:
+        """`sum_i e_ij weights_i v_i`."""
+        if self.e is None:
+            return marginal_product(*transposed(self.p, self.c), v, weights)
+        v = weights if v is None else weights * v
+        return (v[..., None, :] @ self.e)[..., 0, :]
+
+    def solve(self, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(df, dg) for the right-hand sides of the module's docstring, `[B, N]` and `[B, M]`."""
+        p = self.p
+        if self.c.symmetric:  # df = dg: R_i df_i + sum_j a_j e_ij df_j = r_i
+            w = (p.a * self.inverse_R).sqrt()
+            h = conjugate_gradient(lambda h: h + w * self.rows(h, w), w * r, self.tolerance)
+            df = (r - self.rows(h, w)) * self.inverse_R
+            return df, df
+        w = (p.b * self.inverse_S).sqrt()
+        h = self._schur(w, w * (s - self.columns(r * self.inverse_R, p.a)))
+        df = (r - self.rows(h, w)) * self.inverse_R
+        return df, (s - self.columns(df, p.a)) * self.inverse_S
+
+    def solve_adjoint(self, uf: Tensor, ug: Tensor) -> tuple[Tensor, Tensor]:
+        """(mf, mg) with `<mf, r> + <mg, s> = <uf, df> + <ug, dg>` for all right-hand sides.
+
+        Where both marginals are fixed, `sum_i uf_i = sum_j ug_j` is assumed.
+        """
+        p = self.p
+        w = (p.b * self.inverse_S).sqrt()
+
+        def rows(mg: Tensor) -> Tensor:  # a_i sum_j e_ij mg_j, where e overflows only for a_i = 0
+            return torch.where(p.a > 0, p.a * self.rows(mg, torch.ones_like(p.b)), 0.0)
+
+        def columns(mf: Tensor) -> Tensor:
+            return torch.where(p.b > 0, p.b * self.columns(mf, torch.ones_like(p.a)), 0.0)
+
+        # mg_j = ug_j / S_j is final where b_j = 0, and w_j = 0 there.
+        mg = torch.where(p.b > 0, 0.0, ug * self.inverse_S)
+        rhs = ug - columns((uf - rows(mg)) * self.inverse_R)
+        rhs = torch.where(p.b > 0, rhs / p.b.sqrt(), 0.0) * self.inverse_S.sqrt()
+        mg = mg + w * self._schur(w, rhs)
+        mf = (uf - rows(mg)) * self.inverse_R
+        return mf, (ug - columns(mf)) * self.inverse_S
+
+    def _schur(self, w: Tensor, rhs: Tensor) -> Tensor:
+        """`h = sqrt(b S) dg`; scaled so, the Schur complement is 1 minus a contraction."""
+        p = self.p
+        null = None
+        if self.c.balanced:  # df = 1, dg = -1 changes nothing
+            null = (p.b * self.S).sqrt()
+            null = null / torch.linalg.vector_norm(null, dim=-1, keepdim=True)
+
+        def apply(h: Tensor) -> Tensor:
+            return h - w * self.columns(self.rows(h, w) * self.inverse_R, p.a)
+
+        return conjugate_gradient(apply, rhs, self.tolerance, null)
+
+
+def conjugate_gradient(
+    apply: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    tolerance: float,
+    null: Tensor | None = None,
+) -> Tensor:
+    """Solves the positive semidefinite `apply(h) = rhs`, each `[B, M]`, orthogonal to `null`."""
+
+    def project(r: Tensor) -> Tensor:
+        return r if null is None else r - (r * null).sum(-1, keepdim=True) * null
+
+    r = direction = project(rhs)
+    h = torch.zeros_like(r)
+    rr = r.square().sum(-1, keepdim=True)
+    target = rr * tolerance**2
+    for i in range(_CG_ITERATIONS + 1):
+        active = rr > target
+        if i % _CG_CHECK == 0 and not bool(active.any()):
+            return h
+        image = project(apply(direction))
+        step = torch.where(active, rr / (direction * image).sum(-1, keepdim=True), 0.0)
+        h = h + step * direction
+        r = r - step * image
+        previous, rr = rr, r.square().sum(-1, keepdim=True)
+        direction = r + torch.where(active, rr / previous, 0.0) * direction
+    worst = (rr / target).max().sqrt().item() * tolerance
+    raise ConvergenceError(
+        f"sinkhorn: conjugate gradient for an implicit derivative reached a relative residual of"
+        f" {worst:.3g} in {_CG_ITERATIONS} iterations; {_REMEDY}"
+    )

@@ -1,0 +1,206 @@
+"""`SinkhornResult`: potentials, value, plan, barycentres."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fewstep.ops.sinkhorn import autograd
+from fewstep.ops.sinkhorn.problem import Constants, Problem, transposed
+from fewstep.reference.sinkhorn import Points, Schedule
+
+
+@dataclass(frozen=True)
+class CanonicalProblem:
+    """The inputs in canonical form, as `fewstep.reference.sinkhorn` has them."""
+
+    points: Points
+    a: Tensor  # [B, N], or [1, N] where ragged
+    b: Tensor  # [B, M]
+    eps: Tensor  # [P]
+    f0: Tensor | None  # [P, N], or [T, N] where ragged
+    g0: Tensor | None
+    schedule: Schedule
+    backend: str
+    batch: tuple[int, ...]  # leading shape of the caller's points
+    temperatures: tuple[int, ...]  # (T,) where several were given
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading shape of the caller's potentials."""
+        return (*self.batch, *self.temperatures)
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Shape of one number for each problem."""
+        ragged = () if self.points.segments is None else (self.points.count,)
+        return (*self.batch, *ragged, *self.temperatures)
+
+
+@dataclass(frozen=True)
+class SinkhornResult:
+    """What `sinkhorn` returns.
+
+    `[..]` is `[B]` for batched input and nothing otherwise, followed by `[T]` where T temperatures
+    were given. For ragged input potentials are flat, `[N]` or `[T, N]`, and the other tensors
+    `[B]` or `[B, T]`.
+
+    Attributes:
+        f: potential on x, `[.., N]`.
+        g: potential on y, `[.., M]`.
+        value: the entropic transport cost (the dual objective at f and g), `[..]`; differentiable.
+        residual: L1 error of the row marginal as a fraction of the mass, `[..]`; the columns are
+            exact, or with a single potential as far off.
+        iterations: iterations done, those of annealing included, int64 `[..]`.
+        converged: `residual <= tol` (1e-3 where `tol` is None), bool `[..]`.
+    """
+
+    f: Tensor
+    g: Tensor
+    value: Tensor
+    residual: Tensor
+    iterations: Tensor
+    converged: Tensor
+    _problem: CanonicalProblem = field(repr=False)
+
+    def _potentials(self) -> tuple[Tensor, Tensor]:
+        """f and g as the kernels have them, `[P, N]` and `[P, M]`."""
+        f, g = self.f.detach(), self.g.detach()
+        count = math.prod(f.shape[:-1])
+        return f.reshape(count, f.shape[-1]), g.reshape(count, g.shape[-1])
+
+    def _solved(self, implicit: bool) -> tuple[list[Problem], Constants]:
+        """What `differentiable` needs; a constant plan, or one that depends on the inputs."""
+        p = self._problem
+        points, a, b = p.points, p.a, p.b
+        if not implicit:
+            points, a, b = points.detached(), a.detach(), b.detach()
+        solved = autograd.problems(points, a, b, *self._potentials(), p.eps)
+        return solved, autograd.constants(p.backend, points, p.schedule.rho)
+
+    def _apply(self, v: Tensor, axis: int, implicit: bool) -> Tensor:
+        """`sum_j p_ij v_j [P, N, K]` with p = P / a, or that with the roles of x and y swapped."""
+        solved, constants = self._solved(implicit)
+        parts = []
+        for problem, w in zip(solved, v.chunk(len(solved)), strict=True):
+            c = constants
+            if implicit:
+                f, g = autograd.potentials(problem, c)
+                problem = problem._replace(f=f, g=g)
+            if axis == 1:
+                problem, c = transposed(problem, c)
+            through = autograd.product_through_plan if implicit else autograd.product
+            parts.append(through(w, problem, c))
+        return torch.cat(parts)
+
+    def _per_problem(self, t: Tensor) -> Tensor:
+        """`[B, ..]` repeated to `[P, ..]`; flat `[1, ..]` to `[T, ..]`."""
+        T = math.prod(self._problem.temperatures)
+        return t if T == 1 else t[:, None].expand(-1, T, *t.shape[1:]).flatten(0, 1)
+
+    def potentials(self) -> tuple[Tensor, Tensor]:
+        """f and g as functions of x, y, a, b and C, differentiable once.
+
+        By implicit differentiation at convergence, whatever the backend. Where both marginals are
+        fixed a constant is free, and here such that `<a, f> = <b, g>`.
+
+        Raises:
+            ConvergenceError: in the backward pass or forward mode, far from convergence.
+
+        >>> import torch, fewstep
+        >>> x, y = torch.rand(5, 2, requires_grad=True), torch.rand(7, 2)
+        >>> f, g = fewstep.sinkhorn(x, y, eps=0.1).potentials()
+        >>> torch.autograd.grad(f.square().sum(), x)[0].shape
+        torch.Size([5, 2])
+        """
+        solved, constants = self._solved(implicit=True)
+        parts = zip(*(autograd.potentials(p, constants) for p in solved), strict=True)
+        f, g = (torch.cat(t) for t in parts)
+        return f.reshape(self.f.shape), g.reshape(self.g.shape)
+
+    def transport(self, v: Tensor, axis: int = 0, implicit: bool = False) -> Tensor:
+        """`P v` (axis 0: v lives on y) or `P' v` (axis 1: v lives on x), without forming P.
+
+        Args:
+            v (Tensor): `[.., M, K]` for axis 0, `[.., N, K]` for axis 1; the trailing K may be
+                left out, and so may the T of several temperatures. Same dtype as the potentials.
+            axis (int): the axis of P that the result keeps.
+            implicit (bool): the plan is a function of x, y, a, b and C, with derivatives (first
+                ones) by implicit differentiation at convergence; otherwise it is a constant, and
+                gradients flow into `v` alone.
+
+        Returns:
+            Tensor: `[.., N, K]` for axis 0, `[.., M, K]` for axis 1.
+
+        Raises:
+            ValueError: a shape or axis that does not fit.
+            TypeError: another dtype.
+
+        >>> import torch, fewstep
+        >>> x, y = torch.rand(5, 2), torch.rand(7, 2)
+        >>> plan = fewstep.sinkhorn(x, y, eps=0.1)
+        >>> torch.allclose(plan.transport(torch.ones(5), axis=1), torch.full((7,), 1 / 7))
+        True
+        """
+        p = self._problem
+        if axis not in (0, 1):
+            raise ValueError(f"transport: axis must be 0 or 1, got {axis}")
+        count = (p.points.y if axis == 0 else p.points.x).shape[1]
+        shared, own = (*p.batch, count), (*p.lead, count)
+        vector = tuple(v.shape) in (shared, own)
+        v = v[..., None] if vector else v
+        if tuple(v.shape[:-1]) not in (shared, own) or v.ndim == 0:
+            got = tuple(v.shape[:-1] if vector else v.shape)
+            raise ValueError(f"transport: v must be {(*own, 'K')} for axis {axis}, got {got}")
+        if v.dtype != self.f.dtype:
+            raise TypeError(f"transport: v must be {self.f.dtype}, got {v.dtype}")
+        if v.shape[:-1] != own:
+            v = v.unsqueeze(len(p.batch)).expand(*own, v.shape[-1])
+        out = self._apply(v.reshape(math.prod(p.lead), *v.shape[-2:]), axis, implicit)
+        weights = self._per_problem(p.a if axis == 0 else p.b)
+        weights = weights if implicit else weights.detach()
+        out = (weights[..., None] * out).reshape(*p.lead, *out.shape[1:])
+        return out[..., 0] if vector else out
+
+    def plan(self) -> Tensor:
+        """The dense plan `P [.., N, M]`, detached; for looking at, not for large problems.
+
+        Raises:
+            ValueError: ragged problems, which have no plans of one shape.
+        """
+        p = self._problem
+        if p.points.segments is not None:
+            raise ValueError("plan: ragged problems have plans of several shapes, got cu_seqlens")
+        f, g = self._potentials()
+        C = self._per_problem(p.points.detached().costs())
+        a, b = self._per_problem(p.a.detach()), self._per_problem(p.b.detach())
+        k = ((f[..., :, None] + g[..., None, :] - C) / p.eps[:, None, None]).exp()
+        plan = a[..., :, None] * b[..., None, :] * k
+        return plan.reshape(*p.lead, *plan.shape[1:])
+
+    def barycenter(self, normalize: bool = True, implicit: bool = False) -> Tensor:
+        """The barycentric projection `T(x_i) = sum_j P_ij y_j / sum_j P_ij`, `[.., N, D]`.
+
+        Args:
+            normalize (bool): divide by the row mass that the plan has, so that every `T(x_i)` is
+                a true average before convergence too; otherwise by its target a_i.
+            implicit (bool): differentiable once in x, y, a and b, as in `transport`.
+
+        Raises:
+            ValueError: a cost matrix was given, so there are no points to average.
+        """
+        p = self._problem
+        if p.points.cost == "matrix":
+            raise ValueError("barycenter: needs points, got a problem with a cost matrix C")
+        y = p.points.y if implicit else p.points.y.detach()
+        y = torch.cat([y, torch.ones_like(y[..., :1])], -1) if normalize else y
+        T = math.prod(p.temperatures)
+        out = self._apply(y[:, None].expand(-1, T, -1, -1).flatten(0, 1), 0, implicit)
+        if normalize:
+            out, mass = out[..., :-1], out[..., -1:]
+            # A point that keeps no mass at all has NaN, but not in the gradients of others.
+            out = torch.where(mass > 0, out / torch.where(mass > 0, mass, 1.0), torch.nan)
+        return out.reshape(*p.lead, *out.shape[1:])

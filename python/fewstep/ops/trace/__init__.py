@@ -1,0 +1,1 @@
+"""Traces of Jacobians, and the log-densities that follow from them."""

@@ -1,0 +1,293 @@
+"""Log-densities along the steps of an ODE solver, by traces or by the steps' own determinants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.ops.dual import dispatch
+from fewstep.ops.dual.engine import UnsupportedError
+from fewstep.ops.trace.estimator import Solver
+from fewstep.ops.trace.inputs import Options, check, check_ids, make_keys
+from fewstep.reference import trace as reference
+
+METHODS = ("euler", "heun")
+TRACKERS = ("trace", "logdet", "series")
+_TERMS = 8  # of the series; the radius estimated from them must stay below 1
+
+
+@dataclass(frozen=True)
+class LogDensity:
+    """What `log_density` returns.
+
+    Attributes:
+        x: the state at the last time, of the shape of the input.
+        log_prob: log-density of the input, `[B]`, or with `base_at="start"` of x.
+        stderr: its standard error over the probes, `[B]`: 0 where traces are exact, NaN for a
+            single probe.
+        nonpositive: of "logdet", the share of steps whose determinant is not positive, `[B]`: such
+            a step is not invertible along the path. None for other trackers.
+        estimator: as of `fewstep.divergence`, or the tracker.
+    """
+
+    x: Tensor
+    log_prob: Tensor
+    stderr: Tensor
+    nonpositive: Tensor | None
+    estimator: str
+
+
+@dataclass(frozen=True)
+class Path:
+    """A tracked path: where it ends, and `change = log q(x_end) - log q(x_start)`, `[B]`."""
+
+    x: Tensor
+    change: Tensor
+    variance: Tensor
+    nonpositive: Tensor | None
+    estimator: str
+
+
+def standard_normal(x: Tensor) -> Tensor:
+    """Log-density of `N(0, I)`, `[B]`."""
+    flat = x.flatten(1)
+    return -0.5 * flat.square().sum(1) - 0.5 * flat.shape[1] * math.log(2 * math.pi)
+
+
+def log_density(
+    velocity: Callable[..., Any],
+    x: Tensor,
+    *,
+    times: Tensor | Sequence[float],
+    base: Callable[[Tensor], Tensor] | None = None,
+    base_at: str = "end",
+    method: str = "heun",
+    tracker: str = "trace",
+    estimator: str = "auto",
+    probes: int = 1,
+    probe: str = "rademacher",
+    fresh: bool = True,
+    seed: int | Tensor = 0,
+    sample_ids: Tensor | None = None,
+    tangent_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> LogDensity:
+    """Log-density of samples that a velocity field carries from or to a known law.
+
+    Along `dx/dt = v(x, t)` log-densities change by `-int tr J dt`, J the Jacobian of v. A step
+    `x + h v` changes them by exactly `-log |det(I + h J)|`. Trackers:
+
+        trace   -h tr J (Euler), -h/2 (tr J1 + tr J2) (Heun): the solver on the pair (x, log q);
+                off by `h^2 / 2 tr J^2` a step, which few-step students learn to exploit.
+        logdet  -log |det M|, M = I + h J (Euler), I + h/2 (J1 + J2 (I + h J1)) (Heun): the density
+                of the sampler that is run, where its steps are injective. D tangents and a
+                determinant a step, for small D.
+        series  the same for large D, by `log det(I + A) = sum_n (-1)^(n+1) tr A^n / n` with probes,
+                cut after 8 terms; A's spectral radius must be below 1.
+
+    Args:
+        velocity (Callable): as of `fewstep.divergence`; called with t `[B]`.
+        x (Tensor): `[B, ...]`, at the first time.
+        times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` with nodes
+            of each sample; increasing or decreasing.
+        base (Callable | None): log-density `[B]` of the known law; None: N(0, I).
+        base_at (str): "end": the law at the last time is known, and `log_prob` is that of x.
+            "start": x was drawn from it, and `log_prob` is that of the samples at the last time.
+        method (str): "heun" or "euler".
+        tracker (str): see above.
+        estimator, probes, probe, sample_ids, tangent_dtype, backend: as of `fewstep.divergence`;
+            estimators for "trace", probes for "series" too.
+        fresh (bool): new probes for each stage, whose errors average out over a path; else those of
+            the first for all of them, which adaptive solvers need, and which keeps their products
+            with the first and the last layer's weights.
+        seed (int | Tensor): of the probes; steps and stages count on from it.
+
+    Returns:
+        LogDensity: differentiable with respect to parameters and x.
+
+    Raises:
+        ValueError: as `fewstep.divergence`; times that are fewer than two, not finite or not
+            monotone; an unknown method or tracker; "series" with a spectral radius of 1 or more.
+
+    Source: Chen et al., Neural ODEs, 2018, theorem 1; Grathwohl et al., FFJORD, 2019.
+
+    >>> import fewstep
+    >>> decay = lambda x, t: -x  # x(t) = e^-t x(0), and log q rises by D t
+    >>> x = torch.zeros(3, 2)
+    >>> out = fewstep.log_density(decay, x, times=torch.linspace(0, 1, 21), base_at="start")
+    >>> bool((out.log_prob - (2.0 - math.log(2 * math.pi))).abs().max() < 1e-5)
+    True
+    """
+    options = Options(estimator, probes, probe, backend, tangent_dtype)
+    check(options, x, "log_density")
+    nodes = _check_times(times, x)
+    if method not in METHODS:
+        raise ValueError(f"log_density: method must be one of {METHODS}, got {method!r}")
+    if tracker not in TRACKERS:
+        raise ValueError(f"log_density: tracker must be one of {TRACKERS}, got {tracker!r}")
+    if base_at not in ("start", "end"):
+        raise ValueError(f"log_density: base_at must be 'start' or 'end', got {base_at!r}")
+    base = standard_normal if base is None else base
+    path = track(
+        *(velocity, x, nodes, options),
+        method=method,
+        tracker=tracker,
+        fresh=fresh,
+        seed=seed,
+        ids=check_ids(sample_ids, x),
+    )
+    log_prob = base(x) + path.change if base_at == "start" else base(path.x) - path.change
+    error = path.variance.sqrt()
+    return LogDensity(path.x, log_prob, error, path.nonpositive, path.estimator)
+
+
+def track(
+    velocity: Callable[..., Any],
+    x: Tensor,
+    times: Tensor,
+    options: Options,
+    *,
+    method: str = "euler",
+    tracker: str = "trace",
+    fresh: bool = True,
+    seed: int | Tensor = 0,
+    ids: Tensor | None = None,
+) -> Path:
+    """Steps through times `[B, S + 1]` and the change of log-density along them."""
+    solver = Solver(velocity, options, ids, fixed=not fresh, cache={})
+    change = x.new_zeros(x.shape[0])
+    variance = torch.zeros_like(change)
+    crossed: Tensor | None = None
+    name = tracker
+    heun = method == "heun"
+    nodes = times.T.contiguous()
+    lengths = nodes.diff(dim=0)
+    steps = lengths.shape[0]
+    wide = lengths.reshape(steps, -1, *(1,) * (x.ndim - 1))
+    keys = make_keys(seed, steps, fresh=fresh)
+    rows = zip(nodes[:-1], nodes[1:], lengths, lengths / 2, wide, wide / 2, strict=True)
+    for step, (t, following, h, half, h_wide, half_wide) in enumerate(rows):
+        if tracker == "trace":
+            first = solver(x, t, keys[2 * step])
+            name = first.estimator
+            if heun:
+                middle = torch.addcmul(x, h_wide, first.velocity)
+                second = solver(middle, following, keys[2 * step + 1])
+                x = torch.addcmul(x, half_wide, first.velocity + second.velocity)
+                change = torch.addcmul(change, half, first.value + second.value, value=-1)
+            else:
+                x = torch.addcmul(x, h_wide, first.velocity)
+                change = torch.addcmul(change, h, first.value, value=-1)
+            if options.probes > 1 and not name.startswith("exact"):
+                spread = first.stderr.square()
+                if heun:
+                    spread = (spread + second.stderr.square()) / 4
+                variance = variance + h.square() * spread
+            continue
+        if tracker == "logdet":
+            x, log_det, sign = _determinant(solver, x, t, h, heun)
+            below = (sign <= 0).to(x.dtype)
+            crossed = below if crossed is None else crossed + below
+        else:
+            x, log_det, spread = _series(solver, x, t, h, heun, keys[2 * step])
+            variance = variance + spread
+        change = change - log_det
+    if tracker == "trace" and options.probes == 1 and not name.startswith("exact"):
+        variance = torch.full_like(variance, math.nan)
+    return Path(x, change, variance, None if crossed is None else crossed / steps, name)
+
+
+def _jacobian(solver: Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Velocity and `J`, `[B, D, D]`, by D tangents."""
+    d = x.shape[1:].numel()
+    basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
+    try:
+        v, columns = solver.products(x, t, basis)
+    except UnsupportedError as reason:
+        solver.refuse(reason)
+        return reference.jacobian(solver.run, x, t)[:2]
+    return v, columns.flatten(2).movedim(0, 2)
+
+
+def _determinant(
+    solver: Solver, x: Tensor, t: Tensor, h: Tensor, heun: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next x, and `log |det M|` and the determinant's sign, `[B]`."""
+    wide, hm = h.reshape(-1, *(1,) * (x.ndim - 1)), h.reshape(-1, 1, 1)
+    v1, j1 = _jacobian(solver, x, t)
+    eye = torch.eye(j1.shape[-1], dtype=x.dtype, device=x.device)
+    if heun:
+        v2, j2 = _jacobian(solver, x + wide * v1, t + h)
+        x = x + wide / 2 * (v1 + v2)
+        m = eye + hm / 2 * (j1 + j2 @ (eye + hm * j1))
+    else:
+        x = x + wide * v1
+        m = eye + hm * j1
+    sign, log_det = torch.linalg.slogdet(m)
+    return x, log_det, sign.detach()
+
+
+def _products(solver: Solver, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, bool]:
+    """`J v_k`, or `J' v_k` and True where duals do not serve."""
+    try:
+        return solver.products(x, t, v)[1], False
+    except UnsupportedError as reason:
+        solver.refuse(reason)
+    _, found, way = reference.products(solver.run, x, t, v)
+    return found, way == reference.REVERSE
+
+
+def _series(
+    solver: Solver, x: Tensor, t: Tensor, h: Tensor, heun: bool, key: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next x, and `log det(I + A)` and its variance over probes, `[B]`."""
+    options, count = solver.options, solver.options.probes
+    wide = h.reshape(-1, *(1,) * (x.ndim - 1))
+    v = dispatch.probe(solver.backend(x), x.detach(), key, solver.ids, count, options.probe)
+    k1 = solver.run(x, t)
+    middle = x + wide * k1
+    following = middle
+    if heun:
+        following = x + wide / 2 * (k1 + solver.run(middle, t + h))
+    w, total = v, x.new_zeros((count, x.shape[0]))
+    for n in range(1, _TERMS + 1):
+        own, transposed = _products(solver, x, t, w)
+        if heun and transposed:  # A' = h/2 (J1' + (I + h J1') J2')
+            u = _products(solver, middle, t + h, w)[0]
+            own = (_products(solver, x, t, w + wide * u)[0] + u) / 2
+        elif heun:
+            own = (own + _products(solver, middle, t + h, w + wide * own)[0]) / 2
+        w = wide * own
+        total = total + (-1) ** (n + 1) / n * (v * w).flatten(2).sum(2)
+    size = w.detach().flatten(2).norm(dim=2) / v.flatten(2).norm(dim=2)
+    radius = size.max() ** (1 / _TERMS) if size.numel() else size.sum()
+    if not torch.compiler.is_compiling() and not float(radius) < 1:
+        raise ValueError(
+            f"log_density: tracker 'series' needs steps with a spectral radius of h J below 1,"
+            f" got {float(radius):.3g}; take shorter steps or tracker 'logdet'"
+        )
+    return following, total.mean(0), reference.standard_error(total).square()
+
+
+def _check_times(times: Tensor | Sequence[float], x: Tensor) -> Tensor:
+    """`[B, S + 1]`"""
+    nodes = torch.as_tensor(times, dtype=x.dtype, device=x.device)
+    if nodes.ndim not in (1, 2) or nodes.shape[-1] < 2:
+        raise ValueError(
+            f"log_density: times must be [S + 1] or [B, S + 1] with S at least 1,"
+            f" got {tuple(nodes.shape)}"
+        )
+    if nodes.ndim == 2 and nodes.shape[0] != x.shape[0]:
+        raise ValueError(f"log_density: times must have {x.shape[0]} rows, got {nodes.shape[0]}")
+    if not torch.compiler.is_compiling():
+        steps = nodes.detach().diff(dim=-1)
+        if not bool(((steps > 0).all() | (steps < 0).all()) & steps.isfinite().all()):
+            raise ValueError(
+                f"log_density: times must be finite and increase or decrease, got {times}"
+            )
+    return nodes if nodes.ndim == 2 else nodes.expand(x.shape[0], -1)

@@ -1,0 +1,225 @@
+"""`edm_sample`: Heun steps from noise to data, with churn and guidance, as EDM has them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from fewstep.ops.heun.engine import Run, rows
+from fewstep.ops.heun.inputs import check_log_density, check_state, pick
+from fewstep.ops.heun.solve import HeunResult
+from fewstep.ops.trace import inputs as trace_inputs
+from fewstep.ops.trace.inputs import Options
+from fewstep.samplers.cuda_graph import replay
+from fewstep.samplers.inputs import check_count, check_guidance, check_sigmas
+from fewstep.samplers.plan import Churn, Network, Plan, Tracked, follow, preconditioning, table_row
+from fewstep.samplers.schedules import karras_sigmas
+from fewstep.samplers.seeds import seeds_for
+
+
+@overload
+def edm_sample(
+    denoiser: Network, latents: Tensor, *, log_density: None = None, **options: Any
+) -> Tensor: ...
+@overload
+def edm_sample(
+    denoiser: Network, latents: Tensor, *, log_density: Tensor, **options: Any
+) -> HeunResult: ...
+@torch.no_grad()  # type: ignore[misc]
+def edm_sample(
+    denoiser: Network,
+    latents: Tensor,
+    *,
+    steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    sigmas: Tensor | Sequence[float] | None = None,
+    S_churn: float = 0.0,
+    S_min: float = 0.0,
+    S_max: float = math.inf,
+    S_noise: float = 1.0,
+    guidance: float | Tensor | None = None,
+    uncond: Network | None = None,
+    seeds: Tensor | None = None,
+    precondition: float | None = None,
+    state: str = "compensated",
+    cuda_graph: bool = False,
+    log_density: Tensor | None = None,
+    estimator: str = "auto",
+    probes: int = 1,
+    progress: bool = False,
+    check_finite: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | HeunResult:
+    """Samples of a diffusion model by EDM's second-order sampler, in 2 N - 1 evaluations.
+
+    From `x = sigma_0 latents`, for each level `sigma` and the next one `sigma'`:
+
+        sigma^ = sigma (1 + gamma),    x^ = x + sqrt(sigma^^2 - sigma^2) S_noise n
+        d1 = (x^ - D(x^, sigma^)) / sigma^,    x2 = x^ + (sigma' - sigma^) d1
+        d2 = (x2 - D(x2, sigma')) / sigma',    x  = x^ + (sigma' - sigma^) (d1 + d2) / 2
+
+    with `gamma = min(S_churn / N, sqrt 2 - 1)` where `S_min <= sigma <= S_max`, else 0; a last step
+    to 0 is `x = x2`. What is not the network, noise, guidance and preconditioning included, is two
+    fused passes a step. There are no gradients (`fewstep.heun_solve` has them), and the network's
+    input is a buffer of the sampler: a network that keeps it has to clone it, and none may write
+    into it.
+
+    Args:
+        denoiser (Callable): `D(x, sigma)` with sigma `[B]`, of the shape of x: `E[data | x]`.
+        latents (Tensor): `[B, ...]`, standard normal; see `fewstep.latents`. The network is called
+            with its dtype.
+        steps (int): N. With sigma_min, sigma_max and rho those of `karras_sigmas`.
+        sigmas (Tensor | Sequence[float] | None): levels instead, decreasing, `[N + 1]` or
+            `[B, N + 1]` with those of each sample; ends with 0, or does not.
+        S_churn, S_min, S_max, S_noise (float): noise that is added on the way.
+        guidance (float | Tensor | None): w, a scalar or `[B]`, of classifier-free guidance:
+            `D = uncond(x, sigma) + w (denoiser(x, sigma) - uncond(x, sigma))`.
+        uncond (Callable | None): the unconditional denoiser.
+        seeds (Tensor | None): int64 `[B]`, of the noise: a sample has the same one in any batch.
+            None: drawn from torch's generator where there is noise.
+        precondition (float | None): sigma_data s of EDM's preconditioning, where denoiser and
+            uncond are raw networks F: `D = s^2/(sigma^2+s^2) x + sigma s/sqrt(sigma^2+s^2)
+            F(x/sqrt(sigma^2+s^2), ln(sigma)/4)`.
+        state (str): as of `fewstep.heun_solve`.
+        cuda_graph (bool): capture the sampler with its network in one CUDA graph at the first call
+            of a denoiser with a shape, and replay it; schedules of as many steps go through the
+            same graph.
+        log_density (Tensor | None): `[B]` that of `sigma_0 latents` under its law. Then the result
+            has the log-density at the last level above 0, where sampling ends: at 0 it has no
+            meaning. No churn.
+        estimator (str), probes (int): of its traces, as of `fewstep.divergence`.
+        progress (bool): a progress bar, by tqdm.
+        check_finite (bool | None): as of `fewstep.heun_solve`.
+        backend (str | None): as of `fewstep.heun_solve`.
+
+    Returns:
+        Tensor | HeunResult: samples of the shape and dtype of latents; with log_density a result.
+
+    Raises:
+        ValueError: steps below 1; levels that are not positive and decreasing; negative S_churn or
+            S_noise; guidance without uncond or the other way round; seeds of the wrong length;
+            sigma_data not positive; a denoiser's output of another shape, or not finite, with the
+            step; cuda_graph off CUDA.
+        TypeError: latents that are not floating, seeds that are not int64.
+
+    Source: Karras et al., EDM, arXiv 2206.00364, algorithms 1 and 2, table 1.
+
+    >>> import fewstep
+    >>> wide = lambda x, sigma: x / (1 + sigma[:, None] ** 2)  # of data N(0, I)
+    >>> x = fewstep.edm_sample(wide, torch.randn(1000, 2), steps=40)
+    >>> abs(x.std().item() - 1.008) < 0.05  # 1.008: what 40 steps make of standard deviation 1
+    True
+    """
+    check_state("edm_sample", latents, state)
+    levels = None if sigmas is None else check_sigmas("edm_sample", sigmas, latents)
+    schedule = (steps, sigma_min, sigma_max, rho)
+    if levels is None:
+        check_count("edm_sample", "steps", steps)
+    churn = Churn(S_churn, S_min, S_max, S_noise)
+    churn.check("edm_sample")
+    weight = check_guidance("edm_sample", guidance, uncond, latents)
+    if precondition is not None and not 0 < precondition < math.inf:
+        raise ValueError(f"edm_sample: precondition must be positive, got {precondition}")
+    seeds = seeds_for("edm_sample", seeds, latents, churn.amount > 0)
+    if log_density is not None:
+        check_log_density("edm_sample", log_density, latents)
+        trace_inputs.check(Options(estimator, probes), latents, "edm_sample")
+        if churn.amount > 0:
+            raise ValueError(f"edm_sample: S_churn must be 0 with log_density, got {churn.amount}")
+        levels = _schedule(*schedule) if levels is None else levels
+        if bool((levels[:, -1] == 0).all()):
+            levels = levels[:, :-1]
+        if levels.shape[1] < 2:
+            raise ValueError("edm_sample: log_density needs two levels above 0")
+    name = pick(latents, backend)
+    if levels is None and weight is None and not torch.compiler.is_compiling():
+        plan = _known_plan(schedule, churn, precondition)
+    else:
+        own = _schedule(*schedule) if levels is None else levels
+        plan = edm_plan(own, churn, weight, precondition)
+    networks = (denoiser,) if uncond is None else (denoiser, uncond)
+    if cuda_graph:
+        if latents.device.type != "cuda" or log_density is not None:
+            raise ValueError(
+                "edm_sample: cuda_graph needs latents on a CUDA device and no log_density,"
+                f" got {latents.device}"
+            )
+        with torch.cuda.device(latents.device):
+            return replay(networks, latents, plan, seeds, state, name)
+    tracked = None
+    if log_density is not None:
+        options = Options(estimator, probes)
+        tracked = Tracked(networks, plan, log_density, options, name, weight)
+    table = plan.table.to(latents.device)
+    run = Run(
+        *("edm_sample", name, latents, table, state, check_finite),
+        scaled=plan.scaled,
+        seeds=seeds,
+    )
+    out = follow(run, networks, plan.inputs(latents), plan, tracked, progress)
+    return out if tracked is None else tracked.result(out)
+
+
+def edm_plan(
+    levels: Tensor, churn: Churn, guidance: Tensor | None, precondition: float | None
+) -> Plan:
+    """Of EDM's sampler at levels `[R, N + 1]`: both halves of a step as combinations.
+
+    With `D = skip x + out F(c_in x)` and `h = sigma' - sigma^`, the derivative at sigma^ is
+    `((1 - skip) x^ - out F1) / sigma^`, so that `x2 = (1 + a) x^ + b F1`, and the second one is
+    linear in x2 and F2.
+    """
+    sigma = levels.T  # [N + 1, R]
+    steps = sigma.shape[0] - 1
+    euler = bool((sigma[-1] == 0).all())
+    hat = sigma[:-1] * (1 + churn.gamma(sigma[:-1], steps))
+    noise = churn.noise * (hat.square() - sigma[:-1].square()).clamp_min(0).sqrt()
+    after = sigma[1:]
+    h = after - hat
+    divisor = torch.where(after > 0, after, 1)  # the last step to 0 has no second evaluation
+    skip1, out1, in1 = preconditioning(hat, precondition)
+    skip2, out2, in2 = preconditioning(divisor, precondition)
+    a, b = h * (1 - skip1) / hat, -h * out1 / hat
+    half = h / 2 * (1 - skip2) / divisor
+    own, first = 1 + a / 2 + half * (1 + a), b / 2 + half * b
+    if euler:
+        own[-1], first[-1] = 1 + a[-1], b[-1]
+    zero, one = torch.zeros_like(h), torch.ones_like(h)
+    noise_after, scale_after = torch.cat((noise[1:], zero[:1])), torch.cat((in1[1:], one[:1]))
+    predictor = table_row(own, first, guidance, net=(in2 * (1 + a), in2 * b))
+    corrector = table_row(
+        one, -h / 2 * out2 / divisor, guidance, noise=noise_after, scale=scale_after
+    )
+    start = table_row(sigma[:1], None, guidance, noise=noise[:1], scale=in1[:1])[0]
+    given = torch.stack((hat, divisor), 1).flatten(0, 1)
+    traces = torch.stack((h / 2 * out1 * in1 / hat, h / 2 * out2 * in2 / divisor), 1)
+    constant = -(h / 2 * ((1 - skip1) / hat + (1 - skip2) / divisor)).sum(0)
+    return Plan(
+        rows(torch.stack((predictor, corrector), 1), start),
+        given if precondition is None else given.log() / 4,
+        steps,
+        euler,
+        precondition is not None,
+        traces.flatten(0, 1),
+        constant,
+    )
+
+
+def _schedule(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """`[1, N + 1]`"""
+    return karras_sigmas(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[None]
+
+
+@functools.lru_cache(maxsize=64)
+def _known_plan(
+    schedule: tuple[int, float, float, float], churn: Churn, precondition: float | None
+) -> Plan:
+    """EDM's own schedules, whose tables take longer to make than a step of a small network."""
+    return edm_plan(_schedule(*schedule), churn, None, precondition)

@@ -1,0 +1,68 @@
+"""Latents and noise by the seeds of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.ops.heun import dispatch
+from fewstep.ops.heun.inputs import pick
+from fewstep.reference.heun import COLUMNS, NOISE
+
+
+def latents(
+    seeds: Tensor,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Tensor:
+    """Standard normal noise that depends on a sample's seed and nothing else.
+
+    Args:
+        seeds (Tensor): int64 `[B]`, at least 0: the noise of a seed is the same in any batch and,
+            within rounding, on any device. It is independent of what `edm_sample` adds.
+        shape (Sequence[int]): of a sample.
+        dtype (torch.dtype): of the noise.
+        backend (str | None): as of `fewstep.heun_solve`.
+
+    Returns:
+        Tensor: `[B, *shape]`, on the device of seeds.
+
+    Raises:
+        ValueError: seeds that are not `[B]` or, on the CPU, negative.
+        TypeError: seeds that are not int64.
+
+    >>> a, b = latents(torch.tensor([7, 8]), (2,)), latents(torch.tensor([8]), (2,))
+    >>> torch.equal(a[1:], b)
+    True
+    """
+    own = _check_seeds("latents", seeds, seeds.shape[0] if seeds.ndim else 0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.zeros((seeds.shape[0], *shape), dtype=wide, device=seeds.device)
+    row = x.new_zeros((1, 1, COLUMNS), dtype=torch.float64)
+    row[..., NOISE] = 1
+    name = pick(x, backend)
+    dispatch.into(name, wide)(x, None, [], row, 0, own, x, None, None, None)
+    return x.to(dtype)
+
+
+def _check_seeds(who: str, seeds: Tensor, batch: int) -> Tensor:
+    if seeds.dtype != torch.int64:
+        raise TypeError(f"{who}: seeds must be int64, got {seeds.dtype}")
+    if tuple(seeds.shape) != (batch,):
+        raise ValueError(f"{who}: seeds must be ({batch},), got {tuple(seeds.shape)}")
+    if seeds.device.type == "cpu" and bool((seeds < 0).any()):
+        raise ValueError(f"{who}: seeds must be at least 0, got {seeds.min().item()}")
+    return seeds.contiguous()
+
+
+def seeds_for(who: str, seeds: Tensor | None, latents: Tensor, noisy: bool) -> Tensor | None:
+    """Seeds where there is noise: those given, or drawn."""
+    if seeds is not None:
+        seeds = _check_seeds(who, seeds, latents.shape[0]).to(latents.device)
+    elif noisy:
+        seeds = torch.randint(2**62, (latents.shape[0],), device=latents.device)
+    return seeds if noisy else None

@@ -1,0 +1,1 @@
+"""Training from a shell: runs, their checkpoints, pictures and tables."""

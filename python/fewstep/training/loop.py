@@ -1,0 +1,218 @@
+"""The loop that all trainers share: stages of optimizer steps, with checkpoints and logs."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fewstep.training import checkpoint
+
+CHECKPOINT, LOGS = "checkpoint.safetensors", "logs"
+_WARM_UP = 50  # steps
+
+
+class Network:
+    """A network in training: its weights, their average and Adam.
+
+    Args:
+        model (nn.Module): on the device where it trains.
+        lr (float): largest learning rate.
+        ema (float | None): decay of the averaged weights; None: they are not kept.
+        betas (tuple): of Adam.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        ema: float | None,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        self.model = model
+        self.lr = lr
+        self.average: AveragedModel | None = None
+        if ema is not None:
+            averaging = get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(model, multi_avg_fn=averaging)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=betas, fused=True)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Make Adam create its moments, which it does at its first step: here one of length 0."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        for moments in self.optimizer.state.values():
+            for t in moments.values():
+                t.zero_()
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The network with its averaged weights."""
+        if self.average is None:
+            raise ValueError("averaged: this network keeps no average of its weights")
+        return self.average.module
+
+    def step(self, loss: Tensor, progress: float, step: int, *, clip: float = math.inf) -> None:
+        """One optimizer step at the learning rate of `progress`, the share of steps done.
+
+        It rises over the first 50 steps; a cosine takes it to 0.
+        """
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        self.optimizer.param_groups[0]["lr"] = self.lr * cosine * min(1, (step + 1) / _WARM_UP)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if clip < math.inf:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def state(self) -> dict[str, Tensor]:
+        """Live tensors by their names in a checkpoint."""
+        state = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        if self.average is not None:
+            state |= {f"ema.{name}": t for name, t in self.average.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+        return state
+
+    @torch.no_grad()
+    def copy(self, source: nn.Module) -> None:
+        """Start from another network's weights, in the average too."""
+        targets = [self.model] if self.average is None else [self.model, self.average.module]
+        for target in targets:
+            for own, t in zip(target.parameters(), source.parameters(), strict=True):
+                own.copy_(t)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps of one kind.
+
+    Attributes:
+        name: before its entries in the logs and in the progress bar; may be empty.
+        steps: how many.
+        update: makes step i of the stage and returns its scalars, of which the first is shown.
+        begin: runs before step i, the first of the stage or the one that a run resumes at.
+    """
+
+    name: str
+    steps: int
+    update: Callable[[int], dict[str, Tensor]]
+    begin: Callable[[int], None] = lambda step: None
+
+
+def named(networks: Mapping[str, Network]) -> dict[str, Tensor]:
+    """The tensors of several networks, `NAME.KEY` each, or KEY for the name ""."""
+    return {
+        f"{name}.{key}" if name else key: t
+        for name, network in networks.items()
+        for key, t in network.state().items()
+    }
+
+
+def fit(
+    stages: Sequence[Stage],
+    networks: Mapping[str, Network],
+    out: Path,
+    *,
+    title: str,
+    log_every: int,
+    checkpoint_every: int,
+    progress: bool,
+) -> None:
+    """Run all steps, or those that the checkpoint in `out` leaves to do.
+
+    There is a checkpoint every `checkpoint_every` steps, at the end of each stage, and on Ctrl-C or
+    SIGTERM; TensorBoard's logs are beside it.
+
+    Raises:
+        ValueError: a checkpoint that is damaged or of another run.
+        FloatingPointError: a scalar is no longer finite; the last good checkpoint stays.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    path, total = out / CHECKPOINT, sum(stage.steps for stage in stages)
+    done = checkpoint.restore(path, named(networks)) if path.exists() else 0
+    writer = SummaryWriter(str(out / LOGS), purge_step=done)
+    bar = tqdm(
+        initial=done,
+        total=total,
+        desc=title,
+        unit="step",
+        disable=not progress,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+    )
+    first = 0  # step of the run at which the stage begins
+    with bar, writer:
+        for stage in stages:
+            start, first = max(done - first, 0), first + stage.steps
+            if start >= stage.steps:
+                continue
+            stage.begin(start)
+            prefix = f"{stage.name}/" if stage.name else ""
+            with deferred_signals() as stopped:
+                for step in range(start, stage.steps):
+                    scalars = stage.update(step)
+                    bar.update()
+                    at = first - stage.steps + step + 1
+                    save = at % checkpoint_every == 0 or step + 1 == stage.steps
+                    if save or stopped.is_set() or step % log_every == 0:
+                        values = {name: value.item() for name, value in scalars.items()}
+                        if not all(map(math.isfinite, values.values())):
+                            raise FloatingPointError(
+                                f"not finite at step {at - 1}: {values}; lower lr"
+                            )
+                        shown, value = next(iter(values.items()))
+                        bar.set_postfix_str(f"{prefix}{shown}={value:.4f}", refresh=False)
+                        if step % log_every == 0:
+                            for name, value in values.items():
+                                writer.add_scalar(prefix + name, value, at - 1)
+                    if save or stopped.is_set():
+                        writer.flush()
+                        checkpoint.save(path, named(networks), step=at)
+                    if stopped.is_set():
+                        raise KeyboardInterrupt(
+                            f"stopped after step {at} of {total}; --resume continues"
+                        )
+
+
+@contextmanager
+def deferred_signals() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into an event; the next one acts as ever."""
+    stopped = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        restore()
+        stopped.set()
+
+    for number in signals:
+        signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        restore()
