@@ -19,14 +19,21 @@ settings.register_profile("fewstep", derandomize=True, database=None, deadline=N
 settings.load_profile("fewstep")
 
 
-@pytest.fixture(autouse=True)
-def _deterministic() -> Iterator[None]:
-    """Deterministic mode also fills `torch.empty`, and the kernels' outputs, with NaN."""
+def _settle() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # on a busy machine OpenMP threads wait for each other in small ops
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(True)  # also fills `torch.empty` with NaN
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _deterministic_fixtures() -> None:
+    """What a module's tests share is made before the first of them."""
+    _settle()
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    _settle()
 
 
 CAPABILITIES = ("base", "avx2", "avx512")
