@@ -1,7 +1,8 @@
 # make demo    train a one-step generator of MNIST digits on this CPU   (FAST=1: 8x8 digits, a minute)
 # make test    lint, format, types, tests   (make test-slow: the long ones)
 # make gpu     build, test, check and time all GPU kernels (OUT=runs/gpu, WHEELS=folder with wheels of peers)
-# All but the last set up .venv the first time and whenever what they install from has changed.
+# make gpu-tests   the GPU tests: on a GPU, else on an interpreter where nvcc is found (tests/ptx/README.md)
+# make demo and the tests set up .venv the first time and whenever what they install from has changed.
 PYTHON ?= python3
 BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.[ch]*' -o -name '*.inl')
@@ -13,14 +14,18 @@ else
 DEMO := --data mnist5k --out runs/mnist5k
 endif
 
+CPP_SOURCES = $(shell find csrc tests \( -path tests/ptx/build -o -path tests/ptx/out \) -prune \
+  -o \( -name '*.[ch]*' -o -name '*.inl' \) -print)
+
 # Where no .venv was set up, the Python that has torch.
 GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
 OUT ?= runs/gpu
 
 # A file's tests stay in one process: they share trained runs, emulators and compiled formulas.
 PYTEST := $(BIN)/pytest --doctest-modules --numprocesses auto --dist loadscope
+NVCC := $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc $(CUDA_HOME)/bin/nvcc))
 
-.PHONY: demo test test-slow lint bench gpu clean
+.PHONY: demo test test-slow lint bench gpu gpu-tests ptx-selftest ptx-fuzz clean
 
 demo: .venv/ready
 	$(BIN)/fewstep train wflow $(DEMO) --overwrite
@@ -34,7 +39,7 @@ test-slow: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.[ch]*' -o -name '*.inl')
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.table --check
 
@@ -49,6 +54,18 @@ bench: .venv/ready
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
 
+gpu-tests:
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(GPU_PYTHON) -m pytest -m gpu -q $(or $(TESTS),tests) $(ARGS); \
+	elif [ -n "$(NVCC)" ]; then \
+	  $(MAKE) -C tests/ptx gpu-tests; \
+	else \
+	  echo 'gpu-tests: skipped, neither a GPU nor nvcc was found'; \
+	fi
+
+ptx-selftest ptx-fuzz:
+	$(MAKE) -C tests/ptx $(@:ptx-%=%)
+
 .venv/ready: $(BUILD_INPUTS)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -57,4 +74,4 @@ gpu:
 	touch $@
 
 clean:
-	rm -rf .venv build dist runs
+	rm -rf .venv build dist runs tests/ptx/build tests/ptx/out

@@ -1,4 +1,4 @@
-"""The cases and the contenders; imports neither torch nor any peer."""
+"""The cases of every family; imports neither torch nor any peer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dual numbers and probes in Triton, with the schemas and bits of the C++ ops.
+"""Dual numbers through activations and norms in Triton, with the schemas and bits of the C++ ops.
 
 The registered ops are in the namespace `fewstep_triton`. Nothing is summed by atomics: the same
 bits in every run.

@@ -15,6 +15,7 @@ from support.pairwise import all_pairs
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel module is imported
 
+collect_ignore = ["ptx"]  # has targets of its own: tests/ptx/README.md
 settings.register_profile("fewstep", derandomize=True, database=None, deadline=None)
 settings.load_profile("fewstep")
 

@@ -26,6 +26,7 @@ from support.velocity_nets import Film, Residual
 from tolerances import TANGENTS, assert_contract, error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = [torch.float32, torch.float64]
 UNIT = TANGENTS["rounded" if DEVICE == "cuda" else "cut"]
 

@@ -17,6 +17,7 @@ from support.heun import KINDS, SHAPES, Field, combine_into, exact
 from tolerances import assert_contract
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 # What the CUDA kernels do is the same: they run where there is a device.
 BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -202,7 +202,8 @@ def sinkhorn_merge_kernel(
     ratio = tl.exp2(tl.where(b == 0, 0.0, (g - soft) / eps * LOG2E))
     wanted = tl.exp2(-g * inverse_rho * LOG2E)
     piece = ((step % 2) * problems + problem) * column_pieces + block
-    tl.store(Column_error + piece, tl.sum(b * tl.abs(ratio - wanted), 0))
+    # The absolute value of the product, lest it be fused with the sum: lanes would round apart.
+    tl.store(Column_error + piece, tl.sum(tl.abs(b * (ratio - wanted)), 0))
 
 
 def symmetric(s: Solve) -> Solved:

@@ -82,6 +82,11 @@ def unavailable(backend: str, device_type: str) -> str | None:
     return None
 
 
+def is_cuda(device: torch.device) -> bool:
+    """Whether CUDA kernels take tensors of this device."""
+    return device.type == "cuda"
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that the CUDA kernels count on for a block of a device.
 

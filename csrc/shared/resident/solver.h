@@ -405,6 +405,14 @@ class Solver {
 
   // K with rows that sum to 1, and u of the potentials f.
   FEWSTEP_HD void absorb(T (&k)[R][Q]) {
+    if (team_.ranks() > 1 && rows_ == 0) {  // a rank without rows has no costs to read
+      FEWSTEP_UNROLL
+      for (int r = 0; r < R; ++r) {
+        FEWSTEP_UNROLL
+        for (int q = 0; q < Q; ++q) k[r][q] = 0;
+      }
+      return;
+    }
     T row[R], top[kOwn], own[kOwn];
     FEWSTEP_UNROLL
     for (int r = 0; r < R; ++r) row[r] = kLowest<T>;

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._library import shared_memory
+from fewstep._library import is_cuda, shared_memory
 from fewstep.ops.sinkhorn.inputs import PRECISIONS
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
@@ -25,7 +25,7 @@ def resident(points: Points) -> bool:
     Segments count: those that are too large are solved all the same, slowly.
     """
     x, y = points.x, points.y
-    if x.device.type != "cuda" or x.dtype != torch.float32:
+    if not is_cuda(x.device) or x.dtype != torch.float32:
         return False
     if points.cost not in reference.COSTS[:3] or points.labels is not None:
         return False

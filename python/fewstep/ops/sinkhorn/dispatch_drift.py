@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._library import shared_memory
+from fewstep._library import is_cuda, shared_memory
 from fewstep.ops.sinkhorn import dispatch
 from fewstep.ops.sinkhorn.inputs import PRECISIONS
 from fewstep.reference import drift as reference
@@ -19,7 +19,7 @@ from fewstep.reference.sinkhorn import Points, Schedule
 
 def resident(x: Tensor, counts: list[int], joint: bool) -> bool:
     """Whether the CUDA kernels keep groups of x `[G, N, D]` and clouds of `counts` on chip."""
-    if x.device.type != "cuda" or x.dtype != torch.float32 or x.shape[1] > 64:
+    if not is_cuda(x.device) or x.dtype != torch.float32 or x.shape[1] > 64:
         return False
     columns = sum(counts) if joint else max(counts)
     return columns <= (256 if shared_memory(x.device) >= 163 * 1024 else 128)

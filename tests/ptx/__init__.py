@@ -1,0 +1,1 @@
+"""Executes the compiled GPU kernels on a CPU: see README.md."""

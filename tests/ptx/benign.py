@@ -1,0 +1,48 @@
+"""Findings of the interpreter that are known to do no harm, and why."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .sim import Finding
+
+
+@dataclass(frozen=True)
+class Benign:
+    """Findings of a kind in a kernel at a line of source, by regular expressions."""
+
+    kind: str
+    kernel: str
+    source: str
+    reason: str
+
+
+KNOWN = (
+    Benign(
+        r"race|race within a warp",
+        r"sinkhorn_column_kernel",
+        r"tl\.(load|store)\(G \+ points",
+        "lanes that hold the same columns read G after the one that stores may have stored the new"
+        " value: what they make of it is stored by nobody",
+    ),
+    Benign(
+        r"race (within a warp|between blocks)",
+        r"sinkhorn_(column|kept_merge|symmetric)_kernel",
+        r"tl\.(load|store)\(Done \+ problem",
+        "a thread has read Done before it takes part in the sum that the store waits for; a block"
+        " that sees it early returns, as all blocks of the problem do by the same sum",
+    ),
+)
+
+
+def reason(finding: Finding) -> str | None:
+    """Why a finding does no harm, or None."""
+    for known in KNOWN:
+        if (
+            re.fullmatch(known.kind, finding.kind)
+            and re.fullmatch(known.kernel, finding.kernel)
+            and re.search(known.source, finding.source)
+        ):
+            return known.reason
+    return None

@@ -1,0 +1,1 @@
+"""Random problems, counts and mutants, for the interpreter."""
