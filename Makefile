@@ -22,7 +22,7 @@ GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
 OUT ?= runs/gpu
 
 # A file's tests stay in one process: they share trained runs, emulators and compiled formulas.
-PYTEST := $(BIN)/pytest --doctest-modules --numprocesses auto --dist loadscope
+PYTEST := $(BIN)/pytest --doctest-modules --numprocesses logical --dist loadscope
 NVCC := $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc $(CUDA_HOME)/bin/nvcc))
 
 .PHONY: demo test test-slow lint bench gpu gpu-tests ptx-selftest ptx-fuzz clean
