@@ -26,10 +26,12 @@ def _settle() -> None:
     torch.use_deterministic_algorithms(True)  # also fills `torch.empty` with NaN
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _deterministic_fixtures() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _deterministic_fixtures() -> Iterator[None]:
     """What a module's tests share is made before the first of them."""
     _settle()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
