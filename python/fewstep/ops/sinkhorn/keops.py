@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pykeops.torch import LazyTensor  # type: ignore[import-untyped]
+from pykeops.torch import LazyTensor
 from torch import Tensor
 
 from fewstep.reference.sinkhorn import Points, Schedule, iterate
