@@ -20,6 +20,8 @@ COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "dot", "l1", "matrix", 
 DEFAULT_TOL = 1e-3
 # Alternating iterations at most after symmetric ones, whose error they may at first double.
 LAST_STEPS = 10
+# Over eps, the potential of a point all of whose pairs with points of weight cost inf.
+NOWHERE = 1e30
 
 
 @dataclass(frozen=True)
@@ -199,9 +201,21 @@ def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
     return c / 2 if cost == "half_sqeuclidean" else c
 
 
-def _soft_transform(C: Tensor, g: Tensor, log_b: Tensor, eps: Tensor) -> Tensor:
-    """`-eps log sum_j b_j exp((g_j - C_ij) / eps)`, the soft c-transform of g."""
-    return -eps * torch.logsumexp((g[..., None, :] - C) / eps[..., None] + log_b[..., None, :], -1)
+def _soft_transform(C: Tensor, g: Tensor, b: Tensor, eps: Tensor) -> Tensor:
+    """`-eps log sum_j b_j exp((g_j - C_ij) / eps)`, the soft c-transform of g.
+
+    `NOWHERE eps` where the sum is zero.
+    """
+    z = (g[..., None, :] - C) / eps[..., None]
+    log_b = b.detach().log()[..., None, :]
+    if not (z.requires_grad or b.requires_grad):
+        return -eps * torch.logsumexp(z + log_b, -1).clamp(min=-NOWHERE)
+    # logsumexp has no derivative for b at 0, nor any where the sum is zero.
+    top = (z.detach() + log_b).amax(-1, keepdim=True).clamp(min=-NOWHERE)
+    largest = math.log(torch.finfo(z.dtype).max) - 1
+    total = (b[..., None, :] * (z - top).clamp(max=largest).exp()).sum(-1)
+    total = total.clamp(min=torch.finfo(z.dtype).tiny)
+    return -eps * (top[..., 0] + total.log())
 
 
 def phi(potential: Tensor, rho: float | None) -> Tensor:
@@ -278,6 +292,9 @@ def solve(
     (rows exact) and then the g-update (columns exact). `residual` is the L1 error of the marginals
     as a fraction of the mass, of rows and, where columns are not exact, of columns, whichever is
     larger. A problem whose residual is at most `tol` is left as it is while the others go on.
+    Points without weight have the transform of the potential that came out on the other side, or 0
+    where no finite cost joins them to a weight and their marginal is a constraint. A problem with
+    weight at such a point is infeasible: its value is inf.
     """
     if points.segments is not None:
         return _solve_ragged(points, a, b, eps, f0, g0, schedule)
@@ -290,8 +307,8 @@ def solve(
     with torch.autocast(a.device.type, enabled=False):
         C, a, b, e = points.costs()[:, None], a[:, None], b[:, None], split(eps)
         f, g, value, *rest = iterate(
-            lambda g, e: _soft_transform(C, g, b.log(), e),
-            lambda f, e: _soft_transform(C.mT, f, a.log(), e),
+            lambda g, e: _soft_transform(C, g, b, e),
+            lambda f, e: _soft_transform(C.mT, f, a, e),
             a,
             b,
             e,
@@ -356,6 +373,7 @@ def iterate(
     """
     s = schedule
     rho_x, rho_y = s.rho
+    far = NOWHERE * eps[..., None] / 2
     shape = eps.shape
     f = a.new_zeros(*shape, a.shape[-1]) if f0 is None else f0
     g = b.new_zeros(*shape, b.shape[-1]) if g0 is None else g0
@@ -374,21 +392,30 @@ def iterate(
     def marginal_error(f: Tensor, soft: Tensor, a: Tensor, rho: float | None) -> Tensor:
         e = eps[..., None]
         if rho is None:
-            off = torch.expm1((f - soft) / e).abs()
+            off = torch.where(soft > far, 1.0, torch.expm1((f - soft) / e).abs())
         else:
             off = (torch.exp((f - soft) / e) - torch.exp(-f / rho)).abs()
         return torch.where(a > 0, a * off, 0 * a).sum(-1)  # off may be inf where a is 0
 
-    def measure(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual, and the mass of the plan."""
+    def measure(f: Tensor, g: Tensor, f_soft: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Residual, and the mass of the plan, from the transform of g."""
         e = eps[..., None]
-        f_soft = transform_of_g(g, e).detach()
+        f_soft = (transform_of_g(g, e) if f_soft is None else f_soft).detach()
         error = marginal_error(f.detach(), f_soft, a, rho_x)
         if s.simultaneous:
             g_soft = transform_of_f(f, e).detach()
             error = torch.maximum(error, marginal_error(g.detach(), g_soft, b, rho_y))
         mass = a * torch.exp((f.detach() - f_soft) / e)
-        return error / a.sum(-1), torch.where(a > 0, mass, 0 * a).sum(-1)
+        return error / a.sum(-1), torch.where((a > 0) & ~(f_soft > far), mass, 0 * a).sum(-1)
+
+    def settled(f: Tensor, a: Tensor, rho: float | None) -> tuple[Tensor, Tensor]:
+        """f, and its part of the value, with what `solve` says of points that may go nowhere."""
+        part = a * phi(f, rho)
+        if rho is None:
+            nowhere = f > 1e-6 * far
+            part = torch.where(nowhere, torch.inf, part)
+            f = torch.where(nowhere & (a == 0), 0.0, f)
+        return f, torch.where(a > 0, part, 0 * a).sum(-1)
 
     def update(active: Tensor, e: Tensor) -> None:
         nonlocal f, g, fresh, iterations
@@ -426,14 +453,17 @@ def iterate(
         if s.tol is None or s.single:
             break
         active = measure(f, g)[0] > s.tol
-    if not s.single:  # y_j without weight: the transform of the f that came out
-        e = eps[..., None]
-        g = torch.where(b > 0, g, relaxed(g, transform_of_f(f, e), e, rho_y, 1.0))
-    residual, mass = measure(f, g)
-    converged = residual <= (DEFAULT_TOL if s.tol is None else s.tol)
-    value = (a * phi(f, rho_x)).sum(-1) + (b * phi(g, rho_y)).sum(-1)
+    e = eps[..., None]  # points without weight: the transforms of what came out
+    f_soft = transform_of_g(g, e)
+    f = torch.where(a > 0, f, relaxed(f, f_soft, e, rho_x, 1.0))
+    g = torch.where(b > 0, g, relaxed(g, transform_of_f(f, e), e, rho_y, 1.0))
+    residual, mass = measure(f, g, f_soft)
+    f, of_x = settled(f, a, rho_x)
+    g, of_y = settled(g, b, rho_y)
+    value = of_x + of_y
     if s.rho != (None, None) or s.simultaneous or s.relax != 1:
         value = value - eps * (mass - a.sum(-1) * b.sum(-1))
+    converged = (residual <= (DEFAULT_TOL if s.tol is None else s.tol)) & value.isfinite()
     return f, g, value, residual, iterations, converged
 
 

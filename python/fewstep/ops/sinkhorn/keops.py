@@ -13,7 +13,7 @@ import torch
 from pykeops.torch import LazyTensor
 from torch import Tensor
 
-from fewstep.reference.sinkhorn import Points, Schedule, iterate
+from fewstep.reference.sinkhorn import NOWHERE, Points, Schedule, iterate
 
 
 def _lazy(points: Points, T: int) -> tuple[Any, Any, Any]:
@@ -49,7 +49,7 @@ def solve(
             bias = potential / e + weights.log()
             lazy = LazyTensor(bias[..., None, :, None] if axis == 3 else bias[..., :, None, None])
             inverse = LazyTensor((1 / e)[..., None, None].contiguous())
-            soft: Tensor = (lazy - cost * inverse).logsumexp(axis)[..., 0]
+            soft: Tensor = (lazy - cost * inverse).logsumexp(axis)[..., 0].clamp(min=-NOWHERE)
             return -e * soft
 
         start = None if schedule.start is None else _split(schedule.start, points)
