@@ -311,7 +311,7 @@ def _temperatures(
     values = eps if isinstance(eps, list) else [eps]
     if not values:
         raise ValueError(f"sinkhorn_drift: eps must be positive and finite, got {eps}")
-    check_temperatures("sinkhorn_drift", "eps", values, dtype)
+    check_temperatures("sinkhorn_drift", "eps", eps, dtype)
     return from_numbers(values, x.device, dtype), isinstance(eps, list)
 
 

@@ -110,18 +110,19 @@ def from_numbers(values: Sequence[float], device: torch.device, dtype: torch.dty
 
 
 def check_temperatures(
-    op: str, name: str, values: Sequence[float] | Tensor, dtype: torch.dtype
+    op: str, name: str, given: float | Sequence[float] | Tensor, dtype: torch.dtype
 ) -> None:
     """Raise ValueError unless they are positive and finite, in dtype too."""
     info = torch.finfo(dtype)
-    if isinstance(values, Tensor):
-        values = values.detach().flatten()
-        values = values[~((values >= info.tiny) & (values <= info.max))].tolist()
-    for value in values:
-        if not 0 < value < math.inf:
-            raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
-        if not info.tiny <= value <= info.max:
-            raise ValueError(f"{op}: {name} must be positive and finite in {dtype}, got {value}")
+    if isinstance(given, Tensor):
+        flat = given.detach().flatten()
+        bad: Sequence[float] = flat[~((flat >= info.tiny) & (flat <= info.max))].tolist()
+    else:
+        values = given if isinstance(given, Sequence) else [given]
+        bad = [value for value in values if not info.tiny <= value <= info.max]
+    if bad:
+        where = f" in {dtype}" if 0 < bad[0] < math.inf else ""
+        raise ValueError(f"{op}: {name} must be positive and finite{where}, got {bad[0]}")
 
 
 # What a user may write for `cost`; cosine is half_sqeuclidean of normalised points.
@@ -508,7 +509,7 @@ def canonical_eps(
     count = lead[0] if lead else 1
     eps = given_numbers("sinkhorn", "eps", eps)
     if isinstance(eps, int | float):
-        check_temperatures("sinkhorn", "eps", [eps], dtype)
+        check_temperatures("sinkhorn", "eps", eps, dtype)
         return like.new_full((count,), eps, dtype=dtype), ()
     if read or isinstance(eps, list):
         check_temperatures("sinkhorn", "eps", eps, dtype)
