@@ -86,14 +86,28 @@ class Points:
         alone = replace(self, x=self.x[:, rows], y=self.y[:, columns], segments=None, labels=labels)
         return alone, rows, columns
 
+    def _formula_costs(self) -> Tensor:
+        assert self.formula is not None
+        x, y = self.x[..., :, None, :], self.y[..., None, :, :]
+        C, shape = self.formula(x, y), (*self.x.shape[:-1], self.y.shape[-2])
+        if not isinstance(C, Tensor):
+            raise TypeError(f"sinkhorn: cost must return a Tensor, got {type(C).__name__}")
+        of_pairs = C.ndim == len(shape)
+        if not of_pairs or any(k not in (1, n) for k, n in zip(C.shape, shape, strict=True)):
+            raise ValueError(
+                f"sinkhorn: cost must return {shape}, a number for each pair, from x"
+                f" {tuple(x.shape)} and y {tuple(y.shape)}, as (x - y).abs().sum(-1) does,"
+                f" got {tuple(C.shape)}"
+            )
+        return C.to(x.dtype).expand(shape)
+
     def costs(self) -> Tensor:
         """`C [B, N, M]`; infinite for pairs that are left out."""
         if self.cost == "matrix":
             assert self.matrix is not None
             C = self.matrix
         elif self.cost == "formula":
-            assert self.formula is not None
-            C = self.formula(self.x[..., :, None, :], self.y[..., None, :, :])
+            C = self._formula_costs()
         else:
             C = cost_matrix(self.x, self.y, self.cost)
         if self.labels is not None:
@@ -179,20 +193,41 @@ class _SquaredDistance(torch.autograd.Function):
         return 2 * _pull(grad, x, y), 2 * _pull(grad.mT, y, x)
 
 
+class _Product(torch.autograd.Function):
+    """`x @ y` in their own dtype, whatever autocast says, and so are its derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        return _product(grad, y.mT), _product(x.mT, grad)
+
+
 _distance: Callable[[Tensor, Tensor], Tensor] = _Distance.apply
 _squared_distance: Callable[[Tensor, Tensor], Tensor] = _SquaredDistance.apply
+_product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
 
 
 def _pull(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """`sum_j w_ij (x_i - y_j)`, centred so that a large common offset does not cancel."""
     centre = y.detach().mean(-2, keepdim=True)
-    return w.sum(-1, keepdim=True) * (x - centre) - w @ (y - centre)
+    return w.sum(-1, keepdim=True) * (x - centre) - _product(w, y - centre)
 
 
 def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
     """`C [B, N, M]` of one of `COSTS` that looks at the points."""
     if cost == "dot":
-        return -(x @ y.mT)
+        return -_product(x, y.mT)
     if cost == "l1":
         return (x[..., :, None, :] - y[..., None, :, :]).abs().sum(-1)
     if cost == "euclidean":
@@ -467,10 +502,17 @@ def iterate(
     return f, g, value, residual, iterations, converged
 
 
+def exponent(C: Tensor, f: Tensor, g: Tensor, eps: Tensor) -> Tensor:
+    """`(f_i + g_j - C_ij) / eps`; a point with an infinite potential has no partner."""
+    f, g = (torch.where(t == torch.inf, 0.0, t) for t in (f, g))
+    return (f[..., :, None] + g[..., None, :] - C) / eps[..., None, None]
+
+
 def _conditional(C: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor) -> Tensor:
     """`b_j exp((f_i + g_j - C_ij) / eps)`, the plan over a; rows sum to about 1."""
-    z = (f[..., :, None] + g[..., None, :] - C) / eps[..., None, None]
-    largest = math.log(torch.finfo(z.dtype).max)  # beyond it only where b is 0
+    z = exponent(C, f, g, eps)
+    # Beyond it only where b is 0, or a: 0 times an entry, or times the sum of a row, is to be 0.
+    largest = math.log(torch.finfo(z.dtype).max / max(z.shape[-1], 1)) - 1
     return b[..., None, :] * z.clamp(max=largest).exp()
 
 

@@ -23,7 +23,20 @@ def _lazy(points: Points, T: int) -> tuple[Any, Any, Any]:
     m = points.y.shape[1]
     x_i = LazyTensor(points.x[:, None].expand(count, T, n, d).reshape(count, T, n, 1, d))
     y_j = LazyTensor(points.y[:, None].expand(count, T, m, d).reshape(count, T, 1, m, d))
-    return x_i, y_j, points.formula(x_i, y_j)
+    try:
+        cost = points.formula(x_i, y_j)
+    except Exception as error:
+        raise TypeError(
+            "sinkhorn: cost does not understand KeOps's LazyTensors, but backend='reference'"
+            f" evaluates it on broadcast tensors ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(cost, LazyTensor) or cost.ndim != 1:
+        got = f"{tuple(cost.shape)}" if isinstance(cost, LazyTensor) else type(cost).__name__
+        raise ValueError(
+            "sinkhorn: cost must return a number for each pair, as (x - y).abs().sum(-1) does,"
+            f" got {got} from KeOps's LazyTensors"
+        )
+    return x_i, y_j, cost
 
 
 def _split(t: Tensor, points: Points) -> Tensor:
