@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import json
 import shutil
 import subprocess
 import sys
@@ -9,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 
 from fewstep import training
+from fewstep._files import one_writer
 from fewstep.cli import main
 from fewstep.training import plots, wflow
-from fewstep.training.runs import EXTRA, PICTURE
+from fewstep.training.loop import LOGS
+from fewstep.training.runs import CONFIG, EXTRA, PICTURE
 
 
 def write_data(folder: Path) -> str:
@@ -138,7 +143,7 @@ BAD_ARGUMENTS = [
     ("train wflow --data digits --out RUN --eps -1", "eps must be positive"),
     ("train wflow --data digits --out RUN --frobnicate", "--frobnicate"),
     ("train wflow --data digits --out RUN --resume", "holds no run"),
-    ("train wflow --data digits --out RUN --backend magic", "magic"),
+    ("train wflow --data digits --out RUN --backend magic", "backend must be one of"),
     ("train wflow --data digits --out RUN --device quantum", "quantum"),
     ("train wflow --data nowhere --out RUN", "nowhere"),
     ("train wflow --data digits --out FILE", "FILE"),
@@ -153,6 +158,21 @@ BAD_ARGUMENTS = [
     ("train lines --data digits --out RUN --indices 5 3", "indices must increase"),
     ("train lines --data digits --out RUN --lr nan", "lr must be positive"),
     ("train lines --out RUN --resume", "holds no run"),
+    (
+        "train wflow --data digits --out RUN --seed 99999999999999999999",
+        "seed must be an integer of",
+    ),
+    ("train reflow --data digits --out RUN --seed 99999999999999999999", "seed must be an integer"),
+    ("train lines --data digits --out RUN --seed 99999999999999999999", "seed must be an integer"),
+    (
+        "train wflow --data digits --out RUN --depth 1001",
+        "depth must be an integer of at most 1000",
+    ),
+    ("sample RUN --out grid.png --seed 99999999999999999999", "seed must be at least 0 and below"),
+    ("train wflow --data= --out RUN", "data: must not be empty, got ''"),
+    ("train wflow --data digits --out=", "out: must not be empty, got ''"),
+    ("pairs --teacher json:dumps --out PAIRS", "teacher: json:dumps must be a"),
+    ("pairs --teacher :x --out PAIRS", "got ':x'"),
     ("pairs --out PAIRS", "--teacher"),
     ("pairs --teacher RUN --out PAIRS --n 0", "n must be an integer of at least 1"),
     ("pairs --teacher RUN --out PAIRS --shard 2/2", "shard must be i/n"),
@@ -176,6 +196,132 @@ def test_bad_arguments(
     assert captured.out == ""
     assert message in captured.err.splitlines()[-1]
     assert "Traceback" not in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
+def test_empty_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, arguments in (
+        ("data", ["train", "wflow", "--data", "", "--out", "run"]),
+        ("out", ["train", "wflow", "--data", "digits", "--out", ""]),
+        ("out", ["sample", "run", "--out", ""]),
+    ):
+        assert main(arguments) == 2
+        assert f"{name}: must not be empty, got ''" in error_line(capsys)
+
+
+def test_ranks_of_torchrun_do_not_train(
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "run"
+    for method in ("wflow", "reflow", "lines"):
+        assert main(["train", method, "--data", data, "--out", str(out)]) == 2
+        assert "train runs in one process, got WORLD_SIZE=2" in error_line(capsys)
+    assert not out.exists()
+
+
+def test_a_second_run_of_a_folder_is_refused(
+    finished: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    command = ["train", "wflow", "--data", data, "--out", str(finished)]
+    with one_writer(finished):
+        for option in ("--resume", "--overwrite"):
+            assert main([*command, option]) == 2
+            assert "is in use: another process is writing there" in error_line(capsys)
+    assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize("method", ["wflow", "reflow", "lines"])
+def test_resuming_a_run_of_another_method(
+    finished: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    path = finished / CONFIG
+    other = {"wflow": "lines", "reflow": "wflow", "lines": "reflow"}[method]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "method": other}))
+    assert main(["train", method, "--out", str(finished), "--resume"]) == 2
+    assert f"method is {other}" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left"), SafetensorError("No space left")]
+)
+def test_a_full_disk(
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    failure: Exception,
+) -> None:
+    def fail(tensors: object, target: Path, metadata: object) -> None:
+        target.write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    out = tmp_path / "run"
+    command = ["train", "wflow", "--data", data, "--out", str(out), "--steps", "2"]
+    assert main([*command, "--batch", "4", "--width", "8", "--device", "cpu"]) == 2
+    captured = capfd.readouterr()
+    assert "No space left" in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err
+    assert {path.name for path in out.iterdir()} == {CONFIG, LOGS}
+
+
+def change(path: Path, **values: object) -> None:
+    content = json.loads(path.read_text())
+    for name, value in values.items():
+        (content if name in content else content["config"])[name] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"width": 10**9},
+        {"width": 10**18},
+        {"depth": 10**9},
+        {"noise_dim": 10**9},
+        {"image_shape": [1, 10**6, 10**6]},
+        {"image_shape": [1, -4, 4]},
+        {"image_shape": [4]},
+        {"image_shape": [1, 4, float("inf")]},
+        {"classes": "abc"},
+        {"classes": [0, 1, 2]},
+        {"config": []},
+        {"fewstep": "x" * (1 << 20)},
+    ],
+    ids=lambda values: str(values)[:30],
+)
+def test_runs_from_elsewhere_are_bounded(
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    values: dict[str, object],
+) -> None:
+    change(finished / CONFIG, **values)
+    for command in (
+        ["sample", str(finished), "--out", str(tmp_path / "a.png")],
+        ["train", "wflow", "--out", str(finished), "--resume"],
+    ):
+        assert main(command) == 2
+        line = error_line(capsys)
+        assert str(finished) in line, line
+
+
+def test_deeply_nested_configurations(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / CONFIG).write_text("[" * 200_000)
+    assert main(["train", "wflow", "--out", str(finished), "--resume"]) == 2
+    assert "nested too deeply" in error_line(capsys)
+
+
+def test_files_have_the_mode_of_any_other(finished: Path) -> None:
+    assert len({path.stat().st_mode for path in finished.iterdir() if path.is_file()}) == 1
 
 
 def test_a_bad_checkpoint_is_refused_and_left(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,8 @@ def test_bad_paths(tmp_path: Path) -> None:
     (tmp_path / "text.npy").write_text("not an array")
     (tmp_path / "table.csv").write_text("1,2")
     np.save(tmp_path / "pickled.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"data: must be one of .* got ''"):
+        load("")
     for name in ("mnist", str(tmp_path / "missing.npy"), str(tmp_path / "table.csv")):
         with pytest.raises(ValueError, match=name):
             load(name)
@@ -140,3 +144,37 @@ def test_bad_images(tmp_path: Path) -> None:
     (tmp_path / "classes" / "bird").mkdir()
     with pytest.raises(ValueError, match=r"bird must hold images"):
         load(str(tmp_path / "classes"))
+    save(tmp_path / "classes" / "bird" / "1.png")
+    with pytest.raises(ValueError, match=r"got 1.png beside bird"):
+        load(str(tmp_path / "classes"))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it is as large as that."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IEND", b"")]
+    framed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def test_images_that_are_not_what_they_say(tmp_path: Path) -> None:
+    for i, content in enumerate(
+        (bomb(30_000, 30_000), b"%!PS-Adobe-3.0 EPSF-3.0\n", b"P5 1 1 255 a")
+    ):
+        file = tmp_path / str(i) / "1.png"
+        file.parent.mkdir()
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"1.png cannot be read as an image"):
+            load(str(file.parent))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG", "webp", "bmp", "gif", "tif", "tiff"])
+def test_formats(tmp_path: Path, suffix: str) -> None:
+    save(tmp_path / f"a.{suffix}", value=255)
+    (tmp_path / "a.eps").write_text("%!PS")  # Pillow would run a program for it
+    (tmp_path / "a.fits").write_text("not looked at")
+    data = load(str(tmp_path))
+    assert data.images.shape[2:] == (4, 5)
+    torch.testing.assert_close(data.images, torch.ones_like(data.images), rtol=0, atol=0.05)

@@ -373,6 +373,9 @@ def test_operations_outside_the_network(state: str) -> None:
     [
         ({"times": [0.0]}, "times must be"),
         ({"times": [0.0, 1.0, 0.5]}, "times must be finite"),
+        ({"times": [0.0, 0.5, 0.5]}, "got 0.5 and then 0.5 at step 1 of row 0"),
+        ({"times": [[0.0, 1.0], [1.0, 1.0]]}, "got 1.0 and then 1.0 at step 0 of row 1"),
+        ({"sample_ids": torch.tensor([0, 2**48])}, "sample_ids must be in"),
         ({"times": [0.0, math.nan]}, "times must be finite"),
         ({"times": torch.zeros(3, 4)}, "times must have 2 rows, got 3"),
         ({"state": "bfloat16"}, "state must be one of"),
@@ -405,3 +408,28 @@ def test_bad_velocities_and_steps() -> None:
         fewstep.heun_step(lambda x, t: x, x, 0.0, torch.ones(3))
     with pytest.raises(TypeError, match="floating"):
         fewstep.heun_solve(lambda x, t: x, torch.ones(2, 3, dtype=torch.int64), [0.0, 1.0])
+    for arguments, message in (
+        (((x, x), [0.0, 1.0]), "x must be a tensor, got tuple"),
+        ((x, "all"), "times must be numbers, got 'all'"),
+        ((x, [[0.0], [0.0, 1.0]]), "times must be numbers"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            fewstep.heun_solve(lambda x, t: x, *arguments)  # type: ignore[arg-type]
+    for t, dt in ((0.0, math.nan), (math.inf, 1.0)):
+        with pytest.raises(ValueError, match=r"(t|dt) must be finite, got (nan|inf)"):
+            fewstep.heun_step(lambda x, t: x, x, t, dt)
+    assert torch.equal(fewstep.heun_step(lambda x, t: x, x, 0.5, 0.0), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_times_reach_half_precision_velocities_unrounded(dtype: torch.dtype) -> None:
+    x, times, seen = torch.randn(2, 3).to(dtype), torch.linspace(0, 1, 601), []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        assert x.dtype == dtype
+        seen.append(float(t[0]))
+        return t[:, None] * x
+
+    out = fewstep.heun_solve(velocity, x, times)
+    assert out.x.dtype == dtype
+    assert seen[::2] == times[:-1].tolist()

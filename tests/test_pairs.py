@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -15,10 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 import fewstep
 from fewstep import cli
+from fewstep._files import one_writer
+from fewstep.data import pairs
 from fewstep.data.generate import Teacher, generate, worker
 from fewstep.data.pairs import PairDataset, PairsConfig
 from support.pairs import CONFIG, SHAPE, Denoiser
@@ -213,6 +218,158 @@ def test_manifest(copy: Path) -> None:
             PairDataset(copy)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", "[" * 100_000, '{"config": 1}'])
+def test_a_damaged_manifest_is_written_anew(copy: Path, whole: Path, text: str) -> None:
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="is not a manifest of pairs"):
+        PairDataset(copy)
+    assert make(copy) == 0
+    assert contents(copy) == contents(whole)
+
+
+def test_a_manifest_of_another_version_stays(copy: Path) -> None:
+    path = copy / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fewstep": "0.0.1"}))
+    before = path.read_bytes()
+    assert make(copy) == 0
+    assert path.read_bytes() == before
+
+
+def test_files_from_elsewhere_are_bounded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = copy / "pairs-00000-of-00004.safetensors"
+    content = first.read_bytes()
+    first.write_bytes((17 << 20).to_bytes(8, "little") + content[8:])
+    with pytest.raises(
+        ValueError, match=r"pairs-00000.* is damaged.*its header has 17825792 bytes"
+    ):
+        PairDataset(copy)
+    tensors, label = pairs._tensors(copy / "pairs-00001-of-00004.safetensors")
+    short = {name: t[:-1] for name, t in tensors.items()}
+    label["shard"] = 0
+    save_file(short, first, {"fewstep": json.dumps(label)})
+    with pytest.raises(ValueError, match=r"pairs-00000.* must have .*\(12, 1, 3, 5\).*\(11,"):
+        PairDataset(copy)
+    monkeypatch.setattr(pairs, "MOST_MANIFEST", 100)
+    with pytest.raises(ValueError, match="manifest of pairs: it has more than 100 bytes"):
+        PairDataset(copy)
+    (copy / "config.json").write_text(" " * (1 << 20) + "{}")
+    with pytest.raises(ValueError, match=r"configuration of pairs: it has more than 1048576 bytes"):
+        make(copy)
+
+
+def test_files_have_the_mode_of_any_other(whole: Path) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in whole.iterdir()}
+    other = whole.parent / "other"
+    other.touch()
+    assert modes == {other.stat().st_mode & 0o777}
+
+
+class Remembering(Denoiser):
+    """Keeps what it was called with in itself, as caches and parametrizations do."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.calls = way, 0
+        if way == "hook":
+            self.inner.register_forward_pre_hook(lambda module, inputs: self.keep(inputs[1]))
+
+    def keep(self, sigma: torch.Tensor) -> None:
+        self.sigma = sigma
+        time.sleep(0.002)
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.way == "attribute":
+            self.keep(sigma)
+            return super().forward(x, self.sigma)
+        if self.way == "count":  # of calls since it was made
+            return super().forward(x, sigma) * (1 + self.calls)
+        out = super().forward(x, sigma)
+        return out + self.sigma[:, None, None, None]
+
+
+@pytest.mark.parametrize("way", ["attribute", "hook", "function", "count"])
+def test_a_teacher_with_state_makes_the_same_pairs(tmp_path: Path, way: str) -> None:
+    files = []
+    for threads, share in ((1, (0, 1)), (4, (0, 1)), (4, (1, 2))):
+        network = Remembering("attribute" if way == "function" else way)
+        denoiser = (lambda x, s, n=network: n(x, s)) if way == "function" else network
+        teacher = Teacher(denoiser, SHAPE, digest="state")
+        out = tmp_path / f"{threads}-{share[1]}"
+        torch.set_num_threads(threads)
+        generate(teacher, CONFIG, out, worker=share, device="cpu", progress=False)
+        files.append(contents(out))
+        assert way != "count" or network.calls == 0
+    torch.set_num_threads(1)
+    if way == "attribute":
+        make(tmp_path / "plain")
+        plain = PairDataset(tmp_path / "plain").batch(torch.arange(37))
+        kept = PairDataset(tmp_path / "4-1").batch(torch.arange(37))
+        assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+    assert files[0] == files[1]
+    shared = files[2].keys() & files[0].keys()
+    assert len([name for name in shared if name.endswith(".safetensors")]) == 2
+    assert all(files[2][name] == files[0][name] for name in shared)
+
+
+def test_images_beyond_the_dtype_of_the_files(tmp_path: Path) -> None:
+    half = replace(CONFIG, dtype="float16")
+    large = Teacher(lambda x, sigma: x * 0 + 7e4, SHAPE, digest="large")
+    with pytest.raises(ValueError, match=r"finite in float16, got 70000: dtype 'float32' has them"):
+        generate(large, half, tmp_path, device="cpu", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    generate(large, CONFIG, tmp_path / "float32", device="cpu", progress=False)
+
+
+FAILURES = [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_full_disk(whole: Path, tmp_path: Path, failure: Exception) -> None:
+    def fail(tensors: object, target: Path, metadata: object) -> None:
+        target.write_bytes(b"half")
+        raise failure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", fail)
+        with pytest.raises(OSError, match="No space left"):
+            make(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert make(tmp_path) == 0
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_one_writer(whole: Path, tmp_path: Path) -> None:
+    with one_writer(tmp_path):
+        for share in ((0, 1), (1, 2)):
+            with pytest.raises(ValueError, match="is in use: another process is writing there"):
+                make(tmp_path, worker=share)
+        assert not list(tmp_path.glob("*.json"))
+    with one_writer(tmp_path, (0, 2)):
+        make(tmp_path, worker=(1, 2))
+        for share in ((0, 1), (0, 2), (2, 3)):
+            with pytest.raises(ValueError, match="is in use"):
+                make(tmp_path, worker=share)
+    for name in (".lock-0-of-1", ".lock-1-of-7"):
+        (tmp_path / name).touch()  # as a process leaves it that is killed
+    assert make(tmp_path) == 0
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_lets_go_of_its_folder(whole: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, pause=0.2)
+    while process.poll() is None and not list(tmp_path.glob(".lock*")):
+        time.sleep(0.01)
+    time.sleep(0.05)
+    with pytest.raises(ValueError, match="is in use"):
+        make(tmp_path)
+    process.kill()
+    process.wait()
+    assert make(tmp_path) == 0
+    assert contents(tmp_path) == contents(whole)
+
+
 def test_other_pairs_in_the_folder(copy: Path, tmp_path: Path) -> None:
     before = contents(copy)
     for name, value in (("seed", 6), ("n", 38), ("batch", 2), ("steps", 4), ("rho", 3.0)):
@@ -241,6 +398,8 @@ def test_other_pairs_in_the_folder(copy: Path, tmp_path: Path) -> None:
         ({"n": 0}, "n must be an integer of at least 1, got 0"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"seed": 2**63 - 1}, "seed must leave room"),
+        ({"seed": 10**20}, "seed must be an integer of at most 9223372036854775807"),
+        ({"n": True}, "n must be an integer of at least 1, got True"),
         ({"steps": 2.5}, "steps must be an integer of at least 1, got 2.5"),
         ({"shard_size": 10}, "shard_size must be a multiple of batch, 4, got 10"),
         ({"sigma_min": 0.0}, "sigma_min, sigma_max and rho must be positive"),
@@ -280,6 +439,10 @@ def test_command(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for teacher, message in (
         (f"{__name__}:nothing", "cannot be imported"),
         (f"{__name__}:CONFIG", "not callable"),
+        ("json:dumps", "teacher: json:dumps must be a fewstep.pairs.Teacher, or return one"),
+        (":x", "teacher: must be a folder, a checkpoint or MODULE:NAME, got ':x'"),
+        ("", "teacher: must be a folder, a checkpoint or MODULE:NAME, got ''"),
+        (".x:y", "teacher: .x:y cannot be imported"),
         (f"{__name__}:Denoiser", "must be a fewstep.pairs.Teacher, got Denoiser"),
         (str(tmp_path), "holds no run of fewstep"),
     ):

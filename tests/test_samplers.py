@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -168,6 +169,53 @@ def test_per_sample_levels_guidance_and_batches() -> None:
     assert torch.equal(half, whole[2:])
 
 
+GUIDANCE = torch.tensor([0.0, 1.0, 2.0, 7.5])
+
+
+@pytest.mark.parametrize("batch", [0, 1, 4])
+@pytest.mark.parametrize("options", [{}, {"precondition": 0.5}, {"S_churn": 4.0}])
+def test_guidance_for_each_sample(batch: int, options: dict[str, Any]) -> None:
+    """With the levels of all samples alike, each has what it has alone."""
+    latents, seeds, weights = torch.randn(batch, 2), torch.arange(batch), GUIDANCE[:batch]
+    for sample in (fewstep.edm_sample, fewstep.flow_sample):
+        own = options if sample is fewstep.edm_sample else {"S_churn": options.get("S_churn", 0.0)}
+
+        def call(rows: slice, guidance: Any, sample: Any = sample, own: Any = own) -> Tensor:
+            out: Tensor = sample(
+                gaussian(1.0),
+                latents[rows],
+                seeds=seeds[rows],
+                guidance=guidance,
+                uncond=gaussian(0.5),
+                **own,
+            )
+            return out
+
+        whole = call(slice(batch), weights)
+        assert whole.shape == (batch, 2)
+        for i in range(batch):
+            alone = call(slice(i, i + 1), float(weights[i]))
+            torch.testing.assert_close(alone[0], whole[i], rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tracker", ["trace", "logdet"])
+def test_log_density_with_guidance_for_each_sample(tracker: str) -> None:
+    latents, start = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    options: dict[str, Any] = {"uncond": gaussian(0.5), "tracker": tracker, "estimator": "exact"}
+    whole = fewstep.edm_sample(
+        gaussian(1.0), latents, guidance=GUIDANCE, log_density=start, **options
+    )
+    for i, weight in enumerate(GUIDANCE.tolist()):
+        alone = fewstep.edm_sample(
+            gaussian(1.0),
+            latents[i : i + 1],
+            guidance=weight,
+            log_density=start[i : i + 1],
+            **options,
+        )
+        torch.testing.assert_close(alone.log_density[0], whole.log_density[i])
+
+
 def test_guidance_is_that_of_denoisers() -> None:
     latents = torch.randn(4, 3, dtype=torch.float64)
 
@@ -238,6 +286,123 @@ def test_log_density_of_edm_samples() -> None:
     assert_contract("value", fused.log_density, plain.log_density.detach())
     both = fewstep.edm_sample(*(denoiser, latents), guidance=1.0, uncond=gaussian(0.3), **options)
     assert_contract("value", both.log_density, plain.log_density.detach())
+
+
+@pytest.mark.parametrize("precondition", [None, 0.5])
+@pytest.mark.parametrize("steps", [4, 18])
+def test_logdet_is_the_density_of_what_is_sampled(steps: int, precondition: float | None) -> None:
+    """Against the determinant of the whole sampler's Jacobian; guided or not."""
+    net, other = Raw(3).double(), Raw(3).double()
+    latents, start = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    levels = fewstep.karras_sigmas(steps)[:-1]
+    for guided in ({}, {"guidance": 1.5, "uncond": other}):
+        options: dict[str, Any] = {"sigmas": levels, "precondition": precondition, **guided}
+        out = fewstep.edm_sample(net, latents, log_density=start, tracker="logdet", **options)
+        assert_contract("value", out.x, fewstep.edm_sample(net, latents, **options))
+        assert out.estimator == "logdet"
+        assert not out.stderr.any()
+        x = latents.requires_grad_()
+        end = whole_sampler(net, other, x, **options)
+        rows = [torch.autograd.grad(end[:, i].sum(), x, retain_graph=True)[0] for i in range(3)]
+        latents = latents.detach()
+        change = torch.stack(rows, 1).slogdet()[1] - 3 * levels[0].log()  # from sigma_0 latents
+        torch.testing.assert_close(out.log_density, start - change, rtol=1e-11, atol=1e-11)
+
+
+def whole_sampler(
+    net: nn.Module,
+    other: nn.Module,
+    latents: Tensor,
+    *,
+    sigmas: Tensor,
+    precondition: float | None,
+    guidance: float = 1.0,
+    uncond: nn.Module | None = None,
+) -> Tensor:
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        level = wide(sigma, x)
+        scale = 1.0 if precondition is None else (level**2 + precondition**2).rsqrt()
+        given = sigma if precondition is None else sigma.log() / 4
+        out = net(x * scale, given)
+        if uncond is not None:
+            out = guidance * out + (1 - guidance) * other(x * scale, given)
+        if precondition is None:
+            return out
+        return precondition**2 * scale**2 * x + level * precondition * scale * out
+
+    return edm(denoiser, latents, sigmas)
+
+
+def test_logdet_differs_from_the_flows_density_at_few_steps() -> None:
+    """Gaussian data: the sampler is linear, and its density known in closed form."""
+    d = 64
+    latents = torch.randn(3, d, dtype=torch.float64)
+    start = fewstep.ops.trace.log_density.standard_normal(latents) - d * math.log(80.0)
+    found = {}
+    for tracker in ("trace", "logdet"):
+        out = fewstep.edm_sample(gaussian(1.0), latents, log_density=start, tracker=tracker)
+        gain = (out.x / latents).mean()
+        exact = torch.distributions.Normal(0.0, gain).log_prob(out.x).sum(1)
+        found[tracker] = float((out.log_density - exact).abs().max())
+    assert found["logdet"] < 1e-9
+    assert found["trace"] > 1
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_levels_reach_half_precision_networks_unrounded(dtype: torch.dtype) -> None:
+    """sigma, t and `ln(sigma) / 4` in float32; 600 equal steps stay apart."""
+    latents, seen = torch.randn(2, 3).to(dtype), []
+
+    def network(x: Tensor, level: Tensor) -> Tensor:
+        assert x.dtype == dtype
+        assert level.dtype == torch.float32
+        seen.append(float(level[0]))
+        return x / 2
+
+    levels = fewstep.karras_sigmas(5)
+    fewstep.edm_sample(network, latents, sigmas=levels)
+    assert seen[1::2] == levels[1:5].float().tolist()
+    seen.clear()
+    fewstep.edm_sample(network, latents, sigmas=levels, precondition=0.5)
+    assert seen[1::2] == (levels[1:5].log() / 4).float().tolist()
+    seen.clear()
+    fewstep.flow_sample(network, latents, steps=600)
+    assert seen[::2] == torch.linspace(1, 0, 601, dtype=torch.float64)[:-1].float().tolist()
+    seen.clear()
+    fewstep.multistep_sample(network, latents, sigmas=[80.0, 24.3, 1.7], seeds=torch.arange(2))
+    assert seen == torch.tensor([80.0, 24.3, 1.7]).tolist()
+
+
+@pytest.mark.parametrize("tracker", ["trace", "logdet"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_log_density_of_half_precision_samples(dtype: torch.dtype, tracker: str) -> None:
+    latents = torch.randn(3, 4).to(dtype)
+    for start in (torch.zeros(3), torch.zeros(3, dtype=dtype)):
+        options: dict[str, Any] = {"log_density": start, "tracker": tracker}
+        low = fewstep.edm_sample(gaussian(1.0), latents, **options)
+        options["log_density"] = torch.zeros(3)
+        exact = fewstep.edm_sample(gaussian(1.0), latents.float(), **options)
+        assert low.log_density.dtype == torch.float32
+        torch.testing.assert_close(low.log_density, exact.log_density, rtol=0, atol=0.1)
+
+
+def test_probes_of_a_split_batch_are_those_of_the_whole() -> None:
+    net, latents, ids = Raw(6).double(), torch.randn(6, 6, dtype=torch.float64), torch.arange(6) + 9
+    start = torch.zeros(6, dtype=torch.float64)
+
+    def density(rows: slice, ids: Tensor | None) -> Tensor:
+        options: dict[str, Any] = {"estimator": "hutchinson", "sample_ids": ids}
+        out = fewstep.edm_sample(net, latents[rows], log_density=start[rows], **options)
+        found: Tensor = out.log_density
+        return found
+
+    whole = density(slice(6), ids)
+    parts = [density(rows, ids[rows]) for rows in (slice(0, 4), slice(4, 6))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(density(slice(6), None), whole)
 
 
 def test_latents_are_those_of_the_seed(capability: str) -> None:
@@ -353,6 +518,9 @@ def test_multistep_modes() -> None:
         ({"cuda_graph": True}, "cuda_graph needs latents on a CUDA device"),
         ({"backend": "cuda"}, "backend 'cuda' cannot serve"),
         ({"backend": "keops"}, "backend 'keops' cannot serve"),
+        ({"tracker": "series"}, "tracker must be one of"),
+        ({"sample_ids": torch.tensor([0, -1])}, "sample_ids must be in .* got -1"),
+        ({"sample_ids": torch.tensor([2**48, 0])}, f"sample_ids must be in .* got {2**48}"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -393,8 +561,11 @@ def test_bad_networks_are_named_with_their_step() -> None:
         )
     with pytest.raises(TypeError, match="floating"):
         fewstep.edm_sample(gaussian(1.0), torch.ones(2, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="times must decrease"):
-        fewstep.flow_sample(gaussian(1.0), latents, times=[0.0, 1.0])
+    for times in ([0.0, 1.0], [1.5, 0.0], [1.0, -0.5]):
+        with pytest.raises(ValueError, match="times must decrease"):
+            fewstep.flow_sample(gaussian(1.0), latents, times=times)
+    with pytest.raises(ValueError, match=r"times must be finite .* got 0.5 and then 0.5 at step 1"):
+        fewstep.flow_sample(gaussian(1.0), latents, times=[1.0, 0.5, 0.5])
     with pytest.raises(ValueError, match="sigmas must be positive and decreasing"):
         fewstep.multistep_sample(gaussian(1.0), latents, sigmas=[1.0, 0.0])
     with pytest.raises(ValueError, match="mode must be one of"):
@@ -402,8 +573,50 @@ def test_bad_networks_are_named_with_their_step() -> None:
     for steps, grid in (([0, 0], "edm_subset"), ([0, 18], "edm_subset"), ([1], "uniform_s")):
         with pytest.raises(ValueError, match="steps must be"):
             fewstep.few_step_sigmas(steps, grid=grid)
-    with pytest.raises(TypeError, match="int64"):
+
+
+def test_wrong_types_are_named() -> None:
+    x = torch.randn(2, 3)
+    with pytest.raises(TypeError, match=r"seeds must be an int64 tensor, got torch.float32"):
         fewstep.latents(torch.zeros(2), (3,))
+    for seeds, got in (([1, 2], "list"), (3, "int")):
+        with pytest.raises(TypeError, match=f"seeds must be an int64 tensor, got {got}"):
+            fewstep.latents(seeds, (3,))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"seeds must be an int64 tensor, got {got}"):
+            fewstep.edm_sample(gaussian(1.0), x, seeds=seeds, S_churn=1.0)
+    with pytest.raises(TypeError, match=r"dtype must be floating, got torch.int64"):
+        fewstep.latents(torch.arange(2), (3,), dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"seeds must be \[B\], got \(\)"):
+        fewstep.latents(torch.tensor(2), (3,))
+    for sample in (
+        lambda latents: fewstep.edm_sample(gaussian(1.0), latents),
+        lambda latents: fewstep.flow_sample(gaussian(1.0), latents),
+        lambda latents: fewstep.multistep_sample(gaussian(1.0), latents, sigmas=[1.0]),
+    ):
+        with pytest.raises(TypeError, match="latents must be a tensor, got tuple"):
+            sample((x, x))  # type: ignore[arg-type]
+    for options, name in (
+        ({"sigmas": "many"}, "sigmas must be numbers, got 'many'"),
+        ({"guidance": "much", "uncond": gaussian(1.0)}, "guidance must be numbers, got 'much'"),
+        ({"sample_ids": [0, 1]}, "sample_ids must be int64, got list"),
+        ({"log_density": torch.zeros(2, dtype=torch.int64)}, "log_density must be .* floating"),
+        ({"log_density": 0.0}, "log_density must be a tensor"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            fewstep.edm_sample(gaussian(1.0), x, **options)
+
+
+def test_numpy_integers_are_taken() -> None:
+    x, five = torch.randn(2, 3), np.int64(5)
+    for sample in (fewstep.edm_sample, fewstep.flow_sample):
+        assert torch.equal(sample(gaussian(1.0), x, steps=five), sample(gaussian(1.0), x, steps=5))
+    assert torch.equal(fewstep.karras_sigmas(five), fewstep.karras_sigmas(5))
+    assert torch.equal(fewstep.few_step_sigmas(five), fewstep.few_step_sigmas(5))
+    options: dict[str, Any] = {"estimator": "hutchinson", "probes": np.int64(2), "seed": five}
+    own = fewstep.divergence(gaussian(1.0), x, 0.5, **options).value
+    assert torch.equal(
+        own, fewstep.divergence(gaussian(1.0), x, 0.5, **options | {"probes": 2, "seed": 5}).value
+    )
 
 
 def churned(x: Tensor, seeds: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.name} is not installed: pip install 'fewstep[train]'", 2)
     except (OSError, TypeError, ValueError) as error:
         return _fail(str(error), 2)
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}", 2)
     except FloatingPointError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -17,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep._files import checksum, replacing
+from fewstep._files import checksum, one_writer, read_json, replacing, write_tensors
 from fewstep._torch import one_thread, torch_device
 from fewstep.data.pairs import (
     CONFIG,
     DTYPES,
     FORMAT,
     MANIFEST,
+    MOST_MANIFEST,
     PairsConfig,
     digest,
     file_header,
@@ -98,11 +102,15 @@ def generate(
     and, with classes, `labels` int64 `[S]`, and, when the last file is there, `manifest.json` with
     the checksum of each. Files appear whole; those that are there already are verified and kept.
     However the work is split and interrupted, the files are the same to the byte on one kind of
-    machine: on the CPU each batch runs on one thread, and threads share the batches.
+    machine: on the CPU each batch runs on one thread, and threads share the batches. The manifest
+    is written anew where it is damaged.
 
     Args:
-        teacher (Teacher): its denoiser is evaluated without gradient, on the CPU by several
-            threads at once.
+        teacher (Teacher): its denoiser is evaluated without gradient. On the CPU several threads do
+            that at once where it is a module, each batch by a copy that shares its parameters, so
+            that nothing it keeps in itself gets from one batch to another. A function, and a module
+            that cannot be copied, is compiled, or has a hook that holds on to variables, runs on
+            one thread.
         config (PairsConfig): see there.
         out (Path): folder, made if need be.
         worker (tuple[int, int]): (i, n): make files i, i + n, ... only.
@@ -113,7 +121,10 @@ def generate(
         int: files that other workers have still to make.
 
     Raises:
-        ValueError: `out` holds pairs of another configuration or teacher, or a damaged file.
+        ValueError: `out` holds pairs of another configuration or teacher, or a damaged file;
+            another process writes there, unless it has another share of as many; images that are
+            not finite, or not within the dtype of the files.
+        OSError: a file cannot be written.
         ModuleNotFoundError: safetensors or tqdm is missing.
 
     >>> import tempfile
@@ -126,8 +137,8 @@ def generate(
     >>> len(PairDataset(folder))
     10
     """
-    from safetensors.torch import save_file
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    import safetensors  # noqa: F401  # named before anything is written where it is missing
+    import tqdm  # type: ignore[import-untyped]  # noqa: F401
 
     index, count = worker
     if not 0 <= index < count:
@@ -138,7 +149,24 @@ def generate(
     if isinstance(teacher.denoiser, nn.Module):
         teacher.denoiser.to(place)
     content = _content(teacher, config)
-    _settle(out, content)
+    with one_writer(out, worker):
+        _settle(out, content)
+        return _make(teacher, config, out, content, worker, place, progress=progress)
+
+
+def _make(
+    teacher: Teacher,
+    config: PairsConfig,
+    out: Path,
+    content: dict[str, Any],
+    worker: tuple[int, int],
+    place: torch.device,
+    *,
+    progress: bool,
+) -> int:
+    from tqdm import tqdm
+
+    index, count = worker
     mine = range(index, config.shards, count)
     total = sum(pairs_in(config, k) for k in mine)
     bar = tqdm(
@@ -148,7 +176,8 @@ def generate(
         disable=not progress,
         mininterval=0.2 if sys.stderr.isatty() else 10,
     )
-    with bar, _workers(place) as run:
+    own = _copies(teacher.denoiser) if place.type == "cpu" else None
+    with bar, _workers(place, alone=own is None) as run:
         for k in mine:
             path = out / file_name(config, k)
             if path.exists():
@@ -158,7 +187,7 @@ def generate(
             first, pairs = k * config.shard_size, pairs_in(config, k)
             parts = []
             starts = range(first, first + pairs, config.batch)
-            made = run(lambda start: _batch(teacher, config, start, place), starts)
+            made = run(lambda start: _batch(teacher, config, start, place, own), starts)
             for start, part in zip(starts, made, strict=True):
                 parts.append(part)
                 bar.update(min(config.batch, first + pairs - start))
@@ -168,14 +197,24 @@ def generate(
             }
             # One key: safetensors writes several in a random order.
             metadata = {"fewstep": json.dumps(file_label(content, k, checksum(arrays)))}
-            with replacing(path) as temporary:
-                save_file(arrays, temporary, metadata)
+            write_tensors(path, arrays, metadata)
     names = [file_name(config, k) for k in range(config.shards)]
     missing = sum(not (out / name).exists() for name in names)
-    if not missing and not (out / MANIFEST).exists():
+    if not missing:
         shards = [file_header(out / name, content, k) for k, name in enumerate(names)]
-        _write(out / MANIFEST, {**content, "shards": shards})
+        whole = {**content, "shards": shards}
+        if not _says(out / MANIFEST, whole):
+            _write(out / MANIFEST, whole)
     return missing
+
+
+def _says(path: Path, content: dict[str, Any]) -> bool:
+    """Whether a manifest is there and right, by whichever version it was written."""
+    try:
+        found = dict(read_json(path, most=MOST_MANIFEST))
+    except (OSError, ValueError, TypeError):
+        return False
+    return {**found, "fewstep": content["fewstep"]} == content
 
 
 def _content(teacher: Teacher, config: PairsConfig) -> dict[str, Any]:
@@ -206,7 +245,7 @@ def _settle(out: Path, content: dict[str, Any]) -> None:
             raise ValueError(f"{out} holds {strangers[0].name} but no {CONFIG} of pairs")
         _write(path, content)
     try:
-        began = json.loads(path.read_text())
+        began = read_json(path)
         entries = _flat(began)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not the configuration of pairs: {error}") from error
@@ -231,13 +270,33 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def _copies(denoiser: Callable[..., Tensor]) -> Callable[[], nn.Module] | None:
+    """What makes a copy of a module as it is now, which shares its parameters; None where a copy
+    could still meet another one in what it writes."""
+    if not isinstance(denoiser, nn.Module):
+        return None
+    for module in denoiser.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        closed = any(getattr(hook, "__closure__", None) for hook in hooks)
+        bound = any(inspect.ismethod(hook) for hook in hooks)
+        compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        if closed or bound or compiled or "forward" in vars(module):
+            return None
+    shared = {id(p): p for p in denoiser.parameters()}
+    try:
+        first = copy.deepcopy(denoiser, dict(shared))
+    except Exception:
+        return None  # there is no telling what a module holds
+    return lambda: copy.deepcopy(first, dict(shared))
+
+
 @contextlib.contextmanager
-def _workers(device: torch.device) -> Iterator[Callable[..., Any]]:
-    """`map`, on the CPU by as many threads as torch has, with one thread to each call."""
+def _workers(device: torch.device, *, alone: bool) -> Iterator[Callable[..., Any]]:
+    """`map`, on the CPU by as many threads as torch has, or one, with one thread to each call."""
     if device.type != "cpu":
         yield map
         return
-    threads = torch.get_num_threads()
+    threads = 1 if alone else torch.get_num_threads()
     with (
         one_thread(),
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
@@ -246,9 +305,14 @@ def _workers(device: torch.device) -> Iterator[Callable[..., Any]]:
 
 
 def _batch(
-    teacher: Teacher, config: PairsConfig, start: int, device: torch.device
+    teacher: Teacher,
+    config: PairsConfig,
+    start: int,
+    device: torch.device,
+    own: Callable[[], nn.Module] | None,
 ) -> dict[str, Tensor]:
     """Pairs start to start + batch, on the CPU, in the dtype of the files."""
+    network = teacher.denoiser if own is None else own()
     dtype = DTYPES[config.dtype]
     seeds = torch.arange(config.seed + start, config.seed + start + config.batch, device=device)
     # The sampler starts from what is stored.
@@ -256,7 +320,8 @@ def _batch(
     labels = seeds % teacher.classes if teacher.classes else None
 
     def denoiser(x: Tensor, level: Tensor) -> Tensor:
-        return teacher.denoiser(x, level) if labels is None else teacher.denoiser(x, level, labels)
+        out: Tensor = network(x, level) if labels is None else network(x, level, labels)
+        return out
 
     x1 = edm_sample(
         denoiser,
@@ -267,7 +332,10 @@ def _batch(
         rho=config.rho,
         precondition=teacher.precondition,
     )
-    pair = {"x0": x0, "x1": x1} | ({} if labels is None else {"labels": labels})
-    return {
-        name: t.to("cpu", dtype if t.is_floating_point() else t.dtype) for name, t in pair.items()
-    }
+    x1 = x1.cpu()
+    largest = float(x1.abs().max())
+    if not largest <= torch.finfo(dtype).max:
+        cure = "" if not math.isfinite(largest) else ": dtype 'float32' has them"
+        raise ValueError(f"images must be finite in {config.dtype}, got {largest:g}{cure}")
+    pair = {"x0": x0.to("cpu", dtype), "x1": x1.to(dtype)}
+    return pair if labels is None else pair | {"labels": labels.cpu()}

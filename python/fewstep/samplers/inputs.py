@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from fewstep.ops.trace.inputs import as_float64
 from fewstep.samplers.plan import Network
 
 
-def check_count(who: str, name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def check_count(who: str, name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{who}: {name} must be an integer of at least 1, got {value!r}")
+    return int(value)
 
 
 def check_sigmas(who: str, sigmas: Tensor | Sequence[float], latents: Tensor) -> Tensor:
     """float64 `[1 or B, N + 1]`"""
-    levels = torch.as_tensor(sigmas, dtype=torch.float64)
+    levels = as_float64(who, "sigmas", sigmas)
     if levels.ndim not in (1, 2) or levels.shape[-1] < 2:
         raise ValueError(
             f"{who}: sigmas must be [N + 1] or [B, N + 1] with N at least 1,"
@@ -45,7 +48,7 @@ def check_guidance(
         missing, given = ("uncond", "guidance") if uncond is None else ("guidance", "uncond")
         value = uncond if guidance is None else guidance
         raise ValueError(f"{who}: {given} needs {missing}, got {given}={value!r}")
-    weight = torch.as_tensor(guidance, dtype=torch.float64, device="cpu")
+    weight = as_float64(who, "guidance", guidance, torch.device("cpu"))
     if tuple(weight.shape) not in ((), (latents.shape[0],)) or not bool(weight.isfinite().all()):
         raise ValueError(
             f"{who}: guidance must be finite, a scalar or ({latents.shape[0]},), got {guidance}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.ops.heun.engine import FIRST, Run
 from fewstep.ops.heun.inputs import check_state, pick
+from fewstep.ops.trace.inputs import as_float64, wide
 from fewstep.reference.heun import COLUMNS, NOISE, SCALE
 from fewstep.samplers.plan import Network
 from fewstep.samplers.seeds import seeds_for
@@ -37,7 +38,7 @@ def multistep_sample(
         reuse   x = x1 + sigma' latents                (the line through the first latents)
 
     Args:
-        network (Callable): `N(x, sigma)` with sigma `[B]`.
+        network (Callable): `N(x, sigma)` with sigma `[B]`, float32 at least.
         latents (Tensor): `[B, ...]`, standard normal.
         sigmas (Tensor | Sequence[float]): `[K]`, positive and decreasing; see `few_step_sigmas`.
         mode (str): see above. With levels near the first one "fresh" is close to a new draw.
@@ -58,10 +59,10 @@ def multistep_sample(
     >>> fewstep.multistep_sample(half, torch.ones(1, 2), sigmas=[4.0, 1.0], mode="line")
     tensor([[1.2500, 1.2500]])
     """
-    check_state("multistep_sample", latents, "float32")
+    check_state("multistep_sample", latents, "float32", "latents")
     if mode not in MODES:
         raise ValueError(f"multistep_sample: mode must be one of {MODES}, got {mode!r}")
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    levels = as_float64("multistep_sample", "sigmas", sigmas, torch.device("cpu"))
     positive = levels.ndim == 1 and levels.numel() > 0 and bool((levels > 0).all())
     if not positive or not bool((levels.diff() < 0).all()) or not bool(levels.isfinite().all()):
         raise ValueError(
@@ -81,7 +82,8 @@ def multistep_sample(
     name = pick(latents, backend)
     table = table.to(latents.device)
     run = Run("multistep_sample", name, latents, table, "float32", check_finite, seeds=seeds)
-    inputs = levels.to(latents)[:, None].expand(-1, latents.shape[0]).contiguous().unbind()
+    given = levels.to(latents.device, wide(latents.dtype))[:, None]
+    inputs = given.expand(-1, latents.shape[0]).contiguous().unbind()
     run.advance([], 1, 0)
     for k in range(len(levels)):
         endpoint = run.accept(network(run.net, inputs[k]), k)

@@ -14,7 +14,9 @@ from fewstep._torch import is_transformed
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.solve import HeunResult
 from fewstep.ops.trace.estimator import Solver
-from fewstep.ops.trace.inputs import Options, make_keys
+from fewstep.ops.trace.inputs import Options, make_keys, wide
+from fewstep.ops.trace.log_density import jacobian
+from fewstep.reference.heun import NET, SCALE
 
 Network = Callable[[Tensor, Tensor], Tensor]
 _MOST_CHURN = math.sqrt(2) - 1  # of a level, a step: Karras et al., section 4
@@ -64,7 +66,8 @@ class Plan:
 
     def inputs(self, latents: Tensor) -> tuple[Tensor, ...]:
         """`[B]` for each evaluation."""
-        own = self.levels.to(latents).expand(-1, latents.shape[0]).contiguous()
+        levels = self.levels.to(latents.device, wide(latents.dtype))
+        own = levels.expand(-1, latents.shape[0]).contiguous()
         return own.unbind()
 
 
@@ -103,8 +106,8 @@ def preconditioning(sigma: Tensor, data: float | None) -> tuple[Tensor, Tensor, 
     return data**2 / total, sigma * data / total.sqrt(), total.rsqrt()
 
 
-class Tracked:
-    """A log-density along a plan: networks that return their traces too.
+class Traces:
+    """A log-density along a plan by traces, as the flow has it in the limit of many steps.
 
     A denoiser's derivative `(x - D)/sigma` has the trace `(dim (1 - skip) - out in tr F)/sigma`;
     what does not depend on the network is known before.
@@ -118,17 +121,19 @@ class Tracked:
         options: Options,
         backend: str,
         guidance: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> None:
         assert plan.traces is not None
         self.plan = plan
-        self.solvers = [Solver(network, options) for network in networks]
+        self.solvers = [Solver(network, options, ids) for network in networks]
         self.keys = make_keys(0, plan.steps)
         weights = plan.traces.to(log_density.device)
         row = table_row(torch.ones_like(weights), weights, guidance)
         table = rows(row.reshape(-1, 2, *row.shape[1:]))
         self.tracker = Tracker(backend, log_density, table)
         # What the traces are weighed by, once for all evaluations.
-        self.weights = table[FIRST:, :, 1 : 1 + len(networks)].to(log_density).unbind()
+        weights = table[FIRST:, :, 1 : 1 + len(networks)]
+        self.weights = weights.to(wide(log_density.dtype)).unbind()
 
     def call(self, net: Tensor, level: Tensor, index: int) -> list[Tensor]:
         found = [solver(net, level, self.keys[index]) for solver in self.solvers]
@@ -141,12 +146,59 @@ class Tracked:
         return HeunResult(x, *self.tracker.result(change), None, self.tracker.estimator)
 
 
+class Determinants:
+    """A log-density along a plan by the determinants of its steps: that of what is sampled.
+
+    A step is two rows of the table, which are linear in the state and in the network's outputs: so
+    are its Jacobians with respect to where it begins, of the state and of the network's input.
+    """
+
+    def __init__(
+        self, networks: tuple[Network, ...], plan: Plan, log_density: Tensor, latents: Tensor
+    ) -> None:
+        self.solvers = [Solver(network, Options("exact")) for network in networks]
+        table = plan.table.to(log_density.device, torch.float64)
+        self.table = table[..., None, None].unbind()  # rows [R, 8, 1, 1]
+        self.log_density = log_density.double()
+        self.dtype = wide(log_density.dtype)
+        self.crossed = torch.zeros_like(self.log_density)
+        self.steps = plan.steps
+        d = latents.shape[1:].numel()
+        self.eye = torch.eye(d, dtype=torch.float64, device=latents.device)
+        self.state, self.input = self._begin(1)
+
+    def _begin(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.eye, self.table[row][:, SCALE] * self.eye
+
+    def call(self, net: Tensor, level: Tensor, index: int) -> list[Tensor]:
+        found = [jacobian(solver, net, level) for solver in self.solvers]
+        row = FIRST + index
+        c = self.table[row]
+        state, following = c[:, 0] * self.state, c[:, NET] * self.state
+        for k, (_, own) in enumerate(found):
+            moved = own.double() @ self.input
+            state = state + c[:, 1 + k] * moved
+            following = following + c[:, NET + 1 + k] * moved
+        self.state, self.input = state, c[:, SCALE] * state + following
+        if index % 2:
+            sign, log_det = torch.linalg.slogdet(state)
+            self.log_density = self.log_density - log_det
+            self.crossed = self.crossed + (sign <= 0)
+            self.state, self.input = self._begin(row)
+        return [v for v, _ in found]
+
+    def result(self, x: Tensor) -> HeunResult:
+        log_density = self.log_density.to(self.dtype)
+        error, share = torch.zeros_like(log_density), self.crossed.to(self.dtype) / self.steps
+        return HeunResult(x, log_density, error, None, "logdet", share)
+
+
 def follow(
     run: Run,
     networks: tuple[Network, ...],
     inputs: tuple[Tensor, ...],
     plan: Plan,
-    tracked: Tracked | None,
+    tracked: Traces | Determinants | None,
     progress: bool,
 ) -> Tensor:
     """Take a plan's steps."""

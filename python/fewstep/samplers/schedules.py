@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def karras_sigmas(
     >>> [round(s, 3) for s in karras_sigmas(3).tolist()]
     [80.0, 2.515, 0.002, 0.0]
     """
-    check_count("karras_sigmas", "steps", steps)
+    steps = check_count("karras_sigmas", "steps", steps)
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
             "karras_sigmas: sigma_min and sigma_max must be 0 < sigma_min < sigma_max,"
@@ -98,8 +98,8 @@ def few_step_sigmas(
     """
     if grid not in GRIDS:
         raise ValueError(f"few_step_sigmas: grid must be one of {GRIDS}, got {grid!r}")
-    if isinstance(steps, int):
-        check_count("few_step_sigmas", "steps", steps)
+    if not isinstance(steps, Iterable):
+        steps = check_count("few_step_sigmas", "steps", steps)
     elif grid != "edm_subset":
         raise ValueError(f"few_step_sigmas: steps must be a number for {grid!r}, got {steps}")
     if grid == "edm_subset":

@@ -33,13 +33,15 @@ def latents(
 
     Raises:
         ValueError: seeds that are not `[B]` or, on the CPU, negative.
-        TypeError: seeds that are not int64.
+        TypeError: seeds that are not an int64 tensor, a dtype that is not floating.
 
     >>> a, b = latents(torch.tensor([7, 8]), (2,)), latents(torch.tensor([8]), (2,))
     >>> torch.equal(a[1:], b)
     True
     """
-    own = _check_seeds("latents", seeds, seeds.shape[0] if seeds.ndim else 0)
+    own = _check_seeds("latents", seeds)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"latents: dtype must be floating, got {dtype}")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x = torch.zeros((seeds.shape[0], *shape), dtype=wide, device=seeds.device)
     row = x.new_zeros((1, 1, COLUMNS), dtype=torch.float64)
@@ -49,11 +51,13 @@ def latents(
     return x.to(dtype)
 
 
-def _check_seeds(who: str, seeds: Tensor, batch: int) -> Tensor:
-    if seeds.dtype != torch.int64:
-        raise TypeError(f"{who}: seeds must be int64, got {seeds.dtype}")
-    if tuple(seeds.shape) != (batch,):
-        raise ValueError(f"{who}: seeds must be ({batch},), got {tuple(seeds.shape)}")
+def _check_seeds(who: str, seeds: Tensor, batch: int | None = None) -> Tensor:
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
+        got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise TypeError(f"{who}: seeds must be an int64 tensor, got {got}")
+    if seeds.ndim != 1 or batch not in (None, seeds.shape[0]):
+        wanted = "[B]" if batch is None else f"({batch},)"
+        raise ValueError(f"{who}: seeds must be {wanted}, got {tuple(seeds.shape)}")
     if seeds.device.type == "cpu" and bool((seeds < 0).any()):
         raise ValueError(f"{who}: seeds must be at least 0, got {seeds.min().item()}")
     return seeds.contiguous()

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -50,6 +52,9 @@ class _Training:
     overwrite: bool = False
 
     def run(self) -> None:
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        if ranks != "1":
+            raise ValueError(f"train runs in one process, got WORLD_SIZE={ranks} from torchrun")
         result = self.trainer.train(
             self.config, self.out, resume=self.resume, overwrite=self.overwrite
         )
@@ -133,12 +138,20 @@ def _teacher(source: str) -> Teacher:
     """
     module, _, name = source.partition(":")
     path = Path(source)
+    if not source or source.startswith(":"):
+        raise ValueError(f"teacher: must be a folder, a checkpoint or MODULE:NAME, got {source!r}")
     if name and not path.exists():
         try:
             found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever the user's module raises
             raise ValueError(f"teacher: {source} cannot be imported: {error}") from error
-        teacher = found if isinstance(found, Teacher) else found()
+        try:
+            teacher = found if isinstance(found, Teacher) else found()
+        except Exception as error:
+            raise ValueError(
+                f"teacher: {source} must be a fewstep.pairs.Teacher, or return one when called"
+                f" without arguments: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(teacher, Teacher):
             raise ValueError(
                 f"teacher: {source} must be a fewstep.pairs.Teacher, got {type(teacher).__name__}"
@@ -173,8 +186,8 @@ class Sample:
     def run(self) -> None:
         if self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
         if self.out.suffix.lower() != ".png":
             raise ValueError(f"out must be a .png file, got {self.out}")
         columns = math.ceil(math.sqrt(self.n))
@@ -204,6 +217,9 @@ def parse(arguments: list[str]) -> _Training | Pairs | Sample:
         ValueError: arguments that do not fit, in one line.
         SystemExit: after --help.
     """
+    for name in ("--data", "--out"):
+        if f"{name}=" in arguments or (name, "") in itertools.pairwise(arguments):
+            raise ValueError(f"{name[2:]}: must not be empty, got ''")
     default = _train_defaults(arguments)
     kind: Any = type(default)
     command = Annotated[

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fewstep._files import one_writer
 from fewstep._torch import seeded, torch_device
 from fewstep.data import pairs
 from fewstep.data.generate import generate
@@ -20,6 +21,7 @@ from fewstep.training.lines_run import (
     LinesConfig,
     Run,
     as_teacher,
+    makers_of,
     networks_of,
     pairs_config,
     read_run,
@@ -71,8 +73,8 @@ def train(
         LinesResult: student, numbers, picture.
 
     Raises:
-        ValueError: data that cannot be loaded, `out` in use, a checkpoint or a file of pairs that
-            is damaged or of another run.
+        ValueError: data that cannot be loaded, `out` in use, by a run that is done or by one that
+            goes on, a checkpoint or a file of pairs that is damaged or of another run.
         FloatingPointError: a loss is no longer finite; the last good checkpoint stays.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what was done since the last checkpoint is lost only
             while pairs are being made.
@@ -91,13 +93,17 @@ def train(
     names = data.names if config.conditional else ()
     run = Run(config, tuple(data.images.shape[1:]), names, float(data.images.std()))
     device = torch_device(config.device)
-    open_run(out, "lines", run, began=read_run(out) if resume else None, overwrite=overwrite)
-    networks = networks_of(run, device)
-    if config.teacher and not (out / CHECKPOINT).exists():  # which has it
-        _take_teacher(networks["teacher"], run)
-    _fit(run, data, networks, out, device, progress=progress)
-    done = {name: networks[name].averaged.cpu().eval() for name in ("teacher", "student")}
-    outcomes, straight, picture = evaluate(run, data, done["teacher"], done["student"], out)
+    began = read_run(out) if resume else None
+    with one_writer(out):
+        open_run(out, "lines", run, began=began, overwrite=overwrite)
+        if (out / CHECKPOINT).exists():
+            checkpoint.check_shapes(out / CHECKPOINT, makers_of(run))
+        networks = networks_of(run, device)
+        if config.teacher and not (out / CHECKPOINT).exists():  # which has it
+            _take_teacher(networks["teacher"], run)
+        _fit(run, data, networks, out, device, progress=progress)
+        done = {name: networks[name].averaged.cpu().eval() for name in ("teacher", "student")}
+        outcomes, straight, picture = evaluate(run, data, done["teacher"], done["student"], out)
     table = format_outcomes(outcomes, straight)
     return LinesResult(done["student"], outcomes, straight, table, picture)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from fewstep.samplers.schedules import few_step_sigmas
 from fewstep.samplers.seeds import latents
 from fewstep.training import checkpoint
 from fewstep.training.loop import CHECKPOINT, Network
-from fewstep.training.runs import read_config
+from fewstep.training.runs import classes_in, read_config, shape_in
 
 PARAMETERISATIONS = ("edm", "unified")
 SAMPLERS = ("fresh", "line", "reuse")
@@ -128,8 +129,8 @@ def read_run(out: Path) -> Run:
             raise ValueError(f"method is {content['method']}")
         lines = LinesMatching(**content["config"]["lines"])
         config = LinesConfig(**{**content["config"], "lines": lines})
-        shape = tuple(map(int, content["image_shape"]))
-        return Run(config, shape, tuple(content["classes"]), float(content["sigma_data"]))
+        shape, classes = shape_in(content), classes_in(content)
+        return Run(config, shape, classes, float(content["sigma_data"]))
 
     return read_config(out, parse, kind="a run of lines")
 
@@ -246,6 +247,12 @@ def _model(run: Run, name: str) -> nn.Module:
         return LinePrecond(denoiser.network) if unified else denoiser
 
 
+def makers_of(run: Run) -> dict[str, Callable[[], nn.Module]]:
+    """What makes each network that is trained, by the prefix of its names in a checkpoint."""
+    names = ["teacher", "student", *(["discriminator"] if run.config.adversarial else [])]
+    return {f"{name}.model.": functools.partial(_model, run, name) for name in names}
+
+
 def networks_of(run: Run, device: torch.device) -> dict[str, Network]:
     config = run.config
     networks = {
@@ -261,10 +268,8 @@ def networks_of(run: Run, device: torch.device) -> dict[str, Network]:
 
 
 def _restored(out: Path, run: Run, name: str) -> nn.Module:
-    model = _model(run, name)
-    state = {f"{name}.ema.module.{key}": t for key, t in model.state_dict().items()}
-    checkpoint.restore(out / CHECKPOINT, state)
-    return model.eval()
+    make = functools.partial(_model, run, name)
+    return checkpoint.restored(out / CHECKPOINT, f"{name}.ema.module.", make)
 
 
 def sampling_seeds(n: int, seed: int) -> Tensor:

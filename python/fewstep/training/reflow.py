@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import check_config
+from fewstep._files import one_writer
 from fewstep._torch import seeded, torch_device
 from fewstep.data.generate import Teacher
 from fewstep.data.images import Images
@@ -23,7 +24,14 @@ from fewstep.metrics.tables import aligned
 from fewstep.networks import LinePrecond, VelocityMLP
 from fewstep.training import checkpoint, plots
 from fewstep.training.loop import CHECKPOINT, Network, Stage, fit
-from fewstep.training.runs import PICTURE, load_enough, open_run, read_config, require_extra
+from fewstep.training.runs import (
+    PICTURE,
+    load_enough,
+    open_run,
+    read_config,
+    require_extra,
+    shape_in,
+)
 
 STAGES = ("teacher", "student", "plain")
 _EVALUATED = 256  # images, for densities
@@ -156,8 +164,8 @@ def train(
         ReflowResult: student, numbers, picture.
 
     Raises:
-        ValueError: data that cannot be loaded, `out` in use, a checkpoint that is damaged or of
-            another run.
+        ValueError: data that cannot be loaded, `out` in use, by a run that is done or by one that
+            goes on, a checkpoint that is damaged or of another run.
         FloatingPointError: a loss is no longer finite; the last good checkpoint stays.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
         ModuleNotFoundError: a package of the extra `fewstep[train]` is missing.
@@ -172,16 +180,20 @@ def train(
     data = load_enough(config.data)
     shape = tuple(data.images.shape[1:])
     began = read_run(out) if resume else None
-    open_run(out, "reflow", Run(config, shape), began=began, overwrite=overwrite)
     device = torch_device(config.device)
-    networks = _networks(config, shape)
-    if config.teacher and not (out / CHECKPOINT).exists():  # which has it
-        _take_teacher(networks, config, shape)
-    _fit(config, data, networks, out, device, teacher, progress=progress)
-    averages = {name: network.averaged.cpu().eval() for name, network in networks.items()}
-    done = {name: cast(VelocityMLP, module) for name, module in averages.items()}
-    field_ = done["teacher"] if teacher is None else teacher
-    outcomes, picture = evaluate(config, data, field_, done, out)
+    with one_writer(out):
+        open_run(out, "reflow", Run(config, shape), began=began, overwrite=overwrite)
+        if (out / CHECKPOINT).exists():
+            makers = {f"{name}.model.": lambda: _network(config, shape) for name in STAGES}
+            checkpoint.check_shapes(out / CHECKPOINT, makers)
+        networks = _networks(config, shape)
+        if config.teacher and not (out / CHECKPOINT).exists():  # which has it
+            _take_teacher(networks, config, shape)
+        _fit(config, data, networks, out, device, teacher, progress=progress)
+        averages = {name: network.averaged.cpu().eval() for name, network in networks.items()}
+        done = {name: cast(VelocityMLP, module) for name, module in averages.items()}
+        field_ = done["teacher"] if teacher is None else teacher
+        outcomes, picture = evaluate(config, data, field_, done, out)
     return ReflowResult(done["student"], outcomes, format_outcomes(outcomes), picture)
 
 
@@ -197,7 +209,7 @@ def read_run(out: Path) -> Run:
             raise ValueError(f"method is {content['method']}")
         flow = MarginalReflow(**content["config"]["flow"])
         config = ReflowConfig(**{**content["config"], "flow": flow})
-        return Run(config, tuple(map(int, content["image_shape"])))
+        return Run(config, shape_in(content))
 
     return read_config(out, parse, kind="a reflow run")
 
@@ -209,10 +221,7 @@ def load_student(out: Path) -> tuple[VelocityMLP, MarginalReflow]:
         ValueError: no run, or a checkpoint that is missing, damaged or of another run.
     """
     run = read_run(out)
-    student = _network(run.config, run.image_shape)
-    state = {f"student.ema.module.{name}": t for name, t in student.state_dict().items()}
-    checkpoint.restore(out / CHECKPOINT, state)
-    return student.eval(), run.config.flow
+    return _restored(out, run, "student"), run.config.flow
 
 
 def load_teacher(out: Path) -> Teacher:
@@ -224,10 +233,13 @@ def load_teacher(out: Path) -> Teacher:
         ValueError: as `load_student`.
     """
     run = read_run(out)
-    velocity = _network(run.config, run.image_shape)
-    state = {f"teacher.ema.module.{name}": t for name, t in velocity.state_dict().items()}
-    checkpoint.restore(out / CHECKPOINT, state)
-    return Teacher(LinePrecond(velocity.eval()), run.image_shape)
+    return Teacher(LinePrecond(_restored(out, run, "teacher")), run.image_shape)
+
+
+def _restored(out: Path, run: Run, name: str) -> VelocityMLP:
+    return checkpoint.restored(
+        out / CHECKPOINT, f"{name}.ema.module.", lambda: _network(run.config, run.image_shape)
+    )
 
 
 @torch.no_grad()

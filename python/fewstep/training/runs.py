@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fewstep
-from fewstep._files import replacing
+from fewstep._files import read_json, replacing
 from fewstep.data.images import Images, load
 from fewstep.training.loop import CHECKPOINT, LOGS
 
@@ -28,17 +28,33 @@ def read_config(out: Path, parse: Callable[[dict[str, Any]], T], *, kind: str = 
     """
     path = out / CONFIG
     try:
-        return parse(json.loads(path.read_text()))
+        return parse(read_json(path))
     except FileNotFoundError as error:
         raise ValueError(f"{out} holds no run of fewstep: {CONFIG} is missing") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not the configuration of {kind}: {error}") from error
+
+
+def shape_in(content: dict[str, Any]) -> tuple[int, ...]:
+    """`[C, H, W]` of a run's images."""
+    shape = tuple(map(int, content["image_shape"]))
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"image_shape must be [C, H, W], got {content['image_shape']}")
+    return shape
+
+
+def classes_in(content: dict[str, Any]) -> tuple[str, ...]:
+    """The names of a run's classes."""
+    classes = content["classes"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise TypeError(f"classes must be a list of names, got {classes}")
+    return tuple(classes)
 
 
 def method_of(out: Path) -> str:
     """The method of a run, by its `config.json`; "wflow" where that cannot tell."""
     try:
-        return str(json.loads((out / CONFIG).read_text())["method"])
+        return str(read_json(out / CONFIG)["method"])
     except (OSError, ValueError, TypeError, KeyError):
         return "wflow"
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import check_config
+from fewstep._files import one_writer
 from fewstep._torch import seeded, torch_device
 from fewstep.data.images import Images
 from fewstep.methods import WFlow
@@ -17,7 +18,15 @@ from fewstep.metrics.summary import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator
 from fewstep.training import checkpoint, plots
 from fewstep.training.loop import CHECKPOINT, Network, Stage, fit
-from fewstep.training.runs import PICTURE, load_enough, open_run, read_config, require_extra
+from fewstep.training.runs import (
+    PICTURE,
+    classes_in,
+    load_enough,
+    open_run,
+    read_config,
+    require_extra,
+    shape_in,
+)
 
 
 @dataclass(frozen=True)
@@ -134,8 +143,8 @@ def train(
         TrainResult: generator, metrics, picture.
 
     Raises:
-        ValueError: data that cannot be loaded, `out` in use, a checkpoint that is damaged or of
-            another run.
+        ValueError: data that cannot be loaded, `out` in use, by a run that is done or by one that
+            goes on, a checkpoint that is damaged or of another run.
         FloatingPointError: the drift is no longer finite; the last good checkpoint stays.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
         ModuleNotFoundError: a package of the extra `fewstep[train]` is missing.
@@ -150,9 +159,13 @@ def train(
     data = load_enough(config.data)
     device = torch_device(config.device)
     run = Run(config, tuple(data.images.shape[1:]), data.names)
-    open_run(out, "wflow", run, began=read_run(out) if resume else None, overwrite=overwrite)
-    generator = _fit(run, data, out, device, progress=progress)
-    rows, picture = evaluate(generator, data, out, seed=config.seed)
+    began = read_run(out) if resume else None
+    with one_writer(out):
+        open_run(out, "wflow", run, began=began, overwrite=overwrite)
+        if (out / CHECKPOINT).exists():
+            checkpoint.check_shapes(out / CHECKPOINT, {"model.": lambda: _generator(run)})
+        generator = _fit(run, data, out, device, progress=progress)
+        rows, picture = evaluate(generator, data, out, seed=config.seed)
     return TrainResult(generator, rows, picture)
 
 
@@ -203,12 +216,14 @@ def read_run(out: Path) -> Run:
     """Read the `config.json` of a run.
 
     Raises:
-        ValueError: it is missing, or is not one of fewstep.
+        ValueError: it is missing, or is not one of this method.
     """
 
     def parse(content: dict[str, Any]) -> Run:
+        if content.get("method", "wflow") != "wflow":
+            raise ValueError(f"method is {content['method']}")
         config = TrainConfig(**{**content["config"], "flow": WFlow(**content["config"]["flow"])})
-        return Run(config, tuple(map(int, content["image_shape"])), tuple(content["classes"]))
+        return Run(config, shape_in(content), classes_in(content))
 
     return read_config(out, parse)
 
@@ -219,10 +234,8 @@ def load_generator(out: Path) -> MLPGenerator:
     Raises:
         ValueError: no run, or a checkpoint that is missing, damaged or of another run.
     """
-    generator = _generator(read_run(out))
-    state = {f"ema.module.{name}": t for name, t in generator.state_dict().items()}
-    checkpoint.restore(out / CHECKPOINT, state)
-    return generator.eval()
+    run = read_run(out)
+    return checkpoint.restored(out / CHECKPOINT, "ema.module.", lambda: _generator(run))
 
 
 def _fit(

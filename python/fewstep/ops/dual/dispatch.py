@@ -139,11 +139,11 @@ def probe(backend: str, like: Tensor, key: Tensor, ids: Maybe, count: int, kind:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """What is computed in."""
-    return torch.float32 if dtype == torch.bfloat16 else dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def probe_dot(backend: str, y: Tensor, key: Tensor, ids: Maybe, count: int, kind: str) -> Tensor:
-    """`<v_k, y_k>` for y `[K B, ...]`: `[K, B]`; in float32 where y is bfloat16."""
+    """`<v_k, y_k>` for y `[K B, ...]`: `[K, B]`; in float32 where y is less."""
     if backend in COMPILED:
         index = reference_probe.PROBES.index(kind)
         return _call(_ops(backend).probe_dot.default, y, key, ids, count, index)  # type: ignore[no-any-return]

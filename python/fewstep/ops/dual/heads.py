@@ -105,6 +105,7 @@ def exact_by_tangents(
 ) -> tuple[Tensor, Tensor]:
     """Velocity and `sum_i e_i' J e_i`, `[B]`, by D tangents, `chunk` at a time, as `source` has
     them otherwise."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     d = x[0].numel() if x.ndim > 1 else 1
     basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
     total: Any = 0
@@ -116,10 +117,10 @@ def exact_by_tangents(
             rows = out.pending[first : first + chunk, :, None]
             batch = x.shape[0]
             tangents = out.flat[batch:].reshape(own.shape[0], batch, -1)
-            total = total + (tangents @ rows)[..., 0].sum(0)
+            total = total + (tangents @ rows)[..., 0].sum(0, dtype=wide)
             primal = F.linear(out.flat[:batch], out.pending, out.shift)
         else:
             (primal,), columns = out.halves()
             diagonal = columns.flatten(2)[:, :, first : first + chunk]
-            total = total + diagonal.diagonal(dim1=0, dim2=2).sum(-1, dtype=x.dtype)
+            total = total + diagonal.diagonal(dim1=0, dim2=2).sum(-1, dtype=wide)
     return primal, total

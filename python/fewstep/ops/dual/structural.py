@@ -239,19 +239,21 @@ def structural(
     if budget is not None and not budget.allows(x.shape[0], weights):
         return None
 
+    wide = torch.promote_types(x.dtype, torch.float32)  # of sums
+
     def core() -> Tensor:
         if len(weights) == 1:
-            return weights[0].diagonal().sum()
+            return weights[0].diagonal().sum(dtype=wide)
         if len(weights) == 2:
-            return (weights[0] * weights[1].T).sum(1)
+            return (weights[0] * weights[1].T).sum(1, dtype=wide)
         return (weights[0] @ weights[2]) * weights[1].T  # [H1, H2]
 
     middle = kept_or_computed(cache, "structural", weights, core)
     if len(weights) == 1:
         value = middle.expand(x.shape[0])
     elif len(weights) == 2:
-        value = diagonals[0] @ middle
+        value = diagonals[0].to(wide) @ middle
     else:
-        value = torch.linalg.vecdot(diagonals[0] @ middle, diagonals[1])
+        value = torch.linalg.vecdot((diagonals[0] @ middle).to(wide), diagonals[1].to(wide))
     velocity_out = out.primal if out.shift is None else out.primal + out.shift
     return velocity_out, value

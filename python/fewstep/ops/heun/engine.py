@@ -10,6 +10,7 @@ from torch import Tensor
 from fewstep._torch import is_dual, is_transformed
 from fewstep.ops.heun import dispatch
 from fewstep.ops.trace.estimator import Divergence
+from fewstep.ops.trace.inputs import wide
 
 FIRST = 2  # row of the table for evaluation 0: row 0 draws latents, row 1 starts a sampler
 
@@ -46,9 +47,9 @@ class Run:
             self.functional, self.backend = True, "reference"
         self.combine = dispatch.into(self.backend, x.dtype)
         self.dtype = x.dtype
-        wide = state == "float64" or x.dtype == torch.float64
-        self.compensated = state == "compensated" and not wide
-        self.high = x.to(torch.float64 if wide else torch.float32)
+        double = state == "float64" or x.dtype == torch.float64
+        self.compensated = state == "compensated" and not double
+        self.high = x.to(torch.float64 if double else torch.float32)
         self.low: Tensor | None = None
         self.scaled = scaled
         self.same = not scaled and self.high.dtype == x.dtype
@@ -118,7 +119,8 @@ class Tracker:
 
     def __init__(self, backend: str, log_density: Tensor, table: Tensor) -> None:
         self.run = Run("log_density", backend, log_density.double(), table, "float64", False)
-        self.variance, self.dtype = torch.zeros_like(log_density), log_density.dtype
+        self.dtype = wide(log_density.dtype)
+        self.variance = torch.zeros_like(log_density, dtype=self.dtype)
         self.estimator = ""
 
     def advance(self, found: list[Divergence], weights: list[Tensor], row: int) -> None:
@@ -139,5 +141,5 @@ def rows(table: Tensor, start: Tensor | None = None) -> Tensor:
     own = table.flatten(0, 1)
     lead = own.new_zeros((FIRST, *own.shape[1:]))
     if start is not None:
-        lead = torch.cat((lead[:1], start[None]))
+        lead = torch.cat((lead[:1], start.expand(own.shape[1:])[None]))
     return torch.cat((lead, own)).contiguous()

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
-from fewstep.ops.heun.inputs import as_vector, check_log_density, check_nodes, check_state, pick
+from fewstep.ops.heun.inputs import as_vector, check_log_density, check_state, pick
 from fewstep.ops.trace.estimator import Solver
-from fewstep.ops.trace.inputs import Options, check, check_ids, make_keys
+from fewstep.ops.trace.inputs import Options, check, check_ids, check_times, make_keys, wide
 
 Velocity = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class HeunResult:
-    """What `heun_solve` returns.
+    """What `heun_solve` returns, and `edm_sample` with a log-density.
 
     Attributes:
         x: the state at the last time, of the shape and dtype of the input.
@@ -27,7 +27,9 @@ class HeunResult:
         stderr: its standard error over the probes, `[B]`: 0 where traces are exact, NaN for a
             single probe.
         path: the states at all times, `[S + 1, B, ...]`, with `keep=True`.
-        estimator: that of the traces.
+        estimator: that of the traces, or "logdet".
+        nonpositive: of "logdet", see `fewstep.edm_sample`, the share of steps whose determinant is
+            not positive, `[B]`: such a step is not invertible along the path.
     """
 
     x: Tensor
@@ -35,6 +37,7 @@ class HeunResult:
     stderr: Tensor | None = None
     path: Tensor | None = None
     estimator: str = ""
+    nonpositive: Tensor | None = None
 
 
 def heun_step(
@@ -55,25 +58,25 @@ def heun_step(
         velocity (Callable): `velocity(x, t)` with t `[B]`, of the shape of x.
         x (Tensor): `[B, ...]`, of any floating dtype.
         t (float | Tensor): a scalar or `[B]`.
-        dt (float | Tensor): a scalar or `[B]`, of either sign.
+        dt (float | Tensor): a scalar or `[B]`, of either sign, or 0.
         backend (str | None): as of `heun_solve`.
 
     Returns:
         Tensor: the state at `t + dt`; differentiable with respect to x, parameters, t and dt.
 
     Raises:
-        ValueError: as `heun_solve`.
+        ValueError: as `heun_solve`; on the CPU, t or dt that is not finite.
 
     >>> import fewstep
     >>> x = torch.ones(3, 2)
     >>> fewstep.heun_step(lambda x, t: -x, x, 0.0, 0.1)[0, 0].item()  # 1 - 0.1 + 0.01 / 2
     0.9049999713897705
     """
+    check_state("heun_step", x, "float32")
     start, step = (as_vector(name, value, x) for name, value in (("t", t), ("dt", dt)))
     start, step = torch.broadcast_tensors(start, step)  # type: ignore[no-untyped-call]
-    times = torch.stack((start, start + step), 1)
-    times = times[0] if len(times) == 1 else times
-    return heun_solve(velocity, x, times, backend=backend).x
+    nodes = torch.stack((start, start + step), 1)
+    return _solve("heun_step", velocity, x, nodes, backend=backend).x
 
 
 def heun_solve(
@@ -101,12 +104,12 @@ def heun_solve(
     clone it, and none may write into it, which at first is x itself.
 
     Args:
-        velocity (Callable): `velocity(x, t)` with t `[B]`, of the shape of x.
+        velocity (Callable): `velocity(x, t)` with t `[B]`, float32 at least, of the shape of x.
         x (Tensor): `[B, ...]` at the first time. The network is called with its dtype.
         times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` with those
-            of each sample; each sample's in one direction.
-        log_density (Tensor | None): `[B]` at the first time, whose dtype the result has; None: not
-            tracked.
+            of each sample; each sample's increase, or decrease, at every step.
+        log_density (Tensor | None): `[B]` at the first time, whose dtype the result has, or float32
+            for one in half precision; None: not tracked.
         estimator, probes, probe, seed, sample_ids: of the traces, as of `fewstep.divergence`.
         fresh (bool): new probes for each evaluation, whose errors average out; as of
             `fewstep.log_density`.
@@ -124,8 +127,8 @@ def heun_solve(
 
     Raises:
         ValueError: an unknown state or backend; times that are fewer than two or, on the CPU, not
-            finite or not monotone; a velocity of another shape than x, or not finite, with the
-            step; arguments of the traces as in `fewstep.divergence`.
+            finite or not strictly monotone; a velocity of another shape than x, or not finite, with
+            the step; arguments of the traces as in `fewstep.divergence`.
         TypeError: x that is not floating.
 
     Source: Karras et al., EDM, arXiv 2206.00364, algorithm 1; Chen et al., Neural ODEs, 2018,
@@ -138,21 +141,47 @@ def heun_solve(
     (0.390625, 2.0)
     """
     check_state("heun_solve", x, state)
-    nodes = check_nodes("heun_solve", times, x)
+    nodes = check_times("heun_solve", times, x)
     options = Options(estimator, probes, probe, None)
     traced = None
+    ids = check_ids(sample_ids, x, "heun_solve")
     if log_density is not None:
         check(options, x, "heun_solve")
         check_log_density("heun_solve", log_density, x)
-        ids = check_ids(sample_ids, x)
         traced = Solver(velocity, options, ids, fixed=not fresh, cache={})
+    return _solve(
+        *("heun_solve", velocity, x, nodes, traced),
+        log_density=log_density,
+        seed=seed,
+        state=state,
+        keep=keep,
+        check_finite=check_finite,
+        backend=backend,
+    )
+
+
+def _solve(
+    who: str,
+    velocity: Velocity,
+    x: Tensor,
+    nodes: Tensor,
+    traced: Solver | None = None,
+    *,
+    log_density: Tensor | None = None,
+    seed: int | Tensor = 0,
+    state: str = "float32",
+    keep: bool = False,
+    check_finite: bool | None = None,
+    backend: str | None = None,
+) -> HeunResult:
+    """`heun_solve` at nodes float64 `[1 or B, S + 1]`, which may repeat."""
     name = pick(x, backend)
     h = nodes.diff(dim=1).T  # [S, 1 or B]
     table = _table(h)
     evaluations = torch.stack((nodes[:, :-1].T, nodes[:, 1:].T), 1).flatten(0, 1)
-    levels = evaluations.to(x.dtype).expand(-1, x.shape[0]).contiguous().unbind()
-    run = Run("heun_solve", name, x, table, state, check_finite)
-    keys = make_keys(seed, h.shape[0], fresh=fresh)
+    levels = evaluations.to(wide(x.dtype)).expand(-1, x.shape[0]).contiguous().unbind()
+    run = Run(who, name, x, table, state, check_finite)
+    keys = make_keys(seed, h.shape[0], fresh=traced is None or not traced.fixed)
     tracker = None if log_density is None else Tracker(name, log_density, _log_table(h))
     path = [x] if keep else []
 

@@ -18,7 +18,7 @@ from fewstep.ops.dual.engine import UnsupportedError
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
 from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget, structural
-from fewstep.ops.trace.inputs import Options, unsupported
+from fewstep.ops.trace.inputs import Options, unsupported, wide
 from fewstep.reference import trace as reference
 
 _CHUNK = 1 << 22  # elements of the tangents that the exact trace holds at once
@@ -30,7 +30,7 @@ class Divergence:
 
     Attributes:
         velocity: `v(x, t)`, of the shape of x.
-        value: `tr(dv/dx)` of each sample, or its estimate, `[B]`.
+        value: `tr(dv/dx)` of each sample, or its estimate, `[B]`, in float32 at least.
         stderr: standard error of `value` over the probes, `[B]`: 0 where it is exact, NaN for a
             single probe.
         estimator: what was used: "exact (structural)", "exact (m tangents)", "hutchinson",
@@ -203,9 +203,8 @@ class Solver:
         return self._mean(v, dots, d)
 
     def _mean(self, v: Tensor, dots: Tensor, d: int) -> Divergence:
-        rows = 2.0 ** max(d - 1, 0).bit_length() if self.options.probe == "hadamard" else math.inf
         value = dots[0] if dots.shape[0] == 1 else dots.mean(0)
-        error = reference.standard_error(dots, rows)
+        error = reference.standard_error(dots, population(self.options.probe, d))
         return Divergence(v, value, error, "hutchinson")
 
     def _sketch(
@@ -242,7 +241,7 @@ class Solver:
         options, d = self.options, x.shape[1:].numel()
         if self._exact(d):
             v, jacobian, way = reference.jacobian(self.run, x, t)
-            value = jacobian.diagonal(dim1=1, dim2=2).sum(1)
+            value = jacobian.diagonal(dim1=1, dim2=2).sum(1, dtype=wide(x.dtype))
             error = torch.zeros_like(value)
             return Divergence(v, value, error, f"exact ({d} tangents)", f"{way}: {reason}")
         ways: list[str] = []
@@ -260,6 +259,11 @@ class Solver:
             v, ju = product(u)
             found = self._mean(v, reference.hutchinson(ju, u), d)
         return replace(found, info=f"{ways[0]}: {reason}")
+
+
+def population(probe: str, d: int) -> float:
+    """How many probes there are of a kind, where they are drawn without replacement."""
+    return 2.0 ** max(d - 1, 0).bit_length() if probe == "hadamard" else math.inf
 
 
 _REFUSED: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from fewstep._torch import is_transformed
 from fewstep.ops.dual import dispatch
 from fewstep.reference.probe import PROBES
 
+MOST_IDS = 2**48
 ESTIMATORS = ("auto", "exact", "hutchinson", "hutch++", "xtrace")
 
 
@@ -26,6 +29,61 @@ class Options:
     backend: str | None = None
     tangent_dtype: torch.dtype | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.probes, Integral) and not isinstance(self.probes, bool):
+            object.__setattr__(self, "probes", int(self.probes))  # NumPy's, too
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states, times and densities beside a network of a dtype: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def readable(t: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device or breaking a graph."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+
+
+def as_float64(who: str, name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    """Numbers as a float64 tensor.
+
+    Raises:
+        TypeError: they are not numbers.
+    """
+    try:
+        return torch.as_tensor(value, dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(value, Tensor):
+            raise
+        raise TypeError(f"{who}: {name} must be numbers, got {value!r}") from error
+
+
+def check_times(who: str, times: Tensor | Sequence[float], x: Tensor) -> Tensor:
+    """float64 `[1 or B, S + 1]` on x's device: at least two nodes, each row finite and, step by
+    step, increasing or decreasing. Values on another device than the CPU are not looked at."""
+    nodes = as_float64(who, "times", times)
+    if nodes.ndim not in (1, 2) or nodes.shape[-1] < 2:
+        raise ValueError(
+            f"{who}: times must be [S + 1] or [B, S + 1] with S at least 1, got"
+            f" {tuple(nodes.shape)}"
+        )
+    if nodes.ndim == 2 and nodes.shape[0] != x.shape[0]:
+        raise ValueError(f"{who}: times must have {x.shape[0]} rows, got {nodes.shape[0]}")
+    nodes = nodes if nodes.ndim == 2 else nodes[None]
+    if readable(nodes):
+        rows = nodes.detach()
+        steps = rows.diff(dim=1)
+        falling = (steps[:, :1] < 0).expand_as(steps)
+        wrong = ~(torch.where(falling, -steps, steps) > 0) | ~steps.isfinite()
+        if bool(wrong.any()):
+            row, step = wrong.nonzero()[0].tolist()
+            before, after = rows[row, step : step + 2].tolist()
+            raise ValueError(
+                f"{who}: times must be finite and increase or decrease at every step, got {before}"
+                f" and then {after} at step {step} of row {row}"
+            )
+    return nodes.to(x.device)
+
 
 def unsupported(backend: str) -> str | None:
     """Why a backend cannot serve divergences, or None."""
@@ -36,6 +94,8 @@ def unsupported(backend: str) -> str | None:
 
 def check(options: Options, x: Tensor, who: str) -> None:
     """Raise where `options` make no sense for x."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{who}: x must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{who}: x must have a floating dtype, got {x.dtype}")
     if x.ndim < 2 or x.shape[1:].numel() == 0:
@@ -65,13 +125,20 @@ def check(options: Options, x: Tensor, who: str) -> None:
         )
 
 
-def check_ids(ids: Tensor | None, x: Tensor) -> Tensor | None:
+def check_ids(ids: Tensor | None, x: Tensor, who: str = "divergence") -> Tensor | None:
     if ids is None:
         return None
-    if ids.dtype != torch.int64:
-        raise TypeError(f"divergence: sample_ids must be int64, got {ids.dtype}")
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{who}: sample_ids must be int64, got {got}")
     if tuple(ids.shape) != (x.shape[0],):
-        raise ValueError(f"divergence: sample_ids must be ({x.shape[0]},), got {tuple(ids.shape)}")
+        raise ValueError(f"{who}: sample_ids must be ({x.shape[0]},), got {tuple(ids.shape)}")
+    if ids.numel() and readable(ids):
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= MOST_IDS:
+            raise ValueError(
+                f"{who}: sample_ids must be in [0, 2^48), got {low if low < 0 else high}"
+            )
     return ids.clone()  # backward draws by them again
 
 
@@ -82,8 +149,7 @@ def check_time(t: float | Tensor, x: Tensor) -> Tensor:
         return x.new_full((x.shape[0],), t)
     if tuple(t.shape) not in ((), (x.shape[0],)):
         raise ValueError(f"divergence: t must be a scalar or ({x.shape[0]},), got {tuple(t.shape)}")
-    readable = t.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and not is_transformed() and not math.isfinite(t.sum().item()):
+    if readable(t) and not math.isfinite(t.sum().item()):
         raise ValueError(f"divergence: t must be finite, got {t.detach()}")
     return t
 
@@ -100,13 +166,13 @@ def make_keys(seed: int | Tensor, steps: int, *, fresh: bool = True) -> Sequence
             raise TypeError(
                 f"divergence: seed must be an int64 scalar, got {seed.dtype} {tuple(seed.shape)}"
             )
-    elif isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    elif isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
         raise ValueError(f"divergence: seed must be an integer in [0, 2^63), got {seed!r}")
     places = [(step, stage) for step in range(steps) for stage in (0, 1)] if fresh else [(0, 0)]
     if isinstance(seed, Tensor):
         rest = seed.new_tensor(places)
         keys = torch.cat([seed.expand(len(places), 1), rest], 1)
     else:
-        keys = torch.tensor([(seed, *place) for place in places])
+        keys = torch.tensor([(int(seed), *place) for place in places])
     own = keys.unbind()
     return own if fresh else own * (2 * steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.engine import UnsupportedError
-from fewstep.ops.trace.estimator import Solver
-from fewstep.ops.trace.inputs import Options, check, check_ids, make_keys
+from fewstep.ops.trace.estimator import Divergence, Solver, population
+from fewstep.ops.trace.inputs import Options, check, check_ids, check_times, make_keys, wide
 from fewstep.reference import trace as reference
 
 METHODS = ("euler", "heun")
@@ -26,8 +26,9 @@ class LogDensity:
     """What `log_density` returns.
 
     Attributes:
-        x: the state at the last time, of the shape of the input.
-        log_prob: log-density of the input, `[B]`, or with `base_at="start"` of x.
+        x: the state at the last time, of the shape and dtype of the input.
+        log_prob: log-density of the input, `[B]`, or with `base_at="start"` of x, in float32 at
+            least.
         stderr: its standard error over the probes, `[B]`: 0 where traces are exact, NaN for a
             single probe.
         nonpositive: of "logdet", the share of steps whose determinant is not positive, `[B]`: such
@@ -91,10 +92,11 @@ def log_density(
                 cut after 8 terms; A's spectral radius must be below 1.
 
     Args:
-        velocity (Callable): as of `fewstep.divergence`; called with t `[B]`.
-        x (Tensor): `[B, ...]`, at the first time.
+        velocity (Callable): as of `fewstep.divergence`; called with x in its dtype and t `[B]`.
+        x (Tensor): `[B, ...]`, at the first time. For bfloat16 and float16 the state, times and
+            densities are float32.
         times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` with nodes
-            of each sample; increasing or decreasing.
+            of each sample; each sample's increase, or decrease, at every step.
         base (Callable | None): log-density `[B]` of the known law; None: N(0, I).
         base_at (str): "end": the law at the last time is known, and `log_prob` is that of x.
             "start": x was drawn from it, and `log_prob` is that of the samples at the last time.
@@ -111,8 +113,9 @@ def log_density(
         LogDensity: differentiable with respect to parameters and x.
 
     Raises:
-        ValueError: as `fewstep.divergence`; times that are fewer than two, not finite or not
-            monotone; an unknown method or tracker; "series" with a spectral radius of 1 or more.
+        ValueError: as `fewstep.divergence`; times that are fewer than two or, on the CPU, not
+            finite or not strictly monotone; an unknown method or tracker; a base of another shape;
+            "series" with a spectral radius of 1 or more.
 
     Source: Chen et al., Neural ODEs, 2018, theorem 1; Grathwohl et al., FFJORD, 2019.
 
@@ -125,7 +128,7 @@ def log_density(
     """
     options = Options(estimator, probes, probe, backend, tangent_dtype)
     check(options, x, "log_density")
-    nodes = _check_times(times, x)
+    nodes = check_times("log_density", times, x)
     if method not in METHODS:
         raise ValueError(f"log_density: method must be one of {METHODS}, got {method!r}")
     if tracker not in TRACKERS:
@@ -139,11 +142,15 @@ def log_density(
         tracker=tracker,
         fresh=fresh,
         seed=seed,
-        ids=check_ids(sample_ids, x),
+        ids=check_ids(sample_ids, x, "log_density"),
     )
-    log_prob = base(x) + path.change if base_at == "start" else base(path.x) - path.change
+    known = base(x.to(path.x.dtype) if base_at == "start" else path.x)
+    if not isinstance(known, Tensor) or tuple(known.shape) != (x.shape[0],):
+        got = tuple(known.shape) if isinstance(known, Tensor) else type(known).__name__
+        raise ValueError(f"log_density: base must return ({x.shape[0]},), got {got}")
+    log_prob = known + path.change if base_at == "start" else known - path.change
     error = path.variance.sqrt()
-    return LogDensity(path.x, log_prob, error, path.nonpositive, path.estimator)
+    return LogDensity(path.x.to(x.dtype), log_prob, error, path.nonpositive, path.estimator)
 
 
 def track(
@@ -158,19 +165,24 @@ def track(
     seed: int | Tensor = 0,
     ids: Tensor | None = None,
 ) -> Path:
-    """Steps through times `[B, S + 1]` and the change of log-density along them."""
-    solver = Solver(velocity, options, ids, fixed=not fresh, cache={})
+    """Steps through times `[1 or B, S + 1]` and the change of log-density along them.
+
+    The state and all sums are in float32 at least; the velocity is called with x's dtype.
+    """
+    solver = _Wide(Solver(velocity, options, ids, fixed=not fresh, cache={}), x.dtype)
+    x = x.to(solver.dtype)
     change = x.new_zeros(x.shape[0])
     variance = torch.zeros_like(change)
     crossed: Tensor | None = None
     name = tracker
     heun = method == "heun"
-    nodes = times.T.contiguous()
-    lengths = nodes.diff(dim=0)
+    nodes = times.expand(x.shape[0], -1).T
+    lengths = nodes.diff(dim=0).to(x.dtype).contiguous()
+    nodes = nodes.to(x.dtype).contiguous()
     steps = lengths.shape[0]
-    wide = lengths.reshape(steps, -1, *(1,) * (x.ndim - 1))
+    long = lengths.reshape(steps, -1, *(1,) * (x.ndim - 1))
     keys = make_keys(seed, steps, fresh=fresh)
-    rows = zip(nodes[:-1], nodes[1:], lengths, lengths / 2, wide, wide / 2, strict=True)
+    rows = zip(nodes[:-1], nodes[1:], lengths, lengths / 2, long, long / 2, strict=True)
     for step, (t, following, h, half, h_wide, half_wide) in enumerate(rows):
         if tracker == "trace":
             first = solver(x, t, keys[2 * step])
@@ -190,11 +202,11 @@ def track(
                 variance = variance + h.square() * spread
             continue
         if tracker == "logdet":
-            x, log_det, sign = _determinant(solver, x, t, h, heun)
+            x, log_det, sign = _determinant(solver, x, t, following, h, heun)
             below = (sign <= 0).to(x.dtype)
             crossed = below if crossed is None else crossed + below
         else:
-            x, log_det, spread = _series(solver, x, t, h, heun, keys[2 * step])
+            x, log_det, spread = _series(solver, x, t, following, h, heun, keys[2 * step])
             variance = variance + spread
         change = change - log_det
     if tracker == "trace" and options.probes == 1 and not name.startswith("exact"):
@@ -202,7 +214,62 @@ def track(
     return Path(x, change, variance, None if crossed is None else crossed / steps, name)
 
 
-def _jacobian(solver: Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass
+class _Wide:
+    """A solver called in the dtype `low` whose results have that of the state, `dtype`."""
+
+    solver: Solver
+    low: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.dtype = wide(self.low)
+        self.same = self.dtype == self.low
+
+    def __call__(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
+        if self.same:
+            return self.solver(x, t, key)
+        found = self.solver(x.to(self.low), t, key)
+        return replace(
+            found,
+            velocity=found.velocity.to(self.dtype),
+            value=found.value.to(self.dtype),
+            stderr=found.stderr.to(self.dtype),
+        )
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        v = reference.checked(self.solver.run(x.to(self.low), t), x)
+        return v.to(self.dtype)
+
+    def jacobian(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        v, j = jacobian(self.solver, x.to(self.low), t)
+        return v.to(self.dtype), j.to(self.dtype)
+
+    def products(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, bool]:
+        """`J v_k`, or `J' v_k` and True where duals do not serve."""
+        x, v = x.to(self.low), v.to(self.low)
+        try:
+            return self.solver.products(x, t, v)[1].to(self.dtype), False
+        except UnsupportedError as reason:
+            self.solver.refuse(reason)
+        _, found, way = reference.products(self.solver.run, x, t, v)
+        return found.to(self.dtype), way == reference.REVERSE
+
+    def probes(self, x: Tensor, key: Tensor) -> tuple[Tensor, float]:
+        """Probes `[K, B, ...]`, and how many there are where they are drawn without replacement.
+
+        As many "hadamard" ones as dimensions are the coordinates themselves, scaled: exact.
+        """
+        options, d = self.solver.options, x.shape[1:].numel()
+        if options.probe == "hadamard" and options.probes == d:
+            basis = math.sqrt(d) * torch.eye(d, dtype=x.dtype, device=x.device)
+            return basis.reshape(d, 1, *x.shape[1:]).expand(d, *x.shape), d
+        like = x.detach().to(self.low)
+        name = self.solver.backend(like)
+        v = dispatch.probe(name, like, key, self.solver.ids, options.probes, options.probe)
+        return v.to(self.dtype), population(options.probe, d)
+
+
+def jacobian(solver: Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Velocity and `J`, `[B, D, D]`, by D tangents."""
     d = x.shape[1:].numel()
     basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
@@ -215,54 +282,43 @@ def _jacobian(solver: Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _determinant(
-    solver: Solver, x: Tensor, t: Tensor, h: Tensor, heun: bool
+    solver: _Wide, x: Tensor, t: Tensor, following: Tensor, h: Tensor, heun: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next x, and `log |det M|` and the determinant's sign, `[B]`."""
-    wide, hm = h.reshape(-1, *(1,) * (x.ndim - 1)), h.reshape(-1, 1, 1)
-    v1, j1 = _jacobian(solver, x, t)
+    long, hm = h.reshape(-1, *(1,) * (x.ndim - 1)), h.reshape(-1, 1, 1)
+    v1, j1 = solver.jacobian(x, t)
     eye = torch.eye(j1.shape[-1], dtype=x.dtype, device=x.device)
     if heun:
-        v2, j2 = _jacobian(solver, x + wide * v1, t + h)
-        x = x + wide / 2 * (v1 + v2)
+        v2, j2 = solver.jacobian(x + long * v1, following)
+        x = x + long / 2 * (v1 + v2)
         m = eye + hm / 2 * (j1 + j2 @ (eye + hm * j1))
     else:
-        x = x + wide * v1
+        x = x + long * v1
         m = eye + hm * j1
     sign, log_det = torch.linalg.slogdet(m)
     return x, log_det, sign.detach()
 
 
-def _products(solver: Solver, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, bool]:
-    """`J v_k`, or `J' v_k` and True where duals do not serve."""
-    try:
-        return solver.products(x, t, v)[1], False
-    except UnsupportedError as reason:
-        solver.refuse(reason)
-    _, found, way = reference.products(solver.run, x, t, v)
-    return found, way == reference.REVERSE
-
-
 def _series(
-    solver: Solver, x: Tensor, t: Tensor, h: Tensor, heun: bool, key: Tensor
+    solver: _Wide, x: Tensor, t: Tensor, following: Tensor, h: Tensor, heun: bool, key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next x, and `log det(I + A)` and its variance over probes, `[B]`."""
-    options, count = solver.options, solver.options.probes
-    wide = h.reshape(-1, *(1,) * (x.ndim - 1))
-    v = dispatch.probe(solver.backend(x), x.detach(), key, solver.ids, count, options.probe)
-    k1 = solver.run(x, t)
-    middle = x + wide * k1
-    following = middle
+    long = h.reshape(-1, *(1,) * (x.ndim - 1))
+    v, count = solver.probes(x, key)
+    k1 = solver.velocity(x, t)
+    middle = x + long * k1
+    end = middle
     if heun:
-        following = x + wide / 2 * (k1 + solver.run(middle, t + h))
-    w, total = v, x.new_zeros((count, x.shape[0]))
+        end = x + long / 2 * (k1 + solver.velocity(middle, following))
+    w, total = v, x.new_zeros(v.shape[:2])
     for n in range(1, _TERMS + 1):
-        own, transposed = _products(solver, x, t, w)
+        own, transposed = solver.products(x, t, w)
         if heun and transposed:  # A' = h/2 (J1' + (I + h J1') J2')
-            u = _products(solver, middle, t + h, w)[0]
-            own = (_products(solver, x, t, w + wide * u)[0] + u) / 2
+            u = solver.products(middle, following, w)[0]
+            own = (solver.products(x, t, w + long * u)[0] + u) / 2
         elif heun:
-            own = (own + _products(solver, middle, t + h, w + wide * own)[0]) / 2
-        w = wide * own
+            own = (own + solver.products(middle, following, w + long * own)[0]) / 2
+        w = long * own
         total = total + (-1) ** (n + 1) / n * (v * w).flatten(2).sum(2)
     size = w.detach().flatten(2).norm(dim=2) / v.flatten(2).norm(dim=2)
     radius = size.max() ** (1 / _TERMS) if size.numel() else size.sum()
@@ -271,23 +327,4 @@ def _series(
             f"log_density: tracker 'series' needs steps with a spectral radius of h J below 1,"
             f" got {float(radius):.3g}; take shorter steps or tracker 'logdet'"
         )
-    return following, total.mean(0), reference.standard_error(total).square()
-
-
-def _check_times(times: Tensor | Sequence[float], x: Tensor) -> Tensor:
-    """`[B, S + 1]`"""
-    nodes = torch.as_tensor(times, dtype=x.dtype, device=x.device)
-    if nodes.ndim not in (1, 2) or nodes.shape[-1] < 2:
-        raise ValueError(
-            f"log_density: times must be [S + 1] or [B, S + 1] with S at least 1,"
-            f" got {tuple(nodes.shape)}"
-        )
-    if nodes.ndim == 2 and nodes.shape[0] != x.shape[0]:
-        raise ValueError(f"log_density: times must have {x.shape[0]} rows, got {nodes.shape[0]}")
-    if not torch.compiler.is_compiling():
-        steps = nodes.detach().diff(dim=-1)
-        if not bool(((steps > 0).all() | (steps < 0).all()) & steps.isfinite().all()):
-            raise ValueError(
-                f"log_density: times must be finite and increase or decrease, got {times}"
-            )
-    return nodes if nodes.ndim == 2 else nodes.expand(x.shape[0], -1)
+    return end, total.mean(0), reference.standard_error(total, count).square()
