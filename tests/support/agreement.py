@@ -141,20 +141,29 @@ class Comparison:
     def __init__(self, p: Problem) -> None:
         self.p = p
         parts = p.alone()
-        self.feasible = [q.feasible() for *_, q in parts]
+        self.stuck = [q.stuck() for *_, q in parts]
         self.scale = p.scale()
         T = len(p.options["eps"]) if isinstance(p.options["eps"], list) else None
         e = p.options["eps"]
         self.eps = torch.as_tensor(e, dtype=torch.float64)
         self.scale = self.scale if self.scale > 0 else self.eps.max()
+        # Potentials are of this size on the way, and a constant that they are off by stays.
+        start = p.options.get("anneal", [])
+        if isinstance(start, float) and "C" not in p.tensors:
+            start = [float(r.costs().nan_to_num(0.0, 0.0).abs().max()) for *_, r in parts]
+        sizes = [
+            torch.as_tensor(t).abs().max() for t in (*p.options.get("init", ()), *as_list(start))
+        ]
+        self.scale = torch.stack([self.scale, *sizes]).max()
         count = p.batch
-        ok = torch.tensor([f is True for f in self.feasible])
+        ok = torch.tensor([share == 0 for share in self.stuck])
         if p.ragged:
             assert ok.all()
             ok = torch.ones(len(p.options["cu_seqlens"][0]) - 1, dtype=torch.bool)
             count = len(ok)
         if isinstance(e, Tensor) and e.ndim == 2:
             T = e.shape[1]
+        self.several = T is not None
         ok = ok.reshape(() if count is None else (count,))
         self.finite = ok if T is None else ok[..., None].expand(*ok.shape, T)
         self.exact = solve(p, torch.float64, "reference", wanted=self.finite)
@@ -167,9 +176,14 @@ class Comparison:
         p, e = self.p, self.expected
         of_f, of_g = self.potential_scales()
         out = {"f": of_f, "g": of_g, "potentials f": of_f, "potentials g": of_g}
-        out |= {"gradient a": 10 * of_f, "gradient b": 10 * of_g}
+        # A penalised potential enters by `exp(-f / rho)`, and so do its errors.
+        felt = [self.amplified(e[k], rho) for k, rho in zip("fg", p.penalised, strict=True)]
+        for k, of, t in zip("ab", (of_f, of_g), felt, strict=True):
+            out[f"gradient {k}"] = 10 * ((of * t).amax(-2) if self.several else of * t)
         value, residual = self.selected(e["value"]).abs().max(), self.selected(e["residual"]).max()
-        out |= {"value": torch.maximum(self.scale, value), "residual": residual.clamp(min=1)}
+        most = torch.stack([t[t.isfinite()].max() for t in felt]).max()
+        out |= {"value": torch.maximum(self.scale * most, value)}
+        out |= {"residual": torch.maximum(residual, most)}
         P = e["P v"] if p.ragged else self.selected(e["plan"]).nan_to_num(0.0)
         out["plan"] = out["gradient C"] = P.abs().max().clamp(min=1e-300)
         widest = P.abs().sum(-1).max().clamp(min=1e-300)
@@ -184,6 +198,11 @@ class Comparison:
             out["barycenter, not normalised"] = torch.maximum(out["barycenter"], mean)
             out |= {f"gradient {k}": slope(p, self.scale) * widest for k in "xy"}
         return out
+
+    def amplified(self, f: Tensor, rho: float | None) -> Tensor:
+        if rho is None:
+            return torch.ones_like(f)
+        return (torch.exp(-f / rho) * (1 + self.eps.max() / rho)).clamp(min=1)
 
     def potential_scales(self) -> tuple[Tensor, Tensor]:
         """The largest finite cost between points of weight; of a point without, its own."""
@@ -245,13 +264,9 @@ class Comparison:
         exact, expected = self.exact, self.expected
         r = actual.result
         label = f"{backend} {str(dtype)[6:]}"
-        for value, converged, residual in (
-            (r.value[~self.finite], r.converged[~self.finite], r.residual[~self.finite]),
-        ):
-            if not bool((value == torch.inf).all()):
-                out.append(f"{label} infeasible: value {value.tolist()}, expected inf")
-            if bool(converged.any()):
-                out.append(f"{label} infeasible: converged, residual {residual.tolist()}")
+        if not p.ragged:
+            for share, (*_, number, _) in zip(self.stuck, p.alone(), strict=True):
+                out += [f"{label} {m}" for m in self.astray(share, r, number)]
         one = self.finite.reshape(-1)
         counts = r.iterations.reshape(-1)[one], exact.result.iterations.reshape(-1)[one]
         if not torch.equal(*counts):
@@ -272,14 +287,37 @@ class Comparison:
         def opinion() -> dict[str, Tensor]:
             return second_opinion(p, dtype, self.finite, **more)
 
+        # Updates of both potentials, or over-relaxed ones, can be as far off at first: their plan
+        # overflows, or is none.
+        plans = bool((self.selected_residual() < 1e6).all())
         for name, value in found.items():
             right = expected[name]
+            if not plans and name not in ("f", "g"):
+                continue
             if p.ragged is False:
                 value, right = self.selected(value), self.selected(right)
             kind = _kind(name, single and "update" not in p.options)
             message = self.compare(name, kind, value, right, opinion)
             if message:
                 out.append(f"{label} {name}: {message}")
+        return out
+
+    def selected_residual(self) -> Tensor:
+        r = self.expected["residual"]
+        return r if self.p.ragged else self.selected(r)
+
+    def astray(self, share: float | None, r: fewstep.SinkhornResult, number: Any) -> list[str]:
+        """What is wrong with a result for a problem that has no plan of finite cost."""
+        value, residual, converged = r.value[number], r.residual[number], r.converged[number]
+        if not share:
+            return []
+        out = []
+        if share == math.inf and not bool((value == torch.inf).all()):
+            out.append(f"infeasible: value {value.tolist()}, expected inf")
+        if bool(value.isnan().any()):
+            out.append("infeasible: value NaN")
+        if share > 2 * self.p.options.get("tol", 1e-3) and bool(converged.any()):
+            out.append(f"infeasible: converged, residual {residual.tolist()}")
         return out
 
     def compare(
@@ -305,10 +343,17 @@ class Comparison:
             lost = self.log_mass() < math.log(torch.finfo(actual.dtype).tiny) + 9
             if bool((elsewhere.any(-1) & ~lost).any()):
                 return "NaN at other points than the reference"
-        infinite = actual.isinf() | exact.isinf()
+        if name in ("f", "g", "potentials f", "potentials g"):
+            # Of a point that is destroyed, for want of a partner, any that is as good as inf.
+            actual, exact = (
+                torch.where(t.abs() > 1e15 * self.eps.min(), t.sign() * torch.inf, t)
+                for t in (actual, exact)
+            )
+        beyond = exact.isfinite() & (exact.abs() > torch.finfo(actual.dtype).max / 16)
+        infinite = (actual.isinf() | exact.isinf()) & ~beyond
         if bool((actual[infinite].double() != exact[infinite]).any()):
             return "infinite elsewhere"
-        keep = ~(infinite | actual.isnan() | exact.isnan())
+        keep = ~(infinite | beyond | actual.isnan() | exact.isnan())
         zero = torch.zeros((), dtype=actual.dtype)
         scale = self.scales[name]
         scale = scale[..., index] if scale.ndim else scale
@@ -344,6 +389,10 @@ def slope(p: Problem, scale: Tensor) -> Tensor:
         norms = torch.cat([x.norm(dim=-1).flatten(), y.norm(dim=-1).flatten()])
         return 1 / norms[norms > 0].min() if (norms > 0).any() else ONE
     return ONE
+
+
+def as_list(v: Any) -> list[Any]:
+    return v if isinstance(v, list) else []
 
 
 def _kind(name: str, single: bool) -> str:
@@ -483,7 +532,8 @@ def check_same(
     def opinion() -> dict[str, Tensor]:
         return second_opinion(p, dtype, c.finite)
 
-    for name, index in (("f", rows), ("g", columns), ("value", ...)):
+    kept = (("f", rows), ("g", columns), ("value", ...))
+    for name, index in kept if bool((c.selected_residual() < 1e6).all()) else kept[:2]:
         found = c.selected(getattr(r, name) / factor) if not p.ragged else getattr(r, name) / factor
         right = c.expected[name] if p.ragged else c.selected(c.expected[name])
         message = c.compare(name, _kind(name, False), found, right, opinion, index)
@@ -582,7 +632,7 @@ def converged(p: Problem) -> Problem | None:
 def check_second(p: Problem) -> None:
     """Second derivatives of the value, against unrolled iterations."""
     q = converged(p)
-    if q is None or q.cost == "euclidean" or not all(r.feasible() for *_, r in q.alone()):
+    if q is None or q.cost == "euclidean" or not all(r.stuck() == 0 for *_, r in q.alone()):
         return
     found: dict[str, list[Tensor]] = {}
     steps = 0
@@ -627,6 +677,7 @@ def check_divergence(p: Problem) -> None:
         scale = scale + o["label_cost"].abs().max()
     eps = torch.as_tensor(o["eps"], dtype=torch.float64)
     scale = scale if scale > 0 else eps.max()
+    scale = torch.stack([scale, *(scale.new_tensor(t) for t in as_list(o.get("anneal")))]).max()
 
     def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
         leaves, call = arguments(q, dtype)
@@ -636,8 +687,8 @@ def check_divergence(p: Problem) -> None:
         return [r.value.detach(), *torch.autograd.grad(r.value.sum(), [leaves["x"], leaves["y"]])]
 
     exact = run(torch.float64, "reference")
-    if not all(t.isfinite().all() for t in exact):
-        return
+    if not all((t.abs() < torch.finfo(torch.float32).max / 16).all() for t in exact):
+        return  # updates of both potentials at once can be that far off at first
     exponent = (scale / eps.min() / 100).clamp(min=1)
     mass = torch.stack([w.sum(-1).max() for w in q.weights()]).max().clamp(min=1)
     size = torch.maximum(scale * mass * mass, exact[0].abs().max())
@@ -750,7 +801,7 @@ def check_drift(seed: int) -> None:
 def problem_failures(p: Problem, seed: int) -> list[str]:
     """What is wrong with a problem; the seed chooses among laws."""
     c = Comparison(p)
-    if None in c.feasible:
+    if None in c.stuck:
         return []
     out = [m for dtype in DTYPES for m in c.run(dtype)]
     dtype = DTYPES[seed % 2]

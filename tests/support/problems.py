@@ -23,7 +23,7 @@ FORMULAS = {
 }
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40)
 DIMENSIONS = (1, 2, 3, 4, 5, 8, 9, 17, 20)
-# A sum of weights that is closer to what is allowed than this decides nothing.
+# Sums of weights differ by this much for rounding alone.
 TIE = 1e-6
 
 
@@ -150,21 +150,22 @@ class Problem:
                 out.append(((..., rows), (..., columns), i, part))
         return out
 
-    def feasible(self) -> bool | None:
-        """Whether one problem has a plan of finite cost; None where rounding decides."""
+    def stuck(self) -> float | None:
+        """The share of the mass that has nowhere to go at finite cost; None where unknown.
+
+        Infinite where a point with weight has no partner that has some.
+        """
         C, (a, b) = self.costs(), self.weights()
-        rho = self.penalised
         allowed = C.isfinite()
+        rows = (allowed & (b > 0)).any(1) | (a == 0)
+        columns = (allowed & (a > 0)[:, None]).any(0) | (b == 0)
+        rho = self.penalised
+        for reachable, r in zip((rows, columns), rho, strict=True):
+            if r is None and not bool(reachable.all()):
+                return math.inf
         if rho != (None, None):
-            reachable = [
-                (allowed & (b > 0)).any(1)[a > 0].all(),
-                (allowed & (a > 0)[:, None]).any(0)[b > 0].all(),
-            ]
-            return all(bool(r) for r, p in zip(reachable, rho, strict=True) if p is None)
-        allowed, a, b = allowed[a > 0][:, b > 0], a[a > 0], b[b > 0]
-        if bool(allowed.all()):
-            return True
-        return _hall(allowed, a, b)
+            return 0.0
+        return _stuck(allowed[a > 0][:, b > 0], a[a > 0], b[b > 0])
 
     def scale(self) -> Tensor:
         """Largest finite cost between points that have weight."""
@@ -173,7 +174,8 @@ class Problem:
             C, (a, b) = p.costs(), p.weights()
             C = C[a > 0][:, b > 0]
             out = torch.maximum(out, C[C.isfinite()].abs().max() if C.isfinite().any() else out)
-        return out
+        # Cosine's are those of unit vectors, and rounded as these are.
+        return out.clamp(min=1) if self.cost == "cosine" else out
 
     def describe(self) -> str:
         """As it could be typed."""
@@ -191,8 +193,8 @@ class Problem:
         return ", ".join(f"{k}={written(v)}" for k, v in parts.items())
 
 
-def _hall(allowed: Tensor, a: Tensor, b: Tensor) -> bool | None:
-    """Hall's condition: no set of rows has more mass than the columns that it may go to."""
+def _stuck(allowed: Tensor, a: Tensor, b: Tensor) -> float | None:
+    """By Hall's theorem: what a set of rows has more than the columns that it may go to."""
     patterns, which = torch.unique(allowed, dim=0, return_inverse=True)
     mass = torch.zeros(len(patterns), dtype=a.dtype).index_add(0, which, a)
     count = len(patterns)
@@ -202,10 +204,8 @@ def _hall(allowed: Tensor, a: Tensor, b: Tensor) -> bool | None:
         sets = (s for k in range(1, count + 1) for s in itertools.combinations(range(count), k))
     else:
         return None
-    spare = min(float(b[patterns[list(s)].any(0)].sum() - mass[list(s)].sum()) for s in sets)
-    total = min(spare, float(b.sum() - a.sum()) + 1.0)
-    # A set of all the rows whose columns have exactly its mass is no tie.
-    return None if -TIE < total < -1e-12 else total >= -1e-12
+    most = max(float(mass[list(s)].sum() - b[patterns[list(s)].any(0)].sum()) for s in sets)
+    return 0.0 if most < TIE else most / float(a.sum())
 
 
 class _Draw:
@@ -307,7 +307,8 @@ def draw(seed: int) -> Problem:
             tensors["b"] = tensors["a"]
     if form == "ragged":
         ends = (torch.tensor([0, *itertools.accumulate(c)]) for c in zip(*sides, strict=True))
-        options["cu_seqlens"] = tuple(ends)
+        cu_x, cu_y = ends
+        options["cu_seqlens"] = (cu_x, cu_x if same else cu_y)
     problem = Problem(tensors, options, same, strided=d(0.15))
 
     if not matrix and d(0.12):
@@ -388,7 +389,8 @@ def _schedule(d: _Draw, p: Problem) -> None:
         finite.append(C[C.isfinite()])
     costs = torch.cat(finite)
     mean = float(costs.abs().mean()) if costs.numel() else 1.0
-    mean = mean if mean > 0 else 1.0
+    if mean == 0 or (p.cost == "cosine" and mean < 1e-3):  # equal directions, but for rounding
+        mean = 1.0
     count = len(o["cu_seqlens"][0]) - 1 if p.ragged else p.batch
 
     def temperature() -> float:
