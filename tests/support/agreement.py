@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from tests.support.problems import DISTANCES, FORMULAS, Problem, draw
+from tests.support.problems import DISTANCES, FORMULAS, Problem
 from tests.tolerances import CONTRACT, CONTRACT64, assert_contract, assert_no_worse_than_eager
 from torch import Tensor
 
@@ -617,10 +617,6 @@ def check_formula(c: Comparison) -> None:
             lambda: second_opinions(p, torch.float64, c.finite),
         )
         assert message is None, message
-
-
-def failures(seed: int) -> list[str]:
-    return problem_failures(draw(seed), seed)
 
 
 def converged(p: Problem) -> Problem | None:
