@@ -1,8 +1,8 @@
 # make demo    train a one-step generator of MNIST digits on this CPU   (FAST=1: 8x8 digits, a minute)
-# make test    lint, format, types, tests
+# make test    lint, format, types, tests   (make test-slow: the long ones)
 # make gpu     build, test, check and time all GPU kernels (OUT=runs/gpu, WHEELS=folder with wheels of peers)
 # make gpu-tests   the GPU tests: on a GPU, else on an interpreter where nvcc is found (tests/ptx/README.md)
-# The first two set up .venv the first time and whenever what they install from has changed.
+# make demo and the tests set up .venv the first time and whenever what they install from has changed.
 PYTHON ?= python3
 BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.[ch]*' -o -name '*.inl')
@@ -21,15 +21,20 @@ CPP_SOURCES = $(shell find csrc tests \( -path tests/ptx/build -o -path tests/pt
 GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
 OUT ?= runs/gpu
 
+# A file's tests stay in one process: they share trained runs, emulators and compiled formulas.
+PYTEST := $(BIN)/pytest --doctest-modules --numprocesses logical --dist loadscope
 NVCC := $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc $(CUDA_HOME)/bin/nvcc))
 
-.PHONY: demo test lint bench gpu gpu-tests ptx-selftest ptx-fuzz clean
+.PHONY: demo test test-slow lint bench gpu gpu-tests ptx-selftest ptx-fuzz clean
 
 demo: .venv/ready
 	$(BIN)/fewstep train wflow $(DEMO) --overwrite
 
 test: .venv/ready lint
-	$(BIN)/pytest --doctest-modules
+	$(PYTEST) -m 'not slow'
+
+test-slow: .venv/ready
+	$(PYTEST) -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .

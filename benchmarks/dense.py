@@ -114,7 +114,7 @@ def dense_drift(
     """
     d = x.shape[2]
     squared = [torch.cdist(x, z).square_() for z in (x, y, x_self)]
-    mean = sum(s.sum() for s in squared) / sum(s.numel() for s in squared)
+    mean = torch.stack([s.sum() for s in squared]).sum() / sum(s.numel() for s in squared)
     scale = (mean / d).sqrt().clamp(min=1e-3)
     y, x_self = y / scale, x_self / scale
     costs = [s.div_(2 * scale**2) for s in squared[1:]]
@@ -125,7 +125,7 @@ def dense_drift(
             v -= _plan_in_place(costs[1] / -(t * d), iterations) @ x_self
         else:
             plan = _plan_of_potentials(torch.cat(costs, 2) / -(t * d), iterations)
-            positive, negative = plan.split([y.shape[1], x_self.shape[1]], 2)
+            positive, negative = torch.split(plan, [y.shape[1], x_self.shape[1]], 2)
             v = (positive * negative.sum(2, keepdim=True)) @ y
             v -= (negative * positive.sum(2, keepdim=True)) @ x_self
         rms.append(v.square().mean().clamp(min=1e-8).sqrt())

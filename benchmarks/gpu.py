@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -407,9 +408,9 @@ def main(argv: list[str] | None = None) -> int:
         stages.append(("ceilings", measure_ceilings))
         for name in args.case or GPU_CASES:
             case = GPU_CASES[name]
-            stages.append((name, lambda case=case: stage_case(runner, case, args.budget)))
+            stages.append((name, partial(stage_case, runner, case, args.budget)))
         for tool in SANITIZERS:
-            stages.append((tool, lambda tool=tool: stage_sanitizer(runner, tool)))
+            stages.append((tool, partial(stage_sanitizer, runner, tool)))
         stages.append(("occupancy", lambda: stage_occupancy(runner)))
         done = run_stages(stages, report)
     say(f"wrote {args.out / 'gpu.md'} and gpu.csv")

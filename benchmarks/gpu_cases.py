@@ -127,8 +127,8 @@ def draw(case: Case, device: str, copies: int = 1) -> list[Problem]:
         temperatures = case.eps_of_mean
     problems = [Problem(case, x, y, x_self, temperatures, device)]
     for k in range(1, copies):
-        moved = [p.roll(k, 1).contiguous() for p in (x, y, x_self)]
-        problems.append(Problem(case, *moved, temperatures, device))
+        x_k, y_k, x_self_k = (p.roll(k, 1).contiguous() for p in (x, y, x_self))
+        problems.append(Problem(case, x_k, y_k, x_self_k, temperatures, device))
     return problems
 
 
@@ -159,12 +159,14 @@ def exact_drift(problem: Problem, slice_groups: int = 512) -> tuple[Tensor, Tens
     for part in slices:
         x, y, x_self = (p[part].double() / scale for p in clouds)
         ones = x.new_ones((x.shape[0], 2 * case.m))
-        options = {"joint": case.form == "joint", "scaled": False, "unit": False, "diagonal": None}
         out = reference.drift(
             *(x, y, x_self, None, ones, ones[:, 0], eps),
             cost=case.cost,
             max_iter=problem.iterations,
-            **options,
+            joint=case.form == "joint",
+            scaled=False,
+            unit=False,
+            diagonal=None,
         )
         velocities.append(out[0].float())
     v = torch.cat(velocities, 1)
@@ -239,7 +241,7 @@ def definition_of(name: str, case: Case) -> str | None:
         return None if case.backward and case.workload == "solve" else served.get(case.workload)
     contender = CONTENDERS[name]
     # All of ours serve a drift, by the kernels of the op or by those of the solve.
-    served = dict(contender.definitions)
+    served = {str(work): name for work, name in contender.definitions.items()}
     if contender.kind == "fewstep":
         served |= {"divergence": "symmetric", "drift": "drift"}
     definition = served.get(case.workload)
@@ -256,7 +258,7 @@ def event_times(calls: Sequence[Callable[[], Any]], budget: float, least: int = 
     wait()
     start = time.perf_counter()
     while len(pairs) < least or time.perf_counter() - start < budget:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         calls[len(pairs) % len(calls)]()
         end.record()

@@ -146,7 +146,7 @@ def _torch_divergence(problem: Problem, solver: Divergence, compiled: bool = Fal
 def _torch_drift(problem: Problem, compiled: bool = False) -> Run:
     solver = torch.compile(dense_drift, dynamic=False) if compiled else dense_drift
     options = (problem.temperatures, problem.iterations, problem.case.form)
-    return _run_drift(problem, lambda *clouds: solver(*clouds, *options))
+    return _run_drift(problem, lambda x, y, x_self: solver(x, y, x_self, *options))
 
 
 def _geomloss(problem: Problem, backend: str) -> Run:
@@ -196,7 +196,8 @@ def _pykeops(problem: Problem) -> Run:
         for _ in range(problem.iterations):
             f = -(LazyTensor((g + log_b)[:, None, :, None]) - cost).logsumexp(2)[..., 0]
             g = -(LazyTensor((f + log_a)[:, :, None, None]) - cost).logsumexp(1)[..., 0]
-        return eps * (f.mean(1) + g.mean(1))
+        value: Tensor = eps * (f.mean(1) + g.mean(1))
+        return value
 
     return _run_torch(problem, solve)
 
@@ -266,7 +267,7 @@ def _ott_divergence(problem: Problem) -> Run:
     temperatures = tuple(t / problem.scale for t in problem.temperatures)
 
     @jax.tree_util.register_pytree_node_class
-    class Schedule(epsilon_scheduler.Epsilon):
+    class Schedule(epsilon_scheduler.Epsilon):  # type: ignore[misc]
         def __call__(self, it: Any) -> Any:
             return self.target if it is None else jnp.asarray(temperatures)[it]
 

@@ -1,4 +1,4 @@
-"""The cases and the contenders; imports neither torch nor any peer."""
+"""The cases of every family; imports neither torch nor any peer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-Array = np.ndarray
+Array = Any  # of NumPy, or a tensor where it was drawn on the device
 TraceWorkload = Literal["trace", "trace-training", "log-density"]
 Workload = Literal["solve", "divergence", "drift", "edm"] | TraceWorkload
 
@@ -373,6 +373,7 @@ def _traces() -> list[TraceCase]:
         "d64_w1024": (64, 1024, 4, 256),
     }
     cases = []
+    who: tuple[str, ...]
     for name in ("d64", "d784"):
         who = ("plain", "cpp", "cpp-solve", *_LOOPS)
         cases.append(

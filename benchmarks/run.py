@@ -154,7 +154,7 @@ def derive(rows: list[dict[str, Any]], peers: bool) -> None:
 def describe(row: dict[str, Any]) -> str:
     if "median_s" not in row:
         error = f" (value off by {row['value_error']:.1e})" if "value_error" in row else ""
-        return row["note"] + error
+        return f"{row['note']}{error}"
     line = (
         f"{1e3 * row['median_s']:10.2f} ms  [{1e3 * row['q25_s']:.2f}, {1e3 * row['q75_s']:.2f}]"
         f"  first {row['first_call_s']:.2f} s  peak {row['peak_mb']:.0f} MB"

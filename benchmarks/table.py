@@ -198,9 +198,9 @@ def render_family(rows: list[Row]) -> str:
         ("rmse", "RMSE of the log-density", " nats"),
     ):
         for name in dict.fromkeys(r["case"] for r in rows if r.get(column)):
-            own = [r for r in rows if r["case"] == name and r[column] and r["median_s"]]
-            listing = ", ".join(f"{_label(r)} {float(r[column]):.3g}{unit}" for r in own)
-            more += f"{what}, {_what(own[0])}, {cases[name].shape}: {listing}. "
+            shown = [r for r in rows if r["case"] == name and r[column] and r["median_s"]]
+            listing = ", ".join(f"{_label(r)} {float(r[column]):.3g}{unit}" for r in shown)
+            more += f"{what}, {_what(shown[0])}, {cases[name].shape}: {listing}. "
     same = "Same networks, inputs and probes"
     if any(row.get("over_network") for row in rows):
         same += "; times the network alone, called in turn with it in one process"

@@ -150,7 +150,7 @@ def test_measure_times_what_agrees(backward: bool) -> None:
 
 
 def test_measure_refuses_another_number_of_iterations() -> None:
-    other = draw(replace(SMALL, iterations=SMALL.iterations - 1))
+    other = draw(replace(SMALL, iterations=5))
     row = measure(CONTENDERS["eager"], draw(SMALL), expect(other, "alternating"), budget=0.01)
     assert "times_s" not in row
     assert "disagrees" in row["note"]
@@ -273,7 +273,9 @@ def test_table_refuses_a_readme_without_markers(results: Path) -> None:
 
 def test_plot_draws_the_sweep(results: Path) -> None:
     by_contender = plot.curves(table.read(results))[3]
-    assert by_contender["eager"] == [(512, pytest.approx(0.1 / (512 * 512 * 10), rel=1e-3))]
+    ((n, seconds),) = by_contender["eager"]
+    assert n == 512
+    assert seconds == pytest.approx(0.1 / (512 * 512 * 10), rel=1e-3)
     assert [n for n, _ in by_contender["cpp"]] == [512, 1024]
     assert plot.main([str(results)]) == 0
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -366,7 +368,7 @@ def test_samplers_agree(name: str) -> None:
         pytest.skip(f"{contender.package} is not installed")
     for state in (case.state, (2, 3, 8, 8)):
         problem = draw_heun(replace(case, state=state))
-        sampler = BUILDERS["edm", name](problem)
+        sampler: Any = BUILDERS["edm", name](problem)
         outputs = numpy_outputs(sampler())
         exact = expect(problem, contender.definition_for(case))
         assert errors(outputs, exact)[0] <= case.value_rtol

@@ -107,7 +107,7 @@ def reverse(v: Tensor | None, create_graph: bool) -> Divergence:
         with torch.enable_grad():
             y = x.detach().requires_grad_(True)
             out = velocity(y, t)
-            total = 0
+            total = torch.zeros(())
             count = y.shape[1] if v is None else len(v)
             for k in range(count):
                 graph = create_graph or k < count - 1
@@ -133,11 +133,11 @@ def torch_func(v: Tensor | None) -> Divergence:
 
         if v is None:
             basis = torch.eye(x.shape[1], dtype=x.dtype)[:, None].expand(-1, *x.shape)
-            out, pullback = torch.func.vjp(field, x)
+            out, pullback, *_ = torch.func.vjp(field, x)
             rows = torch.func.vmap(lambda u: pullback(u)[0])(basis)
             return out, rows.diagonal(dim1=0, dim2=2).sum(1)
         if len(v) == 1:
-            out, tangent = torch.func.jvp(field, (x,), (v[0],))
+            out, tangent, *_ = torch.func.jvp(field, (x,), (v[0],))
             return out, (tangent * v[0]).sum(1)
         out = field(x)
         tangents = torch.func.vmap(lambda u: torch.func.jvp(field, (x,), (u,))[1])(v)
@@ -295,7 +295,8 @@ def heun(s: Setup, divergence: Sequence[Divergence] | None) -> tuple[Tensor, Ten
 
 
 def _normal(x: Tensor) -> Tensor:
-    return torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
+    each: Tensor = torch.distributions.Normal(0.0, 1.0).log_prob(x)  # type: ignore[no-untyped-call]
+    return each.sum(1)
 
 
 class LogDensity:

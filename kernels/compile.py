@@ -211,6 +211,7 @@ def _dual_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
         launch = config.dual_activate(own, arch)
         shared = (False,) if low else (False, True)
         for kind, backward, alone in itertools.product(range(7), (False, True), shared):
+            flags: dict[str, float]
             flags = {"KIND": kind, "BACKWARD": backward, "SHARED": alone, "SHIFT": True}
             flags |= {"BETA": 1.0, "THRESHOLD": 20.0}
             yield dual.dual_activate_kernel, dtype, launch | flags
@@ -265,9 +266,13 @@ def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
             for gradient, near_only in ((False, False), (True, False), (True, True)):
                 if near_only and not (euclidean and update["DOT"]):
                     continue
-                options = {"gradient": gradient, "near_only": near_only, "diagonal": diagonal}
-                shape = (batch, 1024, dim, width, dtype, arch, precision)
-                launch = config.sinkhorn_apply(*shape, **options) | cost | {"GRADIENT": gradient}
+                launch = config.sinkhorn_apply(
+                    *(batch, 1024, dim, width, dtype, arch, precision),
+                    gradient=gradient,
+                    near_only=near_only,
+                    diagonal=diagonal,
+                )
+                launch |= cost | {"GRADIENT": gradient}
                 yield sinkhorn_apply_kernel, dtype, launch
     yield from _dual_launches(arch)
     yield from _heun_launches(arch)

@@ -1,4 +1,4 @@
-"""Dual numbers and probes in Triton, with the schemas and bits of the C++ ops.
+"""Dual numbers through activations and norms in Triton, with the schemas and bits of the C++ ops.
 
 The registered ops are in the namespace `fewstep_triton`. Nothing is summed by atomics: the same
 bits in every run.
@@ -492,10 +492,10 @@ def dual_norm(
 ) -> Tensor:
     """See `fewstep.reference.dual.norm`; rows of up to `config.LONGEST_ROW`."""
     out = z.new_empty(z.shape)
-    z, *rest = _contiguous(z, shift, weight, bias)
+    z, shift, weight, bias = _contiguous(z, shift, weight, bias)
     count, width = z.numel() // (tangents + 1), row_size(z)
     own, made = _halves(z, count), _halves(out, count)
-    _normed(own, *rest, made, tangents, width, groups, centred, eps)
+    _normed(own, shift, weight, bias, made, tangents, width, groups, centred, eps)
     return out
 
 
@@ -517,8 +517,9 @@ def dual_norm_pair(
 ) -> tuple[Tensor, Tensor]:
     """See `fewstep.reference.dual.norm_pair`."""
     out = _empty_pair(z, u)
-    z, u, *rest = _contiguous(z, u, shift, weight, bias)
-    _normed((z, u), *rest, out, _count(z, u), row_size(z), groups, centred, eps)
+    z, u, shift, weight, bias = _contiguous(z, u, shift, weight, bias)
+    sizes = (_count(z, u), row_size(z), groups)
+    _normed((z, u), shift, weight, bias, out, *sizes, centred, eps)
     return out
 
 

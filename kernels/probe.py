@@ -216,4 +216,4 @@ def probe_dot(y: Tensor, key: Tensor, ids: Tensor | None, probes: int, kind: int
 def probe_scale(g: Tensor, key: Tensor, ids: Tensor | None, d: int, kind: int) -> Tensor:
     """`g_k v_k` `[K, B, D]` for g `[K, B]`."""
     out = g.new_empty((*g.shape, d))
-    return _probes(2, g.contiguous(), out, key, ids, (*g.shape, d), kind)  # type: ignore[arg-type]
+    return _probes(2, g.contiguous(), out, key, ids, (*g.shape, d), kind)

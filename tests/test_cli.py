@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -15,22 +16,32 @@ from fewstep.training import plots, wflow
 from fewstep.training.runs import EXTRA, PICTURE
 
 
+def write_data(folder: Path) -> str:
+    images = np.random.default_rng(0).integers(0, 256, (24, 4, 4), dtype=np.uint8)
+    np.save(folder / "a.npy", images)
+    np.save(folder / "a_labels.npy", np.arange(24) % 3)
+    return str(folder / "a.npy")
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    images = np.random.default_rng(0).integers(0, 256, (24, 4, 4), dtype=np.uint8)
-    np.save(tmp_path / "a.npy", images)
-    np.save(tmp_path / "a_labels.npy", np.arange(24) % 3)
-    return str(tmp_path / "a.npy")
+    return write_data(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    config = wflow.TrainConfig(write_data(folder), steps=2, batch=4, width=8, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wflow, "report", lambda real, generated, **_: [])
+        patch.setattr(plots, "save_comparison", lambda path, *_, **__: path.touch())
+        wflow.train(config, folder / "run", progress=False)
+    return folder / "run"
 
 
 @pytest.fixture
-def finished(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(wflow, "report", lambda real, generated, **_: [])
-        patch.setattr(plots, "save_comparison", lambda path, *_, **__: path.touch())
-        wflow.train(wflow.TrainConfig(data, steps=2, batch=4, width=8, seed=3), out, progress=False)
-    return out
+def finished(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:

@@ -226,6 +226,7 @@ def test_emulated_nan_comes_out(emulators: dict[str, Emulator]) -> None:
     assert actual[5].tolist()[1] is False
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("team", ["single", "threads"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 @pytest.mark.parametrize("cost", COSTS)

@@ -28,7 +28,7 @@ NO_DIAGONAL = -(2**63)
 # A thread alone, and warps of 32 fibers with tensor cores, under the address sanitizer; 3 warps of
 # 2 threads, and clusters of such blocks, under the thread sanitizer: ranks, and warps of 32.
 TEAMS = {"alone": (0, 0), "block": (1, 0), "cluster": (3, 0)}
-WIDE = {"wide": (1, 2), "four": (1, 4), "wide cluster": (2, 2)}
+WIDE = {"wide": (1, 2)}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 
 
@@ -208,6 +208,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.pairwise
 @DTYPES
 @pytest.mark.parametrize("op", ["solve", "direct"])
 @pytest.mark.parametrize("team", ["alone", "cluster"])
@@ -237,10 +238,10 @@ SYMMETRIC: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.pairwise
 @DTYPES
-@pytest.mark.parametrize(
-    ("op", "team"), [*itertools.product(["solve", "direct"], TEAMS), ("solve", "wide cluster")]
-)
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("op", ["solve", "direct"])
 @pytest.mark.parametrize("options", SYMMETRIC.values(), ids=SYMMETRIC)
 def test_symmetric_updates(
     emulators: dict[str, Emulator],
@@ -249,10 +250,13 @@ def test_symmetric_updates(
     team: str,
     dtype: torch.dtype,
 ) -> None:
+    check_symmetric(emulators[team], TEAMS[team], options, op, dtype)
+
+
+def check_symmetric(
+    run: Emulator, how: tuple[int, int], options: dict[str, Any], op: str, dtype: torch.dtype
+) -> None:
     """With two potentials, and with one of x and x; also from a start, and without a diagonal."""
-    run, how = emulators[team], (TEAMS | WIDE)[team]
-    if team == "wide cluster" and (dtype == torch.float64 or "rho" not in options):
-        pytest.skip("slow, and no other arithmetic")
     x, y, a, b, eps = make(2, 8, 11, 3, dtype)
     schedule = Schedule(**options, relax=0.5, simultaneous=True)
     check(run, how, (x, y, a, b, eps), schedule, op=op)
@@ -361,6 +365,7 @@ def test_colder_by_and_by(emulators: dict[str, Emulator], team: str) -> None:
 TENSOR_SHAPES = [(2, 13, 50, 33), (1, 16, 7, 20), (1, 11, 50, 260)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("team", WIDE)
 @pytest.mark.parametrize("shape", TENSOR_SHAPES, ids=str)
@@ -405,8 +410,15 @@ def test_nan_stays_in_its_problem(emulators: dict[str, Emulator]) -> None:
         assert_contract("potential", actual[0][1], clean[0][1].double())
 
 
-@DTYPES
-@pytest.mark.parametrize("team", ["alone", "block", "wide"])
+@pytest.mark.pairwise
+@pytest.mark.parametrize(
+    ("team", "dtype"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{'f64' if case[1] == torch.float64 else 'f32'}")
+        for case in itertools.product(["alone", "block", "wide"], [torch.float64, torch.float32])
+        if case != ("wide", torch.float64)  # tensor cores take float32
+    ],
+)
 @pytest.mark.parametrize("form", ["split", "joint"])
 @pytest.mark.parametrize("counts", [(6, 5, 0), (6, 5, 4)], ids=str)
 def test_drift(
@@ -427,8 +439,6 @@ def test_drift(
     weights[:, 1] = 0
     guidance = torch.tensor([0.5, 2.0], dtype=dtype) * (counts[2] > 0)
     eps = torch.tensor([0.1, 1.0], dtype=dtype)
-    if team in WIDE and dtype == torch.float64:
-        pytest.skip("tensor cores take float32")
     scale, unit = 1.3, 1.3**2 * d
     plans = 1 if joint else 2 + (counts[2] > 0)
     for diagonal, cost in ((None, "half_sqeuclidean"), (1, "euclidean")):

@@ -72,6 +72,7 @@ def test_value_agrees_with_geomloss(reach: float | None) -> None:
     assert torch.allclose(actual.value, expected, rtol=1e-3)  # geomloss stops before convergence
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reach", [None, 1.0])
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("shape", [(3, 3), (4, 3)])

@@ -102,6 +102,7 @@ def test_norm_of_tangents_in_bfloat16(
     assert_pairs(found, exact, UNIT)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", PROBES)
 @pytest.mark.parametrize("d", [1, 3, 513])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=["f32", "pair", "mixed", "f64"])

@@ -152,6 +152,7 @@ def test_kernels_are_not_compiled_for_every_shape() -> None:
     assert len(variants) == 8
 
 
+@pytest.mark.slow
 def test_compiled_kernels_do_not_spill(tmp_path: Path) -> None:
     """The heaviest kernels; `python -m fewstep.kernels.compile` compiles them all in minutes."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -26,6 +26,7 @@ def clouds(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     return {"x": x, "y": y, "a": a / a.sum(-1, keepdim=True), "b": b / b.sum(-1, keepdim=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,35 +28,60 @@ def measured() -> bool:
     return False
 
 
+def measure_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(wflow, "report", lambda real, generated, **_: [])
+    patch.setattr(plots, "save_comparison", lambda path, *_, **__: path.touch())
+
+
 @pytest.fixture(autouse=True)
 def _report(measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds of metrics and plotting are spent only by tests that are `measured`."""
     if not measured:
-        monkeypatch.setattr(wflow, "report", lambda real, generated, **_: [])
-        monkeypatch.setattr(plots, "save_comparison", lambda path, *_, **__: path.touch())
+        measure_nothing(monkeypatch)
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> str:
+def configured(folder: Path) -> wflow.TrainConfig:
     """Two classes of 4x4 images, light on dark left or right, 40 and 20 of them."""
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, -0.6, (60, 4, 4))
     images[:40, :, :2] += 1.2 * rng.uniform(0.8, 1, (40, 1, 1))
     images[40:, :, 2:] += 1.2 * rng.uniform(0.8, 1, (20, 1, 1))
-    np.save(tmp_path / "a.npy", images)
-    np.save(tmp_path / "a_labels.npy", np.repeat([3, 5], (40, 20)))
-    return str(tmp_path / "a.npy")
+    np.save(folder / "a.npy", images)
+    np.save(folder / "a_labels.npy", np.repeat([3, 5], (40, 20)))
+    options = {"log_every": 1, "checkpoint_every": 10, "device": "cpu"}
+    return wflow.TrainConfig(str(folder / "a.npy"), steps=24, batch=8, width=16, **options)
 
 
 @pytest.fixture
-def config(data: str) -> wflow.TrainConfig:
-    return wflow.TrainConfig(
-        data, steps=24, batch=8, width=16, log_every=1, checkpoint_every=10, device="cpu"
-    )
+def config(tmp_path: Path) -> wflow.TrainConfig:
+    return configured(tmp_path)
+
+
+@pytest.fixture
+def data(config: wflow.TrainConfig) -> str:
+    return config.data
 
 
 def run(config: wflow.TrainConfig, out: Path, **options: bool) -> wflow.TrainResult:
     return wflow.train(config, out, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[wflow.TrainConfig, Path]:
+    """A run that was never stopped. Tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = configured(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        measure_nothing(patch)
+        run(config, folder / "run")
+    return config, folder / "run"
+
+
+@pytest.fixture
+def finished(
+    whole: tuple[wflow.TrainConfig, Path], tmp_path: Path
+) -> tuple[wflow.TrainConfig, Path]:
+    return whole[0], shutil.copytree(whole[1], tmp_path / "finished")
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -149,13 +175,13 @@ def test_ctrl_c_in_the_shell(config: wflow.TrainConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [0, 4, 13])
 def test_a_stopped_run_resumes(
-    config: wflow.TrainConfig,
+    whole: tuple[wflow.TrainConfig, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
     step: int,
 ) -> None:
-    draw, before = wflow._draw, signal.getsignal(number)
+    config, draw, before = whole[0], wflow._draw, signal.getsignal(number)
 
     def interrupted(config: wflow.TrainConfig, classes: list[torch.Tensor], at: int) -> object:
         if at == step:
@@ -169,16 +195,15 @@ def test_a_stopped_run_resumes(
     assert signal.getsignal(number) is before
     assert checkpoint.load(tmp_path / "stopped" / CHECKPOINT)[1] == step + 1
     run(config, tmp_path / "stopped", resume=True)
-    run(config, tmp_path / "whole")
-    assert_same_state(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_state(tmp_path / "stopped", whole[1])
 
 
-def test_a_finished_run_resumes_to_its_report(config: wflow.TrainConfig, tmp_path: Path) -> None:
-    run(config, tmp_path / "run")
-    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
-    (tmp_path / "run" / PICTURE).unlink()
-    assert run(config, tmp_path / "run", resume=True).picture.exists()
-    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
+def test_a_finished_run_resumes_to_its_report(finished: tuple[wflow.TrainConfig, Path]) -> None:
+    config, out = finished
+    before = (out / CHECKPOINT).read_bytes()
+    (out / PICTURE).unlink()
+    assert run(config, out, resume=True).picture.exists()
+    assert (out / CHECKPOINT).read_bytes() == before
 
 
 def test_steps_draw_afresh(config: wflow.TrainConfig, data: str) -> None:
@@ -301,9 +326,8 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how", ["torn", "flipped", "text", "empty", "foreign", "other shape", "missing"]
 )
-def test_damaged_checkpoint(config: wflow.TrainConfig, tmp_path: Path, how: str) -> None:
-    out = tmp_path / "run"
-    run(replace(config, steps=2), out)
+def test_damaged_checkpoint(finished: tuple[wflow.TrainConfig, Path], how: str) -> None:
+    config, out = finished
     path = out / CHECKPOINT
     damage(path, how)
     before = path.read_bytes() if path.exists() else None
@@ -311,7 +335,7 @@ def test_damaged_checkpoint(config: wflow.TrainConfig, tmp_path: Path, how: str)
         wflow.load_generator(out)
     if before is not None:
         with pytest.raises(ValueError, match="checkpoint"):
-            run(replace(config, steps=2), out, resume=True)
+            run(config, out, resume=True)
         assert path.read_bytes() == before
 
 

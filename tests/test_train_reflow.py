@@ -28,10 +28,23 @@ CONFIG = replace(
 )
 
 
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(reflow, "_EVALUATED", 16)
+    patch.setattr(reflow, "report", lambda *_, **__: [])
+
+
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reflow, "_EVALUATED", 16)
-    monkeypatch.setattr(reflow, "report", lambda *_, **__: [])
+    make_small(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[reflow.ReflowResult, Path]:
+    """A run that was never stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        return reflow.train(CONFIG, out, progress=False), out
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -39,11 +52,11 @@ def weights(out: Path) -> dict[str, Tensor]:
 
 
 def test_a_run_repeats_and_resumes_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[reflow.ReflowResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = reflow.train(CONFIG, tmp_path / "a", progress=False)
-    assert whole.picture.stat().st_size > 1000
-    assert re.search(r"KL to teacher, window 2 +\S+ \(se \S+\) +\S+ \(se \S+\)", whole.table)
+    result, out = whole
+    assert result.picture.stat().st_size > 1000
+    assert re.search(r"KL to teacher, window 2 +\S+ \(se \S+\) +\S+ \(se \S+\)", result.table)
     own = reflow._loss
     calls = 0
 
@@ -59,7 +72,7 @@ def test_a_run_repeats_and_resumes_bit_for_bit(
         reflow.train(CONFIG, tmp_path / "b", progress=False)
     monkeypatch.setattr(reflow, "_loss", own)
     reflow.train(CONFIG, tmp_path / "b", resume=True, progress=False)
-    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    a, b = weights(out), weights(tmp_path / "b")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert any(
@@ -67,11 +80,12 @@ def test_a_run_repeats_and_resumes_bit_for_bit(
     )
 
 
-def test_teacher_from_a_run_and_from_a_function(tmp_path: Path) -> None:
-    reflow.train(CONFIG, tmp_path / "a", progress=False)
-    config = replace(CONFIG, teacher=str(tmp_path / "a"))
+def test_teacher_from_a_run_and_from_a_function(
+    whole: tuple[reflow.ReflowResult, Path], tmp_path: Path
+) -> None:
+    config = replace(CONFIG, teacher=str(whole[1]))
     reflow.train(config, tmp_path / "b", progress=False)
-    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    a, b = weights(whole[1]), weights(tmp_path / "b")
     assert all(torch.equal(a[k], b[k]) for k in a if k.startswith(("teacher.ema", "student.ema")))
     result = reflow.train(
         CONFIG, tmp_path / "c", teacher=lambda x, t: x * t[:, None, None, None], progress=False

@@ -277,7 +277,7 @@ class Coupling {
       kernel_.exp2_sum(n_padded_, f_, zero_, shift_, u_);
       std::swap(v_, v_next_);
       scaled_ = true;
-    } else if (kernel_.update_columns(p_.m_padded, columns_, log2_b_, {}, h_, bad_)) {
+    } else if (kernel_.update_columns(p_.m_padded, columns_, log2_b_, {}, 0, h_, bad_)) {
       update_bad_columns();
     }
   }
@@ -323,7 +323,7 @@ class Coupling {
     });
   }
 
-  double next_v() { return kernel_.scale_columns(p_.m_padded, columns_, b_, log2_b_, h_, {}, v_, v_next_); }
+  double next_v() { return kernel_.scale_columns(p_.m_padded, columns_, b_, log2_b_, h_, {}, 0, v_, v_next_); }
 
   // Own log-sum-exp for the columns of marked panels, whose sums have left the range of T.
   void update_bad_columns() {

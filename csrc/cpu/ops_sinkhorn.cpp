@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -138,7 +139,9 @@ OutputsWithGrad sinkhorn_with_grad(const Tensor& x, const Tensor& y, const Tenso
                           want_y ? write<T>(grad_y) : nullptr};
     cpu::solve(p.batch<T>(), s, torch::stable::get_num_threads());
     bool* flags = write<bool>(converged);
-    for (int64_t i = 0; i < count; ++i) flags[i] = s.residual[i] <= tol.value_or(kDefaultTol);
+    for (int64_t i = 0; i < count; ++i) {
+      flags[i] = s.residual[i] <= tol.value_or(kDefaultTol) && std::isfinite(s.value[i]);
+    }
   });
   return {f, g, value, residual, iterations, converged, grad_x, grad_y};
 }

@@ -117,6 +117,10 @@ struct Place {
   }
 };
 
+// eps / rho up to which a K is kept: log2 u is rounded to the precision of T, and marginals feel it that many times
+// over.
+constexpr double kLargestTarget = 4;
+
 // Alternating iterations at most after symmetric ones; in Python LAST_STEPS.
 constexpr int64_t kLastSteps = 10;
 
@@ -180,9 +184,12 @@ void gradients(const Batch<T>& in, const Geometry<T>& p, const Place<T>& at, con
   int64_t block = panel;
   while (block > 2 && block * 16 > std::min(step, at.n)) block /= 2;
   const T factor = (in.cost == Cost::sqeuclidean ? T(2) : in.cost == Cost::dot ? T(-1) : T(1)) * (self ? T(2) : T(1));
-  T* a = w.fa.get(at.n);
-  for (int64_t i = 0; i < at.n; ++i) a[i] = factor * at.a[i];
-  Gradient<T> io{h, f, a, at.y, in.y_row, self, nullptr, 0, out_x, nullptr};
+  T *a = w.fa.get(at.n), *of_weight = w.f_next.get(at.n);
+  for (int64_t i = 0; i < at.n; ++i) {
+    a[i] = factor * at.a[i];
+    of_weight[i] = a[i] == 0 ? -kInfinity<T> : f[i];  // without, p_ij may be inf
+  }
+  Gradient<T> io{h, of_weight, a, at.y, in.y_row, self, nullptr, 0, out_x, nullptr};
   io.weights = w.weights.get(std::min(step, at.n) * p.stride);
   if (self || out_y != nullptr) {
     io.columns = w.columns.get(p.m_padded * d);
@@ -233,7 +240,6 @@ class Solver {
       matrix_ = w.kernel.get(n_padded_ * mp);
       std::fill(matrix_ + at_.n / kernel_.lanes * kernel_.lanes * mp, matrix_ + n_padded_ * mp, T(0));
     }
-    keep_ = keep.kernel;
     if (keep.distances && in.cost != Cost::matrix) {
       T* cost = w.cost.get(at_.n * p_.stride);
       if (fresh) measure(cost);
@@ -259,6 +265,7 @@ class Solver {
     u_next_ = zeros(w.u_next);
     zero_ = zeros(w.zero);
     std::copy_n(at_.a, at_.n, a_);
+    for (int64_t i = 0; i < at_.n; ++i) mass_a_ += a_[i];
     std::fill_n(log2_b_, longest, -kInfinity<T>);
     std::fill_n(b_, mp, T(0));
     std::copy_n(at_.b, at_.m, b_);
@@ -307,6 +314,7 @@ class Solver {
     }
     const T residual = static_cast<T>(error(last));
     leave();
+    rows_without_weight();
     finish(last.mass);
     if (s_.grad_x != nullptr || s_.grad_y != nullptr) {
       gradients(in_, p_, at_, h_, f_, s_.self, at(s_.grad_x, at_.first_f), at(s_.grad_y, at_.first_g), w_, threads_);
@@ -349,9 +357,10 @@ class Solver {
     if (eps != eps_) {
       leave();
       const double ratio = eps_ / eps;
-      for (int64_t i = 0; i < at_.n; ++i) f_[i] = static_cast<T>(f_[i] * ratio);
+      auto scaled = [&](double potential) { return std::min(potential * ratio, kernel_.nowhere); };
+      for (int64_t i = 0; i < at_.n; ++i) f_[i] = static_cast<T>(scaled(f_[i]));
       for (int64_t j = 0; j < at_.m; ++j) {
-        if (b_[j] != 0) h_[j] = static_cast<T>((double(h_[j]) - log2_b_[j]) * ratio + log2_b_[j]);
+        if (b_[j] != 0) h_[j] = static_cast<T>(scaled(double(h_[j]) - log2_b_[j]) + log2_b_[j]);
       }
       eps_ = eps;
     }
@@ -367,6 +376,7 @@ class Solver {
     };
     rows_ = update(s_.rho_x);
     columns_ = update(s_.rho_y);
+    keep_ = matrix_ != nullptr && std::max(rows_.target, columns_.target) <= kLargestTarget;
   }
 
   // New potentials in f_next or u_next, and the sums for the columns, from the current ones.
@@ -393,6 +403,7 @@ class Solver {
     for (const PassResult& r : results) {
       total.residual += r.residual;
       total.mass += r.mass;
+      total.weight += r.weight;
       total.extreme = std::max(total.extreme, r.extreme);
     }
     if (with_columns) kernel_.add_parts(p_.m_padded, chunks_.count, parts_);
@@ -425,6 +436,7 @@ class Solver {
     });
     usable_ = keep;
     extreme_ = result.extreme;
+    weight_ = result.weight;
     return result;
   }
 
@@ -439,8 +451,7 @@ class Solver {
   // L1 error of the marginals of the potentials before the pass, as a fraction of the mass: of rows, or where columns
   // are not exact either, the larger of the two.
   double error(const PassResult& result) const {
-    double rows = result.residual, columns = 0, mass = 0;
-    for (int64_t i = 0; i < at_.n; ++i) mass += a_[i];
+    double rows = result.residual, columns = 0;
     if (averaged_ && !s_.self) {
       for (int64_t j = 0; j < at_.m; ++j) {
         if (b_[j] == 0) continue;
@@ -449,7 +460,7 @@ class Solver {
         columns += std::abs(sum - b_[j] * std::exp2(-columns_.target * (h - log2_b_[j])));
       }
     }
-    return std::max(rows, columns) / mass;
+    return std::max(rows, columns) / mass_a_;
   }
 
   void commit() {
@@ -488,7 +499,8 @@ class Solver {
       return;
     }
     for (int64_t j = 0; j < p_.m_padded && !s_.self; ++j) parts_[j] *= v_[j];  // relative to the H below
-    std::copy_n(shift_, n_padded_, f_next_);                                   // the F before
+    weight_ = scaled_weight() * std::exp2(kernel_.safe);
+    std::copy_n(shift_, n_padded_, f_next_);  // the F before
     kernel_.add_log2(n_padded_, u_next_, f_next_);
     leave();
     if (s_.self) {
@@ -498,9 +510,16 @@ class Solver {
     }
   }
 
+  // A bound on what the rows of a pass over K weigh together. Plain updates need none: their columns leave the range of
+  // the scalings before they feel the floor.
+  double scaled_weight() const { return rows_.plain() && columns_.plain() ? 0 : mass_a_ * std::exp2(kernel_.safe); }
+
   // v_next from the sums of the pass, or from F where there is one potential; the largest |log2 v_next|.
   double next_v() {
-    if (!s_.self) return kernel_.scale_columns(p_.m_padded, parts_, b_, log2_b_, h_, columns_, v_, v_next_);
+    if (!s_.self) {
+      const double weight = scaled_ ? scaled_weight() : weight_;
+      return kernel_.scale_columns(p_.m_padded, parts_, b_, log2_b_, h_, columns_, weight, v_, v_next_);
+    }
     kernel_.exp2_sum(p_.m_padded, f_, log2_b_, h_, v_next_);
     T low = 1, high = 1;
     for (int64_t j = 0; j < at_.m; ++j) {
@@ -531,7 +550,7 @@ class Solver {
   }
 
   void columns_from_sums() {
-    if (kernel_.update_columns(p_.m_padded, parts_, log2_b_, columns_, h_, bad_)) column_lse(nullptr);
+    if (kernel_.update_columns(p_.m_padded, parts_, log2_b_, columns_, weight_, h_, bad_)) column_lse(nullptr);
   }
 
   // Own log-sum-exp for the marked panels: into H where g is null, else the potential of columns without weight.
@@ -558,6 +577,26 @@ class Solver {
     });
   }
 
+  // F of rows without weight, which no iteration corrects: the transform of the H that came out.
+  void rows_without_weight() {
+    if (std::find(a_, a_ + at_.n, T(0)) == a_ + at_.n) return;
+    relax_ = 1;
+    update_temperature();
+    const T* cached = triangle_ ? std::exchange(p_.cached, nullptr) : p_.cached;
+    parallel_for(chunks_.count, threads_, [&](int64_t c) {
+      const RowPass<T> io{
+          h_, nullptr, a_, rows_, false, f_next_, shift_, nullptr, scratch_ + c * block_ * p_.stride, Store::scratch};
+      for (int64_t i = begin(c), last = i; i < end(c); i = last + 1) {
+        for (last = i; last < end(c) && a_[last] == 0; ++last) {
+        }
+        if (last == i) continue;
+        kernel_.row_pass(p_, io, block_, i, last);
+        std::copy(f_next_ + i, f_next_ + last, f_ + i);
+      }
+    });
+    p_.cached = cached;
+  }
+
   void finish(double mass) {
     T* f = s_.f + at_.first_f;
     T* g = s_.g + at_.first_g;
@@ -575,22 +614,25 @@ class Solver {
     } else if (any_empty) {
       column_lse(g);
     }
-    double mass_a = 0, mass_b = 0, value = 0;
-    auto add = [&](double weight, double potential, double rho) {
-      if (rho != kInfinity<double>) potential = -rho * std::expm1(-potential / rho);
-      value += weight * potential;
+    double mass_b = 0, value = 0;
+    // Of a point that may go nowhere, a constraint asks for its weight; without weight it has the potential 0.
+    auto add = [&](double weight, T& potential, double rho) {
+      const bool nowhere = rho == kInfinity<double> && potential * scale_ > kernel_.nowhere * 0x1p-20;
+      if (nowhere && weight == 0) potential = 0;
+      if (weight == 0) return;
+      double phi = potential;
+      if (nowhere) phi = kInfinity<double>;
+      if (rho != kInfinity<double>) phi = -rho * std::expm1(-phi / rho);
+      value += weight * phi;
     };
-    for (int64_t i = 0; i < at_.n; ++i) {
-      add(a_[i], f[i], s_.rho_x);
-      mass_a += a_[i];
-    }
+    for (int64_t i = 0; i < at_.n; ++i) add(a_[i], f[i], s_.rho_x);
     for (int64_t j = 0; j < at_.m; ++j) {
       add(b_[j], g[j], s_.rho_y);
       mass_b += b_[j];
     }
     const bool exact =
         s_.rho_x == kInfinity<double> && s_.rho_y == kInfinity<double> && !s_.simultaneous && s_.relax == 1;
-    if (!exact) value -= in_.eps[q_] * (mass - mass_a * mass_b);
+    if (!exact) value -= in_.eps[q_] * (mass - mass_a_ * mass_b);
     s_.value[q_] = static_cast<T>(value);
   }
 
@@ -604,7 +646,7 @@ class Solver {
   const Chunks chunks_;
   Geometry<T> p_;
   int64_t n_padded_, block_;
-  double eps_, scale_, relax_, extreme_ = 0;
+  double eps_, scale_, relax_, mass_a_ = 0, extreme_ = 0, weight_ = 0;
   Update rows_, columns_;
   bool triangle_;                                                // of the pairs of x with itself each is looked at once
   bool averaged_ = s_.simultaneous;                              // the columns are those for the F before
@@ -612,7 +654,7 @@ class Solver {
   T *a_, *b_, *log2_b_, *zero_;
   T *f_, *f_next_, *shift_, *h_;   // the log domain
   T *u_, *u_next_, *v_, *v_next_;  // scalings of a kept K
-  T *matrix_, *scratch_, *parts_;
+  T *matrix_ = nullptr, *scratch_, *parts_;
   uint8_t* bad_;
 };
 

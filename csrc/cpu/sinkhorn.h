@@ -41,6 +41,7 @@ struct PassResult {
   double residual = 0;  // L1 error of the row marginal before the pass
   double mass = 0;      // sum_ij P_ij before the pass
   double extreme = 0;   // largest |F_next - shift|
+  double weight = 0;    // sum_i w_i
 };
 
 // Where a pass in the log domain puts exp2(shift_i + H_j - k C_ij): into scratch [rows, stride], which the next rows
@@ -119,10 +120,11 @@ struct Gradient {
 
 template <class T>
 struct SinkhornKernels {
-  int64_t panel;  // columns of a register tile
-  int64_t rows;   // rows of a register tile, and of a RowPass's scratch at most
-  int64_t lanes;  // rows of a ScalePass's tile: n_padded is a multiple of it
-  double safe;    // a kept K serves while |log2 u| and |log2 v| are at most this
+  int64_t panel;   // columns of a register tile
+  int64_t rows;    // rows of a register tile, and of a RowPass's scratch at most
+  int64_t lanes;   // rows of a ScalePass's tile: n_padded is a multiple of it
+  double safe;     // a kept K serves while |log2 u| and |log2 v| are at most this
+  double nowhere;  // F or G of a point all of whose distances to points with weight are infinite, or k times them this
 
   // Transposes y [m, d] (row j at y + j * stride) into panels; padded columns repeat the last point.
   void (*pack)(const T* y, int64_t stride, int64_t m, int64_t d, T* out);
@@ -138,11 +140,14 @@ struct SinkhornKernels {
   void (*self_pass)(const Geometry<T>&, const SelfPass<T>&, int64_t begin, int64_t end);
   // f_next from the sums of a SelfPass over n points. False where the sum of one left the range of T.
   bool (*self_update)(int64_t n, const T* a, const T* f, const T* sums, const Update&, T* f_next, PassResult*);
-  // H from the sums; marks in `bad` [panels], and leaves alone, what underflowed or overflowed.
-  bool (*update_columns)(int64_t m_padded, const T* sums, const T* log2_b, const Update&, T* h, uint8_t* bad);
-  // v_next from the sums for the H of K. Returns the largest |log2 v_next|; inf, early, where a sum underflowed.
+  // H from the sums, to which rows gave weights that sum to `weight`; marks in `bad` [panels], and leaves alone, panels
+  // with columns that underflowed or overflowed.
+  bool (*update_columns)(int64_t m_padded, const T* sums, const T* log2_b, const Update&, double weight, T* h,
+                         uint8_t* bad);
+  // v_next from the sums, with `weight` as above, for the H of K. Returns the largest |log2 v_next|; inf, early, where
+  // a sum underflowed.
   double (*scale_columns)(int64_t m_padded, const T* sums, const T* b, const T* log2_b, const T* h, const Update&,
-                          const T* v, T* v_next);
+                          double weight, const T* v, T* v_next);
   // out = exp2(p + q - r), 0 where q is -inf.
   void (*exp2_sum)(int64_t count, const T* p, const T* q, const T* r, T* out);
   // h += log2 v.

@@ -13,19 +13,22 @@ template <class T>
 constexpr int64_t kPanel = kWidth * kLanes<T>;
 
 // Exponents are floored so that nothing is denormal and -inf needs no care; with row sums kept above kRowLow a floored
-// entry is at most 2^(floor - low) of its row, and column sums above kColumnLow do not feel it. With K kept, scalings
-// up to 2^kSafe on both sides lift a floored entry to 2^(floor + 2 safe) of its row at most.
+// entry is at most 2^(floor - low) of its row. Rows weigh it by up to 2^lift in a column, whose sum does not feel it
+// above 2^(floor + guard + lift); lift is at most -log2 kRowLow in plain updates. With K kept, scalings up to 2^kSafe
+// on both sides lift a floored entry to 2^(floor + 2 safe) of its row at most.
 template <class T>
 struct Range;
 template <>
 struct Range<float> {
   static constexpr float kFloor = -100, kRowLow = 0x1p-20f, kRowHigh = 0x1p60f, kColumnLow = -50, kColumnHigh = 100;
-  static constexpr double kSafe = 24;
+  static constexpr float kNowhere = 0x1p100f;
+  static constexpr double kSafe = 24, kGuard = 30;
 };
 template <>
 struct Range<double> {
   static constexpr double kFloor = -900, kRowLow = 0x1p-20, kRowHigh = 0x1p400, kColumnLow = -800, kColumnHigh = 900;
-  static constexpr double kSafe = 200;
+  static constexpr double kNowhere = 0x1p900;
+  static constexpr double kSafe = 200, kGuard = 80;
 };
 
 template <class T>
@@ -221,7 +224,8 @@ FEWSTEP_INLINE void lagged_rows(const Geometry<T>& p, const T* h, const T* f, in
   for (int r = 0; r < R; ++r) s[r] = sum<T>(total[r]);
 }
 
-// The same with each row shifted by its own maximum, which replaces f: where F is unknown or far off.
+// The same with each row shifted by its own maximum, which replaces f: where F is unknown or far off. A row that may go
+// nowhere has sum and entries 0.
 template <int R, bool kCached, class T>
 void shifted_rows(const Geometry<T>& p, const T* h, T* f, int64_t row, Entries<T> out, T (&s)[R]) {
   Vec<T> best[R];
@@ -241,11 +245,17 @@ void shifted_rows(const Geometry<T>& p, const T* h, T* f, int64_t row, Entries<T
   }
   for (int r = 0; r < R; ++r) {
     f[r] = -maximum<T>(best[r]);
+    const bool nowhere = f[r] >= Range<T>::kNowhere;
+    if (nowhere) f[r] = Range<T>::kNowhere;
     Vec<T> total = {};
     for (int64_t j = 0; j < p.m_padded; j += kLanes<T>) {
       const Vec<T> v = exp2<T>(at_least(Range<T>::kFloor, load(out.at(r, j)) + f[r]));
       total += v;
       store(out.at(r, j), v);
+    }
+    if (nowhere) {  // or NaN
+      total *= T(0);
+      for (int64_t j = 0; j < p.m_padded; j += kLanes<T>) store(out.at(r, j), total);
     }
     s[r] = sum<T>(total);
   }
@@ -294,7 +304,9 @@ FEWSTEP_INLINE void row_block(const Geometry<T>& p, const RowPass<T>& io, int64_
       weight[r] = io.a[row + r] * power_of_two<T>(double(next) - double(shift[r]));
     }
     if (io.simultaneous) weight[r] = io.a[row + r] * power_of_two<T>(double(before) - double(shift[r]));
-    if (io.a[row + r] == 0) weight[r] = 0;  // the power may be inf
+    if (s[r] == 0) next = shift[r];
+    if (s[r] == 0 || io.a[row + r] == 0) weight[r] = 0;  // it may be inf
+    result.weight += weight[r];
     const double moved = __builtin_fabs(double(next) - double(shift[r]));
     result.extreme = moved > result.extreme ? moved : result.extreme;
     io.f_next[row + r] = next;
@@ -436,6 +448,8 @@ FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>&
     next = exp2_floored<T>(moved);
     inverse = T(1) / next;
   }
+  next = s == 0 ? splat(T(1)) : next;  // it may go nowhere
+  inverse = s == 0 ? splat(T(1)) : inverse;
   const Vec<T> error = a * absolute<T>(mass - wanted), total = a * mass;
   result.residual += double(sum<T>(error));
   result.mass += double(sum<T>(total));
@@ -485,20 +499,32 @@ FEWSTEP_INLINE Vec<T> next_column(Vec<T> h, Vec<T> log2_b, Vec<T> log_sum, const
   return h + relax * (damping * (h - log_sum) - (h - log2_b));
 }
 
+// log2 of the least sum of a column that floored entries, of rows whose weights sum to `weight`, have no influence on.
 template <class T>
-bool update_columns(int64_t m_padded, const T* sums, const T* log2_b, const Update& update, T* h, uint8_t* bad) {
+FEWSTEP_INLINE T lowest_column(double weight) {
+  const double lifted = Range<T>::kFloor + Range<T>::kGuard + __builtin_log2(weight);
+  return lifted > Range<T>::kColumnLow ? T(lifted) : Range<T>::kColumnLow;
+}
+
+template <class T>
+bool update_columns(int64_t m_padded, const T* sums, const T* log2_b, const Update& update, double weight, T* h,
+                    uint8_t* bad) {
   bool any = false;
   constexpr T kEmpty = -std::numeric_limits<T>::infinity();
-  for (int64_t j = 0; j < m_padded; j += kLanes<T>) {
-    const Vec<T> lb = load(log2_b + j), hj = load(h + j), total = load(sums + j);
-    const Vec<T> log_sum = log2_positive<T>(total);
-    const IntVec<T> off = ((log_sum < Range<T>::kColumnLow) | (log_sum > Range<T>::kColumnHigh)) & (lb != kEmpty);
-    const Vec<T> next = lb == kEmpty ? lb : next_column<T>(hj, lb, log_sum, update);
-    store(h + j, off ? hj : next);
+  const T lowest = lowest_column<T>(weight);
+  for (int64_t panel = 0; panel < m_padded / kPanel<T>; ++panel) {
+    Vec<T> next[kWidth];
     bool found = false;
-    for (int i = 0; i < kLanes<T>; ++i) found |= off[i] != 0;
-    if (j % kPanel<T> == 0) bad[j / kPanel<T>] = 0;
-    bad[j / kPanel<T>] |= found;
+    for (int w = 0; w < kWidth; ++w) {
+      const int64_t j = panel * kPanel<T> + w * kLanes<T>;
+      const Vec<T> lb = load(log2_b + j), hj = load(h + j), total = load(sums + j);
+      const Vec<T> log_sum = log2_positive<T>(total);
+      const IntVec<T> off = ((log_sum < lowest) | (log_sum > Range<T>::kColumnHigh)) & (lb != kEmpty);
+      next[w] = lb == kEmpty ? lb : next_column<T>(hj, lb, log_sum, update);
+      for (int i = 0; i < kLanes<T>; ++i) found |= off[i] != 0;
+    }
+    for (int w = 0; w < kWidth && !found; ++w) store(h + panel * kPanel<T> + w * kLanes<T>, next[w]);
+    bad[panel] = found;
     any |= found;
   }
   return any;
@@ -506,13 +532,13 @@ bool update_columns(int64_t m_padded, const T* sums, const T* log2_b, const Upda
 
 template <class T>
 double scale_columns(int64_t m_padded, const T* sums, const T* b, const T* log2_b, const T* h, const Update& update,
-                     const T* v, T* v_next) {
+                     double weight, const T* v, T* v_next) {
   Vec<T> worst = splat(T(1)), lowest = worst;
   for (int64_t j = 0; j < m_padded; j += kLanes<T>) {
     const Vec<T> total = load(sums + j), bj = load(b + j);
     lowest = (bj > 0) & (total < lowest) ? total : lowest;
   }
-  if (-maximum<T>(-lowest) < power_of_two<T>(Range<T>::kColumnLow)) return std::numeric_limits<double>::infinity();
+  if (-maximum<T>(-lowest) < power_of_two<T>(lowest_column<T>(weight))) return std::numeric_limits<double>::infinity();
   for (int64_t j = 0; j < m_padded; j += kLanes<T>) {
     const Vec<T> total = at_least(kTiny<T>, load(sums + j)), bj = load(b + j);
     Vec<T> next;
@@ -563,11 +589,11 @@ FEWSTEP_INLINE void column_block(const Geometry<T>& p, const T* fa, int64_t row,
 }
 
 // Online log-sum-exp down the columns of one panel. `best` starts at a huge negative number, not -inf, so that rows of
-// zero weight (fa = -inf) leave it finite.
+// zero weight (fa = -inf) and infinite distances leave it finite.
 template <bool kCached, class T>
 void online_lse(const Geometry<T>& p, const T* fa, int64_t panel, T* g) {
   Vec<T> best[kWidth], total[kWidth] = {};
-  for (int w = 0; w < kWidth; ++w) best[w] = splat(std::numeric_limits<T>::lowest() / 2);
+  for (int w = 0; w < kWidth; ++w) best[w] = splat(-Range<T>::kNowhere);
   int64_t row = 0;
   for (; row + kRows <= p.n; row += kRows) column_block<kRows, kCached>(p, fa, row, panel, best, total);
   for (; row < p.n; ++row) column_block<1, kCached>(p, fa, row, panel, best, total);
@@ -827,10 +853,11 @@ void combine(const T* weights, int64_t stride, int64_t n, int64_t m, const T* v,
 
 template <class T>
 constexpr SinkhornKernels<T> kKernels = {
-    kPanel<T>,           kRows,         kLanes<T>,    Range<T>::kSafe, pack<T>,        distances<T>,
-    row_pass<T>,         scale_pass<T>, add_parts<T>, self_pass<T>,    self_update<T>, update_columns<T>,
-    scale_columns<T>,    exp2_sum<T>,   add_log2<T>,  column_lse<T>,   apply_rows<T>,  gradient_rows<T>,
-    gradient_columns<T>, combine<T>};
+    kPanel<T>,    kRows,          kLanes<T>,         Range<T>::kSafe,  Range<T>::kNowhere,
+    pack<T>,      distances<T>,   row_pass<T>,       scale_pass<T>,    add_parts<T>,
+    self_pass<T>, self_update<T>, update_columns<T>, scale_columns<T>, exp2_sum<T>,
+    add_log2<T>,  column_lse<T>,  apply_rows<T>,     gradient_rows<T>, gradient_columns<T>,
+    combine<T>};
 
 }  // namespace
 

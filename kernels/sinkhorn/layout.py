@@ -14,7 +14,7 @@ COST_SCALE = (1.0, 0.5, 1.0)
 
 def padded(points: int, launch: dict[str, Any]) -> int:
     """Points of one side, so that whole tiles cover it as rows and as columns."""
-    block = max(launch["BLOCK_M"], launch["BLOCK_N"])
+    block: int = max(launch["BLOCK_M"], launch["BLOCK_N"])
     return -(-points // block) * block
 
 

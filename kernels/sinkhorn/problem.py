@@ -43,7 +43,8 @@ class Solve:
         return self.settings[int(step > 0 or self.f0 is not None)]
 
     def blocks(self, side: int) -> int:
-        return self.clouds.shape[side] // (self.rows, self.cols)[side]["BLOCK_M"]
+        block: int = (self.rows, self.cols)[side]["BLOCK_M"]
+        return self.clouds.shape[side] // block
 
 
 Solved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # f, g, residual, mass, iterations

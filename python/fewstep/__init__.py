@@ -10,11 +10,8 @@ _library.load_cpp()
 _aliases.install()
 
 from fewstep.ops.heun.solve import HeunResult, heun_solve, heun_step
-from fewstep.ops.sinkhorn.divergence import (
-    ConvergenceWarning,
-    DivergenceResult,
-    sinkhorn_divergence,
-)
+from fewstep.ops.sinkhorn.convergence import ConvergenceWarning
+from fewstep.ops.sinkhorn.divergence import DivergenceResult, sinkhorn_divergence
 from fewstep.ops.sinkhorn.drift import Drift, sinkhorn_drift
 from fewstep.ops.sinkhorn.newton import ConvergenceError
 from fewstep.ops.sinkhorn.result import SinkhornResult

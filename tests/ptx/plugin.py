@@ -100,7 +100,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 
 def _line(f: sim.Finding) -> str:
-    return f"{f.kind}: {f.kernel}: {f.place}: {f.source}: {f.detail}"
+    return f"{f.kind}: {f.kernel}: {f.place}: {f.source()}: {f.detail}"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -81,8 +81,8 @@ def replace(name: str, by: Callable[[Callable[..., Any]], Callable[..., Any]]) -
 def use_cuda() -> None:
     """Let the project's CUDA ops serve CPU tensors where backend="cuda" asks for them."""
     assert sim.preloaded(), "run under LD_PRELOAD=build/libptx.so"
-    for path in sorted((sim.BUILD / f"sm_{sim.ARCH}").glob("*.ptx")):
-        sim.load(path.read_bytes())
+    for source in sorted((sim.ROOT / "csrc/cuda").glob("*.cu")):
+        sim.load((sim.BUILD / f"sm_{sim.ARCH}/{source.stem}.ptx").read_bytes())
     _import_all("fewstep.ops")  # first: the ops that are registered last serve CPU tensors
     torch.ops.load_library(LIBRARY)
     torch.cuda.get_device_properties = lambda *_: PROPERTIES

@@ -115,14 +115,13 @@ class Finding:
         """`where` without lines of PTX, which differ between specialisations."""
         return re.sub(r"( after)? ?PTX line \d+ ?", "", self.where)
 
-    @property
-    def source(self) -> str:
-        """The line of source, or "" where it is not known."""
+    def source(self, before: int = 0) -> str:
+        """The line of source, after others before it; "" where it is not known."""
         at = re.search(r" at (\S+):(\d+)", self.where)
         if at is None or not (path := ROOT / at[1]).is_file():
             return ""
-        lines = path.read_text().splitlines()
-        return lines[int(at[2]) - 1].strip() if int(at[2]) <= len(lines) else ""
+        end = int(at[2])
+        return "\n".join(path.read_text().splitlines()[max(end - 1 - before, 0) : end]).strip()
 
 
 def _shortened(where: str) -> str:

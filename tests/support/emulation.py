@@ -70,10 +70,10 @@ def emulator(source: str, sanitizer: str, *, optimise: str) -> Iterator[Emulator
     name = f"{path.stem}-{sanitizer}-"
     target = BUILT / f"{name}{hashlib.sha256(content).hexdigest()[:16]}"
     BUILT.mkdir(parents=True, exist_ok=True)
-    with (BUILT / f"{name}lock").open("w") as lock:
+    with (BUILT / f".{name}lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other workers wait for this build
         if not target.exists():
-            for old in BUILT.glob(f"{name}*[!k]"):
+            for old in BUILT.glob(f"{name}*"):
                 old.unlink()
             _build(command, sanitizer, target)
     running = Emulator(target)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class WFlow:
 
     Raises:
         ValueError: eps, step_size or max_iter that is not positive and finite; an unknown form.
+        TypeError: one that is not a number.
 
     >>> import torch
     >>> from fewstep.methods import WFlow
@@ -71,11 +73,19 @@ class WFlow:
     def __post_init__(self) -> None:
         if isinstance(self.eps, list):  # as JSON has it
             object.__setattr__(self, "eps", tuple(self.eps))
-        for name in ("eps", "max_iter", "step_size"):
-            value = getattr(self, name)
-            values = value if isinstance(value, tuple) else (value,)
+        several = self.eps if isinstance(self.eps, tuple) else (self.eps,)
+        for name, values in (
+            ("eps", several),
+            ("max_iter", (self.max_iter,)),
+            ("step_size", (self.step_size,)),
+        ):
+            got, kind = getattr(self, name), Integral if name == "max_iter" else Real
+            if not all(isinstance(v, kind) for v in values):
+                word = "an integer" if kind is Integral else "a number"
+                word += " or several" if name == "eps" else ""
+                raise TypeError(f"WFlow: {name} must be {word}, got {got!r}")
             if not values or not all(math.isfinite(v) and v > 0 for v in values):
-                raise ValueError(f"WFlow: {name} must be positive and finite, got {value}")
+                raise ValueError(f"WFlow: {name} must be positive and finite, got {got}")
         if self.form not in FORMS:
             raise ValueError(f"WFlow: form must be one of {FORMS}, got {self.form!r}")
 

@@ -1,4 +1,4 @@
-"""Two-sample metrics that need no download, each beside its real-vs-real floor in `report`.
+"""`report`: two-sample metrics that need no download, each beside its real-vs-real floor.
 
 Samples are tensors `[n, ...]`, flattened to `[n, d]` and computed in float64 on their device.
 No metric is differentiable and every one returns Python floats.

@@ -20,6 +20,8 @@ COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "dot", "l1", "matrix", 
 DEFAULT_TOL = 1e-3
 # Alternating iterations at most after symmetric ones, whose error they may at first double.
 LAST_STEPS = 10
+# Over eps, the potential of a point all of whose pairs with points of weight cost inf.
+NOWHERE = 1e30
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,28 @@ class Points:
         alone = replace(self, x=self.x[:, rows], y=self.y[:, columns], segments=None, labels=labels)
         return alone, rows, columns
 
+    def _formula_costs(self) -> Tensor:
+        assert self.formula is not None
+        x, y = self.x[..., :, None, :], self.y[..., None, :, :]
+        C, shape = self.formula(x, y), (*self.x.shape[:-1], self.y.shape[-2])
+        if not isinstance(C, Tensor):
+            raise TypeError(f"sinkhorn: cost must return a Tensor, got {type(C).__name__}")
+        of_pairs = C.ndim == len(shape)
+        if not of_pairs or any(k not in (1, n) for k, n in zip(C.shape, shape, strict=True)):
+            raise ValueError(
+                f"sinkhorn: cost must return {shape}, a number for each pair, from x"
+                f" {tuple(x.shape)} and y {tuple(y.shape)}, as (x - y).abs().sum(-1) does,"
+                f" got {tuple(C.shape)}"
+            )
+        return C.to(x.dtype).expand(shape)
+
     def costs(self) -> Tensor:
         """`C [B, N, M]`; infinite for pairs that are left out."""
         if self.cost == "matrix":
             assert self.matrix is not None
             C = self.matrix
         elif self.cost == "formula":
-            assert self.formula is not None
-            C = self.formula(self.x[..., :, None, :], self.y[..., None, :, :])
+            C = self._formula_costs()
         else:
             C = cost_matrix(self.x, self.y, self.cost)
         if self.labels is not None:
@@ -177,20 +193,41 @@ class _SquaredDistance(torch.autograd.Function):
         return 2 * _pull(grad, x, y), 2 * _pull(grad.mT, y, x)
 
 
+class _Product(torch.autograd.Function):
+    """`x @ y` in their own dtype, whatever autocast says, and so are its derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        return _product(grad, y.mT), _product(x.mT, grad)
+
+
 _distance: Callable[[Tensor, Tensor], Tensor] = _Distance.apply
 _squared_distance: Callable[[Tensor, Tensor], Tensor] = _SquaredDistance.apply
+_product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
 
 
 def _pull(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """`sum_j w_ij (x_i - y_j)`, centred so that a large common offset does not cancel."""
     centre = y.detach().mean(-2, keepdim=True)
-    return w.sum(-1, keepdim=True) * (x - centre) - w @ (y - centre)
+    return w.sum(-1, keepdim=True) * (x - centre) - _product(w, y - centre)
 
 
 def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
     """`C [B, N, M]` of one of `COSTS` that looks at the points."""
     if cost == "dot":
-        return -(x @ y.mT)
+        return -_product(x, y.mT)
     if cost == "l1":
         return (x[..., :, None, :] - y[..., None, :, :]).abs().sum(-1)
     if cost == "euclidean":
@@ -199,9 +236,21 @@ def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
     return c / 2 if cost == "half_sqeuclidean" else c
 
 
-def _soft_transform(C: Tensor, g: Tensor, log_b: Tensor, eps: Tensor) -> Tensor:
-    """`-eps log sum_j b_j exp((g_j - C_ij) / eps)`, the soft c-transform of g."""
-    return -eps * torch.logsumexp((g[..., None, :] - C) / eps[..., None] + log_b[..., None, :], -1)
+def _soft_transform(C: Tensor, g: Tensor, b: Tensor, eps: Tensor) -> Tensor:
+    """`-eps log sum_j b_j exp((g_j - C_ij) / eps)`, the soft c-transform of g.
+
+    `NOWHERE eps` where the sum is zero.
+    """
+    z = (g[..., None, :] - C) / eps[..., None]
+    log_b = b.detach().log()[..., None, :]
+    if not (z.requires_grad or b.requires_grad):
+        return -eps * torch.logsumexp(z + log_b, -1).clamp(min=-NOWHERE)
+    # logsumexp has no derivative for b at 0, nor any where the sum is zero.
+    top = (z.detach() + log_b).amax(-1, keepdim=True).clamp(min=-NOWHERE)
+    largest = math.log(torch.finfo(z.dtype).max) - 1
+    total = (b[..., None, :] * (z - top).clamp(max=largest).exp()).sum(-1)
+    total = total.clamp(min=torch.finfo(z.dtype).tiny)
+    return -eps * (top[..., 0] + total.log())
 
 
 def phi(potential: Tensor, rho: float | None) -> Tensor:
@@ -278,6 +327,9 @@ def solve(
     (rows exact) and then the g-update (columns exact). `residual` is the L1 error of the marginals
     as a fraction of the mass, of rows and, where columns are not exact, of columns, whichever is
     larger. A problem whose residual is at most `tol` is left as it is while the others go on.
+    Points without weight have the transform of the potential that came out on the other side, or 0
+    where no finite cost joins them to a weight and their marginal is a constraint. A problem with
+    weight at such a point is infeasible: its value is inf.
     """
     if points.segments is not None:
         return _solve_ragged(points, a, b, eps, f0, g0, schedule)
@@ -290,8 +342,8 @@ def solve(
     with torch.autocast(a.device.type, enabled=False):
         C, a, b, e = points.costs()[:, None], a[:, None], b[:, None], split(eps)
         f, g, value, *rest = iterate(
-            lambda g, e: _soft_transform(C, g, b.log(), e),
-            lambda f, e: _soft_transform(C.mT, f, a.log(), e),
+            lambda g, e: _soft_transform(C, g, b, e),
+            lambda f, e: _soft_transform(C.mT, f, a, e),
             a,
             b,
             e,
@@ -356,6 +408,7 @@ def iterate(
     """
     s = schedule
     rho_x, rho_y = s.rho
+    far = NOWHERE * eps[..., None] / 2
     shape = eps.shape
     f = a.new_zeros(*shape, a.shape[-1]) if f0 is None else f0
     g = b.new_zeros(*shape, b.shape[-1]) if g0 is None else g0
@@ -374,21 +427,30 @@ def iterate(
     def marginal_error(f: Tensor, soft: Tensor, a: Tensor, rho: float | None) -> Tensor:
         e = eps[..., None]
         if rho is None:
-            off = torch.expm1((f - soft) / e).abs()
+            off = torch.where(soft > far, 1.0, torch.expm1((f - soft) / e).abs())
         else:
             off = (torch.exp((f - soft) / e) - torch.exp(-f / rho)).abs()
         return torch.where(a > 0, a * off, 0 * a).sum(-1)  # off may be inf where a is 0
 
-    def measure(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual, and the mass of the plan."""
+    def measure(f: Tensor, g: Tensor, f_soft: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Residual, and the mass of the plan, from the transform of g."""
         e = eps[..., None]
-        f_soft = transform_of_g(g, e).detach()
+        f_soft = (transform_of_g(g, e) if f_soft is None else f_soft).detach()
         error = marginal_error(f.detach(), f_soft, a, rho_x)
         if s.simultaneous:
             g_soft = transform_of_f(f, e).detach()
             error = torch.maximum(error, marginal_error(g.detach(), g_soft, b, rho_y))
         mass = a * torch.exp((f.detach() - f_soft) / e)
-        return error / a.sum(-1), torch.where(a > 0, mass, 0 * a).sum(-1)
+        return error / a.sum(-1), torch.where((a > 0) & ~(f_soft > far), mass, 0 * a).sum(-1)
+
+    def settled(f: Tensor, a: Tensor, rho: float | None) -> tuple[Tensor, Tensor]:
+        """f, and its part of the value, with what `solve` says of points that may go nowhere."""
+        part = a * phi(f, rho)
+        if rho is None:
+            nowhere = f > 1e-6 * far
+            part = torch.where(nowhere, torch.inf, part)
+            f = torch.where(nowhere & (a == 0), 0.0, f)
+        return f, torch.where(a > 0, part, 0 * a).sum(-1)
 
     def update(active: Tensor, e: Tensor) -> None:
         nonlocal f, g, fresh, iterations
@@ -426,21 +488,31 @@ def iterate(
         if s.tol is None or s.single:
             break
         active = measure(f, g)[0] > s.tol
-    if not s.single:  # y_j without weight: the transform of the f that came out
-        e = eps[..., None]
-        g = torch.where(b > 0, g, relaxed(g, transform_of_f(f, e), e, rho_y, 1.0))
-    residual, mass = measure(f, g)
-    converged = residual <= (DEFAULT_TOL if s.tol is None else s.tol)
-    value = (a * phi(f, rho_x)).sum(-1) + (b * phi(g, rho_y)).sum(-1)
+    e = eps[..., None]  # points without weight: the transforms of what came out
+    f_soft = transform_of_g(g, e)
+    f = torch.where(a > 0, f, relaxed(f, f_soft, e, rho_x, 1.0))
+    g = torch.where(b > 0, g, relaxed(g, transform_of_f(f, e), e, rho_y, 1.0))
+    residual, mass = measure(f, g, f_soft)
+    f, of_x = settled(f, a, rho_x)
+    g, of_y = settled(g, b, rho_y)
+    value = of_x + of_y
     if s.rho != (None, None) or s.simultaneous or s.relax != 1:
         value = value - eps * (mass - a.sum(-1) * b.sum(-1))
+    converged = (residual <= (DEFAULT_TOL if s.tol is None else s.tol)) & value.isfinite()
     return f, g, value, residual, iterations, converged
+
+
+def exponent(C: Tensor, f: Tensor, g: Tensor, eps: Tensor) -> Tensor:
+    """`(f_i + g_j - C_ij) / eps`; a point with an infinite potential has no partner."""
+    f, g = (torch.where(t == torch.inf, 0.0, t) for t in (f, g))
+    return (f[..., :, None] + g[..., None, :] - C) / eps[..., None, None]
 
 
 def _conditional(C: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor) -> Tensor:
     """`b_j exp((f_i + g_j - C_ij) / eps)`, the plan over a; rows sum to about 1."""
-    z = (f[..., :, None] + g[..., None, :] - C) / eps[..., None, None]
-    largest = math.log(torch.finfo(z.dtype).max)  # beyond it only where b is 0
+    z = exponent(C, f, g, eps)
+    # Beyond it only where b is 0, or a: 0 times an entry, or times the sum of a row, is to be 0.
+    largest = math.log(torch.finfo(z.dtype).max / max(z.shape[-1], 1)) - 1
     return b[..., None, :] * z.clamp(max=largest).exp()
 
 

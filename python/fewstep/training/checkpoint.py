@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writing, and checkpoints in the safetensors format."""
+"""Checkpoints in the safetensors format, whole or absent."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from fewstep.reference.sinkhorn import Points
 from ptx import project, sim
 from ptx.fuzz import common
 from ptx.fuzz.common import COSTS, R, check, dim, options_for, size, solve_case, some, weights
-from test_heun import exact
+from support.heun import exact
 
 project.use_cuda()
 dispatch = project.defining("solve_with_gradient", "transport", "gradient")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.sinkhorn.problem import Constants, Problem, Tensors
-from fewstep.reference.sinkhorn import Points
+from fewstep.reference.sinkhorn import Points, exponent
 
 # Pairs of points in a block of rows, which takes about ten arrays of that size. GPUs take more.
 BLOCK_PAIRS = 2**18
@@ -42,9 +42,9 @@ class Block:
         diagonal = None if c.diagonal is None else c.diagonal + rows.start
         fixed = (self.C.detach(), None, labels, p.label_cost, diagonal)
         C = Points(x, y, "matrix", *fixed).costs()
-        exponent = (p.f[problems, rows, None] + p.g[problems, None, :] - C) / self.eps
+        z = exponent(C, p.f[problems, rows], p.g[problems], p.eps[problems])
         # Two points without weight may have any e; 0 times it has to be 0.
-        self.e = exponent.clamp(max=math.log(torch.finfo(exponent.dtype).max) / 2).exp()
+        self.e = z.clamp(max=math.log(torch.finfo(z.dtype).max) / 2).exp()
         self.x, self.y, self.t = x, y, 2.0 if c.cost == "sqeuclidean" else 1.0
         if c.cost not in ("dot", "formula"):  # a common offset would cancel in the products below
             centre = y.mean(1, keepdim=True)

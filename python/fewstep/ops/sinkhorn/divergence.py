@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep._torch import is_transformed
+from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
 from fewstep.ops.sinkhorn.problem import total
 from fewstep.ops.sinkhorn.result import SinkhornResult
 from fewstep.ops.sinkhorn.solve import sinkhorn
@@ -18,11 +18,7 @@ from fewstep.ops.sinkhorn.solve import sinkhorn
 _warned = False
 
 
-class ConvergenceWarning(UserWarning):
-    """A result was asked for its value before its iterations had converged."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DivergenceResult:
     """What `sinkhorn_divergence` returns, `[..]` as in `SinkhornResult`.
 
@@ -127,13 +123,13 @@ def sinkhorn_divergence(
     >>> [round(g, 3) for g in torch.autograd.grad(s.value, x)[0].flatten().tolist()]
     [0.127, -2.127]
     """
-    if isinstance(reach, tuple):
+    if isinstance(reach, tuple | list):
         raise ValueError(f"sinkhorn_divergence: reach must be one number, got {reach}")
-    if label_cost is not None and label_cost.shape != label_cost.mT.shape:
+    if isinstance(label_cost, Tensor) and len({*label_cost.shape}) > 1:
         got = tuple(label_cost.shape)
         raise ValueError(f"sinkhorn_divergence: label_cost must be square, got {got}")
     solve = functools.partial(
-        sinkhorn,
+        sinkhorn.__wrapped__,  # without its warning
         cost=cost,
         max_iter=max_iter,
         tol=tol,
@@ -194,9 +190,7 @@ def _mass_term(xy: SinkhornResult) -> Tensor:
 def _warn(converged: Tensor, residual: Tensor) -> None:
     """Once, and only where looking costs nothing."""
     global _warned
-    if _warned or torch.compiler.is_compiling() or converged.device.type != "cpu":
-        return
-    if is_transformed() or bool(converged.all()):
+    if _warned or not unconverged(converged):
         return
     _warned = True
     warnings.warn(

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from fewstep._library import choose_backend
 from fewstep.ops.sinkhorn import dispatch_drift
-from fewstep.ops.sinkhorn.inputs import checked_precision, from_numbers
+from fewstep.ops.sinkhorn.inputs import (
+    check_dense,
+    check_temperatures,
+    checked_precision,
+    excluded,
+    from_numbers,
+    given_numbers,
+    integer,
+)
 from fewstep.reference import drift as reference
 
 FORMS = ("split", "joint")
@@ -19,7 +27,7 @@ NORMALIZE = (True, False, "scale")
 _HALF = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Drift:
     """What `sinkhorn_drift` returns, without gradients.
 
@@ -165,6 +173,8 @@ def sinkhorn_drift(
     ):
         if value not in allowed:
             raise ValueError(f"sinkhorn_drift: {name} must be one of {allowed}, got {value!r}")
+    max_iter = integer("sinkhorn_drift", "max_iter", max_iter)
+    memory_limit = integer("sinkhorn_drift", "memory_limit", memory_limit)
     if max_iter < 1:
         raise ValueError(f"sinkhorn_drift: max_iter must be at least 1, got {max_iter}")
     if memory_limit < 0:
@@ -225,10 +235,7 @@ def sinkhorn_drift(
 def _check_points(clouds: dict[str, Tensor]) -> None:
     x = clouds["x"]
     for name, t in clouds.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"sinkhorn_drift: {name} must be a Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"sinkhorn_drift: {name} must have a floating dtype, got {t.dtype}")
+        check_dense("sinkhorn_drift", name, t)
         if t.ndim < 2:
             raise ValueError(f"sinkhorn_drift: {name} must be [.., N, D], got {tuple(t.shape)}")
         if 0 in t.shape[-2:]:
@@ -241,6 +248,9 @@ def _check_points(clouds: dict[str, Tensor]) -> None:
             )
         if t.device != x.device:
             raise ValueError(f"sinkhorn_drift: {name} must be on {x.device} with x, got {t.device}")
+        if t.is_meta:
+            where = f"a device that computes, got {t.device}"
+            raise ValueError(f"sinkhorn_drift: {name} must be on {where}")
         if t.shape[:-2] != x.shape[:-2] or t.shape[-1] != x.shape[-1]:
             raise ValueError(
                 f"sinkhorn_drift: {name} must match x {tuple(x.shape)} except in its points,"
@@ -249,14 +259,15 @@ def _check_points(clouds: dict[str, Tensor]) -> None:
 
 
 def _diagonal(exclude: bool | int, x: Tensor, x_self: Tensor, form: str) -> int | None:
-    if exclude is False:
+    diagonal = excluded("sinkhorn_drift", exclude)
+    if diagonal is None:
         return None
     if x.shape[-2] < 2 or (form == "split" and x_self.shape[-2] < 2):
         raise ValueError(
             "sinkhorn_drift: exclude_diagonal leaves a point without a partner, got x"
             f" {tuple(x.shape)} and x_self {tuple(x_self.shape)}"
         )
-    return int(exclude) if exclude is not True else 0
+    return diagonal
 
 
 def unsupported(backend: str, diagonal: int | None, resident: bool = False) -> str | None:
@@ -290,23 +301,28 @@ def _temperatures(
     eps: float | Sequence[float] | Tensor, x: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, bool]:
     """`[T]`, and whether there is an axis for them."""
+    eps = given_numbers("sinkhorn_drift", "eps", eps, constant=False)
     if isinstance(eps, Tensor):
         if eps.ndim > 1 or eps.numel() == 0:
             raise ValueError(f"sinkhorn_drift: eps must be one or [T], got {tuple(eps.shape)}")
-        if _readable(eps) and not bool(((eps > 0) & eps.isfinite()).all()):
-            raise ValueError(f"sinkhorn_drift: eps must be positive and finite, got {eps.tolist()}")
+        if _readable(eps):
+            check_temperatures("sinkhorn_drift", "eps", eps, dtype)
         return _numbers("eps", eps, x, dtype).reshape(-1), eps.ndim == 1
-    several = isinstance(eps, Sequence)
-    values = list(eps) if isinstance(eps, Sequence) else [eps]
-    if not values or not all(0 < e < math.inf for e in values):
+    values = eps if isinstance(eps, list) else [eps]
+    if not values:
         raise ValueError(f"sinkhorn_drift: eps must be positive and finite, got {eps}")
-    return from_numbers(values, x.device, dtype), several
+    check_temperatures("sinkhorn_drift", "eps", eps, dtype)
+    return from_numbers(values, x.device, dtype), isinstance(eps, list)
 
 
 def _guidance(
     guidance: float | Tensor, x: Tensor, uncond: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """`[]` or `[..]`."""
+    given = given_numbers("sinkhorn_drift", "guidance", guidance, constant=False)
+    if isinstance(given, list):
+        raise TypeError(f"sinkhorn_drift: guidance must be a number or a Tensor, got {given}")
+    guidance = given
     if not isinstance(guidance, Tensor):
         if not 0 <= guidance < math.inf:
             raise ValueError(
@@ -343,6 +359,7 @@ def _weights(
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"sinkhorn_drift: weights must be a floating Tensor, got {got}")
+    check_dense("sinkhorn_drift", "weights", weights)
     if tuple(weights.shape) not in ((*lead, count), (count,)):
         raise ValueError(
             f"sinkhorn_drift: weights must have shape {(*lead, count)}, got {tuple(weights.shape)}"

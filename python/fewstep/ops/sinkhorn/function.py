@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,10 +31,26 @@ FIELDS = len(Problem._fields)
 Grads = tuple[Tensor | None, ...]
 
 
+def _without_autocast(rule: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(rule)
+    def exact(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return rule(*args)
+
+    return exact
+
+
 class Batched(torch.autograd.Function):
-    """A Function of `lead` tensors and a Problem, whose vmap is a larger batch."""
+    """A Function of `lead` tensors and a Problem, whose vmap is a larger batch.
+
+    Nothing of it is lowered by autocast, in whichever region a rule is called.
+    """
 
     lead = 0
+
+    def __init_subclass__(cls) -> None:
+        for name in cls.__dict__.keys() & {"forward", "backward", "jvp"}:
+            setattr(cls, name, staticmethod(_without_autocast(getattr(cls, name))))
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep._torch import is_dual
 from fewstep.reference.sinkhorn import Points, Schedule
 
 # How GPU kernels multiply float32; the numbers of fewstep::halves::Precision in csrc/shared.
@@ -25,12 +29,100 @@ def checked_precision(op: str, precision: str | None) -> str:
     return precision
 
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_dense(op: str, name: str, t: object) -> None:
+    """Raise TypeError unless t is a dense Tensor of a dtype that is computed with."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(f"{op}: {name} must have a floating dtype, got {t.dtype}")
+    if t.dtype not in DTYPES:
+        names = "float32, float64, bfloat16 or float16"
+        raise TypeError(f"{op}: {name} must be {names}, got {t.dtype}")
+    if t.layout != torch.strided or t.is_nested:
+        got = "a nested tensor" if t.is_nested else t.layout
+        raise TypeError(f"{op}: {name} must be dense (torch.strided), got {got}")
+
+
+def check_constant(op: str, name: str, t: Tensor) -> None:
+    """Raise ValueError where a derivative is asked for that there is not."""
+    if (t.requires_grad and torch.is_grad_enabled()) or is_dual(t):
+        raise ValueError(f"{op}: {name} must not require a gradient, got one that does (detach it)")
+
+
+def is_number(value: object) -> bool:
+    """Of Python or of numpy."""
+    return isinstance(value, int | float | numbers.Real)
+
+
+def integer(op: str, name: str, value: Any) -> int:
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
+
+
+def number(op: str, name: str, value: Any) -> float:
+    """A number as one of Python."""
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, Tensor):
+        check_constant(op, name, value)
+    if is_number(value) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0):
+        return float(value)
+    got = tuple(value.shape) if isinstance(value, np.ndarray | Tensor) else repr(value)
+    raise TypeError(f"{op}: {name} must be a number, got {got}")
+
+
+def given_numbers(
+    op: str, name: str, value: Any, constant: bool = True
+) -> float | list[float] | Tensor:
+    """A number, those of a sequence, or a tensor; an array of numpy is a tensor.
+
+    `constant` where a derivative for it might be expected.
+    """
+    if isinstance(value, Tensor):
+        if constant:
+            check_constant(op, name, value)
+        return value
+    if isinstance(value, np.ndarray) and value.ndim > 0:
+        return torch.tensor(value)
+    if isinstance(value, np.ndarray) or is_number(value):
+        return number(op, name, value)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        kinds = "a number, a sequence of numbers or a Tensor"
+        raise TypeError(f"{op}: {name} must be {kinds}, got {type(value).__name__}")
+    for one in value:
+        if not is_number(one):
+            raise TypeError(f"{op}: {name} must be a sequence of numbers, got {value!r}")
+    return [number(op, name, one) for one in value]
+
+
 def from_numbers(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
     """`[len(values)]`, filled on a device: a graph of CUDA cannot capture copies from the host."""
-    plain = len(values) > 0 and all(isinstance(value, int | float) for value in values)
-    if device.type == "cpu" or not plain:
+    if device.type == "cpu" or not values:
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+
+
+def check_temperatures(
+    op: str, name: str, given: float | Sequence[float] | Tensor, dtype: torch.dtype
+) -> None:
+    """Raise ValueError unless they are positive and finite, in dtype too."""
+    info = torch.finfo(dtype)
+    if isinstance(given, Tensor):
+        flat = given.detach().flatten()
+        bad: Sequence[float] = flat[~((flat >= info.tiny) & (flat <= info.max))].tolist()
+    else:
+        values = given if isinstance(given, Sequence) else [given]
+        bad = [value for value in values if not info.tiny <= value <= info.max]
+    if bad:
+        where = f" in {dtype}" if 0 < bad[0] < math.inf else ""
+        raise ValueError(f"{op}: {name} must be positive and finite{where}, got {bad[0]}")
 
 
 # What a user may write for `cost`; cosine is half_sqeuclidean of normalised points.
@@ -61,6 +153,7 @@ def canonical_points(
         if cu_seqlens is not None:
             raise ValueError("sinkhorn: cu_seqlens needs points, got a cost matrix C")
         _check_tensor("C", C, "[N, M] or [B, N, M]")
+        _check_device("C", C)
         matrix = C if C.ndim == 3 else C[None]
         x, y = matrix.new_empty(*matrix.shape[:2], 0), matrix.new_empty(*matrix.mT.shape[:2], 0)
         batch, cost = C.shape[:-2], "matrix"
@@ -73,6 +166,7 @@ def canonical_points(
             raise TypeError(f"sinkhorn: y must have the dtype of x, {x.dtype}, got {y.dtype}")
         if y.device != x.device:
             raise ValueError(f"sinkhorn: y must be on {x.device} with x, got {y.device}")
+        _check_device("x", x)
         if y.ndim != x.ndim or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
             raise ValueError(
                 f"sinkhorn: y must match x {tuple(x.shape)} except in its points,"
@@ -90,13 +184,11 @@ def canonical_points(
     assert x is not None
     assert y is not None
     if cost == "cosine":
-        x, y = (torch.nn.functional.normalize(t, dim=-1) for t in (x, y))
+        x, y = _directions(x, y, read)
         cost = "half_sqeuclidean"
     if x.ndim == 2:
         x, y = x[None], y[None]
-    diagonal = None if exclude_diagonal is False else int(exclude_diagonal)
-    if exclude_diagonal is True:
-        diagonal = 0
+    diagonal = excluded("sinkhorn", exclude_diagonal)
     if diagonal is not None and min(x.shape[1], y.shape[1]) < 2:
         raise ValueError(
             "sinkhorn: exclude_diagonal needs two points on each side,"
@@ -110,11 +202,45 @@ def canonical_points(
     return points, tuple(batch), dtype
 
 
+def excluded(op: str, exclude_diagonal: bool | int) -> int | None:
+    """The k of excluded pairs `j == i + k`."""
+    if isinstance(exclude_diagonal, bool | np.bool_):
+        return 0 if exclude_diagonal else None
+    return integer(op, "exclude_diagonal", exclude_diagonal)
+
+
+def _directions(x: Tensor, y: Tensor, read: bool) -> tuple[Tensor, Tensor]:
+    """Points whose `|x - y|^2 / 2` is the cosine cost, with a gradient of 0 for zero vectors.
+
+    Where there may be any, two coordinates more: zero vectors of x are 1 in the first, and those of
+    y in the second, so that they are at a cost of 1 from everything.
+    """
+
+    def unit(t: Tensor) -> tuple[Tensor, Tensor]:
+        # The length that is divided by, so that squares neither under- nor overflow, is of no
+        # consequence, to derivatives either.
+        largest = torch.linalg.vector_norm(t.detach(), torch.inf, -1, keepdim=True)
+        zero = largest == 0
+        t = torch.where(zero, 1.0, t / torch.where(zero, 1.0, largest))
+        t = t / torch.linalg.vector_norm(t, dim=-1, keepdim=True)
+        return torch.where(zero, 0.0, t), zero
+
+    (x, zero_x), (y, zero_y) = unit(x), unit(y)
+    if read and not bool(zero_x.any()) and not bool(zero_y.any()):
+        return x, y
+    zero_x, zero_y = zero_x.to(x.dtype), zero_y.to(y.dtype)
+    x = torch.cat([x, zero_x, torch.zeros_like(zero_x)], -1)
+    return x, torch.cat([y, torch.zeros_like(zero_y), zero_y], -1)
+
+
+def _check_device(name: str, t: Tensor) -> None:
+    if t.is_meta:
+        raise ValueError(f"sinkhorn: {name} must be on a device that computes, got {t.device}")
+
+
 def _check_tensor(name: str, t: object, shape: str) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"sinkhorn: {name} must be a Tensor, got {type(t).__name__}")
-    if not t.is_floating_point():
-        raise TypeError(f"sinkhorn: {name} must have a floating dtype, got {t.dtype}")
+    check_dense("sinkhorn", name, t)
+    assert isinstance(t, Tensor)
     if t.ndim not in (2, 3):
         raise ValueError(f"sinkhorn: {name} must be {shape}, got {tuple(t.shape)}")
     if 0 in t.shape[-2:]:
@@ -129,6 +255,9 @@ def _segments(
     diagonal: int | None,
     read: bool,
 ) -> tuple[Tensor, Tensor]:
+    if not isinstance(cu_seqlens, tuple | list) or len(cu_seqlens) != 2:
+        got = type(cu_seqlens).__name__
+        raise TypeError(f"sinkhorn: cu_seqlens must be a pair (cu_x, cu_y), got {got}")
     if batch:
         raise ValueError(f"sinkhorn: cu_seqlens needs flat x [N, D], got {tuple(x.shape)}")
     for name, cu, points in zip(("cu_x", "cu_y"), cu_seqlens, (x, y), strict=True):
@@ -179,13 +308,20 @@ def labelled(
         raise ValueError(f"sinkhorn: {missing} must be given with its counterpart, got None")
     if points.cost == "matrix":
         raise ValueError("sinkhorn: labels need points, got a cost matrix C")
+    if not isinstance(labels, tuple | list) or len(labels) != 2:
+        raise TypeError(f"sinkhorn: labels must be a pair (lx, ly), got {type(labels).__name__}")
+    for name, t in (("labels lx", labels[0]), ("labels ly", labels[1]), ("label_cost", label_cost)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"sinkhorn: {name} must be a Tensor, got {type(t).__name__}")
+        if t.device != points.x.device:
+            where = points.x.device
+            raise ValueError(f"sinkhorn: {name} must be on {where} with x, got {t.device}")
     if label_cost.ndim != 2 or not label_cost.is_floating_point():
         raise ValueError(
             "sinkhorn: label_cost must be a floating [L, L'],"
             f" got {label_cost.dtype} {tuple(label_cost.shape)}"
         )
-    if label_cost.requires_grad:
-        raise ValueError("sinkhorn: label_cost must not require a gradient, got one that does")
+    check_constant("sinkhorn", "label_cost", label_cost)
     sides = zip(("lx", "ly"), labels, (points.x, points.y), label_cost.shape, strict=True)
     for name, classes, p, count in sides:
         if tuple(classes.shape) != (*batch, p.shape[1]) or classes.dtype != torch.int64:
@@ -205,17 +341,25 @@ def labelled(
 
 
 def penalties(
-    reach: float | tuple[float | None, float | None] | None, cost: str
+    reach: float | tuple[float | None, float | None] | None, cost: str, dtype: torch.dtype
 ) -> tuple[float | None, float | None]:
-    pair = reach if isinstance(reach, tuple) else (reach, reach)
+    """`rho`, None for a constraint: so is what is too large for dtype."""
+    pair = reach if isinstance(reach, tuple | list) else (reach, reach)
     if len(pair) != 2:
         raise ValueError(f"sinkhorn: reach must be a number or a pair, got {reach}")
-    for r in pair:
-        if r is not None and not r > 0:
+
+    def penalty(r: float | None) -> float | None:
+        if r is None:
+            return None
+        r = number("sinkhorn", "reach", r)
+        if not r > 0:
             raise ValueError(f"sinkhorn: reach must be positive, got {r}")
-    power = 2 if cost in _SQUARED else 1
-    rho = [None if r is None or math.isinf(r) else float(r) ** power for r in pair]
-    return rho[0], rho[1]
+        rho = float(r) * float(r) if cost in _SQUARED else float(r)
+        if rho < torch.finfo(dtype).tiny:
+            raise ValueError(f"sinkhorn: reach must be larger in {dtype}, got {r}")
+        return rho if rho <= torch.finfo(dtype).max else None
+
+    return penalty(pair[0]), penalty(pair[1])
 
 
 def annealed(
@@ -227,8 +371,10 @@ def annealed(
 ) -> Schedule:
     if anneal is None:
         return schedule
+    anneal = given_numbers("sinkhorn", "anneal", anneal)
     if isinstance(anneal, int | float):
-        if not 0 < anneal < 1:
+        # One that rounds to 1 would never end.
+        if not 0 < anneal <= 1 - torch.finfo(eps.dtype).eps:
             raise ValueError(f"sinkhorn: anneal must be a factor in (0, 1), got {anneal}")
         if points.cost == "formula":
             raise ValueError(
@@ -236,27 +382,34 @@ def annealed(
             )
         T = eps.shape[0] // max(points.count, 1)
         start = _largest_cost(points).repeat_interleave(T)
+        # A temperature that is not positive, where that was not read, would never be reached.
+        start = torch.where(eps > 0, start, -torch.inf)
         return replace(schedule, start=start, factor=float(anneal))
     if isinstance(anneal, Tensor):
-        steps = anneal.to(device=eps.device, dtype=eps.dtype)
+        steps = anneal.detach().to(device=eps.device, dtype=eps.dtype)
     else:
         steps = from_numbers(anneal, eps.device, eps.dtype)
     if steps.ndim != 1:
         raise ValueError(
             f"sinkhorn: anneal must be a factor or temperatures [S], got {tuple(steps.shape)}"
         )
-    values = (steps.tolist() if read else []) if isinstance(anneal, Tensor) else list(anneal)
-    if not all(0 < value < math.inf for value in values):
-        raise ValueError(f"sinkhorn: anneal must be positive and finite, got {values}")
-    return replace(schedule, temperatures=steps.detach())
+    if read or not isinstance(anneal, Tensor):
+        check_temperatures("sinkhorn", "anneal", anneal, eps.dtype)
+    return replace(schedule, temperatures=steps)
 
 
 def _largest_cost(points: Points) -> Tensor:
-    """An upper bound on what differences of costs can be, `[B]`: across the bounding box."""
+    """An upper bound on what differences of costs can be, `[B]`: across the bounding box.
+
+    Pairs at an infinite cost are left out, so that annealing ends.
+    """
     p = points
     if p.cost == "matrix":
         assert p.matrix is not None
-        return (p.matrix.amax((1, 2)) - p.matrix.amin((1, 2))).detach()
+        C = p.matrix.detach()
+        finite = C.isfinite()
+        high = torch.where(finite, C, -torch.inf).amax((1, 2))
+        return _finite(high - torch.where(finite, C, torch.inf).amin((1, 2)))
 
     def bounds(t: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor]:
         t = t.detach()
@@ -281,8 +434,16 @@ def _largest_cost(points: Points) -> Tensor:
             out = out.sqrt()
         if p.cost == "half_sqeuclidean":
             out = out / 2
-    out = torch.nan_to_num(out, posinf=0.0)  # problems without points
-    return out if p.label_cost is None else out + p.label_cost.detach().abs().max()
+    if cu_x is not None:  # problems without points
+        out = torch.where(cu_x.diff() > 0, out, 0.0)
+    if p.label_cost is not None:
+        W = p.label_cost.detach()
+        out = out + torch.where(W.isfinite(), W, 0.0).abs().max()
+    return _finite(out)
+
+
+def _finite(t: Tensor) -> Tensor:
+    return torch.nan_to_num(t, neginf=0.0)
 
 
 def canonical_weights(
@@ -306,6 +467,7 @@ def canonical_weights(
     if not isinstance(w, Tensor) or not w.is_floating_point():
         got = w.dtype if isinstance(w, Tensor) else type(w).__name__
         raise TypeError(f"sinkhorn: {name} must be a floating Tensor, got {got}")
+    check_dense("sinkhorn", name, w)
     if w.device != own.device:
         raise ValueError(f"sinkhorn: {name} must be on {own.device} with x, got {w.device}")
     if tuple(w.shape) != shape:
@@ -345,26 +507,24 @@ def canonical_eps(
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Temperatures `[P]`, and (T,) where there are several for each problem."""
     count = lead[0] if lead else 1
+    eps = given_numbers("sinkhorn", "eps", eps)
     if isinstance(eps, int | float):
-        if not 0 < eps < float("inf"):
-            raise ValueError(f"sinkhorn: eps must be positive and finite, got {eps}")
+        check_temperatures("sinkhorn", "eps", eps, dtype)
         return like.new_full((count,), eps, dtype=dtype), ()
-    e = eps if isinstance(eps, Tensor) else from_numbers(eps, like.device, dtype)
-    if e.requires_grad:
-        raise ValueError("sinkhorn: eps must not require a gradient, got one that does")
+    if read or isinstance(eps, list):
+        check_temperatures("sinkhorn", "eps", eps, dtype)
+    if isinstance(eps, list):  # for every problem
+        e = from_numbers(eps, like.device, dtype).expand(*lead, -1)
+    else:
+        e = eps.detach()
     if e.device != like.device and e.ndim > 0:
         raise ValueError(f"sinkhorn: eps must be on {like.device} with x, got {e.device}")
     if e.ndim > 0 and (tuple(e.shape[: len(lead)]) != lead or e.ndim > len(lead) + 1):
-        if not isinstance(eps, Tensor) and e.ndim == 1:  # the same temperatures everywhere
-            e = e.expand(*lead, -1)
-        else:
-            raise ValueError(
-                f"sinkhorn: eps must have shape {lead}, or {(*lead, 'T')}, got {tuple(e.shape)}"
-            )
+        raise ValueError(
+            f"sinkhorn: eps must have shape {lead}, or {(*lead, 'T')}, got {tuple(e.shape)}"
+        )
     if e.ndim == len(lead) + 1 and e.shape[-1] == 0:
         raise ValueError(f"sinkhorn: eps must have a temperature, got {tuple(e.shape)}")
-    if read and not bool(((e > 0) & e.isfinite()).all()):
-        raise ValueError(f"sinkhorn: eps must be positive and finite, got {e.min().item()}")
     temperatures = tuple(e.shape[len(lead) :])
     e = e.to(device=like.device, dtype=dtype)
     return e.expand((*lead, *temperatures)).reshape(-1), temperatures
@@ -377,8 +537,13 @@ def initial_potential(
     points: Points,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    if not isinstance(init, tuple | list) or len(init) != 2:
+        got = type(init).__name__
+        raise TypeError(f"sinkhorn: init must be a pair of potentials (f, g), got {got}")
     out = []
     for name, t, p in (("f", init[0], points.x), ("g", init[1], points.y)):
+        check_dense("sinkhorn", f"init {name}", t)
+        check_constant("sinkhorn", f"init {name}", t)
         expected = (*batch, *temperatures, p.shape[1])
         if tuple(t.shape) != expected:
             raise ValueError(f"sinkhorn: init {name} must be {expected}, got {tuple(t.shape)}")

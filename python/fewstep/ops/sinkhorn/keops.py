@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pykeops.torch import LazyTensor  # type: ignore[import-untyped]
+from pykeops.torch import LazyTensor
 from torch import Tensor
 
-from fewstep.reference.sinkhorn import Points, Schedule, iterate
+from fewstep.reference.sinkhorn import NOWHERE, Points, Schedule, iterate
 
 
 def _lazy(points: Points, T: int) -> tuple[Any, Any, Any]:
@@ -23,7 +23,20 @@ def _lazy(points: Points, T: int) -> tuple[Any, Any, Any]:
     m = points.y.shape[1]
     x_i = LazyTensor(points.x[:, None].expand(count, T, n, d).reshape(count, T, n, 1, d))
     y_j = LazyTensor(points.y[:, None].expand(count, T, m, d).reshape(count, T, 1, m, d))
-    return x_i, y_j, points.formula(x_i, y_j)
+    try:
+        cost = points.formula(x_i, y_j)
+    except Exception as error:
+        raise TypeError(
+            "sinkhorn: cost does not understand KeOps's LazyTensors, but backend='reference'"
+            f" evaluates it on broadcast tensors ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(cost, LazyTensor) or cost.ndim != 1:
+        got = f"{tuple(cost.shape)}" if isinstance(cost, LazyTensor) else type(cost).__name__
+        raise ValueError(
+            "sinkhorn: cost must return a number for each pair, as (x - y).abs().sum(-1) does,"
+            f" got {got} from KeOps's LazyTensors"
+        )
+    return x_i, y_j, cost
 
 
 def _split(t: Tensor, points: Points) -> Tensor:
@@ -49,7 +62,7 @@ def solve(
             bias = potential / e + weights.log()
             lazy = LazyTensor(bias[..., None, :, None] if axis == 3 else bias[..., :, None, None])
             inverse = LazyTensor((1 / e)[..., None, None].contiguous())
-            soft: Tensor = (lazy - cost * inverse).logsumexp(axis)[..., 0]
+            soft: Tensor = (lazy - cost * inverse).logsumexp(axis)[..., 0].clamp(min=-NOWHERE)
             return -e * soft
 
         start = None if schedule.start is None else _split(schedule.start, points)

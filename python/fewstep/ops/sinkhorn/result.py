@@ -9,8 +9,28 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.sinkhorn import autograd
+from fewstep.ops.sinkhorn.inputs import check_dense
 from fewstep.ops.sinkhorn.problem import Constants, Problem, transposed
-from fewstep.reference.sinkhorn import Points, Schedule
+from fewstep.reference.sinkhorn import Points, Schedule, exponent
+
+
+class Versions:
+    """Counts of the in-place changes of tensors, to find later ones; copies start without any."""
+
+    def __init__(self, tensors: dict[str, Tensor | None] | None = None) -> None:
+        # Inference tensors have no count.
+        self._seen = [
+            (name, t, t._version)
+            for name, t in (tensors or {}).items()
+            if t is not None and not t.is_inference()
+        ]
+
+    def __reduce__(self) -> tuple[type[Versions], tuple[()]]:
+        return Versions, ()
+
+    def changed(self) -> str | None:
+        """The name of a tensor that has changed."""
+        return next((name for name, t, version in self._seen if t._version != version), None)
 
 
 @dataclass(frozen=True)
@@ -18,6 +38,7 @@ class CanonicalProblem:
     """The inputs in canonical form, as `fewstep.reference.sinkhorn` has them."""
 
     points: Points
+    targets: Tensor | None  # y as given, [B, M, D]; None with a cost matrix
     a: Tensor  # [B, N], or [1, N] where ragged
     b: Tensor  # [B, M]
     eps: Tensor  # [P]
@@ -27,6 +48,20 @@ class CanonicalProblem:
     backend: str
     batch: tuple[int, ...]  # leading shape of the caller's points
     temperatures: tuple[int, ...]  # (T,) where several were given
+
+    def versions(self, f: Tensor, g: Tensor) -> Versions:
+        """Of all tensors that the methods of a result read."""
+        p = self.points
+        tensors = {"x": p.x, "y": p.y, "C": p.matrix, "a": self.a, "b": self.b, "eps": self.eps}
+        if self.targets is not p.y:
+            tensors["y as given"] = self.targets
+        tensors |= {"f": f, "g": g}
+        if p.segments is not None:
+            tensors |= zip(("cu_x", "cu_y"), p.segments, strict=True)
+        if p.labels is not None:
+            tensors |= zip(("lx", "ly"), p.labels, strict=True)
+            tensors["label_cost"] = p.label_cost
+        return Versions(tensors)
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -40,7 +75,7 @@ class CanonicalProblem:
         return (*self.batch, *ragged, *self.temperatures)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SinkhornResult:
     """What `sinkhorn` returns.
 
@@ -65,6 +100,17 @@ class SinkhornResult:
     iterations: Tensor
     converged: Tensor
     _problem: CanonicalProblem = field(repr=False)
+    _versions: Versions = field(default_factory=Versions, repr=False)
+
+    def _check_unchanged(self, what: str) -> None:
+        if torch.compiler.is_compiling():
+            return
+        name = self._versions.changed()
+        if name is not None:
+            raise RuntimeError(
+                f"{what}: {name} has changed in place since sinkhorn solved the problem, as an"
+                f" optimizer's step does; call {what} before, or give sinkhorn a clone"
+            )
 
     def _potentials(self) -> tuple[Tensor, Tensor]:
         """f and g as the kernels have them, `[P, N]` and `[P, M]`."""
@@ -116,6 +162,7 @@ class SinkhornResult:
         >>> torch.autograd.grad(f.square().sum(), x)[0].shape
         torch.Size([5, 2])
         """
+        self._check_unchanged("potentials")
         solved, constants = self._solved(implicit=True)
         parts = zip(*(autograd.potentials(p, constants) for p in solved), strict=True)
         f, g = (torch.cat(t) for t in parts)
@@ -146,6 +193,9 @@ class SinkhornResult:
         True
         """
         p = self._problem
+        self._check_unchanged("transport")
+        if not isinstance(v, Tensor):
+            raise TypeError(f"transport: v must be a Tensor, got {type(v).__name__}")
         if axis not in (0, 1):
             raise ValueError(f"transport: axis must be 0 or 1, got {axis}")
         count = (p.points.y if axis == 0 else p.points.x).shape[1]
@@ -157,6 +207,9 @@ class SinkhornResult:
             raise ValueError(f"transport: v must be {(*own, 'K')} for axis {axis}, got {got}")
         if v.dtype != self.f.dtype:
             raise TypeError(f"transport: v must be {self.f.dtype}, got {v.dtype}")
+        check_dense("transport", "v", v)
+        if v.device != self.f.device:
+            raise ValueError(f"transport: v must be on {self.f.device}, got {v.device}")
         if v.shape[:-1] != own:
             v = v.unsqueeze(len(p.batch)).expand(*own, v.shape[-1])
         out = self._apply(v.reshape(math.prod(p.lead), *v.shape[-2:]), axis, implicit)
@@ -174,11 +227,14 @@ class SinkhornResult:
         p = self._problem
         if p.points.segments is not None:
             raise ValueError("plan: ragged problems have plans of several shapes, got cu_seqlens")
-        f, g = self._potentials()
-        C = self._per_problem(p.points.detached().costs())
+        self._check_unchanged("plan")
         a, b = self._per_problem(p.a.detach()), self._per_problem(p.b.detach())
-        k = ((f[..., :, None] + g[..., None, :] - C) / p.eps[:, None, None]).exp()
-        plan = a[..., :, None] * b[..., None, :] * k
+        with torch.autocast(a.device.type, enabled=False):
+            C = self._per_problem(p.points.detached().costs())
+            z = exponent(C, *self._potentials(), p.eps)
+        # Where both weights are tiny, or 0, the exponential may overflow before they multiply it.
+        log_w = a.log()[..., :, None] + b.log()[..., None, :]
+        plan = torch.where(log_w == -torch.inf, 0.0, (z + log_w).exp())
         return plan.reshape(*p.lead, *plan.shape[1:])
 
     def barycenter(self, normalize: bool = True, implicit: bool = False) -> Tensor:
@@ -193,9 +249,10 @@ class SinkhornResult:
             ValueError: a cost matrix was given, so there are no points to average.
         """
         p = self._problem
-        if p.points.cost == "matrix":
+        if p.targets is None:
             raise ValueError("barycenter: needs points, got a problem with a cost matrix C")
-        y = p.points.y if implicit else p.points.y.detach()
+        self._check_unchanged("barycenter")
+        y = p.targets if implicit else p.targets.detach()
         y = torch.cat([y, torch.ones_like(y[..., :1])], -1) if normalize else y
         T = math.prod(p.temperatures)
         out = self._apply(y[:, None].expand(-1, T, -1, -1).flatten(0, 1), 0, implicit)

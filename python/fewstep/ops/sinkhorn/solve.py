@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed
 from fewstep.ops.sinkhorn import autograd, dispatch
+from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
 from fewstep.ops.sinkhorn.inputs import (
     UPDATES,
     annealed,
@@ -20,14 +23,46 @@ from fewstep.ops.sinkhorn.inputs import (
     canonical_weights,
     checked_precision,
     initial_potential,
+    integer,
     labelled,
+    number,
     penalties,
 )
-from fewstep.ops.sinkhorn.result import CanonicalProblem, SinkhornResult
+from fewstep.ops.sinkhorn.result import CanonicalProblem, SinkhornResult, Versions
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points, Schedule
 
+_warned = False
+P = ParamSpec("P")
 
+
+def _warns(
+    solve: Callable[P, SinkhornResult],
+) -> functools._Wrapped[P, SinkhornResult, P, SinkhornResult]:
+    """Once, where `tol` was not reached, and only where looking costs nothing."""
+
+    @functools.wraps(solve)
+    def warning(*args: P.args, **options: P.kwargs) -> SinkhornResult:
+        global _warned
+        result = solve(*args, **options)
+        tol = result._problem.schedule.tol
+        if tol is None or torch.compiler.is_compiling():
+            return result
+        if not _warned and unconverged(result.converged):
+            _warned = True
+            worst = result.residual.detach().max().item()
+            warnings.warn(
+                f"sinkhorn: not converged, the residual is {worst:.3g} and tol {tol:.3g};"
+                " a larger max_iter or eps, or anneal, helps; this is said once",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return result
+
+    return warning
+
+
+@_warns
 def sinkhorn(
     x: Tensor | None,
     y: Tensor | None,
@@ -160,14 +195,21 @@ def sinkhorn(
     read = check_finite or device.type == "cpu"
     read = read and not torch.compiler.is_compiling() and not is_transformed()
     points, batch, dtype = canonical_points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
+    targets = None if y is None else points.y
+    if cost == "cosine" and y is not None:
+        targets = y.to(dtype).reshape(*points.y.shape[:2], -1)
     points = labelled(points, batch, labels, label_cost, dtype, read)
     points = replace(points, precision=checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
     e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
-    rho = penalties(reach, points.cost)
+    rho = penalties(reach, points.cost, dtype)
     free = rho != (None, None)
     weights = canonical_weights("a", a, batch, points, dtype, read, free=free)
     columns = canonical_weights("b", b, batch, points, dtype, read, free=free)
+    max_iter = integer("sinkhorn", "max_iter", max_iter)
+    memory_limit = integer("sinkhorn", "memory_limit", memory_limit)
+    tol = None if tol is None else number("sinkhorn", "tol", tol)
+    relax = number("sinkhorn", "relax", relax)
     if max_iter < 1:
         raise ValueError(f"sinkhorn: max_iter must be at least 1, got {max_iter}")
     if tol is not None and not tol >= 0:
@@ -186,6 +228,8 @@ def sinkhorn(
     # Label costs need not be symmetric, and looking would cost a synchronisation on a GPU.
     single = single and labels is None and same_segments
     single = single and not points.diagonal and rho[0] == rho[1]
+    # Coordinates that tell zero vectors of x from those of y make clouds that are not the same.
+    single = single and (x is None or points.x.shape[-1] == x.shape[-1])
     schedule = Schedule(
         max_iter=max_iter,
         tol=tol,
@@ -216,12 +260,14 @@ def sinkhorn(
             if bad:
                 raise ValueError(f"sinkhorn: {name} must be finite, got {bad} NaN or inf values")
     problem = CanonicalProblem(
-        points, weights, columns, e, f0, g0, schedule, chosen, batch, temperatures
+        points, targets, weights, columns, e, f0, g0, schedule, chosen, batch, temperatures
     )
     f, g, *numbers = autograd.solve(chosen, points, weights, columns, e, f0, g0, schedule)
     f, g = (t.reshape(*problem.lead, t.shape[-1]) for t in (f, g))
     value, residual, iterations, converged = (t.reshape(problem.values) for t in numbers)
-    return SinkhornResult(f, g, value, residual, iterations, converged, problem)
+    plain = not torch.compiler.is_compiling() and not is_transformed()
+    versions = problem.versions(f, g) if plain else Versions()
+    return SinkhornResult(f, g, value, residual, iterations, converged, problem, versions)
 
 
 def transport(result: SinkhornResult, v: Tensor, axis: int = 0, implicit: bool = False) -> Tensor:

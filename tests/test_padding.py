@@ -1,0 +1,123 @@
+"""Padded clouds, whose points of weight 0 change nothing and come out as finite numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fewstep
+
+BACKENDS = ["cpp", "reference"]
+
+
+def padded(dtype: torch.dtype) -> dict[str, Tensor]:
+    """4 and 5 points far from the origin, and two and three without weight there."""
+    x, y = torch.randn(6, 3, dtype=dtype) + 2, torch.randn(8, 3, dtype=dtype) + 2
+    x[4:], y[5:] = 0, 0
+    a, b = torch.tensor([0.25] * 4 + [0] * 2), torch.tensor([0.2] * 5 + [0] * 3)
+    return {"x": x, "y": y, "a": a.to(dtype), "b": b.to(dtype)}
+
+
+def alone(data: dict[str, Tensor]) -> dict[str, Tensor]:
+    counts = {"x": 4, "a": 4, "y": 5, "b": 5}
+    return {k: t[: counts[k]] for k, t in data.items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "eps"), [(torch.float32, 0.1), (torch.float64, 0.1), (torch.float64, 0.003)]
+)
+@pytest.mark.parametrize("reach", [None, 3.0])
+def test_padding_changes_nothing(
+    backend: str, dtype: torch.dtype, eps: float, reach: float | None
+) -> None:
+    data = padded(dtype)
+    options = {"eps": eps, "max_iter": 1000, "reach": reach, "backend": backend}
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    found = []
+    for part in (data, alone(data)):
+        leaves = {k: t.clone().requires_grad_(k in "xy") for k, t in part.items()}
+        result = fewstep.sinkhorn(**leaves, **options)
+        grads = torch.autograd.grad(result.value, [leaves["x"], leaves["y"]])
+        products = result.transport(part["y"]), result.transport(part["x"], axis=1)
+        found.append((result.plan(), *grads, *products, result.barycenter()))
+    for whole, part in zip(*found, strict=True):
+        assert whole.isfinite().all()
+        inside = tuple(slice(n) for n in part.shape)
+        assert torch.allclose(whole[inside], part, rtol=tolerance, atol=tolerance)
+    for whole, part in list(zip(*found, strict=True))[:-1]:  # a barycentre is an average there too
+        outside = whole.clone()
+        outside[tuple(slice(n) for n in part.shape)] = 0
+        assert not outside.any()
+    if reach is None:
+        assert torch.allclose(found[0][0].sum(), torch.ones((), dtype=dtype), rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_cost_of_padding(backend: str) -> None:
+    C = torch.full((6, 8), 1e9)
+    C[:4, :5] = torch.rand(4, 5)
+    data = padded(torch.float32)
+    weights = {"a": data["a"], "b": data["b"]}
+    C.requires_grad_()
+    result = fewstep.sinkhorn(None, None, C=C, **weights, eps=0.1, max_iter=1000, backend=backend)
+    (grad,) = torch.autograd.grad(result.value, C)
+    exact = fewstep.sinkhorn(None, None, C=C.detach()[:4, :5], eps=0.1, max_iter=1000)
+    for plan in (result.plan(), grad):
+        assert torch.allclose(plan[:4, :5], exact.plan(), atol=1e-6)
+        assert not plan[4:].any()
+        assert not plan[:, 5:].any()
+    assert torch.allclose(result.value, exact.value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_implicit_derivatives_of_padded_clouds(backend: str) -> None:
+    data = padded(torch.float64)
+
+    def derivatives(part: dict[str, Tensor]) -> list[Tensor]:
+        leaves = {k: t.clone().requires_grad_(k in "xy") for k, t in part.items()}
+        result = fewstep.sinkhorn(**leaves, eps=1.0, tol=1e-12, max_iter=500, backend=backend)
+        points = leaves["x"], leaves["y"]
+        grads = torch.autograd.grad(result.value, points, create_graph=True)
+        hvp = torch.autograd.grad(sum(g.square().sum() for g in grads), points, retain_graph=True)
+        f, g = result.potentials()
+        n, m = 4, 5
+        moved = f[:n].square().sum() + g[:m].square().sum()
+        of_potentials = torch.autograd.grad(moved, points, retain_graph=True)
+        image = result.transport(part["y"], implicit=True)[:n]
+        average = result.barycenter(implicit=True)[:n]
+        through = torch.autograd.grad(image.square().sum() + average.square().sum(), points)
+        return [*hvp, *of_potentials, *through]
+
+    for whole, part in zip(derivatives(data), derivatives(alone(data)), strict=True):
+        assert torch.allclose(whole[: len(part)], part, rtol=1e-6, atol=1e-8)
+        assert not whole[len(part) :].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_plan_between_tiny_weights(dtype: torch.dtype) -> None:
+    """`a b` underflows and the exponential overflows, but their product is ordinary."""
+    tiny = 1e-30 if dtype == torch.float32 else 1e-250
+    a = torch.tensor([tiny, 1.0], dtype=dtype)
+    C = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=dtype)
+    plan = fewstep.sinkhorn(None, None, C=C, a=a, b=a, eps=0.001).plan()
+    assert torch.allclose(plan.diagonal(), a, rtol=1e-4, atol=0)
+
+
+def test_ragged_and_several_temperatures_with_padding() -> None:
+    data = padded(torch.float32)
+    cu = torch.tensor([0, 6]), torch.tensor([0, 8])
+    found = {}
+    for backend in BACKENDS:
+        options: dict[str, Any] = {"eps": [0.1, 0.3], "max_iter": 500, "backend": backend}
+        x = data["x"].clone().requires_grad_()
+        result = fewstep.sinkhorn(**data | {"x": x}, cu_seqlens=cu, **options)
+        (grad,) = torch.autograd.grad(result.value.sum(), x)
+        found[backend] = grad, result.barycenter(), result.transport(torch.ones(8))
+        assert all(t.isfinite().all() for t in found[backend])
+        assert not grad[4:].any()
+    for mine, other in zip(*found.values(), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-3, atol=1e-5)

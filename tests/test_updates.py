@@ -1,0 +1,141 @@
+"""Symmetric, relaxed and penalised updates of the C++ kernels where sums leave the range of T."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fewstep
+from tolerances import assert_contract
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def check(C: torch.Tensor, dtype: torch.dtype, **options) -> None:
+    """Potentials and value of the C++ kernels against the reference in float64."""
+    init = options.pop("init", None)
+
+    def solve(dtype: torch.dtype, backend: str) -> fewstep.SinkhornResult:
+        start = None if init is None else tuple(t.to(dtype) for t in init)
+        return fewstep.sinkhorn(None, None, C=C.to(dtype), init=start, backend=backend, **options)
+
+    exact = solve(torch.float64, "reference")
+    for limit in (2**27, 0):
+        options["memory_limit"] = limit
+        found = solve(dtype, "cpp")
+        scale = C[C.isfinite()].abs().max()
+        assert_contract("potential", found.f, exact.f, scale=scale)
+        assert_contract("potential", found.g, exact.g, scale=scale)
+        if init is None:  # else the plan may have any mass
+            assert_contract("value", found.value, exact.value, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("update", "expected"),
+    [
+        ({"update": "symmetric"}, (-0.157171, -4.797781e-4)),
+        ({"relax": 1.5}, (-0.284794, -9.961202e-4)),
+    ],
+)
+def test_a_panel_with_an_outlier_is_relaxed_once(update: dict, expected: tuple) -> None:
+    x, y = torch.tensor([[0.0], [0.1]]), torch.tensor([[0.0], [7.0]])
+    cases = ((torch.float32, 0.3, 1.0), (torch.float64, 0.01, 0.1))
+    for (dtype, eps, reach), g in zip(cases, expected, strict=True):
+        result = fewstep.sinkhorn(
+            x.to(dtype), y.to(dtype), eps=eps, reach=reach, max_iter=2, backend="cpp", **update
+        )
+        assert result.g[0].item() == pytest.approx(g, rel=1e-5)
+
+
+@pytest.mark.parametrize("iterations", [3, 10, 30])
+def test_symmetric_updates_of_products(iterations: int) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 8) * 1.5, torch.randn(50, 8) * 1.5
+    options = {"eps": 0.5, "cost": "dot", "update": "symmetric", "max_iter": iterations}
+    found = fewstep.sinkhorn(x, y, backend="cpp", **options)
+    exact = fewstep.sinkhorn(x.double(), y.double(), backend="reference", **options)
+    if iterations == 10:
+        assert exact.value.item() == pytest.approx(-10.14627, abs=1e-5)
+    assert_contract("value", found.value, exact.value)
+    assert_contract("potential", found.g, exact.g, scale=x @ y.mT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("update", [{"update": "symmetric"}, {"relax": 1.5}, {"relax": 0.5}])
+def test_an_outlier_beside_many_points(dtype: torch.dtype, update: dict) -> None:
+    x, y = torch.rand(300, 2), torch.rand(256, 2)
+    y[17] = 8
+    C = torch.cdist(x, y).square()
+    for eps, iterations in ((0.05, 2), (0.05, 7), (0.004, 2)):
+        check(C, dtype, eps=eps, reach=1.0, max_iter=iterations, **update)
+
+
+@pytest.mark.filterwarnings("ignore:sinkhorn_divergence")
+@pytest.mark.parametrize("labels", [False, True])
+def test_divergence_at_small_eps(labels: bool) -> None:
+    x, y = torch.rand(60, 2), torch.rand(50, 2) + 0.2
+    y[3] = 7
+    options: dict = {"eps": 0.02, "max_iter": 4}
+    if labels:
+        kinds = (torch.arange(60) % 2, torch.arange(50) % 2)
+        options |= {"labels": kinds, "label_cost": 0.3 * (1 - torch.eye(2))}
+    found, exact = (
+        fewstep.sinkhorn_divergence(
+            x.to(dtype),
+            y.to(dtype),
+            backend=backend,
+            **options | {key: t.to(dtype) for key, t in options.items() if key == "label_cost"},
+        )
+        for dtype, backend in ((torch.float32, "cpp"), (torch.float64, "reference"))
+    )
+    assert_contract("value", found.value, exact.value)
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 0.02), (torch.float64, 0.002)])
+def test_heavy_rows_do_not_lift_entries_that_underflow(dtype: torch.dtype, eps: float) -> None:
+    C = torch.tensor([[1.0, 1.0, 0.0], [1.0, -1.0, -1.0]])
+    result = fewstep.sinkhorn(
+        None, None, C=C.to(dtype), eps=eps, update="symmetric", max_iter=1, backend="cpp"
+    )
+    value, g = {0.02: (-0.315321, 0.988244), 0.002: (-0.331532, 0.998824)}[eps]
+    assert result.value.item() == pytest.approx(value, rel=1e-5)
+    assert result.g[0].item() == pytest.approx(g, rel=1e-5)
+    for iterations in (2, 3, 10):
+        check(C, dtype, eps=eps, update="symmetric", max_iter=iterations)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_relaxed_updates_from_given_potentials(dtype: torch.dtype, iterations: int) -> None:
+    C = torch.tensor([[-2.0, 1.0]])
+    options: dict = {"init": (torch.zeros(1), torch.zeros(2)), "max_iter": iterations}
+    check(C, dtype, eps=0.02, relax=0.5, **options)
+    check(C, dtype, eps=0.002, relax=0.5, **options)
+    init = (torch.tensor([1.5, -1.0, 0.0]), torch.zeros(3))
+    check(torch.rand(3, 3) * 2 - 1, dtype, eps=0.02, relax=0.7, init=init, max_iter=iterations)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("update", [{}, {"update": "symmetric"}, {"relax": 1.3}])
+def test_annealing_of_scores(dtype: torch.dtype, update: dict) -> None:
+    C = torch.randn(20, 40)
+    check(C, dtype, eps=0.03, anneal=(2.0, 0.2), max_iter=3, **update)
+
+
+@pytest.mark.parametrize("rows", [(9.0, 0.1, 0.1, 0.1), (3.0, 3.0, 3.0, 0.3)])
+@pytest.mark.parametrize("limit", [2**27, 0])
+def test_penalties_far_below_eps(rows: tuple[float, ...], limit: int) -> None:
+    result = fewstep.sinkhorn(
+        None,
+        None,
+        C=torch.full((4, 9), 6.921),
+        a=torch.tensor(rows),
+        b=torch.full((9,), 6.921),
+        eps=10.0,
+        reach=0.01,
+        tol=1e-5,
+        backend="cpp",
+        memory_limit=limit,
+    )
+    assert result.converged
+    assert result.iterations <= 3

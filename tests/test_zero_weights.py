@@ -1,0 +1,280 @@
+"""Points without weight, pairs of infinite cost, and problems that have no plan."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fewstep
+from tolerances import assert_contract
+
+BACKENDS = ("cpp", "reference")
+DTYPES = (torch.float32, torch.float64)
+UPDATES = (
+    {},
+    {"update": "symmetric"},
+    {"relax": 1.4},
+    {"reach": 1.0},
+    {"reach": (None, 0.5)},
+    {"reach": 0.7, "update": "symmetric"},
+)
+FILLS = ("weights", "costs", "pairs")
+
+
+def padded(n: int, m: int, rows: int, columns: int, fill: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Costs with more rows and columns behind, `C[:n, :m]` those of the problem, and weights."""
+    C = torch.rand(n, m)
+    inside = torch.rand(n + rows, m + columns)
+    if fill != "weights":
+        inside = torch.full_like(inside, torch.inf)
+    if fill == "pairs":  # of a point and padding, but not of padding alone
+        inside[n:, m:] = 0
+    inside[:n, :m] = C
+    a, b = (torch.rand(k) + 0.1 for k in (n, m))
+    a, b = a / a.sum(), b / b.sum()
+    nothing = torch.zeros
+    return inside, torch.cat([a, nothing(rows)]), torch.cat([b, nothing(columns)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("options", UPDATES, ids=str)
+def test_padding_changes_nothing(
+    backend: str, dtype: torch.dtype, fill: str, options: dict
+) -> None:
+    n, m = 20, 37
+    whole = padded(n, m, 7, 30, fill)
+    C, a, b = (t.to(dtype).requires_grad_() for t in whole)
+    alone = [t.double().requires_grad_() for t in (whole[0][:n, :m], whole[1][:n], whole[2][:m])]
+    options = options | {"eps": 0.05, "max_iter": 400}
+    found = fewstep.sinkhorn(None, None, C=C, a=a, b=b, backend=backend, **options)
+    exact = fewstep.sinkhorn(
+        None, None, C=alone[0], a=alone[1], b=alone[2], backend="reference", **options
+    )
+    assert found.converged
+    assert_contract("value", found.value, exact.value)
+    assert_contract("potential", found.f[:n], exact.f, scale=alone[0])
+    assert_contract("potential", found.g[:m], exact.g, scale=alone[0])
+    assert found.f.isfinite().all()
+    assert found.g.isfinite().all()
+    assert_contract("plan", found.plan()[:n, :m], exact.plan())
+    grads = torch.autograd.grad(found.value, (C, a, b))
+    for grad, part, whole_part in zip(
+        grads,
+        torch.autograd.grad(exact.value, alone),
+        ((slice(n), slice(m)), slice(n), slice(m)),
+        strict=True,
+    ):
+        assert_contract("gradient", grad[whole_part], part)
+    v = torch.rand(m + 30, 2)
+    assert_contract("gradient", found.transport(v.to(dtype))[:n], exact.transport(v[:m].double()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batched", ["batch", "segments"])
+def test_padded_points(backend: str, batched: str) -> None:
+    """Zeros behind the points of every problem, as they come from a padded batch."""
+    x, y = torch.randn(2, 6, 3) + 2, torch.randn(2, 8, 3) + 2
+    x[:, 4:], y[:, 5:] = 0, 0
+    a, b = torch.tensor([0.25] * 4 + [0] * 2), torch.tensor([0.2] * 5 + [0] * 3)
+    options: dict = {"eps": 0.5, "max_iter": 300, "backend": backend}
+    exact = fewstep.sinkhorn(x[:, :4].double(), y[:, :5].double(), **options)
+    if batched == "batch":
+        found = fewstep.sinkhorn(x, y, a=a.expand(2, -1), b=b.expand(2, -1), **options)
+        f, g = found.f, found.g
+    else:
+        ends = (torch.tensor([0, 6, 12]), torch.tensor([0, 8, 16]))
+        found = fewstep.sinkhorn(
+            x.flatten(0, 1),
+            y.flatten(0, 1),
+            a=a.repeat(2),
+            b=b.repeat(2),
+            cu_seqlens=ends,
+            **options,
+        )
+        f, g = found.f.view(2, 6), found.g.view(2, 8)
+    assert_contract("value", found.value, exact.value)
+    scale = torch.cdist(x, y).square()
+    assert_contract("potential", f[:, :4], exact.f, scale=scale)
+    assert_contract("potential", g[:, :5], exact.g, scale=scale)
+    C = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    z = (exact.g[:, None, :] - C[:, 4:, :5]) / 0.5 + math.log(0.2)
+    assert_contract("potential", f[:, 4:], -0.5 * z.logsumexp(-1), scale=scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 0.02), (torch.float64, 0.002)])
+def test_a_point_without_weight_after_few_iterations(
+    backend: str, dtype: torch.dtype, eps: float
+) -> None:
+    x = torch.tensor([[0.0], [1.0]], dtype=dtype, requires_grad=True)
+    y = torch.tensor([[0.0], [2.0]], dtype=dtype)
+    a = torch.tensor([1.0, 0.0], dtype=dtype)
+    options: dict = {"eps": eps, "tol": 1e-3, "max_iter": 1000, "backend": backend}
+    result = fewstep.sinkhorn(x, y, a=a, **options)
+    assert result.converged
+    grad = torch.autograd.grad(result.value, x)[0].flatten()
+    torch.testing.assert_close(grad, x.new_tensor([-2, 0]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(result.transport(y)[:, 0], x.new_tensor([1, 0]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(result.barycenter()[:, 0], x.new_tensor([1, 2]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.bfloat16])
+def test_gradient_for_a_weight_that_is_zero(backend: str, dtype: torch.dtype) -> None:
+    x, y = torch.tensor([[0.0], [1.0]]).to(dtype), torch.tensor([[0.0], [2.0], [3.0]]).to(dtype)
+    a = torch.tensor([1.0, 0.0]).to(dtype).requires_grad_()
+    options: dict = {"a": a, "eps": 0.5, "tol": 1e-6, "max_iter": 1000, "backend": backend}
+    result = fewstep.sinkhorn(x, y, **options)
+    assert result.converged
+    grad = torch.autograd.grad(result.value, a)[0]
+    rounding = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 1e-5)
+    assert (grad[1] - grad[0]).item() == pytest.approx(-4.459772, rel=rounding)
+    swapped = fewstep.sinkhorn(y, x, **{**options, "a": None}, b=a)
+    other = torch.autograd.grad(swapped.value, a)[0]
+    assert (other[1] - other[0]).item() == pytest.approx(-4.459772, rel=rounding)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_derivatives_through_potentials_at_a_one_hot_weight(
+    backend: str, dtype: torch.dtype
+) -> None:
+    x = torch.tensor([[0.0], [1.0]], dtype=dtype, requires_grad=True)
+    y = torch.tensor([[0.0], [2.0], [3.0]], dtype=dtype)
+    a = torch.tensor([1.0, 0.0], dtype=dtype, requires_grad=True)
+    options: dict = {"eps": 0.5, "tol": 1e-6, "max_iter": 1000, "backend": backend}
+    result = fewstep.sinkhorn(x, y, a=a, **options)
+    grad = torch.autograd.grad(result.transport(y, implicit=True).sum(), a, retain_graph=True)[0]
+    torch.testing.assert_close(grad, torch.full_like(a, 5 / 3), rtol=1e-4, atol=0)
+    direction = torch.tensor([-1.0, 1.0], dtype=dtype)
+
+    def along(t: float) -> Tensor:
+        moved = torch.tensor([1.0 - t, t], dtype=torch.float64)
+        near = fewstep.sinkhorn(
+            *(x.detach().double(), y.double()),
+            a=moved,
+            **options | {"tol": 1e-12, "max_iter": 10000},
+        )
+        f, g = near.potentials()
+        return (f.detach() * f.new_tensor([1.0, 2.0])).sum() + (g.detach() ** 2).sum()
+
+    f, g = result.potentials()
+    found = torch.autograd.grad((f * f.new_tensor([1.0, 2.0])).sum() + (g**2).sum(), a)[0]
+    h = 1e-5
+    expected = (-3 * along(0.0) + 4 * along(h) - along(2 * h)) / (2 * h)
+    assert (found @ direction).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fill", FILLS)
+def test_second_derivatives_of_padded_problems(backend: str, fill: str) -> None:
+    whole = [t.double() for t in padded(4, 5, 2, 3, fill)]
+    u = torch.rand(4, 5, dtype=torch.float64)
+
+    def second(C: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (C, a, b)]
+        result = fewstep.sinkhorn(
+            *(None, None), C=leaves[0], a=leaves[1], b=leaves[2], eps=0.3, max_iter=300,
+            backend=backend,
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad(result.value, leaves[0], create_graph=True)
+        return list(torch.autograd.grad((grad[:4, :5] * u).sum(), leaves))
+
+    of_C, of_a, of_b = second(*whole)
+    alone = second(whole[0][:4, :5], whole[1][:4], whole[2][:5])
+    torch.testing.assert_close(of_C[:4, :5], alone[0], rtol=1e-8, atol=1e-10)
+    assert of_C[4:].abs().sum() + of_C[:, 5:].abs().sum() < 1e-10
+    for found, exact in ((of_a, alone[1]), (of_b, alone[2])):
+        assert found.isfinite().all()
+        k = exact.shape[0]  # up to a constant
+        torch.testing.assert_close(
+            found[:k] - found[:k].mean(), exact - exact.mean(), rtol=1e-7, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("update", [{}, {"update": "symmetric"}, {"relax": 1.4}], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_point_that_may_go_nowhere_is_destroyed(
+    backend: str, dtype: torch.dtype, update: dict, transposed: bool
+) -> None:
+    C = torch.tensor([[torch.inf, torch.inf], [0.0, 1.0]], dtype=dtype)
+    C = (C.T.contiguous() if transposed else C).requires_grad_()
+    result = fewstep.sinkhorn(
+        None, None, C=C, eps=0.1, reach=1.0, max_iter=500, backend=backend, **update
+    )
+    assert result.value.item() == pytest.approx(0.886981, rel=1e-5)
+    assert result.converged
+    assert result.f.isfinite().all()
+    assert result.g.isfinite().all()
+    plan, (grad,) = result.plan(), torch.autograd.grad(result.value, C)
+    torch.testing.assert_close(plan, grad)
+    assert plan.sum(0 if transposed else 1)[0] == 0
+    assert plan.sum() > 0.4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tol", [None, 1e-3])
+@pytest.mark.parametrize("update", [{}, {"update": "symmetric"}, {"relax": 0.7}], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_infeasible_problem(
+    backend: str, dtype: torch.dtype, tol: float | None, update: dict, transposed: bool
+) -> None:
+    C = torch.tensor([[torch.inf, torch.inf], [0.0, 1.0]], dtype=dtype)
+    weights = torch.tensor([1e-6, 1 - 1e-6], dtype=dtype)
+    options = {"C": C.T.contiguous(), "b": weights} if transposed else {"C": C, "a": weights}
+    result = fewstep.sinkhorn(None, None, eps=0.1, tol=tol, backend=backend, **options, **update)
+    assert result.value == torch.inf
+    assert not result.converged
+    assert not result.f.isnan().any()
+    assert not result.g.isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_excluded_partner_of_the_only_weight(backend: str, dtype: torch.dtype, side: str) -> None:
+    """The point on the other side that it was left out with has no partner."""
+    x, y = torch.rand(5, 2, dtype=dtype), torch.rand(5, 2, dtype=dtype)
+    weights = {side: torch.tensor([0, 0, 1.0, 0, 0], dtype=dtype)}
+    options: dict = {"eps": 0.1, "exclude_diagonal": True, "backend": backend, **weights}
+    infeasible = fewstep.sinkhorn(x, y, **options)
+    assert infeasible.value == torch.inf
+    assert not infeasible.converged
+    result = fewstep.sinkhorn(x, y, reach=1.0, max_iter=300, **options)
+    C = torch.cdist(x.double(), y.double()).square()
+    C[2, 2] = 1e4
+    exact = fewstep.sinkhorn(
+        None,
+        None,
+        C=C,
+        **{side: weights[side].double()},
+        eps=0.1,
+        reach=1.0,
+        max_iter=300,
+        backend="reference",
+    )
+    assert result.converged
+    assert_contract("value", result.value, exact.value)
+    # Elsewhere it is left out with a partner that has no weight, or both have none.
+    found = fewstep.sinkhorn(
+        x, y, eps=0.1, max_iter=300, exclude_diagonal=9, backend=backend, **weights
+    )
+    assert found.converged
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_costs_that_are_not_numbers_are_not_taken_for_infinite(backend: str) -> None:
+    C = torch.rand(2, 5, 6)
+    C[0, 1] = math.nan
+    C[1, 1, 2] = torch.inf
+    result = fewstep.sinkhorn(None, None, C=C, eps=0.1, backend=backend)
+    assert result.value[0].isnan()
+    assert result.converged.tolist() == [False, True]
