@@ -380,8 +380,9 @@ def _check_partners(columns: Tensor, diagonal: int, rows: int) -> None:
     row = own.int().argmax(1) - diagonal
     bad = (own.sum(1) == 1) & (row >= 0) & (row < rows)
     if bool(bad.any()):
+        i = int(row[bad][0])
         raise ValueError(
-            f"sinkhorn_drift: exclude_diagonal leaves point {int(row[bad][0])} of x without a"
-            f" partner, got weights of x_self with one that is not zero, {int(row[bad][0]) + diagonal}"
-            f", in group {int(bad.nonzero()[0])}"
+            f"sinkhorn_drift: exclude_diagonal leaves point {i} of x without a partner, got weights"
+            f" of x_self that are zero but for point {i + diagonal} in group"
+            f" {int(bad.nonzero()[0])}"
         )
