@@ -278,3 +278,20 @@ def test_costs_that_are_not_numbers_are_not_taken_for_infinite(backend: str) -> 
     result = fewstep.sinkhorn(None, None, C=C, eps=0.1, backend=backend)
     assert result.value[0].isnan()
     assert result.converged.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drift_without_a_partner(backend: str) -> None:
+    x, y = torch.randn(4, 2), torch.randn(5, 2)
+    weights = torch.cat([torch.ones(5), torch.tensor([0, 1.0, 0, 0])])
+    options: dict = {"eps": 0.5, "weights": weights, "exclude_diagonal": True, "backend": backend}
+    with pytest.raises(ValueError, match="leaves point 1 of x without a partner"):
+        fewstep.sinkhorn_drift(x, y, x, **options)
+    weights[5] = 1
+    drift = fewstep.sinkhorn_drift(x, y, x, **options)
+    assert drift.velocity.isfinite().all()
+    alone = fewstep.sinkhorn_drift(x[2:], y, x[:2], eps=0.5, normalize=False, backend=backend)
+    whole = fewstep.sinkhorn_drift(
+        x[2:], y, x, eps=0.5, normalize=False, backend=backend, weights=weights
+    )
+    torch.testing.assert_close(whole.velocity, alone.velocity)

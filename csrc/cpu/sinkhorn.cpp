@@ -597,13 +597,35 @@ class Solver {
     p_.cached = cached;
   }
 
+  // F or G beyond this are those of points that may go nowhere, which relaxed updates may come to by steps.
+  double far() const { return kernel_.nowhere * 0x1p-20; }
+
+  // Whether a constraint asks for no weight at points that may go nowhere; without weight they get the potential 0.
+  bool feasible(T* potential, const T* weight, int64_t count, double rho) const {
+    bool all = true;
+    for (int64_t i = 0; i < count && rho == kInfinity<double>; ++i) {
+      if (!(potential[i] * scale_ > far())) continue;
+      if (weight[i] == 0) {
+        potential[i] = 0;
+      } else {
+        all = false;
+      }
+    }
+    return all;
+  }
+
   void finish(double mass) {
     T* f = s_.f + at_.first_f;
     T* g = s_.g + at_.first_g;
-    bool any_empty = false;
+    const T limit = static_cast<T>(far());
+    bool any_empty = false, any_far = false;
     std::fill_n(bad_, p_.m_padded / kernel_.panel, uint8_t(0));
-    for (int64_t i = 0; i < at_.n; ++i) f[i] = static_cast<T>(f_[i] / scale_);
+    for (int64_t i = 0; i < at_.n; ++i) {
+      f[i] = static_cast<T>(f_[i] / scale_);
+      any_far |= f_[i] > limit;
+    }
     for (int64_t j = 0; j < at_.m; ++j) {
+      any_far |= h_[j] > limit;
       g[j] = static_cast<T>((double(h_[j]) - log2_b_[j]) / scale_);
       if (b_[j] != 0) continue;
       any_empty = true;
@@ -615,16 +637,15 @@ class Solver {
       column_lse(g);
     }
     double mass_b = 0, value = 0;
-    // Of a point that may go nowhere, a constraint asks for its weight; without weight it has the potential 0.
-    auto add = [&](double weight, T& potential, double rho) {
-      const bool nowhere = rho == kInfinity<double> && potential * scale_ > kernel_.nowhere * 0x1p-20;
-      if (nowhere && weight == 0) potential = 0;
+    auto add = [&](double weight, double potential, double rho) {
       if (weight == 0) return;
-      double phi = potential;
-      if (nowhere) phi = kInfinity<double>;
-      if (rho != kInfinity<double>) phi = -rho * std::expm1(-phi / rho);
-      value += weight * phi;
+      if (rho != kInfinity<double>) potential = -rho * std::expm1(-potential / rho);
+      value += weight * potential;
     };
+    if (any_far || any_empty) {
+      const bool rows = feasible(f, a_, at_.n, s_.rho_x), columns = feasible(g, b_, at_.m, s_.rho_y);
+      if (!rows || !columns) value = kInfinity<double>;
+    }
     for (int64_t i = 0; i < at_.n; ++i) add(a_[i], f[i], s_.rho_x);
     for (int64_t j = 0; j < at_.m; ++j) {
       add(b_[j], g[j], s_.rho_y);

@@ -438,18 +438,17 @@ FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>&
   for (int64_t r = n - row; r < L; ++r) s[r] = 1;  // padding
   const Vec<T> a = load(io.a + row), u = load(io.u + row);
   const Vec<T> mass = s * u;
-  Vec<T> wanted = splat(T(1)), next = T(1) / s, inverse = s;
+  Vec<T> wanted = splat(T(1)), inverse = s;
+  Vec<T> next = T(1) / (s == 0 ? splat(T(1)) : s);  // a row may go nowhere
   if (!io.update.plain()) {
     const Vec<T> shift = load(io.shift + row);
     const Vec<T> f = shift + log2_positive<T>(u);
     const T damping = io.update.damping, relax = io.update.relax, target = io.update.target;
     if (target != 0) wanted = exp2_floored<T>(-target * f);
     const Vec<T> moved = f + relax * (damping * (shift - log2_positive<T>(s)) - f) - shift;
-    next = exp2_floored<T>(moved);
+    next = s == 0 ? splat(T(1)) : exp2_floored<T>(moved);
     inverse = T(1) / next;
   }
-  next = s == 0 ? splat(T(1)) : next;  // it may go nowhere
-  inverse = s == 0 ? splat(T(1)) : inverse;
   const Vec<T> error = a * absolute<T>(mass - wanted), total = a * mass;
   result.residual += double(sum<T>(error));
   result.mass += double(sum<T>(total));
@@ -502,8 +501,9 @@ FEWSTEP_INLINE Vec<T> next_column(Vec<T> h, Vec<T> log2_b, Vec<T> log_sum, const
 // log2 of the least sum of a column that floored entries, of rows whose weights sum to `weight`, have no influence on.
 template <class T>
 FEWSTEP_INLINE T lowest_column(double weight) {
-  const double lifted = Range<T>::kFloor + Range<T>::kGuard + __builtin_log2(weight);
-  return lifted > Range<T>::kColumnLow ? T(lifted) : Range<T>::kColumnLow;
+  constexpr double kLift = Range<T>::kColumnLow - Range<T>::kFloor - Range<T>::kGuard;
+  if (!(weight > power_of_two<double>(kLift))) return Range<T>::kColumnLow;
+  return Range<T>::kColumnLow - kLift + __builtin_log2(weight);
 }
 
 template <class T>

@@ -340,7 +340,7 @@ FEWSTEP_HD void solve(const Team& team, const Cost& cost, const Problem<T>& p, c
   const T unit = 1 / inverse;
   T value = 0;
   for (int i = team.rank(); i < n; i += team.size()) {
-    out.f[i] = f[i] * unit;
+    out.f[i] = (p.a[i] == 0 ? next[i] : f[i]) * unit;  // of a row without mass, from the g that came out
     value += p.a[i] * out.f[i];
   }
   for (int j = team.rank(); j < m; j += team.size()) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .problem import Solve, Solved
 from .tiles import LN2, LOG2E, RUN_TIME, soft_transform, store_row_error, sum_of_pieces, updated
@@ -87,7 +88,9 @@ def sinkhorn_row_kernel(
     a = tl.load(A + cloud * N + rows)
     old = tl.load(F_old + points)
     inverse_rho = tl.load(Settings + 1)
-    tl.store(F + points, updated(old, soft, eps, inverse_rho, tl.load(Settings + 3)))
+    # A point without weight has the transform of the last g alone.
+    relax = tl.where(a == 0, 1.0, tl.load(Settings + 3))
+    tl.store(F + points, updated(old, soft, eps, inverse_rho, relax))
     store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, problem * blocks + block)
 
 
@@ -216,5 +219,11 @@ def alternate(s: Solve) -> Solved:
         )
     update_rows(s.steps)
     residual, mass = torch.where(done > 0, measured, pieces.sum(2))
-    last = torch.where((iterations % 2 == 1)[:, None], f[0], f[1])
-    return last, g, residual, mass, iterations
+    return last_rows(s, f, iterations), g, residual, mass, iterations
+
+
+def last_rows(s: Solve, f: Tensor, iterations: Tensor) -> Tensor:
+    """f as of the last iteration; of points without weight, from the pass after it."""
+    odd = (iterations % 2 == 1)[:, None]
+    massless = (s.weights[0] == 0).repeat_interleave(s.temperatures, 0)
+    return torch.where(odd ^ massless, f[0], f[1])

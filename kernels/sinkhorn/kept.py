@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .. import config
 from ..launch import architecture, dtype_name
+from .alternating import last_rows
 from .problem import Solve, Solved
 from .tiles import (
     LN2,
@@ -149,7 +150,9 @@ def sinkhorn_kept_kernel(
     soft = -soft * (eps * LN2)
     a = tl.load(A + cloud * N + rows)
     inverse_rho = tl.load(Settings + 1)
-    f = updated(old, soft, eps, inverse_rho, tl.load(Settings + 3))
+    # A point without weight has the transform of the last g alone.
+    relax = tl.where(a == 0, 1.0, tl.load(Settings + 3))
+    f = updated(old, soft, eps, inverse_rho, relax)
     tl.store(F + points, f)
     store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, problem * blocks + block)
     f_score = f * scale + tl.load(Log_a + cloud * N + rows)
@@ -272,5 +275,4 @@ def alternate_kept(s: Solve) -> Solved:
             *(n, m, s.temperatures, partials),
             **merge,
         )
-    last = torch.where((iterations % 2 == 1)[:, None], f[0], f[1])
-    return last, g, *measured, iterations
+    return last_rows(s, f, iterations), g, *measured, iterations

@@ -257,4 +257,6 @@ def symmetric(s: Solve) -> Solved:
     step(0, 0, s.each[-1], full, everyone)
     step(0, 1, s.each[-1], full, everyone)
     residual = torch.maximum(row_error[0].sum(1), column_error[0].sum(1))
-    return f[1], f[1], residual, mass[0].sum(1), iterations
+    massless = (s.weights[0] == 0).repeat_interleave(s.temperatures, 0)
+    out = torch.where(massless, f[0], f[1])  # without weight, from the pass that measured
+    return out, out, residual, mass[0].sum(1), iterations

@@ -119,7 +119,7 @@ class Solver {
     T value = 0;
     FEWSTEP_ROLLED
     for (int i = team_.rank(); i < rows_; i += team_.size()) {
-      const T f = potential(i) * unit;
+      const T f = (at(At::kA)[i] != 0 ? potential(i) : soft_of_row(i)) * unit;
       out.f[first_ + i] = f;
       if (s_.single) out.g[first_ + i] = f;
       if (at(At::kA)[i] != 0) value += (s_.single ? 2 : 1) * at(At::kA)[i] * penalised(f, s_.rho_x);
@@ -610,6 +610,17 @@ class Solver {
       at(At::kLse)[j] = top + log2(sum);
     }
     team_.sync_all();
+  }
+
+  // F of a row without mass, which has a meaning too, from the H that came out.
+  FEWSTEP_HD T soft_of_row(int i) const {
+    const T* const costs = at(At::kCost) + i * p_.m;
+    T top = kLowest<T>, sum = 0;
+    FEWSTEP_ROLLED
+    for (int j = 0; j < p_.m; ++j) top = largest(at(At::kH)[j] + log2(at(At::kV)[j]) - k_ * costs[j], top);
+    FEWSTEP_ROLLED
+    for (int j = 0; j < p_.m; ++j) sum += exp2(at(At::kH)[j] + log2(at(At::kV)[j]) - k_ * costs[j] - top);
+    return -damping_x_ * (top + log2(sum));
   }
 
   // lse of the columns without mass, from the f that came out: their g has a meaning too.

@@ -236,21 +236,19 @@ def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
     return c / 2 if cost == "half_sqeuclidean" else c
 
 
-def _soft_transform(C: Tensor, g: Tensor, b: Tensor, eps: Tensor) -> Tensor:
-    """`-eps log sum_j b_j exp((g_j - C_ij) / eps)`, the soft c-transform of g.
+def _soft_transform(C: Tensor, g: Tensor, b: Tensor, log_b: Tensor, eps: Tensor) -> Tensor:
+    """`-eps log sum_j b_j exp((g_j - C_ij) / eps)`, the soft c-transform of g; C is finite.
 
-    `NOWHERE eps` where the sum is zero.
+    At most `NOWHERE eps`.
     """
     z = (g[..., None, :] - C) / eps[..., None]
-    log_b = b.detach().log()[..., None, :]
-    if not (z.requires_grad or b.requires_grad):
-        return -eps * torch.logsumexp(z + log_b, -1).clamp(min=-NOWHERE)
-    # logsumexp has no derivative for b at 0, nor any where the sum is zero.
-    top = (z.detach() + log_b).amax(-1, keepdim=True).clamp(min=-NOWHERE)
-    largest = math.log(torch.finfo(z.dtype).max) - 1
+    if not (b.requires_grad and torch.is_grad_enabled()):
+        return -eps * torch.logsumexp(z + log_b[..., None, :], -1).clamp(min=-NOWHERE)
+    # The logarithm has no derivative at 0, the sum does.
+    top = (z + log_b[..., None, :]).detach().amax(-1, keepdim=True)
+    largest = math.log(torch.finfo(z.dtype).max) - 1  # beyond it only where b is 0
     total = (b[..., None, :] * (z - top).clamp(max=largest).exp()).sum(-1)
-    total = total.clamp(min=torch.finfo(z.dtype).tiny)
-    return -eps * (top[..., 0] + total.log())
+    return -eps * (top[..., 0] + total.log()).clamp(min=-NOWHERE)
 
 
 def phi(potential: Tensor, rho: float | None) -> Tensor:
@@ -341,9 +339,13 @@ def solve(
 
     with torch.autocast(a.device.type, enabled=False):
         C, a, b, e = points.costs()[:, None], a[:, None], b[:, None], split(eps)
+        # Where all of a row is inf, logsumexp has no derivative.
+        largest = (1e5 * NOWHERE * e.amin(1)).clamp(max=torch.finfo(C.dtype).max / 4)
+        finite = torch.minimum(C, largest[:, None, None, None])
+        log_a, log_b = a.detach().log(), b.detach().log()
         f, g, value, *rest = iterate(
-            lambda g, e: _soft_transform(C, g, b, e),
-            lambda f, e: _soft_transform(C.mT, f, a, e),
+            lambda g, e: _soft_transform(finite, g, b, log_b, e),
+            lambda f, e: _soft_transform(finite.mT, f, a, log_a, e),
             a,
             b,
             e,

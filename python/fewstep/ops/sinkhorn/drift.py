@@ -204,6 +204,8 @@ def sinkhorn_drift(
         columns = torch.cat([columns[:, :-size], columns[:, -size:] * factor], 1)
     if _readable(x, columns):
         _check_weights(columns, counts, form)
+        if diagonal is not None and form == "split":
+            _check_partners(columns[:, counts[0] : counts[0] + counts[1]], diagonal, n)
 
     velocity, scale, rms, *plans = dispatch_drift.drift(
         chosen,
@@ -387,3 +389,17 @@ def _check_weights(columns: Tensor, sizes: list[int], form: str) -> None:
                 f"sinkhorn_drift: weights of {name} must not be zero in every column, got a sum"
                 f" of {total[bad][0].item()} in group {int(bad.nonzero()[0])}"
             )
+
+
+def _check_partners(columns: Tensor, diagonal: int, rows: int) -> None:
+    """The only point of x_self with weight must not be the one that a point of x does without."""
+    own = columns > 0
+    row = own.int().argmax(1) - diagonal
+    bad = (own.sum(1) == 1) & (row >= 0) & (row < rows)
+    if bool(bad.any()):
+        i = int(row[bad][0])
+        raise ValueError(
+            f"sinkhorn_drift: exclude_diagonal leaves point {i} of x without a partner, got weights"
+            f" of x_self that are zero but for point {i + diagonal} in group"
+            f" {int(bad.nonzero()[0])}"
+        )

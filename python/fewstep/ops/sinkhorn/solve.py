@@ -171,6 +171,19 @@ def sinkhorn(
     checks that read values are left out, and a compiled graph has first derivatives of `value` and
     of `transport` for v.
 
+    Points of weight 0 (padding) change nothing but have potentials all the same, so that gradients
+    for a and b are right there: f_i is the transform above of the g that came out, g_j that of f.
+    Costs may be inf, for pairs that may carry no mass. With `reach`, a point whose pairs all cost
+    inf is destroyed: its potential is huge (1e28 eps or more) and its rows and columns of the plan
+    are 0. Where its marginal is fixed its weight must be 0, and its potential is 0; with a weight
+    the problem is infeasible: `value` is inf and `converged` False. Costs above 1e30 eps (in
+    float64 1e270 eps, "reference" 1e30) may count as inf.
+
+    `residual`, and with it `converged`, is a fraction of the mass given, not of the mass moved.
+    Where `reach` destroys nearly all mass, the value and the plan's mass may have converged to
+    `tol` while potentials and barycentres are still far from their limits; a smaller `tol` or more
+    iterations bring them there.
+
     float64 stays float64; float32, bfloat16 and float16 are computed in float32 and return
     float32. Kernel against float64: potentials within 2e-5 of the cost's scale after one step and
     2e-4 at convergence, value 1e-5, gradients 1e-4 (relative norm).
