@@ -291,6 +291,12 @@ def test_numbers_of_numpy_are_numbers() -> None:
         )
     assert torch.equal(sinkhorn(reach=[1.0, 2.0]).f, sinkhorn(reach=(1.0, 2.0)).f)
     assert torch.equal(sinkhorn(eps=np.array([0.5, 1.0])).f, sinkhorn(eps=[0.5, 1.0]).f)
+    for normalize in (True, False):
+        for same in (int(normalize), np.bool_(normalize)):
+            assert torch.equal(
+                drift(eps=[0.5, 1.0], normalize=same).velocity,
+                drift(eps=[0.5, 1.0], normalize=normalize).velocity,
+            )
     square = {"x": X, "y": X.flip(0)}
     assert torch.equal(sinkhorn(**square, exclude_diagonal=np.bool_(False)).f, sinkhorn(**square).f)
 
