@@ -125,6 +125,8 @@ def test_cosine_of_zero_vectors(backend: str, dtype: torch.dtype) -> None:
         assert not t[[0, 3]].any()
         assert t.isfinite().all()
         assert t[1].any()
+    nothing = fewstep.sinkhorn(x[None][:0], y[None][:0], eps=0.1, cost="cosine", backend=backend)
+    assert nothing.barycenter().shape == (0, 5, 3)
     mapped = torch.func.vmap(
         lambda x: fewstep.sinkhorn(x, y, eps=0.1, cost="cosine", backend=backend).value
     )(x.detach()[None])

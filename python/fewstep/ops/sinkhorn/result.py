@@ -94,7 +94,7 @@ class SinkhornResult:
 
     The methods read the tensors that `sinkhorn` was given, and raise RuntimeError where one of them
     has changed in place since, as parameters do in an optimizer's step. Changes that torch does not
-    count, through `.data` or numpy, are not seen.
+    count (through `.data`, by numpy, by optimizers with `fused=True`) are not seen.
     """
 
     f: Tensor

@@ -203,7 +203,7 @@ def sinkhorn(
     points, batch, dtype = canonical_points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
     targets = None if y is None else points.y
     if cost == "cosine" and y is not None:
-        targets = y.to(dtype).reshape(*points.y.shape[:2], -1)
+        targets = y.to(dtype).reshape(*points.y.shape[:2], y.shape[-1])
     points = labelled(points, batch, labels, label_cost, dtype, read)
     points = replace(points, precision=checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
