@@ -110,3 +110,21 @@ def test_divergence_drift_and_forward_mode(backend: str) -> None:
         exact = quantity()
         with autocast:
             assert torch.equal(quantity(), exact)
+
+
+# Dynamo itself does what the warning is about.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("cost", ["dot", "cosine"])
+def test_compiled_graphs(cost: str) -> None:
+    def loss(x: Tensor) -> Tensor:
+        result = fewstep.sinkhorn(x, Y, eps=3.0, cost=cost, max_iter=5, backend="reference")
+        return result.value + result.transport(Y).sum()
+
+    x = X.clone().requires_grad_()
+    exact = loss(x)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with autocast:
+        found = compiled(x)
+        (grad,) = torch.autograd.grad(found, x)
+    assert torch.equal(found, exact)
+    assert torch.allclose(grad, torch.autograd.grad(exact, x)[0], rtol=1e-5, atol=1e-8)

@@ -121,3 +121,32 @@ def test_ragged_and_several_temperatures_with_padding() -> None:
         assert not grad[4:].any()
     for mine, other in zip(*found.values(), strict=True):
         assert torch.allclose(mine, other, rtol=1e-3, atol=1e-5)
+
+
+UPDATES: list[dict[str, Any]] = [
+    {},
+    {"reach": 1.0},
+    {"reach": (1.0, None)},
+    {"update": "symmetric"},
+    {"relax": 1.5},
+    {"anneal": 0.5},
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", UPDATES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "eps"), [(torch.float32, 0.1), (torch.float32, 0.02), (torch.float64, 0.003)]
+)
+def test_everything_is_finite_after_few_iterations(
+    backend: str, options: dict[str, Any], dtype: torch.dtype, eps: float
+) -> None:
+    leaves = {k: t.requires_grad_() for k, t in padded(dtype).items()}
+    for max_iter in (1, 3):
+        result = fewstep.sinkhorn(**leaves, eps=eps, max_iter=max_iter, backend=backend, **options)
+        grads = torch.autograd.grad(result.value, list(leaves.values()))
+        ones = torch.ones_like(leaves["b"]), torch.ones_like(leaves["a"])
+        images = result.transport(ones[0]), result.transport(ones[1], axis=1)
+        for t in (*grads, *images, result.plan(), result.barycenter()):
+            assert t.isfinite().all()
+        assert torch.allclose(result.plan().sum(1), images[0], rtol=1e-3, atol=1e-6)

@@ -125,6 +125,8 @@ def test_cosine_of_zero_vectors(backend: str, dtype: torch.dtype) -> None:
         assert not t[[0, 3]].any()
         assert t.isfinite().all()
         assert t[1].any()
+    nothing = fewstep.sinkhorn(x[None][:0], y[None][:0], eps=0.1, cost="cosine", backend=backend)
+    assert nothing.barycenter().shape == (0, 5, 3)
     mapped = torch.func.vmap(
         lambda x: fewstep.sinkhorn(x, y, eps=0.1, cost="cosine", backend=backend).value
     )(x.detach()[None])
@@ -291,6 +293,12 @@ def test_numbers_of_numpy_are_numbers() -> None:
         )
     assert torch.equal(sinkhorn(reach=[1.0, 2.0]).f, sinkhorn(reach=(1.0, 2.0)).f)
     assert torch.equal(sinkhorn(eps=np.array([0.5, 1.0])).f, sinkhorn(eps=[0.5, 1.0]).f)
+    for normalize in (True, False):
+        for same in (int(normalize), np.bool_(normalize)):
+            assert torch.equal(
+                drift(eps=[0.5, 1.0], normalize=same).velocity,
+                drift(eps=[0.5, 1.0], normalize=normalize).velocity,
+            )
     square = {"x": X, "y": X.flip(0)}
     assert torch.equal(sinkhorn(**square, exclude_diagonal=np.bool_(False)).f, sinkhorn(**square).f)
 

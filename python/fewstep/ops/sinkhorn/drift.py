@@ -173,6 +173,7 @@ def sinkhorn_drift(
     ):
         if value not in allowed:
             raise ValueError(f"sinkhorn_drift: {name} must be one of {allowed}, got {value!r}")
+    normalize = normalize if isinstance(normalize, str) else bool(normalize)  # 1, or numpy's True
     max_iter = integer("sinkhorn_drift", "max_iter", max_iter)
     memory_limit = integer("sinkhorn_drift", "memory_limit", memory_limit)
     if max_iter < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -33,6 +34,10 @@ class ConvergenceError(RuntimeError):
 _REMEDY = "solve with a smaller tol and a larger max_iter, or with a larger eps"
 
 
+def _remedy(worst: float) -> str:
+    return _REMEDY if math.isfinite(worst) else "costs or potentials are NaN or infinite"
+
+
 def _slope(f: Tensor, rho: float | None) -> Tensor:
     """`phi'(f)`, the mass that the plan gives to a point of weight 1 at the optimum."""
     return torch.ones_like(f) if rho is None else torch.exp(-f / rho)
@@ -50,9 +55,10 @@ class System:
         self.c, self.tolerance = c, _NEWTON_CG
         error = self._linearise(double(p))
         if not bool((error <= START_BOUND).all()):
+            worst = error.max().item()
             raise ConvergenceError(
                 f"sinkhorn: an implicit derivative needs an L1 error of the marginals of at most"
-                f" {START_BOUND:g} of the mass, got {error.max().item():.3g}; {_REMEDY}"
+                f" {START_BOUND:g} of the mass, got {worst:.3g}; {_remedy(worst)}"
             )
         for _ in range(_NEWTON_STEPS):
             p, eps = self.p, self.p.eps[:, None]
@@ -68,11 +74,12 @@ class System:
             if bool(done.all()):
                 break
         else:
+            worst = (df.abs() / eps).max().item()
             raise ConvergenceError(
                 f"sinkhorn: an implicit derivative needs converged potentials, but step"
                 f" {_NEWTON_STEPS} of Newton's method still changed them by"
-                f" {(df.abs() / eps).max().item():.3g} eps and the plan by up to"
-                f" {decrement.max().item():.3g} of its mass; {_REMEDY}"
+                f" {worst:.3g} eps and the plan by up to"
+                f" {decrement.max().item():.3g} of its mass; {_remedy(worst)}"
             )
         self.tolerance = _DERIVATIVE_CG
 

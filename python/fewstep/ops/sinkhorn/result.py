@@ -91,6 +91,10 @@ class SinkhornResult:
             exact, or with a single potential as far off.
         iterations: iterations done, those of annealing included, int64 `[..]`.
         converged: `residual <= tol` (1e-3 where `tol` is None), bool `[..]`.
+
+    The methods read the tensors that `sinkhorn` was given, and raise RuntimeError where one of them
+    has changed in place since, as parameters do in an optimizer's step. Changes that torch does not
+    count (through `.data`, by numpy, by optimizers with `fused=True`) are not seen.
     """
 
     f: Tensor
@@ -221,6 +225,8 @@ class SinkhornResult:
     def plan(self) -> Tensor:
         """The dense plan `P [.., N, M]`, detached; for looking at, not for large problems.
 
+        `transport(torch.eye(M), implicit=True)` is the same with derivatives.
+
         Raises:
             ValueError: ragged problems, which have no plans of one shape.
         """
@@ -239,6 +245,8 @@ class SinkhornResult:
 
     def barycenter(self, normalize: bool = True, implicit: bool = False) -> Tensor:
         """The barycentric projection `T(x_i) = sum_j P_ij y_j / sum_j P_ij`, `[.., N, D]`.
+
+        The y_j are those given, for the cosine cost too.
 
         Args:
             normalize (bool): divide by the row mass that the plan has, so that every `T(x_i)` is

@@ -105,28 +105,32 @@ def sinkhorn(
         x (Tensor | None): points `[N, D]` or `[B, N, D]` (B independent problems); all points
             `[N, D]` one problem after the other with `cu_seqlens`; None with `C`.
         y (Tensor | None): points `[M, D]` or `[B, M, D]`, likewise.
-        eps (float | Sequence | Tensor): temperature, in units of the cost; a tensor `[B]` for one
-            per problem. One dimension more, `[T]` or `[B, T]`: T temperatures of the same points,
-            solved from the same distances, and results with T before the points.
+        eps (float | Sequence | Tensor): temperature, in units of the cost. A sequence is T
+            temperatures of every problem, solved from the same distances, and results have T before
+            the points, also where T is 1. A tensor (or an array of numpy) is `[]`, or has the shape
+            of the batch, `[B]` for one temperature per problem, or that and T, `[T]` or `[B, T]`.
         a (Tensor | None): weights `[.., N]` that sum to 1 (any mass with `reach`), zeros allowed.
             Default: uniform.
         b (Tensor | None): weights `[.., M]`, likewise.
         cost (str | Callable): "sqeuclidean" = `|x-y|^2`, "half_sqeuclidean" = `|x-y|^2 / 2`,
-            "euclidean" = `|x-y|`, "cosine" = `1 - x.y / (|x| |y|)`, "dot" = `-x.y`, "l1" =
-            `sum_c |x_c - y_c|`; or a function of x and y, such as
-            `lambda x, y: (x - y).abs().sqrt().sum(-1)`, that both KeOps's LazyTensors and, without
-            KeOps, broadcast tensors understand.
+            "euclidean" = `|x-y|`, "cosine" = `1 - x.y / (|x| |y|)` (1, with a gradient of 0, for a
+            zero vector), "dot" = `-x.y`, "l1" = `sum_c |x_c - y_c|`; or a function of x and y, such
+            as `lambda x, y: (x - y).abs().sqrt().sum(-1)`, that KeOps's LazyTensors understand, or,
+            without KeOps and with backend="reference", tensors `[B, N, 1, D]` and `[B, 1, M, D]`.
         max_iter (int): iterations at eps, at least 1; exactly that many where `tol` is None.
-        tol (float | None): stop a problem, on the device, once its `residual` is at most this.
-        init (tuple | None): potentials (f, g) to start from, shaped like the result's. An
+        tol (float | None): stop a problem, on the device, once its `residual` is at most this. On
+            the CPU a `ConvergenceWarning` is given, once per process, where it was not reached.
+        init (tuple | None): potentials (f, g) to start from, shaped like the result's, detached. An
             alternating iteration overwrites f, so only g matters there. Default: zeros.
         anneal (float | Sequence | Tensor | None): temperatures before eps, one iteration at each:
-            those given, or, for a factor below 1, the cost across the points' common bounding box,
-            times the factor, and so on while above eps.
+            those given, or, for a factor below 1, the cost across the points' common bounding box
+            (with C, its largest difference; infinite costs do not count), times the factor, and so
+            on while above eps.
         update (str): "alternating" as above, or "symmetric": both potentials from the last two,
             averaged with them (geomloss's iteration), and at the end an alternating iteration, or
-            up to ten until `tol` is reached, uncounted. Where y is the same tensor as x, with equal
-            weights and no labels, it keeps a single potential.
+            up to ten until `tol` is reached, uncounted. If ten do not reach it, `converged` is
+            False, though `iterations` may be far below `max_iter`. Where y is the same tensor as x,
+            with equal weights and no labels, it keeps a single potential.
         relax (float): over-relaxation of alternating updates, in (0, 2): `f <- f + relax (f' - f)`.
         reach (float | tuple | None): distance beyond which mass is rather destroyed than moved:
             `rho = reach^2` for squared costs and `reach` for the others. A pair (x, y) may have a
@@ -136,7 +140,7 @@ def sinkhorn(
             sizes: the i-th has the points `cu[i]` to `cu[i + 1] - 1`.
         labels (tuple | None): classes `(lx [.., N], ly [.., M])`, int64, for `label_cost`.
         label_cost (Tensor | None): `W [L, L']`; a pair costs `W[lx_i, ly_j]` more.
-        C (Tensor | None): costs `[N, M]` or `[B, N, M]` instead of points.
+        C (Tensor | None): costs `[N, M]` or `[B, N, M]` instead of points; inf leaves a pair out.
         memory_limit (int): bytes that the C++ kernels may use, for each problem that a thread works
             on, to keep distances and exponentials between iterations; beyond, they are computed
             anew. "triton" keeps the costs of all problems of alternating updates if they take no
@@ -151,8 +155,9 @@ def sinkhorn(
             Default: the environment variable FEWSTEP_BACKEND, else the fastest one for the device
             and the options that has been tested there: on GPUs "reference", which forms C, since
             "triton" and "cuda" have only been emulated so far.
-        check_finite (bool): look for NaN and inf first; on a GPU also check the signs and sums of
-            weights and the sign of eps, which costs a synchronisation there.
+        check_finite (bool): look for NaN and inf first, in C too, where inf may be meant; on a GPU
+            also check the signs and sums of weights and the sign of eps, which costs a
+            synchronisation there.
 
     Returns:
         SinkhornResult: potentials, value, residual, iterations, converged; methods
@@ -185,12 +190,13 @@ def sinkhorn(
     iterations bring them there.
 
     float64 stays float64; float32, bfloat16 and float16 are computed in float32 and return
-    float32. Kernel against float64: potentials within 2e-5 of the cost's scale after one step and
-    2e-4 at convergence, value 1e-5, gradients 1e-4 (relative norm).
+    float32, under autocast too. Kernel against float64: potentials within 2e-5 of the cost's scale
+    after one step and 2e-4 at convergence, value 1e-5, gradients 1e-4 (relative norm).
 
     Raises:
         ValueError: shapes, devices, eps, weights, options or a backend that do not fit.
-        TypeError: a dtype that is not floating, or x and y of different dtypes.
+        TypeError: a dtype that is not floating, x and y of different dtypes, a sparse tensor, an
+            option of another type.
         ConvergenceError: a second derivative was asked for at an L1 error of the marginals above
             1e-2 of the mass, or Newton's method did not converge from there.
 
@@ -210,7 +216,7 @@ def sinkhorn(
     points, batch, dtype = canonical_points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
     targets = None if y is None else points.y
     if cost == "cosine" and y is not None:
-        targets = y.to(dtype).reshape(*points.y.shape[:2], -1)
+        targets = y.to(dtype).reshape(*points.y.shape[:2], y.shape[-1])
     points = labelled(points, batch, labels, label_cost, dtype, read)
     points = replace(points, precision=checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
