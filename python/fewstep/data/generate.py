@@ -128,6 +128,7 @@ def generate(
         ModuleNotFoundError: safetensors or tqdm is missing.
 
     >>> import tempfile
+    >>> from fewstep.data.pairs import PairDataset
     >>> from fewstep.networks import EDMPrecond, ResidualMLP
     >>> folder = Path(tempfile.mkdtemp())
     >>> teacher = Teacher(EDMPrecond(ResidualMLP((2,), width=8)), (2,))

@@ -81,6 +81,8 @@ def train(
         ModuleNotFoundError: a package of the extra `fewstep[train]` is missing.
 
     >>> import tempfile
+    >>> from dataclasses import replace
+    >>> from fewstep.training.lines_run import preset
     >>> config = replace(preset("digits"), teacher_steps=2, student_steps=2, pairs=16, width=8)
     >>> result = train(config, Path(tempfile.mkdtemp()), progress=False)
     >>> list(result.outcomes)[:3]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep._torch import is_transformed
 from fewstep.ops.dual import dispatch
-from fewstep.reference.probe import PROBES
+from fewstep.reference.probe import PROBES as PROBES
 
 MOST_IDS = 2**48
 ESTIMATORS = ("auto", "exact", "hutchinson", "hutch++", "xtrace")

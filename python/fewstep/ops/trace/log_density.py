@@ -226,9 +226,9 @@ class _Wide:
         self.same = self.dtype == self.low
 
     def __call__(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
-        if self.same:
-            return self.solver(x, t, key)
-        found = self.solver(x.to(self.low), t, key)
+        found = self.solver(x if self.same else x.to(self.low), t, key)
+        if found.velocity.dtype == found.value.dtype == self.dtype:
+            return found
         return replace(
             found,
             velocity=found.velocity.to(self.dtype),
@@ -291,7 +291,8 @@ def _determinant(
     if heun:
         v2, j2 = solver.jacobian(x + long * v1, following)
         x = x + long / 2 * (v1 + v2)
-        m = eye + hm / 2 * (j1 + j2 @ (eye + hm * j1))
+        with torch.autocast(x.device.type, enabled=False):  # the network's products alone
+            m = eye + hm / 2 * (j1 + j2 @ (eye + hm * j1))
     else:
         x = x + long * v1
         m = eye + hm * j1
