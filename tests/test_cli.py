@@ -273,6 +273,24 @@ def test_a_full_disk(
     assert {path.name for path in out.iterdir()} == {CONFIG, LOGS}
 
 
+def test_too_little_memory_is_one_line(
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["train", "wflow", "--data", data, "--out", str(tmp_path / "run")]
+    assert main([*command, "--width", str(10**9), "--device", "cpu"]) == 2
+    assert "not enough memory" in error_line(capsys)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("another error")
+
+    monkeypatch.setattr(wflow, "train", fail)
+    with pytest.raises(RuntimeError, match="another error"):
+        main([*command, "--overwrite"])
+
+
 def change(path: Path, **values: object) -> None:
     content = json.loads(path.read_text())
     for name, value in values.items():

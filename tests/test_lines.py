@@ -540,3 +540,54 @@ def test_bad_input(call: Callable[[], object], message: str) -> None:
 def test_integers_are_refused() -> None:
     with pytest.raises(TypeError, match=r"x0 must have a floating dtype, got torch.int64"):
         LinesMatching()(Spy(), X0.long(), X1)
+
+
+@pytest.mark.parametrize("law", ["uniform", "levels", "sot"])
+def test_ranks_with_their_own_ids_draw_what_one_process_would(law: str) -> None:
+    """Levels and augmentations, of the student's loss and of the discriminator's."""
+    x0, x1 = pair(6, 1, 8, 8)
+    ids = torch.tensor([4, 0, 17, 2**48 - 1, 5, 9])
+    lines = LinesMatching(law=law, indices=(0, 3, 5), augment=("colour", "translation", "cutout"))
+    network, critic = nn.Conv2d(1, 1, 3, padding=1).double(), nn.Conv2d(1, 1, 3).double()
+    found = []
+    for split in ((slice(0, 6),), (slice(0, 2), slice(2, 4), slice(4, 6))):
+        parts = []
+        for rows in split:
+            options = {"generator": seeded(3), "sample_ids": ids[rows]}
+            _, metrics = lines(
+                lambda x, s: network(x / (1 + s[:, None, None, None])),
+                x0[rows],
+                x1[rows],
+                discriminator=critic,
+                last_layer=network.weight,
+                **options,
+            )
+            hinge, _ = lines.discriminator_loss(critic, x1[rows], metrics["output"], **options)
+            x, sigma = lines.points(x0[rows], x1[rows], **options)
+            parts.append((metrics["output"], x, sigma, metrics["adversarial"], hinge.detach()))
+        found.append([torch.cat([p[i] for p in parts]) for i in range(3)])
+        found[-1] += [torch.stack([p[i] for p in parts]).mean() for i in (3, 4)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("law", ["uniform", "levels", "sot"])
+def test_levels_of_half_precision_are_float32(dtype: torch.dtype, law: str) -> None:
+    x0, x1 = (t.to(dtype) for t in pair(64))
+    lines, spy = LinesMatching(law=law, indices=(0, 3, 5)), Spy()
+    lines(spy, x0, x1, generator=seeded(7))
+    exact = Spy()
+    lines(exact, x0.float(), x1.float(), generator=seeded(7))
+    assert spy.x[0].dtype == dtype
+    assert spy.sigma[0].dtype == torch.float32
+    assert torch.equal(spy.sigma[0], exact.sigma[0])
+    assert torch.equal(spy.x[0], exact.x[0].to(dtype))
+
+
+def test_ids_of_augmentations_and_levels_are_checked() -> None:
+    x0, x1 = pair(4, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"LinesMatching: sample_ids must be \(4,\), got \(3,\)"):
+        LinesMatching()(lambda x, s: x, x0, x1, sample_ids=torch.arange(3))
+    with pytest.raises(TypeError, match=r"diff_augment: sample_ids must be int64"):
+        diff_augment(x0, sample_ids=torch.zeros(4))

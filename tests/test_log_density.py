@@ -26,6 +26,19 @@ def mixture(path: str = "noise-at-1", d: int = 2) -> GaussianMixture:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", conversions.PATHS)
+def test_conversions_in_half_precision(dtype: torch.dtype, path: str) -> None:
+    """t is not rounded to the dtype of x, where 0.01 would be off by 2e-5."""
+    x, value = torch.randn(50, 2).to(dtype), torch.randn(50, 2).to(dtype)
+    for target in conversions.KINDS:
+        options: dict[str, Any] = {"source": "velocity", "target": target, "path": path}
+        low = conversions.convert(value, x, 0.01, **options)
+        exact = conversions.convert(value.double(), x.double(), 0.01, **options)
+        assert low.dtype == dtype
+        assert float((low.double() - exact).norm() / exact.norm()) < torch.finfo(dtype).eps
+
+
 TIMES = {"noise-at-1": 0.3, "data-at-1": 0.3, "ve": 0.8, "vp": 0.6}
 
 

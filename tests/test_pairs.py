@@ -448,3 +448,10 @@ def test_command(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ):
         assert cli.main(["pairs", "--teacher", teacher, "--out", out]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_earlier_path_has_all_names() -> None:
+    names: dict[str, object] = {}
+    exec("from fewstep.pairs import *", names)
+    assert names["generate"] is generate
+    assert names["PairDataset"] is PairDataset

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.data.toys import GaussianMixture
 from fewstep.methods import MarginalReflow
+from fewstep.methods.draws import Draws
 from fewstep.methods.reflow import heun, log_prob_of, score_of
 from fewstep.ops.trace import log_density
 from fewstep.ops.trace.inputs import Options
@@ -343,3 +344,99 @@ def test_bad_data() -> None:
             score=lambda x, t: x,
             teacher_tv=-1.0,
         )
+
+
+SPLITS = ((slice(0, 6),), (slice(0, 3), slice(3, 6)), (slice(0, 2), slice(2, 4), slice(4, 6)))
+
+
+@pytest.mark.parametrize("tracker", ["trace", "series", "logdet"])
+@pytest.mark.parametrize("start", ["teacher", "student"])
+def test_ranks_with_their_own_ids_draw_what_one_process_would(tracker: str, start: str) -> None:
+    """Windows, times, noise and probes: losses and gradients are means over the same samples."""
+    student, data = TimeMLP(3, 8, 2).to(F64), torch.randn(6, 3, dtype=F64)
+    ids = torch.tensor([4, 0, 17, 2**48 - 1, 5, 9])
+    flow = MarginalReflow(tracker=tracker, start=start, estimator="hutchinson", probes=2)
+    found = []
+    for split in SPLITS:
+        student.zero_grad()
+        losses = []
+        for rows in split:
+            generator = torch.Generator().manual_seed(3)
+            loss, _ = flow(
+                student,
+                lambda x, t: -x,
+                data[rows],
+                generator=generator,
+                sample_ids=ids[rows],
+                step=5,
+            )
+            (loss / len(split)).backward()
+            losses.append(loss.detach())
+        gradient = torch.cat([p.grad.flatten() for p in student.parameters()])
+        found.append((torch.stack(losses).mean(), gradient))
+    for loss, gradient in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-11, atol=1e-11)
+    generator = torch.Generator().manual_seed(3)
+    other, _ = flow(student, lambda x, t: -x, data, generator=generator, sample_ids=ids, step=6)
+    assert torch.equal(other, found[0][0]) == (tracker == "logdet")  # which has no probes
+
+
+def test_evaluation_by_ids_is_that_of_any_split() -> None:
+    flow, student = MarginalReflow(probes=2), TimeMLP(2, 8, 2).to(F64)
+    teacher = one_gaussian()
+    data, ids = torch.randn(8, 2, dtype=F64), torch.arange(8) * 3
+    reports = [
+        flow.evaluate(
+            student,
+            data[rows],
+            log_prob=teacher.log_prob,
+            score=teacher.score,
+            generator=torch.Generator().manual_seed(1),
+            sample_ids=ids[rows],
+        )
+        for rows in (slice(0, 8), slice(0, 4), slice(4, 8))
+    ]
+    whole, *halves = (report.local_kl for report in reports)
+    torch.testing.assert_close(torch.stack(halves).mean(0), whole)
+
+
+def one_gaussian() -> GaussianMixture:
+    return GaussianMixture(torch.zeros(1, 2, dtype=F64), torch.full((1, 2), 0.3, dtype=F64))
+
+
+def test_draws_by_ids_are_uniform_and_normal() -> None:
+    like, ids = torch.zeros(20_000, 2), torch.arange(20_000)
+    draws = Draws("test", like, torch.Generator().manual_seed(0), ids)
+    k, u, normal = draws.integers(4), draws.uniform(3, dtype=torch.float32), draws.normal()
+    assert (torch.bincount(k, minlength=4) / 20_000 - 0.25).abs().max() < 0.015
+    assert u.shape == (3, 20_000)
+    assert 0 <= u.min() <= u.max() < 1
+    deciles = torch.histc(u, 10, 0, 1) / u.numel()
+    assert (deciles - 0.1).abs().max() < 0.006
+    assert normal.mean().abs() < 0.02
+    assert (normal.std() - 1).abs() < 0.02
+    all_of_them = torch.cat((u, normal.T, k[None].float()))
+    correlation = torch.corrcoef(all_of_them) - torch.eye(6)
+    assert correlation.abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"sample_ids": torch.arange(4) - 1}, ValueError, "sample_ids must be in .* got -1"),
+        ({"sample_ids": torch.arange(3)}, ValueError, r"sample_ids must be \(4,\), got \(3,\)"),
+        ({"sample_ids": torch.zeros(4)}, TypeError, "sample_ids must be int64, got torch.float32"),
+        ({"data": torch.zeros(4, 2).bfloat16()}, TypeError, "data must be float32 or float64"),
+    ],
+)
+def test_bad_batches(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"data": torch.zeros(4, 2)} | change
+    with pytest.raises(error, match=f"MarginalReflow: {message}"):
+        MarginalReflow()(lambda x, t: x, lambda x, t: x, arguments.pop("data"), **arguments)
+
+
+@pytest.mark.parametrize("name", ["estimator", "probe", "backend"])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(ValueError, match=f"MarginalReflow: {name} must be one of .* got 'magic'"):
+        MarginalReflow(**{name: "magic"})

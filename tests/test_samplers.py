@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.data.toys import GaussianMixture
+from fewstep.networks import EDMPrecond, LinePrecond, ResidualMLP, VelocityMLP
 from fewstep.ops.heun.engine import FIRST
 from fewstep.reference import heun as reference
 from fewstep.samplers.multistep import MODES
@@ -374,6 +376,30 @@ def test_levels_reach_half_precision_networks_unrounded(dtype: torch.dtype) -> N
     seen.clear()
     fewstep.multistep_sample(network, latents, sigmas=[80.0, 24.3, 1.7], seeds=torch.arange(2))
     assert seen == torch.tensor([80.0, 24.3, 1.7]).tolist()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", [EDMPrecond, LinePrecond, VelocityMLP])
+def test_networks_of_the_package_in_half_precision(dtype: torch.dtype, kind: Any) -> None:
+    """Levels in float32 beside weights in half precision; duals serve as they do in float32."""
+    net = VelocityMLP((3,), width=16) if kind is VelocityMLP else kind(ResidualMLP((3,), width=16))
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.2)
+    net.to(dtype)
+    wide_net = copy.deepcopy(net).float()
+    sample = fewstep.flow_sample if kind is VelocityMLP else fewstep.edm_sample
+    latents = torch.randn(64, 3).to(dtype)
+    low, exact = sample(net, latents), sample(wide_net, latents.float())
+    assert low.dtype == dtype
+    assert float((low.float() - exact).norm() / exact.norm()) < 0.05
+    x = torch.randn(5, 3).to(dtype)
+    found, same = (
+        fewstep.divergence(n, z, 0.3, estimator="exact")
+        for n, z in ((net, x), (wide_net, x.float()))
+    )
+    assert found.info == same.info == ""
+    assert found.value.dtype == torch.float32
+    torch.testing.assert_close(found.value, same.value, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("tracker", ["trace", "logdet"])

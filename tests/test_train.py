@@ -359,6 +359,30 @@ def test_a_failed_save_keeps_the_old_checkpoint(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [0, 700, 3000])
+def test_a_disk_that_is_full(config: wflow.TrainConfig, tmp_path: Path, most: int) -> None:
+    """Files may have so many bytes: none, a configuration, logs. One line, no traceback."""
+    options = f"--data {config.data} --out {tmp_path / 'run'} --steps 40 --batch 8 --width 16"
+    options += " --checkpoint-every 5 --log-every 1 --device cpu"
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}));"
+        "from fewstep.cli import main; raise SystemExit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "wflow", *options.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("fewstep: ")
+    assert "File too large" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left <= {CONFIG, LOGS}
+
+
 BAD_CONFIG = [
     ("steps", 0),
     ("steps", 2.5),

@@ -41,6 +41,11 @@ class _Finder(MetaPathFinder, Loader):
         module.__doc__ = f"An earlier path of {' and '.join(homes)}."
 
         def find(name: str) -> Any:
+            if name == "__all__":
+                names = {
+                    name for home in map(importlib.import_module, homes) for name in vars(home)
+                }
+                return sorted(name for name in names if not name.startswith("_"))
             if not name.startswith("__"):
                 for home in map(importlib.import_module, homes):
                     if hasattr(home, name):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
+
+_OUT_OF_MEMORY = re.compile("allocate memory|out of memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,8 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.name} is not installed: pip install 'fewstep[train]'", 2)
     except (OSError, TypeError, ValueError) as error:
         return _fail(str(error), 2)
-    except MemoryError as error:
-        return _fail(f"out of memory: {error}", 2)
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(text):
+            raise
+        return _fail(f"not enough memory: {text.splitlines()[0] if text else ''}", 2)
     except FloatingPointError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt as error:

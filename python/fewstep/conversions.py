@@ -11,7 +11,6 @@ Source: Tweedie's formula; Karras et al., EDM, arXiv 2206.00364, for VE.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,8 +79,8 @@ def convert(
             "ve", `x_data + t eps`; "vp", `sqrt(t) x_data + sqrt(1 - t) eps`.
 
     Returns:
-        Tensor: of the shape of x. Scores, and what is divided by a or b, are infinite where those
-        vanish: keep t away from there.
+        Tensor: of the shape and dtype of x. Scores, and what is divided by a or b, are infinite
+        where those vanish: keep t away from there.
 
     Raises:
         ValueError: an unknown kind or path, or shapes that do not fit.
@@ -96,7 +95,7 @@ def convert(
             raise ValueError(f"convert: {name} must be one of {KINDS}, got {kind!r}")
     if value.shape != x.shape:
         raise ValueError(f"convert: value must be {tuple(x.shape)}, got {tuple(value.shape)}")
-    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    t = torch.as_tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if tuple(t.shape) not in ((), (x.shape[0],)):
         raise ValueError(f"convert: t must be a scalar or ({x.shape[0]},), got {tuple(t.shape)}")
     if source == target:
@@ -111,11 +110,10 @@ def convert(
     else:
         noise = value if source == "noise" else -b * value
         denoiser = (x - b * noise) / a
-    made: dict[str, Any] = {
+    made: dict[str, Callable[[], Tensor]] = {
         "velocity": lambda: da * denoiser + db * noise,
         "denoiser": lambda: denoiser,
         "noise": lambda: noise,
         "score": lambda: -noise / b,
     }
-    out: Tensor = made[target]()
-    return out
+    return made[target]().to(x.dtype)

@@ -101,7 +101,8 @@ class VelocityMLP(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x `[B, C, H, W]` and t `[B]` to velocities `[B, C, H, W]`."""
         angles = t[:, None] * self.frequencies
-        out: Tensor = self.layers(torch.cat([x.flatten(1), angles.cos(), angles.sin()], 1))
+        features = (_like(part, x) for part in (angles.cos(), angles.sin()))
+        out: Tensor = self.layers(torch.cat([x.flatten(1), *features], 1))
         return out.view(x.shape)
 
 
@@ -161,7 +162,8 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x `[B, ...]`, t `[B]` and labels int64 `[B]` (with classes only) to `[B, ...]`."""
         angles = t[:, None] * self.frequencies
-        condition = self.level(torch.cat([t[:, None], angles.cos(), angles.sin()], 1))
+        features = torch.cat([t[:, None], angles.cos(), angles.sin()], 1)
+        condition = self.level(_like(features, x))
         if self.embedding is not None:
             condition = condition + self.embedding(labels)
         flat = x.flatten(1)
@@ -208,9 +210,9 @@ class EDMPrecond(nn.Module):
         """x `[B, ...]` and sigma `[B]` to denoised images `[B, ...]`."""
         wide = sigma.reshape(-1, *(1,) * (x.ndim - 1))
         square = wide.square() + self.sigma_data**2
-        out = self.network(x * square.rsqrt(), sigma.log() / 4, *condition)
-        skip = self.sigma_data**2 / square
-        denoised: Tensor = skip * x + wide * self.sigma_data * square.rsqrt() * out
+        skip, scale = self.sigma_data**2 / square, wide * self.sigma_data * square.rsqrt()
+        out = self.network(x * _like(square.rsqrt(), x), sigma.log() / 4, *condition)
+        denoised: Tensor = _like(skip, x) * x + _like(scale, x) * out
         return denoised
 
 
@@ -238,9 +240,14 @@ class LinePrecond(nn.Module):
         """x `[B, ...]` and sigma `[B]` to endpoints `[B, ...]`."""
         s = sigma / (1 + sigma)
         wide = s.reshape(-1, *(1,) * (x.ndim - 1))
-        z = x * (1 - wide)
-        out: Tensor = z - wide * self.network(z, s, *condition)
+        z = x * _like(1 - wide, x)
+        out: Tensor = z - _like(wide, x) * self.network(z, s, *condition)
         return out
+
+
+def _like(value: Tensor, x: Tensor) -> Tensor:
+    """In the dtype of x: levels are float32 where x is less."""
+    return value if value.dtype == x.dtype else value.to(x.dtype)
 
 
 class MLPDiscriminator(nn.Module):

@@ -38,7 +38,7 @@ class PairsConfig:
         sigma_min, sigma_max, rho: of the sampler's schedule, `fewstep.karras_sigmas`.
         batch: of the teacher's evaluations.
         shard_size: pairs in a file, a multiple of `batch`.
-        dtype: of the files, "float32" or "float16".
+        dtype: of the files, "float32" or "float16", which takes no image beyond 65504.
 
     Raises:
         ValueError: a number outside its range.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fewstep.methods.draws import Draws
+
 _SHIFT, _HOLE = 0.125, 0.2  # of a side
 
 
@@ -14,6 +16,7 @@ def diff_augment(
     *images: Tensor,
     policy: Sequence[str] = ("translation", "cutout"),
     generator: torch.Generator | None = None,
+    sample_ids: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Augment batches of images, all with the same random parameters, each sample with its own.
 
@@ -30,6 +33,8 @@ def diff_augment(
         images (Tensor): one or more batches `[B, C, H, W]` of equal shape.
         policy (Sequence[str]): of "colour", "translation" and "cutout", applied in this order.
         generator (torch.Generator | None): of the parameters.
+        sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample has the parameters of its
+            id in any batch, see `fewstep.methods.LinesMatching`. None: those of its place.
 
     Returns:
         tuple[Tensor, ...]: as many batches, differentiable in `images`.
@@ -49,16 +54,11 @@ def diff_augment(
     shapes = [tuple(t.shape) for t in images]
     if not shapes or any(len(shape) != 4 or shape != shapes[0] for shape in shapes):
         raise ValueError(f"diff_augment: images must be [B, C, H, W], all alike, got {shapes}")
-    device = images[0].device if generator is None else generator.device
-
-    def uniform(count: int) -> Tensor:
-        drawn = torch.rand(count, shapes[0][0], generator=generator, device=device)
-        return drawn.to(images[0].device)  # [count, B]
-
+    draws = Draws("diff_augment", images[0], generator, sample_ids)
     for name in _AUGMENTATIONS:
         if name in policy:
             count, augment = _AUGMENTATIONS[name]
-            parameters = uniform(count)
+            parameters = draws.uniform(count, dtype=torch.float32)
             images = tuple(augment(t, parameters) for t in images)
     return images
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.methods.augment import diff_augment
+from fewstep.methods.draws import Draws
+from fewstep.ops.trace.inputs import wide
 from fewstep.samplers.schedules import karras_sigmas
 
 LAWS = ("uniform", "levels", "sot")
@@ -122,27 +124,31 @@ class LinesMatching:
         return levels
 
     def points(
-        self, x0: Tensor, x1: Tensor, *, generator: torch.Generator | None = None
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        sample_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Points of the lines, `[B, ...]`, at random levels sigma, `[B]`."""
-        batch = len(x0)
-        device = x0.device if generator is None else generator.device
-        u = torch.rand(batch, generator=generator, dtype=x0.dtype, device=device).to(x0.device)
+        """Points of the lines, `[B, ...]`, at random levels sigma, `[B]`, float32 at least."""
+        draws, dtype = Draws("LinesMatching", x0, generator, sample_ids), x0.dtype
+        u = draws.uniform(dtype=wide(dtype))
         if self.law == "uniform":
             low, high = (v / (1 + v) for v in (self.sigma_min, self.sigma_max))
             s = low + (high - low) * u
             sigma = s / (1 - s)
-            return x1 + _wide(sigma, x0) * x0, sigma
+            return (x1 + _wide(sigma, x0) * x0).to(dtype), sigma
         index = torch.arange(self.levels, device=x0.device)
         if self.law == "sot":
             index = index[torch.tensor(self.indices, device=x0.device)]
         # u < 1, but its product may round up.
         index = index[(u * len(index)).long().clamp_max(len(index) - 1)]
-        sigma = self.schedule(x0)[index]
+        sigma = self.schedule(u)[index]
         x = x1 + _wide(sigma, x0) * x0
         if self.law == "sot":
             x = torch.where(_wide(index, x0) == 0, _wide(sigma, x0) * x0, x)
-        return x, sigma
+        return x.to(dtype), sigma
 
     def __call__(
         self,
@@ -155,13 +161,14 @@ class LinesMatching:
         discriminator: Callable[..., Logits] | None = None,
         last_layer: Tensor | None = None,
         generator: torch.Generator | None = None,
+        sample_ids: Tensor | None = None,
         step: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one training step.
 
         Args:
-            network (Callable): N, `(x [B, ...], sigma [B])`, or with `labels [B]` where they are
-                given, to `[B, ...]`.
+            network (Callable): N, `(x [B, ...], sigma [B])`, sigma in float32 at least, or with
+                `labels [B]` where they are given, to `[B, ...]`.
             x0 (Tensor): noise of the pairs, `[B, ...]`, floating.
             x1 (Tensor): their images, of the same shape.
             labels (Tensor | None): classes of the pairs, `[B]`.
@@ -172,6 +179,10 @@ class LinesMatching:
             last_layer (Tensor | None): W; None: the last parameter of `network` that has two
                 dimensions or more.
             generator (torch.Generator | None): of the levels and the augmentation.
+            sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample has the level and
+                augmentation of its id in any batch, where generators are in the same state: ranks
+                that pass the ids of their own samples draw what one process would. None: those of
+                its place.
             step (int): of training, compared with `start`.
 
         Returns:
@@ -180,13 +191,14 @@ class LinesMatching:
             discriminator, from `start`, `adversarial` (L_G) and `lam`.
 
         Raises:
-            ValueError: shapes that do not fit, no W, "lpips" where its package is missing.
-            TypeError: x0 or x1 that is not floating.
+            ValueError: shapes that do not fit, ids out of range, no W, "lpips" where its package
+                is missing.
+            TypeError: x0 or x1 that is not floating, ids that are not int64.
         """
         _check(x0, x1, labels)
         dist = _distance(self.metric, x1) if metric is None else metric
         condition = () if labels is None else (labels,)
-        x, sigma = self.points(x0, x1, generator=generator)
+        x, sigma = self.points(x0, x1, generator=generator, sample_ids=sample_ids)
         output = network(x, sigma, *condition)
         if output.shape != x1.shape:
             raise ValueError(
@@ -197,7 +209,7 @@ class LinesMatching:
         if discriminator is None or step < self.start:
             return lines, metrics
         weight = _last_layer(network) if last_layer is None else last_layer
-        (augmented,) = self._augmented(output, generator=generator)
+        (augmented,) = self._augmented(output, generator=generator, sample_ids=sample_ids)
         adversarial = _mean(discriminator(augmented, *condition), lambda logit: -logit)
         lam = adaptive_weight(lines, adversarial, weight)
         lam = lam * min(1.0, (step - self.start + 1) / max(self.warmup, 1))
@@ -212,6 +224,7 @@ class LinesMatching:
         labels: tuple[Tensor, Tensor] | None = None,
         *,
         generator: torch.Generator | None = None,
+        sample_ids: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The hinge loss `mean relu(1 - D(real)) + mean relu(1 + D(fake))`, with R1 where asked.
 
@@ -223,6 +236,7 @@ class LinesMatching:
             fake (Tensor): `metrics["output"]`, of the same shape; no gradient flows to it.
             labels (tuple | None): classes of `real` and of `fake`, `[B]` each.
             generator (torch.Generator | None): of the augmentation.
+            sample_ids (Tensor | None): as above.
 
         Returns:
             tuple: the loss, a scalar, and detached scalars: `real` and `fake`, the mean logits, and
@@ -238,7 +252,9 @@ class LinesMatching:
             )
         of_real, of_fake = ((), ()) if labels is None else ((labels[0],), (labels[1],))
         real = real.detach().requires_grad_(self.r1 > 0)
-        real_input, fake_input = self._augmented(real, fake.detach(), generator=generator)
+        real_input, fake_input = self._augmented(
+            real, fake.detach(), generator=generator, sample_ids=sample_ids
+        )
         logits = discriminator(real_input, *of_real)
         logits = [logits] if isinstance(logits, Tensor) else list(logits)
         fakes = discriminator(fake_input, *of_fake)
@@ -253,10 +269,14 @@ class LinesMatching:
         penalty = slope.flatten(1).square().sum(1).mean()
         return hinge + 0.5 * self.r1 * penalty, metrics | {"r1": penalty.detach()}
 
-    def _augmented(self, *samples: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+    def _augmented(
+        self, *samples: Tensor, generator: torch.Generator | None, sample_ids: Tensor | None
+    ) -> tuple[Tensor, ...]:
         if samples[0].ndim != 4 or not self.augment:
             return samples
-        return diff_augment(*samples, policy=self.augment, generator=generator)
+        return diff_augment(
+            *samples, policy=self.augment, generator=generator, sample_ids=sample_ids
+        )
 
 
 def adaptive_weight(

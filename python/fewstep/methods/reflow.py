@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep._library import BACKENDS
 from fewstep.conversions import convert
+from fewstep.methods.draws import Draws
 from fewstep.ops.trace import log_density as densities
-from fewstep.ops.trace.inputs import Options, check
+from fewstep.ops.trace.inputs import ESTIMATORS, PROBES, Options, check, check_ids, wide
 from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -103,6 +105,9 @@ class MarginalReflow:
         for name, known in (
             ("method", METHODS),
             ("tracker", TRACKERS),
+            ("estimator", ESTIMATORS),
+            ("probe", PROBES),
+            ("backend", (None, *BACKENDS)),
             ("start", STARTS),
             ("weight", WEIGHTS),
         ):
@@ -125,6 +130,7 @@ class MarginalReflow:
         *,
         score: Field | None = None,
         generator: torch.Generator | None = None,
+        sample_ids: Tensor | None = None,
         step: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one training step.
@@ -135,6 +141,10 @@ class MarginalReflow:
             data (Tensor): `[B, ...]`, float32 or float64.
             score (Callable | None): the teacher's score `(x, t)`; None: from its velocity.
             generator (torch.Generator | None): of the windows, times and noise.
+            sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample has the window, time,
+                noise and probes of its id in any batch, where generators are in the same state:
+                ranks that pass the ids of their own samples draw what one process would. None:
+                those of its place, and so probes that all ranks share.
             step (int): of training, for the warm-up, and the seed of the probes.
 
         Returns:
@@ -144,18 +154,16 @@ class MarginalReflow:
             determinants that are not positive, for "logdet"; 0 for others).
 
         Raises:
-            ValueError: data without samples or features; as `fewstep.log_density`.
-            TypeError: data that is not floating.
+            ValueError: data without samples or features; ids out of range; as
+                `fewstep.log_density`.
+            TypeError: data that is not float32 or float64, ids that are not int64.
         """
         options = self._options(data)
         if data.shape[0] == 0:
             raise ValueError(f"MarginalReflow: data must not be empty, got {tuple(data.shape)}")
-        batch, d = data.shape[0], data[0].numel()
-        device = data.device if generator is None else generator.device
-        drawn = {"generator": generator, "device": device}
-        k = torch.randint(self.windows, (batch,), **drawn).to(data.device)  # type: ignore[arg-type]
-        u = torch.rand(batch, dtype=data.dtype, **drawn).to(data.device)  # type: ignore[arg-type]
-        eps = torch.randn(data.shape, dtype=data.dtype, **drawn).to(data.device)  # type: ignore[arg-type]
+        d = data[0].numel()
+        draws = Draws("MarginalReflow", data, generator, sample_ids)
+        k, u, eps = draws.integers(self.windows), draws.uniform(dtype=data.dtype), draws.normal()
         edges = self.edges(data)
         a, b = edges[k], edges[k + 1]
         with torch.no_grad():
@@ -169,7 +177,9 @@ class MarginalReflow:
         if lam == 0:
             return trajectory, metrics
         score = score_of(teacher) if score is None else score
-        surrogate, path, s = self.alignment(student, score, xs, a, b, options=options, step=step)
+        surrogate, path, s = self.alignment(
+            *(student, score, xs, a, b), options=options, sample_ids=draws.ids, step=step
+        )
         w = b.square() if self.weight == "t^2" else torch.ones_like(b)
         alignment = (w * surrogate).mean() / d
         with torch.no_grad():
@@ -193,10 +203,11 @@ class MarginalReflow:
         b: Tensor,
         *,
         options: Options | None = None,
+        sample_ids: Tensor | None = None,
         step: int = 0,
     ) -> tuple[Tensor, Path, Tensor]:
         """`Dl - <sg s_p(x_k, b), x_k>` `[B]` of steps from a to b `[B]`, their path, and s_p."""
-        path = self._track(student, xs, a, b, options or self._options(xs), step)
+        path = self._track(*(student, xs, a, b, options or self._options(xs), step), ids=sample_ids)
         with torch.no_grad():
             s = score(path.x, b)
         return path.change - (s * path.x).flatten(1).sum(1), path, s
@@ -221,6 +232,7 @@ class MarginalReflow:
         tracker_error: float = 0.0,
         teacher_tv: float = 0.0,
         generator: torch.Generator | None = None,
+        sample_ids: Tensor | None = None,
     ) -> ReflowReport:
         """How far the student's laws are from the teacher's, by windows and in the end.
 
@@ -243,6 +255,7 @@ class MarginalReflow:
             teacher_tv (float): `sum_k TV(T_k# p_{k-1}, p_k)` for a teacher T whose own flow does
                 not carry its marginals into each other.
             generator (torch.Generator | None): of the noise.
+            sample_ids (Tensor | None): as in training, of the noise and probes.
 
         Returns:
             ReflowReport: on the CPU.
@@ -258,17 +271,12 @@ class MarginalReflow:
         tracker = self.tracker if tracker is None else tracker
         options, edges = self._options(data), self.edges(data)
         n, d = data.shape[0], data[0].numel()
-
-        def noise() -> Tensor:
-            device = data.device if generator is None else generator.device
-            drawn = torch.randn(data.shape, generator=generator, dtype=data.dtype, device=device)
-            return drawn.to(data.device)
-
+        draws = Draws("evaluate", data, generator, sample_ids)
         kls, errors, steins, crossed = [], [], [], []
         for k in range(self.windows):
             a, b = edges[k].expand(n), edges[k + 1].expand(n)
-            xs = (1 - edges[k]) * data + edges[k] * noise()
-            path = self._track(student, xs, a, b, options, k, tracker)
+            xs = (1 - edges[k]) * data + edges[k] * draws.normal()
+            path = self._track(student, xs, a, b, options, k, tracker, ids=draws.ids)
             ratio = log_prob(xs, a) + path.change - log_prob(path.x, b)
             kls.append(ratio.mean())
             errors.append(ratio.std() / math.sqrt(n))
@@ -276,11 +284,12 @@ class MarginalReflow:
             steins.append(1 + stein.mean() / d)
             share = path.nonpositive
             crossed.append(edges.new_tensor(math.nan) if share is None else share.mean())
-        x = noise()
+        x = draws.normal()
         log_q = standard_normal(x)
         for k in range(self.windows):
             a, b = edges[k].expand(n), edges[k + 1].expand(n)
-            path = self._track(student, x, a, b, options, self.windows + k, tracker)
+            seed = self.windows + k
+            path = self._track(student, x, a, b, options, seed, tracker, ids=draws.ids)
             x, log_q = path.x, log_q + path.change
         final = log_q - log_prob(x, edges[-1].expand(n))
         local = torch.stack(kls).cpu()
@@ -301,6 +310,8 @@ class MarginalReflow:
     def _options(self, x: Tensor) -> Options:
         options = Options(self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype)
         check(options, x, "MarginalReflow")
+        if x.dtype != wide(x.dtype):
+            raise TypeError(f"MarginalReflow: data must be float32 or float64, got {x.dtype}")
         return options
 
     def _track(
@@ -312,6 +323,7 @@ class MarginalReflow:
         options: Options,
         seed: int,
         tracker: str | None = None,
+        ids: Tensor | None = None,
     ) -> Path:
         nodes = [a + (b - a) * (j / self.steps) for j in range(self.steps + 1)]
         times = torch.stack(nodes, 1)
@@ -320,6 +332,7 @@ class MarginalReflow:
             method=self.method,
             tracker=tracker or self.tracker,
             seed=seed,
+            ids=check_ids(ids, x, "MarginalReflow"),
         )
 
     def _steps(self, student: Field, x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -42,12 +42,24 @@ def latents(
     own = _check_seeds("latents", seeds)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"latents: dtype must be floating, got {dtype}")
+    return normals(own, shape, dtype=dtype, backend=backend)
+
+
+def normals(
+    seeds: Tensor,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    row: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Standard normals `[B, *shape]`: those that a sampler would add at a row of its table."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x = torch.zeros((seeds.shape[0], *shape), dtype=wide, device=seeds.device)
-    row = x.new_zeros((1, 1, COLUMNS), dtype=torch.float64)
-    row[..., NOISE] = 1
+    table = x.new_zeros((row + 1, 1, COLUMNS), dtype=torch.float64)
+    table[row, :, NOISE] = 1
     name = pick(x, backend)
-    dispatch.into(name, wide)(x, None, [], row, 0, own, x, None, None, None)
+    dispatch.into(name, wide)(x, None, [], table, row, seeds, x, None, None, None)
     return x.to(dtype)
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,12 +145,10 @@ def fit(
         FloatingPointError: a scalar is no longer finite; the last good checkpoint stays.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
-    from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     path, total = out / CHECKPOINT, sum(stage.steps for stage in stages)
     done = checkpoint.restore(path, named(networks)) if path.exists() else 0
-    writer = SummaryWriter(str(out / LOGS), purge_step=done)
     bar = tqdm(
         initial=done,
         total=total,
@@ -159,7 +158,7 @@ def fit(
         mininterval=0.2 if sys.stderr.isatty() else 10,
     )
     first = 0  # step of the run at which the stage begins
-    with bar, writer:
+    with bar, _logs(out / LOGS, done) as writer:
         for stage in stages:
             start, first = max(done - first, 0), first + stage.steps
             if start >= stage.steps:
@@ -190,6 +189,25 @@ def fit(
                         raise KeyboardInterrupt(
                             f"stopped after step {at} of {total}; --resume continues"
                         )
+
+
+@contextmanager
+def _logs(folder: Path, done: int) -> Iterator[Any]:
+    """TensorBoard's writer. An error of its thread is raised by its `flush`, and not printed."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    usual = threading.excepthook
+
+    def report(of: Any) -> None:
+        if not issubclass(of.exc_type, OSError):
+            usual(of)
+
+    threading.excepthook = report
+    try:
+        with SummaryWriter(str(folder), purge_step=done) as writer:
+            yield writer
+    finally:
+        threading.excepthook = usual
 
 
 @contextmanager

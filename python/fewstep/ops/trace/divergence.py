@@ -47,7 +47,8 @@ def divergence(
             velocity may depend on that sample alone. `torch.nn.Sequential` is called as
             `velocity(x)`.
         x (Tensor): `[B, ...]`, float32 or float64 for the compiled kernels.
-        t (float | Tensor): time, a scalar or `[B]`; handed on as it is, floats as `[B]`.
+        t (float | Tensor): time, a scalar or `[B]`; handed on as it is, floats as `[B]` in
+            float32 at least.
         estimator (str): "auto" takes "exact" where it costs less than the probes asked for, else
             "hutchinson".
         probes (int): products with the Jacobian, K.

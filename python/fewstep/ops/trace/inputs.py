@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep._torch import is_transformed
 from fewstep.ops.dual import dispatch
-from fewstep.reference.probe import PROBES
+from fewstep.reference.probe import PROBES as PROBES
 
 MOST_IDS = 2**48
 ESTIMATORS = ("auto", "exact", "hutchinson", "hutch++", "xtrace")
@@ -146,7 +146,7 @@ def check_time(t: float | Tensor, x: Tensor) -> Tensor:
     if not isinstance(t, Tensor):
         if not math.isfinite(t):
             raise ValueError(f"divergence: t must be finite, got {t}")
-        return x.new_full((x.shape[0],), t)
+        return x.new_full((x.shape[0],), t, dtype=wide(x.dtype))
     if tuple(t.shape) not in ((), (x.shape[0],)):
         raise ValueError(f"divergence: t must be a scalar or ({x.shape[0]},), got {tuple(t.shape)}")
     if readable(t) and not math.isfinite(t.sum().item()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -226,9 +227,9 @@ class _Wide:
         self.same = self.dtype == self.low
 
     def __call__(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
-        if self.same:
-            return self.solver(x, t, key)
-        found = self.solver(x.to(self.low), t, key)
+        found = self.solver(x if self.same else x.to(self.low), t, key)
+        if found.velocity.dtype == found.value.dtype == self.dtype:
+            return found
         return replace(
             found,
             velocity=found.velocity.to(self.dtype),
@@ -281,6 +282,13 @@ def jacobian(solver: Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return v, columns.flatten(2).movedim(0, 2)
 
 
+def _exactly(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Outside of autocast, which is for the network's products."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def _determinant(
     solver: _Wide, x: Tensor, t: Tensor, following: Tensor, h: Tensor, heun: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,7 +299,8 @@ def _determinant(
     if heun:
         v2, j2 = solver.jacobian(x + long * v1, following)
         x = x + long / 2 * (v1 + v2)
-        m = eye + hm / 2 * (j1 + j2 @ (eye + hm * j1))
+        with _exactly(x.device):
+            m = eye + hm / 2 * (j1 + j2 @ (eye + hm * j1))
     else:
         x = x + long * v1
         m = eye + hm * j1

@@ -1,0 +1,69 @@
+"""The random numbers of a training step: from torch's generator, or by the samples' ids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.ops.trace.inputs import check_ids
+from fewstep.samplers.seeds import normals
+
+
+class Draws:
+    """Numbers for each sample of a batch.
+
+    Without ids they are the generator's, in the order of the batch. With ids the generator is asked
+    for one number, and all else depends on that and on a sample's id: processes whose generators
+    are in one state, each with the ids of its own samples, draw what one process would.
+
+    Args:
+        who (str): the caller, for errors.
+        like (Tensor): `[B, ...]`.
+        generator (torch.Generator | None): None: torch's own.
+        sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`.
+    """
+
+    def __init__(
+        self,
+        who: str,
+        like: Tensor,
+        generator: torch.Generator | None,
+        sample_ids: Tensor | None,
+    ) -> None:
+        self.like, self.generator = like, generator
+        self.device = like.device if generator is None else generator.device
+        self.ids = check_ids(sample_ids, like, who)
+        self.seeds: Tensor | None = None
+        self.row = 0
+        if self.ids is not None:
+            start = torch.randint(2**62, (), generator=generator, device=self.device)
+            self.seeds = start.to(like.device) + self.ids.to(like.device)
+
+    def uniform(self, *lead: int, dtype: torch.dtype) -> Tensor:
+        """`[*lead, B]` in [0, 1)."""
+        if self.seeds is None:
+            shape = (*lead, self.like.shape[0])
+            drawn = torch.rand(shape, generator=self.generator, dtype=dtype, device=self.device)
+            return drawn.to(self.like.device)
+        unit: Tensor = torch.special.ndtr(self._normal(self.seeds, lead, torch.float64)).to(dtype)
+        return unit.clamp_max(1 - torch.finfo(dtype).eps / 2).movedim(0, -1)
+
+    def integers(self, high: int) -> Tensor:
+        """`[B]` in [0, high)."""
+        if self.seeds is None:
+            shape = self.like.shape[:1]
+            drawn = torch.randint(high, shape, generator=self.generator, device=self.device)
+            return drawn.to(self.like.device)
+        return (self.uniform(dtype=torch.float64) * high).long().clamp_max(high - 1)
+
+    def normal(self) -> Tensor:
+        """Of the shape and dtype of the batch."""
+        shape, dtype = self.like.shape, self.like.dtype
+        if self.seeds is None:
+            drawn = torch.randn(shape, generator=self.generator, dtype=dtype, device=self.device)
+            return drawn.to(self.like.device)
+        return self._normal(self.seeds, tuple(shape[1:]), dtype)
+
+    def _normal(self, seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self.row += 1
+        return normals(seeds, shape, dtype=dtype, row=self.row)
