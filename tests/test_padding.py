@@ -74,6 +74,32 @@ def test_any_cost_of_padding(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cost", ["sqeuclidean", "half_sqeuclidean", "euclidean"])
+@pytest.mark.parametrize("far", [1e4, 1e6])
+def test_far_padding(backend: str, cost: str, far: float) -> None:
+    """Gradients of the value and of a gradient."""
+    data = padded(torch.float32)
+    data["x"][4:], data["y"][5:] = far, far
+
+    def gradients(part: dict[str, Tensor], second: bool, **options: Any) -> list[Tensor]:
+        leaves = {k: t.clone().requires_grad_(k in "xy") for k, t in part.items()}
+        result = fewstep.sinkhorn(**leaves, eps=0.5, max_iter=300, cost=cost, **options)
+        points = leaves["x"], leaves["y"]
+        first = torch.autograd.grad(result.value, points, create_graph=second)
+        if not second:
+            return list(first)
+        return list(torch.autograd.grad(sum(g[:4].square().sum() for g in first), points))
+
+    for second in (False, True):
+        found = gradients(data, second, backend=backend)
+        doubles = {k: t.double() for k, t in alone(data).items()}
+        exact = gradients(doubles, second, backend="reference")
+        for whole, part in zip(found, exact, strict=True):
+            error = (whole[: len(part)] - part).norm() / part.norm()
+            assert error < (1e-3 if second else 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_implicit_derivatives_of_padded_clouds(backend: str) -> None:
     data = padded(torch.float64)
 

@@ -394,6 +394,20 @@ def test_cosine_is_one_minus_the_cosine() -> None:
     assert torch.allclose(result.plan(), expected.plan(), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_reach_of_cosine_is_in_its_own_unit(backend: str) -> None:
+    """`rho = reach`, as for all costs but squared ones."""
+    x, y = torch.eye(2, dtype=torch.float64)[:, None]
+    options: dict = {"cost": "cosine", "eps": 0.1, "reach": 0.5, "backend": backend}
+    for solve in (fewstep.sinkhorn, fewstep.sinkhorn_divergence):
+        assert solve(x, y, **options).value.item() == pytest.approx(0.656817, rel=1e-5)
+    C = torch.ones(1, 1, dtype=torch.float64)
+    assert torch.allclose(
+        fewstep.sinkhorn(x, y, **options).value,
+        fewstep.sinkhorn(None, None, C=C, eps=0.1, reach=0.5).value,
+    )
+
+
 def test_warm_start_stops_at_once() -> None:
     data = clouds((2, 20, 14, 2))
     options = {"eps": 1.0, "tol": 1e-6, "max_iter": 2000}

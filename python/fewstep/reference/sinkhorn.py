@@ -218,9 +218,14 @@ _squared_distance: Callable[[Tensor, Tensor], Tensor] = _SquaredDistance.apply
 _product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
 
 
-def _pull(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """`sum_j w_ij (x_i - y_j)`, centred so that a large common offset does not cancel."""
-    centre = y.detach().mean(-2, keepdim=True)
+def _pull(w: Tensor, x: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
+    """`sum_j w_ij (x_i - y_j)`, centred so that a large common offset does not cancel.
+
+    The centre is weighted, by b or what w sums to: points without weight may be far away.
+    """
+    mass = w.detach().abs().sum(-2, keepdim=True) if b is None else b[..., None, :]
+    total = mass.sum(-1, keepdim=True)
+    centre = _product(mass / torch.where(total > 0, total, 1.0), y.detach())
     return w.sum(-1, keepdim=True) * (x - centre) - _product(w, y - centre)
 
 
@@ -589,7 +594,7 @@ def gradient(points: Points, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Te
             w = torch.where(near, 0.0, w / torch.where(near, 1.0, distance))
         elif points.cost == "sqeuclidean":
             w = 2 * w
-        return (_pull(w, x, y),)
+        return (_pull(w, x, y, b),)
 
     with torch.autocast(f.device.type, enabled=False):
         (out,) = _each_problem(apply, points, f, g, b, eps, None, of_x=False)

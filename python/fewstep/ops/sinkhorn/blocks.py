@@ -47,7 +47,7 @@ class Block:
         self.e = z.clamp(max=math.log(torch.finfo(z.dtype).max) / 2).exp()
         self.x, self.y, self.t = x, y, 2.0 if c.cost == "sqeuclidean" else 1.0
         if c.cost not in ("dot", "formula"):  # a common offset would cancel in the products below
-            centre = y.mean(1, keepdim=True)
+            centre = (self.b / self.b.sum(-1, keepdim=True)) @ y
             self.x, self.y = x - centre, y - centre
         if c.cost == "euclidean":
             self.inverse = torch.where(self.C > 0, 1 / self.C, 0.0)

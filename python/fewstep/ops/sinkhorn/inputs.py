@@ -343,7 +343,7 @@ def labelled(
 def penalties(
     reach: float | tuple[float | None, float | None] | None, cost: str, dtype: torch.dtype
 ) -> tuple[float | None, float | None]:
-    """`rho`, None for a constraint: so is what is too large for dtype."""
+    """`rho` for a cost as named by the user; None for a constraint: so is what is too large."""
     pair = reach if isinstance(reach, tuple | list) else (reach, reach)
     if len(pair) != 2:
         raise ValueError(f"sinkhorn: reach must be a number or a pair, got {reach}")

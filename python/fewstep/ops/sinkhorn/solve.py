@@ -221,7 +221,8 @@ def sinkhorn(
     points = replace(points, precision=checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
     e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
-    rho = penalties(reach, points.cost, dtype)
+    # Cosine's points are such that half their squared distances are it, but it is no squared cost.
+    rho = penalties(reach, cost if cost == "cosine" else points.cost, dtype)
     free = rho != (None, None)
     weights = canonical_weights("a", a, batch, points, dtype, read, free=free)
     columns = canonical_weights("b", b, batch, points, dtype, read, free=free)
