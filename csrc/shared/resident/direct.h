@@ -91,7 +91,7 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
         error += a * std::abs(row - wanted);
         moved += a * row;
       }
-      if (team.lane() == 0) next[i] = relax == 1 ? full : f[i] + relax * (full - f[i]);
+      if (team.lane() == 0) next[i] = relax == 1 || a == 0 ? full : f[i] + relax * (full - f[i]);
     }
     error = block::team_sum(team, error, scratch);
     moved = block::team_sum(team, moved, scratch);
@@ -139,7 +139,10 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
     relax = s.relax;
   }
   FEWSTEP_ROLLED
-  for (int i = team.rank(); s.single && i < p.n; i += team.size()) g[i] = f[i];
+  for (int i = team.rank(); i < p.n; i += team.size()) {
+    if (w.a[i] == 0) f[i] = next[i];  // from the g that came out
+    if (s.single) g[i] = f[i];
+  }
   team.sync();
   const T unit = 1 / k;
   T value = 0;

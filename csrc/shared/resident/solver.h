@@ -124,6 +124,7 @@ class Solver {
       if (s_.single) out.g[first_ + i] = f;
       if (at(At::kA)[i] != 0) value += (s_.single ? 2 : 1) * at(At::kA)[i] * penalised(f, s_.rho_x);
     }
+    team_.sync();  // v changes now
     if (!s_.single) soft_of_massless_columns();
     FEWSTEP_ROLLED
     for (int j = team_.rank(); j < p_.m && !s_.single; j += team_.size()) {
