@@ -440,3 +440,21 @@ def test_bad_batches(change: dict[str, Any], error: type[Exception], message: st
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match=f"MarginalReflow: {name} must be one of .* got 'magic'"):
         MarginalReflow(**{name: "magic"})
+
+
+@pytest.mark.parametrize("tracker", ["trace", "logdet", "series"])
+def test_autocast_rounds_the_networks_alone(tracker: str) -> None:
+    """States, targets and determinants stay float32 beside a teacher in bfloat16."""
+    layer, data = nn.Linear(4, 4), torch.randn(16, 4)
+    flow = MarginalReflow(tracker=tracker, lam=1.0, method="heun")
+    found = []
+    for enabled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, metrics = flow(
+                lambda x, t: torch.tanh(x), lambda x, t: layer(x), data, generator=generator
+            )
+        assert loss.dtype == metrics["change"].dtype == torch.float32
+        found.append(metrics)
+    torch.testing.assert_close(found[1]["trajectory"], found[0]["trajectory"], rtol=0.02, atol=0)
+    torch.testing.assert_close(found[1]["change"], found[0]["change"], rtol=1e-4, atol=1e-5)

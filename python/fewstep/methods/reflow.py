@@ -411,8 +411,8 @@ def heun(velocity: Field, x: Tensor, a: Tensor, b: Tensor, steps: int) -> Tensor
     h = (b - a) / steps
     for j in range(steps):
         t, wide = a + (b - a) * (j / steps), _wide(h, x)
-        v1 = velocity(x, t)
-        v2 = velocity(x + wide * v1, t + h)
+        v1 = velocity(x, t).to(x.dtype)
+        v2 = velocity(x + wide * v1, t + h).to(x.dtype)
         x = x + wide / 2 * (v1 + v2)
     return x
 
