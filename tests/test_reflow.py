@@ -458,3 +458,13 @@ def test_autocast_rounds_the_networks_alone(tracker: str) -> None:
         found.append(metrics)
     torch.testing.assert_close(found[1]["trajectory"], found[0]["trajectory"], rtol=0.02, atol=0)
     torch.testing.assert_close(found[1]["change"], found[0]["change"], rtol=1e-4, atol=1e-5)
+
+
+def test_log_prob_of_a_teacher_at_and_near_noise() -> None:
+    teacher = one_gaussian()
+    x = torch.randn(4, 2)
+    t = torch.tensor([1.0, 1 - 2**-24, 0.5, 0.999])
+    own = log_prob_of(lambda x, t: teacher(x.double(), t.double()).float())(x, t)
+    exact = teacher.log_prob(x.double(), t.double())
+    assert own.dtype == torch.float32
+    torch.testing.assert_close(own.double(), exact, rtol=1e-3, atol=1e-3)
