@@ -130,6 +130,8 @@ def test_a_killed_process_resumes_to_the_same_bytes(whole: Path, tmp_path: Path)
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert 1 <= len(done) < CONFIG.shards
     (out / ".pairs-00003-of-00004.safetensors.tmp").write_bytes(b"half")
+    (out / ".pairs-00003-of-00004.safetensors.d").mkdir(exist_ok=True)
+    (out / ".pairs-00003-of-00004.safetensors.d" / ".tmp123").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"holds no complete pairs.*manifest"):
         PairDataset(out)
     assert make(out) == 0

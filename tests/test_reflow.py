@@ -440,3 +440,31 @@ def test_bad_batches(change: dict[str, Any], error: type[Exception], message: st
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match=f"MarginalReflow: {name} must be one of .* got 'magic'"):
         MarginalReflow(**{name: "magic"})
+
+
+@pytest.mark.parametrize("tracker", ["trace", "logdet", "series"])
+def test_autocast_rounds_the_networks_alone(tracker: str) -> None:
+    """States, targets and determinants stay float32 beside a teacher in bfloat16."""
+    layer, data = nn.Linear(4, 4), torch.randn(16, 4)
+    flow = MarginalReflow(tracker=tracker, lam=1.0, method="heun")
+    found = []
+    for enabled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, metrics = flow(
+                lambda x, t: torch.tanh(x), lambda x, t: layer(x), data, generator=generator
+            )
+        assert loss.dtype == metrics["change"].dtype == torch.float32
+        found.append(metrics)
+    torch.testing.assert_close(found[1]["trajectory"], found[0]["trajectory"], rtol=0.02, atol=0)
+    torch.testing.assert_close(found[1]["change"], found[0]["change"], rtol=1e-4, atol=1e-5)
+
+
+def test_log_prob_of_a_teacher_at_and_near_noise() -> None:
+    teacher = one_gaussian()
+    x = torch.randn(4, 2)
+    t = torch.tensor([1.0, 1 - 2**-24, 0.5, 0.999])
+    own = log_prob_of(lambda x, t: teacher(x.double(), t.double()).float())(x, t)
+    exact = teacher.log_prob(x.double(), t.double())
+    assert own.dtype == torch.float32
+    torch.testing.assert_close(own.double(), exact, rtol=1e-3, atol=1e-3)

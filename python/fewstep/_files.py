@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -149,11 +150,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    # safetensors has a temporary file of its own, which a killed process leaves: in a folder by
+    # itself, for the next one to remove.
+    scratch = path.with_name(f".{path.name}.d")
     with replacing(path) as temporary:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
         try:
-            save_file(dict(tensors), temporary, metadata)
+            save_file(dict(tensors), scratch / path.name, metadata)
+            os.replace(scratch / path.name, temporary)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

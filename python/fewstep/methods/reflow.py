@@ -398,10 +398,12 @@ def log_prob_of(teacher: Field, *, steps: int = 40) -> Field:
     def log_prob(x: Tensor, t: Tensor) -> Tensor:
         if bool((t >= 1).all()):
             return standard_normal(x)
-        grid = torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device)
-        times = t[:, None] + (1 - t[:, None]) * grid
+        done = t >= 1
+        start = torch.where(done, 0, t.double())[:, None]  # in float32 nodes near 1 coincide
+        grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
+        times = start + (1 - start) * grid
         out = densities.log_density(teacher, x, times=times, estimator="exact")
-        return out.log_prob
+        return torch.where(done, standard_normal(x), out.log_prob)
 
     return log_prob
 
@@ -411,8 +413,8 @@ def heun(velocity: Field, x: Tensor, a: Tensor, b: Tensor, steps: int) -> Tensor
     h = (b - a) / steps
     for j in range(steps):
         t, wide = a + (b - a) * (j / steps), _wide(h, x)
-        v1 = velocity(x, t)
-        v2 = velocity(x + wide * v1, t + h)
+        v1 = velocity(x, t).to(x.dtype)
+        v2 = velocity(x + wide * v1, t + h).to(x.dtype)
         x = x + wide / 2 * (v1 + v2)
     return x
 

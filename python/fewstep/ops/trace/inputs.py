@@ -59,8 +59,11 @@ def as_float64(who: str, name: str, value: Any, device: torch.device | None = No
 
 
 def check_times(who: str, times: Tensor | Sequence[float], x: Tensor) -> Tensor:
-    """float64 `[1 or B, S + 1]` on x's device: at least two nodes, each row finite and, step by
-    step, increasing or decreasing. Values on another device than the CPU are not looked at."""
+    """Nodes of steps, float64 `[1 or B, S + 1]` on x's device.
+
+    There are at least two, and each row is finite and increases, or decreases, at every step.
+    Values that are on another device than the CPU are not looked at.
+    """
     nodes = as_float64(who, "times", times)
     if nodes.ndim not in (1, 2) or nodes.shape[-1] < 2:
         raise ValueError(
@@ -70,8 +73,10 @@ def check_times(who: str, times: Tensor | Sequence[float], x: Tensor) -> Tensor:
     if nodes.ndim == 2 and nodes.shape[0] != x.shape[0]:
         raise ValueError(f"{who}: times must have {x.shape[0]} rows, got {nodes.shape[0]}")
     nodes = nodes if nodes.ndim == 2 else nodes[None]
-    if readable(nodes):
-        rows = nodes.detach()
+    placed = nodes.to(x.device)
+    seen = nodes if readable(nodes) else placed
+    if readable(seen):
+        rows = seen.detach()
         steps = rows.diff(dim=1)
         falling = (steps[:, :1] < 0).expand_as(steps)
         wrong = ~(torch.where(falling, -steps, steps) > 0) | ~steps.isfinite()
@@ -82,7 +87,7 @@ def check_times(who: str, times: Tensor | Sequence[float], x: Tensor) -> Tensor:
                 f"{who}: times must be finite and increase or decrease at every step, got {before}"
                 f" and then {after} at step {step} of row {row}"
             )
-    return nodes.to(x.device)
+    return placed
 
 
 def unsupported(backend: str) -> str | None:
