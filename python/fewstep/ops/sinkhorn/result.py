@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.ops.sinkhorn import autograd
 from fewstep.ops.sinkhorn.inputs import check_dense
-from fewstep.ops.sinkhorn.problem import Constants, Problem, transposed
+from fewstep.ops.sinkhorn.problem import Constants, Problem, to_points, transposed
 from fewstep.reference.sinkhorn import Points, Schedule, exponent
 
 
@@ -127,8 +127,11 @@ class SinkhornResult:
         solved = autograd.problems(points, a, b, *self._potentials(), p.eps)
         return solved, autograd.constants(p.backend, points, p.schedule.rho)
 
-    def _apply(self, v: Tensor, axis: int, implicit: bool) -> Tensor:
-        """`sum_j p_ij v_j [P, N, K]` with p = P / a, or that with the roles of x and y swapped."""
+    def _apply(self, v: Tensor, axis: int, implicit: bool, normalize: bool = False) -> Tensor:
+        """`sum_j p_ij v_j [P, N, K]` with p = P / a, or that with the roles of x and y swapped.
+
+        With `normalize` rows may be off by a factor: those without weight sum to 1.
+        """
         solved, constants = self._solved(implicit)
         parts = []
         for problem, w in zip(solved, v.chunk(len(solved)), strict=True):
@@ -136,6 +139,13 @@ class SinkhornResult:
             if implicit:
                 f, g = autograd.potentials(problem, c)
                 problem = problem._replace(f=f, g=g)
+            elif normalize and c.rho_x is not None:
+                # A penalised potential is damped, and the mass of its row, `exp(-f / rho)`, may
+                # overflow.
+                eps = to_points(problem.eps, problem.f, problem.segment_x)
+                undamped = problem.f * (1 + eps / c.rho_x)
+                f = torch.where(problem.a > 0, problem.f, undamped)
+                problem = problem._replace(f=f)
             if axis == 1:
                 problem, c = transposed(problem, c)
             through = autograd.product_through_plan if implicit else autograd.product
@@ -214,8 +224,12 @@ class SinkhornResult:
             v = v.unsqueeze(len(p.batch)).expand(*own, v.shape[-1])
         out = self._apply(v.reshape(math.prod(p.lead), *v.shape[-2:]), axis, implicit)
         weights = self._per_problem(p.a if axis == 0 else p.b)
-        weights = weights if implicit else weights.detach()
-        out = (weights[..., None] * out).reshape(*p.lead, *out.shape[1:])
+        if implicit:
+            out = weights[..., None] * out
+        else:  # without weight the sums may have overflowed
+            w = weights.detach()[..., None]
+            out = torch.where(w > 0, w * out, 0.0)
+        out = out.reshape(*p.lead, *out.shape[1:])
         return out[..., 0] if vector else out
 
     def plan(self) -> Tensor:
@@ -255,7 +269,8 @@ class SinkhornResult:
         y = p.targets if implicit else p.targets.detach()
         y = torch.cat([y, torch.ones_like(y[..., :1])], -1) if normalize else y
         T = math.prod(p.temperatures)
-        out = self._apply(y[:, None].expand(-1, T, -1, -1).flatten(0, 1), 0, implicit)
+        y = y[:, None].expand(-1, T, -1, -1).flatten(0, 1)
+        out = self._apply(y, 0, implicit, normalize)
         if normalize:
             out, mass = out[..., :-1], out[..., -1:]
             # A point that keeps no mass at all has NaN, but not in the gradients of others.
