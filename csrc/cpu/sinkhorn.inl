@@ -738,7 +738,15 @@ template <int R, class T>
 void apply_block(const Geometry<T>& p, const Apply<T>& io, int64_t row) {
   Vec<T> total[R] = {};
   weights<R>(p, io.h, io.f, static_cast<const T*>(nullptr), row, 0, io.scratch, total);
-  for (int r = 0; r < R; ++r) io.mass[row + r] = sum<T>(total[r]);
+  for (int r = 0; r < R; ++r) {
+    T mass[1] = {sum<T>(total[r])}, shift[1];
+    if (io.f[row + r] == std::numeric_limits<T>::infinity()) {
+      const Entries<T> e{io.scratch + r * p.stride, p.stride, 1};
+      p.cached != nullptr ? shifted_rows<1, true>(p, io.h, shift, row + r, e, mass)
+                          : shifted_rows<1, false>(p, io.h, shift, row + r, e, mass);
+    }
+    io.mass[row + r] = mass[0];
+  }
   multiply<R, Term::value>(
       Product<T>{io.scratch, p.stride, p.m, io.v, io.width, io.width, nullptr, 0, io.out + row * io.width, false});
 }

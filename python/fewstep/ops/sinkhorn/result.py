@@ -75,6 +75,17 @@ class CanonicalProblem:
         return (*self.batch, *ragged, *self.temperatures)
 
 
+def _rescaled(p: Problem, c: Constants) -> Tensor:
+    """f, and where x has no weight one whose row of the plan neither over- nor underflows."""
+    if c.backend == "cpp":  # which finds it then
+        own: Tensor | float = torch.inf
+    elif c.rho_x is None:
+        return p.f
+    else:  # what it was before it was damped
+        own = p.f * (1 + to_points(p.eps, p.f, p.segment_x) / c.rho_x)
+    return torch.where(p.a > 0, p.f, own)
+
+
 @dataclass(frozen=True, eq=False)
 class SinkhornResult:
     """What `sinkhorn` returns.
@@ -130,7 +141,7 @@ class SinkhornResult:
     def _apply(self, v: Tensor, axis: int, implicit: bool, normalize: bool = False) -> Tensor:
         """`sum_j p_ij v_j [P, N, K]` with p = P / a, or that with the roles of x and y swapped.
 
-        With `normalize` rows may be off by a factor: those without weight sum to 1.
+        With `normalize` rows without weight may be off by a factor.
         """
         solved, constants = self._solved(implicit)
         parts = []
@@ -139,13 +150,8 @@ class SinkhornResult:
             if implicit:
                 f, g = autograd.potentials(problem, c)
                 problem = problem._replace(f=f, g=g)
-            elif normalize and c.rho_x is not None:
-                # A penalised potential is damped, and the mass of its row, `exp(-f / rho)`, may
-                # overflow.
-                eps = to_points(problem.eps, problem.f, problem.segment_x)
-                undamped = problem.f * (1 + eps / c.rho_x)
-                f = torch.where(problem.a > 0, problem.f, undamped)
-                problem = problem._replace(f=f)
+            elif normalize:
+                problem = problem._replace(f=_rescaled(problem, c))
             if axis == 1:
                 problem, c = transposed(problem, c)
             through = autograd.product_through_plan if implicit else autograd.product
