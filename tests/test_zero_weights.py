@@ -309,6 +309,24 @@ def test_products_with_a_point_whose_mass_overflows(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reach", [None, 2.0])
+def test_barycentre_of_a_far_point_without_weight(
+    backend: str, dtype: torch.dtype, reach: float | None
+) -> None:
+    """Its potential is so large that the exponent of its row has no digit behind the point."""
+    x = torch.tensor([[0.1, 0.0], [0.0, 0.1], [1000.0, 1000.0]], dtype=dtype)
+    y = torch.tensor([[0.0, 0.0], [0.1, 0.2]], dtype=dtype)
+    a = torch.tensor([0.5, 0.5, 0.0], dtype=dtype)
+    options: dict = {"eps": 1e-6, "max_iter": 2, "reach": reach, "backend": backend}
+    result = fewstep.sinkhorn(x, y, a=a, **options)
+    assert result.barycenter()[2].tolist() == pytest.approx([0.1, 0.2])
+    mass = 1.0 if reach is None else 0.0
+    found = result.barycenter(normalize=False)[2].tolist()
+    assert found == pytest.approx([mass * 0.1, mass * 0.2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_of_distances_where_points_coincide_at_an_infinite_label_cost(
     backend: str, dtype: torch.dtype
 ) -> None:

@@ -138,10 +138,10 @@ class SinkhornResult:
         solved = autograd.problems(points, a, b, *self._potentials(), p.eps)
         return solved, autograd.constants(p.backend, points, p.schedule.rho)
 
-    def _apply(self, v: Tensor, axis: int, implicit: bool, normalize: bool = False) -> Tensor:
+    def _apply(self, v: Tensor, axis: int, implicit: bool, rescale: bool = False) -> Tensor:
         """`sum_j p_ij v_j [P, N, K]` with p = P / a, or that with the roles of x and y swapped.
 
-        With `normalize` rows without weight may be off by a factor.
+        With `rescale` rows without weight may be off by a factor.
         """
         solved, constants = self._solved(implicit)
         parts = []
@@ -150,7 +150,7 @@ class SinkhornResult:
             if implicit:
                 f, g = autograd.potentials(problem, c)
                 problem = problem._replace(f=f, g=g)
-            elif normalize:
+            elif rescale:
                 problem = problem._replace(f=_rescaled(problem, c))
             if axis == 1:
                 problem, c = transposed(problem, c)
@@ -273,12 +273,19 @@ class SinkhornResult:
             raise ValueError("barycenter: needs points, got a problem with a cost matrix C")
         self._check_unchanged("barycenter")
         y = p.targets if implicit else p.targets.detach()
-        y = torch.cat([y, torch.ones_like(y[..., :1])], -1) if normalize else y
+        y = torch.cat([y, torch.ones_like(y[..., :1])], -1)
         T = math.prod(p.temperatures)
         y = y[:, None].expand(-1, T, -1, -1).flatten(0, 1)
-        out = self._apply(y, 0, implicit, normalize)
+        product = self._apply(y, 0, implicit, rescale=not implicit)
+        out, mass = product[..., :-1], product[..., -1:]
+        # A point that keeps no mass at all has NaN, but not in the gradients of others.
+        mean = torch.where(mass > 0, out / torch.where(mass > 0, mass, 1.0), torch.nan)
         if normalize:
-            out, mass = out[..., :-1], out[..., -1:]
-            # A point that keeps no mass at all has NaN, but not in the gradients of others.
-            out = torch.where(mass > 0, out / torch.where(mass > 0, mass, 1.0), torch.nan)
+            out = mean
+        elif not implicit:  # without weight f is the transform of g, which says what mass there is
+            own = torch.ones_like(mass)
+            if (rho := p.schedule.rho[0]) is not None:
+                own = torch.exp(-self._potentials()[0] / rho)[..., None]
+            weightless = self._per_problem(p.a.detach())[..., None] == 0
+            out = torch.where(weightless, torch.where(mass > 0, own * mean, 0.0), out)
         return out.reshape(*p.lead, *out.shape[1:])
