@@ -133,6 +133,24 @@ def test_plan_between_tiny_weights(dtype: torch.dtype) -> None:
     assert torch.allclose(plan.diagonal(), a, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_for_costs_of_tiny_weights(backend: str, dtype: torch.dtype) -> None:
+    """It is the plan, whose exponential is as large as the weights are small."""
+    C = torch.tensor([[0.2, -0.57], [-0.06, -0.0622]], dtype=dtype, requires_grad=True)
+    a = torch.tensor([1.0, 1e-20], dtype=dtype)
+    options: dict = {"eps": 0.0029, "max_iter": 1, "backend": backend}
+    result = fewstep.sinkhorn(None, None, C=C, a=a, **options)
+    (grad,) = torch.autograd.grad(result.value, C)
+    assert grad[1, 0].item() == pytest.approx(0.5, rel=1e-5)
+    tiny = 1e-36 if dtype == torch.float32 else 1e-250
+    a = torch.tensor([tiny, 1.0], dtype=dtype)
+    C = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=dtype, requires_grad=True)
+    result = fewstep.sinkhorn(None, None, C=C, a=a, b=a, eps=0.001, backend=backend)
+    (grad,) = torch.autograd.grad(result.value, C)
+    assert torch.allclose(grad.diagonal(), a, rtol=1e-4, atol=0)
+
+
 def test_ragged_and_several_temperatures_with_padding() -> None:
     data = padded(torch.float32)
     cu = torch.tensor([0, 6]), torch.tensor([0, 8])

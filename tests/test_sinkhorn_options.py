@@ -394,6 +394,19 @@ def test_cosine_is_one_minus_the_cosine() -> None:
     assert torch.allclose(result.plan(), expected.plan(), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("D", [3, 5, 8, 9, 17])
+def test_cosine_of_a_view_has_the_bits_of_its_copy(dtype: torch.dtype, D: int) -> None:
+    x, y = torch.randn(3, 7, D, dtype=dtype), torch.randn(3, 6, D, dtype=dtype)
+    views = x.mT.contiguous().mT, torch.stack([y, y], -1)[..., 0]
+    options: dict = {"eps": 0.1, "cost": "cosine", "max_iter": 5}
+    whole = fewstep.sinkhorn(*views, **options)
+    for i in range(3):
+        alone = fewstep.sinkhorn(x[i], y[i], **options)
+        assert torch.equal(whole.f[i], alone.f)
+        assert torch.equal(whole.value[i], alone.value)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_reach_of_cosine_is_in_its_own_unit(backend: str) -> None:
     """`rho = reach`, as for all costs but squared ones."""

@@ -271,6 +271,91 @@ def test_excluded_partner_of_the_only_weight(backend: str, dtype: torch.dtype, s
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_with_a_point_whose_partner_is_destroyed(backend: str, dtype: torch.dtype) -> None:
+    C, b = torch.tensor([[torch.inf, 0.0]], dtype=dtype), torch.tensor([0.04, 0.0], dtype=dtype)
+    options: dict = {"C": C, "b": b, "eps": 1e-3, "reach": 0.26, "backend": backend}
+    result = fewstep.sinkhorn(None, None, **options)
+    for v in (torch.ones(1, dtype=dtype), torch.full((1,), 50.0, dtype=dtype)):
+        assert result.transport(v, axis=1).tolist() == [0, 0]
+    v = torch.ones(2, dtype=dtype, requires_grad=True)
+    assert result.transport(v).tolist() == [0]
+    assert torch.autograd.grad(result.transport(v).sum(), v)[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eps", [1e-3, 1e-4])
+def test_products_with_a_point_whose_mass_overflows(
+    backend: str, dtype: torch.dtype, eps: float
+) -> None:
+    x, y = torch.tensor([[0.25], [48]], dtype=dtype), torch.tensor([[0.5], [50]], dtype=dtype)
+    a = torch.tensor([1.0, 0.0], dtype=dtype)
+    options: dict = {"cost": "dot", "eps": eps, "reach": (0.2, None), "backend": backend}
+    result = fewstep.sinkhorn(x, y[:1], a=a, **options)
+    v = torch.tensor([50.0], dtype=dtype, requires_grad=True)
+    moved = result.transport(v)
+    torch.testing.assert_close(moved, v.new_tensor([50.0, 0.0]), rtol=1e-2, atol=0)
+    grad = torch.autograd.grad(moved.sum(), v)[0]
+    torch.testing.assert_close(grad, torch.ones_like(v), rtol=1e-2, atol=0)
+    assert result.barycenter().flatten().tolist() == pytest.approx([0.5, 0.5])
+    # Two partners at equal costs, which their weights tell apart.
+    b = torch.tensor([0.25, 0.75], dtype=dtype)
+    z = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=dtype)
+    result = fewstep.sinkhorn(torch.cat([x, 0 * x], 1), z, a=a, b=b, **options)
+    rounding = 4 * torch.finfo(dtype).eps * 48 / eps
+    assert result.barycenter()[:, 1].tolist() == pytest.approx([0.75, 0.75], rel=rounding)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reach", [None, 2.0])
+def test_barycentre_of_a_far_point_without_weight(
+    backend: str, dtype: torch.dtype, reach: float | None
+) -> None:
+    """Its potential is so large that the exponent of its row has no digit behind the point."""
+    x = torch.tensor([[0.1, 0.0], [0.0, 0.1], [1000.0, 1000.0]], dtype=dtype)
+    y = torch.tensor([[0.0, 0.0], [0.1, 0.2]], dtype=dtype)
+    a = torch.tensor([0.5, 0.5, 0.0], dtype=dtype)
+    options: dict = {"eps": 1e-6, "max_iter": 2, "reach": reach, "backend": backend}
+    result = fewstep.sinkhorn(x, y, a=a, **options)
+    assert result.barycenter()[2].tolist() == pytest.approx([0.1, 0.2])
+    mass = 1.0 if reach is None else 0.0
+    found = result.barycenter(normalize=False)[2].tolist()
+    assert found == pytest.approx([mass * 0.1, mass * 0.2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_distances_where_points_coincide_at_an_infinite_label_cost(
+    backend: str, dtype: torch.dtype
+) -> None:
+    x = torch.tensor([[0.0], [0.5]], dtype=dtype, requires_grad=True)
+    y = torch.tensor([[0.25], [0.0]], dtype=dtype, requires_grad=True)
+    kinds = torch.tensor([0, 1])
+    W = torch.tensor([[0.0, torch.inf], [0.0, 0.0]], dtype=dtype)
+    options: dict = {"cost": "euclidean", "labels": (kinds, kinds), "label_cost": W}
+    result = fewstep.sinkhorn(x, y, eps=0.2, max_iter=50, backend=backend, **options)
+    of_x, of_y = torch.autograd.grad(result.value, (x, y))
+    assert of_x.flatten().tolist() == pytest.approx([-0.495014, 0.504986], abs=1e-5)
+    assert of_y.flatten().tolist() == pytest.approx([0.490029, -0.5], abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_distances_far_below_label_costs(backend: str, dtype: torch.dtype) -> None:
+    """The distance is not what is left of its sum with the cost of the labels."""
+    x = torch.tensor([[0.0, 0.0], [3.0, 0.0]], dtype=dtype, requires_grad=True)
+    y = torch.tensor([[3e-3, 4e-3]], dtype=dtype)
+    kinds = torch.tensor([0, 0]), torch.tensor([0])
+    W = torch.full((1, 1), 1e5, dtype=dtype)
+    options: dict = {"cost": "euclidean", "labels": kinds, "label_cost": W, "eps": 1e3}
+    result = fewstep.sinkhorn(x, y, backend=backend, **options)
+    (grad,) = torch.autograd.grad(result.value, x)
+    assert grad[0].tolist() == pytest.approx([-0.3, -0.4], rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_costs_that_are_not_numbers_are_not_taken_for_infinite(backend: str) -> None:
     C = torch.rand(2, 5, 6)
     C[0, 1] = math.nan

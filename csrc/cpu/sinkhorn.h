@@ -90,7 +90,7 @@ struct SelfPass {
   T* sums;     // [m_padded]
 };
 
-// sum_j p_ij v_j and sum_j p_ij.
+// sum_j p_ij v_j and sum_j p_ij; where F_i is inf, both divided by the largest p_ij.
 template <class T>
 struct Apply {
   const T* h;  // [m_padded]
@@ -235,6 +235,7 @@ template <class T>
 void solve(const Batch<T>&, const Solve<T>&, int64_t threads);
 
 // out [problems, n, width] and mass [problems, n] from v [problems, m, width]; flat where ragged, with one temperature.
+// Where f is inf, both are divided by some number.
 template <class T>
 void transport(const Batch<T>&, const T* f, const T* g, const T* v, int64_t v_batch, int64_t width, T* out, T* mass,
                int64_t threads);

@@ -605,28 +605,38 @@ void column_lse(const Geometry<T>& p, const T* fa, int64_t panel, T* g) {
   p.cached != nullptr ? online_lse<true>(p, fa, panel, g) : online_lse<false>(p, fa, panel, g);
 }
 
+// Distances of R rows to one panel without labels: what is left of c - label is rounded, or NaN where both are inf.
+template <int R, class T>
+void bare_tile(Geometry<T> p, int64_t row, int64_t panel, Vec<T> (&c)[R][kWidth]) {
+  p.labels = nullptr;
+  tile<R, false>(p, row, panel, c);
+}
+
 // p_rj from panel `first` on (or a_r p_rj c'(C_rj) / |x_r - y_j| where a is given, the factor of x_r - y_j in the
-// gradient) into out; returns what was summed over j by lanes.
+// gradient) into out; returns what was summed over j by lanes. Of points without weight p_rj may overflow: it saturates,
+// with sums that are finite, so that 0 times it is 0.
 template <int R, bool kCached, class T>
 FEWSTEP_INLINE void weights(const Geometry<T>& p, const T* h, const T* f, const T* a, int64_t row, int64_t first,
                             T* out, Vec<T> (&total)[R]) {
   const bool euclidean = a != nullptr && p.cost == Cost::euclidean;
+  const bool labelled = euclidean && p.labels != nullptr;
+  const T highest = Simd<T>::kMaxExponent - 1 - T(__builtin_log2(double(p.m)));
   for (int64_t panel = first; panel < p.m_padded / kPanel<T>; ++panel) {
-    Vec<T> c[R][kWidth];
+    Vec<T> c[R][kWidth], distance[R][kWidth];
     tile<R, kCached>(p, row, panel, c);
+    if (labelled) bare_tile<R>(p, row, panel, distance);
     for (int w = 0; w < kWidth; ++w) {
       const int64_t j = panel * kPanel<T> + w * kLanes<T>;
       const Vec<T> hj = load(h + j);
       for (int r = 0; r < R; ++r) {
         const Vec<T> z = (hj + f[row + r]) - p.k * c[r][w];
-        Vec<T> e = exp2<T>(at_least(Range<T>::kFloor, z));
+        Vec<T> e = exp2<T>(at_least(Range<T>::kFloor, z > highest ? splat(highest) : z));
         e = z < Range<T>::kFloor ? Vec<T>{} : e;
         total[r] += e;
         if (a != nullptr) e *= a[row + r];
         if (euclidean) {
-          Vec<T> distance = c[r][w];
-          if (p.labels != nullptr) distance -= load(p.label_rows + p.labels[row + r] * p.m_padded + j);
-          e = distance == 0 ? Vec<T>{} : e / distance;
+          const Vec<T> length = labelled ? distance[r][w] : c[r][w];
+          e = (length == 0) | (e == 0) ? Vec<T>{} : e / length;
         }
         store(out + r * p.stride + j, e);
       }
@@ -728,7 +738,15 @@ template <int R, class T>
 void apply_block(const Geometry<T>& p, const Apply<T>& io, int64_t row) {
   Vec<T> total[R] = {};
   weights<R>(p, io.h, io.f, static_cast<const T*>(nullptr), row, 0, io.scratch, total);
-  for (int r = 0; r < R; ++r) io.mass[row + r] = sum<T>(total[r]);
+  for (int r = 0; r < R; ++r) {
+    T mass[1] = {sum<T>(total[r])}, shift[1];
+    if (io.f[row + r] == std::numeric_limits<T>::infinity()) {
+      const Entries<T> e{io.scratch + r * p.stride, p.stride, 1};
+      p.cached != nullptr ? shifted_rows<1, true>(p, io.h, shift, row + r, e, mass)
+                          : shifted_rows<1, false>(p, io.h, shift, row + r, e, mass);
+    }
+    io.mass[row + r] = mass[0];
+  }
   multiply<R, Term::value>(
       Product<T>{io.scratch, p.stride, p.m, io.v, io.width, io.width, nullptr, 0, io.out + row * io.width, false});
 }

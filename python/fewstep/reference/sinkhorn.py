@@ -287,7 +287,7 @@ class _EnvelopeValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         C, a, b, f, g, eps = ctx.saved_tensors
-        plan = a[..., :, None] * _conditional(C, f, g, b, eps)
+        plan = weighted(exponent(C, f, g, eps), a[..., :, None], b[..., None, :])
         w = grad[..., None]
         e, rho = eps[..., None], ctx.rho
         grad_a = w * weight_gradient(f, b.sum(-1, keepdim=True), e, rho[0], rho)
@@ -515,12 +515,27 @@ def exponent(C: Tensor, f: Tensor, g: Tensor, eps: Tensor) -> Tensor:
     return (f[..., :, None] + g[..., None, :] - C) / eps[..., None, None]
 
 
+def weighted(z: Tensor, *weights: Tensor) -> Tensor:
+    """`w_1 w_2 .. exp(z)`, 0 where a weight is 0.
+
+    Of tiny weights the logarithms join z, since the exponential alone may overflow.
+    """
+    factors = []
+    for w in weights:
+        constant = torch.where(w > 0, w.detach(), 1.0)  # w is 0 or 1 times it, with a derivative
+        z = z + constant.log()
+        factors.append(w / constant)
+    # Beyond it only where a weight is 0: 0 times an entry, or times the sum of a row, is to be 0.
+    largest = math.log(torch.finfo(z.dtype).max / max(z.shape[-1], 1)) - 1
+    out = z.clamp(max=largest).exp()
+    for factor in factors:
+        out = factor * out
+    return out
+
+
 def _conditional(C: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor) -> Tensor:
     """`b_j exp((f_i + g_j - C_ij) / eps)`, the plan over a; rows sum to about 1."""
-    z = exponent(C, f, g, eps)
-    # Beyond it only where b is 0, or a: 0 times an entry, or times the sum of a row, is to be 0.
-    largest = math.log(torch.finfo(z.dtype).max / max(z.shape[-1], 1)) - 1
-    return b[..., None, :] * z.clamp(max=largest).exp()
+    return weighted(exponent(C, f, g, eps), b[..., None, :])
 
 
 def _each_problem(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.sinkhorn.problem import Constants, Problem, Tensors
-from fewstep.reference.sinkhorn import Points, exponent
+from fewstep.reference.sinkhorn import Points, exponent, weighted
 
 # Pairs of points in a block of rows, which takes about ten arrays of that size. GPUs take more.
 BLOCK_PAIRS = 2**18
@@ -42,9 +42,9 @@ class Block:
         diagonal = None if c.diagonal is None else c.diagonal + rows.start
         fixed = (self.C.detach(), None, labels, p.label_cost, diagonal)
         C = Points(x, y, "matrix", *fixed).costs()
-        z = exponent(C, p.f[problems, rows], p.g[problems], p.eps[problems])
+        self.z = exponent(C, p.f[problems, rows], p.g[problems], p.eps[problems])
         # Two points without weight may have any e; 0 times it has to be 0.
-        self.e = z.clamp(max=math.log(torch.finfo(z.dtype).max) / 2).exp()
+        self.e = self.z.clamp(max=math.log(torch.finfo(self.z.dtype).max) / 2).exp()
         self.x, self.y, self.t = x, y, 2.0 if c.cost == "sqeuclidean" else 1.0
         if c.cost not in ("dot", "formula"):  # a common offset would cancel in the products below
             centre = (self.b / self.b.sum(-1, keepdim=True)) @ y
@@ -54,7 +54,7 @@ class Block:
 
     @property
     def plan(self) -> Tensor:
-        return self.a * self.b * self.e
+        return weighted(self.z, self.a, self.b)
 
     def _quadratic(self, w: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """`sum_j w_ij t (x_i - y_j)` and `sum_i w_ij t (y_j - x_i)`."""

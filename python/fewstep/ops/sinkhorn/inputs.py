@@ -217,6 +217,7 @@ def _directions(x: Tensor, y: Tensor, read: bool) -> tuple[Tensor, Tensor]:
     """
 
     def unit(t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.contiguous()  # by whose layout torch chooses the order of its sums
         # The length that is divided by, so that squares neither under- nor overflow, is of no
         # consequence, to derivatives either.
         largest = torch.linalg.vector_norm(t.detach(), torch.inf, -1, keepdim=True)

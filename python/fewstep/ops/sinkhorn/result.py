@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.ops.sinkhorn import autograd
 from fewstep.ops.sinkhorn.inputs import check_dense
-from fewstep.ops.sinkhorn.problem import Constants, Problem, transposed
+from fewstep.ops.sinkhorn.problem import Constants, Problem, to_points, transposed
 from fewstep.reference.sinkhorn import Points, Schedule, exponent
 
 
@@ -75,6 +75,17 @@ class CanonicalProblem:
         return (*self.batch, *ragged, *self.temperatures)
 
 
+def _rescaled(p: Problem, c: Constants) -> Tensor:
+    """f, and where x has no weight one whose row of the plan neither over- nor underflows."""
+    if c.backend == "cpp":  # which finds it then
+        own: Tensor | float = torch.inf
+    elif c.rho_x is None:
+        return p.f
+    else:  # what it was before it was damped
+        own = p.f * (1 + to_points(p.eps, p.f, p.segment_x) / c.rho_x)
+    return torch.where(p.a > 0, p.f, own)
+
+
 @dataclass(frozen=True, eq=False)
 class SinkhornResult:
     """What `sinkhorn` returns.
@@ -131,8 +142,11 @@ class SinkhornResult:
         solved = autograd.problems(points, a, b, *self._potentials(), p.eps)
         return solved, autograd.constants(p.backend, points, p.schedule.rho)
 
-    def _apply(self, v: Tensor, axis: int, implicit: bool) -> Tensor:
-        """`sum_j p_ij v_j [P, N, K]` with p = P / a, or that with the roles of x and y swapped."""
+    def _apply(self, v: Tensor, axis: int, implicit: bool, rescale: bool = False) -> Tensor:
+        """`sum_j p_ij v_j [P, N, K]` with p = P / a, or that with the roles of x and y swapped.
+
+        With `rescale` rows without weight may be off by a factor.
+        """
         solved, constants = self._solved(implicit)
         parts = []
         for problem, w in zip(solved, v.chunk(len(solved)), strict=True):
@@ -140,6 +154,8 @@ class SinkhornResult:
             if implicit:
                 f, g = autograd.potentials(problem, c)
                 problem = problem._replace(f=f, g=g)
+            elif rescale:
+                problem = problem._replace(f=_rescaled(problem, c))
             if axis == 1:
                 problem, c = transposed(problem, c)
             through = autograd.product_through_plan if implicit else autograd.product
@@ -218,8 +234,12 @@ class SinkhornResult:
             v = v.unsqueeze(len(p.batch)).expand(*own, v.shape[-1])
         out = self._apply(v.reshape(math.prod(p.lead), *v.shape[-2:]), axis, implicit)
         weights = self._per_problem(p.a if axis == 0 else p.b)
-        weights = weights if implicit else weights.detach()
-        out = (weights[..., None] * out).reshape(*p.lead, *out.shape[1:])
+        if implicit:
+            out = weights[..., None] * out
+        else:  # without weight the sums may have overflowed
+            w = weights.detach()[..., None]
+            out = torch.where(w > 0, w * out, 0.0)
+        out = out.reshape(*p.lead, *out.shape[1:])
         return out[..., 0] if vector else out
 
     def plan(self) -> Tensor:
@@ -261,11 +281,19 @@ class SinkhornResult:
             raise ValueError("barycenter: needs points, got a problem with a cost matrix C")
         self._check_unchanged("barycenter")
         y = p.targets if implicit else p.targets.detach()
-        y = torch.cat([y, torch.ones_like(y[..., :1])], -1) if normalize else y
+        y = torch.cat([y, torch.ones_like(y[..., :1])], -1)
         T = math.prod(p.temperatures)
-        out = self._apply(y[:, None].expand(-1, T, -1, -1).flatten(0, 1), 0, implicit)
+        y = y[:, None].expand(-1, T, -1, -1).flatten(0, 1)
+        product = self._apply(y, 0, implicit, rescale=not implicit)
+        out, mass = product[..., :-1], product[..., -1:]
+        # A point that keeps no mass at all has NaN, but not in the gradients of others.
+        mean = torch.where(mass > 0, out / torch.where(mass > 0, mass, 1.0), torch.nan)
         if normalize:
-            out, mass = out[..., :-1], out[..., -1:]
-            # A point that keeps no mass at all has NaN, but not in the gradients of others.
-            out = torch.where(mass > 0, out / torch.where(mass > 0, mass, 1.0), torch.nan)
+            out = mean
+        elif not implicit:  # without weight f is the transform of g, which says what mass there is
+            own = torch.ones_like(mass)
+            if (rho := p.schedule.rho[0]) is not None:
+                own = torch.exp(-self._potentials()[0] / rho)[..., None]
+            weightless = self._per_problem(p.a.detach())[..., None] == 0
+            out = torch.where(weightless, torch.where(mass > 0, own * mean, 0.0), out)
         return out.reshape(*p.lead, *out.shape[1:])
