@@ -158,7 +158,7 @@ class Comparison:
         self.scale = self.scale if self.scale > 0 else self.eps.max()
         # Potentials are of this size on the way, and a constant that they are off by stays.
         start = p.options.get("anneal", [])
-        if isinstance(start, float):
+        if isinstance(start, float) and "C" not in p.tensors:
             start = [float(r.costs().nan_to_num(0.0, 0.0).abs().max()) for *_, r in parts]
         sizes = [
             torch.as_tensor(t).abs().max() for t in (*p.options.get("init", ()), *as_list(start))

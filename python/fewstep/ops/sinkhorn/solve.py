@@ -121,8 +121,8 @@ def sinkhorn(
         init (tuple | None): potentials (f, g) to start from, shaped like the result's. An
             alternating iteration overwrites f, so only g matters there. Default: zeros.
         anneal (float | Sequence | Tensor | None): temperatures before eps, one iteration at each:
-            those given, or, for a factor below 1, the cost across the points' common bounding box,
-            times the factor, and so on while above eps.
+            those given, or, for a factor below 1, the cost across the common bounding box of the
+            points with weight, times the factor, and so on while above eps.
         update (str): "alternating" as above, or "symmetric": both potentials from the last two,
             averaged with them (geomloss's iteration), and at the end an alternating iteration, or
             up to ten until `tol` is reached, uncounted. Where y is the same tensor as x, with equal
@@ -241,7 +241,7 @@ def sinkhorn(
         single=single,
         memory_limit=memory_limit,
     )
-    schedule = annealed(schedule, anneal, points, e, read)
+    schedule = annealed(schedule, anneal, points, (weights, columns), e, read)
     f0, g0 = (
         (None, None)
         if init is None
