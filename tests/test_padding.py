@@ -151,6 +151,24 @@ def test_gradient_for_costs_of_tiny_weights(backend: str, dtype: torch.dtype) ->
     assert torch.allclose(grad.diagonal(), a, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["points", "ragged", "matrix"])
+def test_annealing_starts_from_the_costs_of_points_with_weight(backend: str, form: str) -> None:
+    data = padded(torch.float64)
+    data["x"][4:], data["y"][5:] = 1e4, -1e4
+    options: dict = {"eps": 0.1, "anneal": 0.5, "max_iter": 3, "backend": backend}
+    found = []
+    for part in (data, alone(data)):
+        if form == "matrix":
+            C = torch.cdist(part["x"], part["y"]).square()
+            part = {"a": part["a"], "b": part["b"], "C": C, "x": None, "y": None}
+        elif form == "ragged":
+            part = part | {"cu_seqlens": tuple(torch.tensor([0, len(part[k])]) for k in "xy")}
+        found.append(fewstep.sinkhorn(**part, **options))
+    assert torch.equal(found[0].iterations, found[1].iterations)
+    assert torch.allclose(found[0].f[:4], found[1].f, rtol=1e-9)
+
+
 def test_ragged_and_several_temperatures_with_padding() -> None:
     data = padded(torch.float32)
     cu = torch.tensor([0, 6]), torch.tensor([0, 8])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -139,3 +141,42 @@ def test_penalties_far_below_eps(rows: tuple[float, ...], limit: int) -> None:
     )
     assert result.converged
     assert result.iterations <= 3
+
+
+@pytest.mark.parametrize("eps", [1.62e-4, 0.06, 0.1, 0.3, 0.65])
+def test_potentials_beyond_the_digits_of_float32_are_not_converged(eps: float) -> None:
+    """Their rounding is more than eps, and the plan is any."""
+    C = torch.tensor([[1e9]])
+    result = fewstep.sinkhorn(None, None, C=C, eps=eps, backend="cpp")
+    assert result.residual == torch.inf
+    assert not result.converged
+    assert result.value.item() == pytest.approx(1e9, rel=1e-5)
+    found = fewstep.sinkhorn(None, None, C=C.double(), eps=eps, backend="cpp")
+    assert found.converged
+    assert found.transport(C.new_ones(1).double()).item() == pytest.approx(1, rel=1e-3)
+    # Far points without weight are no matter, nor are forbidden pairs.
+    C, a = torch.tensor([[0.0, 1e9], [1e9, 0.0], [1e9, 1e9]]), torch.tensor([0.5, 0.5, 0.0])
+    found = fewstep.sinkhorn(None, None, C=C, a=a, eps=eps, backend="cpp")
+    assert found.converged
+    assert torch.allclose(found.transport(C.new_ones(2)), a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_barycentre_of_a_row_that_nearly_vanishes(dtype: torch.dtype, backend: str) -> None:
+    """Before convergence rows of the plan may have any mass, down to the least that there is."""
+    C_of_mass = 72.0 if dtype == torch.float32 else 640.0
+    x, y = torch.tensor([[0.0, 0.0], [C_of_mass, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 3.0]])
+    init = torch.zeros(2), torch.zeros(2)
+    plan = fewstep.sinkhorn(
+        x.to(dtype),
+        y.to(dtype),
+        cost="l1",
+        eps=1.0,
+        init=tuple(t.to(dtype) for t in init),
+        relax=1e-6,
+        max_iter=1,
+        backend=backend,
+    )
+    expected = (1 + 3 * math.exp(-2)) / (1 + math.exp(-2))
+    assert plan.barycenter()[1].tolist() == pytest.approx([0, expected], rel=1e-3)

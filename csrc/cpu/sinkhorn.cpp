@@ -319,7 +319,7 @@ class Solver {
     if (s_.grad_x != nullptr || s_.grad_y != nullptr) {
       gradients(in_, p_, at_, h_, f_, s_.self, at(s_.grad_x, at_.first_f), at(s_.grad_y, at_.first_g), w_, threads_);
     }
-    s_.residual[q_] = residual;
+    s_.residual[q_] = beyond_ ? kInfinity<T> : residual;
     s_.iterations[q_] = iterations;
   }
 
@@ -639,6 +639,8 @@ class Solver {
     double mass_b = 0, value = 0;
     auto add = [&](double weight, double potential, double rho) {
       if (weight == 0) return;
+      const double exponent = std::abs(potential * scale_);
+      if (exponent > kDigits && exponent < kernel_.nowhere * 0x1p-40) beyond_ = true;
       if (rho != kInfinity<double>) potential = -rho * std::expm1(-potential / rho);
       value += weight * potential;
     };
@@ -667,6 +669,9 @@ class Solver {
   const Chunks chunks_;
   Geometry<T> p_;
   int64_t n_padded_, block_;
+  // Potentials so large that their rounding alone changes the plan by a factor: what residual it has is unknown.
+  static constexpr double kDigits = 2 / std::numeric_limits<T>::epsilon();
+  bool beyond_ = false;
   double eps_, scale_, relax_, mass_a_ = 0, extreme_ = 0, weight_ = 0;
   Update rows_, columns_;
   bool triangle_;                                                // of the pairs of x with itself each is looked at once

@@ -613,8 +613,8 @@ void bare_tile(Geometry<T> p, int64_t row, int64_t panel, Vec<T> (&c)[R][kWidth]
 }
 
 // p_rj from panel `first` on (or a_r p_rj c'(C_rj) / |x_r - y_j| where a is given, the factor of x_r - y_j in the
-// gradient) into out; returns what was summed over j by lanes. Of points without weight p_rj may overflow: it saturates,
-// with sums that are finite, so that 0 times it is 0.
+// gradient) into out; returns what was summed over j by lanes. Of points without weight p_rj may overflow: it
+// saturates, with sums that are finite, so that 0 times it is 0.
 template <int R, bool kCached, class T>
 FEWSTEP_INLINE void weights(const Geometry<T>& p, const T* h, const T* f, const T* a, int64_t row, int64_t first,
                             T* out, Vec<T> (&total)[R]) {
@@ -736,14 +736,20 @@ FEWSTEP_INLINE void multiply(const Product<T>& io) {
 
 template <int R, class T>
 void apply_block(const Geometry<T>& p, const Apply<T>& io, int64_t row) {
+  const T kLost = power_of_two<T>(0.9 * Range<T>::kFloor);  // a row whose entries may have been floored to 0
   Vec<T> total[R] = {};
   weights<R>(p, io.h, io.f, static_cast<const T*>(nullptr), row, 0, io.scratch, total);
   for (int r = 0; r < R; ++r) {
     T mass[1] = {sum<T>(total[r])}, shift[1];
-    if (io.f[row + r] == std::numeric_limits<T>::infinity()) {
+    const T f = io.f[row + r];
+    const bool any_scale = f == std::numeric_limits<T>::infinity();
+    if (any_scale || mass[0] < kLost) {
       const Entries<T> e{io.scratch + r * p.stride, p.stride, 1};
       p.cached != nullptr ? shifted_rows<1, true>(p, io.h, shift, row + r, e, mass)
                           : shifted_rows<1, false>(p, io.h, shift, row + r, e, mass);
+      const T scale = any_scale ? T(1) : power_of_two<T>(double(f) - double(shift[0]));
+      mass[0] *= scale;
+      for (int64_t j = 0; j < p.m_padded; j += kLanes<T>) store(e.at(0, j), scale * load(e.at(0, j)));
     }
     io.mass[row + r] = mass[0];
   }

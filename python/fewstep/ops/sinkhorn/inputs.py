@@ -367,6 +367,7 @@ def annealed(
     schedule: Schedule,
     anneal: float | Sequence[float] | Tensor | None,
     points: Points,
+    weights: tuple[Tensor, Tensor],
     eps: Tensor,
     read: bool,
 ) -> Schedule:
@@ -382,7 +383,7 @@ def annealed(
                 f"sinkhorn: anneal must be temperatures for a cost function, got {anneal}"
             )
         T = eps.shape[0] // max(points.count, 1)
-        start = _largest_cost(points).repeat_interleave(T)
+        start = _largest_cost(points, *(w.detach() for w in weights)).repeat_interleave(T)
         # A temperature that is not positive, where that was not read, would never be reached.
         start = torch.where(eps > 0, start, -torch.inf)
         return replace(schedule, start=start, factor=float(anneal))
@@ -399,30 +400,31 @@ def annealed(
     return replace(schedule, temperatures=steps)
 
 
-def _largest_cost(points: Points) -> Tensor:
+def _largest_cost(points: Points, a: Tensor, b: Tensor) -> Tensor:
     """An upper bound on what differences of costs can be, `[B]`: across the bounding box.
 
-    Pairs at an infinite cost are left out, so that annealing ends.
+    Pairs at an infinite cost are left out, so that annealing ends, and so are points without
+    weight.
     """
     p = points
     if p.cost == "matrix":
         assert p.matrix is not None
         C = p.matrix.detach()
-        finite = C.isfinite()
+        finite = C.isfinite() & (a > 0)[..., :, None] & (b > 0)[..., None, :]
         high = torch.where(finite, C, -torch.inf).amax((1, 2))
         return _finite(high - torch.where(finite, C, torch.inf).amin((1, 2)))
 
-    def bounds(t: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor]:
-        t = t.detach()
+    def bounds(t: Tensor, w: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor]:
+        kept, t = (w > 0)[..., None], t.detach()
+        low, high = torch.where(kept, t, torch.inf), torch.where(kept, t, -torch.inf)
         if cu is None:
-            return t.amin(1), t.amax(1)
-        low, high = (
-            torch.segment_reduce(t[0], kind, lengths=cu.diff(), axis=0) for kind in ("min", "max")
-        )
-        return low, high
+            return low.amin(1), high.amax(1)
+        lengths = cu.diff()
+        low = torch.segment_reduce(low[0], "min", lengths=lengths, axis=0)
+        return low, torch.segment_reduce(high[0], "max", lengths=lengths, axis=0)
 
     cu_x, cu_y = (None, None) if p.segments is None else p.segments
-    (low_x, high_x), (low_y, high_y) = bounds(p.x, cu_x), bounds(p.y, cu_y)
+    (low_x, high_x), (low_y, high_y) = bounds(p.x, a, cu_x), bounds(p.y, b, cu_y)
     if p.cost == "dot":
         largest = [
             torch.maximum(low.abs(), high.abs()) for low, high in ((low_x, high_x), (low_y, high_y))
