@@ -191,8 +191,9 @@ def sinkhorn(
 
     float64 stays float64; float32, bfloat16 and float16 are computed in float32 and return
     float32, under autocast too. Kernel against float64: potentials within 2e-5 of the cost's scale
-    after one step and 2e-4 at convergence, value 1e-5, gradients 1e-4 (relative norm), these at eps from a hundredth
-    of the largest cost on, and below it off by up to `largest cost / (100 eps)` times as much.
+    after one step and 2e-4 at convergence, value 1e-5, gradients 1e-4 (relative norm). The error of
+    gradients is up to `largest cost / (100 eps)` times that where eps is below a hundredth of the
+    largest cost.
 
     Raises:
         ValueError: shapes, devices, eps, weights, options or a backend that do not fit.
