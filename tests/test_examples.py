@@ -1,4 +1,4 @@
-"""Examples in docstrings of kernels/ and benchmarks/, under the names they are imported by.
+"""Examples of the README, and in docstrings of kernels/ and benchmarks/ by their imported names.
 
 pytest --doctest-modules would import the kernels, and register their ops, a second time.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ MODULES = {
     for path in (ROOT / folder).rglob("*.py")
     if ">>>" in path.read_text()
 }
+README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("code", README, ids=range(len(README)))
+def test_readme(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
