@@ -266,7 +266,8 @@ class SinkhornResult:
     def barycenter(self, normalize: bool = True, implicit: bool = False) -> Tensor:
         """The barycentric projection `T(x_i) = sum_j P_ij y_j / sum_j P_ij`, `[.., N, D]`.
 
-        The y_j are those given, for the cosine cost too.
+        The y_j are those given, for the cosine cost too. A point of which `reach` leaves no mass
+        has no average: its row is NaN. One without weight has the average of the plan's exponents.
 
         Args:
             normalize (bool): divide by the row mass that the plan has, so that every `T(x_i)` is
