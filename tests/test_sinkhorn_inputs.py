@@ -323,6 +323,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reach": 1e-30}, ValueError, "reach must be larger in torch.float32, got 1e-30"),
     ({"max_iter": 10.0}, TypeError, "max_iter must be an integer, got 10.0"),
     ({"max_iter": None}, TypeError, "max_iter must be an integer, got None"),
+    ({"max_iter": 10**20}, ValueError, "max_iter must fit in 64 bits, got 100000000000000000000"),
     ({"memory_limit": 2.0**20}, TypeError, "memory_limit must be an integer, got 1048576.0"),
     ({"tol": "loose"}, TypeError, "tol must be a number, got 'loose'"),
     ({"tol": math.nan}, ValueError, "tol must be None or at least 0, got nan"),
@@ -358,6 +359,11 @@ BAD_DRIFT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"guidance": None}, TypeError, "guidance must be a number, .* got NoneType"),
     ({"guidance": [0.5], "uncond": Y}, TypeError, r"guidance must be .* got \[0.5\]"),
     ({"max_iter": 10.0}, TypeError, "max_iter must be an integer, got 10.0"),
+    (
+        {"memory_limit": 2**63},
+        ValueError,
+        "memory_limit must fit in 64 bits, got 9223372036854775808",
+    ),
     ({"exclude_diagonal": 1.5}, TypeError, "exclude_diagonal must be an integer, got 1.5"),
     ({"weights": torch.ones(11).to(F8)}, TypeError, "weights must be float32, .* torch.float8"),
 ]

@@ -701,3 +701,13 @@ def test_reference_is_differentiable_twice() -> None:
 
     assert torch.autograd.gradcheck(value, x)
     assert torch.autograd.gradgradcheck(value, x)
+
+
+@pytest.mark.parametrize(
+    "divisor", [torch.tensor([3]), torch.tensor(3), torch.tensor([0.1])], ids=str
+)
+def test_division_is_not_rounded_to_the_dtype_of_the_divisor(divisor: Tensor) -> None:
+    x = torch.randn(4, 3, dtype=torch.float64)
+    out = fewstep.divergence(lambda x, t: x * x / divisor, x, 0.0, estimator="exact")
+    assert torch.allclose(out.velocity, x * x / divisor, rtol=1e-15, atol=0)
+    assert torch.allclose(out.value, (2 * x / divisor.double()).sum(1), rtol=1e-14, atol=0)

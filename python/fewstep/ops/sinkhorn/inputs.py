@@ -58,12 +58,13 @@ def is_number(value: object) -> bool:
 
 
 def integer(op: str, name: str, value: Any) -> int:
-    if isinstance(value, int):
-        return value
     try:
-        return operator.index(value)
+        whole = value if isinstance(value, int) else operator.index(value)
     except TypeError:
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
+    if not -(2**63) <= whole < 2**63:
+        raise ValueError(f"{op}: {name} must fit in 64 bits, got {whole}")
+    return whole
 
 
 def number(op: str, name: str, value: Any) -> float:

@@ -144,6 +144,8 @@ def mul(a: Any, b: Any) -> Dual:
 def _div(a: Any, b: Any) -> Dual:
     if isinstance(b, Dual):
         raise UnsupportedError("no rule for division by what depends on x")
+    if isinstance(b, Tensor) and a.dtype == torch.float64:
+        b = b.double()  # 1 / b would be rounded to the dtype of b
     return mul(a, 1 / b)
 
 
