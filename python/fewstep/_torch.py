@@ -40,6 +40,16 @@ def is_dual(t: Tensor | None) -> bool:
     return unpack_dual(t).tangent is not None
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, states and times beside tensors of a dtype: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def readable(t: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device or breaking a graph."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+
+
 def seeded(seed: int, step: int) -> torch.Generator:
     """A generator for one step: its draws depend on (seed, step) alone."""
     word = np.random.SeedSequence([seed, step]).generate_state(1)[0]

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fewstep._torch import wide
+
 KINDS = ("velocity", "denoiser", "noise", "score")
 
 
@@ -95,7 +97,7 @@ def convert(
             raise ValueError(f"convert: {name} must be one of {KINDS}, got {kind!r}")
     if value.shape != x.shape:
         raise ValueError(f"convert: value must be {tuple(x.shape)}, got {tuple(value.shape)}")
-    t = torch.as_tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    t = torch.as_tensor(t, dtype=wide(x.dtype), device=x.device)
     if tuple(t.shape) not in ((), (x.shape[0],)):
         raise ValueError(f"convert: t must be a scalar or ({x.shape[0]},), got {tuple(t.shape)}")
     if source == target:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fewstep._torch import wide
 from fewstep.methods.augment import diff_augment
 from fewstep.methods.draws import Draws
-from fewstep.ops.trace.inputs import wide
 from fewstep.samplers.schedules import karras_sigmas
 
 LAWS = ("uniform", "levels", "sot")

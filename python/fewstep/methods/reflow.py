@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fewstep._library import BACKENDS
+from fewstep._torch import wide
 from fewstep.conversions import convert
 from fewstep.methods.draws import Draws
 from fewstep.ops.trace import log_density as densities
-from fewstep.ops.trace.inputs import ESTIMATORS, PROBES, Options, check, check_ids, wide
+from fewstep.ops.trace.inputs import ESTIMATORS, PROBES, Options, check, check_ids
 from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
 
 Field = Callable[[Tensor, Tensor], Tensor]

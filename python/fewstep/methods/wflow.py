@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep._library import BACKENDS
+from fewstep._torch import wide
 from fewstep.ops.sinkhorn.drift import FORMS, sinkhorn_drift
 
 
@@ -144,7 +145,7 @@ class WFlow:
         with torch.no_grad():
             x2 = generate(noise[1])
         with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
+            dtype = wide(x.dtype)
             x, x2, real = x.to(dtype), x2.to(dtype), real.detach().to(dtype)
             drift = sinkhorn_drift(
                 x,

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewstep._torch import wide
 from fewstep.ops.heun.engine import FIRST, Run
 from fewstep.ops.heun.inputs import check_state, pick
-from fewstep.ops.trace.inputs import as_float64, wide
+from fewstep.ops.trace.inputs import as_float64
 from fewstep.reference.heun import COLUMNS, NOISE, SCALE
 from fewstep.samplers.plan import Network
 from fewstep.samplers.seeds import seeds_for

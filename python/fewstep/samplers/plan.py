@@ -10,11 +10,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fewstep._torch import is_transformed
+from fewstep._torch import is_transformed, wide
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.solve import HeunResult
 from fewstep.ops.trace.estimator import Solver
-from fewstep.ops.trace.inputs import Options, make_keys, wide
+from fewstep.ops.trace.inputs import Options, make_keys
 from fewstep.ops.trace.log_density import jacobian
 from fewstep.reference.heun import NET, SCALE
 

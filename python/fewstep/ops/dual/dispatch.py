@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._torch import wide
 from fewstep.reference import dual as reference
 from fewstep.reference import probe as reference_probe
 
@@ -133,13 +134,8 @@ def probe(backend: str, like: Tensor, key: Tensor, ids: Maybe, count: int, kind:
     if backend in COMPILED:
         index = reference_probe.PROBES.index(kind)
         return _call(_ops(backend).probe.default, like, key, ids, count, index)  # type: ignore[no-any-return]
-    shape, dtype = (count, *like.shape), _wide(like.dtype)
+    shape, dtype = (count, *like.shape), wide(like.dtype)
     return reference_probe.probes(key.to(like.device), ids, shape, kind, dtype).to(like.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def probe_dot(backend: str, y: Tensor, key: Tensor, ids: Maybe, count: int, kind: str) -> Tensor:
@@ -148,7 +144,7 @@ def probe_dot(backend: str, y: Tensor, key: Tensor, ids: Maybe, count: int, kind
         index = reference_probe.PROBES.index(kind)
         return _call(_ops(backend).probe_dot.default, y, key, ids, count, index)  # type: ignore[no-any-return]
     like = y.detach().reshape(count, -1, *y.shape[1:])
-    v = reference_probe.probes(key.to(y.device), ids, tuple(like.shape), kind, _wide(y.dtype))
+    v = reference_probe.probes(key.to(y.device), ids, tuple(like.shape), kind, wide(y.dtype))
     return (v.flatten(2) * y.reshape(count, like.shape[1], -1)).sum(-1)
 
 
@@ -197,7 +193,7 @@ def _fake_probe(like: Tensor, key: Tensor, ids: Maybe, count: int, kind: int) ->
 
 
 def _fake_probe_dot(y: Tensor, key: Tensor, ids: Maybe, count: int, kind: int) -> Tensor:
-    return y.new_empty((count, y.shape[0] // count), dtype=_wide(y.dtype))
+    return y.new_empty((count, y.shape[0] // count), dtype=wide(y.dtype))
 
 
 def _fake_probe_scale(g: Tensor, key: Tensor, ids: Maybe, d: int, kind: int) -> Tensor:

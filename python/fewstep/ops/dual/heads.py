@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.engine import Dual, Seed, UnsupportedError
 from fewstep.ops.dual.source import Source, kept_or_computed, plain
@@ -105,7 +106,7 @@ def exact_by_tangents(
 ) -> tuple[Tensor, Tensor]:
     """Velocity and `sum_i e_i' J e_i`, `[B]`, by D tangents, `chunk` at a time, as `source` has
     them otherwise."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    summed = wide(x.dtype)
     d = x[0].numel() if x.ndim > 1 else 1
     basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
     total: Any = 0
@@ -117,10 +118,10 @@ def exact_by_tangents(
             rows = out.pending[first : first + chunk, :, None]
             batch = x.shape[0]
             tangents = out.flat[batch:].reshape(own.shape[0], batch, -1)
-            total = total + (tangents @ rows)[..., 0].sum(0, dtype=wide)
+            total = total + (tangents @ rows)[..., 0].sum(0, dtype=summed)
             primal = F.linear(out.flat[:batch], out.pending, out.shift)
         else:
             (primal,), columns = out.halves()
             diagonal = columns.flatten(2)[:, :, first : first + chunk]
-            total = total + diagonal.diagonal(dim1=0, dim2=2).sum(-1, dtype=wide)
+            total = total + diagonal.diagonal(dim1=0, dim2=2).sum(-1, dtype=summed)
     return primal, total

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.dispatch import kernel_shift
 from fewstep.ops.dual.engine import R, Rule, Traced, UnsupportedError, broadcast
@@ -239,21 +240,21 @@ def structural(
     if budget is not None and not budget.allows(x.shape[0], weights):
         return None
 
-    wide = torch.promote_types(x.dtype, torch.float32)  # of sums
+    summed = wide(x.dtype)
 
     def core() -> Tensor:
         if len(weights) == 1:
-            return weights[0].diagonal().sum(dtype=wide)
+            return weights[0].diagonal().sum(dtype=summed)
         if len(weights) == 2:
-            return (weights[0] * weights[1].T).sum(1, dtype=wide)
+            return (weights[0] * weights[1].T).sum(1, dtype=summed)
         return (weights[0] @ weights[2]) * weights[1].T  # [H1, H2]
 
     middle = kept_or_computed(cache, "structural", weights, core)
     if len(weights) == 1:
         value = middle.expand(x.shape[0])
     elif len(weights) == 2:
-        value = diagonals[0].to(wide) @ middle
+        value = diagonals[0].to(summed) @ middle
     else:
-        value = torch.linalg.vecdot((diagonals[0] @ middle).to(wide), diagonals[1].to(wide))
+        value = torch.linalg.vecdot((diagonals[0] @ middle).to(summed), diagonals[1].to(summed))
     velocity_out = out.primal if out.shift is None else out.primal + out.shift
     return velocity_out, value

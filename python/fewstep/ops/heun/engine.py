@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._torch import is_dual, is_transformed
+from fewstep._torch import is_dual, is_transformed, wide
 from fewstep.ops.heun import dispatch
 from fewstep.ops.trace.estimator import Divergence
-from fewstep.ops.trace.inputs import wide
 
 FIRST = 2  # row of the table for evaluation 0: row 0 draws latents, row 1 starts a sampler
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fewstep._library import choose_backend
+from fewstep._torch import readable
 from fewstep.ops.heun import dispatch
-from fewstep.ops.trace.inputs import as_float64, readable
+from fewstep.ops.trace.inputs import as_float64
 
 STATES = dispatch.STATES
 

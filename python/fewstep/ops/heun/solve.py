@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._torch import wide
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.inputs import as_vector, check_log_density, check_state, pick
 from fewstep.ops.trace.estimator import Solver
-from fewstep.ops.trace.inputs import Options, check, check_ids, check_times, make_keys, wide
+from fewstep.ops.trace.inputs import Options, check, check_ids, check_times, make_keys
 
 Velocity = Callable[..., Any]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fewstep._torch import is_transformed
+from fewstep._torch import readable
 
 
 class ConvergenceWarning(UserWarning):
@@ -14,6 +13,4 @@ class ConvergenceWarning(UserWarning):
 
 def unconverged(converged: Tensor) -> bool:
     """Whether some problem has not, as far as looking costs nothing."""
-    if torch.compiler.is_compiling() or converged.device.type != "cpu" or is_transformed():
-        return False
-    return not bool(converged.all())
+    return readable(converged) and not bool(converged.all())

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep._torch import is_transformed
+from fewstep._torch import is_transformed, wide
 from fewstep.ops.dual import dispatch, heads, mlp
 from fewstep.ops.dual.engine import UnsupportedError
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
 from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget, structural
-from fewstep.ops.trace.inputs import Options, unsupported, wide
+from fewstep.ops.trace.inputs import Options, unsupported
 from fewstep.reference import trace as reference
 
 _CHUNK = 1 << 22  # elements of the tangents that the exact trace holds at once

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._torch import is_transformed
+from fewstep._torch import readable, wide
 from fewstep.ops.dual import dispatch
 from fewstep.reference.probe import PROBES as PROBES
 
@@ -32,16 +32,6 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.probes, Integral) and not isinstance(self.probes, bool):
             object.__setattr__(self, "probes", int(self.probes))  # NumPy's, too
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states, times and densities beside a network of a dtype: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def readable(t: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device or breaking a graph."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
 
 
 def as_float64(who: str, name: str, value: Any, device: torch.device | None = None) -> Tensor:

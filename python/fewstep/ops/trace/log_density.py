@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.engine import UnsupportedError
 from fewstep.ops.trace.estimator import Divergence, Solver, population
-from fewstep.ops.trace.inputs import Options, check, check_ids, check_times, make_keys, wide
+from fewstep.ops.trace.inputs import Options, check, check_ids, check_times, make_keys
 from fewstep.reference import trace as reference
 
 METHODS = ("euler", "heun")
