@@ -448,11 +448,11 @@ class Seed(Dual):
         return self.joined()
 
 
-class DualTensor(Opaque, Dual, Tensor):  # type: ignore[misc]
+class DualTensor(Opaque, Dual, Tensor):  # type: ignore[misc, override]
     pass
 
 
-class SeedTensor(Opaque, Seed, Tensor):  # type: ignore[misc]
+class SeedTensor(Opaque, Seed, Tensor):  # type: ignore[misc, override]
     pass
 
 

@@ -64,7 +64,7 @@ class Program:
 RECORDED: dict[Any, Rule] = {}
 
 
-class Recorded(Opaque, Traced, Tensor):  # type: ignore[misc]
+class Recorded(Opaque, Traced, Tensor):  # type: ignore[misc, override]
     """What a forward sees in place of x: see the module.
 
     Attributes:

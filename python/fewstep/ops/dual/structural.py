@@ -101,7 +101,7 @@ class Chain(Traced):
         return self.factors is not None and len(self.factors.weights) > len(self.factors.diagonals)
 
 
-class ChainTensor(Opaque, Chain, Tensor):  # type: ignore[misc]
+class ChainTensor(Opaque, Chain, Tensor):  # type: ignore[misc, override]
     pass
 
 

@@ -95,7 +95,7 @@ def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Dual:
         return _first(h, weight, bias)
     if source.dtype is not None:
         return h.like(*_linear_pieces(source, h.pieces(), weight), shift=bias)
-    lazy = source.basis or source.cache is not None
+    lazy = (source.basis or source.cache is not None) and not source.prompt
     if lazy and not torch.is_grad_enabled() and h.ndim == 2:
         return h.of_flat(h.stack(), shift=bias, pending=weight)
     return h.of_flat(F.linear(h.stack(), weight), shift=bias, owned=True)
