@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from torch import Tensor
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed, wide
 from fewstep.ops.dual import dispatch, heads, mlp
-from fewstep.ops.dual.engine import UnsupportedError
+from fewstep.ops.dual.engine import RULES, UnsupportedError
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
 from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget, structural
@@ -128,9 +129,10 @@ class Solver:
             found = self.seen = ladder.known(
                 *(self.velocity, x.dtype, x.ndim, x.device.type, self.backend(x)),
                 *(options.tangent_dtype, options.engine, options.estimator in ("auto", "exact")),
-                *(options.backend, ladder.autocast(x)),
+                *(options.backend, ladder.autocast(x), len(RULES)),
             )
-            self._restrict(found, x)
+            if not found.worked and not found.checked:
+                self._restrict(found, x)
             wanted = options.check != "never" and ladder.checkable(x)
             again = options.check == "always" or found.checked < min(x.shape[0], 2)
             if wanted and again:
@@ -189,7 +191,7 @@ class Solver:
                     continue
                 torch.manual_seed(0)
                 try:
-                    with self._eagerly(known):
+                    with self._eagerly(known), warnings.catch_warnings(action="ignore"):
                         v, dots = attempt()
                     rough = way == "duals" and source.dtype is not None
                     same = v is s.velocity  # this way is not for such options
