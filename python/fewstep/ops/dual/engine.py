@@ -40,6 +40,7 @@ class MixingError(ValueError):
     """A forward mixes samples, so that they have no Jacobians of their own."""
 
 
+AUTOCAST = "no rules under autocast"
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
@@ -238,7 +239,7 @@ class Opaque:
                     " autograd.Function, a reentrant checkpoint or no_grad"
                 )
             if torch._C._is_any_autocast_enabled():
-                raise UnsupportedError("no rules under autocast")
+                raise UnsupportedError(AUTOCAST)
             return cls.call(func, args, kwargs or {})  # type: ignore[attr-defined]
         except UnsupportedError as reason:
             if func in _CONSTANTS:
