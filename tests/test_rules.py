@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fewstep
+from fewstep.ops.dual import heads
+from fewstep.ops.dual.engine import RULES, UnsupportedError
+from fewstep.ops.dual.source import Source
 from tolerances import assert_contract
 
 F64 = torch.float64
@@ -255,7 +260,7 @@ TERMS: dict[str, Tensor | float] = {
 }
 WIDER: dict[str, Tensor] = {
     "float64": torch.linspace(0, 1, 4, dtype=F64),
-    "float64 of each": torch.rand(3, 1, dtype=F64),
+    "float64 of each": torch.linspace(0, 1, 3, dtype=F64)[:, None],
     "complex": torch.tensor(1j),
 }
 READERS: dict[str, Function] = {
@@ -313,3 +318,149 @@ def test_terms_of_wider_dtypes_are_left_to_torch(reader: str, term: str) -> None
     out = fewstep.divergence(v, x, 0.0, estimator="exact")
     assert out.info.startswith("torch.func: no rule")
     torch.testing.assert_close(out.velocity, v(x, x))
+
+
+# Names that `get_testing_overrides` has and torch does not take.
+INVENTED = {
+    *(("swapdims", "axis0"), ("swapdims", "axis1"), ("swapaxes", "dim0"), ("swapaxes", "dim1")),
+    *(("permute", "dim"), ("unsqueeze", "out"), ("squeeze", "out"), ("split", "tensor")),
+    *(("split", "split_size_or_sections"), ("where", "x"), ("where", "y"), ("__getitem__", "idx")),
+    *(("__rsub__", "out"), ("__rpow__", "out"), ("__rpow__", "exponent"), ("__rmatmul__", "out")),
+    *(("linalg_vector_norm", "input"), ("linalg_norm", "input"), ("logsumexp", "names")),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of names that torch is about to drop
+def test_rules_know_all_options_of_their_functions() -> None:
+    known = torch.overrides.get_testing_overrides()
+    open_kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    missing = set()
+    for function, rule in RULES.items():
+        own = inspect.signature(rule).parameters
+        if any(p.kind == open_kinds[0] for p in own.values()) or function not in known:
+            continue
+        for name, p in inspect.signature(known[function]).parameters.items():
+            if p.kind not in open_kinds and name not in ("self", *own):
+                missing.add((function.__name__, name))
+    assert missing <= INVENTED
+
+
+OPTIONS: dict[str, Function] = {
+    "dtype": lambda h: h.sum(1, keepdim=True, dtype=torch.float32).double() + h,
+    "view as bits": lambda h: h.view(torch.int64) * 0.0,
+    "view as dtype": lambda h: h.view(dtype=torch.int64) * 0.0,
+    "softmax dtype": lambda h: h.softmax(1, dtype=torch.float32).double(),
+    "rounding": lambda h: torch.div(h, 0.3, rounding_mode="floor") + h,
+    "half": lambda h: h.half().double(),
+    "max over all": lambda h: h * 0 + h.max(),
+    "running statistics": lambda h: F.instance_norm(h[:, None], V[:1] * 0, V[:1]).flatten(1),
+    "view in place": through(lambda h: h[:, :2].mul_(2.0)),
+    "its view in place": lambda h: _viewed_and_changed(h * 1),
+    "item": lambda h: h * float(h.detach()[0, 0]) + h * h[0, 0].item(),
+    "assignment": lambda h: _assigned(h * 1),
+    "rows": lambda h: h[torch.tensor([0, 1, 2])],
+    "apart": lambda h: h.view(3, 2, 1, 2)[:, [0, 1], :, [0, 1]].flatten(0, 1)[:3] * h[:, :1],
+}
+
+
+def _viewed_and_changed(h: Tensor) -> Tensor:
+    view = h[:, :2]
+    h.mul_(2.0)
+    return h + torch.cat([view, view], 1)
+
+
+def _assigned(h: Tensor) -> Tensor:
+    h[:, 0] = 0.5
+    return h
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_without_a_rule_are_refused(name: str) -> None:
+    """Never ignored: the error is that of a rule, or that there is none."""
+    x = torch.randn(3, 4, dtype=F64)
+    v = lambda x, t: OPTIONS[name](x * 1)  # noqa: E731
+    source = Source("reference", 4, tangents=torch.eye(4, dtype=F64)[:, None])
+    with pytest.raises(UnsupportedError):
+        heads.products(v, x, None, source)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.mul_(2.0), lambda x: F.relu(x, inplace=True)])
+def test_x_itself_is_not_changed_in_place(change: Function) -> None:
+    x, source = torch.randn(3, 4), Source("cpp", 4, tangents=torch.eye(4)[:, None])
+    before = x.clone()
+    with pytest.raises(UnsupportedError, match="change in place"):
+        heads.products(lambda x, t: change(x), x, None, source)
+    assert torch.equal(x, before)
+
+
+MIXED: dict[str, Function] = {
+    "groups of samples": lambda h: (h.view(2, 2, 4) - h.view(2, 2, 4).mean(1, True)).view(4, 4),
+    "batch as channels": lambda h: F.conv1d(h, torch.ones(4, 4, 1, dtype=F64)),
+    "batch as pixels": lambda h: F.pixel_shuffle(h.view(4, 2, 2), 2).reshape(4, 4),
+    "a mask of each": lambda h: torch.einsum("bi,ci->bc", h, h),
+    "transposed": lambda h: h.view(4, 4).T @ h,
+    "expanded batch": lambda h: h.view(4, 1, 4).expand(4, 4, 4).transpose(0, 1)[:, 0],
+    "stacked batch": lambda h: torch.stack([h, h], 0).sum(0),
+    "squeezed batch": lambda h: h.unsqueeze(0).squeeze(0),
+    "vector": lambda h: F.linear(h.flatten(), torch.ones(16, 16, dtype=F64)).view(4, 4),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_mixes_samples_has_no_rule(name: str) -> None:
+    x = torch.randn(4, 4, dtype=F64)
+    source = Source("reference", 4, tangents=torch.eye(4, dtype=F64)[:, None])
+    with pytest.raises(UnsupportedError):
+        heads.products(lambda x, t: MIXED[name](x), x, None, source)
+
+
+def test_rows_that_attend_to_nothing() -> None:
+    mask = torch.tensor([[True, False], [False, False]])
+
+    def attend(h: Tensor) -> Tensor:
+        h = h.view(3, 2, 2)
+        return F.scaled_dot_product_attention(h, h, h, attn_mask=mask).flatten(1) + h.flatten(1)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        check(attend, (3, 4), 1e-10)
+
+
+def test_batch_norm_in_training_is_named() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match=r"BatchNorm in training.*eval"):
+        fewstep.divergence(net, torch.randn(3, 4), 0.0)
+
+
+CHAINS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "in place": lambda x, a, b: F.linear(_relu(F.linear(x, a)), b),
+    "in place at the end": lambda x, a, b: _relu(F.linear(F.silu(F.linear(x, a)), b)),
+    "in place and twice": lambda x, a, b: _twice_used(F.linear(x, a), b),
+    "int64": lambda x, a, b: F.linear(F.silu(F.linear(x, a) + torch.arange(3)[:, None]), b) + 1,
+    "float64": lambda x, a, b: F.linear(torch.tanh(F.linear(x, a) + torch.tensor(0.3).double()), b),
+    "mask": lambda x, a, b: F.linear(F.silu(F.linear(x, a)) * (torch.arange(4) > 1), b),
+    "int64 before": lambda x, a, b: F.linear(
+        F.silu(F.linear(torch.cat([x, torch.arange(6).view(3, 2)], 1)[:, :4], a)), b
+    ),
+}
+
+
+def _relu(h: Tensor) -> Tensor:
+    F.relu(h, inplace=True)
+    return h
+
+
+def _twice_used(h: Tensor, b: Tensor) -> Tensor:
+    return F.linear(F.silu(h, inplace=True), b) + h
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+def test_terms_and_changes_in_place_of_linear_layers(name: str, estimator: str) -> None:
+    """By whichever way a network of linear layers is served."""
+    x, a, b = torch.randn(3, 4), torch.randn(4, 4), torch.randn(4, 4)
+    v = lambda x, t: CHAINS[name](x, a.to(x.dtype), b.to(x.dtype))  # noqa: E731
+    options: Any = {"estimator": estimator, "probes": 4, "probe": "hadamard"}
+    out = fewstep.divergence(v, x, 0.0, **options)
+    torch.testing.assert_close(out.velocity, v(x, None))
+    exact = jacobians(v, x.double(), x).diagonal(dim1=1, dim2=2).sum(1)
+    assert_contract("value", out.value, exact)

@@ -367,6 +367,18 @@ def _backward_scale(ops: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return dots, *(None,) * 4
 
 
+def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake kernel also runs where some tensors have no memory: then none may have any."""
+
+    def run(*arguments: Any) -> Any:
+        listed = (m for a in arguments for m in (a if isinstance(a, (list, tuple)) else (a,)))
+        if len({m.device.type == "meta" for m in listed if isinstance(m, Tensor)}) > 1:
+            raise RuntimeError("fewstep: tensors with memory beside tensors on the meta device")
+        return fake(*arguments)
+
+    return run
+
+
 _registered: set[str] = set()
 
 
@@ -396,7 +408,7 @@ def _register(namespace: str) -> None:
         ("probe_dot", _fake_probe_dot, _setup_dot, _backward_dot),
         ("probe_scale", _fake_probe_scale, _setup_scale, _backward_scale),
     ):
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_fake(f"{namespace}::{name}", on_one_device(fake))
         torch.library.register_autograd(
             f"{namespace}::{name}", functools.partial(backward, ops), setup_context=setup
         )

@@ -107,10 +107,11 @@ def _rmatmul(input: Any, other: Any) -> Dual:
 
 
 @register(torch.bmm, torch.Tensor.bmm)
-def _bmm(input: Any, mat2: Any, *, out: None = None) -> Dual:
+def _bmm(input: Any, mat2: Any, **rest: Any) -> Dual:
+    refuse(rest)
     if input.ndim != 3 or mat2.ndim != 3 or input.shape[0] != mat2.shape[0]:
         raise UnsupportedError("no rule for bmm but of batches of matrices")
-    return _matmul(input, mat2, out=out)
+    return _matmul(input, mat2)
 
 
 @register(F.scaled_dot_product_attention)

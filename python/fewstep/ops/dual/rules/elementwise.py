@@ -370,13 +370,13 @@ def clamp(input: Dual, min: Any = None, max: Any = None, *, out: None = None) ->
 
 
 @register(torch.clamp_min, torch.Tensor.clamp_min)
-def _clamp_min(input: Dual, min: Any) -> Dual:
-    return clamp(input, min)
+def _clamp_min(input: Dual, min: Any, *, out: None = None) -> Dual:
+    return clamp(input, min, out=out)
 
 
 @register(torch.clamp_max, torch.Tensor.clamp_max)
-def _clamp_max(input: Dual, max: Any) -> Dual:
-    return clamp(input, None, max)
+def _clamp_max(input: Dual, max: Any, *, out: None = None) -> Dual:
+    return clamp(input, None, max, out=out)
 
 
 def _chosen(mask: Tensor, a: Any, b: Any) -> Dual:
