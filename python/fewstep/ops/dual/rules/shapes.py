@@ -375,3 +375,18 @@ def _moved(name: str) -> Callable[..., Any]:
 
 for _name in ("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"):
     register(getattr(torch.Tensor, _name))(_moved(_name))
+
+
+@register(torch.is_floating_point, torch.Tensor.is_floating_point)
+def _is_floating_point(input: Dual) -> bool:
+    return input.dtype.is_floating_point
+
+
+@register(torch.is_complex, torch.Tensor.is_complex)
+def _is_complex(input: Dual) -> bool:
+    return False
+
+
+@register(torch.numel, torch.Tensor.nelement)
+def _numel(input: Dual) -> int:
+    return input.numel()
