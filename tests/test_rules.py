@@ -261,7 +261,6 @@ TERMS: dict[str, Tensor | float] = {
 WIDER: dict[str, Tensor] = {
     "float64": torch.linspace(0, 1, 4, dtype=F64),
     "float64 of each": torch.linspace(0, 1, 3, dtype=F64)[:, None],
-    "complex": torch.tensor(1j),
 }
 READERS: dict[str, Function] = {
     "silu": F.silu,
@@ -308,13 +307,26 @@ def test_terms_are_cast_as_torch_does(
 
 @pytest.mark.parametrize("term", WIDER)
 @pytest.mark.parametrize("reader", READERS)
-def test_terms_of_wider_dtypes_are_left_to_torch(reader: str, term: str) -> None:
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_terms_of_wider_dtypes_widen_the_result(reader: str, term: str, backend: str) -> None:
     x, c = torch.randn(3, 4), WIDER[term]
+    for name, use in USES.items():
+        if name == "where":
+            continue
 
-    def v(x: Tensor, t: Tensor) -> Tensor:
-        h = x * 1 + c
-        return READERS[reader](h.real.float() if h.is_complex() else h).to(x.dtype)  # type: ignore[no-any-return]
+        def v(x: Tensor, t: Tensor, use: Any = use) -> Tensor:
+            h = x * 2 + 1
+            return READERS[reader](use(h, c) + h).to(x.dtype)  # type: ignore[no-any-return]
 
+        out = fewstep.divergence(v, x, 0.0, estimator="exact", backend=backend)
+        exact = jacobians(v, x.double(), x).diagonal(dim1=1, dim2=2).sum(1)
+        torch.testing.assert_close(out.velocity, v(x, x))
+        assert_contract("value", out.value, exact)
+
+
+def test_terms_without_a_rule_are_left_to_torch() -> None:
+    x, c = torch.randn(3, 4), torch.linspace(0, 1, 4, dtype=F64)
+    v = lambda x, t: torch.where(MASK, x, c).to(x.dtype)  # noqa: E731
     out = fewstep.divergence(v, x, 0.0, estimator="exact")
     assert out.info.startswith("torch.func: no rule")
     torch.testing.assert_close(out.velocity, v(x, x))
@@ -351,7 +363,9 @@ OPTIONS: dict[str, Function] = {
     "view as dtype": lambda h: h.view(dtype=torch.int64) * 0.0,
     "softmax dtype": lambda h: h.softmax(1, dtype=torch.float32).double(),
     "rounding": lambda h: torch.div(h, 0.3, rounding_mode="floor") + h,
-    "half": lambda h: h.half().double(),
+    "complex": lambda h: (h + torch.tensor(1j)).real,
+    "complex number": lambda h: (h * 1j).imag,
+    "whole": lambda h: h.long().double(),
     "max over all": lambda h: h * 0 + h.max(),
     "running statistics": lambda h: F.instance_norm(h[:, None], V[:1] * 0, V[:1]).flatten(1),
     "view in place": through(lambda h: h[:, :2].mul_(2.0)),

@@ -13,7 +13,15 @@ from torch import Tensor
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.dispatch import kernel_shift
 from fewstep.ops.dual.engine import Dual, Rule, Seed, UnsupportedError, register
-from fewstep.ops.dual.rules.plain import aligned, is_number, matched, operand, primal, refuse
+from fewstep.ops.dual.rules.plain import (
+    aligned,
+    is_number,
+    matched,
+    operand,
+    primal,
+    promoted,
+    refuse,
+)
 from fewstep.ops.dual.rules.shapes import chunk, spread
 
 
@@ -218,7 +226,8 @@ def _prelu(input: Dual, weight: Tensor) -> Dual:
 
 
 def _broadcast(h: Dual, other: Any) -> tuple[Dual, Any]:
-    """A dual and a plain factor or term that broadcasts with it: of h's dtype, and no larger."""
+    """A dual and a plain factor or term that broadcasts with it: of one dtype, and no larger."""
+    h = promoted(h, other)
     other = operand(h, other)
     if isinstance(other, Tensor) and other.shape != h.shape[h.ndim - other.ndim :]:
         h = spread(h, torch.broadcast_shapes(h.shape, other.shape))  # type: ignore[no-untyped-call]
@@ -229,7 +238,8 @@ def _broadcast(h: Dual, other: Any) -> tuple[Dual, Any]:
 def add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Dual:
     refuse({"out": out})
     if isinstance(input, Dual) and isinstance(other, Dual):
-        a, b = input, other if alpha == 1 else mul(other, alpha)
+        a, b = promoted(input, other), promoted(other, input)
+        b = b if alpha == 1 else mul(b, alpha)
         if a.shape != b.shape:
             if a.ndim != b.ndim:
                 raise UnsupportedError(f"no rule for {tuple(a.shape)} + {tuple(b.shape)}")

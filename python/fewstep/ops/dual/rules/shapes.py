@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual.engine import Dual, Seed, Traced, UnsupportedError, register, same
-from fewstep.ops.dual.rules.plain import inside, of_dtype, refuse
+from fewstep.ops.dual.rules.plain import cast, inside, of_dtype, refuse
 
 
 def view(h: Dual, function: Callable[[Tensor], Any]) -> Any:
@@ -352,7 +352,7 @@ def _contiguous(input: Dual, memory_format: Any = None) -> Dual:
 
 
 def _moved(name: str) -> Callable[..., Any]:
-    """A conversion by a method of tensors: duals have none but to what they are already."""
+    """A conversion by a method of tensors."""
 
     def empty(v: Any) -> Any:
         return torch.empty(0, dtype=v.dtype, device=v.device) if isinstance(v, Dual) else v
@@ -364,8 +364,10 @@ def _moved(name: str) -> Callable[..., Any]:
         )
         if not isinstance(input, Dual) or not isinstance(moved, Tensor):
             return moved
-        if moved.dtype != input.dtype or moved.device != input.device:
-            raise UnsupportedError(f"no rule for a change to {moved.dtype} on {moved.device}")
+        if moved.device != input.device:
+            raise UnsupportedError(f"no rule for a change to {moved.device}")
+        if moved.dtype != input.dtype:
+            return cast(input, moved.dtype)
         return clone(input) if copy or layout not in (None, torch.preserve_format) else input
 
     return rule
@@ -373,3 +375,18 @@ def _moved(name: str) -> Callable[..., Any]:
 
 for _name in ("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"):
     register(getattr(torch.Tensor, _name))(_moved(_name))
+
+
+@register(torch.is_floating_point, torch.Tensor.is_floating_point)
+def _is_floating_point(input: Dual) -> bool:
+    return input.dtype.is_floating_point
+
+
+@register(torch.is_complex, torch.Tensor.is_complex)
+def _is_complex(input: Dual) -> bool:
+    return False
+
+
+@register(torch.numel, torch.Tensor.nelement)
+def _numel(input: Dual) -> int:
+    return input.numel()
