@@ -67,8 +67,9 @@ def known(velocity: Callable[..., Any], *rest: Any) -> Known:
     name = velocities.mixing(modules)
     if name is not None:
         raise MixingError(
-            f"divergence: {name} that normalises by the batch mixes samples, so that they have no"
-            " Jacobians of their own: call eval() on it, and keep its running statistics"
+            f"divergence: {name}: BatchNorm in training, or without running statistics, mixes"
+            " samples, so that they have no Jacobians of their own: call eval() on it, and keep"
+            " track_running_stats"
         )
     try:
         store = _KNOWN.setdefault(velocities.owner(velocity), {})
@@ -138,6 +139,9 @@ class Sample:
         if self.pulled is not None and dots is not None:
             exact = (self.pulled * self.probe).flatten(1).sum(1)[::2]
             size = self.pulled.flatten(1).norm(dim=1) * self.probe.flatten(1).norm(dim=1)
+            # Of norms and softmaxes J is small, and a difference of larger numbers.
+            rounding = 100 * torch.finfo(velocity.dtype).eps / tolerance
+            size = size + rounding * self.probe.flatten(1).square().sum(1)
             off = _error(dots.reshape(-1)[::2], exact, size[::2].norm())
             if bool(exact.isfinite().all()) and not off <= tolerance:
                 return f"v . J v is off by {off:.2g} of |v| |J' v|"
