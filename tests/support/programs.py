@@ -7,6 +7,7 @@ are done are noted there, and a second run goes on behind them. `--show SEED` pr
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import re
 import time
@@ -145,16 +146,14 @@ CHANGES = """
 HIDDEN = r"detach|no_grad|data|autograd|Stair|Reversed|%|round|trunc|//"
 PREAMBLE = """
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-def const(shape, dtype, k):  # eighths, that every dtype has
-    n = torch.arange(torch.Size(shape).numel())
-    v = (n * (2 * k + 1) + k) % 17 - 8
-    return (v > 0 if dtype == torch.bool else v % 3 if dtype == torch.int64 else v / 8).to(dtype).view(shape)
+from collections.abc import Sequence
 """
 
 
 def const(shape: Sequence[int], dtype: torch.dtype, k: int) -> Tensor:
+    """Eighths, which every dtype has."""
     n = torch.arange(torch.Size(shape).numel())
     v = (n * (2 * k + 1) + k) % 17 - 8
     out = v > 0 if dtype == torch.bool else v % 3 if dtype == torch.int64 else v / 8
@@ -781,7 +780,7 @@ def main() -> int:
     torch.set_num_threads(1)
     if options.show is not None:
         p = draw(options.show)
-        print(PREAMBLE, p.describe(), *verdict(p).messages, sep="\n")  # noqa: T201
+        print(PREAMBLE, inspect.getsource(const), p.describe(), *verdict(p).messages, sep="\n")  # noqa: T201
         return 0
     first, last = (int(n) for n in options.seeds.split(":"))
     return int(search(first, last, options.resume, options.shrink) > 0)
