@@ -18,7 +18,7 @@ from fewstep._torch import wide
 from fewstep.conversions import convert
 from fewstep.methods.draws import Draws
 from fewstep.ops.trace import log_density as densities
-from fewstep.ops.trace.inputs import ESTIMATORS, PROBES, Options, check, check_ids
+from fewstep.ops.trace.inputs import ESTIMATORS, PROBES, Options, check_ids, check_options
 from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -310,7 +310,7 @@ class MarginalReflow:
 
     def _options(self, x: Tensor) -> Options:
         options = Options(self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype)
-        check(options, x, "MarginalReflow")
+        check_options(options, x, "MarginalReflow")
         if x.dtype != wide(x.dtype):
             raise TypeError(f"MarginalReflow: data must be float32 or float64, got {x.dtype}")
         return options

@@ -5,26 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Product = Callable[[Tensor], Tensor]
 
 
-def jacobian(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, str]:
-    """Velocity `[B, ...]`, all of `J`, `[B, D, D]`, by D products, and how; see `products`."""
-    d = x[0].numel()
-    basis = torch.eye(d, dtype=x.dtype, device=x.device)[:, None].expand(d, x.shape[0], d)
-    v, rows, way = products(velocity, x, t, basis.reshape(d, *x.shape))
-    return v, rows.flatten(2).movedim(0, 1 if way == REVERSE else 2), way
-
-
-REVERSE, FORWARD = "torch.func", "torch.autograd.forward_ad"
+REVERSE, FORWARD, PLAIN = "torch.func", "torch.autograd.forward_ad", "torch.autograd"
 
 
 def products(velocity: Velocity, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor, str]:
@@ -46,9 +40,37 @@ def transposed_products(
     velocity: Velocity, x: Tensor, t: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Velocity `[B, ...]` and `J' v_k`, `[K, B, ...]`, for v `[K, B, ...]`, in reverse mode."""
-    out, pullback = torch.func.vjp(lambda y: checked(velocity(y, t), x), x)  # type: ignore[misc]
+    with attention_by_math():
+        out, pullback = torch.func.vjp(lambda y: checked(velocity(y, t), x), x)  # type: ignore[misc]
     rows: Tensor = torch.func.vmap(lambda u: pullback(u)[0])(v)
     return out, rows
+
+
+def reverse_products(
+    velocity: Velocity, x: Tensor, t: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, str]:
+    """Velocity `[B, ...]` and `J' v_k`, `[K, B, ...]`, by plain reverse mode, one after the other.
+
+    What trains in eager PyTorch has them: energies, custom Functions with a backward of their own.
+    """
+    kept = torch.is_grad_enabled()
+    with torch.enable_grad(), attention_by_math():
+        y = x.view_as(x) if kept and x.requires_grad else x.detach().requires_grad_(True)
+        out = checked(velocity(y, t), x)
+        rows = []
+        for u in v:
+            row = None
+            if out.requires_grad:
+                (row,) = torch.autograd.grad(
+                    out, y, u, retain_graph=True, create_graph=kept, allow_unused=True
+                )
+            rows.append(torch.zeros_like(x) if row is None else row)
+    return out if kept else out.detach(), torch.stack(rows), PLAIN
+
+
+def attention_by_math() -> contextlib.AbstractContextManager[None]:
+    """Attention that can be differentiated twice."""
+    return sdpa_kernel(SDPBackend.MATH)  # type: ignore[no-any-return]
 
 
 def forward_products(velocity: Velocity, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,14 +78,7 @@ def forward_products(velocity: Velocity, x: Tensor, t: Tensor, v: Tensor) -> tup
     columns: list[Tensor] = []
     for tangent in v:
         with forward_ad.dual_level():
-            try:
-                both = velocity(forward_ad.make_dual(x, tangent), t)  # type: ignore[no-untyped-call]
-            except NotImplementedError as error:
-                raise RuntimeError(
-                    "divergence: under activation checkpointing the functions of this velocity need"
-                    f" a derivative in forward mode, or rules (fewstep.ops.dual.register): {error};"
-                    " or checkpoint with use_reentrant=True"
-                ) from error
+            both = velocity(forward_ad.make_dual(x, tangent), t)  # type: ignore[no-untyped-call]
             out, column = forward_ad.unpack_dual(checked(both, x))  # type: ignore[no-untyped-call]
         columns.append(torch.zeros_like(x) if column is None else column)
     return out, torch.stack(columns)

@@ -152,7 +152,7 @@ def edm_sample(
     seeds = seeds_for("edm_sample", seeds, latents, churn.amount > 0)
     if log_density is not None:
         check_log_density("edm_sample", log_density, latents)
-        trace_inputs.check(Options(estimator, probes), latents, "edm_sample")
+        trace_inputs.check_options(Options(estimator, probes), latents, "edm_sample")
         if churn.amount > 0:
             raise ValueError(f"edm_sample: S_churn must be 0 with log_density, got {churn.amount}")
         levels = _schedule(*schedule) if levels is None else levels

@@ -1,11 +1,16 @@
 """Forward-mode duals: a network's own `forward`, run on [primal; K tangents].
 
-A `Dual` stands in for the batch `x`. It is no tensor, but PyTorch's functions know it by
-`__torch_function__` and hand it to the rule of each: linear layers act on the primal and its
-tangents in one product, activations and norms in one fused kernel. Whatever else a `forward`
-computes, from t or from a context, stays plain tensors. So any module joins whose forward calls
-functions with a rule here, residuals, gates, concatenation and attention among them; any other
-function raises `UnsupportedError` with its name. `register` adds rules.
+A `Dual` stands in for the batch `x`. To the network it is a tensor, whose functions, methods and
+operators PyTorch hands to the rule of each by `__torch_function__`: linear layers act on the primal
+and its tangents in one product, activations and norms in one fused kernel. Whatever else a
+`forward` computes, from t or from a context, stays plain tensors. So any module joins whose forward
+calls functions with a rule here, residuals, gates, concatenation and attention among them; any
+other function raises `UnsupportedError` with its name. `register` adds rules.
+
+It has no data of its own. Code in C++ that would read it arrives in `__torch_dispatch__` and is
+refused, as is a forward that changes the grad mode (custom Functions and reentrant checkpoints run
+without it) or turns on autocast. Compilers cannot trace such tensors: for them a stand-in is a
+plain object, `isinstance(x, Tensor)` is False, and custom Functions go unseen.
 
 Tangents of x's own dtype are stacked below it, `[(K + 1) B, ...]`: one product for both. Those of
 bfloat16 stand apart, `[K B, ...]`: on a GPU products have bfloat16 copies of what they multiply
@@ -15,8 +20,9 @@ with, all else is computed in float32 and rounded.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +35,10 @@ from fewstep.ops.dual.source import Source, Stack, plain, redrawing, stacked
 
 class UnsupportedError(AttributeError, NotImplementedError):
     """A forward asked for something that duals have no rule for; the message says what."""
+
+
+class MixingError(ValueError):
+    """A forward mixes samples, so that they have no Jacobians of their own."""
 
 
 Rule = Callable[..., Any]
@@ -46,12 +56,51 @@ def register(*functions: Any) -> Callable[[R], R]:
     return add
 
 
+@dataclass
+class _Run:
+    """A forward that is run on a stand-in.
+
+    Attributes:
+        grad: the grad mode at its beginning.
+        refused: the first refusal: a forward that catches it has taken another branch.
+    """
+
+    grad: bool
+    refused: str | None = None
+
+
+class _Current(threading.local):
+    run: _Run | None = None
+
+
+_CURRENT = _Current()
+
+
+def run_on(stand_in: Traced, forward: Callable[..., Any], t: Any) -> Any:
+    """`forward(stand_in, t)`, or what it was refused for.
+
+    Raises:
+        UnsupportedError: it asked for something without a rule.
+    """
+    if torch.compiler.is_compiling():
+        return forward(stand_in, t)
+    before = _CURRENT.run
+    _CURRENT.run = run = _Run(torch.is_grad_enabled())
+    try:
+        out = forward(stand_in, t)
+    finally:
+        _CURRENT.run = before
+    if run.refused is not None:
+        raise UnsupportedError(run.refused)
+    return out
+
+
 class Traced:
     """What a forward sees in place of x: its shape, and functions that have rules."""
 
     primal_shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+    own_dtype: torch.dtype
+    own_device: torch.device
     rules = RULES
     requires_grad = False
 
@@ -61,8 +110,16 @@ class Traced:
     ) -> Any:
         rule = cls.rules.get(func)
         if rule is None:
-            raise UnsupportedError(f"no rule for {getattr(func, '__name__', func)}")
+            raise UnsupportedError(f"no rule for {_name_of(func)}")
         return rule(*args, **(kwargs or {}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.own_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.own_device
 
     @property
     def shape(self) -> torch.Size:
@@ -74,7 +131,7 @@ class Traced:
 
     @property
     def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
+        return self.own_device.type == "cuda"
 
     def size(self, dim: int | None = None) -> Any:
         return self.primal_shape if dim is None else self.primal_shape[dim]
@@ -131,6 +188,64 @@ class Traced:
         return self._call(torch.Tensor.__getitem__, self, index)
 
 
+def _name_of(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    owner = getattr(func, "__self__", None)  # of an attribute's getter
+    return f"Tensor.{getattr(owner, '__name__', name)}" if name in ("__get__", "__set__") else name
+
+
+# What is the same for every tensor that a stand-in stands for.
+_CONSTANTS = {
+    torch.Tensor.is_floating_point: True,
+    torch.is_floating_point: True,
+    torch.Tensor.is_complex: False,
+    torch.is_complex: False,
+    torch.Tensor.is_nested.__get__: False,  # type: ignore[attr-defined]
+    torch.Tensor.is_sparse.__get__: False,  # type: ignore[attr-defined]
+    torch.Tensor.is_quantized.__get__: False,  # type: ignore[attr-defined]
+    torch.Tensor.is_mkldnn.__get__: False,  # type: ignore[attr-defined]
+    torch.Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
+    torch.Tensor.layout.__get__: torch.strided,  # type: ignore[attr-defined]
+}
+
+
+class Opaque:
+    """Makes a stand-in a tensor, without data, in whatever is not compiled."""
+
+    def __new__(cls, source: Any, like: Tensor, *_: Any, **__: Any) -> Any:
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _CONSTANTS:
+            return _CONSTANTS[func]
+        run = _CURRENT.run
+        try:
+            if run is not None and torch.is_grad_enabled() != run.grad:
+                raise UnsupportedError(
+                    f"{_name_of(func)} is called in another grad mode than forward: by a custom"
+                    " autograd.Function, a reentrant checkpoint or no_grad"
+                )
+            if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+                raise UnsupportedError("forward turns on autocast")
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[misc]
+        except UnsupportedError as reason:
+            if run is not None and run.refused is None:
+                run.refused = str(reason)
+            raise
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        reason = f"no rule for {func}, called past Python's functions"
+        if _CURRENT.run is not None and _CURRENT.run.refused is None:
+            _CURRENT.run.refused = reason
+        raise UnsupportedError(reason)
+
+
 def _method(name: str) -> Callable[..., Any]:
     function = getattr(torch.Tensor, name)
 
@@ -182,12 +297,16 @@ class Dual(Traced):
         self.shift = shift
         self.pending = pending
         self.owned = owned
-        self.dtype, self.device = flat.dtype, flat.device
+        self.own_dtype, self.own_device = flat.dtype, flat.device
         alone = shared is not None or apart is not None
         lead = flat.shape[0] if alone else flat.shape[0] // (source.count + 1)
         last = () if pending is None else (pending.shape[0],)
         inner = flat.shape[1:] if pending is None else flat.shape[1:-1]
         self.primal_shape = torch.Size((lead, *inner, *last))
+
+    def of_flat(self, flat: Tensor, **fields: Any) -> Dual:
+        """A dual of the same source, and as this one a tensor or none."""
+        return (DualTensor if isinstance(self, Opaque) else Dual)(self.source, flat, **fields)
 
     def joined(self) -> Tensor:
         """`[(K + 1) B, ...]`, still without the shift."""
@@ -268,7 +387,7 @@ class Dual(Traced):
                 batch = flat.shape[0] // (source.count + 1)
                 flat, apart = flat[:batch], flat[batch:]
             apart = source.lower(apart)
-        return Dual(source, flat, apart=apart, shift=shift, owned=owned)
+        return self.of_flat(flat, apart=apart, shift=shift, owned=owned)
 
     def of_halves(self, primal: Tensor, tangents: Tensor) -> Dual:
         """A dual of `[1, B, ...]` and `[K, B, ...]`."""
@@ -288,10 +407,14 @@ class Seed(Dual):
 
     def __init__(self, source: Source, primal: Tensor, low: int, width: int) -> None:
         self.source, self.primal, self.low, self.width = source, primal, low, width
-        self.dtype, self.device = primal.dtype, primal.device
+        self.own_dtype, self.own_device = primal.dtype, primal.device
         self.primal_shape = primal.shape
         self.pending = self.shared = self.shift = self.apart = None
         self._made: Tensor | None = None
+
+    def moved(self, primal: Tensor, low: int, width: int) -> Seed:
+        """x elsewhere: in another shape, or beside other features."""
+        return type(self)(self.source, primal, low, width)
 
     @property
     def own(self) -> Tensor:
@@ -323,6 +446,20 @@ class Seed(Dual):
 
     def stack(self) -> Tensor:
         return self.joined()
+
+
+class DualTensor(Opaque, Dual, Tensor):  # type: ignore[misc, override]
+    pass
+
+
+class SeedTensor(Opaque, Seed, Tensor):  # type: ignore[misc, override]
+    pass
+
+
+def seed(source: Source, x: Tensor) -> Seed:
+    """What a forward begins with."""
+    compiling = torch.compiler.is_compiling()
+    return (Seed if compiling else SeedTensor)(source, x, 0, x.shape[-1])
 
 
 def _beginning(values: Iterable[Any]) -> Source | None:

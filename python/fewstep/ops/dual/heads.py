@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
-from fewstep.ops.dual.engine import Dual, Seed, UnsupportedError
+from fewstep.ops.dual.engine import Dual, UnsupportedError, run_on, seed
 from fewstep.ops.dual.source import Source, kept_or_computed, plain
 
 
@@ -65,7 +65,7 @@ def products(
     velocity: Callable[..., Any], x: Tensor, t: Any, source: Source
 ) -> tuple[Tensor, Tensor]:
     """Velocity `[B, ...]` and `J v_k`, `[K, B, ...]`, for the tangents of `source`."""
-    out = _checked(velocity(Seed(source, x, 0, x.shape[-1]), t), x)
+    out = _checked(run_on(seed(source, x), velocity, t), x)
     primal, tangents = out.halves()
     return primal[0], tangents.to(x.dtype)
 
@@ -74,7 +74,7 @@ def probe_products(
     velocity: Callable[..., Any], x: Tensor, t: Any, source: Source
 ) -> tuple[Tensor, Tensor]:
     """Velocity `[B, ...]` and `<v_k, J v_k>`, `[K, B]`, for the probes of `source`."""
-    out = _checked(velocity(Seed(source, x, 0, x.shape[-1]), t), x)
+    out = _checked(run_on(seed(source, x), velocity, t), x)
     if out.pending is not None and source.cache is not None:
         return _fixed_head(out, x)
     if source.dtype is not None:
@@ -113,7 +113,7 @@ def exact_by_tangents(
     for first in range(0, d, chunk):
         own = basis[first : first + chunk]
         part = replace(source, count=own.shape[0], tangents=own, stacks={})
-        out = _checked(velocity(Seed(part, x, 0, x.shape[-1]), t), x)
+        out = _checked(run_on(seed(part, x), velocity, t), x)
         if out.pending is not None:
             rows = out.pending[first : first + chunk, :, None]
             batch = x.shape[0]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual import dispatch
-from fewstep.ops.dual.engine import Rule, Traced, UnsupportedError
+from fewstep.ops.dual.engine import Opaque, Rule, Traced, UnsupportedError, run_on
 from fewstep.ops.dual.source import Source, kept_or_computed
 from fewstep.reference import dual as reference
 
@@ -64,7 +64,7 @@ class Program:
 RECORDED: dict[Any, Rule] = {}
 
 
-class Recorded(Traced):
+class Recorded(Opaque, Traced, Tensor):  # type: ignore[misc, override]
     """What a forward sees in place of x: see the module.
 
     Attributes:
@@ -75,6 +75,9 @@ class Recorded(Traced):
     """
 
     rules = RECORDED
+
+    def __new__(cls, x: Tensor, *_: Any) -> Any:
+        return Opaque.__new__(cls, None, x)
 
     def __init__(
         self,
@@ -87,7 +90,7 @@ class Recorded(Traced):
     ) -> None:
         self.x, self.low, self.width, self.primal_shape = x, low, width, shape
         self.layers, self.activations = layers, activations
-        self.dtype, self.device = x.dtype, x.device
+        self.own_dtype, self.own_device = x.dtype, x.device
 
     def complete(self) -> bool:
         """Whether the last step is a layer."""
@@ -216,7 +219,7 @@ def record(run: Callable[..., Any], x: Tensor, t: Any) -> Program:
     Raises:
         UnsupportedError: it is not one of at least two linear layers.
     """
-    h = run(Recorded(x, 0, x.shape[1:].numel(), x.shape), t)
+    h = run_on(Recorded(x, 0, x.shape[1:].numel(), x.shape), run, t)
     if not isinstance(h, Recorded) or not h.complete() or len(h.layers) < 2:
         raise UnsupportedError(_REFUSAL)
     if h.shape != x.shape:

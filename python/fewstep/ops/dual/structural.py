@@ -13,7 +13,15 @@ from torch import Tensor
 from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.dispatch import kernel_shift
-from fewstep.ops.dual.engine import R, Rule, Traced, UnsupportedError, broadcast
+from fewstep.ops.dual.engine import (
+    Opaque,
+    R,
+    Rule,
+    Traced,
+    UnsupportedError,
+    broadcast,
+    run_on,
+)
 from fewstep.ops.dual.source import kept_or_computed
 
 
@@ -81,11 +89,20 @@ class Chain(Traced):
     ) -> None:
         self.backend, self.primal, self.factors = backend, primal, factors
         self.low, self.width, self.shift = low, width, shift
-        self.primal_shape, self.dtype, self.device = primal.shape, primal.dtype, primal.device
+        self.primal_shape = primal.shape
+        self.own_dtype, self.own_device = primal.dtype, primal.device
+
+    def made(self, *parts: Any, **fields: Any) -> Chain:
+        """As this one a tensor or none."""
+        return type(self)(self.backend, *parts, **fields)
 
     def complete(self) -> bool:
         """Whether the last factor is a weight."""
         return self.factors is not None and len(self.factors.weights) > len(self.factors.diagonals)
+
+
+class ChainTensor(Opaque, Chain, Tensor):  # type: ignore[misc, override]
+    pass
 
 
 @_structural(F.linear)
@@ -99,7 +116,7 @@ def _chain_linear(h: Any, weight: Tensor, bias: Tensor | None = None) -> Chain:
         factors = _Factors([*h.factors.weights, weight], h.factors.diagonals)
         if len(factors.weights) > 3:
             raise UnsupportedError("more than two hidden layers")
-    return Chain(h.backend, F.linear(h.primal, weight), factors, shift=bias)
+    return h.made(F.linear(h.primal, weight), factors, shift=bias)
 
 
 def _chain_activation(kind: str, h: Chain, beta: float = 1.0, threshold: float = 20.0) -> Chain:
@@ -111,7 +128,7 @@ def _chain_activation(kind: str, h: Chain, beta: float = 1.0, threshold: float =
         h.backend, h.primal, ones, shift, 1, kind, beta, threshold, inner
     ).reshape(2, *h.primal_shape)
     a, slope = both.unbind(0)
-    return Chain(h.backend, a, _Factors(h.factors.weights, [*h.factors.diagonals, slope]))
+    return h.made(a, _Factors(h.factors.weights, [*h.factors.diagonals, slope]))
 
 
 _structural(F.silu)(lambda h, inplace=False: _chain_activation("silu", h))
@@ -154,7 +171,7 @@ def _chain_add(a: Any, b: Any) -> Chain:
     if not isinstance(other, Tensor):
         other = torch.full((), other, dtype=h.dtype, device=h.device)
     shift = other if h.shift is None else h.shift + other
-    return Chain(h.backend, h.primal, h.factors, shift=shift)
+    return h.made(h.primal, h.factors, shift=shift)
 
 
 @_structural(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
@@ -169,7 +186,7 @@ def _chain_mul(a: Any, b: Any) -> Chain:
         raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
     *before, last = h.factors.diagonals
     primal = h.primal if h.shift is None else h.primal + h.shift
-    return Chain(h.backend, primal * other, _Factors(h.factors.weights, [*before, last * other]))
+    return h.made(primal * other, _Factors(h.factors.weights, [*before, last * other]))
 
 
 @_structural(torch.cat, torch.concat, torch.concatenate)
@@ -182,7 +199,7 @@ def _chain_cat(tensors: Sequence[Any], dim: int = 0, axis: int | None = None) ->
     at = next(i for i, c in enumerate(tensors) if c is h)
     low = h.low + sum(c.shape[1] for c in tensors[:at])
     whole = torch.cat([h.primal if c is h else c for c in tensors], 1)
-    return Chain(h.backend, whole, None, low=low, width=h.width)
+    return h.made(whole, None, low=low, width=h.width)
 
 
 @_structural(torch.flatten, torch.Tensor.flatten)
@@ -205,7 +222,7 @@ def _chain_view(h: Chain, *shape: Any) -> Chain:
         if not h.complete():
             raise UnsupportedError("not a chain: a view of hidden features")
         primal = primal if h.shift is None else (h.primal + h.shift).reshape(sizes)
-    return Chain(h.backend, primal, h.factors, width=h.width)
+    return h.made(primal, h.factors, width=h.width)
 
 
 @_structural(F.dropout)
@@ -231,7 +248,8 @@ def structural(
     keeps its matrix over a solve. None where that costs more than `budget` has.
     """
     d = x.shape[1:].numel()
-    out = velocity(Chain(backend, x, None, width=d), t)
+    begin = (Chain if torch.compiler.is_compiling() else ChainTensor)(backend, x, None, width=d)
+    out = run_on(begin, velocity, t)
     if not isinstance(out, Chain) or not out.complete() or out.factors is None:
         raise UnsupportedError("not a chain of linear layers with activations between them")
     if out.shape != x.shape:

@@ -13,7 +13,7 @@ from fewstep._torch import wide
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.inputs import as_vector, check_log_density, check_state, pick
 from fewstep.ops.trace.estimator import Solver
-from fewstep.ops.trace.inputs import Options, check, check_ids, check_times, make_keys
+from fewstep.ops.trace.inputs import Options, check_ids, check_options, check_times, make_keys
 
 Velocity = Callable[..., Any]
 
@@ -147,7 +147,7 @@ def heun_solve(
     traced = None
     ids = check_ids(sample_ids, x, "heun_solve")
     if log_density is not None:
-        check(options, x, "heun_solve")
+        check_options(options, x, "heun_solve")
         check_log_density("heun_solve", log_density, x)
         traced = Solver(velocity, options, ids, fixed=not fresh, cache={})
     return _solve(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.trace.estimator import Divergence, Solver
-from fewstep.ops.trace.inputs import Options, check, check_ids, check_time, make_key
+from fewstep.ops.trace.inputs import Options, check_ids, check_options, check_time, make_key
 
 
 def divergence(
@@ -24,6 +24,8 @@ def divergence(
     sample_ids: Tensor | None = None,
     tangent_dtype: torch.dtype | None = None,
     backend: str | None = None,
+    engine: str | None = None,
+    check: str = "first",
 ) -> Divergence:
     """Divergence of a velocity field, `tr(dv/dx)` for each sample.
 
@@ -37,10 +39,17 @@ def divergence(
                     the rest are probes on its complement.
         xtrace      probes / 2 probes, each in turn left out of the sketch that the others make.
 
-    The primal and all tangents go through the network together, by its own `forward`: every
-    function in `fewstep.ops.dual` has a fused forward and backward, and any other falls back to
-    `torch.func`, with the reason in `info`. Probes depend on the seed, the sample's id, the probe's
-    number and the coordinate alone; they are not stored, backward draws them again.
+    Engines, each for what the one before it cannot serve, with the reason in `info`:
+
+        duals    the primal and all tangents go through the network together, by its own `forward`:
+                 each function has a rule in `fewstep.ops.dual`, with a fused forward and backward.
+        func     `torch.func`, reverse mode.
+        reverse  plain autograd, a pass for each product: whatever trains in eager PyTorch.
+
+    The first time that a network is seen in its modes, some samples go through the engine and
+    through plain autograd; where velocity, `v . J v` or gradients differ, the next engine serves,
+    with a warning. Probes depend on the seed, the sample's id, the probe's number and the
+    coordinate alone; they are not stored, backward draws them again.
 
     Args:
         velocity (Callable): a module or function, `velocity(x, t)` of the shape of x; each sample's
@@ -61,14 +70,20 @@ def divergence(
             tangents are kept in bfloat16, for half the memory, and on a GPU multiplied in it; the
             velocity, activations, norms and sums stay float32. Structural traces and what is left
             to `torch.func` have no such tangents.
-        backend (str | None): "cpp", "triton", "reference", or None for the fastest one. A named one
-            raises where the network has a function that duals do not know.
+        backend (str | None): of the duals' kernels: "cpp", "triton", "reference", or None for the
+            fastest one. A named one raises where the network has a function without a rule.
+        engine (str | None): "duals", "func" or "reverse", which raises where it cannot serve, or
+            None for the first that can.
+        check (str): compare with plain autograd "first", "always" or "never". While compiling,
+            under `torch.func` and in a CUDA graph's capture nothing is compared. On a GPU a
+            comparison waits for the device.
 
     Returns:
         Divergence: differentiable with respect to parameters, x and t.
 
     Raises:
-        ValueError: an unknown estimator, probe, backend or tangent_dtype; probes below 1, above D
+        ValueError: an unknown estimator, probe, backend, engine, check or tangent_dtype; a velocity
+            that mixes samples, as BatchNorm in training does; probes below 1, above D
             for "hadamard", below 3 for "hutch++", odd, below 4 or above 2 D for "xtrace"; t that is
             not finite or neither a scalar nor `[B]`; ids, or a velocity, of the wrong shape.
         TypeError: x, ids or seed of the wrong dtype.
@@ -83,8 +98,8 @@ def divergence(
     >>> out.estimator, torch.allclose(out.velocity, net(x), atol=1e-6), out.value.shape
     ('exact (structural)', True, torch.Size([5]))
     """
-    options = Options(estimator, probes, probe, backend, tangent_dtype)
-    check(options, x, "divergence")
+    options = Options(estimator, probes, probe, backend, tangent_dtype, engine, check)
+    check_options(options, x, "divergence")
     ids = check_ids(sample_ids, x)
     t = check_time(t, x)
     solver = Solver(velocity, options, ids)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,13 @@ from fewstep.ops.dual.engine import UnsupportedError
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
 from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget, structural
-from fewstep.ops.trace.inputs import Options, unsupported
+from fewstep.ops.trace import ladder
+from fewstep.ops.trace.inputs import Options, make_key, unsupported
+from fewstep.ops.trace.ladder import Known, Sample
 from fewstep.reference import trace as reference
 
+R = TypeVar("R")
+Products = Callable[..., tuple[Tensor, Tensor, str]]
 _CHUNK = 1 << 22  # elements of the tangents that the exact trace holds at once
 
 
@@ -35,8 +39,9 @@ class Divergence:
             single probe.
         estimator: what was used: "exact (structural)", "exact (m tangents)", "hutchinson",
             "hutch++" or "xtrace".
-        info: which of torch's own derivatives the network's Jacobian was left to ("torch.func", or
-            under activation checkpointing "torch.autograd.forward_ad"), and why; or empty.
+        info: which of torch's own derivatives the network's Jacobian was left to ("torch.func",
+            under activation checkpointing "torch.autograd.forward_ad", or "torch.autograd"), and
+            why; or empty.
     """
 
     velocity: Tensor
@@ -55,6 +60,8 @@ class Solver:
             `fixed`, of probes.
         fixed: the probes are those of the first key for the whole solve.
         chosen: the backend, once it is known.
+        seen: what is known of the velocity, once it was looked up.
+        info: see `Divergence`, of the last call.
     """
 
     velocity: Callable[..., Any]
@@ -63,32 +70,200 @@ class Solver:
     fixed: bool = False
     cache: dict[Any, Tensor] | None = None
     chosen: str | None = None
+    seen: Known | None = None
+    info: str = ""
 
     def __call__(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
         """The divergence at x and t with the probes of key `(seed, step, stage)`."""
-        options = self.options
         backend = self.backend(x)
-        refused = _refused(self.velocity)
-        program = self._program(x, t, backend)
-        if program is not None:
-            found = self._by_program(program, x, key)
-            if found is not None:
-                return found
-        if options.estimator in ("auto", "exact") and "structural" not in refused:
-            try:
-                found = self._structural(x, t, backend)
-            except UnsupportedError as reason:
-                _remember(self.velocity, "structural", reason.args[0])
-            else:
+        if torch.compiler.is_compiling():
+            return self._compiled(x, t, key, backend)
+        known = self.known(x, t)
+
+        def program() -> Divergence | None:
+            found = self._program(x, t, backend)
+            return None if found is None else self._by_program(found, x, key)
+
+        def chain() -> Divergence | None:
+            exact = self.options.estimator in ("auto", "exact")
+            return self._structural(x, t, backend) if exact else None
+
+        for way, attempt in (("mlp", program), ("structural", chain)):
+            if way not in known.refused:
+                found = self._try(way, attempt, x, known)
                 if found is not None:
                     return found
-        if "dual" in refused and options.backend is None:
-            return self._fallback(x, t, key, refused["dual"])
+        ways = {
+            "duals": lambda: self._duals(x, t, key, backend),
+            "func": lambda: self._fallback(x, t, key, known, reference.products),
+            "reverse": lambda: self._fallback(x, t, key, known, reference.reverse_products),
+        }
+        return self._climb(ways, x, known)
+
+    def _compiled(self, x: Tensor, t: Tensor, key: Tensor, backend: str) -> Divergence:
+        """While compiling, which remembers and compares nothing."""
+        if self.options.engine in (None, "duals"):
+            if self.options.estimator in ("auto", "exact"):
+                with contextlib.suppress(UnsupportedError):
+                    found = self._structural(x, t, backend)
+                    if found is not None:
+                        return found
+            try:
+                return self._duals(x, t, key, backend)
+            except UnsupportedError as error:
+                known = Known()
+                self._refuse("duals", str(error), known)
+        else:
+            known = Known(refused={"duals": f"engine {self.options.engine!r}"})
+        products = reference.products
+        if self.options.engine == "reverse":
+            products = reference.reverse_products
+        return self._fallback(x, t, key, known, products)
+
+    def known(self, x: Tensor, t: Tensor) -> Known:
+        """What is known of the velocity, once it was compared with plain autograd."""
+        found = self.seen
+        options = self.options
+        if found is None:
+            found = self.seen = ladder.known(
+                *(self.velocity, x.dtype, x.ndim, x.device.type, self.backend(x)),
+                *(options.tangent_dtype, options.engine, options.estimator in ("auto", "exact")),
+                *(options.backend, ladder.autocast(x)),
+            )
+            self._restrict(found, x)
+            wanted = options.check != "never" and ladder.checkable(x)
+            again = options.check == "always" or found.checked < min(x.shape[0], 2)
+            if wanted and again:
+                self._compare(x, t, found)
+        return found
+
+    def _restrict(self, known: Known, x: Tensor) -> None:
+        """Ways that are not asked for, or that modules and modes rule out."""
+        engine, refused = self.options.engine, known.refused
+        if engine not in (None, "duals"):
+            refused.update(dict.fromkeys(("mlp", "structural", "duals"), f"engine={engine!r}"))
+        if engine == "reverse":
+            refused["func"] = "engine='reverse'"
+        if known.hooked:
+            reason = "hooks may change weights after their layer's forward"
+            refused.update(dict.fromkeys(("mlp", "structural"), reason))
+        if ladder.autocast(x) and engine is None:
+            reason = "autocast"
+            refused.update(dict.fromkeys(("mlp", "structural", "duals"), reason))
+
+    def _compare(self, x: Tensor, t: Tensor, known: Known) -> None:
+        """Refuse the ways that plain autograd does not agree with."""
+        if x.shape[0] == 0:
+            return
+        key = make_key(0)
+        source = replace(self._source(key, self.backend(x)), count=1, kind="gaussian", ids=None)
+        source = replace(source, cache=None)
+
+        def probe(y: Tensor) -> Tensor:
+            return dispatch.probe("reference", y, key, None, 1, "gaussian")[0]
+
+        with ladder.isolated(x), torch.inference_mode(mode=False), torch.enable_grad():
+            s = ladder.sample(self.run, x, t, probe)
+
+            def duals() -> tuple[Tensor, Tensor | None]:
+                return probe_products(self.run, s.x, s.t, source)
+
+            def program() -> tuple[Tensor, Tensor | None]:
+                found = self._program(s.x, s.t, self.backend(x))
+                if found is None:
+                    return s.velocity, None
+                return mlp.probe_products(found, source)
+
+            def chain() -> tuple[Tensor, Tensor | None]:
+                if self.options.estimator not in ("auto", "exact"):
+                    return s.velocity, None
+                return self._chain(s, source)
+
+            def func() -> tuple[Tensor, Tensor | None]:
+                v, u, _ = reference.products(self.run, s.x, s.t, s.probe[None])
+                return v, (u[0] * s.probe).flatten(1).sum(1)
+
+            ways = {"mlp": program, "structural": chain, "duals": duals, "func": func}
+            for way, attempt in ways.items():
+                if way in known.refused or (way == "func" and "duals" not in known.refused):
+                    continue
+                torch.manual_seed(0)
+                try:
+                    with self._eagerly(known):
+                        v, dots = attempt()
+                    rough = way == "duals" and source.dtype is not None
+                    same = v is s.velocity  # this way is not for such options
+                    reason = None if same else s.difference(v, dots, rough=rough)
+                except ladder.FATAL:
+                    raise
+                except Exception as error:
+                    self._refuse(way, _first_line(error), known)
+                    continue
+                if reason is None:
+                    known.worked.add(way)
+                    continue
+                if way in ("duals", "func"):
+                    ladder.warn(way, reason)
+                self._refuse(way, f"plain autograd disagrees, {reason}", known)
+        known.checked = max(known.checked, s.x.shape[0])
+
+    def _chain(self, s: Sample, source: Source) -> tuple[Tensor, Tensor | None]:
+        """The structural trace of two samples, if it is that by tangents."""
+        x, t = s.x[:2], s.t[:2] if s.t.ndim else s.t
+        found = structural(self.run, s.x, s.t, source.backend)
+        assert found is not None
+        with torch.no_grad():
+            d = x.shape[1:].numel()
+            own = replace(source, key=None, dtype=None, copies=None)
+            try:
+                _, exact = exact_by_tangents(self.run, x, t, own, min(d, 64))
+            except UnsupportedError:
+                raise
+            except Exception:  # of this many rows only
+                _, exact = exact_by_tangents(self.run, s.x, s.t, own, min(d, 64))
+        value = found[1][: exact.shape[0]]
+        size = exact.abs().clamp_min(1e-3 * d**0.5)
+        if not bool(((value - exact).abs() <= 10 * s.tolerance * size).all()):
+            raise UnsupportedError("the structural trace is not that by tangents")
+        return found[0], None
+
+    def _eagerly(self, known: Known) -> contextlib.AbstractContextManager[Any]:
+        """Stand-ins, and wrapped tensors, are not for compiled graphs."""
+        if not known.compiled:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+    def _try(self, way: str, attempt: Callable[[], R], x: Tensor, known: Known) -> R | None:
+        """None where a way does not serve; random states are then as before."""
+        kept = None
+        if way not in known.worked:
+            kept = torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None
         try:
-            return self._duals(x, t, key, backend)
-        except UnsupportedError as reason:
-            self.refuse(reason)
-            return self._fallback(x, t, key, reason.args[0])
+            with self._eagerly(known):
+                out = attempt()
+        except ladder.FATAL:
+            raise
+        except Exception as error:
+            self._refuse(way, _first_line(error), known)
+            if kept is not None:
+                torch.set_rng_state(kept[0])
+                if kept[1] is not None:
+                    torch.cuda.set_rng_state(kept[1], x.device)
+            return None
+        known.worked.add(way)
+        return out
+
+    def _climb(self, ways: dict[str, Callable[[], R]], x: Tensor, known: Known) -> R:
+        """By the first way that serves; the last one's errors are the velocity's own."""
+        for way, attempt in ways.items():
+            if way in known.refused:
+                continue
+            if way == "reverse":
+                break
+            found = self._try(way, attempt, x, known)
+            if found is not None:
+                return found
+        return ways["reverse"]()
 
     def backend(self, x: Tensor) -> str:
         """Of the kernels, for x: "cpp", "triton" or "reference"."""
@@ -98,13 +273,19 @@ class Solver:
             self.chosen = name if compiled and name in dispatch.COMPILED else "reference"
         return self.chosen
 
-    def refuse(self, reason: UnsupportedError) -> None:
-        """Remember that duals do not serve; raise where a backend was named."""
-        if self.options.backend is not None:
+    def _refuse(self, way: str, reason: str, known: Known) -> None:
+        """Remember that a way does not serve; raise where it is the only one asked for."""
+        known.refused[way] = reason
+        options = self.options
+        if way == "duals" and options.backend is not None:
             raise ValueError(
-                f"divergence: backend {self.options.backend!r} cannot serve this velocity: {reason}"
-            ) from reason
-        _remember(self.velocity, "dual", reason.args[0])
+                f"divergence: backend {options.backend!r} cannot serve this velocity: {reason}"
+            )
+        if way == options.engine:
+            raise ValueError(
+                f"divergence: engine {way!r} cannot serve this velocity: {reason};"
+                " engine=None takes the fastest that can"
+            )
 
     def run(self, h: Any, t: Tensor) -> Any:
         if isinstance(self.velocity, torch.nn.Sequential):
@@ -114,17 +295,13 @@ class Solver:
     def _program(self, x: Tensor, t: Tensor, backend: str) -> mlp.Program | None:
         """Of a network that one compiled op can run whole, else None."""
         options = self.options
-        if backend != "cpp" or "mlp" in _refused(self.velocity) or torch.compiler.is_compiling():
+        if backend != "cpp":
             return None
         if options.estimator not in ("auto", "exact", "hutchinson") or options.tangent_dtype:
             return None
-        if options.probes > mlp.MOST_PROBES or torch.is_autocast_enabled("cpu"):
+        if options.probes > mlp.MOST_PROBES:
             return None
-        try:
-            return mlp.record(self.run, x, t)
-        except UnsupportedError as reason:
-            _remember(self.velocity, "mlp", reason.args[0])
-            return None
+        return mlp.record(self.run, x, t)
 
     def _by_program(self, program: mlp.Program, x: Tensor, key: Tensor) -> Divergence | None:
         """None where another way is right, or cheaper."""
@@ -151,7 +328,10 @@ class Solver:
 
     def _source(self, key: Tensor | None, backend: str) -> Source:
         options, dtype = self.options, self.options.tangent_dtype
-        source = Source(backend, options.probes, key, self.ids, options.probe, dtype=dtype)
+        prompt = self.seen is not None and self.seen.hooked
+        source = Source(
+            *(backend, options.probes, key, self.ids, options.probe), dtype=dtype, prompt=prompt
+        )
         kept = None if torch.is_grad_enabled() else self.cache
         if dtype is not None:
             if plain():
@@ -159,10 +339,34 @@ class Solver:
             return replace(source, copies={} if kept is None else kept)
         return replace(source, cache=kept if self.fixed else None)
 
-    def products(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity `[B, ...]` and `J v_k`, `[K, B, ...]`, by duals."""
-        source = replace(self._source(None, self.backend(x)), count=v.shape[0], tangents=v)
-        return heads.products(self.run, x, t, replace(source, cache=None))
+    def products(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Velocity `[B, ...]`, and `[K, B, ...]` of `J v_k`, or of `J' v_k` and True."""
+
+        def duals() -> tuple[Tensor, Tensor, bool]:
+            source = replace(self._source(None, self.backend(x)), count=v.shape[0], tangents=v)
+            out = heads.products(self.run, x, t, replace(source, cache=None))
+            return *out, False
+
+        known = Known() if torch.compiler.is_compiling() else self.known(x, t)
+
+        def autograd(products: Products) -> tuple[Tensor, Tensor, bool]:
+            out, found, way = products(self.run, x, t, v.expand(v.shape[0], *x.shape))
+            self.info = _info(way, known)
+            return out, found, way != reference.FORWARD
+
+        if torch.compiler.is_compiling():
+            if self.options.engine in (None, "duals"):
+                try:
+                    return duals()
+                except UnsupportedError as error:
+                    self._refuse("duals", str(error), known)
+            return autograd(reference.products)
+        ways = {
+            "duals": duals,
+            "func": lambda: autograd(reference.products),
+            "reverse": lambda: autograd(reference.reverse_products),
+        }
+        return self._climb(ways, x, known)
 
     def _structural(self, x: Tensor, t: Tensor, backend: str) -> Divergence | None:
         """None where the probes asked for are cheaper."""
@@ -196,7 +400,9 @@ class Solver:
         if options.estimator in ("hutch++", "xtrace"):
 
             def product(u: Tensor) -> tuple[Tensor, Tensor]:
-                return self.products(x, t, u.reshape(-1, *x.shape))
+                source = replace(self._source(None, backend), count=u.shape[0], cache=None)
+                source = replace(source, tangents=u.reshape(-1, *x.shape))
+                return heads.products(self.run, x, t, source)
 
             return self._sketch(x, key, product, backend)
         v, dots = probe_products(self.run, x, t, self._source(key, backend))
@@ -236,46 +442,48 @@ class Solver:
         error = reference.standard_error(estimates)
         return Divergence(seen[0], estimates.mean(0), error, name)
 
-    def _fallback(self, x: Tensor, t: Tensor, key: Tensor, reason: str) -> Divergence:
-        """By torch's own derivatives, which almost anything has: `reference.products`."""
+    def _fallback(
+        self, x: Tensor, t: Tensor, key: Tensor, known: Known, products: Products
+    ) -> Divergence:
+        """By torch's own derivatives, which almost anything has."""
         options, d = self.options, x.shape[1:].numel()
-        if self._exact(d):
-            v, jacobian, way = reference.jacobian(self.run, x, t)
-            value = jacobian.diagonal(dim1=1, dim2=2).sum(1, dtype=wide(x.dtype))
-            error = torch.zeros_like(value)
-            return Divergence(v, value, error, f"exact ({d} tangents)", f"{way}: {reason}")
         ways: list[str] = []
 
         def product(u: Tensor) -> tuple[Tensor, Tensor]:
-            v, ju, way = reference.products(self.run, x, t, u.reshape(-1, *x.shape))
+            v, ju, way = products(self.run, x, t, u.reshape(-1, *x.shape))
             ways.append(way)
             return v, ju
 
-        if options.estimator in ("hutch++", "xtrace"):
+        if self._exact(d):
+            basis = torch.eye(d, dtype=x.dtype, device=x.device)[:, None].expand(d, x.shape[0], d)
+            v, rows = product(basis)
+            value = rows.flatten(2).diagonal(dim1=0, dim2=2).sum(1, dtype=wide(x.dtype))
+            found = Divergence(v, value, torch.zeros_like(value), f"exact ({d} tangents)")
+        elif options.estimator in ("hutch++", "xtrace"):
             found = self._sketch(x, key, product, "reference")
         else:
             count, kind = options.probes, options.probe
             u = dispatch.probe("reference", x.detach(), key, self.ids, count, kind)
             v, ju = product(u)
             found = self._mean(v, reference.hutchinson(ju, u), d)
-        return replace(found, info=f"{ways[0]}: {reason}")
+        self.info = _info(ways[0], known)
+        return replace(found, info=self.info)
+
+
+def _info(way: str, known: Known) -> str:
+    """Which of torch's own derivatives served, and why."""
+    refused = known.refused
+    reasons = [refused.get("duals", "")]
+    if way == reference.PLAIN and refused.get("func", reasons[0]) != reasons[0]:
+        reasons.append(f"torch.func: {refused['func']}")
+    return ": ".join([way, "; ".join(r for r in reasons if r)]).removesuffix(": ")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return text if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {text}"
 
 
 def population(probe: str, d: int) -> float:
     """How many probes there are of a kind, where they are drawn without replacement."""
     return 2.0 ** max(d - 1, 0).bit_length() if probe == "hadamard" else math.inf
-
-
-_REFUSED: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
-
-
-def _refused(velocity: Any) -> dict[str, str]:
-    """Which ways are known not to serve a module, and why: functions may be another each time."""
-    if torch.compiler.is_compiling() or not isinstance(velocity, torch.nn.Module):
-        return {}
-    return _REFUSED.get(velocity, {})
-
-
-def _remember(velocity: Any, way: str, reason: str) -> None:
-    if not torch.compiler.is_compiling() and isinstance(velocity, torch.nn.Module):
-        _REFUSED.setdefault(velocity, {})[way] = reason

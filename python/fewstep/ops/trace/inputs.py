@@ -16,6 +16,8 @@ from fewstep.ops.dual import dispatch
 from fewstep.reference.probe import PROBES as PROBES
 
 MOST_IDS = 2**48
+ENGINES = ("duals", "func", "reverse")
+CHECKS = ("first", "always", "never")
 ESTIMATORS = ("auto", "exact", "hutchinson", "hutch++", "xtrace")
 
 
@@ -28,6 +30,8 @@ class Options:
     probe: str = "rademacher"
     backend: str | None = None
     tangent_dtype: torch.dtype | None = None
+    engine: str | None = None
+    check: str = "first"
 
     def __post_init__(self) -> None:
         if isinstance(self.probes, Integral) and not isinstance(self.probes, bool):
@@ -87,7 +91,7 @@ def unsupported(backend: str) -> str | None:
     return "divergences have the backends cpp, triton and reference"
 
 
-def check(options: Options, x: Tensor, who: str) -> None:
+def check_options(options: Options, x: Tensor, who: str) -> None:
     """Raise where `options` make no sense for x."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{who}: x must be a tensor, got {type(x).__name__}")
@@ -98,6 +102,15 @@ def check(options: Options, x: Tensor, who: str) -> None:
     d = x.shape[1:].numel()
     if options.estimator not in ESTIMATORS:
         raise ValueError(f"{who}: estimator must be one of {ESTIMATORS}, got {options.estimator!r}")
+    if options.engine is not None and options.engine not in ENGINES:
+        raise ValueError(f"{who}: engine must be None or one of {ENGINES}, got {options.engine!r}")
+    if options.check not in CHECKS:
+        raise ValueError(f"{who}: check must be one of {CHECKS}, got {options.check!r}")
+    if options.engine in ("func", "reverse") and options.backend is not None:
+        raise ValueError(
+            f"{who}: backend names kernels of engine 'duals', got {options.backend!r} with"
+            f" {options.engine!r}"
+        )
     if options.probe not in PROBES:
         raise ValueError(f"{who}: probe must be one of {PROBES}, got {options.probe!r}")
     low = options.tangent_dtype

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
-from fewstep.ops.dual.engine import UnsupportedError
 from fewstep.ops.trace.estimator import Divergence, Solver, population
-from fewstep.ops.trace.inputs import Options, check, check_ids, check_times, make_keys
+from fewstep.ops.trace.inputs import Options, check_ids, check_options, check_times, make_keys
 from fewstep.reference import trace as reference
 
 METHODS = ("euler", "heun")
@@ -36,6 +35,7 @@ class LogDensity:
         nonpositive: of "logdet", the share of steps whose determinant is not positive, `[B]`: such
             a step is not invertible along the path. None for other trackers.
         estimator: as of `fewstep.divergence`, or the tracker.
+        info: as of `fewstep.divergence`.
     """
 
     x: Tensor
@@ -43,6 +43,7 @@ class LogDensity:
     stderr: Tensor
     nonpositive: Tensor | None
     estimator: str
+    info: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Path:
     variance: Tensor
     nonpositive: Tensor | None
     estimator: str
+    info: str
 
 
 def standard_normal(x: Tensor) -> Tensor:
@@ -79,6 +81,8 @@ def log_density(
     sample_ids: Tensor | None = None,
     tangent_dtype: torch.dtype | None = None,
     backend: str | None = None,
+    engine: str | None = None,
+    check: str = "first",
 ) -> LogDensity:
     """Log-density of samples that a velocity field carries from or to a known law.
 
@@ -104,8 +108,8 @@ def log_density(
             "start": x was drawn from it, and `log_prob` is that of the samples at the last time.
         method (str): "heun" or "euler".
         tracker (str): see above.
-        estimator, probes, probe, sample_ids, tangent_dtype, backend: as of `fewstep.divergence`;
-            estimators for "trace", probes for "series" too.
+        estimator, probes, probe, sample_ids, tangent_dtype, backend, engine, check: as of
+            `fewstep.divergence`; estimators for "trace", probes for "series" too.
         fresh (bool): new probes for each stage, whose errors average out over a path; else those of
             the first for all of them, which adaptive solvers need, and which keeps their products
             with the first and the last layer's weights.
@@ -128,8 +132,8 @@ def log_density(
     >>> bool((out.log_prob - (2.0 - math.log(2 * math.pi))).abs().max() < 1e-5)
     True
     """
-    options = Options(estimator, probes, probe, backend, tangent_dtype)
-    check(options, x, "log_density")
+    options = Options(estimator, probes, probe, backend, tangent_dtype, engine, check)
+    check_options(options, x, "log_density")
     nodes = check_times("log_density", times, x)
     if method not in METHODS:
         raise ValueError(f"log_density: method must be one of {METHODS}, got {method!r}")
@@ -152,7 +156,8 @@ def log_density(
         raise ValueError(f"log_density: base must return ({x.shape[0]},), got {got}")
     log_prob = known + path.change if base_at == "start" else known - path.change
     error = path.variance.sqrt()
-    return LogDensity(path.x.to(x.dtype), log_prob, error, path.nonpositive, path.estimator)
+    rest = path.nonpositive, path.estimator, path.info
+    return LogDensity(path.x.to(x.dtype), log_prob, error, *rest)
 
 
 def track(
@@ -213,7 +218,8 @@ def track(
         change = change - log_det
     if tracker == "trace" and options.probes == 1 and not name.startswith("exact"):
         variance = torch.full_like(variance, math.nan)
-    return Path(x, change, variance, None if crossed is None else crossed / steps, name)
+    crossed = None if crossed is None else crossed / steps
+    return Path(x, change, variance, crossed, name, solver.solver.info)
 
 
 @dataclass
@@ -248,13 +254,8 @@ class _Wide:
 
     def products(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, bool]:
         """`J v_k`, or `J' v_k` and True where duals do not serve."""
-        x, v = x.to(self.low), v.to(self.low)
-        try:
-            return self.solver.products(x, t, v)[1].to(self.dtype), False
-        except UnsupportedError as reason:
-            self.solver.refuse(reason)
-        _, found, way = reference.products(self.solver.run, x, t, v)
-        return found.to(self.dtype), way == reference.REVERSE
+        _, found, transposed = self.solver.products(x.to(self.low), t, v.to(self.low))
+        return found.to(self.dtype), transposed
 
     def probes(self, x: Tensor, key: Tensor) -> tuple[Tensor, float]:
         """Probes `[K, B, ...]`, and how many there are where they are drawn without replacement.
@@ -275,12 +276,8 @@ def jacobian(solver: Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Velocity and `J`, `[B, D, D]`, by D tangents."""
     d = x.shape[1:].numel()
     basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
-    try:
-        v, columns = solver.products(x, t, basis)
-    except UnsupportedError as reason:
-        solver.refuse(reason)
-        return reference.jacobian(solver.run, x, t)[:2]
-    return v, columns.flatten(2).movedim(0, 2)
+    v, columns, transposed = solver.products(x, t, basis)
+    return v, columns.flatten(2).movedim(0, 1 if transposed else 2)
 
 
 def _exactly(device: torch.device) -> contextlib.AbstractContextManager[None]:

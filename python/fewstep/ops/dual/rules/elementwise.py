@@ -156,7 +156,7 @@ def _identity(h: Dual, *_: Any, **__: Any) -> Dual:
 
 @register(torch.Tensor.to, torch.Tensor.float, torch.Tensor.type_as)
 def _to(h: Any, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(h, Tensor):  # to the dtype and device of a dual
+    if not isinstance(h, Dual):  # to the dtype and device of a dual
         like = args[0] if args else kwargs["other"]
         return h.to(dtype=like.dtype, device=like.device)
     probe = torch.empty(0, dtype=h.dtype, device=h.device)

@@ -95,10 +95,10 @@ def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Dual:
         return _first(h, weight, bias)
     if source.dtype is not None:
         return h.like(*_linear_pieces(source, h.pieces(), weight), shift=bias)
-    lazy = source.basis or source.cache is not None
+    lazy = (source.basis or source.cache is not None) and not source.prompt
     if lazy and not torch.is_grad_enabled() and h.ndim == 2:
-        return Dual(source, h.stack(), shift=bias, pending=weight)
-    return Dual(source, F.linear(h.stack(), weight), shift=bias, owned=True)
+        return h.of_flat(h.stack(), shift=bias, pending=weight)
+    return h.of_flat(F.linear(h.stack(), weight), shift=bias, owned=True)
 
 
 def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
@@ -116,9 +116,9 @@ def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
         assert source.tangents is not None
         part = weight[:, h.low : h.low + h.width]
         shared = source.tangents[:, 0] @ part.T
-        return Dual(source, F.linear(primal, weight), shared=shared, shift=bias, owned=True)
+        return h.of_flat(F.linear(primal, weight), shared=shared, shift=bias, owned=True)
     if source.tangents is not None:
-        return Dual(source, F.linear(h.stack(), weight), shift=bias, owned=True)
+        return h.of_flat(F.linear(h.stack(), weight), shift=bias, owned=True)
     if source.cache is not None and not torch.is_grad_enabled() and not plain():
         part = weight[:, h.low : h.low + h.width]
         fixed = kept_or_computed(
@@ -128,13 +128,13 @@ def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
         flat = primal.new_empty((batch + fixed.shape[0], weight.shape[0]))
         torch.mm(primal, weight.T, out=flat[:batch])
         flat[batch:] = fixed
-        return Dual(source, flat, shift=bias, owned=True)
+        return h.of_flat(flat, shift=bias, owned=True)
     wanted = torch.is_grad_enabled() and (weight.requires_grad or primal.requires_grad)
     if wanted and not plain():
         flat = _ProbeLinear.apply(primal, weight, source, h.low, h.width)  # type: ignore[no-untyped-call]
     else:
         flat = _probe_linear(primal, weight, source, h.low, h.width)
-    return Dual(source, flat, shift=bias, owned=True)
+    return h.of_flat(flat, shift=bias, owned=True)
 
 
 def _convolution(function: Callable[..., Tensor]) -> Rule:

@@ -25,7 +25,7 @@ def _cat(tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> Dual:
         at = next(i for i, h in enumerate(tensors) if h is first)
         low = first.low + sum(h.shape[dim] for h in tensors[:at])
         whole = torch.cat([first.primal if h is first else h for h in tensors], dim)
-        return Seed(first.source, whole, low, first.width)
+        return first.moved(whole, low, first.width)
 
     def piece(h: Any, i: int, m: int) -> Tensor:
         """Of a dual, or of what has no tangents, `[m, B, ...]`."""
@@ -61,7 +61,7 @@ def _reshape(h: Dual, *shape: Any) -> Dual:
     first, *rest = sizes = _sizes(h, shape)
     own = isinstance(h, Seed) and h.width == h.shape[-1] and h.source.tangents is None
     if isinstance(h, Seed) and own and first == h.shape[0]:
-        return Seed(h.source, h.primal.reshape(sizes), 0, sizes[-1])
+        return h.moved(h.primal.reshape(sizes), 0, sizes[-1])
     pieces = zip(h.pieces(), h.source.counts, strict=True)
     return h.like(*(z.reshape(m * first, *rest) for z, m in pieces))
 

@@ -1,0 +1,260 @@
+"""Which way serves a velocity: those that are faster, if plain autograd agrees with them.
+
+A network's forward is run on stand-ins by duals, and on wrapped tensors by `torch.func`. Both may
+take another branch than a plain call does. So the first time that a velocity is seen, a few samples
+go through each way and through plain autograd, and a way is taken only where all agree:
+
+    velocity      v(x, t), under the same random state
+    w . J v       for one probe v = w, by one reverse pass
+    gradients     of <r, v(x, t)>, for the leaves that autograd finds
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
+
+from fewstep._torch import is_transformed
+from fewstep.ops.dual.engine import MixingError
+from fewstep.ops.trace import velocity as velocities
+from fewstep.reference import trace as reference
+
+FEW = 8  # samples that are compared
+# Relative errors of norms between two right ways: float32 through deep networks, TF32 on GPUs.
+AGREEMENT = {torch.float64: 1e-8, torch.float32: 2e-3}
+ROUGH = 0.1  # bfloat16, float16, autocast
+# No other way helps: too little memory, samples that mix, a checkpoint that has what it needs.
+FATAL = (MixingError, torch.OutOfMemoryError, MemoryError, _StopRecomputationError)
+
+
+@dataclass
+class Known:
+    """What is known of a velocity in its modes.
+
+    Attributes:
+        refused: ways that do not serve, and why.
+        worked: ways that have.
+        checked: samples that were compared.
+        hooked, compiled: see `velocities`.
+    """
+
+    hooked: bool = False
+    compiled: bool = False
+    refused: dict[str, str] = field(default_factory=dict)
+    worked: set[str] = field(default_factory=set)
+    checked: int = 0
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Known]] = weakref.WeakKeyDictionary()
+_MOST = 256  # signatures of one function that are kept
+
+
+def known(velocity: Callable[..., Any], *rest: Any) -> Known:
+    """What is known of a velocity, where all of `rest` is the same.
+
+    Raises:
+        MixingError: one of its modules mixes samples.
+    """
+    own, modules = velocities.signature(velocity)
+    name = velocities.mixing(modules)
+    if name is not None:
+        raise MixingError(
+            f"divergence: {name} that normalises by the batch mixes samples, so that they have no"
+            " Jacobians of their own: call eval() on it, and keep its running statistics"
+        )
+    try:
+        store = _KNOWN.setdefault(velocities.owner(velocity), {})
+    except TypeError:  # no weak references to it
+        store = {}
+    if len(store) > _MOST:
+        store.clear()
+    key = (own, *rest)
+    found = store.get(key)
+    if found is None:
+        found = store[key] = Known(velocities.hooked(modules), velocities.compiled(modules))
+    return found
+
+
+def checkable(x: Tensor) -> bool:
+    """Whether values can be compared: not while compiling, under transforms, or in a capture."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+@contextlib.contextmanager
+def isolated(x: Tensor) -> Iterator[None]:
+    """Random states as they were, and nobody's hooks for saved tensors."""
+    devices = [x.device] if x.is_cuda else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.autograd.graph.saved_tensors_hooks(lambda z: z, lambda z: z),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A few samples, and what plain autograd has for them.
+
+    Attributes:
+        x, t: the samples.
+        probe: v = w, of the shape of x.
+        weights: r.
+        velocity: v(x, t).
+        pulled: `J' w` of every other sample; None without a derivative.
+        leaves: tensors that `velocity` is differentiable in, and their gradients.
+        tolerance: see `AGREEMENT`.
+    """
+
+    x: Tensor
+    t: Tensor
+    probe: Tensor
+    weights: Tensor
+    velocity: Tensor
+    pulled: Tensor | None
+    leaves: list[Tensor]
+    gradients: list[Tensor | None]
+    tolerance: float
+
+    def difference(self, velocity: Tensor, dots: Tensor | None, *, rough: bool) -> str | None:
+        """What another way has different, or None; `rough`: its tangents are of few bits."""
+        tolerance = ROUGH if rough else self.tolerance
+        if not bool(self.velocity.isfinite().all()):
+            return None
+        if velocity.shape != self.velocity.shape:
+            return f"velocity is {tuple(velocity.shape)}, not {tuple(self.velocity.shape)}"
+        off = _error(velocity, self.velocity)
+        if not off <= self.tolerance:
+            return f"velocity is off by {off:.2g} of its norm"
+        if self.pulled is not None and dots is not None:
+            exact = (self.pulled * self.probe).flatten(1).sum(1)[::2]
+            size = self.pulled.flatten(1).norm(dim=1) * self.probe.flatten(1).norm(dim=1)
+            off = _error(dots.reshape(-1)[::2], exact, size[::2].norm())
+            if bool(exact.isfinite().all()) and not off <= tolerance:
+                return f"v . J v is off by {off:.2g} of |v| |J' v|"
+        return self._gradients(velocity)
+
+    def _gradients(self, velocity: Tensor) -> str | None:
+        if not self.leaves:
+            return None
+        own = {id(leaf) for leaf in leaves_of(velocity)}
+        missing = [leaf for leaf in self.leaves if id(leaf) not in own]
+        live = [leaf for leaf, g in zip(self.leaves, self.gradients, strict=True) if g is not None]
+        if any(any(leaf is m for m in missing) for leaf in live):
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in missing[:3])
+            return f"{len(missing)} of {len(self.leaves)} leaves get no gradient: {shapes}"
+        found = gradients(velocity, self.leaves, self.weights)
+        pairs = [
+            (torch.zeros_like(leaf) if f is None else f, g)
+            for leaf, f, g in zip(self.leaves, found, self.gradients, strict=True)
+            if g is not None
+        ]
+        size = sum(float(g.norm()) ** 2 for _, g in pairs) ** 0.5
+        off = sum(float((f - g).norm()) ** 2 for f, g in pairs) ** 0.5
+        if size == size and not off <= self.tolerance * size:  # NaN is nobody's
+            return f"gradients are off by {off / max(size, 1e-300):.2g} of their norm"
+        return None
+
+
+def _error(actual: Tensor, exact: Tensor, size: Tensor | None = None) -> float:
+    a, e = actual.detach().double(), exact.detach().double()
+    scale = e.norm() if size is None else size.double()
+    return float((a - e).norm() / scale.clamp_min(1e-30))
+
+
+def leaves_of(out: Tensor) -> list[Tensor]:
+    """Tensors that a result's gradients end at."""
+    stack, seen, found = [out.grad_fn], set(), []
+    if out.grad_fn is None and out.requires_grad:
+        return [out]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        stack.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def gradients(velocity: Tensor, leaves: list[Tensor], weights: Tensor) -> list[Tensor | None]:
+    if not leaves or not velocity.requires_grad:
+        return [None] * len(leaves)
+    return list(torch.autograd.grad(velocity, leaves, weights, allow_unused=True))
+
+
+def sample(
+    run: Callable[..., Any], x: Tensor, t: Tensor, probe: Callable[[Tensor], Tensor]
+) -> Sample:
+    """A few samples through a plain call; all of them where a context has a row for each.
+
+    Raises:
+        MixingError: the velocity of one sample depends on others.
+    """
+    few = x[:FEW].detach().clone()
+    times = t[:FEW] if t.ndim else t
+    if x.shape[0] > 2 * FEW:
+        try:
+            return _sample(run, few, times, probe)
+        except FATAL:
+            raise
+        except Exception:  # of this many rows only
+            pass
+    return _sample(run, x.detach().clone(), t, probe)
+
+
+def _sample(
+    run: Callable[..., Any], x: Tensor, t: Tensor, probe: Callable[[Tensor], Tensor]
+) -> Sample:
+    t = t.detach()
+    y = x.requires_grad_(True)
+    torch.manual_seed(0)
+    with reference.attention_by_math():
+        out = reference.checked(run(y, t), y)
+    v = probe(x.detach())
+    alone = v.clone()
+    alone[1::2] = 0
+    weights = v.flip(0)
+    leaves = [leaf for leaf in leaves_of(out) if leaf is not y]
+    pulled = None
+    if out.requires_grad:
+        (pulled,) = torch.autograd.grad(out, y, alone, retain_graph=True, allow_unused=True)
+    own = gradients(out, leaves, weights)
+    if pulled is not None and x.shape[0] > 1:
+        inside, outside = pulled[::2].norm(), pulled[1::2].norm()
+        if bool(outside > 1e-4 * inside):
+            raise MixingError(
+                "divergence: velocity mixes samples: that of one depends on others, so that they"
+                " have no Jacobians of their own; call eval() where it normalises by the batch"
+            )
+    exact = x.dtype in AGREEMENT and not autocast(x)
+    tolerance = AGREEMENT[x.dtype] if exact else ROUGH
+    if x.is_cuda and exact:
+        tolerance = max(tolerance, 1e-2 if torch.backends.cudnn.allow_tf32 else 0.0)
+    return Sample(
+        *(x.detach(), t, v, weights, out.detach(), pulled, leaves, own, tolerance),
+    )
+
+
+def autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def warn(way: str, reason: str) -> None:
+    warnings.warn(
+        f"divergence: {way} and plain autograd disagree on this velocity, {reason}; a slower way"
+        " is taken",
+        RuntimeWarning,
+        stacklevel=2,
+    )
