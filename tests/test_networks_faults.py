@@ -135,7 +135,7 @@ def test_density_behind_a_scalar_and_a_norm() -> None:
         return layer(F.layer_norm(2 * x - 1, (4,)))  # type: ignore[no-any-return]
 
     found = fewstep.log_density(velocity, x, times=times, method="euler", tracker="logdet")
-    by_trace = fewstep.log_density(velocity, x, times=times, method="euler")
+    by_trace = fewstep.log_density(velocity, x, times=times, method="euler", estimator="exact")
     torch.testing.assert_close(found.x, by_trace.x)
     change = sum(trace(velocity, y) * 0.5 for y in (x, x + 0.5 * velocity(x, x)))
     assert isinstance(change, Tensor)
@@ -267,7 +267,7 @@ def test_density_behind_a_function_or_checkpoint(name: str) -> None:
     want = change - 0.5 * y.square().sum(1) - 2 * math.log(2 * math.pi)
     want.sum().backward()
     with served(name):
-        out = fewstep.log_density(net, x, times=[0, 0.5, 1.0], method="euler")
+        out = fewstep.log_density(net, x, times=[0, 0.5, 1.0], method="euler", estimator="exact")
         out.log_prob.sum().backward()
         assert_contract("value", out.log_prob, want.detach())
         assert_same(net, plain)
@@ -359,7 +359,7 @@ def test_operators_and_keywords(name: str, dtype: torch.dtype) -> None:
 def test_operators_in_solvers(name: str) -> None:
     velocity = OPERATORS[name]
     x, times = 0.3 * torch.randn(3, 4, dtype=torch.float64), [0.0, 0.5, 1.0]
-    out = fewstep.log_density(velocity, x, times=times, method="euler")
+    out = fewstep.log_density(velocity, x, times=times, method="euler", estimator="exact")
     y, change = x, torch.zeros(3, dtype=x.dtype)
     for _ in range(2):
         y, change = y + 0.5 * velocity(y, 0), change + 0.5 * trace(velocity, y)
@@ -412,14 +412,14 @@ def test_autocast(net: nn.Sequential, estimator: str, place: str) -> None:
 
 
 def test_losses_and_densities_under_autocast() -> None:
-    net = LOWERED[0]
+    net, times = LOWERED[0], [0, 0.5, 1.0]
     net.zero_grad()
     teacher = GaussianMixture(torch.zeros(1, 4), torch.ones(1, 4))
     x = torch.randn(6, 4)
     with torch.autocast("cpu", torch.bfloat16):
         MarginalReflow()(lambda x, t: net(x), teacher, x)[0].backward()
-        low = fewstep.log_density(net, x, times=[0, 0.5, 1.0]).log_prob
-    want = fewstep.log_density(net, x, times=[0, 0.5, 1.0]).log_prob
+        low = fewstep.log_density(net, x, times=times, estimator="exact").log_prob
+    want = fewstep.log_density(net, x, times=times, estimator="exact").log_prob
     assert float((low - want).detach().abs().max()) <= 8 * TANGENTS["value"]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
@@ -823,7 +823,7 @@ def test_density_in_half_precision(dtype: torch.dtype) -> None:
         own, few = (x, times) if not o else (x[:, :4], times)
         low = fewstep.log_density(velocity, own, times=few, **o).log_prob
         full = fewstep.log_density(velocity, own.float(), times=few, **o).log_prob
-        torch.testing.assert_close(low.float(), full, rtol=1e-5, atol=1e-2)
+        torch.testing.assert_close(low.float(), full, rtol=1e-4, atol=1e-2)
     want = torch.distributions.Normal(0.0, 0.5).log_prob(x.double()).sum(1)
     low = fewstep.log_density(velocity, x, times=times).log_prob
     assert float((low.double() - want).abs().max()) < 0.1
@@ -886,5 +886,5 @@ def test_a_loss_has_probes_of_its_own_on_each_rank(ids: Tensor | None) -> None:
         loss = MarginalReflow()(
             lambda x, t: net(x), teacher, x, generator=generator, sample_ids=own
         )
-        losses.append(float(loss[0]))
+        losses.append(float(loss[0].detach()))
     assert (losses[0] == losses[1]) == (ids is None)
