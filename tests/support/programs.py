@@ -130,7 +130,7 @@ NORMS = """
     F.layer_norm(h, (n,)) | F.layer_norm(h, [n], eps=1e-3) | F.rms_norm(h, (n,))
     F.rms_norm(h, (n,), eps=1e-2) | F.layer_norm(input=h, normalized_shape=h.shape[1:])
     F.group_norm(h, 1) | F.group_norm(h, num_groups=1, eps=1e-2) | F.normalize(h, dim=-1)
-    h / (h.std(-1, keepdim=True) + 1) | F.instance_norm(h) if h.ndim > 2 else h
+    h / (h.std(-1, keepdim=True) + 1)
 """
 CHANGES = """
     a += c | a *= c | a -= c | a += 1 | a *= 0.5 | a /= 2 | a **= 2 | a.add_(c) | a.mul_(c)
@@ -215,16 +215,18 @@ class Reversed(torch.autograd.Function):
         return -g
 
 
-with rows.quiet():
+def gated(a: Tensor) -> Tensor:
+    return a * torch.sigmoid(a)
 
-    @torch.jit.script
-    def scripted(a: Tensor) -> Tensor:
-        return a * torch.sigmoid(a)
+
+with rows.quiet():
+    scripted = torch.jit.script(gated)
 
 
 def recomputed(f: Callable[..., Any], *args: Any, use_reentrant: bool, **_: Any) -> Any:
-    """A checkpoint that autograd.grad takes."""
-    return f(*args)
+    """A checkpoint that autograd.grad takes; a reentrant one of constants has no gradient."""
+    with torch.set_grad_enabled(not use_reentrant or any(a.requires_grad for a in args)):
+        return f(*args)
 
 
 def space(plain: bool) -> dict[str, Any]:
@@ -235,7 +237,7 @@ def space(plain: bool) -> dict[str, Any]:
         "F": F,
         "np": np,
         "const": const,
-        "scripted": scripted,
+        "scripted": gated if plain else scripted,
         "Swish": Swish,
         "Saved": Saved,
         "Stair": Stair,
@@ -406,22 +408,25 @@ class _Writer:
         outer = self.of(
             "F.silu(h)", "torch.tanh(h)", "F.gelu(h)", "F.softplus(h)", "h.sigmoid()", "F.relu(h)"
         )
-        if self(0.5) and min(self.shape) > 2:
+        if self(0.5) and math.prod(self.shape) > 3:
             outer = self.norm()
         self.add(f"h = {_renamed(outer, 'h', _renamed(inner, 'c', c))}.to(x.dtype)")
 
     def norm(self) -> str:
-        text = self.line(NORMS)
+        """Over three values or more: of two it is a sign, nearly."""
         n = self.shape[-1]
+        if n < 3:
+            return "F.group_norm(h, 1)"
+        text = self.line(NORMS)
         if self(0.3):
             layer = self.layer(self.of(f"nn.LayerNorm({n})", f"nn.RMSNorm({n})"))
             text = f"{layer}(h)"
-        elif self(0.3) and self.shape[0] % 2 == 0:
+        elif self(0.3) and self.shape[0] % 2 == 0 and math.prod(self.shape[1:]) > 2:
             text = f"{self.layer(f'nn.GroupNorm({self.of(1, 2)}, {self.shape[0]})')}(h)"
         return f"({_renamed(text, 'n', str(n))})"
 
     def a_norm(self) -> None:
-        self.add(f"h = {self.norm()}" if math.prod(self.shape) > 2 else "h = h.tanh()")
+        self.add(f"h = {self.norm()}" if math.prod(self.shape) > 3 else "h = h.tanh()")
 
     def a_time(self) -> None:
         form = self.of(

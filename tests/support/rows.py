@@ -103,9 +103,9 @@ def by_autograd(call: Call, probes: Tensor | None, dtype: torch.dtype = torch.fl
     """What a call should give."""
     velocity, parameters = (call.plain or call.build)(dtype)
     x, t = call.x.detach().to(dtype).requires_grad_(), call.time(dtype)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused one has no second derivative
+    # Fused attention has no second derivative.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         v, jacobian = rows(lambda a: velocity(a, t), x)
-    with torch.enable_grad():
         if probes is None:
             value = jacobian.diagonal(dim1=1, dim2=2).sum(1)
             scale = float(jacobian.detach().flatten(1).norm(dim=1).max()) * jacobian.shape[1] ** 0.5
