@@ -213,7 +213,8 @@ class Opaque:
     """Makes a stand-in a tensor, without data, in whatever is not compiled."""
 
     def __new__(cls, source: Any, like: Tensor, *_: Any, **__: Any) -> Any:
-        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        own: Any = cls
+        return Tensor._make_wrapper_subclass(own, like.shape, dtype=like.dtype, device=like.device)
 
     @classmethod
     def __torch_function__(

@@ -35,15 +35,13 @@ def owner(velocity: Callable[..., Any]) -> Any:
 def signature(velocity: Callable[..., Any]) -> tuple[tuple[Hashable, ...], list[Module]]:
     """What its derivatives may depend on, but for numbers: modules, their modes, whether they have
     hooks, options; and the modules."""
-    parts: list[Hashable] = []
+    parts: list[Any] = []
     modules: list[Module] = []
     _value(velocity, parts, modules, set(), 0)
     return tuple(parts), modules
 
 
-def _value(
-    value: Any, parts: list[Hashable], modules: list[Module], seen: set[int], depth: int
-) -> None:
+def _value(value: Any, parts: list[Any], modules: list[Module], seen: set[int], depth: int) -> None:
     if isinstance(value, Module):
         parts.append(weakref.ref(value))
         _modes(value, parts, modules, seen)
@@ -87,7 +85,7 @@ def _filled(cell: types.CellType) -> bool:
         return False
 
 
-def _modes(m: Module, parts: list[Hashable], modules: list[Module], seen: set[int]) -> None:
+def _modes(m: Module, parts: list[Any], modules: list[Module], seen: set[int]) -> None:
     if id(m) in seen:
         return
     seen.add(id(m))
