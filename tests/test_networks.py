@@ -151,6 +151,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "bool term": lambda h: F.silu(h + (torch.arange(6) > 2)),
     "scalar before a norm": lambda h: F.layer_norm(1 - h, (6,)),
     "numpy": lambda h: h * torch.from_numpy(h.detach().numpy().copy()),
+    "cdist": lambda h: (
+        h * torch.cdist(h.view(-1, 2, 3), h.view(-1, 3, 2).mT).flatten(1).sum(1, True)
+    ),
     "nan_to_num": lambda h: torch.nan_to_num(h) * h,
     "chained views": lambda h: (
         h.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6).unflatten(1, (3, 2)).flatten(1) * h
@@ -613,7 +616,7 @@ BLOCKS |= {f"{name} inside": (between(f), ROW) for name, f in FUNCTIONS.items()}
 
 
 # torch has no second derivative of them.
-UNTRAINED = ("attention with distances", "Hardsigmoid")
+UNTRAINED = ("attention with distances", "cdist inside", "Hardsigmoid")
 
 
 def call(
@@ -647,17 +650,56 @@ def options_of(way: str, shape: tuple[int, ...]) -> dict[str, Any]:
 def assert_right(
     make: Callable[[], nn.Module], shape: tuple[int, ...], way: str, trained: bool = True
 ) -> None:
+    modes = [(torch.float64, trained)] + [(torch.float32, False)] * (way == "exact")
     with rows.quiet():
-        for dtype in (torch.float64, torch.float32) if way == "exact" else (torch.float64,):
-            for grad in (True, False) if way == "exact" and trained else (trained,):
-                own = call(make, shape, options=options_of(way, shape), grad=grad, dtype=dtype)
-                assert rows.wrong(own) == [], (dtype, grad)
+        for dtype, grad in modes:
+            own = call(make, shape, options=options_of(way, shape), grad=grad, dtype=dtype)
+            assert rows.wrong(own) == [], (dtype, grad)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_networks(name: str, way: str) -> None:
     assert_right(*BLOCKS[name], way, name not in UNTRAINED)
+
+
+class Switched(nn.Module):
+    """A function that is left out at first."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.f, self.on = nn.Linear(4, 6), nn.Linear(6, 4), f, False
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(self.f(h) if self.on else h.tanh())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, "Function", "straight-through Function"])
+def test_what_changes_after_it_was_seen(name: str, way: str) -> None:
+    """Known as a plain network by then, and right all the same."""
+    functions = {"Function": Sine.apply, "straight-through Function": Rounded.apply}
+    f = (FUNCTIONS | functions)[name]
+
+    def make() -> nn.Module:
+        net = Switched(f).double()
+        with rows.quiet():
+            fewstep.divergence(net, torch.randn(3, 4, dtype=torch.float64), 0.5, **options)
+        net.on = True
+        return net
+
+    options = options_of(way, ROW)
+    trained = f"{name} inside" not in UNTRAINED
+    own = call(make, ROW, lambda: switched_on(f), options=options, grad=trained)
+    with rows.quiet():
+        assert rows.wrong(own) == []
+
+
+def switched_on(f: Callable[[Tensor], Tensor]) -> nn.Module:
+    net = Switched(f)
+    net.on = True
+    return net
 
 
 class Sampled(nn.Module):

@@ -121,6 +121,41 @@ def test_times_of_any_dtype(t: Any, dtype: torch.dtype) -> None:
         torch.testing.assert_close(out.value.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def shifted(c: Tensor) -> Velocity:
+    return lambda x, t: F.layer_norm(x + c, (4,))
+
+
+def test_terms_of_another_shape_by_the_same_code() -> None:
+    """A function that is written in a loop is known again; what it closes over is another."""
+    x = torch.randn(3, 4)
+    for c in (
+        torch.randn(3, 4),
+        torch.randn(4),
+        torch.randn(1),
+        torch.randn(3, 1),
+        torch.randn(()),
+    ):
+        assert_right(shifted(c), x)
+
+
+def test_branches_on_t_and_the_batch() -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        h = 2 * x
+        if float(t.flatten()[0]) > 0.5 or len(x) > 4:
+            return F.relu(h, inplace=True) + h
+        return h.tanh()
+
+    for x, t in ((torch.randn(3, 4), 0.0), (torch.randn(3, 4), 1.0), (torch.randn(6, 4), 0.0)):
+        own = torch.full((len(x),), t)
+        out = traced(velocity, x, t)
+        torch.testing.assert_close(out.velocity, velocity(x, own))
+        torch.testing.assert_close(out.value.double(), trace(out_of_place, x, own))
+
+
+def out_of_place(x: Tensor, t: Tensor) -> Tensor:
+    return 2 * F.relu(2 * x) if float(t[0]) > 0.5 or len(x) > 4 else (2 * x).tanh()
+
+
 def test_a_mask_is_not_read_beyond_its_end() -> None:
     mask = torch.zeros(1000, dtype=torch.bool)
     out = fewstep.divergence(lambda x, t: torch.tanh(x + mask), torch.zeros(2, 1000), 0.0)
