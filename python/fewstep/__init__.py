@@ -9,6 +9,7 @@ from fewstep import _aliases, _library
 _library.load_cpp()
 _aliases.install()
 
+from fewstep.ops.dual.custom import register_rule
 from fewstep.ops.heun.solve import HeunResult, heun_solve, heun_step
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning
 from fewstep.ops.sinkhorn.divergence import DivergenceResult, sinkhorn_divergence
@@ -18,6 +19,7 @@ from fewstep.ops.sinkhorn.result import SinkhornResult
 from fewstep.ops.sinkhorn.solve import sinkhorn, transport
 from fewstep.ops.trace.divergence import divergence
 from fewstep.ops.trace.estimator import Divergence
+from fewstep.ops.trace.explain import Explanation, explain
 from fewstep.ops.trace.log_density import LogDensity, log_density
 from fewstep.samplers.edm import edm_sample
 from fewstep.samplers.flow import flow_sample
@@ -32,11 +34,13 @@ __all__ = [
     "Divergence",
     "DivergenceResult",
     "Drift",
+    "Explanation",
     "HeunResult",
     "LogDensity",
     "SinkhornResult",
     "divergence",
     "edm_sample",
+    "explain",
     "few_step_sigmas",
     "flow_sample",
     "heun_solve",
@@ -45,6 +49,7 @@ __all__ = [
     "latents",
     "log_density",
     "multistep_sample",
+    "register_rule",
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_drift",

@@ -18,7 +18,15 @@ from fewstep._torch import wide
 from fewstep.conversions import convert
 from fewstep.methods.draws import Draws
 from fewstep.ops.trace import log_density as densities
-from fewstep.ops.trace.inputs import ESTIMATORS, PROBES, Options, check_ids, check_options
+from fewstep.ops.trace.inputs import (
+    CHECKS,
+    ENGINES,
+    ESTIMATORS,
+    PROBES,
+    Options,
+    check_ids,
+    check_options,
+)
 from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -61,7 +69,7 @@ class MarginalReflow:
             own steps lead, held fixed.
         weight: w_k, "one" or "t^2", which tames the scores of late windows.
         t_min: the last edge.
-        tangent_dtype, backend: of `fewstep.divergence`.
+        tangent_dtype, backend, engine, check: of `fewstep.divergence`.
 
     Raises:
         ValueError: a number outside its range, an unknown name.
@@ -90,6 +98,8 @@ class MarginalReflow:
     t_min: float = 0.02
     tangent_dtype: torch.dtype | None = None
     backend: str | None = None
+    engine: str | None = None
+    check: str = "first"
 
     def __post_init__(self) -> None:
         for name in ("windows", "steps", "solver_steps"):
@@ -109,6 +119,8 @@ class MarginalReflow:
             ("estimator", ESTIMATORS),
             ("probe", PROBES),
             ("backend", (None, *BACKENDS)),
+            ("engine", (None, *ENGINES)),
+            ("check", CHECKS),
             ("start", STARTS),
             ("weight", WEIGHTS),
         ):
@@ -309,7 +321,10 @@ class MarginalReflow:
         )
 
     def _options(self, x: Tensor) -> Options:
-        options = Options(self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype)
+        options = Options(
+            *(self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype),
+            *(self.engine, self.check),
+        )
         check_options(options, x, "MarginalReflow")
         if x.dtype != wide(x.dtype):
             raise TypeError(f"MarginalReflow: data must be float32 or float64, got {x.dtype}")

@@ -19,7 +19,6 @@ with, all else is computed in float32 and rounded.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -41,6 +40,7 @@ class MixingError(ValueError):
     """A forward mixes samples, so that they have no Jacobians of their own."""
 
 
+AUTOCAST = "no rules under autocast"
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
@@ -108,10 +108,15 @@ class Traced:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        return cls.call(func, args, kwargs or {})
+
+    @classmethod
+    def call(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function's rule."""
         rule = cls.rules.get(func)
         if rule is None:
-            raise UnsupportedError(f"no rule for {_name_of(func)}")
-        return rule(*args, **(kwargs or {}))
+            raise UnsupportedError(f"no rule for {name_of(func)}")
+        return rule(*args, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -188,7 +193,7 @@ class Traced:
         return self._call(torch.Tensor.__getitem__, self, index)
 
 
-def _name_of(func: Any) -> str:
+def name_of(func: Any) -> str:
     name = getattr(func, "__name__", str(func))
     owner = getattr(func, "__self__", None)  # of an attribute's getter
     return f"Tensor.{getattr(owner, '__name__', name)}" if name in ("__get__", "__set__") else name
@@ -209,30 +214,36 @@ _CONSTANTS = {
 }
 
 
+def is_constant(func: Any) -> bool:
+    return func in _CONSTANTS
+
+
+without_data: Any = Tensor._make_wrapper_subclass
+
+
 class Opaque:
     """Makes a stand-in a tensor, without data, in whatever is not compiled."""
 
     def __new__(cls, source: Any, like: Tensor, *_: Any, **__: Any) -> Any:
-        own: Any = cls
-        return Tensor._make_wrapper_subclass(own, like.shape, dtype=like.dtype, device=like.device)
+        return without_data(cls, like.shape, dtype=like.dtype, device=like.device)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _CONSTANTS:
-            return _CONSTANTS[func]
         run = _CURRENT.run
         try:
-            if run is not None and torch.is_grad_enabled() != run.grad:
+            if run is not None and torch.is_grad_enabled() is not run.grad:
                 raise UnsupportedError(
-                    f"{_name_of(func)} is called in another grad mode than forward: by a custom"
+                    f"{name_of(func)} is called in another grad mode than forward: by a custom"
                     " autograd.Function, a reentrant checkpoint or no_grad"
                 )
-            if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-                raise UnsupportedError("forward turns on autocast")
-            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[misc]
+            if torch._C._is_any_autocast_enabled():
+                raise UnsupportedError(AUTOCAST)
+            return cls.call(func, args, kwargs or {})  # type: ignore[attr-defined]
         except UnsupportedError as reason:
+            if func in _CONSTANTS:
+                return _CONSTANTS[func]
             if run is not None and run.refused is None:
                 run.refused = str(reason)
             raise
@@ -340,12 +351,12 @@ class Dual(Traced):
         return flat
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        source = _beginning((*args, *(kwargs or {}).values()))
-        with contextlib.nullcontext() if source is None else redrawing(source):
-            return super().__torch_function__(func, types, args, kwargs)
+    def call(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        source = _beginning((*args, *kwargs.values()))
+        if source is None:
+            return super().call(func, args, kwargs)
+        with redrawing(source):
+            return super().call(func, args, kwargs)
 
     def begins(self) -> bool:
         """Whether it is a view of the input's stack."""

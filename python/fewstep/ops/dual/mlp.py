@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual import dispatch
-from fewstep.ops.dual.engine import Opaque, Rule, Traced, UnsupportedError, run_on
+from fewstep.ops.dual.engine import Opaque, Rule, Traced, UnsupportedError, run_on, without_data
 from fewstep.ops.dual.source import Source, kept_or_computed
 from fewstep.reference import dual as reference
 
@@ -77,7 +77,7 @@ class Recorded(Opaque, Traced, Tensor):  # type: ignore[misc, override]
     rules = RECORDED
 
     def __new__(cls, x: Tensor, *_: Any) -> Any:
-        return Opaque.__new__(cls, None, x)
+        return without_data(cls, x.shape, dtype=x.dtype, device=x.device)
 
     def __init__(
         self,

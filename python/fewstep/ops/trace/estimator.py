@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from torch import Tensor
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed, wide
 from fewstep.ops.dual import dispatch, heads, mlp
-from fewstep.ops.dual.engine import UnsupportedError
+from fewstep.ops.dual.engine import AUTOCAST, RULES, UnsupportedError
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
 from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget, structural
@@ -128,13 +129,17 @@ class Solver:
             found = self.seen = ladder.known(
                 *(self.velocity, x.dtype, x.ndim, x.device.type, self.backend(x)),
                 *(options.tangent_dtype, options.engine, options.estimator in ("auto", "exact")),
-                *(options.backend, ladder.autocast(x)),
+                *(options.backend, options.check == "never", ladder.autocast(x), len(RULES)),
             )
-            self._restrict(found, x)
+            if not found.worked and not found.checked:
+                self._restrict(found, x)
             wanted = options.check != "never" and ladder.checkable(x)
             again = options.check == "always" or found.checked < min(x.shape[0], 2)
             if wanted and again:
                 self._compare(x, t, found)
+            for way in (options.engine, options.backend and "duals"):
+                if way is not None and way in found.refused:
+                    self._refuse(way, found.refused[way], found)
         return found
 
     def _restrict(self, known: Known, x: Tensor) -> None:
@@ -148,8 +153,7 @@ class Solver:
             reason = "hooks may change weights after their layer's forward"
             refused.update(dict.fromkeys(("mlp", "structural"), reason))
         if ladder.autocast(x) and engine is None:
-            reason = "autocast"
-            refused.update(dict.fromkeys(("mlp", "structural", "duals"), reason))
+            refused.update(dict.fromkeys(("mlp", "structural", "duals"), AUTOCAST))
 
     def _compare(self, x: Tensor, t: Tensor, known: Known) -> None:
         """Refuse the ways that plain autograd does not agree with."""
@@ -189,9 +193,10 @@ class Solver:
                     continue
                 torch.manual_seed(0)
                 try:
-                    with self._eagerly(known):
+                    with self._eagerly(known), warnings.catch_warnings(action="ignore"):
                         v, dots = attempt()
                     rough = way == "duals" and source.dtype is not None
+                    rough = rough or known.refused.get("duals") == AUTOCAST
                     same = v is s.velocity  # this way is not for such options
                     reason = None if same else s.difference(v, dots, rough=rough)
                 except ladder.FATAL:
@@ -202,9 +207,9 @@ class Solver:
                 if reason is None:
                     known.worked.add(way)
                     continue
+                self._refuse(way, f"plain autograd disagrees, {reason}", known)
                 if way in ("duals", "func"):
                     ladder.warn(way, reason)
-                self._refuse(way, f"plain autograd disagrees, {reason}", known)
         known.checked = max(known.checked, s.x.shape[0])
 
     def _chain(self, s: Sample, source: Source) -> tuple[Tensor, Tensor | None]:
