@@ -225,7 +225,8 @@ with rows.quiet():
 
 def recomputed(f: Callable[..., Any], *args: Any, use_reentrant: bool, **_: Any) -> Any:
     """A checkpoint that autograd.grad takes; a reentrant one of constants has no gradient."""
-    with torch.set_grad_enabled(not use_reentrant or any(a.requires_grad for a in args)):
+    live = not use_reentrant or any(a.requires_grad for a in args)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and live):
         return f(*args)
 
 

@@ -114,6 +114,9 @@ def by_autograd(call: Call, probes: Tensor | None, dtype: torch.dtype = torch.fl
             ju = torch.einsum("bij,kbj->kbi", jacobian, u)
             value = (u * ju).sum(-1).mean(0)
             scale = float((u.norm(dim=-1) * ju.detach().norm(dim=-1)).max())
+        # Entries that cancel to less are rounding.
+        size, own = (float(m.detach().abs().max()) for m in (v, x))
+        scale = max(scale, 1e-3 * size / max(own, 1e-30))
         gradients = []
         if call.grad:
             loss, live = call.loss(v, value), [p for p in (*parameters, x) if p.requires_grad]
