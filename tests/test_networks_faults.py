@@ -926,3 +926,93 @@ def test_a_loss_has_probes_of_its_own_on_each_rank(ids: Tensor | None) -> None:
         )
         losses.append(float(loss[0].detach()))
     assert (losses[0] == losses[1]) == (ids is None)
+
+
+@pytest.mark.filterwarnings("ignore:divergence.*disagree")
+@pytest.mark.parametrize("activation", [torch.sin, F.elu, anew])
+@pytest.mark.parametrize("again", [False, True])
+def test_velocities_that_do_not_depend_on_x(
+    activation: Callable[[Tensor], Tensor], again: bool
+) -> None:
+    """All of x is seen without gradients: the trace is 0, by every way; parameters learn."""
+    first, last = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+
+    def velocity(x: Tensor, t: Any) -> Tensor:
+        h = first(x)
+        h = h * anew(h) if again else h
+        with torch.no_grad():
+            h = activation(h)
+        return last(h)  # type: ignore[no-any-return]
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for options in ({"estimator": "exact"}, {"probes": 4, "probe": "hadamard"}):
+        last.zero_grad()
+        out = fewstep.divergence(velocity, x, 0.0, **options)
+        assert_contract("value", out.velocity, velocity(x, 0).detach())
+        assert torch.equal(out.value.detach(), torch.zeros(3, dtype=x.dtype))
+        (out.value.sum() + out.velocity.sum()).backward()
+        torch.testing.assert_close(last.bias.grad, torch.full((4,), 3.0, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("after", [F.silu, F.elu, torch.Tensor.positive, lambda h: h * (h > 0)])
+def test_a_checkpoint_of_the_input(after: Callable[[Tensor], Tensor], grad: bool) -> None:
+    """Nothing before it has parameters; x may require grad."""
+    x = torch.randn(3, 4, dtype=torch.float64).requires_grad_(grad)
+
+    def velocity(f: Callable[[Tensor], Tensor]) -> Velocity:
+        return lambda x, t: after(x + f(x))
+
+    y = x.detach().requires_grad_()
+    v, jacobian = rows(lambda a: velocity(F.silu)(a, 0), y)
+    want = jacobian.diagonal(dim1=1, dim2=2).sum(1)
+    (want.sum() + v.square().sum()).backward()
+    for options in ({"estimator": "exact"}, {"probes": 4, "probe": "hadamard"}):
+        x.grad = None
+        out = fewstep.divergence(velocity(anew), x, 0.0, **options)
+        assert_contract("value", out.value.detach(), want.detach())
+        if grad:
+            (out.value.sum() + out.velocity.square().sum()).backward()
+            assert x.grad is not None
+            assert_contract("gradient", x.grad, y.grad)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+def test_data_is_constant(estimator: str) -> None:
+    """As autograd sees it: no gradient of the trace goes through `h.data`."""
+    layer, found = nn.Linear(4, 4).double(), []
+    x = torch.randn(3, 4, dtype=torch.float64)
+    options = {"probes": 4, "probe": "hadamard"} if estimator == "hutchinson" else {}
+    for constant in (lambda h: h.data, torch.Tensor.detach):
+        layer.zero_grad()
+
+        def velocity(x: Tensor, t: Any, f: Any = constant) -> Tensor:
+            h = layer(x)
+            return f(h) * h  # type: ignore[no-any-return]
+
+        out = fewstep.divergence(velocity, x, 0.0, estimator=estimator, **options)
+        out.value.sum().backward()
+        found.append(layer.weight.grad.clone())
+    h = layer(x).detach()
+    want = torch.diag_embed(h.sum(0))  # d(sum_b h_bi W_ii) / dW_ii
+    for g in found:
+        assert_contract("gradient", g, want)
+
+
+@pytest.mark.filterwarnings("ignore:divergence.*disagree")
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+def test_scripted_modules_train(estimator: str) -> None:
+    """In the first calls, when they are profiled, and after."""
+    with pytest.warns(DeprecationWarning, match="script"):
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 4)))
+    net, x = scripted.double(), torch.randn(3, 4, dtype=torch.float64)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 4)).double()
+    plain.load_state_dict(net.state_dict())
+    _, jacobian = rows(plain, x.clone().requires_grad_())
+    want = torch.autograd.grad(jacobian.diagonal(dim1=1, dim2=2).sum(), plain[0].weight)[0]
+    options = {"probes": 4, "probe": "hadamard"} if estimator == "hutchinson" else {}
+    for _ in range(3):
+        net.zero_grad()
+        out = fewstep.divergence(lambda x, t: net(x), x, 0.0, estimator=estimator, **options)
+        out.value.sum().backward()
+        assert_contract("gradient", dict(net.named_parameters())["0.weight"].grad, want)
