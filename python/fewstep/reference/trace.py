@@ -56,7 +56,7 @@ def reverse_products(
     kept = torch.is_grad_enabled()
     with torch.enable_grad(), attention_by_math():
         y = x.view_as(x) if kept and x.requires_grad else x.detach().requires_grad_(True)
-        out = checked(velocity(y, t), x)
+        out = checked(velocity(y.clone(), t), x)  # which may be changed in place
         rows = []
         for u in v:
             row = None

@@ -20,6 +20,7 @@ from fewstep.ops.dual.heads import exact_by_tangents, probe_products
 from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget, structural
 from fewstep.ops.trace import ladder
+from fewstep.ops.trace import velocity as velocities
 from fewstep.ops.trace.inputs import Options, make_key, unsupported
 from fewstep.ops.trace.ladder import Known, Sample
 from fewstep.reference import trace as reference
@@ -163,10 +164,12 @@ class Solver:
         source = replace(self._source(key, self.backend(x)), count=1, kind="gaussian", ids=None)
         source = replace(source, cache=None)
 
+        modules = velocities.signature(self.velocity)[1]
+
         def probe(y: Tensor) -> Tensor:
             return dispatch.probe("reference", y, key, None, 1, "gaussian")[0]
 
-        with ladder.isolated(x), torch.inference_mode(mode=False), torch.enable_grad():
+        with ladder.isolated(x, modules), torch.inference_mode(mode=False), torch.enable_grad():
             s = ladder.sample(self.run, x, t, probe)
 
             def duals() -> tuple[Tensor, Tensor | None]:

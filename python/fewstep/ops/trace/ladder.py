@@ -6,7 +6,7 @@ go through each way and through plain autograd, and a way is taken only where al
 
     velocity      v(x, t), under the same random state
     w . J v       for one probe v = w, by one reverse pass
-    gradients     of <r, v(x, t)>, for the leaves that autograd finds
+    gradients     of <r, v(x, t)> + w . J v, for the leaves that autograd finds
 """
 
 from __future__ import annotations
@@ -92,14 +92,25 @@ def checkable(x: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def isolated(x: Tensor) -> Iterator[None]:
-    """Random states as they were, and nobody's hooks for saved tensors."""
-    devices = [x.device] if x.is_cuda else []
-    with (
-        torch.random.fork_rng(devices),
-        torch.autograd.graph.saved_tensors_hooks(lambda z: z, lambda z: z),
-    ):
-        yield
+def isolated(x: Tensor, modules: list[torch.nn.Module]) -> Iterator[None]:
+    """Random states and buffers are as they were, and nobody's hooks see saved tensors."""
+    buffers = [(b, b.clone()) for m in modules for b in m._buffers.values() if b is not None]
+    versions = [b._version for b, _ in buffers]
+    named = [(m, dict(m._buffers)) for m in modules if m._buffers]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda z: z, lambda z: z)
+            stack.enter_context(hooks)
+        try:
+            yield
+        finally:
+            for m, own in named:
+                m._buffers.update(own)
+            with torch.no_grad():
+                for (b, before), version in zip(buffers, versions, strict=True):
+                    if b._version != version:
+                        b.copy_(before)
 
 
 @dataclass(frozen=True)
@@ -111,8 +122,8 @@ class Sample:
         probe: v = w, of the shape of x.
         weights: r.
         velocity: v(x, t).
-        pulled: `J' w` of every other sample; None without a derivative.
-        leaves: tensors that `velocity` is differentiable in, and their gradients.
+        pulled: `J' w` of every other sample.
+        leaves: tensors that the sum of `loss` is differentiable in, and their gradients.
         tolerance: see `AGREEMENT`.
     """
 
@@ -121,9 +132,9 @@ class Sample:
     probe: Tensor
     weights: Tensor
     velocity: Tensor
-    pulled: Tensor | None
+    pulled: Tensor
     leaves: list[Tensor]
-    gradients: list[Tensor | None]
+    gradients: list[Tensor]
     tolerance: float
 
     def difference(self, velocity: Tensor, dots: Tensor | None, *, rough: bool) -> str | None:
@@ -136,35 +147,38 @@ class Sample:
         off = _error(velocity, self.velocity)
         if not off <= self.tolerance:
             return f"velocity is off by {off:.2g} of its norm"
-        if self.pulled is not None and dots is not None:
+        if dots is not None:
+            dots = dots.reshape(-1)[::2]
             exact = (self.pulled * self.probe).flatten(1).sum(1)[::2]
             size = self.pulled.flatten(1).norm(dim=1) * self.probe.flatten(1).norm(dim=1)
             # Of norms and softmaxes J is small, and a difference of larger numbers.
             rounding = 100 * torch.finfo(velocity.dtype).eps / tolerance
             size = size + rounding * self.probe.flatten(1).square().sum(1)
-            off = _error(dots.reshape(-1)[::2], exact, size[::2].norm())
+            off = _error(dots, exact, size[::2].norm())
             if bool(exact.isfinite().all()) and not off <= tolerance:
                 return f"v . J v is off by {off:.2g} of |v| |J' v|"
-        return self._gradients(velocity)
+        return self._gradients(velocity, dots, tolerance)
 
-    def _gradients(self, velocity: Tensor) -> str | None:
-        if not self.leaves:
+    def _gradients(self, velocity: Tensor, dots: Tensor | None, tolerance: float) -> str | None:
+        live = [(leaf, g) for leaf, g in zip(self.leaves, self.gradients, strict=True)]
+        if not live:
             return None
-        own = {id(leaf) for leaf in leaves_of(velocity)}
-        missing = [leaf for leaf in self.leaves if id(leaf) not in own]
-        live = [leaf for leaf, g in zip(self.leaves, self.gradients, strict=True) if g is not None]
-        if any(any(leaf is m for m in missing) for leaf in live):
+        if dots is None:  # a way for traces alone
+            return None
+        own = loss(velocity, self.weights, dots)
+        ends = {id(leaf) for leaf in leaves_of(own)}
+        missing = [leaf for leaf, _ in live if id(leaf) not in ends]
+        if missing:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in missing[:3])
-            return f"{len(missing)} of {len(self.leaves)} leaves get no gradient: {shapes}"
-        found = gradients(velocity, self.leaves, self.weights)
+            return f"{len(missing)} of {len(live)} leaves get no gradient: {shapes}"
+        found = gradients(own, [leaf for leaf, _ in live])
         pairs = [
-            (torch.zeros_like(leaf) if f is None else f, g)
-            for leaf, f, g in zip(self.leaves, found, self.gradients, strict=True)
-            if g is not None
+            (torch.zeros_like(g) if f is None else f, g)
+            for f, (_, g) in zip(found, live, strict=True)
         ]
         size = sum(float(g.norm()) ** 2 for _, g in pairs) ** 0.5
         off = sum(float((f - g).norm()) ** 2 for f, g in pairs) ** 0.5
-        if size == size and not off <= self.tolerance * size:  # NaN is nobody's
+        if size == size and not off <= tolerance * size:  # NaN is nobody's
             return f"gradients are off by {off / max(size, 1e-300):.2g} of their norm"
         return None
 
@@ -192,10 +206,14 @@ def leaves_of(out: Tensor) -> list[Tensor]:
     return found
 
 
-def gradients(velocity: Tensor, leaves: list[Tensor], weights: Tensor) -> list[Tensor | None]:
-    if not leaves or not velocity.requires_grad:
+def loss(velocity: Tensor, weights: Tensor, dots: Tensor) -> Tensor:
+    return (velocity * weights).sum() + dots.sum()
+
+
+def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
+    if not leaves or not out.requires_grad:
         return [None] * len(leaves)
-    return list(torch.autograd.grad(velocity, leaves, weights, allow_unused=True))
+    return list(torch.autograd.grad(out, leaves, allow_unused=True))
 
 
 def sample(
@@ -225,29 +243,34 @@ def _sample(
     y = x.requires_grad_(True)
     torch.manual_seed(0)
     with reference.attention_by_math():
-        out = reference.checked(run(y, t), y)
+        out = reference.checked(run(y.clone(), t), y)  # which may be changed in place
     v = probe(x.detach())
     alone = v.clone()
     alone[1::2] = 0
     weights = v.flip(0)
-    leaves = [leaf for leaf in leaves_of(out) if leaf is not y]
-    pulled = None
+    row = None
     if out.requires_grad:
-        (pulled,) = torch.autograd.grad(out, y, alone, retain_graph=True, allow_unused=True)
-    own = gradients(out, leaves, weights)
-    if pulled is not None and x.shape[0] > 1:
+        (row,) = torch.autograd.grad(out, y, alone, create_graph=True, allow_unused=True)
+    row = torch.zeros_like(v) if row is None else row
+    pulled = row.detach()
+    if x.shape[0] > 1:
         inside, outside = pulled[::2].norm(), pulled[1::2].norm()
         if bool(outside > 1e-4 * inside):
             raise MixingError(
                 "divergence: velocity mixes samples: that of one depends on others, so that they"
                 " have no Jacobians of their own; call eval() where it normalises by the batch"
             )
+    own = loss(out, weights, (row * v).flatten(1).sum(1)[::2])
+    leaves = [leaf for leaf in leaves_of(own) if leaf is not y]
+    pairs = zip(leaves, gradients(own, leaves), strict=True)
+    live = [(leaf, g) for leaf, g in pairs if g is not None]
     exact = x.dtype in AGREEMENT and not autocast(x)
     tolerance = AGREEMENT[x.dtype] if exact else ROUGH
     if x.is_cuda and exact:
         tolerance = max(tolerance, 1e-2 if torch.backends.cudnn.allow_tf32 else 0.0)
     return Sample(
-        *(x.detach(), t, v, weights, out.detach(), pulled, leaves, own, tolerance),
+        *(x.detach(), t, v, weights, out.detach(), pulled),
+        *([leaf for leaf, _ in live], [g for _, g in live], tolerance),
     )
 
 
