@@ -75,7 +75,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     **{f.__name__: f for f in (nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.Softplus)},
     **{f.__name__: f for f in (nn.ELU, nn.LeakyReLU, nn.SELU, nn.Mish, nn.PReLU, nn.CELU)},
     **{f.__name__: f for f in (nn.Hardswish, nn.Softsign, nn.LogSigmoid, nn.Hardtanh, nn.ReLU6)},
-    **{f.__name__: f for f in (nn.Tanhshrink, nn.Hardsigmoid, nn.Identity)},
+    **{f.__name__: f for f in (nn.Tanhshrink, nn.Identity)},
     "ReLU in place": partial(nn.ReLU, inplace=True),
     "SiLU in place": partial(nn.SiLU, inplace=True),
     "GELU tanh": partial(nn.GELU, approximate="tanh"),
@@ -629,7 +629,7 @@ BLOCKS |= {f"{name} inside": (between(f), ROW) for name, f in FUNCTIONS.items()}
 
 
 # torch has no second derivative of them.
-UNTRAINED = ("attention with distances", "cdist inside", "Hardsigmoid")
+UNTRAINED = ("attention with distances", "cdist inside")
 
 
 def call(
