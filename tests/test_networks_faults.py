@@ -542,6 +542,7 @@ def test_branches_on_the_type(name: str, estimator: str) -> None:
     assert out.value.item() == 6
 
 
+@pytest.mark.filterwarnings("ignore:divergence.*disagree")
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
 def test_cdist(p: float) -> None:
     """torch's own batching rule of its derivative is wrong."""

@@ -153,6 +153,8 @@ class Solver:
         if known.hooked:
             reason = "hooks may change weights after their layer's forward"
             refused.update(dict.fromkeys(("mlp", "structural"), reason))
+        if known.scripted:
+            refused["func"] = "TorchScript"
         if ladder.autocast(x) and engine is None:
             refused.update(dict.fromkeys(("mlp", "structural", "duals"), AUTOCAST))
 
@@ -187,8 +189,10 @@ class Solver:
                 return self._chain(s, source)
 
             def func() -> tuple[Tensor, Tensor | None]:
-                v, u, _ = reference.products(self.run, s.x, s.t, s.probe[None])
-                return v, (u[0] * s.probe).flatten(1).sum(1)
+                # Rules of torch for several products are other rules, some of them wrong.
+                several = torch.stack([s.probe.flip(0), s.probe])
+                v, u, _ = reference.products(self.run, s.x, s.t, several)
+                return v, (u[1] * s.probe).flatten(1).sum(1)
 
             ways = {"mlp": program, "structural": chain, "duals": duals, "func": func}
             for way, attempt in ways.items():
@@ -284,6 +288,8 @@ class Solver:
     def _refuse(self, way: str, reason: str, known: Known) -> None:
         """Remember that a way does not serve; raise where it is the only one asked for."""
         known.refused[way] = reason
+        if way == "duals" and "TorchScript" in reason:  # its interpreter failed, in a function
+            known.refused["func"] = reason
         options = self.options
         if way == "duals" and options.backend is not None:
             raise ValueError(

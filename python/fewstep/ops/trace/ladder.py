@@ -43,11 +43,12 @@ class Known:
         refused: ways that do not serve, and why.
         worked: ways that have.
         checked: samples that were compared.
-        hooked, compiled: see `velocities`.
+        hooked, compiled, scripted: see `velocities`.
     """
 
     hooked: bool = False
     compiled: bool = False
+    scripted: bool = False
     refused: dict[str, str] = field(default_factory=dict)
     worked: set[str] = field(default_factory=set)
     checked: int = 0
@@ -80,7 +81,11 @@ def known(velocity: Callable[..., Any], *rest: Any) -> Known:
     key = (own, *rest)
     found = store.get(key)
     if found is None:
-        found = store[key] = Known(velocities.hooked(modules), velocities.compiled(modules))
+        found = store[key] = Known(
+            velocities.hooked(modules),
+            velocities.compiled(modules),
+            velocities.scripted(own, modules),
+        )
     return found
 
 
@@ -124,6 +129,7 @@ class Sample:
         velocity: v(x, t).
         pulled: `J' w` of every other sample.
         leaves: tensors that the sum of `loss` is differentiable in, and their gradients.
+        twice: the dots are in that sum: plain autograd has their gradients.
         tolerance: see `AGREEMENT`.
     """
 
@@ -135,6 +141,7 @@ class Sample:
     pulled: Tensor
     leaves: list[Tensor]
     gradients: list[Tensor]
+    twice: bool
     tolerance: float
 
     def difference(self, velocity: Tensor, dots: Tensor | None, *, rough: bool) -> str | None:
@@ -165,7 +172,7 @@ class Sample:
             return None
         if dots is None:  # a way for traces alone
             return None
-        own = loss(velocity, self.weights, dots)
+        own = loss(velocity, self.weights, dots if self.twice else None)
         ends = {id(leaf) for leaf in leaves_of(own)}
         missing = [leaf for leaf, _ in live if id(leaf) not in ends]
         if missing:
@@ -206,14 +213,16 @@ def leaves_of(out: Tensor) -> list[Tensor]:
     return found
 
 
-def loss(velocity: Tensor, weights: Tensor, dots: Tensor) -> Tensor:
-    return (velocity * weights).sum() + dots.sum()
+def loss(velocity: Tensor, weights: Tensor, dots: Tensor | None) -> Tensor:
+    out = (velocity * weights).sum()
+    return out if dots is None else out + dots.sum()
 
 
 def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
     if not leaves or not out.requires_grad:
         return [None] * len(leaves)
-    return list(torch.autograd.grad(out, leaves, allow_unused=True))
+    with reference.attention_by_math():
+        return list(torch.autograd.grad(out, leaves, retain_graph=True, allow_unused=True))
 
 
 def sample(
@@ -250,7 +259,8 @@ def _sample(
     weights = v.flip(0)
     row = None
     if out.requires_grad:
-        (row,) = torch.autograd.grad(out, y, alone, create_graph=True, allow_unused=True)
+        with reference.attention_by_math():  # checkpoints compute it again
+            (row,) = torch.autograd.grad(out, y, alone, create_graph=True, allow_unused=True)
     row = torch.zeros_like(v) if row is None else row
     pulled = row.detach()
     if x.shape[0] > 1:
@@ -260,17 +270,27 @@ def _sample(
                 "divergence: velocity mixes samples: that of one depends on others, so that they"
                 " have no Jacobians of their own; call eval() where it normalises by the batch"
             )
-    own = loss(out, weights, (row * v).flatten(1).sum(1)[::2])
-    leaves = [leaf for leaf in leaves_of(own) if leaf is not y]
-    pairs = zip(leaves, gradients(own, leaves), strict=True)
-    live = [(leaf, g) for leaf, g in pairs if g is not None]
+    live: list[tuple[Tensor, Tensor]] = []
+    twice = True
+    for dots in ((row * v).flatten(1).sum(1)[::2], None):
+        own = loss(out, weights, dots)
+        leaves = [leaf for leaf in leaves_of(own) if leaf is not y]
+        try:
+            pairs = list(zip(leaves, gradients(own, leaves), strict=True))
+        except RuntimeError:  # some functions of torch have no second derivative
+            if dots is None:
+                raise
+            twice = False
+            continue
+        live = [(leaf, g) for leaf, g in pairs if g is not None]
+        break
     exact = x.dtype in AGREEMENT and not autocast(x)
     tolerance = AGREEMENT[x.dtype] if exact else ROUGH
     if x.is_cuda and exact:
         tolerance = max(tolerance, 1e-2 if torch.backends.cudnn.allow_tf32 else 0.0)
     return Sample(
         *(x.detach(), t, v, weights, out.detach(), pulled),
-        *([leaf for leaf, _ in live], [g for _, g in live], tolerance),
+        *([leaf for leaf, _ in live], [g for _, g in live], twice, tolerance),
     )
 
 

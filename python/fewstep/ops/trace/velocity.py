@@ -120,3 +120,10 @@ def compiled(modules: list[Module]) -> bool:
     return any(
         isinstance(m, dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in modules
     )
+
+
+def scripted(parts: tuple[Hashable, ...], modules: list[Module]) -> bool:
+    """Whether TorchScript is at work: `torch.func` loses derivatives of what that optimises."""
+    return torch.jit.ScriptFunction in parts or any(
+        isinstance(m, torch.jit.ScriptModule) for m in modules
+    )
