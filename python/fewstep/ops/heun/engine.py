@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._checks import flags
 from fewstep._torch import is_dual, is_transformed, wide
 from fewstep.ops.heun import dispatch
 from fewstep.ops.trace.estimator import Divergence
@@ -40,6 +41,8 @@ class Run:
         scaled: bool = False,
         seeds: Tensor | None = None,
     ) -> None:
+        if check_finite is not None:
+            flags(who, check_finite=check_finite)
         self.who, self.backend, self.table, self.seeds = who, backend, table, seeds
         self.functional = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_transformed() or is_dual(x):
