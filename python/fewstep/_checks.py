@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def _real(dtype: torch.dtype) -> bool:
 
 def integer(who: str, name: str, value: Any) -> int:
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
             raise TypeError
         whole = value if isinstance(value, int) else operator.index(value)
     except (TypeError, RuntimeError):  # torch raises both
@@ -127,6 +128,11 @@ def as_times(who: str, t: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     return own.to(x.device, dtype)
 
 
+def stands_for_tensor(value: Any) -> bool:
+    """Whether torch functions take it in a tensor's place, as they do those of `fewstep.ops.dual`."""
+    return hasattr(type(value), "__torch_function__") and not isinstance(value, Tensor)
+
+
 def floating(who: str, name: str, t: Any) -> None:
     """Raise TypeError unless t is a dense tensor of a floating dtype."""
     if not isinstance(t, Tensor):
@@ -134,6 +140,23 @@ def floating(who: str, name: str, t: Any) -> None:
     if not t.is_floating_point():
         raise TypeError(f"{who}: {name} must have a floating dtype, got {t.dtype}")
     strided(who, name, t)
+
+
+def check_types(config: Any) -> None:
+    """Raise TypeError unless what a frozen dataclass calls a float, str or bool is one.
+
+    Numbers of NumPy become Python's, as JSON has them.
+    """
+    who = type(config).__name__
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "float":
+            object.__setattr__(config, field.name, number(who, field.name, value))
+        elif field.type == "bool":
+            flags(who, **{field.name: value})
+            object.__setattr__(config, field.name, bool(value))
+        elif field.type == "str" and not isinstance(value, str):
+            raise TypeError(f"{who}: {field.name} must be a string, got {value!r}")
 
 
 def check_integers(config: Any, *sizes: str) -> None:
@@ -154,7 +177,12 @@ def check_integers(config: Any, *sizes: str) -> None:
 
 
 def check_config(config: Any, *sizes: str) -> None:
-    """Raise ValueError unless `sizes`, `seed`, `lr` and `ema` are within their ranges."""
+    """Raise ValueError unless `sizes`, `seed`, `lr` and `ema` are within their ranges.
+
+    Raises:
+        TypeError: as `check_types`.
+    """
+    check_types(config)
     check_integers(config, *sizes)
     if not 0 < config.lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {config.lr!r}")

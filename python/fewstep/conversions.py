@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep._checks import as_times, floating, one_of
+from fewstep._checks import as_times, floating, one_of, stands_for_tensor
 from fewstep._torch import wide
 
 KINDS = ("velocity", "denoiser", "noise", "score")
@@ -96,8 +96,9 @@ def convert(
     for name, kind in (("source", source), ("target", target)):
         one_of("convert", name, kind, KINDS)
     one_of("convert", "path", path, PATHS)
-    floating("convert", "value", value)
-    floating("convert", "x", x)
+    for name, one in (("value", value), ("x", x)):
+        if not stands_for_tensor(one):
+            floating("convert", name, one)
     if x.ndim == 0:
         raise ValueError("convert: x must be [B, ...], got a scalar")
     if value.shape != x.shape:

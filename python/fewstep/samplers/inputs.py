@@ -8,8 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fewstep._checks import as_float64, function, number
+from fewstep._checks import as_float64, function, integer, number
 from fewstep.samplers.plan import Churn, Network
+
+
+def check_shape(who: str, shape: Sequence[int]) -> list[int]:
+    if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
+        raise TypeError(f"{who}: shape must be a sequence of integers, got {shape!r}")
+    sizes = [integer(who, "shape", size) for size in shape]
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{who}: shape must have sizes of at least 0, got {shape!r}")
+    return sizes
 
 
 def check_schedule(

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fewstep._checks import integer, strided
+from fewstep._checks import strided
 from fewstep.ops.heun import dispatch
 from fewstep.ops.heun.inputs import pick
 from fewstep.reference.heun import COLUMNS, NOISE
+from fewstep.samplers.inputs import check_shape
 
 
 def latents(
@@ -44,12 +45,7 @@ def latents(
     own = _check_seeds("latents", seeds)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"latents: dtype must be floating, got {dtype!r}")
-    if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
-        raise TypeError(f"latents: shape must be a sequence of integers, got {shape!r}")
-    sizes = [integer("latents", "shape", size) for size in shape]
-    if any(isinstance(size, bool) or size < 0 for size in shape):
-        raise ValueError(f"latents: shape must have sizes of at least 0, got {shape!r}")
-    return normals(own, sizes, dtype=dtype, backend=backend)
+    return normals(own, check_shape("latents", shape), dtype=dtype, backend=backend)
 
 
 def normals(
