@@ -25,14 +25,10 @@ def number(who: str, name: str, value: Any) -> float:
     """A number as one of Python, also of an array or tensor that has no dimension."""
     if isinstance(value, float):
         return value
-    if isinstance(value, Tensor):
-        strided(who, name, value)
-        if value.is_meta:
-            raise TypeError(f"{who}: {name} must be a number, got a meta tensor")
     if isinstance(value, np.ndarray | Tensor):
-        kind = value.dtype.kind in "iuf" if isinstance(value, np.ndarray) else _real(value.dtype)
-        if value.ndim or not kind:
-            got = f"{tuple(value.shape)} of {value.dtype}"
+        check_real(who, name, value)
+        if value.ndim or (isinstance(value, Tensor) and value.is_meta):
+            got = f"{tuple(value.shape)} of {value.dtype} on {getattr(value, 'device', 'cpu')}"
             raise TypeError(f"{who}: {name} must be a number, got {got}")
         value = value.item()
     if not is_number(value):
@@ -45,8 +41,15 @@ def number(who: str, name: str, value: Any) -> float:
         raise ValueError(f"{who}: {name} must be a number of float64, got {value!r}") from None
 
 
-def _real(dtype: torch.dtype) -> bool:
-    return not dtype.is_complex and dtype != torch.bool
+def check_real(who: str, name: str, value: np.ndarray[Any, Any] | Tensor) -> None:
+    """Raise TypeError unless it is dense and holds real numbers."""
+    if isinstance(value, Tensor):
+        strided(who, name, value)
+        real = not value.is_complex() and value.dtype != torch.bool
+    else:
+        real = value.dtype.kind in "iuf"
+    if not real:
+        raise TypeError(f"{who}: {name} must be numbers, got {value.dtype}")
 
 
 def integer(who: str, name: str, value: Any) -> int:
@@ -95,21 +98,15 @@ def strided(who: str, name: str, t: Tensor) -> None:
 
 def as_float64(who: str, name: str, value: Any, device: torch.device | None = None) -> Tensor:
     """Numbers as a float64 tensor."""
-    wrong: Any = None
-    if isinstance(value, Tensor):
-        strided(who, name, value)
-        wrong = None if _real(value.dtype) else value.dtype
-        if value.is_meta and device is not None and device.type != "meta":
-            wrong = "a meta tensor"
+    if isinstance(value, np.ndarray | Tensor):
+        check_real(who, name, value)
+        if isinstance(value, Tensor) and value.is_meta and device == torch.device("cpu"):
+            raise TypeError(f"{who}: {name} must have values, got a meta tensor")
     elif any(
         isinstance(one, bool | str | bytes | np.bool_)
         for one in (value, *(value if isinstance(value, list | tuple) else ()))
     ):
-        wrong = repr(value)
-    elif isinstance(value, np.ndarray) and value.dtype.kind not in "iuf":
-        wrong = f"an array of {value.dtype}"
-    if wrong is not None:
-        raise TypeError(f"{who}: {name} must be numbers, got {wrong}")
+        raise TypeError(f"{who}: {name} must be numbers, got {value!r}")
     try:
         return torch.as_tensor(value, dtype=torch.float64, device=device)
     except OverflowError:
@@ -129,7 +126,7 @@ def as_times(who: str, t: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def stands_for_tensor(value: Any) -> bool:
-    """Whether torch functions take it in a tensor's place, as they do those of `fewstep.ops.dual`."""
+    """Whether torch functions take it as a tensor, as they do those of `fewstep.ops.dual`."""
     return hasattr(type(value), "__torch_function__") and not isinstance(value, Tensor)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep import _checks
-from fewstep._checks import integer, is_number, strided
+from fewstep._checks import check_real, integer, is_number, strided
 from fewstep._torch import is_dual
 from fewstep.reference.sinkhorn import Points, Schedule
 
@@ -64,15 +64,14 @@ def given_numbers(
 
     `constant` where a derivative for it might be expected.
     """
-    if isinstance(value, Tensor):
-        if constant:
+    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.ndim > 0):
+        if isinstance(value, Tensor) and constant:
             check_constant(op, name, value)
-        return value
-    if isinstance(value, np.ndarray) and value.ndim > 0:
-        return torch.tensor(value)
+        check_real(op, name, value)
+        return value if isinstance(value, Tensor) else torch.tensor(value)
     if isinstance(value, np.ndarray) or is_number(value):
         return number(op, name, value)
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         kinds = "a number, a sequence of numbers or a Tensor"
         raise TypeError(f"{op}: {name} must be {kinds}, got {type(value).__name__}")
     for one in value:

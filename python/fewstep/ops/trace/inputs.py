@@ -10,7 +10,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from fewstep._checks import as_float64, floating, number, one_of, strided
+from fewstep._checks import as_float64, check_real, floating, number, one_of, strided
 from fewstep._torch import readable, wide
 from fewstep.ops.dual import dispatch
 from fewstep.reference.probe import PROBES as PROBES
@@ -130,9 +130,7 @@ def check_time(t: float | Tensor, x: Tensor) -> Tensor:
         if not abs(t) <= torch.finfo(dtype).max:
             raise ValueError(f"divergence: t must be finite in {dtype}, got {t}")
         return x.new_full((x.shape[0],), t, dtype=dtype)
-    strided("divergence", "t", t)
-    if t.is_complex() or t.dtype == torch.bool:
-        raise TypeError(f"divergence: t must be numbers, got {t.dtype}")
+    check_real("divergence", "t", t)
     if tuple(t.shape) not in ((), (x.shape[0],)):
         raise ValueError(f"divergence: t must be a scalar or ({x.shape[0]},), got {tuple(t.shape)}")
     if readable(t) and not math.isfinite(t.sum().item()):
