@@ -441,6 +441,21 @@ def test_bad_velocities_and_steps() -> None:
         fewstep.heun_solve(lambda x, t: x.T, x, [0.0, 1.0])
     with pytest.raises(ValueError, match=r"must return .* got tuple at step 0"):
         fewstep.heun_solve(lambda x, t: (x, t), x, [0.0, 1.0])
+    for wrong, got in (
+        (lambda x, t: x.to("meta"), "torch.float32 on meta"),
+        (lambda x, t: x * 1j, "torch.complex64 on cpu"),
+        (lambda x, t: x.to_sparse(), "a tensor of layout torch.sparse_coo"),
+        (lambda x, t: torch.nested.nested_tensor(list(x), layout=torch.jagged), "a tensor of"),
+    ):
+        for context in (torch.no_grad(), torch.enable_grad()):
+            message = rf"must return \(2, 3\), got {got}.* at step 0"
+            with context, pytest.raises(ValueError, match=message):
+                fewstep.heun_solve(wrong, x, [0.0, 1.0])
+    for whole in (lambda x, t: x.long(), lambda x, t: x.double()):
+        assert torch.equal(
+            fewstep.heun_solve(whole, x, [0.0, 1.0]).x,
+            fewstep.heun_solve(lambda x, t, f=whole: f(x, t).float(), x, [0.0, 1.0]).x,
+        )
     with torch.no_grad(), pytest.raises(ValueError, match="not finite at step 1"):
         fewstep.heun_solve(lambda x, t: x / (1 - t[:, None]), x, [0.0, 0.5, 1.0])
     with pytest.raises(ValueError, match="not finite at step 0"):

@@ -48,7 +48,7 @@ class Run:
         if is_transformed() or is_dual(x):
             self.functional, self.backend = True, "reference"
         self.combine = dispatch.into(self.backend, x.dtype)
-        self.dtype = x.dtype
+        self.dtype, self.device = x.dtype, x.device
         double = state == "float64" or x.dtype == torch.float64
         self.compensated = state == "compensated" and not double
         self.high = x.to(torch.float64 if double else torch.float32)
@@ -70,10 +70,21 @@ class Run:
         self.flag = self.wrong.numpy() if self.wrong is not None and on_cpu else None
 
     def accept(self, out: Any, step: int) -> Tensor:
-        """What the network returned, if it has the state's shape."""
-        if isinstance(out, Tensor) and out.shape == self.high.shape:
-            return out if out.dtype == self.dtype else out.to(self.dtype)
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        """What the network returned, if it has the state's shape and device."""
+        got: object = type(out).__name__
+        if isinstance(out, Tensor):
+            dense = out.layout == torch.strided and not out.is_nested
+            if dense and out.shape == self.high.shape and out.device == self.device:
+                if out.dtype == self.dtype:
+                    return out
+                if not out.is_complex():
+                    return out.to(self.dtype)
+            if not dense:
+                got = f"a tensor of layout {out.layout}"
+            elif out.shape == self.high.shape:
+                got = f"{out.dtype} on {out.device}"
+            else:
+                got = tuple(out.shape)
         raise ValueError(
             f"{self.who}: the network must return {tuple(self.high.shape)}, got {got}"
             f" at step {step}"
