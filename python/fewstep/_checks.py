@@ -66,7 +66,7 @@ def integer(who: str, name: str, value: Any) -> int:
 
 def count(who: str, name: str, value: Any, low: int = 1) -> int:
     """An integer of at least `low`."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    whole = type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
     if not whole or value < low:
         raise ValueError(f"{who}: {name} must be an integer of at least {low}, got {value!r}")
     return integer(who, name, value)
@@ -80,7 +80,7 @@ def one_of(who: str, name: str, value: Any, choices: Sequence[str]) -> None:
 def flags(who: str, **values: Any) -> None:
     """Raise TypeError unless all are bool."""
     for name, value in values.items():
-        if not isinstance(value, bool | np.bool_):
+        if value is not True and value is not False and not isinstance(value, np.bool_):
             raise TypeError(f"{who}: {name} must be True or False, got {value!r}")
 
 

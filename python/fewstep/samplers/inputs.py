@@ -46,16 +46,14 @@ def check_schedule(
 
 
 def check_churn(who: str, S_churn: float, S_min: float, S_max: float, S_noise: float) -> Churn:
-    given = {"S_churn": S_churn, "S_min": S_min, "S_max": S_max, "S_noise": S_noise}
-    values = {name: number(who, name, value) for name, value in given.items()}
-    for name in ("S_churn", "S_noise"):
-        if not 0 <= values[name] < math.inf:
-            raise ValueError(f"{who}: {name} must be at least 0 and finite, got {values[name]}")
-    if not values["S_min"] <= values["S_max"]:
-        raise ValueError(
-            f"{who}: S_min must be at most S_max, got {values['S_min']} and {values['S_max']}"
-        )
-    return Churn(*values.values())
+    amount, noise = number(who, "S_churn", S_churn), number(who, "S_noise", S_noise)
+    low, high = number(who, "S_min", S_min), number(who, "S_max", S_max)
+    for name, value in (("S_churn", amount), ("S_noise", noise)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{who}: {name} must be at least 0 and finite, got {value}")
+    if not low <= high:
+        raise ValueError(f"{who}: S_min must be at most S_max, got {low} and {high}")
+    return Churn(amount, low, high, noise)
 
 
 def check_precondition(who: str, precondition: float | None) -> float | None:

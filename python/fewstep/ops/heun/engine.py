@@ -73,7 +73,7 @@ class Run:
         """What the network returned, if it has the state's shape and device."""
         got: object = type(out).__name__
         if isinstance(out, Tensor):
-            dense = out.layout == torch.strided and not out.is_nested
+            dense = out.layout == torch.strided  # a nested tensor that is has no shape
             if dense and out.shape == self.high.shape and out.device == self.device:
                 if out.dtype == self.dtype:
                     return out

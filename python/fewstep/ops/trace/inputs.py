@@ -30,7 +30,8 @@ class Options:
     tangent_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.probes, Integral) and not isinstance(self.probes, bool):
+        own = type(self.probes) in (int, bool)
+        if not own and isinstance(self.probes, Integral):
             object.__setattr__(self, "probes", int(self.probes))  # NumPy's, too
 
 
