@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.trace.estimator import Divergence, Solver, population
-from fewstep.ops.trace.inputs import Options, check_ids, check_options, check_times, make_keys
+from fewstep.ops.trace.inputs import Options, check_ids, check_times, make_keys
 from fewstep.reference import trace as reference
 
 METHODS = ("euler", "heun")
@@ -133,7 +133,7 @@ def log_density(
     True
     """
     options = Options(estimator, probes, probe, backend, tangent_dtype, engine, check)
-    check_options(options, x, "log_density")
+    check_problem(options, x, "log_density")
     nodes = check_times("log_density", times, x)
     if method not in METHODS:
         raise ValueError(f"log_density: method must be one of {METHODS}, got {method!r}")
