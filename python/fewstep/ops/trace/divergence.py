@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.trace.estimator import Divergence, Solver
-from fewstep.ops.trace.inputs import Options, check_ids, check_time, make_key
+from fewstep.ops.trace.inputs import Options, check_ids, check_problem, check_time, make_key
 
 
 def divergence(

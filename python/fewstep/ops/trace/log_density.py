@@ -14,7 +14,13 @@ from torch import Tensor
 from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.trace.estimator import Divergence, Solver, population
-from fewstep.ops.trace.inputs import Options, check_ids, check_times, make_keys
+from fewstep.ops.trace.inputs import (
+    Options,
+    check_ids,
+    check_problem,
+    check_times,
+    make_keys,
+)
 from fewstep.reference import trace as reference
 
 METHODS = ("euler", "heun")
