@@ -58,15 +58,27 @@ def reverse_products(
     with torch.enable_grad(), attention_by_math():
         y = x.view_as(x) if kept and x.requires_grad else x.detach().requires_grad_(True)
         out = checked(velocity(y.clone(), t), x)  # which may be changed in place
-        rows = []
-        for u in v:
-            row = None
-            if out.requires_grad:
-                (row,) = torch.autograd.grad(
-                    out, y, u, retain_graph=True, create_graph=kept, allow_unused=True
-                )
-            rows.append(torch.zeros_like(x) if row is None else row)
+        rows = [pulled_back(out, y, u, twice=kept) for u in v]
     return out if kept else out.detach(), torch.stack(rows), PLAIN
+
+
+def pulled_back(out: Tensor, x: Tensor, u: Tensor, *, twice: bool) -> Tensor:
+    """`J' u`, which may be differentiated `twice`, by plain autograd; its graph remains."""
+    if not out.requires_grad:
+        return torch.zeros_like(x)
+    try:
+        with attention_by_math():  # checkpoints compute it again
+            (row,) = torch.autograd.grad(
+                out, x, u, retain_graph=True, create_graph=twice, allow_unused=True
+            )
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise ValueError(
+            "divergence: velocity has a checkpoint with use_reentrant=True, which no derivative"
+            " goes through but backward(): set use_reentrant=False"
+        ) from error
+    return torch.zeros_like(x) if row is None else row
 
 
 def attention_by_math() -> contextlib.AbstractContextManager[None]:

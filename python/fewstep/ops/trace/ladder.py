@@ -257,11 +257,7 @@ def _sample(
     alone = v.clone()
     alone[1::2] = 0
     weights = v.flip(0)
-    row = None
-    if out.requires_grad:
-        with reference.attention_by_math():  # checkpoints compute it again
-            (row,) = torch.autograd.grad(out, y, alone, create_graph=True, allow_unused=True)
-    row = torch.zeros_like(v) if row is None else row
+    row = reference.pulled_back(out, y, alone, twice=True)
     pulled = row.detach()
     if x.shape[0] > 1:
         inside, outside = pulled[::2].norm(), pulled[1::2].norm()
