@@ -166,7 +166,7 @@ def errors(found: Found, exact: Found) -> dict[str, float]:
     }
     most = max((float(g.norm()) for g in exact.gradients), default=0.0)
     for a, b in zip(found.gradients, exact.gradients, strict=False):
-        scale = max(float(b.norm()), 0.01 * most)
+        scale = max(float(b.norm()), 0.01 * most) or 1.0  # or all cancel
         out["gradient"] = max(out["gradient"], off(a, b, scale, 2))
     return out
 

@@ -190,7 +190,7 @@ class Solver:
 
             def func() -> tuple[Tensor, Tensor | None]:
                 # Rules of torch for several products are other rules, some of them wrong.
-                several = torch.stack([s.probe.flip(0), s.probe])
+                several = torch.stack([-2 * s.probe.flip(0), s.probe])
                 v, u, _ = reference.products(self.run, s.x, s.t, several)
                 return v, (u[1] * s.probe).flatten(1).sum(1)
 

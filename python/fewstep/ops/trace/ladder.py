@@ -128,7 +128,7 @@ class Sample:
         weights: r.
         velocity: v(x, t).
         pulled: `J' w` of every other sample.
-        leaves: tensors that the sum of `loss` is differentiable in, and their gradients.
+        leaves: tensors that `loss` is differentiable in, x among them, and their gradients.
         twice: the dots are in that sum: plain autograd has their gradients.
         tolerance: see `AGREEMENT`.
     """
@@ -144,6 +144,11 @@ class Sample:
     twice: bool
     tolerance: float
 
+    @property
+    def rounding(self) -> float:
+        """Of derivatives that are small as differences of larger ones, as those of norms are."""
+        return 100 * torch.finfo(self.velocity.dtype).eps
+
     def difference(self, velocity: Tensor, dots: Tensor | None, *, rough: bool) -> str | None:
         """What another way has different, or None; `rough`: its tangents are of few bits."""
         tolerance = ROUGH if rough else self.tolerance
@@ -158,9 +163,7 @@ class Sample:
             dots = dots.reshape(-1)[::2]
             exact = (self.pulled * self.probe).flatten(1).sum(1)[::2]
             size = self.pulled.flatten(1).norm(dim=1) * self.probe.flatten(1).norm(dim=1)
-            # Of norms and softmaxes J is small, and a difference of larger numbers.
-            rounding = 100 * torch.finfo(velocity.dtype).eps / tolerance
-            size = size + rounding * self.probe.flatten(1).square().sum(1)
+            size = size + self.rounding / tolerance * self.probe.flatten(1).square().sum(1)
             off = _error(dots, exact, size[::2].norm())
             if bool(exact.isfinite().all()) and not off <= tolerance:
                 return f"v . J v is off by {off:.2g} of |v| |J' v|"
@@ -183,10 +186,12 @@ class Sample:
             (torch.zeros_like(g) if f is None else f, g)
             for f, (_, g) in zip(found, live, strict=True)
         ]
-        size = sum(float(g.norm()) ** 2 for _, g in pairs) ** 0.5
-        off = sum(float((f - g).norm()) ** 2 for f, g in pairs) ** 0.5
-        if size == size and not off <= tolerance * size:  # NaN is nobody's
-            return f"gradients are off by {off / max(size, 1e-300):.2g} of their norm"
+        sizes = [float(g.norm()) for _, g in pairs]
+        least = 0.05 * max(sizes) + self.rounding / tolerance * float(self.weights.norm())
+        for (f, g), size in zip(pairs, sizes, strict=True):
+            off = float((f - g).norm()) / max(size, least, 1e-300)
+            if size == size and not off <= tolerance:  # NaN is nobody's
+                return f"a gradient {tuple(g.shape)} is off by {off:.2g} of its norm"
         return None
 
 
@@ -270,7 +275,7 @@ def _sample(
     twice = True
     for dots in ((row * v).flatten(1).sum(1)[::2], None):
         own = loss(out, weights, dots)
-        leaves = [leaf for leaf in leaves_of(own) if leaf is not y]
+        leaves = leaves_of(own)
         try:
             pairs = list(zip(leaves, gradients(own, leaves), strict=True))
         except RuntimeError:  # some functions of torch have no second derivative
@@ -285,7 +290,7 @@ def _sample(
     if x.is_cuda and exact:
         tolerance = max(tolerance, 1e-2 if torch.backends.cudnn.allow_tf32 else 0.0)
     return Sample(
-        *(x.detach(), t, v, weights, out.detach(), pulled),
+        *(y, t, v, weights, out.detach(), pulled),
         *([leaf for leaf, _ in live], [g for _, g in live], twice, tolerance),
     )
 
