@@ -296,3 +296,14 @@ def test_rules_of_ones_own() -> None:
         fewstep.register_rule(power, slope, example=[torch.tensor([1, 2]), 2.0])
     with pytest.raises(TypeError, match="jvp must be callable"):
         fewstep.register_rule(power, 3, example=example)  # type: ignore[arg-type]
+
+
+def test_casts_to_integers_are_named() -> None:
+    x = torch.rand(3, 4, dtype=F64) * 3
+    velocity = lambda x, t: x * (x * 3).long()  # noqa: E731
+    with pytest.warns(RuntimeWarning, match="long to torch.int64 has no derivative"):
+        out = fewstep.divergence(velocity, x, 0.0, estimator="exact")
+    assert out.info == "Tensor.long to torch.int64 has no derivative"
+    torch.testing.assert_close(out.value, (x * 3).long().sum(1).double())
+    assert right(velocity, x).info == out.info  # no second warning
+    assert right(lambda x, t: x * x.bool(), x).info == ""

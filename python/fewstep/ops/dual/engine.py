@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -67,14 +67,17 @@ class _Run:
     Attributes:
         grad: the grad mode at its beginning.
         refused: the first refusal: a forward that catches it has taken another branch.
+        notes: what its user should know.
     """
 
     grad: bool
     refused: str | None = None
+    notes: dict[str, None] = field(default_factory=dict)
 
 
 class _Current(threading.local):
     run: _Run | None = None
+    notes: tuple[str, ...] = ()
 
 
 _CURRENT = _Current()
@@ -94,9 +97,22 @@ def run_on(stand_in: Traced, forward: Callable[..., Any], t: Any) -> Any:
         out = forward(stand_in, t)
     finally:
         _CURRENT.run = before
+    _CURRENT.notes = tuple(run.notes)
     if run.refused is not None:
         raise UnsupportedError(run.refused)
     return out
+
+
+def note(text: str) -> None:
+    """Something that the user of the forward that is running should know."""
+    if not torch.compiler.is_compiling() and _CURRENT.run is not None:
+        _CURRENT.run.notes[text] = None
+
+
+def notes() -> tuple[str, ...]:
+    """Those of the last forward, once."""
+    found, _CURRENT.notes = _CURRENT.notes, ()
+    return found
 
 
 class Traced:

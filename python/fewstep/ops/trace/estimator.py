@@ -94,9 +94,9 @@ class Solver:
             if way not in known.refused:
                 found = self._try(way, attempt, x, known)
                 if found is not None:
-                    return found
+                    return _noted(found, known)
         ways = {
-            "duals": lambda: self._duals(x, t, key, backend),
+            "duals": lambda: _noted(self._duals(x, t, key, backend), known),
             "func": lambda: self._fallback(x, t, key, known, reference.products),
             "reverse": lambda: self._fallback(x, t, key, known, reference.reverse_products),
         }
@@ -482,6 +482,11 @@ class Solver:
             found = self._mean(v, reference.hutchinson(ju, u), d)
         self.info = _info(ways[0], known)
         return replace(found, info=self.info)
+
+
+def _noted(found: Divergence, known: Known) -> Divergence:
+    known.take_notes()
+    return replace(found, info="; ".join(known.notes)) if known.notes else found
 
 
 def _info(way: str, known: Known) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
 from fewstep._torch import is_transformed
-from fewstep.ops.dual.engine import MixingError
+from fewstep.ops.dual.engine import MixingError, notes
 from fewstep.ops.trace import velocity as velocities
 from fewstep.reference import trace as reference
 
@@ -42,6 +42,7 @@ class Known:
     Attributes:
         refused: ways that do not serve, and why.
         worked: ways that have.
+        notes: what the user should know of the forward, and was warned of.
         checked: samples that were compared.
         hooked, compiled, scripted: see `velocities`.
     """
@@ -51,7 +52,15 @@ class Known:
     scripted: bool = False
     refused: dict[str, str] = field(default_factory=dict)
     worked: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
     checked: int = 0
+
+    def take_notes(self) -> None:
+        """Those of the last forward, with a warning for each that is new."""
+        for text in notes():
+            if text not in self.notes:
+                self.notes.append(text)
+                warnings.warn(f"divergence: {text}", RuntimeWarning, stacklevel=2)
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Known]] = weakref.WeakKeyDictionary()

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.ops.dual.engine import Dual, Seed, Traced, UnsupportedError, register, same
-from fewstep.ops.dual.rules.plain import cast, inside, of_dtype, refuse
+from fewstep.ops.dual.engine import Dual, Seed, Traced, UnsupportedError, note, register, same
+from fewstep.ops.dual.rules.plain import cast, inside, of_dtype, primal, refuse
 
 
 def view(h: Dual, function: Callable[[Tensor], Any]) -> Any:
@@ -365,6 +365,10 @@ def _moved(name: str) -> Callable[..., Any]:
             return moved
         if moved.device != input.device:
             raise UnsupportedError(f"no rule for a change to {moved.device}")
+        if not moved.dtype.is_floating_point and not moved.dtype.is_complex:
+            if moved.dtype != torch.bool:
+                note(f"Tensor.{name} to {moved.dtype} has no derivative")
+            return primal(input).detach().to(moved.dtype)
         if moved.dtype != input.dtype:
             return cast(input, moved.dtype)
         return clone(input) if copy or layout not in (None, torch.preserve_format) else input
@@ -372,7 +376,10 @@ def _moved(name: str) -> Callable[..., Any]:
     return rule
 
 
-for _name in ("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"):
+for _name in (
+    *("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"),
+    *("long", "int", "short", "char", "byte", "bool"),
+):
     register(getattr(torch.Tensor, _name))(_moved(_name))
 
 
