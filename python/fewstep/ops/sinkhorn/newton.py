@@ -95,10 +95,12 @@ class System:
         eps = p.eps[:, None]
         self.R = row_mass if c.rho_x is None else row_mass + eps / c.rho_x * slope_x
         self.S = column_mass if c.rho_y is None else column_mass + eps / c.rho_y * slope_y
-        # A point so far that its mass underflows has no influence.
+        # A point so far that its mass underflows, or overflows without weight, has no influence.
         tiny = torch.finfo(p.f.dtype).tiny
         self.inverse_R = torch.where(self.R.gt(tiny), 1 / self.R, 0.0)
         self.inverse_S = torch.where(self.S.gt(tiny), 1 / self.S, 0.0)
+        self.excess_x = torch.where(self.R.isinf() & (p.a == 0), 0.0, self.excess_x)
+        self.excess_y = torch.where(self.S.isinf() & (p.b == 0), 0.0, self.excess_y)
         error = (p.a * self.excess_x.abs()).sum(-1) + (p.b * self.excess_y.abs()).sum(-1)
         return error / (p.a * row_mass).sum(-1)
 
