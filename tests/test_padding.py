@@ -123,6 +123,22 @@ def test_implicit_derivatives_of_padded_clouds(backend: str) -> None:
         assert not whole[len(part) :].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_beside_padding_whose_mass_would_overflow(backend: str) -> None:
+    x = torch.tensor([[0.5, 0.1], [0.2, 0.7]], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([[0.3, 0.4], [0.9, 0.2]], dtype=torch.float64)
+    far = torch.tensor([[3000.0, 3000.0]], dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
+    options: dict = {"cost": "dot", "eps": 0.3, "reach": 0.2, "tol": 1e-12, "max_iter": 999}
+    found = []
+    for padding, w in ((far, weights), (far[:0], weights[:2])):
+        points = torch.cat([x, padding]), torch.cat([y, padding])
+        result = fewstep.sinkhorn(*points, a=w, b=w, backend=backend, **options)
+        (grad,) = torch.autograd.grad(result.value, x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    assert torch.allclose(*found, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_plan_between_tiny_weights(dtype: torch.dtype) -> None:
     """`a b` underflows and the exponential overflows, but their product is ordinary."""

@@ -327,6 +327,23 @@ def test_barycentre_of_a_far_point_without_weight(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reach", [(None, 0.5), (0.3, 0.5)])
+def test_barycentre_of_a_point_without_weight_beside_a_destroyed_one(
+    backend: str, dtype: torch.dtype, reach: tuple[float | None, float]
+) -> None:
+    """All the mass of y_1 would go to x_1, had it any weight."""
+    x, y = torch.zeros(2, 1, dtype=dtype), torch.tensor([[2.0], [3.0]], dtype=dtype)
+    a, b = (torch.tensor(w, dtype=dtype) for w in ([1.0, 0.0], [0.5, 0.3]))
+    options: dict = {"cost": "dot", "exclude_diagonal": 1, "reach": reach, "backend": backend}
+    for eps in (0.1, 0.3, 0.007):
+        result = fewstep.sinkhorn(x, y, eps=eps, a=a, b=b, **options)
+        assert result.barycenter().flatten().tolist() == pytest.approx([2, 3])
+        moved = 3 if reach[0] is None else math.inf
+        assert result.barycenter(normalize=False)[1].item() == pytest.approx(moved)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_of_distances_where_points_coincide_at_an_infinite_label_cost(
     backend: str, dtype: torch.dtype
 ) -> None:
