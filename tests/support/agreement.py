@@ -198,7 +198,7 @@ class Comparison:
         for k, of, t in zip("ab", (of_f, of_g), felt, strict=True):
             out[f"gradient {k}"] = 10 * ((of * t).amax(-2) if self.several else of * t)
         value, residual = self.selected(e["value"]).abs().max(), self.selected(e["residual"]).max()
-        most = torch.stack([t[t.isfinite()].max() for t in felt]).max()
+        most = torch.cat([ONE[None], *(t[t.isfinite()] for t in felt)]).max()
         out |= {"residual": torch.maximum(residual, most)}
         if not (p.plain and p.balanced):  # the value has a term in the plan's mass
             most = torch.maximum(most, (1 + residual) * p.weights()[0].sum(-1).max())
