@@ -139,6 +139,33 @@ def test_second_derivatives_beside_padding_whose_mass_would_overflow(backend: st
     assert torch.allclose(*found, rtol=1e-9, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize(("cost", "far"), [("sqeuclidean", 30.0), ("dot", 3e3), ("dot", -3e3)])
+@pytest.mark.parametrize("weight", [0.0, 0.2])
+def test_potential_of_a_point_beyond_reach(cost: str, far: float, weight: float) -> None:
+    """Its mass, times `exp(-f / rho)`, is out of range; its potential and derivatives are not."""
+    if far == 3e3 and weight > 0:
+        pytest.skip("the plan has infinite mass")
+    y = torch.tensor([[0.3, 0.4], [0.9, 0.2]], dtype=torch.float64)
+    a = torch.tensor([0.5, 0.5 - weight, weight], dtype=torch.float64)
+    points = torch.tensor([[0.5, 0.1], [0.2, 0.7], [far, far / 30]], dtype=torch.float64)
+    options: dict = {"cost": cost, "eps": 0.3, "reach": 0.2, "tol": 1e-13, "max_iter": 999}
+    x, z = points.clone().requires_grad_(), points.clone().requires_grad_()
+    result = fewstep.sinkhorn(x, y, a=a, backend="cpp", **options)
+    exact = fewstep.sinkhorn(z, y, a=a, backend="reference", **options)
+    (grad,) = torch.autograd.grad(result.potentials()[0][2], x)
+    (expected,) = torch.autograd.grad(exact.f[2], z)
+    assert expected[2].abs().min() > 0.01
+    assert torch.allclose(grad, expected, rtol=1e-9, atol=1e-12)
+    u = torch.tensor([[1.0, 2.0], [0.0, -1.0], [3.0, 1.0]], dtype=torch.float64)
+    _, tangent = torch.func.jvp(
+        lambda x: fewstep.sinkhorn(x, y, a=a, backend="cpp", **options).potentials()[0][2],
+        (points,),
+        (u,),
+    )
+    assert tangent.item() == pytest.approx((expected * u).sum().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_plan_between_tiny_weights(dtype: torch.dtype) -> None:
     """`a b` underflows and the exponential overflows, but their product is ordinary."""

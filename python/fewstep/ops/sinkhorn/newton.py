@@ -48,12 +48,19 @@ class System:
 
     The potentials given are improved by Newton's method first: what a derivative is off by is
     their error, which where iterations converge slowly is much larger than the residual.
+
+    A penalised point's condition is divided by its slope `phi'(f)`, which for a point far away is
+    beyond the range of numbers. So `p` has weights `slope a`, the marginals of the plan, and the
+    potentials `f (1 + eps / rho)`, which make every row of `b e` sum to 1. `slopes` are those of x
+    and y: derivatives for a are `slopes[0]` times what p has.
     """
 
     def __init__(self, p: Problem, c: Constants, strict: bool) -> None:
         """`strict` where f and g matter and not only the plan, as in derivatives for a and b."""
         self.c, self.tolerance = c, _NEWTON_CG
-        error = self._linearise(double(p))
+        given = double(p)
+        f, g = given.f, given.g
+        error = self._linearise(given, f, g)
         if not bool((error <= START_BOUND).all()):
             worst = error.max().item()
             raise ConvergenceError(
@@ -66,7 +73,8 @@ class System:
             df, dg = self.solve(rows, columns)
             decrement = (p.a * df * rows).sum(-1) + (p.b * dg * columns).sum(-1)
             decrement = decrement.clamp(min=0).sqrt() / p.eps
-            self._linearise(p._replace(f=p.f + df, g=p.g + dg))
+            f, g = f + df, g + dg
+            self._linearise(given, f, g)
             done = decrement <= _DECREMENT
             if strict:  # a constant in f means nothing
                 df = df - df.mean(-1, keepdim=True) if c.balanced else df
@@ -83,24 +91,27 @@ class System:
             )
         self.tolerance = _DERIVATIVE_CG
 
-    def _linearise(self, p: Problem) -> Tensor:
-        """Takes the potentials of p, and returns the L1 error of its marginals over the mass."""
-        self.p, c = p, self.c
+    def _linearise(self, given: Problem, f: Tensor, g: Tensor) -> Tensor:
+        """Takes potentials of the problem given; the L1 error of its marginals over the mass."""
+        c, eps = self.c, given.eps[:, None]
+        self.slopes = _slope(f, c.rho_x), _slope(g, c.rho_y)
+        stiff_x, stiff_y = (0 if rho is None else eps / rho for rho in (c.rho_x, c.rho_y))
+        a, b = (
+            torch.where(w > 0, w * slope, 0.0)
+            for w, slope in zip((given.a, given.b), self.slopes, strict=True)
+        )
+        p = given._replace(a=a, b=b, f=f * (1 + stiff_x), g=g * (1 + stiff_y))
+        self.p = p
         (count, n), m = p.a.shape, p.b.shape[1]
         dense = count * n * m <= KEPT_PAIRS or p.matrix is not None
         self.e = Block(p, c, slice(0, count), slice(0, n)).e if dense else None
         row_mass, column_mass = self.rows(None, p.b), self.columns(None, p.a)
-        slope_x, slope_y = _slope(p.f, c.rho_x), _slope(p.g, c.rho_y)
-        self.excess_x, self.excess_y = slope_x - row_mass, slope_y - column_mass
-        eps = p.eps[:, None]
-        self.R = row_mass if c.rho_x is None else row_mass + eps / c.rho_x * slope_x
-        self.S = column_mass if c.rho_y is None else column_mass + eps / c.rho_y * slope_y
-        # A point so far that its mass underflows, or overflows without weight, has no influence.
+        self.excess_x, self.excess_y = 1 - row_mass, 1 - column_mass
+        self.R, self.S = row_mass + stiff_x, column_mass + stiff_y
+        # A point without a partner has no influence.
         tiny = torch.finfo(p.f.dtype).tiny
-        self.inverse_R = torch.where(self.R.gt(tiny), 1 / self.R, 0.0)
-        self.inverse_S = torch.where(self.S.gt(tiny), 1 / self.S, 0.0)
-        self.excess_x = torch.where(self.R.isinf() & (p.a == 0), 0.0, self.excess_x)
-        self.excess_y = torch.where(self.S.isinf() & (p.b == 0), 0.0, self.excess_y)
+        self.inverse_R = torch.where(row_mass.gt(tiny), 1 / self.R, 0.0)
+        self.inverse_S = torch.where(column_mass.gt(tiny), 1 / self.S, 0.0)
         error = (p.a * self.excess_x.abs()).sum(-1) + (p.b * self.excess_y.abs()).sum(-1)
         return error / (p.a * row_mass).sum(-1)
 
