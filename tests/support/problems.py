@@ -174,7 +174,7 @@ class Problem:
             C, (a, b) = p.costs(), p.weights()
             C = C[a > 0][:, b > 0]
             out = torch.maximum(out, C[C.isfinite()].abs().max() if C.isfinite().any() else out)
-        # Cosine's are those of unit vectors, and rounded as these are.
+        # Cosine's may be far below its temperatures, whose roundings potentials have.
         return out.clamp(min=1) if self.cost == "cosine" else out
 
     def describe(self) -> str:
