@@ -192,6 +192,9 @@ class Comparison:
         """What each quantity is measured by; broadcasts with it."""
         p, e = self.p, self.expected
         of_f, of_g = self.potential_scales()
+        # Where nearly no mass may leave a point its potential runs away from all costs.
+        own = (torch.where(e[k].abs() < 1e15 * self.eps.min(), e[k].abs(), 0.0) for k in "fg")
+        of_f, of_g = (torch.maximum(of, t) for of, t in zip((of_f, of_g), own, strict=True))
         out = {"f": of_f, "g": of_g, "potentials f": of_f, "potentials g": of_g}
         # A penalised potential enters by `exp(-f / rho)`, and so do its errors.
         felt = [self.amplified(e[k], rho) for k, rho in zip("fg", p.penalised, strict=True)]
