@@ -195,6 +195,17 @@ def test_gradient_for_costs_of_tiny_weights(backend: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "l1"])
+def test_gradient_of_a_point_whose_plan_is_beyond_its_weight(backend: str, cost: str) -> None:
+    x, y = torch.tensor([[0.0], [1.0]], requires_grad=True), torch.tensor([[0.0], [1.5]])
+    a, b = torch.tensor([1.0, 6e-38]), torch.tensor([1.0, 5.0])
+    options: dict = {"eps": 1e-3, "reach": (1.0, None), "max_iter": 1, "backend": backend}
+    value = fewstep.sinkhorn(x, y, a=a, b=b, cost=cost, **options).value
+    (grad,) = torch.autograd.grad(value, x)
+    assert grad[1].item() == pytest.approx(-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["points", "ragged", "matrix"])
 def test_annealing_starts_from_the_costs_of_points_with_weight(backend: str, form: str) -> None:
     data = padded(torch.float64)

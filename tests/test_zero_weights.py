@@ -342,6 +342,20 @@ def test_barycentre_of_a_point_without_weight_beside_a_destroyed_one(
         assert result.barycenter(normalize=False)[1].item() == pytest.approx(moved)
 
 
+@pytest.mark.parametrize("cost", ["sqeuclidean", "l1", "dot"])
+def test_second_derivatives_at_a_one_hot_weight(cost: str) -> None:
+    """The linear system has no solution but 0, and a right-hand side of roundings."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(40, n, 3, dtype=torch.float64, generator=generator) for n in (4, 2))
+    a, b = (torch.tensor(w, dtype=x.dtype).expand(40, -1) for w in ([1, 0, 0, 0], [0.44, 0.56]))
+    options: dict = {"eps": 0.3, "tol": 1e-12, "a": a, "b": b, "cost": cost}
+    result = fewstep.sinkhorn(x.requires_grad_(), y, **options, backend="cpp")
+    (grad,) = torch.autograd.grad(result.value.sum(), x, create_graph=True)
+    hvp, curvature = torch.autograd.grad(grad.square().sum(), x)[0], 2.0 * (cost == "sqeuclidean")
+    assert torch.allclose(hvp[:, 0], 2 * curvature * grad[:, 0].detach(), rtol=1e-12, atol=1e-12)
+    assert not hvp[:, 1:].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_of_distances_where_points_coincide_at_an_infinite_label_cost(

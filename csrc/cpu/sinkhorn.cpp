@@ -189,6 +189,10 @@ void gradients(const Batch<T>& in, const Geometry<T>& p, const Place<T>& at, con
   for (int64_t i = 0; i < at.n; ++i) {
     a[i] = factor * at.a[i];
     of_weight[i] = a[i] == 0 ? -kInfinity<T> : f[i];  // without, p_ij may be inf
+    if (a[i] != 0 && at.a[i] < T(0x1p-60)) {          // or with next to none, where a_i p_ij is not
+      a[i] = factor;
+      of_weight[i] = f[i] + std::log2(at.a[i]);
+    }
   }
   Gradient<T> io{h, of_weight, a, at.y, in.y_row, self, nullptr, 0, out_x, nullptr};
   io.weights = w.weights.get(std::min(step, at.n) * p.stride);

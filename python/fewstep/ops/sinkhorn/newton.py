@@ -24,6 +24,7 @@ _NEWTON_STEPS = 20
 _NEWTON_CG = 1e-3  # relative residual of the linear systems of its steps
 _DERIVATIVE_CG = 1e-11  # that of a derivative's linear system
 _CG_ITERATIONS = 5000
+_ROUNDING = 16 * torch.finfo(torch.float64).eps  # of a right-hand side, over its terms
 _CG_CHECK = 8  # iterations between two looks at the residuals, which synchronise a GPU
 
 
@@ -70,7 +71,7 @@ class System:
         for _ in range(_NEWTON_STEPS):
             p, eps = self.p, self.p.eps[:, None]
             rows, columns = eps * self.excess_x, eps * self.excess_y
-            df, dg = self.solve(rows, columns)
+            df, dg = self.solve(rows, columns, eps)
             decrement = (p.a * df * rows).sum(-1) + (p.b * dg * columns).sum(-1)
             decrement = decrement.clamp(min=0).sqrt() / p.eps
             f, g = f + df, g + dg
@@ -129,8 +130,11 @@ class System:
         v = weights if v is None else weights * v
         return (v[..., None, :] @ self.e)[..., 0, :]
 
-    def solve(self, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """(df, dg) for the right-hand sides of the module's docstring, `[B, N]` and `[B, M]`."""
+    def solve(self, r: Tensor, s: Tensor, size: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        """(df, dg) for the right-hand sides of `implicit`, `[B, N]` and `[B, M]`.
+
+        They are differences of terms of that size.
+        """
         p = self.p
         if self.c.symmetric:  # df = dg: R_i df_i + sum_j a_j e_ij df_j = r_i
             w = (p.a * self.inverse_R).sqrt()
@@ -138,7 +142,8 @@ class System:
             df = (r - self.rows(h, w)) * self.inverse_R
             return df, df
         w = (p.b * self.inverse_S).sqrt()
-        h = self._schur(w, w * (s - self.columns(r * self.inverse_R, p.a)))
+        of_r = self.columns(r * self.inverse_R, p.a)
+        h = self._schur(w, w * (s - of_r), w * (s.abs() + of_r.abs() + size))
         df = (r - self.rows(h, w)) * self.inverse_R
         return df, (s - self.columns(df, p.a)) * self.inverse_S
 
@@ -158,14 +163,17 @@ class System:
 
         # mg_j = ug_j / S_j is final where b_j = 0, and w_j = 0 there.
         mg = torch.where(p.b > 0, 0.0, ug * self.inverse_S)
-        rhs = ug - columns((uf - rows(mg)) * self.inverse_R)
-        rhs = torch.where(p.b > 0, rhs / p.b.sqrt(), 0.0) * self.inverse_S.sqrt()
-        mg = mg + w * self._schur(w, rhs)
+        of_uf = columns((uf - rows(mg)) * self.inverse_R)
+        unit = torch.where(p.b > 0, 1 / p.b.sqrt(), 0.0) * self.inverse_S.sqrt()
+        mg = mg + w * self._schur(w, unit * (ug - of_uf), unit * (ug.abs() + of_uf.abs()))
         mf = (uf - rows(mg)) * self.inverse_R
         return mf, (ug - columns(mf)) * self.inverse_S
 
-    def _schur(self, w: Tensor, rhs: Tensor) -> Tensor:
-        """`h = sqrt(b S) dg`; scaled so, the Schur complement is 1 minus a contraction."""
+    def _schur(self, w: Tensor, rhs: Tensor, terms: Tensor) -> Tensor:
+        """`h = sqrt(b S) dg`; scaled so, the Schur complement is 1 minus a contraction.
+
+        `terms` are what rhs is a difference of.
+        """
         p = self.p
         null = None
         if self.c.balanced:  # df = 1, dg = -1 changes nothing
@@ -175,7 +183,7 @@ class System:
         def apply(h: Tensor) -> Tensor:
             return h - w * self.columns(self.rows(h, w) * self.inverse_R, p.a)
 
-        return conjugate_gradient(apply, rhs, self.tolerance, null)
+        return conjugate_gradient(apply, rhs, self.tolerance, null, _ROUNDING * terms)
 
 
 def conjugate_gradient(
@@ -183,8 +191,12 @@ def conjugate_gradient(
     rhs: Tensor,
     tolerance: float,
     null: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """Solves the positive semidefinite `apply(h) = rhs`, each `[B, M]`, orthogonal to `null`."""
+    """Solves the positive semidefinite `apply(h) = rhs`, each `[B, M]`, orthogonal to `null`.
+
+    To the relative tolerance, or to the noise that rhs has.
+    """
 
     def project(r: Tensor) -> Tensor:
         return r if null is None else r - (r * null).sum(-1, keepdim=True) * null
@@ -193,6 +205,8 @@ def conjugate_gradient(
     h = torch.zeros_like(r)
     rr = r.square().sum(-1, keepdim=True)
     target = rr * tolerance**2
+    if noise is not None:
+        target = torch.maximum(target, noise.square().sum(-1, keepdim=True))
     for i in range(_CG_ITERATIONS + 1):
         active = rr > target
         if i % _CG_CHECK == 0 and not bool(active.any()):
