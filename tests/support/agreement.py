@@ -454,7 +454,7 @@ def slope(p: Problem, scale: Tensor) -> Tensor:
     """A bound on what a cost changes with a coordinate."""
     x, y = (p.tensors[k] for k in "xy")
     if p.cost == "dot":
-        return torch.maximum(x.abs().max(), y.abs().max())
+        return torch.maximum(x.abs().max(), y.abs().max()).clamp(min=1e-300)
     if p.cost in DISTANCES[:2]:
         return 2 * scale.sqrt()
     if p.cost == "cosine":
@@ -774,7 +774,10 @@ def check_divergence(p: Problem) -> None:
         actual = run(dtype, "cpp")
         with noise(dtype) if dtype == torch.float64 else nullcontext():
             opinion = functools.cache(lambda dtype=dtype: run(dtype, "reference"))
-            for i, name in enumerate(("value", "gradient x", "gradient y")):
+            # Of potentials beyond the digits of the dtype plans are unknown, and residuals inf.
+            known = bool(scale * torch.finfo(dtype).eps < eps.min())
+            names = ("value", "gradient x", "gradient y") if known else ("value",)
+            for i, name in enumerate(names):
                 a, e = actual[i].double(), exact[i]
                 assert bool(a.isfinite().all()), f"divergence {str(dtype)[6:]} {name}: not finite"
                 within = (e + (a - e) / (exponent if i else 1)).to(dtype)
