@@ -123,6 +123,49 @@ def test_implicit_derivatives_of_padded_clouds(backend: str) -> None:
         assert not whole[len(part) :].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_beside_padding_whose_mass_would_overflow(backend: str) -> None:
+    x = torch.tensor([[0.5, 0.1], [0.2, 0.7]], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([[0.3, 0.4], [0.9, 0.2]], dtype=torch.float64)
+    far = torch.tensor([[3000.0, 3000.0]], dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
+    options: dict = {"cost": "dot", "eps": 0.3, "reach": 0.2, "tol": 1e-12, "max_iter": 999}
+    found = []
+    for padding, w in ((far, weights), (far[:0], weights[:2])):
+        points = torch.cat([x, padding]), torch.cat([y, padding])
+        result = fewstep.sinkhorn(*points, a=w, b=w, backend=backend, **options)
+        (grad,) = torch.autograd.grad(result.value, x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    assert torch.allclose(*found, rtol=1e-9, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize(("cost", "far"), [("sqeuclidean", 30.0), ("dot", 3e3), ("dot", -3e3)])
+@pytest.mark.parametrize("weight", [0.0, 0.2])
+def test_potential_of_a_point_beyond_reach(cost: str, far: float, weight: float) -> None:
+    """Its mass, times `exp(-f / rho)`, is out of range; its potential and derivatives are not."""
+    if far == 3e3 and weight > 0:
+        pytest.skip("the plan has infinite mass")
+    y = torch.tensor([[0.3, 0.4], [0.9, 0.2]], dtype=torch.float64)
+    a = torch.tensor([0.5, 0.5 - weight, weight], dtype=torch.float64)
+    points = torch.tensor([[0.5, 0.1], [0.2, 0.7], [far, far / 30]], dtype=torch.float64)
+    options: dict = {"cost": cost, "eps": 0.3, "reach": 0.2, "tol": 1e-13, "max_iter": 999}
+    x, z = points.clone().requires_grad_(), points.clone().requires_grad_()
+    result = fewstep.sinkhorn(x, y, a=a, backend="cpp", **options)
+    exact = fewstep.sinkhorn(z, y, a=a, backend="reference", **options)
+    (grad,) = torch.autograd.grad(result.potentials()[0][2], x)
+    (expected,) = torch.autograd.grad(exact.f[2], z)
+    assert expected[2].abs().min() > 0.01
+    assert torch.allclose(grad, expected, rtol=1e-9, atol=1e-12)
+    u = torch.tensor([[1.0, 2.0], [0.0, -1.0], [3.0, 1.0]], dtype=torch.float64)
+    _, tangent = torch.func.jvp(
+        lambda x: fewstep.sinkhorn(x, y, a=a, backend="cpp", **options).potentials()[0][2],
+        (points,),
+        (u,),
+    )
+    assert tangent.item() == pytest.approx((expected * u).sum().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_plan_between_tiny_weights(dtype: torch.dtype) -> None:
     """`a b` underflows and the exponential overflows, but their product is ordinary."""
@@ -149,6 +192,17 @@ def test_gradient_for_costs_of_tiny_weights(backend: str, dtype: torch.dtype) ->
     result = fewstep.sinkhorn(None, None, C=C, a=a, b=a, eps=0.001, backend=backend)
     (grad,) = torch.autograd.grad(result.value, C)
     assert torch.allclose(grad.diagonal(), a, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "l1"])
+def test_gradient_of_a_point_whose_plan_is_beyond_its_weight(backend: str, cost: str) -> None:
+    x, y = torch.tensor([[0.0], [1.0]], requires_grad=True), torch.tensor([[0.0], [1.5]])
+    a, b = torch.tensor([1.0, 6e-38]), torch.tensor([1.0, 5.0])
+    options: dict = {"eps": 1e-3, "reach": (1.0, None), "max_iter": 1, "backend": backend}
+    value = fewstep.sinkhorn(x, y, a=a, b=b, cost=cost, **options).value
+    (grad,) = torch.autograd.grad(value, x)
+    assert grad[1].item() == pytest.approx(-5, rel=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -107,6 +107,69 @@ def test_options_agree_with_the_reference(
     check(data, options, scale)
 
 
+FLAT: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "symmetric": {"update": "symmetric"},
+    "over-relaxed": {"relax": 1.5},
+    "annealed": {"anneal": [3e7, 3e6]},
+    "reach": {"reach": 3e3},
+    "several eps": {"eps": [3e3, 3e5]},
+    "each its eps": {"eps": torch.tensor([3e3, 1e4])},
+    "init": {"init": (torch.ones(2, 40), torch.arange(140.0).reshape(2, 70) / 140)},
+    "labels": {"label_cost": torch.eye(3, 4), "labels": (torch.zeros(2, 40, dtype=int),) * 2},
+    "ragged": {"cu_seqlens": (torch.tensor([0, 30, 80]), torch.tensor([0, 90, 140]))},
+    "matrix": {},
+    "itself": {"update": "symmetric"},
+    "weights": {},
+    "tol": {"tol": 1e-9},
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_temperatures_far_above_all_costs(name: str) -> None:
+    """Beside eps float32 does not tell costs from 0."""
+    x, y = (clouds((2, 40, 70, 3))[k] for k in "xy")
+    options: dict[str, Any] = {"eps": 3e5, "max_iter": 3} | FLAT[name]
+    if name == "labels":
+        options["labels"] = torch.randint(3, (2, 40)), torch.randint(4, (2, 70))
+    if name == "ragged":
+        x, y = x.flatten(0, 1), y.flatten(0, 1)
+    if name == "weights":  # that sum to 1 exactly
+        options |= {"a": torch.eye(2, 40), "b": torch.eye(2, 70) / 2 + torch.eye(2, 70).flip(1) / 2}
+    points = (x, x) if name == "itself" else (x, y)
+    C = cost_matrix(x, points[1], "sqeuclidean")
+    found = []
+    for dtype, backend in ((torch.float32, "cpp"), (torch.float64, "reference")):
+
+        def cast(v: Any, dtype: torch.dtype = dtype) -> Any:
+            if isinstance(v, tuple):
+                return tuple(cast(t) for t in v)
+            floats = isinstance(v, Tensor) and v.is_floating_point()
+            return v.to(dtype) if floats else v
+
+        given = {k: cast(v) for k, v in options.items()}
+        leaf = (C if name == "matrix" else x).to(dtype).requires_grad_()
+        where = {"x": leaf, "y": leaf if name == "itself" else y.to(dtype)}
+        if name == "matrix":
+            where = {"x": None, "y": None, "C": leaf}
+        result = fewstep.sinkhorn(**where, **given, backend=backend)
+        found.append((result, *torch.autograd.grad(result.value.sum(), leaf)))
+    (actual, grad), (exact, expected) = found
+    for quantity, kind in (("f", "one step"), ("g", "one step"), ("value", "value")):
+        right = getattr(exact, quantity).detach()
+        assert_contract(kind, getattr(actual, quantity), right, scale=C)
+    assert torch.equal(actual.iterations, exact.iterations)
+    assert_contract("gradient", grad, expected)
+
+
+def test_divergence_far_below_the_temperature() -> None:
+    """Half that with eps infinite: the squared distance of the means."""
+    x, y = torch.rand(300, 3) * 1e-3, torch.rand(200, 3) * 1e-3
+    divergence = fewstep.sinkhorn_divergence(x, y, eps=0.05).value.item()
+    means = (x.double().mean(0) - y.double().mean(0)).square().sum().item()
+    assert divergence == pytest.approx(means, rel=1e-3)
+
+
 @pytest.mark.parametrize("cost", ["sqeuclidean", "half_sqeuclidean", "euclidean", "l1", "dot"])
 def test_labels_agree_with_the_reference_and_with_a_matrix(capability: str, cost: str) -> None:
     shape = (2, 33, 65, 3)

@@ -9,6 +9,8 @@ from tests.support import search
 from tests.support.problems import draw
 
 SEEDS = 400
+# Plans that vanish or diverge, potentials beyond all costs, sums that cancel.
+HARD = (30266, 30924, 31138, 31590, 34135, 34808, 40339, 43921, 44462, 44853, 45863)
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, 20))
@@ -19,6 +21,11 @@ def test_random_problems(first: int) -> None:
         if messages:
             found[seed] = messages
     assert not found
+
+
+@pytest.mark.parametrize("seed", HARD)
+def test_hard_problems(seed: int) -> None:
+    assert not search.failures(draw(seed), seed)
 
 
 def test_a_search_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

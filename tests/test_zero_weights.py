@@ -327,6 +327,37 @@ def test_barycentre_of_a_far_point_without_weight(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reach", [(None, 0.5), (0.3, 0.5)])
+def test_barycentre_of_a_point_without_weight_beside_a_destroyed_one(
+    backend: str, dtype: torch.dtype, reach: tuple[float | None, float]
+) -> None:
+    """All the mass of y_1 would go to x_1, had it any weight."""
+    x, y = torch.zeros(2, 1, dtype=dtype), torch.tensor([[2.0], [3.0]], dtype=dtype)
+    a, b = (torch.tensor(w, dtype=dtype) for w in ([1.0, 0.0], [0.5, 0.3]))
+    options: dict = {"cost": "dot", "exclude_diagonal": 1, "reach": reach, "backend": backend}
+    for eps in (0.1, 0.3, 0.007):
+        result = fewstep.sinkhorn(x, y, eps=eps, a=a, b=b, **options)
+        assert result.barycenter().flatten().tolist() == pytest.approx([2, 3])
+        moved = 3 if reach[0] is None else math.inf
+        assert result.barycenter(normalize=False)[1].item() == pytest.approx(moved)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "l1", "dot"])
+def test_second_derivatives_at_a_one_hot_weight(cost: str) -> None:
+    """The linear system has no solution but 0, and a right-hand side of roundings."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(40, n, 3, dtype=torch.float64, generator=generator) for n in (4, 2))
+    a, b = (torch.tensor(w, dtype=x.dtype).expand(40, -1) for w in ([1, 0, 0, 0], [0.44, 0.56]))
+    options: dict = {"eps": 0.3, "tol": 1e-12, "a": a, "b": b, "cost": cost}
+    result = fewstep.sinkhorn(x.requires_grad_(), y, **options, backend="cpp")
+    (grad,) = torch.autograd.grad(result.value.sum(), x, create_graph=True)
+    hvp, curvature = torch.autograd.grad(grad.square().sum(), x)[0], 2.0 * (cost == "sqeuclidean")
+    assert torch.allclose(hvp[:, 0], 2 * curvature * grad[:, 0].detach(), rtol=1e-12, atol=1e-12)
+    assert not hvp[:, 1:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_of_distances_where_points_coincide_at_an_infinite_label_cost(
     backend: str, dtype: torch.dtype
 ) -> None:

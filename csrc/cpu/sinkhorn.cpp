@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -188,6 +189,10 @@ void gradients(const Batch<T>& in, const Geometry<T>& p, const Place<T>& at, con
   for (int64_t i = 0; i < at.n; ++i) {
     a[i] = factor * at.a[i];
     of_weight[i] = a[i] == 0 ? -kInfinity<T> : f[i];  // without, p_ij may be inf
+    if (a[i] != 0 && at.a[i] < T(0x1p-60)) {          // or with next to none, where a_i p_ij is not
+      a[i] = factor;
+      of_weight[i] = f[i] + std::log2(at.a[i]);
+    }
   }
   Gradient<T> io{h, of_weight, a, at.y, in.y_row, self, nullptr, 0, out_x, nullptr};
   io.weights = w.weights.get(std::min(step, at.n) * p.stride);
@@ -322,6 +327,8 @@ class Solver {
     s_.residual[q_] = beyond_ ? kInfinity<T> : residual;
     s_.iterations[q_] = iterations;
   }
+
+  bool flat() const { return flat_; }
 
  private:
   int64_t begin(int64_t c) const { return c * chunks_.rows; }
@@ -640,6 +647,7 @@ class Solver {
     auto add = [&](double weight, double potential, double rho) {
       if (weight == 0) return;
       const double exponent = std::abs(potential * scale_);
+      flat_ = flat_ && exponent < kFlat;
       if (exponent > kDigits && exponent < kernel_.nowhere * 0x1p-40) beyond_ = true;
       if (rho != kInfinity<double>) potential = -rho * std::expm1(-potential / rho);
       value += weight * potential;
@@ -672,6 +680,9 @@ class Solver {
   // Potentials so large that their rounding alone changes the plan by a factor: what residual it has is unknown.
   static constexpr double kDigits = 2 / std::numeric_limits<T>::epsilon();
   bool beyond_ = false;
+  // Potentials below it, over eps: roundings of 1, in sums of exponentials, are most of their error.
+  static constexpr double kFlat = 0x1p-6;
+  bool flat_ = true;
   double eps_, scale_, relax_, mass_a_ = 0, extreme_ = 0, weight_ = 0;
   Update rows_, columns_;
   bool triangle_;                                                // of the pairs of x with itself each is looked at once
@@ -710,6 +721,75 @@ double work_of(const Batch<T>& in, double each) {
   return share * in.n * (share * in.m) * each;
 }
 
+// A problem once more in double, where float cannot tell its costs from 0 beside eps.
+void solve_in_double(const Batch<float>& in, const Solve<float>& s, int64_t q, int64_t threads) {
+  using Doubles = std::vector<double>;
+  const Place<float> at(in, q);
+  auto widened = [](const float* from, int64_t rows, int64_t row, int64_t columns) {
+    Doubles out;
+    for (int64_t i = 0; i < rows && from != nullptr; ++i)
+      out.insert(out.end(), from + i * row, from + i * row + columns);
+    return out;
+  };
+  auto from = [](const float* start, int64_t offset) { return start == nullptr ? nullptr : start + offset; };
+  auto data = [](Doubles& array) { return array.empty() ? nullptr : array.data(); };
+  Doubles x = widened(at.x, at.n, in.x_row, in.d), y = widened(at.y, at.m, in.y_row, in.d);
+  Doubles a = widened(at.a, 1, 0, at.n), b = widened(at.b, 1, 0, at.m), eps = {in.eps[q]};
+  Doubles matrix = widened(from(in.matrix, at.cloud * in.n * in.m), 1, 0, in.n * in.m);
+  Doubles label_cost = widened(in.label_cost, 1, 0, in.labels_x * in.labels_y);
+  Doubles f0 = widened(from(s.f0, at.first_f), 1, 0, at.n), g0 = widened(from(s.g0, at.first_g), 1, 0, at.m);
+  Doubles start = widened(from(s.start, q), 1, 0, 1), schedule = widened(s.schedule, 1, 0, s.scheduled);
+  Doubles f(at.n), g(at.m), grad_x(s.grad_x == nullptr ? 0 : at.n * in.d),
+      grad_y(s.grad_y == nullptr ? 0 : at.m * in.d);
+  // Weights sum to 1 but for their roundings, of which eps feels the logarithm.
+  for (Doubles* w : {&a, &b}) {
+    const double total = std::accumulate(w->begin(), w->end(), 0.0);
+    if (std::abs(total - 1) > 0x1p-20) continue;
+    for (double& t : *w) t /= total;
+  }
+  double value, residual;
+  const Batch<double> one{1,
+                          1,
+                          at.n,
+                          at.m,
+                          in.d,
+                          data(x),
+                          0,
+                          in.d,
+                          data(y),
+                          0,
+                          in.d,
+                          data(a),
+                          data(b),
+                          0,
+                          0,
+                          data(eps),
+                          data(matrix),
+                          nullptr,
+                          nullptr,
+                          in.label_x == nullptr ? nullptr : in.label_x + at.point_x,
+                          in.label_y == nullptr ? nullptr : in.label_y + at.point_y,
+                          data(label_cost),
+                          in.labels_x,
+                          in.labels_y,
+                          in.diagonal,
+                          in.cost};
+  const Solve<double> how{data(f0),    data(g0), s.max_iter, s.tol,     data(start),      s.factor,     data(schedule),
+                          s.scheduled, s.rho_x,  s.rho_y,    s.relax,   s.simultaneous,   s.self,       s.memory_limit,
+                          data(f),     data(g),  &value,     &residual, s.iterations + q, data(grad_x), data(grad_y)};
+  Borrowed<Workspace<double>> workspace;
+  Solver<double>(one, how, 0, *workspace, threads, s.memory_limit).solve();
+  auto narrow = [](const Doubles& array, float* to) {
+    for (size_t i = 0; i < array.size(); ++i) to[i] = static_cast<float>(array[i]);
+  };
+  narrow(f, s.f + at.first_f);
+  narrow(g, s.g + at.first_g);
+  if (s.grad_x != nullptr) narrow(grad_x, s.grad_x + at.first_f * in.d);
+  if (s.grad_y != nullptr) narrow(grad_y, s.grad_y + at.first_g * in.d);
+  s.value[q] = static_cast<float>(value);
+  s.residual[q] = static_cast<float>(residual);
+}
+
 }  // namespace
 
 template <class T>
@@ -720,7 +800,11 @@ void solve(const Batch<T>& in, const Solve<T>& s, int64_t threads) {
                                  [&](int64_t q, Workspace<T>& w, int64_t inner) {
                                    const Place<T> at(in, q);
                                    if (at.n > 0 && at.m > 0) {
-                                     Solver<T>(in, s, q, w, inner, s.memory_limit).solve();
+                                     Solver<T> solver(in, s, q, w, inner, s.memory_limit);
+                                     solver.solve();
+                                     if constexpr (sizeof(T) == 4) {
+                                       if (solver.flat()) solve_in_double(in, s, q, inner);
+                                     }
                                    } else {
                                      s.value[q] = s.residual[q] = 0;
                                      s.iterations[q] = 0;

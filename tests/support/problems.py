@@ -85,10 +85,10 @@ class Problem:
     @property
     def single(self) -> bool:
         """One potential stands for both."""
-        o = self.options
-        aside = ("labels", "init", "exclude_diagonal")
-        rho = self.penalised
-        symmetric = o.get("update") == "symmetric" and not any(k in o for k in aside)
+        o, rho = self.options, self.penalised
+        symmetric = o.get("update") == "symmetric" and not any(k in o for k in ("labels", "init"))
+        # Costs are symmetric without the diagonal, but not without another one.
+        symmetric = symmetric and o.get("exclude_diagonal", True) is True
         return symmetric and self.same and rho[0] == rho[1]
 
     def costs(self) -> Tensor:
@@ -174,7 +174,7 @@ class Problem:
             C, (a, b) = p.costs(), p.weights()
             C = C[a > 0][:, b > 0]
             out = torch.maximum(out, C[C.isfinite()].abs().max() if C.isfinite().any() else out)
-        # Cosine's are those of unit vectors, and rounded as these are.
+        # Cosine's may be far below its temperatures, whose roundings potentials have.
         return out.clamp(min=1) if self.cost == "cosine" else out
 
     def describe(self) -> str:

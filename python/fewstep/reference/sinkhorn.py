@@ -573,13 +573,17 @@ def transport(
 ) -> tuple[Tensor, Tensor]:
     """`out_i = sum_j p_ij v_j [P, N, K]` and `mass_i = sum_j p_ij [P, N]`, from `v [P, M, K]`.
 
-    `p_ij = b_j exp((f_i + g_j - C_ij) / eps)` is the plan divided by its row weight a_i.
+    `p_ij = b_j exp((f_i + g_j - C_ij) / eps)` is the plan divided by its row weight a_i. Where f_i
+    is inf, both are divided by the largest p_ij.
     """
 
     def apply(
         _: Points, C: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        p = _conditional(C, f, g, b, eps)
+        z = exponent(C, f, g, eps)
+        top = (z + b.log()[..., None, :]).clamp(min=-NOWHERE)
+        top = top.amax(-1) if top.numel() else f  # amax refuses an empty problem
+        p = weighted(z - torch.where(f == torch.inf, top, 0.0)[..., None], b[..., None, :])
         return p @ v, p.sum(-1)
 
     with torch.autocast(f.device.type, enabled=False):

@@ -70,12 +70,22 @@ def gradient(p: Problem, c: Constants, need: Flags) -> Tensors:
 
 
 class _Direction:
-    """A direction in the space of the variables, seen by blocks."""
+    """A direction in the space of the variables, seen by blocks.
 
-    def __init__(self, u: Directions, p: Problem) -> None:
+    Those along a and b are in the unit of p's weights, given the slopes of a `System`.
+    """
+
+    def __init__(
+        self, u: Directions, p: Problem, slopes: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self.x, self.y, self.a, self.b, self.matrix = (
             None if t is None else t.to(p.f.dtype) for t in u
         )
+        if slopes is not None:  # they may be inf at a point without weight
+            self.a, self.b = (
+                None if t is None else torch.where(t == 0, 0.0, t * slope)
+                for t, slope in zip((self.a, self.b), slopes, strict=True)
+            )
         self.moves = self.x is not None or self.y is not None
         if self.moves:
             self.x = torch.zeros_like(p.x) if self.x is None else self.x
@@ -163,7 +173,7 @@ def hessian_product(u: Directions, p: Problem, c: Constants, need: Flags) -> Ten
     strict = need[2] or need[3] or u[2] is not None or u[3] is not None
     dtype, system = p.f.dtype, System(p, c, strict)
     p = system.p
-    direction = _Direction(u, p)
+    direction = _Direction(u, p, system.slopes)
     df, dg = system.solve(*_right_hand_sides(system, direction))
     of_x, of_y, of_a, of_b, of_matrix = out = _zeros(p, need)
     streams = _streams(p, c)
@@ -188,12 +198,12 @@ def hessian_product(u: Directions, p: Problem, c: Constants, need: Flags) -> Ten
             x, y = block.bend(block.plan, ux, uy, dC)
             _add(of_x, block.index, x)
             _add(of_y, block.problems, y)
-    _add(of_a, ..., system.R * df)
-    _add(of_b, ..., system.S * dg)
-    if direction.b is not None:
-        _add(of_a, ..., p.eps[:, None] * direction.b.sum(-1, keepdim=True))
-    if direction.a is not None:
-        _add(of_b, ..., p.eps[:, None] * direction.a.sum(-1, keepdim=True))
+    _add(of_a, ..., system.slopes[0] * system.R * df)
+    _add(of_b, ..., system.slopes[1] * system.S * dg)
+    if u[3] is not None:
+        _add(of_a, ..., p.eps[:, None] * u[3].double().sum(-1, keepdim=True))
+    if u[2] is not None:
+        _add(of_b, ..., p.eps[:, None] * u[2].double().sum(-1, keepdim=True))
     return tuple((2 * t if c.symmetric else t).to(dtype) for t in out if t is not None)
 
 
@@ -203,7 +213,7 @@ def potentials_tangent(u: Directions, p: Problem, c: Constants) -> tuple[Tensor,
         df, dg = _each(lambda u, p: potentials_tangent(u, p, c), u, p)
         return df, dg
     system = System(p, c, strict=True)
-    df, dg = system.solve(*_right_hand_sides(system, _Direction(u, system.p)))
+    df, dg = system.solve(*_right_hand_sides(system, _Direction(u, system.p, system.slopes)))
     return df.to(p.f.dtype), dg.to(p.f.dtype)
 
 
@@ -233,6 +243,9 @@ def potentials_adjoint(uf: Tensor, ug: Tensor, p: Problem, c: Constants, need: F
             x, y = block.pull(w)
             _add(of_x, block.index, x)
             _add(of_y, block.problems, y)
+    for t, slope in zip((of_a, of_b), system.slopes, strict=True):
+        if t is not None:
+            t *= slope
     return tuple(t.to(dtype) for t in out if t is not None)
 
 

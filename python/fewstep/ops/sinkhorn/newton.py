@@ -24,6 +24,7 @@ _NEWTON_STEPS = 20
 _NEWTON_CG = 1e-3  # relative residual of the linear systems of its steps
 _DERIVATIVE_CG = 1e-11  # that of a derivative's linear system
 _CG_ITERATIONS = 5000
+_ROUNDING = 16 * torch.finfo(torch.float64).eps  # of a right-hand side, over its terms
 _CG_CHECK = 8  # iterations between two looks at the residuals, which synchronise a GPU
 
 
@@ -48,12 +49,19 @@ class System:
 
     The potentials given are improved by Newton's method first: what a derivative is off by is
     their error, which where iterations converge slowly is much larger than the residual.
+
+    A penalised point's condition is divided by its slope `phi'(f)`, which for a point far away is
+    beyond the range of numbers. So `p` has weights `slope a`, the marginals of the plan, and the
+    potentials `f (1 + eps / rho)`, which make every row of `b e` sum to 1. `slopes` are those of x
+    and y: derivatives for a are `slopes[0]` times what p has.
     """
 
     def __init__(self, p: Problem, c: Constants, strict: bool) -> None:
         """`strict` where f and g matter and not only the plan, as in derivatives for a and b."""
         self.c, self.tolerance = c, _NEWTON_CG
-        error = self._linearise(double(p))
+        given = double(p)
+        f, g = given.f, given.g
+        error = self._linearise(given, f, g)
         if not bool((error <= START_BOUND).all()):
             worst = error.max().item()
             raise ConvergenceError(
@@ -63,10 +71,11 @@ class System:
         for _ in range(_NEWTON_STEPS):
             p, eps = self.p, self.p.eps[:, None]
             rows, columns = eps * self.excess_x, eps * self.excess_y
-            df, dg = self.solve(rows, columns)
+            df, dg = self.solve(rows, columns, eps)
             decrement = (p.a * df * rows).sum(-1) + (p.b * dg * columns).sum(-1)
             decrement = decrement.clamp(min=0).sqrt() / p.eps
-            self._linearise(p._replace(f=p.f + df, g=p.g + dg))
+            f, g = f + df, g + dg
+            self._linearise(given, f, g)
             done = decrement <= _DECREMENT
             if strict:  # a constant in f means nothing
                 df = df - df.mean(-1, keepdim=True) if c.balanced else df
@@ -83,22 +92,27 @@ class System:
             )
         self.tolerance = _DERIVATIVE_CG
 
-    def _linearise(self, p: Problem) -> Tensor:
-        """Takes the potentials of p, and returns the L1 error of its marginals over the mass."""
-        self.p, c = p, self.c
+    def _linearise(self, given: Problem, f: Tensor, g: Tensor) -> Tensor:
+        """Takes potentials of the problem given; the L1 error of its marginals over the mass."""
+        c, eps = self.c, given.eps[:, None]
+        self.slopes = _slope(f, c.rho_x), _slope(g, c.rho_y)
+        stiff_x, stiff_y = (0 if rho is None else eps / rho for rho in (c.rho_x, c.rho_y))
+        a, b = (
+            torch.where(w > 0, w * slope, 0.0)
+            for w, slope in zip((given.a, given.b), self.slopes, strict=True)
+        )
+        p = given._replace(a=a, b=b, f=f * (1 + stiff_x), g=g * (1 + stiff_y))
+        self.p = p
         (count, n), m = p.a.shape, p.b.shape[1]
         dense = count * n * m <= KEPT_PAIRS or p.matrix is not None
         self.e = Block(p, c, slice(0, count), slice(0, n)).e if dense else None
         row_mass, column_mass = self.rows(None, p.b), self.columns(None, p.a)
-        slope_x, slope_y = _slope(p.f, c.rho_x), _slope(p.g, c.rho_y)
-        self.excess_x, self.excess_y = slope_x - row_mass, slope_y - column_mass
-        eps = p.eps[:, None]
-        self.R = row_mass if c.rho_x is None else row_mass + eps / c.rho_x * slope_x
-        self.S = column_mass if c.rho_y is None else column_mass + eps / c.rho_y * slope_y
-        # A point so far that its mass underflows has no influence.
+        self.excess_x, self.excess_y = 1 - row_mass, 1 - column_mass
+        self.R, self.S = row_mass + stiff_x, column_mass + stiff_y
+        # A point without a partner has no influence.
         tiny = torch.finfo(p.f.dtype).tiny
-        self.inverse_R = torch.where(self.R.gt(tiny), 1 / self.R, 0.0)
-        self.inverse_S = torch.where(self.S.gt(tiny), 1 / self.S, 0.0)
+        self.inverse_R = torch.where(row_mass.gt(tiny), 1 / self.R, 0.0)
+        self.inverse_S = torch.where(column_mass.gt(tiny), 1 / self.S, 0.0)
         error = (p.a * self.excess_x.abs()).sum(-1) + (p.b * self.excess_y.abs()).sum(-1)
         return error / (p.a * row_mass).sum(-1)
 
@@ -116,8 +130,11 @@ class System:
         v = weights if v is None else weights * v
         return (v[..., None, :] @ self.e)[..., 0, :]
 
-    def solve(self, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """(df, dg) for the right-hand sides of the module's docstring, `[B, N]` and `[B, M]`."""
+    def solve(self, r: Tensor, s: Tensor, size: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        """(df, dg) for the right-hand sides of `implicit`, `[B, N]` and `[B, M]`.
+
+        They are differences of terms of that size.
+        """
         p = self.p
         if self.c.symmetric:  # df = dg: R_i df_i + sum_j a_j e_ij df_j = r_i
             w = (p.a * self.inverse_R).sqrt()
@@ -125,7 +142,8 @@ class System:
             df = (r - self.rows(h, w)) * self.inverse_R
             return df, df
         w = (p.b * self.inverse_S).sqrt()
-        h = self._schur(w, w * (s - self.columns(r * self.inverse_R, p.a)))
+        of_r = self.columns(r * self.inverse_R, p.a)
+        h = self._schur(w, w * (s - of_r), w * (s.abs() + of_r.abs() + size))
         df = (r - self.rows(h, w)) * self.inverse_R
         return df, (s - self.columns(df, p.a)) * self.inverse_S
 
@@ -145,14 +163,17 @@ class System:
 
         # mg_j = ug_j / S_j is final where b_j = 0, and w_j = 0 there.
         mg = torch.where(p.b > 0, 0.0, ug * self.inverse_S)
-        rhs = ug - columns((uf - rows(mg)) * self.inverse_R)
-        rhs = torch.where(p.b > 0, rhs / p.b.sqrt(), 0.0) * self.inverse_S.sqrt()
-        mg = mg + w * self._schur(w, rhs)
+        of_uf = columns((uf - rows(mg)) * self.inverse_R)
+        unit = torch.where(p.b > 0, 1 / p.b.sqrt(), 0.0) * self.inverse_S.sqrt()
+        mg = mg + w * self._schur(w, unit * (ug - of_uf), unit * (ug.abs() + of_uf.abs()))
         mf = (uf - rows(mg)) * self.inverse_R
         return mf, (ug - columns(mf)) * self.inverse_S
 
-    def _schur(self, w: Tensor, rhs: Tensor) -> Tensor:
-        """`h = sqrt(b S) dg`; scaled so, the Schur complement is 1 minus a contraction."""
+    def _schur(self, w: Tensor, rhs: Tensor, terms: Tensor) -> Tensor:
+        """`h = sqrt(b S) dg`; scaled so, the Schur complement is 1 minus a contraction.
+
+        `terms` are what rhs is a difference of.
+        """
         p = self.p
         null = None
         if self.c.balanced:  # df = 1, dg = -1 changes nothing
@@ -162,7 +183,7 @@ class System:
         def apply(h: Tensor) -> Tensor:
             return h - w * self.columns(self.rows(h, w) * self.inverse_R, p.a)
 
-        return conjugate_gradient(apply, rhs, self.tolerance, null)
+        return conjugate_gradient(apply, rhs, self.tolerance, null, _ROUNDING * terms)
 
 
 def conjugate_gradient(
@@ -170,8 +191,12 @@ def conjugate_gradient(
     rhs: Tensor,
     tolerance: float,
     null: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """Solves the positive semidefinite `apply(h) = rhs`, each `[B, M]`, orthogonal to `null`."""
+    """Solves the positive semidefinite `apply(h) = rhs`, each `[B, M]`, orthogonal to `null`.
+
+    To the relative tolerance, or to the noise that rhs has.
+    """
 
     def project(r: Tensor) -> Tensor:
         return r if null is None else r - (r * null).sum(-1, keepdim=True) * null
@@ -180,6 +205,8 @@ def conjugate_gradient(
     h = torch.zeros_like(r)
     rr = r.square().sum(-1, keepdim=True)
     target = rr * tolerance**2
+    if noise is not None:
+        target = torch.maximum(target, noise.square().sum(-1, keepdim=True))
     for i in range(_CG_ITERATIONS + 1):
         active = rr > target
         if i % _CG_CHECK == 0 and not bool(active.any()):

@@ -77,7 +77,7 @@ class CanonicalProblem:
 
 def _rescaled(p: Problem, c: Constants) -> Tensor:
     """f, and where x has no weight one whose row of the plan neither over- nor underflows."""
-    if c.backend == "cpp":  # which finds it then
+    if c.backend in ("cpp", "reference"):  # which find it then
         own: Tensor | float = torch.inf
     elif c.rho_x is None:
         return p.f
