@@ -364,7 +364,9 @@ def solve(
     With `P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)` an alternating iteration is the f-update
     (rows exact) and then the g-update (columns exact). `residual` is the L1 error of the marginals
     as a fraction of the mass, of rows and, where columns are not exact, of columns, whichever is
-    larger. A problem whose residual is at most `tol` is left as it is while the others go on.
+    larger; or the square of the largest step, over eps, of a light point to its transform, of rows
+    and, where updates are relaxed, of columns. It is inf where potentials have no digits left for
+    eps. A problem whose residual is at most `tol` is left as it is while the others go on.
     Points without weight have the transform of the potential that came out on the other side, or 0
     where no finite cost joins them to a weight and their marginal is a constraint. A problem with
     weight at such a point is infeasible: its value is inf.

@@ -16,7 +16,7 @@ from fewstep.ops.heun.solve import HeunResult
 from fewstep.ops.trace import inputs as trace_inputs
 from fewstep.ops.trace.inputs import Options, check_ids
 from fewstep.samplers.cuda_graph import replay
-from fewstep.samplers.inputs import check_count, check_guidance, check_sigmas
+from fewstep.samplers.inputs import check_count, check_guidance, check_number, check_sigmas
 from fewstep.samplers.plan import (
     Churn,
     Determinants,
@@ -141,14 +141,20 @@ def edm_sample(
     if levels is None:
         steps = check_count("edm_sample", "steps", steps)
     schedule = (steps, sigma_min, sigma_max, rho)
+    numbers = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho, "S_churn": S_churn}
+    numbers |= {"S_min": S_min, "S_max": S_max, "S_noise": S_noise}
+    for name, value in numbers.items():
+        check_number("edm_sample", name, value)
     if tracker not in TRACKERS:
         raise ValueError(f"edm_sample: tracker must be one of {TRACKERS}, got {tracker!r}")
     ids = check_ids(sample_ids, latents, "edm_sample")
     churn = Churn(S_churn, S_min, S_max, S_noise)
     churn.check("edm_sample")
     weight = check_guidance("edm_sample", guidance, uncond, latents)
-    if precondition is not None and not 0 < precondition < math.inf:
-        raise ValueError(f"edm_sample: precondition must be positive, got {precondition}")
+    if precondition is not None:
+        check_number("edm_sample", "precondition", precondition)
+        if not 0 < precondition < math.inf:
+            raise ValueError(f"edm_sample: precondition must be positive, got {precondition}")
     seeds = seeds_for("edm_sample", seeds, latents, churn.amount > 0)
     if log_density is not None:
         check_log_density("edm_sample", log_density, latents)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -16,6 +16,12 @@ def check_count(who: str, name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{who}: {name} must be an integer of at least 1, got {value!r}")
     return int(value)
+
+
+def check_number(who: str, name: str, value: object) -> None:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number and not (isinstance(value, Tensor) and value.ndim == 0):
+        raise TypeError(f"{who}: {name} must be a number, got {value!r}")
 
 
 def check_sigmas(who: str, sigmas: Tensor | Sequence[float], latents: Tensor) -> Tensor:

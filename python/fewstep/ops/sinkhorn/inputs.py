@@ -52,6 +52,11 @@ def check_constant(op: str, name: str, t: Tensor) -> None:
         raise ValueError(f"{op}: {name} must not require a gradient, got one that does (detach it)")
 
 
+def check_flag(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
 def is_number(value: object) -> bool:
     """Of Python or of numpy."""
     return isinstance(value, int | float | numbers.Real)

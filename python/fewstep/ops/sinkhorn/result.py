@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.sinkhorn import autograd
-from fewstep.ops.sinkhorn.inputs import check_dense
+from fewstep.ops.sinkhorn.inputs import check_dense, check_flag
 from fewstep.ops.sinkhorn.problem import (
     Constants,
     Problem,
@@ -105,7 +105,8 @@ class SinkhornResult:
         g: potential on y, `[.., M]`.
         value: the entropic transport cost (the dual objective at f and g), `[..]`; differentiable.
         residual: L1 error of the row marginal as a fraction of the mass, `[..]`; the columns are
-            exact, or with a single potential as far off.
+            exact, or with a single potential as far off. Of points of less than a thousandth of the
+            largest weight, the square of the step over eps to the transform, if that is larger.
         iterations: iterations done, those of annealing included, int64 `[..]`.
         converged: `residual <= tol` (1e-3 where `tol` is None), bool `[..]`.
 
@@ -223,8 +224,9 @@ class SinkhornResult:
         self._check_unchanged("transport")
         if not isinstance(v, Tensor):
             raise TypeError(f"transport: v must be a Tensor, got {type(v).__name__}")
-        if axis not in (0, 1):
-            raise ValueError(f"transport: axis must be 0 or 1, got {axis}")
+        if isinstance(axis, bool) or axis not in (0, 1):
+            raise ValueError(f"transport: axis must be 0 or 1, got {axis!r}")
+        check_flag("transport", "implicit", implicit)
         count = (p.points.y if axis == 0 else p.points.x).shape[1]
         shared, own = (*p.batch, count), (*p.lead, count)
         vector = tuple(v.shape) in (shared, own)
@@ -290,6 +292,8 @@ class SinkhornResult:
         p = self._problem
         if p.targets is None:
             raise ValueError("barycenter: needs points, got a problem with a cost matrix C")
+        check_flag("barycenter", "normalize", normalize)
+        check_flag("barycenter", "implicit", implicit)
         self._check_unchanged("barycenter")
         y = p.targets if implicit else p.targets.detach()
         y = torch.cat([y, torch.ones_like(y[..., :1])], -1)
