@@ -100,6 +100,28 @@ def test_far_padding(backend: str, cost: str, far: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("update", [{}, {"update": "symmetric"}, {"relax": 1.4}], ids=str)
+def test_far_padding_of_products(backend: str, dtype: torch.dtype, update: dict) -> None:
+    """Gradients for its weights are beyond every number, and 0 times them is to be 0."""
+    data = padded(dtype)
+    data["x"][4:], data["y"][5:] = 1e4, 1e4
+    logits = [data[k].log().requires_grad_() for k in "ab"]
+    weights = dict(zip("ab", (t.softmax(-1) for t in logits), strict=True))
+    result = fewstep.sinkhorn(
+        data["x"], data["y"], **weights, cost="dot", eps=0.5, reach=1.0, max_iter=300,
+        backend=backend, **update,
+    )  # fmt: skip
+    of_a, of_b = torch.autograd.grad(result.value, list(weights.values()), retain_graph=True)
+    for grad, n in ((of_a, 4), (of_b, 5)):
+        assert grad.isfinite().all()
+        assert (grad[n:] < -1e37).all()
+    for grad, n in zip(torch.autograd.grad(result.value, logits), (4, 5), strict=True):
+        assert grad.isfinite().all()
+        assert not grad[n:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_implicit_derivatives_of_padded_clouds(backend: str) -> None:
     data = padded(torch.float64)
 

@@ -563,6 +563,16 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
     assert not called
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", "precondition"],
+)
+@pytest.mark.parametrize("value", ["a", [1.0], True])
+def test_numbers_that_are_none(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"edm_sample: {name} must be a number, got "):
+        fewstep.edm_sample(gaussian(1.0), torch.zeros(2, 2), steps=3, **{name: value})
+
+
 def test_bad_networks_are_named_with_their_step() -> None:
     latents = torch.randn(2, 3)
     with pytest.raises(ValueError, match=r"must return \(2, 3\), got \(2, 1\) at step 0"):

@@ -467,6 +467,17 @@ def test_bad_transport_input() -> None:
         result.transport(torch.zeros(3), axis=2)
     with pytest.raises(TypeError, match=r"v must be torch.float32, got torch.float64"):
         result.transport(torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"axis must be 0 or 1, got True"):
+        result.transport(torch.zeros(4), axis=True)
+    with pytest.raises(TypeError, match=r"implicit must be True or False, got 'no'"):
+        result.transport(torch.zeros(3), implicit="no")
+    for name in ("normalize", "implicit"):
+        with pytest.raises(TypeError, match=rf"{name} must be True or False, got 0"):
+            result.barycenter(**{name: 0})
+    with pytest.raises(TypeError, match=r"check_finite must be True or False, got 'a'"):
+        fewstep.sinkhorn(X, Y, eps=0.1, check_finite="a")
+    with pytest.raises(TypeError, match=r"result must be what sinkhorn returned, got Tensor"):
+        fewstep.transport(X, Y)
 
 
 def test_backend_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,22 +143,58 @@ def test_penalties_far_below_eps(rows: tuple[float, ...], limit: int) -> None:
     assert result.iterations <= 3
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("eps", [1.62e-4, 0.06, 0.1, 0.3, 0.65])
-def test_potentials_beyond_the_digits_of_float32_are_not_converged(eps: float) -> None:
-    """Their rounding is more than eps, and the plan is any."""
-    C = torch.tensor([[1e9]])
-    result = fewstep.sinkhorn(None, None, C=C, eps=eps, backend="cpp")
-    assert result.residual == torch.inf
-    assert not result.converged
-    assert result.value.item() == pytest.approx(1e9, rel=1e-5)
-    found = fewstep.sinkhorn(None, None, C=C.double(), eps=eps, backend="cpp")
+def test_potentials_beyond_the_digits_of_float32_have_no_plan(backend: str, eps: float) -> None:
+    """Their rounding is more than eps, and the plan is any; the value is right."""
+    C = torch.tensor([[1e9]], requires_grad=True)
+    points = torch.zeros(1, 1, requires_grad=True), torch.full((1, 1), 1e9**0.5)
+    ones = torch.ones(1)
+    for args, options in (((None, None), {"C": C}), (points, {})):
+        result = fewstep.sinkhorn(*args, **options, eps=eps, backend=backend)
+        assert result.residual == torch.inf
+        assert not result.converged
+        assert result.value.item() == pytest.approx(1e9, rel=1e-5)
+        beyond = r"eps must be at least 86 .* or float64"
+        for more in ({}, {"axis": 1, "implicit": True}):
+            with pytest.raises(ValueError, match=beyond):
+                result.transport(ones, **more)
+        with pytest.raises(ValueError, match=beyond):
+            result.plan() if options else result.barycenter()
+        with pytest.raises(ValueError, match=beyond):
+            torch.autograd.grad(result.value, options.get("C", points[0]))
+    found = fewstep.sinkhorn(None, None, C=C.detach(), eps=90.0, backend=backend)
+    assert found.transport(ones).item() == pytest.approx(1, rel=1)
+    found = fewstep.sinkhorn(None, None, C=C.detach().double(), eps=eps, backend=backend)
     assert found.converged
-    assert found.transport(C.new_ones(1).double()).item() == pytest.approx(1, rel=1e-3)
+    assert found.transport(ones.double()).item() == pytest.approx(1, rel=1e-3)
     # Far points without weight are no matter, nor are forbidden pairs.
     C, a = torch.tensor([[0.0, 1e9], [1e9, 0.0], [1e9, 1e9]]), torch.tensor([0.5, 0.5, 0.0])
-    found = fewstep.sinkhorn(None, None, C=C, a=a, eps=eps, backend="cpp")
+    found = fewstep.sinkhorn(None, None, C=C, a=a, eps=eps, backend=backend)
     assert found.converged
     assert torch.allclose(found.transport(C.new_ones(2)), a)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("form", ["points", "batch", "ragged"])
+def test_far_points_that_are_destroyed_have_a_plan(backend: str, form: str) -> None:
+    """Their potentials are as large, but rounding brings none of their mass back."""
+    x = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1e5, 1e5]])
+    y = torch.tensor([[0.5, 0.0], [1.0, 0.3]])
+    options: dict = {"eps": 0.1, "reach": 1.0, "max_iter": 300}
+    exact = fewstep.sinkhorn(x.double(), y.double(), **options)
+    if form == "batch":
+        x, y = x.expand(2, -1, -1), y.expand(2, -1, -1)
+    if form == "ragged":
+        options["cu_seqlens"] = torch.tensor([0, 3]), torch.tensor([0, 2])
+    x = x.clone().requires_grad_()
+    found = fewstep.sinkhorn(x, y, backend=backend, **options)
+    assert found.converged.all()
+    (grad,) = torch.autograd.grad(found.value.sum(), x)
+    assert grad.isfinite().all()
+    assert torch.allclose(found.value.double(), exact.value, rtol=1e-5)
+    moved = exact.transport(exact._problem.points.y[0])
+    assert torch.allclose(found.transport(y).double(), moved, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -139,6 +139,138 @@ def test_gradient_for_a_weight_that_is_zero(backend: str, dtype: torch.dtype) ->
     assert (other[1] - other[0]).item() == pytest.approx(-4.459772, rel=rounding)
 
 
+# Points, their weights and eps: light rows near heavy columns, near light ones, and both.
+LIGHT = {
+    "row": ([0.0, 1.0], [0.0, 2.0, 3.0], [1.0, 1e-12], [1.0, 1.0, 1.0], 0.5),
+    "lighter": ([0.0, 1.0], [0.0, 2.0, 3.0], [1.0, 1e-30], [1.0, 1.0, 1.0], 0.5),
+    "heavier": ([0.0, 1.0], [0.0, 2.0, 3.0], [1.0, 1e-6], [1.0, 1.0, 1.0], 0.5),
+    "rows": ([0.0, 1.0, 1.3, 4.0], [0.0, 2.0, 3.0], [1.0, 1e-8, 1e-10, 1e-20], [1, 2, 1.0], 0.4),
+    "both": ([0.0, 1.5, 2.0], [0.1, 1.7, 1.9, 2.5], [1, 1e-9, 3e-9], [1, 2e-9, 1e-9, 1e-9], 0.5),
+    "crossed": ([0.0, 1.0, 2.0], [0.2, 1.1, 2.2], [1.0, 1e-9, 1e-15], [1e-9, 1e-12, 1.0], 0.2),
+}  # fmt: skip
+LIGHT_UPDATES = (*UPDATES, {"relax": 0.7}, {"relax": 1.5})
+
+
+def light(case: str, dtype: torch.dtype) -> tuple[list[Tensor], float]:
+    """x, y, a, b, and eps."""
+    *rows, eps = LIGHT[case]
+    x, y, a, b = (torch.tensor(row, dtype=dtype) for row in rows)
+    return [x[:, None], y[:, None], a / a.sum(), b / b.sum()], eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", LIGHT)
+@pytest.mark.parametrize("options", LIGHT_UPDATES, ids=str)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_potentials_of_light_points(
+    backend: str, dtype: torch.dtype, case: str, options: dict, swapped: bool
+) -> None:
+    (x, y, a, b), eps = light(case, dtype)
+    if swapped:
+        x, y, a, b = y, x, b, a
+    a, b = a.requires_grad_(), b.requires_grad_()
+    tol = 1e-6
+    found = fewstep.sinkhorn(
+        x, y, a=a, b=b, eps=eps, tol=tol, max_iter=1000, backend=backend, **options
+    )
+    assert found.converged
+    exact_a, exact_b = (t.detach().double().requires_grad_() for t in (a, b))
+    exact = fewstep.sinkhorn(
+        x.double(), y.double(), a=exact_a, b=exact_b, eps=eps, max_iter=1000, backend="cpp",
+        **options,
+    )  # fmt: skip
+    grads = torch.autograd.grad(found.value, (a, b))
+    right = torch.autograd.grad(exact.value, (exact_a, exact_b))
+    balanced = "reach" not in options
+    rounding = 16 * torch.finfo(dtype).eps * 16
+    for pairs in (
+        zip(grads, right, strict=True),
+        zip((t.detach() for t in found.potentials()), exact.potentials(), strict=True),
+    ):
+        for mine, its in pairs:
+            its = its.detach()
+            if balanced:  # up to a constant
+                mine, its = mine - mine[0], its - its[0]
+            bound = 3 * tol**0.5 * eps * max(1.0, float((-its).clamp(min=0).max()))
+            assert float((mine.double() - its).abs().max()) < bound + rounding
+    for mine, its, kind in (
+        (found.value, exact.value, "value"),
+        (found.plan(), exact.plan(), "plan"),
+    ):
+        assert (mine.double() - its).abs().max() < 20 * tol, kind
+    means = found.barycenter().double(), exact.barycenter()
+    assert torch.allclose(*means, rtol=0, atol=0.02)
+    assert torch.allclose(found.transport(y).double(), exact.transport(y.double()), atol=20 * tol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_light_points_of_several_problems(backend: str, dtype: torch.dtype) -> None:
+    """In a batch, ragged and at several temperatures they are what they are alone."""
+    (x, y, a, b), eps = light("rows", dtype)
+    others = [t.flip(0) for t in (x, y, a, b)]
+    options: dict = {"tol": 1e-6, "max_iter": 1000, "backend": backend}
+    alone = [
+        fewstep.sinkhorn(p[0], p[1], a=p[2], b=p[3], eps=eps, **options)
+        for p in ([x, y, a, b], others)
+    ]
+    pairs = [torch.stack(t) for t in zip((x, y, a, b), others, strict=True)]
+    batch = fewstep.sinkhorn(pairs[0], pairs[1], a=pairs[2], b=pairs[3], eps=eps, **options)
+    ends = tuple(torch.tensor([0, len(t), 2 * len(t)]) for t in (x, y))
+    flat = [t.flatten(0, 1) for t in pairs]
+    ragged = fewstep.sinkhorn(
+        flat[0], flat[1], a=flat[2], b=flat[3], eps=eps, cu_seqlens=ends, **options
+    )
+    several = fewstep.sinkhorn(x, y, a=a, b=b, eps=[2 * eps, eps], **options)
+    for k, one in enumerate(alone):
+        for f in (batch.f[k], ragged.f[k * len(x) : (k + 1) * len(x)], *several.f[1:][: 1 - k]):
+            torch.testing.assert_close(f, one.f)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("update", [{}, {"update": "symmetric"}, {"relax": 0.7}], ids=str)
+def test_light_points_that_have_not_settled_are_not_converged(
+    backend: str, dtype: torch.dtype, update: dict
+) -> None:
+    """Whatever their weight: the mass of the row is 27597 times what it ought to be."""
+    for case in ("row", "lighter"):
+        (x, y, a, _), eps = light(case, dtype)
+        init = torch.zeros_like(a), torch.zeros_like(y[:, 0])
+        result = fewstep.sinkhorn(x, y, a=a, eps=eps, init=init, max_iter=1, backend=backend,
+                                  **update)  # fmt: skip
+        f = result.f[1] - result.f[0]
+        assert (abs(f.item() + 4.459772) < 0.1) == bool(result.converged)
+    if not update:
+        assert result.residual.item() == pytest.approx(math.log(27597) ** 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["row", "lighter", "rows"])
+def test_derivatives_of_the_potentials_of_light_points(
+    backend: str, dtype: torch.dtype, case: str
+) -> None:
+    """Against those of unrolled iterations."""
+    options: dict = {"max_iter": 300}
+    found = []
+    for here, name in ((dtype, backend), (torch.float64, "unrolled")):
+        (x, y, a, _), eps = light(case, here)
+        x, a = x.requires_grad_(), a.requires_grad_()
+        backend_of = "reference" if name == "unrolled" else name
+        stop = options if name == "unrolled" else {"tol": 1e-6, "max_iter": 1000}
+        result = fewstep.sinkhorn(x, y, a=a, eps=eps, backend=backend_of, **stop)
+        f, g = (result.f, result.g) if name == "unrolled" else result.potentials()
+        moved = (f[1:] - f[0]).sum() + (g[1:] - g[0]).square().sum()
+        of_x, of_a = torch.autograd.grad(moved, (x, a), retain_graph=True)
+        (slope,) = torch.autograd.grad(result.value, x, create_graph=True)
+        second = torch.autograd.grad((slope * x.detach().cos()).sum(), x)[0]
+        found.append([of_x.double(), (of_a[1:] - of_a[0]).double(), second.double()])
+    for mine, its in zip(*found, strict=True):
+        assert (mine - its).norm() < 1e-3 * its.norm()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_derivatives_through_potentials_at_a_one_hot_weight(
@@ -285,6 +417,35 @@ def test_products_with_a_point_whose_partner_is_destroyed(backend: str, dtype: t
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["alone", "batch", "diagonal"])
+def test_potentials_of_a_point_without_partner_have_no_constant(
+    backend: str, dtype: torch.dtype, form: str
+) -> None:
+    C = torch.tensor([[4.0, 5.0, 5.5], [5.3, 5.2, 5.9], [torch.inf] * 3], dtype=dtype)
+    a = torch.tensor([0.5, 0.5, 0.0], dtype=dtype)
+    if form == "batch":
+        C, a = torch.stack([C, C + 3]), torch.stack([a, a])
+    options: dict = {"eps": 0.1, "max_iter": 300, "backend": backend}
+    for swapped in (False, True):
+        weights = {"b" if swapped else "a": a}
+        if form == "diagonal":  # leaves the last point of x no point with weight
+            weights = {"a": a, "b": torch.tensor([0.0, 0.0, 1.0], dtype=dtype)}
+            result = fewstep.sinkhorn(C[:2, 0].new_tensor([[0.0], [1], [2]]), C.new_tensor(
+                [[3.0], [4], [5]]), exclude_diagonal=True, **weights, **options)  # fmt: skip
+        else:
+            result = fewstep.sinkhorn(
+                None, None, C=C.mT.contiguous() if swapped else C, **weights, **options
+            )
+        pair = result.potentials()
+        side = 1 if swapped and form != "diagonal" else 0
+        assert not pair[side][..., 2].any()
+        total = [(w * t).sum(-1) for w, t in
+                 zip((result._problem.a, result._problem.b), pair, strict=True)]  # fmt: skip
+        assert torch.allclose(total[0], total[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("eps", [1e-3, 1e-4])
 def test_products_with_a_point_whose_mass_overflows(
     backend: str, dtype: torch.dtype, eps: float
@@ -305,6 +466,8 @@ def test_products_with_a_point_whose_mass_overflows(
     result = fewstep.sinkhorn(torch.cat([x, 0 * x], 1), z, a=a, b=b, **options)
     rounding = 4 * torch.finfo(dtype).eps * 48 / eps
     assert result.barycenter()[:, 1].tolist() == pytest.approx([0.75, 0.75], rel=rounding)
+    implicit = result.barycenter(implicit=True)[:, 1].tolist()
+    assert implicit == pytest.approx([0.75, 0.75], rel=rounding)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -277,6 +277,7 @@ class Coupling {
       kernel_.exp2_sum(n_padded_, f_, zero_, shift_, u_);
       std::swap(v_, v_next_);
       scaled_ = true;
+      empty_rows_ = std::any_of(f_, f_ + n_, [&](T f) { return f >= kernel_.nowhere; });
     } else if (kernel_.update_columns(p_.m_padded, columns_, log2_b_, {}, 0, h_, bad_)) {
       update_bad_columns();
     }
@@ -318,7 +319,7 @@ class Coupling {
   double scaled_pass() {
     return sum_columns([&](int64_t c, int64_t begin, int64_t, T* columns) {
       const int64_t end = c + 1 == chunks_ ? n_padded_ : begin + chunk_rows_;
-      const ScalePass<T> io{matrix_, shift_, v_, u_, a_, {}, false, u_next_, columns, true};
+      const ScalePass<T> io{matrix_, shift_, v_, u_, a_, {}, false, u_next_, columns, empty_rows_};
       return kernel_.scale_pass(n_, p_.m_padded, io, begin, end).extreme;
     });
   }
@@ -358,7 +359,7 @@ class Coupling {
   Part<T> parts_[3];
   const Part<T>* excluded_ = nullptr;  // the columns of x_self, where they have a diagonal
   Geometry<T> p_;
-  bool keep_kernel_, keep_distances_, scaled_ = false, has_f_ = false;
+  bool keep_kernel_, keep_distances_, scaled_ = false, has_f_ = false, empty_rows_ = false;
   T *distances_, *matrix_, *tiles_;
   T *a_, *b_, *log2_b_, *columns_, *fa_, *zero_;
   T *f_, *f_next_, *shift_, *h_, *total_h_;  // the log domain

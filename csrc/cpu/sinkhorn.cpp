@@ -125,6 +125,9 @@ constexpr double kLargestTarget = 4;
 // Alternating iterations at most after symmetric ones; in Python LAST_STEPS.
 constexpr int64_t kLastSteps = 10;
 
+// Points of less than this share of the largest weight are light; in Python LIGHT.
+constexpr double kLight = 1e-3;
+
 double unit(Cost cost) { return cost == Cost::half_sqeuclidean ? 0.5 : 1.0; }
 
 // Geometry for temperature 1 / (k unit ln 2), with y packed and labels spread over the columns.
@@ -271,6 +274,8 @@ class Solver {
     zero_ = zeros(w.zero);
     std::copy_n(at_.a, at_.n, a_);
     for (int64_t i = 0; i < at_.n; ++i) mass_a_ += a_[i];
+    light_a_ = light(a_, at_.n);
+    if (s.relax != 1 && !s.simultaneous) light_b_ = light(at_.b, at_.m);
     std::fill_n(log2_b_, longest, -kInfinity<T>);
     std::fill_n(b_, mp, T(0));
     std::copy_n(at_.b, at_.m, b_);
@@ -296,7 +301,7 @@ class Solver {
     bool stopped = false;
     for (int64_t i = 0; i < s_.max_iter && !stopped; ++i) {
       last = pass(true);
-      if (i > 0 && s_.tol >= 0 && static_cast<T>(error(last)) <= s_.tol) {
+      if (i > 0 && s_.tol >= 0 && reached(last)) {
         stopped = true;
       } else {
         commit();
@@ -307,7 +312,7 @@ class Solver {
       averaged_ = false;
       // The error of the rows may be up to twice what that of the average was.
       const int64_t most = s_.tol < 0 || s_.self ? 1 : kLastSteps;
-      for (int64_t i = 0; i < most && (i == 0 || static_cast<T>(error(last)) > s_.tol); ++i) {
+      for (int64_t i = 0; i < most && (i == 0 || !reached(last)); ++i) {
         relax_ = 1;
         set_temperature(eps);
         pass(true);
@@ -317,7 +322,7 @@ class Solver {
     } else if (!stopped) {
       last = pass(false);
     }
-    const T residual = static_cast<T>(error(last));
+    const T residual = static_cast<T>(std::max(error(last), unsettled()));
     leave();
     rows_without_weight();
     finish(last.mass);
@@ -449,7 +454,7 @@ class Solver {
 
   PassResult scaled_pass(bool with_columns) {
     return over_chunks(with_columns, [&](int64_t c, T* columns) {
-      const ScalePass<T> io{matrix_, shift_, v_, u_, a_, rows_, averaged_, u_next_, columns, true};
+      const ScalePass<T> io{matrix_, shift_, v_, u_, a_, rows_, averaged_, u_next_, columns, empty_rows_};
       const int64_t last = c + 1 == chunks_.count ? n_padded_ : begin(c) + chunks_.rows;
       return kernel_.scale_pass(at_.n, p_.m_padded, io, begin(c), last);
     });
@@ -468,6 +473,64 @@ class Solver {
       }
     }
     return std::max(rows, columns) / mass_a_;
+  }
+
+  // What weights must be below to be light; 0 where none is.
+  static T light(const T* weight, int64_t count) {
+    T limit = 0;
+    for (int64_t i = 0; i < count; ++i) limit = std::max(limit, weight[i]);
+    limit *= static_cast<T>(kLight);
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) any |= (weight[i] > 0) & (weight[i] < limit);
+    return any ? limit : T(0);
+  }
+
+  // The way of a potential to a transform, where it is more than rounding.
+  double step(double from, double to) const {
+    const double way = std::abs(to - from);
+    return way > 8 * std::numeric_limits<T>::epsilon() * std::abs(from) && !(to > far()) ? way : 0;
+  }
+
+  double f_now(int64_t i) const { return scaled_ ? shift_[i] + std::log2(double(u_[i])) : f_[i]; }
+
+  double row_steps() const {
+    double worst = 0;
+    for (int64_t i = 0; i < at_.n && light_a_ > 0; ++i) {
+      if (!(a_[i] > 0 && a_[i] < light_a_)) continue;
+      const double f = f_now(i), next = scaled_ ? shift_[i] + std::log2(double(u_next_[i])) : f_next_[i];
+      worst = std::max(worst, step(f, f + (next - f) / rows_.relax));
+    }
+    return worst;
+  }
+
+  double column_steps() {
+    if (light_b_ == 0) return 0;
+    T* fa = w_.fa.get(at_.n);
+    for (int64_t i = 0; i < at_.n; ++i) fa[i] = static_cast<T>(f_now(i)) + std::log2(a_[i]);
+    const int64_t panels = p_.m_padded / kernel_.panel;
+    std::vector<double> worst(panels);
+    parallel_for(panels, threads_, [&](int64_t q) {
+      const int64_t first = q * kernel_.panel, last = std::min(first + kernel_.panel, at_.m);
+      auto is_light = [&](int64_t j) { return b_[j] > 0 && b_[j] < light_b_; };
+      bool any = false;
+      for (int64_t j = first; j < last; ++j) any |= is_light(j);
+      if (!any) return;
+      alignas(64) T own[64];
+      kernel_.column_lse(p_, fa, q, own);
+      for (int64_t j = first; j < last; ++j) {
+        const double h = scaled_ ? h_[j] + std::log2(double(v_[j])) : h_[j];
+        if (is_light(j)) worst[q] = std::max(worst[q], step(h - log2_b_[j], columns_.damping * own[j - first]));
+      }
+    });
+    return *std::max_element(worst.begin(), worst.end());
+  }
+
+  // What the L1 error hardly sees: the square of the largest step, over eps, that potentials of light points would take
+  // to their transforms. Columns count where updates are relaxed; else they are exact.
+  double unsettled() { return std::pow(std::max(row_steps(), column_steps()) / kLog2E, 2); }
+
+  bool reached(const PassResult& result) {
+    return static_cast<T>(error(result)) <= s_.tol && static_cast<T>(unsettled()) <= s_.tol;
   }
 
   void commit() {
@@ -494,6 +557,9 @@ class Solver {
     kernel_.exp2_sum(n_padded_, f_, zero_, shift_, u_);
     std::swap(v_, v_next_);
     scaled_ = true;
+    const T nowhere = static_cast<T>(kernel_.nowhere);
+    empty_rows_ = false;
+    for (int64_t i = 0; i < at_.n; ++i) empty_rows_ |= f_[i] >= nowhere;
     average_from_now_on();
     return true;
   }
@@ -648,7 +714,9 @@ class Solver {
       if (weight == 0) return;
       const double exponent = std::abs(potential * scale_);
       flat_ = flat_ && exponent < kFlat;
-      if (exponent > kDigits && exponent < kernel_.nowhere * 0x1p-40) beyond_ = true;
+      // Rounding brings no mass back to a point that has next to none.
+      const bool destroyed = potential > 100 * rho && in_.eps[q_] * kDigits > 8 * rho;
+      if (exponent > kDigits && exponent < kernel_.nowhere * 0x1p-40 && !destroyed) beyond_ = true;
       if (rho != kInfinity<double>) potential = -rho * std::expm1(-potential / rho);
       value += weight * potential;
     };
@@ -684,10 +752,12 @@ class Solver {
   static constexpr double kFlat = 0x1p-6;
   bool flat_ = true;
   double eps_, scale_, relax_, mass_a_ = 0, extreme_ = 0, weight_ = 0;
+  T light_a_, light_b_ = 0;
   Update rows_, columns_;
   bool triangle_;                                                // of the pairs of x with itself each is looked at once
   bool averaged_ = s_.simultaneous;                              // the columns are those for the F before
   bool keep_, usable_ = false, scaled_ = false, has_f_ = false;  // usable_: K is that of the last pass
+  bool empty_rows_ = false;
   T *a_, *b_, *log2_b_, *zero_;
   T *f_, *f_next_, *shift_, *h_;   // the log domain
   T *u_, *u_next_, *v_, *v_next_;  // scalings of a kept K

@@ -69,16 +69,16 @@ struct RowPass {
 // The same from a kept K, free of exponentials: s = K v, u = exp2(F_next - shift), sums = K' (a u).
 template <class T>
 struct ScalePass {
-  const T* kernel;  // [n_padded, m_padded], K
+  const T* kernel;  // [n_padded, m_padded], K in tiles
   const T* shift;   // [n_padded]
   const T* v;       // [m_padded] exp2(H - H of K); 0 in the padding
   const T* u;       // [n_padded] exp2(F - shift)
   const T* a;       // [n_padded], 0 in the padding
   Update update;
   bool simultaneous;
-  T* u_next;   // [n_padded]
-  T* columns;  // [m_padded] or null, as above
-  bool tiles;  // how K is stored
+  T* u_next;        // [n_padded]
+  T* columns;       // [m_padded] or null, as above
+  bool empty_rows;  // some rows of K may be 0, those of points that may go nowhere; their u is 1
 };
 
 // The pairs of a problem with itself, whose plan is symmetric, once: adds to sums_i = sum_j b_j S_ij, with

@@ -422,31 +422,32 @@ bool self_update(int64_t n, const T* a, const T* f, const T* sums, const Update&
 }
 
 // kLanes rows of K at once, so that their sums come out as one vector.
-template <bool kTiles, class T>
+template <bool kEmptyRows, class T>
 FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>& io, int64_t row, PassResult& result,
                                 Vec<T>& extreme) {
   constexpr int L = kLanes<T>;
   const T* __restrict__ kernel = io.kernel + row * m_padded;
-  const int64_t stride = kTiles ? L : m_padded, step = kTiles ? L : 1;
   Vec<T> acc[L] = {};
   for (int64_t j = 0; j < m_padded; j += L) {
     const Vec<T> vj = load(io.v + j);
 #pragma GCC unroll 16
-    for (int r = 0; r < L; ++r) acc[r] += load(kernel + r * stride + j * step) * vj;
+    for (int r = 0; r < L; ++r) acc[r] += load(kernel + (j + r) * L) * vj;
   }
   Vec<T> s = sum_each<T>(acc);
   for (int64_t r = n - row; r < L; ++r) s[r] = 1;  // padding
   const Vec<T> a = load(io.a + row), u = load(io.u + row);
   const Vec<T> mass = s * u;
-  Vec<T> wanted = splat(T(1)), inverse = s;
-  Vec<T> next = T(1) / (s == 0 ? splat(T(1)) : s);  // a row may go nowhere
+  const IntVec<T> empty = s == 0;
+  if constexpr (kEmptyRows) s = empty ? splat(T(1)) : s;
+  Vec<T> wanted = splat(T(1)), inverse = s, next = T(1) / s;
   if (!io.update.plain()) {
     const Vec<T> shift = load(io.shift + row);
     const Vec<T> f = shift + log2_positive<T>(u);
     const T damping = io.update.damping, relax = io.update.relax, target = io.update.target;
     if (target != 0) wanted = exp2_floored<T>(-target * f);
     const Vec<T> moved = f + relax * (damping * (shift - log2_positive<T>(s)) - f) - shift;
-    next = s == 0 ? splat(T(1)) : exp2_floored<T>(moved);
+    next = exp2_floored<T>(moved);
+    if constexpr (kEmptyRows) next = empty ? splat(T(1)) : next;
     inverse = T(1) / next;
   }
   const Vec<T> error = a * absolute<T>(mass - wanted), total = a * mass;
@@ -462,8 +463,8 @@ FEWSTEP_INLINE void scale_block(int64_t n, int64_t m_padded, const ScalePass<T>&
     Vec<T> even = load(io.columns + j), odd = {};
 #pragma GCC unroll 16
     for (int r = 0; r < L; r += 2) {
-      even += w[r] * load(kernel + r * stride + j * step);
-      odd += w[r + 1] * load(kernel + (r + 1) * stride + j * step);
+      even += w[r] * load(kernel + (j + r) * L);
+      odd += w[r + 1] * load(kernel + (j + r + 1) * L);
     }
     store(io.columns + j, even + odd);
   }
@@ -474,8 +475,8 @@ PassResult scale_pass(int64_t n, int64_t m_padded, const ScalePass<T>& io, int64
   PassResult result;
   Vec<T> extreme = splat(T(1));
   for (int64_t row = begin; row < end; row += kLanes<T>) {
-    io.tiles ? scale_block<true>(n, m_padded, io, row, result, extreme)
-             : scale_block<false>(n, m_padded, io, row, result, extreme);
+    io.empty_rows ? scale_block<true>(n, m_padded, io, row, result, extreme)
+                  : scale_block<false>(n, m_padded, io, row, result, extreme);
   }
   result.extreme = __builtin_log2(double(maximum<T>(extreme)));
   return result;

@@ -505,6 +505,16 @@ def check_dual(c: Comparison, dtype: torch.dtype) -> None:
             assert_contract("plan", columns.to(dtype), 0 * columns, scale=size)
         if p.plain or "update" not in p.options:
             right = rows.sum() / a.sum()
+            # Of light points, the square of the step that their potentials are short of.
+            relaxed = p.options.get("relax", 1.0) != 1.0
+            for i, (w, t, r) in enumerate(zip((a, b), (f, g), rho, strict=True)):
+                log_mass = torch.where(w > 0, P.sum(1 - i) / w, 0.0).log()
+                step = ((1.0 if r is None else r / (r + e)) * (t - e * log_mass) - t).abs()
+                light = (w > 0) & (w < reference.LIGHT * w.max()) & log_mass.isfinite()
+                light &= step > 8 * torch.finfo(dtype).eps * t.abs()
+                if i == 0 or relaxed:
+                    step = torch.where(light, step, 0.0).max() / e
+                    right = torch.maximum(right, step.square())
             assert_contract("plan", residual.to(dtype), right, scale=size / a.sum())
         # A point without weight may have any phi.
         terms = [

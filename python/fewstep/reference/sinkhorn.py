@@ -16,10 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._torch import readable
+
 COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "dot", "l1", "matrix", "formula")
 DEFAULT_TOL = 1e-3
 # Alternating iterations at most after symmetric ones, whose error they may at first double.
 LAST_STEPS = 10
+# Points of less than this share of the largest weight are light: the L1 error hardly sees them.
+LIGHT = 1e-3
 # Over eps, the potential of a point all of whose pairs with points of weight cost inf.
 NOWHERE = 1e30
 
@@ -261,6 +265,33 @@ def phi(potential: Tensor, rho: float | None) -> Tensor:
     return potential if rho is None else -rho * torch.expm1(-potential / rho)
 
 
+def beyond_digits(f: Tensor, a: Tensor, eps: Tensor, rho: float | None) -> Tensor:
+    """Points with weight whose potentials, over eps, have no digit left behind the point.
+
+    Their rounding alone changes the plan by a factor. Not those of which `rho` leaves no mass, nor
+    those that may go nowhere. All broadcast.
+    """
+    digits = 2 / torch.finfo(f.dtype).eps
+    exponent = f.abs() / (math.log(2) * eps)
+    beyond = (a > 0) & (exponent > digits) & (exponent < 1e-12 * NOWHERE)
+    return beyond if rho is None else beyond & ~((f > 100 * rho) & (eps * digits > 8 * rho))
+
+
+def check_digits(f: Tensor, a: Tensor, eps: Tensor, rho: float | None) -> None:
+    """An error instead of a plan that is rounding, as far as looking costs nothing."""
+    if not readable(eps):
+        return
+    beyond = beyond_digits(f, a, eps, rho)
+    if bool(beyond.any()):
+        largest = f.abs()[beyond].max().item()
+        least = largest * torch.finfo(f.dtype).eps / (2 * math.log(2))
+        raise ValueError(
+            f"sinkhorn: eps must be at least {least:.3g} for a plan in {str(f.dtype)[6:]} with"
+            f" potentials up to {largest:.3g}, whose rounding is more than eps; take a larger eps"
+            " or float64"
+        )
+
+
 class _EnvelopeValue(torch.autograd.Function):
     """Identity on `value`, whose gradient is the envelope theorem's at the given potentials.
 
@@ -287,6 +318,9 @@ class _EnvelopeValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         C, a, b, f, g, eps = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            for t, weight, rho in zip((f, g), (a, b), ctx.rho, strict=True):
+                check_digits(t, weight, eps[..., None], rho)
         plan = weighted(exponent(C, f, g, eps), a[..., :, None], b[..., None, :])
         w = grad[..., None]
         e, rho = eps[..., None], ctx.rho
@@ -307,12 +341,13 @@ def weight_gradient(
 ) -> Tensor:
     """d value / da_i = `phi(f_i) - eps (exp(-f_i / rho) - sum b)`; mass and eps broadcast with f.
 
-    The term in eps is 0 where `both` marginals are constraints and the masses 1.
+    The term in eps is 0 where `both` marginals are constraints and the masses 1. Of points without
+    weight `exp(-f_i / rho)` may overflow: finite all the same, 0 times it is 0.
     """
     if both == (None, None):
         return f
     own = 1 if rho is None else torch.exp(-f / rho)
-    return phi(f, rho) - eps * (own - mass_b)
+    return (phi(f, rho) - eps * (own - mass_b)).clamp(min=torch.finfo(f.dtype).min / 4)
 
 
 def solve(
@@ -329,7 +364,9 @@ def solve(
     With `P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)` an alternating iteration is the f-update
     (rows exact) and then the g-update (columns exact). `residual` is the L1 error of the marginals
     as a fraction of the mass, of rows and, where columns are not exact, of columns, whichever is
-    larger. A problem whose residual is at most `tol` is left as it is while the others go on.
+    larger; or the square of the largest step, over eps, of a light point to its transform, of rows
+    and, where updates are relaxed, of columns. It is inf where potentials have no digits left for
+    eps. A problem whose residual is at most `tol` is left as it is while the others go on.
     Points without weight have the transform of the potential that came out on the other side, or 0
     where no finite cost joins them to a weight and their marginal is a constraint. A problem with
     weight at such a point is infeasible: its value is inf.
@@ -431,6 +468,13 @@ def iterate(
         g_soft = transform_of_f(f if s.simultaneous else f_next, e)
         return f_next, relaxed(g, g_soft, e, rho_y, relax)
 
+    def unsettled(f: Tensor, soft: Tensor, a: Tensor, rho: float | None) -> Tensor:
+        """Square of the largest step of a light point to its transform, more than rounding."""
+        a, step = a.detach(), (relaxed(f, soft, eps[..., None], rho, 1.0) - f).abs()
+        light = (a > 0) & (a < LIGHT * a.amax(-1, keepdim=True))
+        left = light & (step > 8 * torch.finfo(f.dtype).eps * f.abs()) & ~(soft > far)
+        return (torch.where(left, step, 0.0).amax(-1) / eps).square()
+
     def marginal_error(f: Tensor, soft: Tensor, a: Tensor, rho: float | None) -> Tensor:
         e = eps[..., None]
         if rho is None:
@@ -444,11 +488,16 @@ def iterate(
         e = eps[..., None]
         f_soft = (transform_of_g(g, e) if f_soft is None else f_soft).detach()
         error = marginal_error(f.detach(), f_soft, a, rho_x)
-        if s.simultaneous:
+        left = unsettled(f.detach(), f_soft, a, rho_x)
+        if s.relax != 1:  # else columns are exact
             g_soft = transform_of_f(f, e).detach()
-            error = torch.maximum(error, marginal_error(g.detach(), g_soft, b, rho_y))
+            if s.simultaneous:
+                error = torch.maximum(error, marginal_error(g.detach(), g_soft, b, rho_y))
+            else:
+                left = torch.maximum(left, unsettled(g.detach(), g_soft, b, rho_y))
         mass = a * torch.exp((f.detach() - f_soft) / e)
-        return error / a.sum(-1), torch.where((a > 0) & ~(f_soft > far), mass, 0 * a).sum(-1)
+        error = torch.maximum(error / a.sum(-1), left)
+        return error, torch.where((a > 0) & ~(f_soft > far), mass, 0 * a).sum(-1)
 
     def settled(f: Tensor, a: Tensor, rho: float | None) -> tuple[Tensor, Tensor]:
         """f, and its part of the value, with what `solve` says of points that may go nowhere."""
@@ -500,6 +549,9 @@ def iterate(
     f = torch.where(a > 0, f, relaxed(f, f_soft, e, rho_x, 1.0))
     g = torch.where(b > 0, g, relaxed(g, transform_of_f(f, e), e, rho_y, 1.0))
     residual, mass = measure(f, g, f_soft)
+    for t, weight, rho in ((f, a, rho_x), (g, b, rho_y)):
+        lost = beyond_digits(t.detach(), weight, e, rho).any(-1)
+        residual = torch.where(lost, torch.inf, residual)
     f, of_x = settled(f, a, rho_x)
     g, of_y = settled(g, b, rho_y)
     value = of_x + of_y

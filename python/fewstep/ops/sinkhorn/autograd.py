@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._torch import is_dual, is_transformed
+from fewstep._torch import is_dual, is_transformed, readable
 from fewstep.ops.sinkhorn import dispatch, implicit
 from fewstep.ops.sinkhorn.compiled import compiled_product, compiled_value, scalars
 from fewstep.ops.sinkhorn.function import (
@@ -37,9 +37,11 @@ from fewstep.ops.sinkhorn.problem import (
     Flags,
     Problem,
     Tensors,
+    check_digits,
     points_of,
     to_points,
     total,
+    transposed,
 )
 from fewstep.ops.sinkhorn.problem import product as plan_product
 from fewstep.reference.sinkhorn import Points, Schedule
@@ -168,9 +170,20 @@ def potentials(problem: Problem, constants: Constants) -> tuple[Tensor, Tensor]:
         p = problem
         excess = total(p.a * f, p.segment_x) - total(p.b * g, p.segment_y)
         shift = excess / (total(p.a, p.segment_x) + total(p.b, p.segment_y))
-        f = f - to_points(shift, f, p.segment_x)
-        g = g + to_points(shift, g, p.segment_y)
+        f = f - _partnered(p, constants, to_points(shift, f, p.segment_x))
+        q, d = transposed(p, constants)
+        g = g + _partnered(q, d, to_points(shift, g, p.segment_y))
     return f, g
+
+
+def _partnered(p: Problem, c: Constants, shift: Tensor) -> Tensor:
+    """`shift`, but 0 for points of x without a partner, whose potential is 0."""
+    finite = p.matrix is None and p.label_cost is None and c.diagonal is None
+    if finite or (readable(p.a) and not bool((p.a == 0).any())):
+        return shift
+    detached = Problem._make(t if t is None else t.detach() for t in p)
+    mass = product(torch.ones_like(detached.b)[..., None], detached, c)[..., 0]
+    return torch.where((p.a > 0) | (mass > 0), shift, 0.0)
 
 
 def product(v: Tensor, problem: Problem, constants: Constants) -> Tensor:
@@ -227,6 +240,8 @@ class _Value(Batched):
         if w is None or not any(need):
             return (None,) * (FIELDS + 4)
         p, c = Problem._make(ctx.saved_tensors[2:]), ctx.constants
+        if need[0] or need[1] or need[4]:
+            check_digits(p, c)
         # What is known already has no derivative of its own.
         known = () if torch.is_grad_enabled() else ctx.saved_tensors[:2]
         grads = completed(known, need, lambda unknown: call(_Gradient, *p, c, unknown))
@@ -241,6 +256,8 @@ class _Value(Batched):
             need = tuple(t is not None for t in u)
             if not any(need):
                 return torch.zeros_like(p.eps)
+            if need[0] or need[1] or need[4]:
+                check_digits(p, ctx.constants)
             return inner(call(_Gradient, *p, ctx.constants, need), u, p)
 
 

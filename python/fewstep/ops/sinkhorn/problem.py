@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.sinkhorn import dispatch
+from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points
 
 Tensors = tuple[Tensor, ...]
@@ -73,6 +74,15 @@ def transposed(p: Problem, c: Constants) -> tuple[Problem, Constants]:
     formula = None if of is None else lambda y, x: of(x, y)
     flipped = c._replace(rho_x=c.rho_y, rho_y=c.rho_x, diagonal=diagonal, formula=formula)
     return Problem(*tensors, p.label_y, p.label_x, label_cost), flipped
+
+
+def check_digits(p: Problem, c: Constants) -> None:
+    """That the plan is more than rounding, as far as looking costs nothing."""
+    for f, a, rho, segment in (
+        (p.f, p.a, c.rho_x, p.segment_x),
+        (p.g, p.b, c.rho_y, p.segment_y),
+    ):
+        reference.check_digits(f, a, to_points(p.eps, f, segment), rho)
 
 
 def product(p: Problem, c: Constants, v: Tensor, weights: Tensor) -> Tensor:
