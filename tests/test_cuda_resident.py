@@ -322,6 +322,31 @@ def test_columns_far_from_their_penalty(
 
 
 @pytest.mark.parametrize("op", ["solve", "direct"])
+@pytest.mark.parametrize("team", ["alone", "cluster"])
+@pytest.mark.parametrize("update", [{"relax": 0.5, "simultaneous": True}, {"relax": 1.5}], ids=str)
+def test_outliers_under_averaged_and_relaxed_updates(
+    emulators: dict[str, Emulator], update: dict[str, Any], team: str, op: str
+) -> None:
+    """Sums of columns, or what rows weigh in them, leave the range of floats in each iteration."""
+    run, how = emulators[team], TEAMS[team]
+    x, y = torch.tensor([[[0.0], [0.1]]]), torch.tensor([[[0.0], [7.0]]])
+    half = torch.full((1, 2), 0.5)
+    for dtype, eps, rho in ((torch.float32, 0.3, 1.0), (torch.float64, 0.01, 0.1)):
+        inputs = tuple(t.to(dtype) for t in (x, y, half, half, torch.tensor([eps])))
+        for iterations in (1, 2, 5):
+            schedule = Schedule(max_iter=iterations, rho=(rho, rho), **update)
+            check(run, how, inputs, schedule, op=op)
+        one, apart = torch.zeros(1, 1, 1), torch.tensor([[[0.0], [3**0.5]]])
+        start = {"f0": torch.full((1, 1), 2.0), "g0": torch.zeros(1, 2)}
+        weights = torch.ones(1, 1), half
+        inputs = tuple(t.to(dtype) for t in (one, apart, *weights, torch.tensor([eps / 15])))
+        found = solve_emulated(run, how, inputs, Schedule(max_iter=1, **update), op=op, **start)
+        true = exact(inputs, Schedule(max_iter=1, **update), **start)
+        for mine, other in zip(found[:2], true[:2], strict=True):
+            assert_contract("potential", mine, other, scale=torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("op", ["solve", "direct"])
 @pytest.mark.parametrize("team", TEAMS)
 def test_weights_below_normal_numbers(emulators: dict[str, Emulator], team: str, op: str) -> None:
     """A device takes their logarithm for -inf: their points have potentials, and no mass."""
@@ -332,6 +357,71 @@ def test_weights_below_normal_numbers(emulators: dict[str, Emulator], team: str,
     schedule = Schedule(max_iter=6, relax=0.5, simultaneous=True)
     check(run, how, (x, y, a, b, eps), schedule, op=op)
     check(run, how, (x, x, a, a, eps), replace(schedule, single=True), op=op)
+
+
+KINDS = ("potential", "potential", "value", "plan")  # of f, g, value, residual
+WITHOUT_PARTNER: dict[str, dict[str, Any]] = {
+    "plain": {"tol": 1e-3},
+    "relax": {"relax": 1.4},
+    "reach": {"rho": (0.5, 0.7)},
+    "reach of x": {"rho": (0.5, None), "relax": 0.7},
+    "reach of y": {"rho": (None, 0.5), "start": torch.tensor([4.0, 0.1]), "factor": 0.4},
+    "symmetric": {"relax": 0.5, "simultaneous": True, "tol": 1e-3},
+    "symmetric, reach": {"relax": 0.5, "simultaneous": True, "rho": (0.5, None)},
+    "temperatures": {"temperatures": torch.tensor([1e3, 0.1])},
+}
+
+
+def check_partners(
+    run: Emulator, how: tuple[int, int], inputs: tuple[Tensor, ...], schedule: Schedule, **more: Any
+) -> Tensor:
+    """A problem has its plan, or the value inf, of which all else is only no NaN."""
+    actual = solve_emulated(run, how, inputs, schedule, **more)
+    more.pop("op")
+    expected = exact(inputs, schedule, **more)
+    scale = reference.cost_matrix(*wide(inputs[:2]), "sqeuclidean").max()
+    assert torch.equal(actual[2].isinf(), expected[2].isinf())
+    for found, true, kind in zip(actual, expected, KINDS, strict=False):
+        assert not found.isnan().any()
+        met = expected[2].isfinite().reshape(-1, *[1] * (true.ndim - 1))
+        far = true.abs().isfinite() & (true.abs() > 1e15)  # as that of a point without a partner
+        assert (found[far] * true[far].sign() > 1e15).all()
+        found, true = (torch.where(met & ~far, t, 0) for t in (found, true))
+        assert_contract(kind, found, true, scale=torch.ones(1) if kind == "plan" else scale)
+    assert torch.equal(actual[4], expected[4])
+    assert torch.equal(actual[5], expected[5])
+    return actual[2]
+
+
+@DTYPES
+@pytest.mark.parametrize("op", ["solve", "direct"])
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("options", WITHOUT_PARTNER.values(), ids=WITHOUT_PARTNER)
+def test_points_without_a_partner(
+    emulators: dict[str, Emulator],
+    options: dict[str, Any],
+    team: str,
+    op: str,
+    dtype: torch.dtype,
+) -> None:
+    """All weight at one point, whose pair with the point opposite is left out."""
+    x, y, a, b, eps = make(2, 8, 11, 3, dtype)
+    run, how, schedule = emulators[team], TEAMS[team], Schedule(**{"max_iter": 6} | options)
+    only_x, only_y = torch.zeros_like(a), torch.zeros_like(b)
+    only_x[:, 3] = only_y[:, 2] = 1
+    for weights in ((only_x, b), (a, only_y), (only_x, only_y)):
+        inputs = (x, y, *weights, eps)
+        value = check_partners(run, how, inputs, schedule, op=op, diagonal=-1)
+        rho_x, rho_y = schedule.rho
+        missed = weights[0] is only_x and rho_y is None, weights[1] is only_y and rho_x is None
+        assert value.isinf().tolist() == [any(missed)] * 2
+    b = b.clone()
+    b[:, 2] = 0  # nothing is asked of the point without a partner
+    value = check_partners(run, how, (x, y, only_x, b, eps), schedule, op=op, diagonal=-1)
+    assert value.isfinite().all()
+    if schedule.simultaneous:
+        one = replace(schedule, single=True, rho=(schedule.rho[0],) * 2)
+        check_partners(run, how, (x, x, only_x, only_x, eps), one, op=op, diagonal=0)
 
 
 @DTYPES

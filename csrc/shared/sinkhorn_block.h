@@ -9,6 +9,7 @@
 #include <climits>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #ifdef __CUDACC__
 #define FEWSTEP_HD __host__ __device__ __forceinline__
@@ -34,6 +35,15 @@ constexpr int kStageElements = kColumns * kStageStride;
 // Where a maximum starts: finite, so that -inf (a zero weight) minus it is no NaN.
 template <typename T>
 constexpr T kLowest = sizeof(T) == sizeof(float) ? T(-FLT_MAX) : T(-DBL_MAX);
+// The potential of a point all of whose pairs with points of weight are left out or cost inf, and one beyond which only
+// such points are, since relaxed updates come to it by steps.
+template <typename T>
+constexpr T kNowhere = T(0x1p100);
+template <typename T>
+constexpr T kFar = T(0x1p80);
+// Potentials so large that their rounding alone changes the plan by a factor: what residual it has is unknown.
+template <typename T>
+constexpr T kDigits = sizeof(T) == sizeof(float) ? T(2 / FLT_EPSILON) : T(2 / DBL_EPSILON);
 
 template <typename T>
 struct Problem {
@@ -86,6 +96,17 @@ FEWSTEP_HD int least(int p, int q) { return p < q ? p : q; }
 template <typename T>
 FEWSTEP_HD T largest(T p, T q) {
   return p > q ? p : q;
+}
+
+// NaN stays.
+template <typename T>
+FEWSTEP_HD T at_most_nowhere(T potential) {
+  return potential > kNowhere<T> ? kNowhere<T> : potential;
+}
+
+template <typename T>
+FEWSTEP_HD bool beyond_digits(T potential) {
+  return std::abs(potential) > kDigits<T> && !(potential > kFar<T>);
 }
 
 // 1 / (eps ln 2), from cost units to exponents of 2.
@@ -206,7 +227,7 @@ FEWSTEP_HD T shifted_row(const Team& team, const Cost& cost, const T* h, int i, 
   top = team.lane_max(top);
   T sum = 0;
   for (int j = team.lane(); j < m; j += Team::kLanes) sum += exp2(h[j] - cost(i, j) - top);
-  return -(top + log2(team.lane_sum(sum)));
+  return at_most_nowhere(-(top + log2(team.lane_sum(sum))));
 }
 
 // The same for a column, by one thread.
@@ -216,7 +237,7 @@ FEWSTEP_HD T shifted_column(const Cost& cost, const T* h, int j, int n) {
   for (int i = 0; i < n; ++i) top = largest(h[i] - cost(i, j), top);
   T sum = 0;
   for (int i = 0; i < n; ++i) sum += exp2(h[i] - cost(i, j) - top);
-  return -(top + log2(sum));
+  return at_most_nowhere(-(top + log2(sum)));
 }
 
 // f-update: next_i = f_i - log2 s_i with s_i = sum_j 2^(f_i + h_j - c_ij), so that the old potential takes the place
@@ -254,7 +275,7 @@ FEWSTEP_HD T update_rows(const Team& team, const Cost& cost, const T* a, const T
       for (int r = 0; r < kRows; ++r) {
         if (r != q) continue;
         potential[r] = exact;
-        sum[r] = exp2(guess[r] - exact);
+        sum[r] = exact > kFar<T> ? T(0) : exp2(guess[r] - exact);
       }
     }
     if (team.lane() != 0) continue;
@@ -338,21 +359,28 @@ FEWSTEP_HD void solve(const Team& team, const Cost& cost, const Problem<T>& p, c
     next = last;
   }
   const T unit = 1 / inverse;
-  T value = 0;
+  T value = 0, beyond = 0;
+  const auto settled = [&](T potential, T weight) {
+    if (potential > kFar<T>) {
+      if (weight == 0) return T(0);
+      value = std::numeric_limits<T>::infinity();
+      return potential * unit;
+    }
+    if (weight != 0 && beyond_digits(potential)) beyond = 1;
+    value += weight * potential * unit;
+    return potential * unit;
+  };
   for (int i = team.rank(); i < n; i += team.size()) {
-    out.f[i] = (p.a[i] == 0 ? next[i] : f[i]) * unit;  // of a row without mass, from the g that came out
-    value += p.a[i] * out.f[i];
+    out.f[i] = settled(p.a[i] == 0 ? next[i] : f[i], p.a[i]);  // of a row without mass, from the g that came out
   }
-  for (int j = team.rank(); j < m; j += team.size()) {
-    out.g[j] = g[j] * unit;
-    value += p.b[j] * out.g[j];
-  }
+  for (int j = team.rank(); j < m; j += team.size()) out.g[j] = settled(g[j], p.b[j]);
   value = team_sum(team, value, scratch);
+  beyond = team_sum(team, beyond, scratch);
   if (team.rank() == 0) {
     *out.value = value;
-    *out.residual = residual;
+    *out.residual = beyond > 0 ? std::numeric_limits<T>::infinity() : residual;
     *out.iterations = iteration;
-    *out.converged = residual <= stop.converged_at;
+    *out.converged = beyond == 0 && residual <= stop.converged_at && std::isfinite(value);
   }
 }
 
@@ -380,12 +408,16 @@ FEWSTEP_HD void apply(const Team& team, const Application<T>& p, int row_tile, i
   const int row0 = (row_tile * team.warps() + team.warp()) * kRows;
   const int value0 = value_tile * kValues + team.lane();
   const T inverse = inverse_temperature(p.eps);
+  // Beyond it only without weight or partner: 0 times an entry, or times their sum, is to be 0.
+  const T highest = T(sizeof(T) == sizeof(float) ? 126 : 1022) - log2(T(p.m));
   T* own = weights + team.warp() * kRows * kColumns;
   T potential[kRows], mass[kRows] = {}, sum[kRows][kS] = {}, x[kRows][kS];
   FEWSTEP_UNROLL
   for (int r = 0; r < kRows; ++r) {
     const int64_t i = least(row0 + r, p.n - 1);
     potential[r] = p.f[i] * inverse;
+    // Without weight the plan over a may overflow, and 0 times it is to be 0.
+    if (kGradient && p.a[i] == 0) potential[r] = -std::numeric_limits<T>::infinity();
     FEWSTEP_UNROLL
     for (int s = 0; s < kS; ++s) {
       const int k = value0 + s * Team::kLanes;
@@ -404,7 +436,8 @@ FEWSTEP_HD void apply(const Team& team, const Application<T>& p, int row_tile, i
       for (int r = 0; r < kRows; ++r) {
         const T c = finish_cost(squared[r][q], p.cost);
         const bool left_out = p.diagonal != kNoDiagonal && int64_t{j0} + column == int64_t{row0} + r + p.diagonal;
-        T w = inside && !left_out ? exp2(potential[r] + h - c * inverse) : T(0);
+        const T z = potential[r] + h - c * inverse;
+        T w = inside && !left_out ? exp2(z > highest ? highest : z) : T(0);
         mass[r] += w;
         if (kGradient && p.cost == 0) w *= 2;
         if (kGradient && p.cost == 2) w = c == 0 ? T(0) : w / c;

@@ -18,6 +18,7 @@ from .tiles import (
     SAFE_HIGH,
     SAFE_LOW,
     accumulated,
+    log2_total,
     squared_distances,
     store_row_error,
     sum_of_pieces,
@@ -146,7 +147,7 @@ def sinkhorn_kept_kernel(
             g += tl.load(Log_b + cols, mask=inside, other=float("-inf"))
             c = tl.load(C + own[:, None] * M + cols[None, :], mask=inside[None, :], other=0.0)
             top, exact = accumulated(top, exact, g[None, :] - c * scale, 1)
-        soft = tl.where(safe, soft, top + tl.log2(exact))
+        soft = tl.where(safe, soft, log2_total(top, exact))
     soft = -soft * (eps * LN2)
     a = tl.load(A + cloud * N + rows)
     inverse_rho = tl.load(Settings + 1)
@@ -235,7 +236,7 @@ def sinkhorn_kept_merge_kernel(
             here = (cloud * N + rows)[:, None] * M + cols[None, :]
             c = tl.load(C + here, mask=exists[:, None] & inside[None, :], other=0.0)
             top, exact = accumulated(top, exact, f[:, None] - c * scale, 0)
-        soft = tl.where(safe, soft, top + tl.log2(exact))
+        soft = tl.where(safe, soft, log2_total(top, exact))
     soft = -soft * (eps * LN2)
     # A point without weight has the transform of the last f alone.
     massless = tl.load(B + cloud * M + cols, mask=inside, other=0.0) == 0

@@ -13,7 +13,18 @@ from .. import config
 from ..launch import architecture
 from .alternating import alternate
 from .problem import Solve, Solved
-from .tiles import LN2, LOG2E, RUN_TIME, accumulated, squared_distances, sum_of_pieces, updated
+from .tiles import (
+    LN2,
+    LOG2E,
+    RUN_TIME,
+    accumulated,
+    log2_total,
+    marginals,
+    squared_distances,
+    store_row_error,
+    sum_of_pieces,
+    updated,
+)
 
 # Alternating iterations at most after symmetric ones, as in `fewstep.reference.sinkhorn`.
 LAST_STEPS = 10
@@ -143,16 +154,12 @@ def sinkhorn_symmetric_kernel(
         p = tl.exp2(score - tl.expand_dims(shift, 1 - REDUCE))
         tl.store(Tops + cols, own_top)
         tl.store(Sums + cols, tl.sum(p, 1 - REDUCE))
-    soft = -(top + tl.log2(total)) * (eps * LN2)  # [BM]
+    soft = -log2_total(top, total) * (eps * LN2)  # [BM]
     inverse_rho = tl.load(Settings + 1)
     tl.store(F_next + points, updated(f, soft, eps, inverse_rho, tl.load(Settings + 3)))
     a = tl.load(A + cloud * N + rows)
-    # A point without mass may have any ratio, also one that overflows.
-    ratio = tl.exp2(tl.where(a == 0, 0.0, (f - soft) * scale))
-    wanted = tl.exp2(-f * inverse_rho * LOG2E)
     piece = ((step % 2) * problems + problem) * row_pieces + block
-    tl.store(Row_error + piece, tl.sum(a * tl.abs(ratio - wanted), 0))
-    tl.store(Mass + piece, tl.sum(a * ratio, 0))
+    store_row_error(a, f, soft, scale, inverse_rho, Row_error, Mass, piece)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -192,15 +199,13 @@ def sinkhorn_merge_kernel(
         total = total * tl.exp2(top - shift) + sums * tl.exp2(part - shift)
         top = new_top
     eps = tl.load(Eps + problem)
-    total = tl.where(inside, total, 1.0)
-    soft = -(tl.where(inside, top, 0.0) + tl.log2(total)) * (eps * LN2)
+    soft = -log2_total(tl.where(inside, top, 0.0), total) * (eps * LN2)
     g = tl.load(G + problem * M + cols, mask=inside, other=0.0)
     inverse_rho = tl.load(Settings + 2)
     g_next = updated(g, soft, eps, inverse_rho, tl.load(Settings + 3))
     tl.store(G_next + problem * M + cols, g_next, mask=inside)
     b = tl.load(B + problem // temperatures * M + cols, mask=inside, other=0.0)
-    ratio = tl.exp2(tl.where(b == 0, 0.0, (g - soft) / eps * LOG2E))
-    wanted = tl.exp2(-g * inverse_rho * LOG2E)
+    ratio, wanted = marginals(b, g, soft, 1 / eps * LOG2E, inverse_rho)
     piece = ((step % 2) * problems + problem) * column_pieces + block
     # The absolute value of the product, lest it be fused with the sum: lanes would round apart.
     tl.store(Column_error + piece, tl.sum(tl.abs(b * (ratio - wanted)), 0))

@@ -13,6 +13,9 @@ NEAR = tl.constexpr(1 / 64)
 # A sum of exponentials in this range has lost nothing to underflow or overflow. Larger exponents
 # than MOST, a sum of which is still finite, put it out of range.
 SAFE_LOW, SAFE_HIGH, MOST = tl.constexpr(2.0**-60), tl.constexpr(2.0**100), tl.constexpr(104.0)
+# Over eps ln 2, the potential of a point all of whose pairs with points of weight are left out, and
+# one beyond which only such points are, since relaxed updates come to it by steps.
+NOWHERE, FAR = tl.constexpr(2.0**100), tl.constexpr(2.0**80)
 # Numbers that change from launch to launch, and pointers to where they come to lie: a kernel is not
 # compiled anew for those that are 1 or a multiple of 16.
 RUN_TIME = (
@@ -87,6 +90,13 @@ def accumulated(top, total, score, AXIS: tl.constexpr):
 
 
 @triton.jit
+def log2_total(top, total):
+    """The logarithm of what was accumulated, `-NOWHERE` of nothing; NaN stays."""
+    lse = top + tl.log2(tl.where(total == 0, 1.0, total))
+    return tl.where(lse < -NOWHERE, -NOWHERE, lse)
+
+
+@triton.jit
 def soft_transform(
     X,
     Y,
@@ -147,7 +157,7 @@ def soft_transform(
             own = tl.expand_dims(rows + diagonal, REDUCE)
             score = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("-inf"), score)
         top, total = accumulated(top, total, score, REDUCE)
-    return top + tl.log2(total)
+    return log2_total(top, total)
 
 
 @triton.jit
@@ -159,11 +169,19 @@ def updated(old, soft, eps, inverse_rho, relax):
 
 
 @triton.jit
+def marginals(weight, old, soft, scale, inverse_rho):
+    """Over the weight, what a point gives and is to give by the potential before an update."""
+    # A point without mass may have any of both, also one that overflows.
+    ratio = tl.exp2(tl.where(weight == 0, 0.0, (old - soft) * scale))
+    given = tl.where(inverse_rho == 0, 0.0, tl.where(weight == 0, 0.0, old))
+    wanted = tl.exp2(-given * inverse_rho * LOG2E)
+    return tl.where(soft * scale > FAR, 0.0, ratio), wanted
+
+
+@triton.jit
 def store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, piece):
     """How far the potential before an update was from its soft c-transform, over a block."""
-    # A point without mass may have any ratio, also one that overflows.
-    ratio = tl.exp2(tl.where(a == 0, 0.0, (old - soft) * scale))
-    wanted = tl.exp2(-tl.where(inverse_rho == 0, 0.0, old) * inverse_rho * LOG2E)
+    ratio, wanted = marginals(a, old, soft, scale, inverse_rho)
     tl.store(Error + piece, tl.sum(a * tl.abs(ratio - wanted), 0))
     tl.store(Mass + piece, tl.sum(a * ratio, 0))
 

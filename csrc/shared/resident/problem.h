@@ -10,10 +10,14 @@
 
 namespace fewstep::resident {
 
+using block::at_most_nowhere;
+using block::beyond_digits;
 using block::exp2;
 using block::finish_cost;
+using block::kFar;
 using block::kLowest;
 using block::kNoDiagonal;
+using block::kNowhere;
 using block::largest;
 using block::least;
 
@@ -100,6 +104,7 @@ struct Points {
   // The pair of row i and column diagonal_begin + i + diagonal is left out if that column is below diagonal_end.
   int diagonal, diagonal_begin, diagonal_end;
   int precision;  // halves::Precision
+  int origin;     // a row with weight: others may be far away
 
   // Few coordinates are quicker, and lose nothing to cancellation, without tensor cores.
   FEWSTEP_HD bool by_products() const { return precision != halves::kFloat32 && d > kDepth; }
