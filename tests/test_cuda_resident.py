@@ -476,6 +476,32 @@ def test_tensor_cores(
     assert_contract("potential", plain[0], expected[0], scale=expected[0])
 
 
+def test_far_padding_on_tensor_cores(emulators: dict[str, Emulator]) -> None:
+    """Squares are expanded about a point with weight."""
+    x, y, a, b, eps = make(1, 13, 50, 33, torch.float32)
+    a[:, 0] = 0
+    far = x.clone(), y.clone()
+    far[0][a == 0] = far[1][b == 0] = 1e6
+    schedule = Schedule(max_iter=5)
+    found = solve_emulated(emulators["wide"], WIDE["wide"], (*far, a, b, eps), schedule)
+    expected = exact((x, y, a, b, eps), schedule)
+    scale = reference.cost_matrix(*wide((x, y)), "sqeuclidean").max()
+    assert_contract("value", found[2], expected[2], scale=scale)
+    for mine, true, w in ((found[0], expected[0], a), (found[1], expected[1], b)):
+        assert_contract("potential", mine[w > 0], true[w > 0], scale=scale)
+
+
+@pytest.mark.parametrize("op", ["solve", "direct"])
+def test_potentials_beyond_the_digits_of_floats(emulators: dict[str, Emulator], op: str) -> None:
+    x, y, a, b, eps = make(1, 8, 11, 3, torch.float32)
+    inputs = (x, y, a, b, eps * 1e-8)
+    found = solve_emulated(
+        emulators["alone"], TEAMS["alone"], inputs, Schedule(max_iter=2, tol=1e9), op=op
+    )
+    assert found[3] == torch.inf
+    assert not found[5]
+
+
 def test_halves_have_the_range_of_floats(emulators: dict[str, Emulator]) -> None:
     """Powers of 2 change no bit, though halves reach from 2^-24 to 2^16."""
     x, y, a, b, eps = make(1, 11, 40, 33, torch.float32)

@@ -131,24 +131,32 @@ def sinkhorn(
     with on(x.device):
         f, g, residual, mass, iterations = iterate(problem)
     a, b, mass_a, mass_b = (t.repeat_interleave(temperatures, 0) for t in (a, b, mass_a, mass_b))
-    f, of_x = _settled(f[:, :n].contiguous(), a, eps, rho_x)
-    g, of_y = _settled(g[:, :m].contiguous(), b, eps, rho_y)
+    f, of_x, beyond_x = _settled(f[:, :n].contiguous(), a, eps, rho_x)
+    g, of_y, beyond_y = _settled(g[:, :m].contiguous(), b, eps, rho_y)
     value = of_x + of_y
+    residual = torch.where(beyond_x | beyond_y, torch.inf, residual)
     if (rho_x, rho_y) != (None, None) or relax != 1 or simultaneous:
         value = value - eps * mass_a[:, 0] * (mass - mass_b[:, 0])
     converged = (residual <= (1e-3 if tol is None else tol)) & value.isfinite()
     return f, g, value, residual, iterations, converged
 
 
-def _settled(t: Tensor, weight: Tensor, eps: Tensor, rho: float | None) -> tuple[Tensor, Tensor]:
-    """A potential and its part of the value. A constraint cannot be met at a point without a
-    partner, unless it has no weight: its potential is then 0."""
-    part = weight * _penalised(t, rho)
+def _settled(
+    t: Tensor, weight: Tensor, eps: Tensor, rho: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A potential, its part of the value, and whether at a point with weight it is so large that
+    its rounding alone changes the plan by a factor: what residual that has is unknown.
+
+    A constraint cannot be met at a point without a partner, unless it has no weight: its potential
+    is then 0.
+    """
+    part, unit = weight * _penalised(t, rho), eps[:, None] * math.log(2)
+    nowhere = t > FAR.value * unit
+    beyond = ((t.abs() > 2 / torch.finfo(t.dtype).eps * unit) & ~nowhere & (weight > 0)).any(1)
     if rho is None:
-        nowhere = t > (FAR.value * math.log(2)) * eps[:, None]
         part = torch.where(nowhere, torch.inf, part)
         t = torch.where(nowhere & (weight == 0), 0.0, t)
-    return t, torch.where(weight == 0, 0.0, part).sum(1)
+    return t, torch.where(weight == 0, 0.0, part).sum(1), beyond
 
 
 def _penalised(potential: Tensor, rho: float | None) -> Tensor:
