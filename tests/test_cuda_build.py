@@ -245,6 +245,20 @@ def test_emulated_points_without_a_partner(
 
 
 @pytest.mark.parametrize("team", ["single", "threads"])
+def test_emulated_tiny_weight_is_as_none(emulators: dict[str, Emulator], team: str) -> None:
+    """The potential of a row that the L1 error does not see is a transform all the same."""
+    x, y = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[0.0], [2.0], [3.0]]])
+    b, eps = torch.full((1, 3), 1 / 3), torch.tensor([0.5])
+    for weight in (1e-30, 0.0):
+        inputs = (x, y, torch.tensor([[1 - weight, weight]]), b, eps)
+        f, *_, converged = solve_emulated(
+            emulators[team], team, "shared", inputs, None, "sqeuclidean", 60, 1e-6
+        )
+        assert f[0, 1] - f[0, 0] == pytest.approx(-4.4597716, rel=1e-5)
+        assert converged
+
+
+@pytest.mark.parametrize("team", ["single", "threads"])
 def test_emulated_products_of_points_without_weight(
     emulators: dict[str, Emulator], team: str
 ) -> None:

@@ -425,6 +425,27 @@ def test_points_without_a_partner(
 
 
 @DTYPES
+@pytest.mark.parametrize("op", ["solve", "direct"])
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("update", [{}, {"relax": 0.5, "simultaneous": True}], ids=str)
+def test_a_tiny_weight_is_as_none(
+    emulators: dict[str, Emulator], update: dict[str, Any], team: str, op: str, dtype: torch.dtype
+) -> None:
+    """The potential of a row that the L1 error does not see is a transform all the same."""
+    x, y = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[0.0], [2.0], [3.0]]])
+    b, eps = torch.full((1, 3), 1 / 3), torch.tensor([0.5])
+    schedule = Schedule(tol=1e-6, max_iter=60, **update)
+    for weight in (1e-30, 0.0):
+        inputs = (t.to(dtype) for t in (x, y, torch.tensor([[1 - weight, weight]]), b, eps))
+        f, _, _, residual, _, converged = solve_emulated(
+            emulators[team], TEAMS[team], tuple(inputs), schedule, op=op
+        )
+        assert f[0, 1] - f[0, 0] == pytest.approx(-4.4597716, rel=1e-5)
+        assert residual <= 1e-6
+        assert converged
+
+
+@DTYPES
 @pytest.mark.parametrize("team", TEAMS)
 def test_stop_is_per_problem(emulators: dict[str, Emulator], team: str, dtype: torch.dtype) -> None:
     x, y, a, b, eps = make(3, 8, 11, 2, dtype)

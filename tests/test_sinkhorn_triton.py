@@ -291,6 +291,23 @@ def test_padding_far_away(dim: int) -> None:
         assert_contract("potential", f[w > 0], other[w > 0])
 
 
+@pytest.mark.parametrize("update", ["alternating", "symmetric", "kept"])
+def test_a_tiny_weight_is_as_none(update: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The potential of a row that the L1 error does not see is a transform all the same."""
+    if update == "kept":
+        monkeypatch.setattr(config, "_KEPT_FROM", 1)
+        update = "alternating"
+    x = torch.tensor([[0.0], [1.0]], device=DEVICE)
+    y = torch.tensor([[0.0], [2.0], [3.0]], device=DEVICE)
+    options = {"eps": 0.5, "tol": 1e-6, "max_iter": 20, "update": update}
+    for weight in (1e-30, 0.0):
+        a = torch.tensor([1 - weight, weight], device=DEVICE, requires_grad=True)
+        result = fewstep.sinkhorn(x, y, a=a, **options, backend="triton")
+        (slope,) = torch.autograd.grad(result.value, a)
+        assert (slope[1] - slope[0]).item() == pytest.approx(-4.4597716, rel=1e-5)
+        assert result.converged
+
+
 def test_potentials_beyond_the_digits_of_float32() -> None:
     data = problem((1, 3, 4, 2))
     result = fewstep.sinkhorn(**data, eps=1e-9, max_iter=2, backend="triton")

@@ -41,7 +41,7 @@ template <typename T>
 constexpr T kNowhere = T(0x1p100);
 template <typename T>
 constexpr T kFar = T(0x1p80);
-// Potentials so large that their rounding alone changes the plan by a factor: what residual it has is unknown.
+// Beyond it the rounding of a potential alone changes the plan by a factor: what residual it has is unknown.
 template <typename T>
 constexpr T kDigits = sizeof(T) == sizeof(float) ? T(2 / FLT_EPSILON) : T(2 / DBL_EPSILON);
 
@@ -98,15 +98,20 @@ FEWSTEP_HD T largest(T p, T q) {
   return p > q ? p : q;
 }
 
+// Rows of less than this share of the largest weight are light; in Python LIGHT.
+constexpr double kLight = 1e-3;
+
 // NaN stays.
 template <typename T>
 FEWSTEP_HD T at_most_nowhere(T potential) {
   return potential > kNowhere<T> ? kNowhere<T> : potential;
 }
 
+// Not where a penalty `rho`, over eps ln 2, leaves no mass, to which rounding brings none back.
 template <typename T>
-FEWSTEP_HD bool beyond_digits(T potential) {
-  return std::abs(potential) > kDigits<T> && !(potential > kFar<T>);
+FEWSTEP_HD bool beyond_digits(T potential, T rho) {
+  if (!(std::abs(potential) > kDigits<T>) || potential > kFar<T>) return false;
+  return !(potential > 100 * rho && kDigits<T> * T(1.4426950408889634074) > 8 * rho);
 }
 
 // 1 / (eps ln 2), from cost units to exponents of 2.
@@ -217,6 +222,45 @@ FEWSTEP_HD T team_sum(const Team& team, T part, T* scratch) {
   for (int w = 0; w < team.warps(); ++w) total += scratch[w];
   team.sync();
   return total;
+}
+
+template <typename T, typename Team>
+FEWSTEP_HD T team_largest(const Team& team, T part, T* scratch) {
+  const T top = team.lane_max(part);
+  if (team.lane() == 0) scratch[team.warp()] = top;
+  team.sync();
+  T total = scratch[0];
+  for (int w = 1; w < team.warps(); ++w) total = largest(scratch[w], total);
+  team.sync();
+  return total;
+}
+
+// Weights below this are light, or 0 where no row is.
+template <typename T, typename Team>
+FEWSTEP_HD T light_weight(const Team& team, const T* a, int n, T* scratch) {
+  T top = 0, light = 0;
+  for (int i = team.rank(); i < n; i += team.size()) top = largest(a[i], top);
+  top = T(kLight) * team_largest(team, top, scratch);
+  for (int i = team.rank(); i < n; i += team.size()) light = a[i] > 0 && a[i] < top ? T(1) : light;
+  return team_largest(team, light, scratch) > 0 ? top : T(0);
+}
+
+// The step, in nats and beyond rounding, that a light row with potential f would take to `next`.
+template <typename T>
+FEWSTEP_HD T step_of(T f, T next, T relax) {
+  constexpr T kRounding = 8 * (sizeof(T) == sizeof(float) ? T(FLT_EPSILON) : T(DBL_EPSILON));
+  return next > kFar<T> ? T(0) : (std::abs(next - f) / relax - kRounding * std::abs(f)) * T(0.69314718055994530942);
+}
+
+// What the L1 error hardly sees: the square of the largest step of a light row. Every thread calls.
+template <typename T, typename Team>
+FEWSTEP_HD T unsettled(const Team& team, const T* a, const T* f, const T* next, int n, T light, T relax, T* scratch) {
+  T worst = 0;
+  for (int i = team.rank(); i < n; i += team.size()) {
+    if (a[i] > 0 && a[i] < light) worst = largest(step_of(f[i], next[i], relax), worst);
+  }
+  worst = team_largest(team, worst, scratch);
+  return worst * worst;
 }
 
 // -log2 sum_j 2^(h_j - c_ij) around its true maximum, by one warp.
@@ -349,10 +393,15 @@ FEWSTEP_HD void solve(const Team& team, const Cost& cost, const Problem<T>& p, c
   update_rows(team, cost, p.a, log_a, n, m, next, hy, f, hx);
   team.sync();
   T residual;
+  const T light = light_weight(team, p.a, n, scratch);
   int iteration = 0;
   while (true) {
     update_columns(team, cost, log_b, n, m, hx, g, hy, partial);
     residual = team_sum(team, update_rows(team, cost, p.a, log_a, n, m, f, hy, next, hx), scratch);
+    if (light > 0) {
+      const T unseen = unsettled(team, p.a, f, next, n, light, T(1), scratch);
+      if (unseen > residual) residual = unseen;  // NaN stays
+    }
     if (++iteration == stop.max_iter || residual <= stop.tol) break;
     T* const last = f;
     f = next;
@@ -366,7 +415,7 @@ FEWSTEP_HD void solve(const Team& team, const Cost& cost, const Problem<T>& p, c
       value = std::numeric_limits<T>::infinity();
       return potential * unit;
     }
-    if (weight != 0 && beyond_digits(potential)) beyond = 1;
+    if (weight != 0 && beyond_digits(potential, std::numeric_limits<T>::infinity())) beyond = 1;
     value += weight * potential * unit;
     return potential * unit;
   };

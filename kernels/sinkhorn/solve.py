@@ -22,6 +22,8 @@ from .tiles import FAR
 # Annealing by a factor begins at most so many times above eps: the number of launches must not
 # depend on the data. Beyond it float32 has no digit of a cost left.
 _MOST_ANNEALING = 2.0**40
+# Weights below this share of the largest are light, as in `fewstep.reference.sinkhorn`.
+_LIGHT = 1e-3
 
 
 def _temperatures(
@@ -112,6 +114,7 @@ def sinkhorn(
     problem = Solve(
         clouds=laid_out(x, y, b, n_padded, m_padded, rows),
         weights=(pad(a / mass_a, n_padded), pad(b / mass_a, m_padded)),
+        light=_LIGHT * (a / mass_a).amax(1),
         logs=(log2(a, n_padded), log2(b, m_padded)),
         f0=None if f0 is None else pad(f0, n_padded),
         g=x.new_zeros((problems, m_padded)) if g0 is None else pad(g0, m_padded),
@@ -152,11 +155,14 @@ def _settled(
     """
     part, unit = weight * _penalised(t, rho), eps[:, None] * math.log(2)
     nowhere = t > FAR.value * unit
-    beyond = ((t.abs() > 2 / torch.finfo(t.dtype).eps * unit) & ~nowhere & (weight > 0)).any(1)
-    if rho is None:
+    digits = 2 / torch.finfo(t.dtype).eps
+    beyond = (t.abs() > digits * unit) & ~nowhere & (weight > 0)
+    if rho is not None:  # rounding brings no mass back to a point that has next to none
+        beyond &= ~((t > 100 * rho) & (eps[:, None] * digits > 8 * rho))
+    else:
         part = torch.where(nowhere, torch.inf, part)
         t = torch.where(nowhere & (weight == 0), 0.0, t)
-    return t, torch.where(weight == 0, 0.0, part).sum(1), beyond
+    return t, torch.where(weight == 0, 0.0, part).sum(1), beyond.any(1)
 
 
 def _penalised(potential: Tensor, rho: float | None) -> Tensor:

@@ -20,6 +20,7 @@ from .tiles import (
     accumulated,
     log2_total,
     marginals,
+    residual_of,
     squared_distances,
     store_row_error,
     sum_of_pieces,
@@ -39,6 +40,7 @@ def sinkhorn_symmetric_kernel(
     X2,
     Y2,
     A,
+    Light,
     Log_a,
     Log_b,
     Eps,
@@ -50,6 +52,7 @@ def sinkhorn_symmetric_kernel(
     Row_error,
     Column_error,
     Mass,
+    Steps,
     Iterations,
     Annealing,
     Done,
@@ -90,7 +93,9 @@ def sinkhorn_symmetric_kernel(
     annealing = tl.load(Annealing + problem)
     if step - 1 - annealing > 0:
         before = ((step + 1) % 2) * problems + problem
-        rows_off = sum_of_pieces(Row_error + before * row_pieces, row_pieces)
+        rows_off = residual_of(
+            Row_error + before * row_pieces, Steps + before * row_pieces, row_pieces
+        )
         columns_off = sum_of_pieces(Column_error + before * column_pieces, column_pieces)
         # NaN is not at most anything.
         if (rows_off <= tl.load(Settings)) & (columns_off <= tl.load(Settings)):
@@ -159,7 +164,8 @@ def sinkhorn_symmetric_kernel(
     tl.store(F_next + points, updated(f, soft, eps, inverse_rho, tl.load(Settings + 3)))
     a = tl.load(A + cloud * N + rows)
     piece = ((step % 2) * problems + problem) * row_pieces + block
-    store_row_error(a, f, soft, scale, inverse_rho, Row_error, Mass, piece)
+    light = tl.load(Light + cloud)
+    store_row_error(a, light, f, soft, scale, inverse_rho, Row_error, Mass, Steps, piece)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -222,7 +228,7 @@ def symmetric(s: Solve) -> Solved:
     if s.f0 is not None:
         f[0] = s.f0
     tops, sums = s.g.new_empty((2, problems, row_pieces, m))
-    row_error, mass = s.g.new_zeros((2, 2, problems, row_pieces))
+    row_error, mass, steps = s.g.new_zeros((3, 2, problems, row_pieces))
     column_error = s.g.new_zeros((2, problems, column_pieces))
     iterations = torch.zeros_like(s.annealing, dtype=torch.int64)
     done = torch.zeros_like(s.annealing)
@@ -230,9 +236,10 @@ def symmetric(s: Solve) -> Solved:
     def step(k: int, source: int, eps: Tensor, setting: Tensor, done: Tensor) -> None:
         pieces = (s.temperatures, row_pieces, column_pieces)
         sinkhorn_symmetric_kernel[(problems * row_pieces,)](
-            *(*s.clouds.pointers, s.weights[0], *s.logs, eps, f[source], g[source], f[1 - source]),
-            *(tops, sums, row_error, column_error, mass, iterations, s.annealing, done, setting),
-            *(k, s.max_iter, *s.clouds.shape, *pieces, *s.constants),
+            *(*s.clouds.pointers, s.weights[0], s.light, *s.logs, eps),
+            *(f[source], g[source], f[1 - source], tops, sums, row_error, column_error, mass),
+            *(steps, iterations, s.annealing, done, setting, k, s.max_iter),
+            *(*s.clouds.shape, *pieces, *s.constants),
             **launch,
         )
         sinkhorn_merge_kernel[(problems * column_pieces,)](
@@ -262,6 +269,7 @@ def symmetric(s: Solve) -> Solved:
     step(0, 0, s.each[-1], full, everyone)
     step(0, 1, s.each[-1], full, everyone)
     residual = torch.maximum(row_error[0].sum(1), column_error[0].sum(1))
+    residual = torch.maximum(residual, steps[0].amax(1).square())
     massless = (s.weights[0] == 0).repeat_interleave(s.temperatures, 0)
     out = torch.where(massless, f[0], f[1])  # without weight, from the pass that measured
     return out, out, residual, mass[0].sum(1), iterations

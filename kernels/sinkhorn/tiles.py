@@ -20,7 +20,7 @@ NOWHERE, FAR = tl.constexpr(2.0**100), tl.constexpr(2.0**80)
 # compiled anew for those that are 1 or a multiple of 16.
 RUN_TIME = (
     *("step", "max_iter", "temperatures", "partials", "row_pieces", "column_pieces", "diagonal"),
-    *("Eps", "Error", "Mass", "Row_error", "Column_error", "Settings"),
+    *("Eps", "Light", "Error", "Mass", "Steps", "Row_error", "Column_error", "Settings"),
 )
 
 
@@ -179,11 +179,20 @@ def marginals(weight, old, soft, scale, inverse_rho):
 
 
 @triton.jit
-def store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, piece):
-    """How far the potential before an update was from its soft c-transform, over a block."""
+def store_row_error(a, light, old, soft, scale, inverse_rho, Error, Mass, Steps, piece):
+    """How far the potential before an update was from its soft c-transform, over a block; and the
+    largest step, over eps and beyond rounding, left to that of a point of less weight than `light`,
+    which the error hardly sees.
+    """
     ratio, wanted = marginals(a, old, soft, scale, inverse_rho)
     tl.store(Error + piece, tl.sum(a * tl.abs(ratio - wanted), 0))
     tl.store(Mass + piece, tl.sum(a * ratio, 0))
+    rounding: tl.constexpr = 2.0**-20 if old.dtype == tl.float32 else 2.0**-49
+    damped = soft / (1 + LOG2E / scale * inverse_rho)
+    seen = (a < light) & (a > 0) & (soft * scale <= FAR) & (tl.abs(old) < float("inf"))
+    given = tl.where(seen, old, damped)
+    step = (tl.abs(damped - given) - rounding * tl.abs(given)) * (scale * LN2)
+    tl.store(Steps + piece, tl.max(tl.where(seen, step, 0.0), 0))
 
 
 @triton.jit
@@ -193,3 +202,15 @@ def sum_of_pieces(Pieces, count):
         piece = start + tl.arange(0, 128)
         total += tl.load(Pieces + piece, mask=piece < count, other=0.0)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def residual_of(Error, Steps, count):
+    """The error in pieces, or the square of the largest step where that is larger; NaN stays."""
+    error = sum_of_pieces(Error, count)
+    step = tl.zeros([128], Steps.dtype.element_ty)
+    for start in range(0, count, 128):
+        piece = start + tl.arange(0, 128)
+        step = tl.maximum(step, tl.load(Steps + piece, mask=piece < count, other=0.0))
+    unseen = tl.max(step, 0) * tl.max(step, 0)
+    return tl.where(unseen > error, unseen, error)

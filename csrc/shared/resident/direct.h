@@ -45,6 +45,7 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
   FEWSTEP_ROLLED
   for (int j = team.rank(); j < p.m; j += team.size()) b_part += w.b[j];
   const T a_total = block::team_sum(team, a_part, scratch), b_total = block::team_sum(team, b_part, scratch);
+  const T light = block::light_weight(team, w.a, p.n, scratch);
   int step = 0, at_eps = 0, iterations = 0;
   T annealed = start, residual = 0, mass = 0;
   bool final = false, measured = false, closing = false, averaged = s.simultaneous;
@@ -116,6 +117,10 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
         if (w.b[j] != 0) off += w.b[j] * std::abs(column - wanted);
       }
       residual = largest(block::team_sum(team, off, scratch), error) / a_total;
+      if (light > 0) {
+        const T unseen = block::unsettled(team, w.a, f, next, p.n, light, relax, scratch);
+        if (unseen > residual) residual = unseen;  // NaN stays
+      }
       mass = moved;
       if (last || (s.tol >= 0 && residual <= s.tol)) {
         if (closing || !s.simultaneous) break;
@@ -152,7 +157,7 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
   const auto settled = [&](T potential, T weight, T rho) {
     const bool nowhere = std::isinf(rho) && potential > kFar<T>;
     if (weight == 0) return nowhere ? T(0) : potential * unit;
-    if (beyond_digits(potential)) beyond = 1;
+    if (beyond_digits(potential, rho * k)) beyond = 1;
     value += nowhere ? kInfinity<T> : weight * penalised(potential * unit, rho);
     return potential * unit;
   };

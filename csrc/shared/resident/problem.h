@@ -31,7 +31,7 @@ constexpr int kDepth = 16;                // coordinates staged at a time
 constexpr int kStageStride = kDepth + 1;  // lanes on different points fall into different banks
 constexpr int kMmaStride = kDepth + 4;    // so do the rows of a matrix of halves, and points are aligned to 16 bytes
 constexpr int kMetrics = 3;               // of a plan of a drift
-constexpr int kScalars = 4;               // that a pass hands from each warp to all others, or a plan its metrics
+constexpr int kScalars = 5;               // that a pass hands from each warp to all others, or a plan its metrics
 constexpr int kMostStacked = 3;           // temperatures whose barycentres are taken in one pass over the points
 constexpr int kLastSteps = 10;            // at most, alternating ones after symmetric ones; in Python LAST_STEPS
 
