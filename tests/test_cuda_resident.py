@@ -709,6 +709,34 @@ def test_device_options(options: dict[str, Any], shape: tuple[int, ...]) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:sinkhorn.*not converged")
+@pytest.mark.parametrize("update", ["alternating", "symmetric"])
+def test_device_small_points_without_a_partner(update: str) -> None:
+    x, y, a, b, eps = make(2, 8, 11, 20, torch.float32)
+    only, none = torch.zeros_like(a), b.clone()
+    only[:, 3] = 1
+    none[:, 2] = 0
+    none /= none.sum(1, keepdim=True)
+    options: dict[str, Any] = {"exclude_diagonal": -1, "max_iter": 6, "update": update}
+    moved = {k: t.cuda() for k, t in (("a", only), ("b", b), ("eps", eps))}
+    result = fewstep.sinkhorn(x.cuda(), y.cuda(), **moved, **options, backend="cuda")
+    assert result.value.isinf().all()
+    assert not result.converged.any()
+    assert not torch.cat([result.f, result.g], 1).isnan().any()
+    # Nothing is asked of the point without a partner, and what has no weight is far away.
+    x[only == 0] = 1e6
+    y[none == 0] = 1e6
+    result = fewstep.sinkhorn(
+        *(x.cuda(), y.cuda()), **moved | {"b": none.cuda()}, **options, backend="cuda"
+    )
+    part = x[:, 3:4].double(), y.double()[none > 0].view(2, -1, 20)
+    weights = none.double()[none > 0].view(2, -1)
+    true = fewstep.sinkhorn(*part, b=weights, eps=eps.double(), max_iter=6, update=update)
+    assert_contract("value", result.value.cpu(), true.value)
+    assert torch.equal(result.converged.cpu(), true.converged)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(3, 9, 13, 4), (2, 250, 140, 20)], ids=["small", "cluster"])
 @pytest.mark.parametrize("reach", [None, 0.8])
 def test_device_divergence(shape: tuple[int, ...], reach: float | None) -> None:

@@ -139,7 +139,8 @@ def sinkhorn(
     value = of_x + of_y
     residual = torch.where(beyond_x | beyond_y, torch.inf, residual)
     if (rho_x, rho_y) != (None, None) or relax != 1 or simultaneous:
-        value = value - eps * mass_a[:, 0] * (mass - mass_b[:, 0])
+        moved = eps * mass_a[:, 0] * (mass - mass_b[:, 0])
+        value = torch.where(value == torch.inf, value, value - moved)
     converged = (residual <= (1e-3 if tol is None else tol)) & value.isfinite()
     return f, g, value, residual, iterations, converged
 

@@ -167,7 +167,7 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
   for (int j = team.rank(); j < p.m; j += team.size()) g[j] = settled(g[j], w.b[j], s.rho_y);
   value = block::team_sum(team, value, scratch);
   if (block::team_sum(team, beyond, scratch) > 0) residual = kInfinity<T>;
-  if (!plain) value -= eps * (mass - a_total * b_total);
+  if (!plain && value != kInfinity<T>) value -= eps * (mass - a_total * b_total);
   if (team.rank() == 0) {
     *out.value = value;
     *out.residual = residual;

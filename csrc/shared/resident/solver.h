@@ -148,7 +148,7 @@ class Solver {
     team_.sync_all();
     value = total(0);
     if (total(1) > 0) residual_ = kInfinity<T>;
-    if (!plain_) value -= eps * (mass - a_total_ * b_total_);
+    if (!plain_ && value != kInfinity<T>) value -= eps * (mass - a_total_ * b_total_);
     if (team_.block() == 0 && team_.rank() == 0) {
       *out.value = value;
       *out.residual = residual_;
