@@ -245,11 +245,12 @@ FEWSTEP_HD T light_weight(const Team& team, const T* a, int n, T* scratch) {
   return team_largest(team, light, scratch) > 0 ? top : T(0);
 }
 
-// The step, in nats and beyond rounding, that a light row with potential f would take to `next`.
+// The step, in nats, that a light row with potential f would take to `next`, if it is more than rounding.
 template <typename T>
 FEWSTEP_HD T step_of(T f, T next, T relax) {
   constexpr T kRounding = 8 * (sizeof(T) == sizeof(float) ? T(FLT_EPSILON) : T(DBL_EPSILON));
-  return next > kFar<T> ? T(0) : (std::abs(next - f) / relax - kRounding * std::abs(f)) * T(0.69314718055994530942);
+  const T step = std::abs(next - f) / relax;
+  return step > kRounding * std::abs(f) && !(next > kFar<T>) ? step * T(0.69314718055994530942) : T(0);
 }
 
 // What the L1 error hardly sees: the square of the largest step of a light row. Every thread calls.

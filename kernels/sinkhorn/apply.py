@@ -103,7 +103,7 @@ def sinkhorn_apply_kernel(
         )
         cost = tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale
         score = (f + g - cost) * scale + log_b
-        p = tl.exp2(tl.minimum(score, highest, propagate_nan=tl.PropagateNan.ALL))
+        p = tl.exp2(tl.where(score > highest, highest, score))  # NaN stays
         if DIAGONAL:
             own = tl.expand_dims(rows + diagonal, REDUCE)
             p = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, 0.0, p)

@@ -181,8 +181,8 @@ def marginals(weight, old, soft, scale, inverse_rho):
 @triton.jit
 def store_row_error(a, light, old, soft, scale, inverse_rho, Error, Mass, Steps, piece):
     """How far the potential before an update was from its soft c-transform, over a block; and the
-    largest step, over eps and beyond rounding, left to that of a point of less weight than `light`,
-    which the error hardly sees.
+    largest step over eps, if more than rounding, left to that of a point of less weight than
+    `light`, which the error hardly sees.
     """
     ratio, wanted = marginals(a, old, soft, scale, inverse_rho)
     tl.store(Error + piece, tl.sum(a * tl.abs(ratio - wanted), 0))
@@ -191,8 +191,9 @@ def store_row_error(a, light, old, soft, scale, inverse_rho, Error, Mass, Steps,
     damped = soft / (1 + LOG2E / scale * inverse_rho)
     seen = (a < light) & (a > 0) & (soft * scale <= FAR) & (tl.abs(old) < float("inf"))
     given = tl.where(seen, old, damped)
-    step = (tl.abs(damped - given) - rounding * tl.abs(given)) * (scale * LN2)
-    tl.store(Steps + piece, tl.max(tl.where(seen, step, 0.0), 0))
+    step = tl.abs(damped - given)
+    step = tl.where(step > rounding * tl.abs(given), step * (scale * LN2), 0.0)
+    tl.store(Steps + piece, tl.max(step, 0))
 
 
 @triton.jit
