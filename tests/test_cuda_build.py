@@ -216,6 +216,68 @@ def test_emulated_cold_and_far(emulators: dict[str, Emulator], team: str) -> Non
     assert actual[3].isfinite().all()
 
 
+@pytest.mark.parametrize("team", ["single", "threads"])
+@pytest.mark.parametrize("place", PLACES)
+def test_emulated_points_without_a_partner(
+    emulators: dict[str, Emulator], place: str, team: str
+) -> None:
+    """So far away that the costs of all of their pairs are infinite."""
+    x, y, a, b, eps = make(1, 5, 6, 2, torch.float32)
+
+    def solved(*points: Tensor) -> list[Tensor]:
+        inputs = (*points, eps)
+        return solve_emulated(emulators[team], team, place, inputs, None, "sqeuclidean", 5, None)
+
+    for far in (x, y):
+        moved = [t.clone() for t in (x, y)]
+        moved[far is y][:, 1] = 1e25
+        f, g, value, _, _, converged = solved(*moved, a, b)
+        assert value == torch.inf
+        assert not converged
+        assert not torch.cat([f, g], 1).isnan().any()
+        weights = [t.clone() for t in (a, b)]
+        weights[far is y][:, 1] = 0
+        f, g, *rest = solved(*moved, *weights)
+        alone = solved(x, y, *weights)
+        assert (f, g)[far is y][0, 1] == 0
+        for mine, other in zip(rest, alone[2:], strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("team", ["single", "threads"])
+def test_emulated_tiny_weight_is_as_none(emulators: dict[str, Emulator], team: str) -> None:
+    """The potential of a row that the L1 error does not see is a transform all the same."""
+    x, y = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[0.0], [2.0], [3.0]]])
+    b, eps = torch.full((1, 3), 1 / 3), torch.tensor([0.5])
+    for weight in (1e-30, 0.0):
+        inputs = (x, y, torch.tensor([[1 - weight, weight]]), b, eps)
+        f, *_, converged = solve_emulated(
+            emulators[team], team, "shared", inputs, None, "sqeuclidean", 60, 1e-6
+        )
+        assert f[0, 1] - f[0, 0] == pytest.approx(-4.4597716, rel=1e-5)
+        assert converged
+
+
+@pytest.mark.parametrize("team", ["single", "threads"])
+def test_emulated_products_of_points_without_weight(
+    emulators: dict[str, Emulator], team: str
+) -> None:
+    """The plan over their weight overflows; 0 times it is 0."""
+    x, y, a, b, eps = make(1, 5, 6, 2, torch.float32)
+    a[:, 1] = 0
+    f, g = torch.zeros(1, 5), torch.zeros(1, 6)
+    f[:, 1] = 1e4
+    sizes = {"batch": 1, "n": 5, "m": 6, "d": 2}
+    request = header("grad", torch.float32, team, k=2, **sizes)
+    answer = emulators[team](request + arrays(x, y, f, g, a, b, eps))
+    (grad,) = split(answer, (torch.float32, (1, 5, 2)))
+    assert grad[0, 1].tolist() == [0, 0]
+    request = header("transport", torch.float32, team, k=1, **sizes)
+    answer = emulators[team](request + arrays(x, y, f, g, b, eps, torch.ones(1, 6, 1)))
+    out, mass = split(answer, (torch.float32, (1, 5, 1)), (torch.float32, (1, 5)))
+    assert torch.cat([out[..., 0], mass]).isfinite().all()
+
+
 def test_emulated_nan_comes_out(emulators: dict[str, Emulator]) -> None:
     x, *rest = make(2, 5, 6, 2, torch.float32)
     x[1, 3, 0] = torch.nan

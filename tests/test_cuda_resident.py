@@ -322,6 +322,31 @@ def test_columns_far_from_their_penalty(
 
 
 @pytest.mark.parametrize("op", ["solve", "direct"])
+@pytest.mark.parametrize("team", ["alone", "cluster"])
+@pytest.mark.parametrize("update", [{"relax": 0.5, "simultaneous": True}, {"relax": 1.5}], ids=str)
+def test_outliers_under_averaged_and_relaxed_updates(
+    emulators: dict[str, Emulator], update: dict[str, Any], team: str, op: str
+) -> None:
+    """Sums of columns, or what rows weigh in them, leave the range of floats in each iteration."""
+    run, how = emulators[team], TEAMS[team]
+    x, y = torch.tensor([[[0.0], [0.1]]]), torch.tensor([[[0.0], [7.0]]])
+    half = torch.full((1, 2), 0.5)
+    for dtype, eps, rho in ((torch.float32, 0.3, 1.0), (torch.float64, 0.01, 0.1)):
+        inputs = tuple(t.to(dtype) for t in (x, y, half, half, torch.tensor([eps])))
+        for iterations in (1, 2, 5):
+            schedule = Schedule(max_iter=iterations, rho=(rho, rho), **update)
+            check(run, how, inputs, schedule, op=op)
+        one, apart = torch.zeros(1, 1, 1), torch.tensor([[[0.0], [3**0.5]]])
+        start = {"f0": torch.full((1, 1), 2.0), "g0": torch.zeros(1, 2)}
+        weights = torch.ones(1, 1), half
+        inputs = tuple(t.to(dtype) for t in (one, apart, *weights, torch.tensor([eps / 15])))
+        found = solve_emulated(run, how, inputs, Schedule(max_iter=1, **update), op=op, **start)
+        true = exact(inputs, Schedule(max_iter=1, **update), **start)
+        for mine, other in zip(found[:2], true[:2], strict=True):
+            assert_contract("potential", mine, other, scale=torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("op", ["solve", "direct"])
 @pytest.mark.parametrize("team", TEAMS)
 def test_weights_below_normal_numbers(emulators: dict[str, Emulator], team: str, op: str) -> None:
     """A device takes their logarithm for -inf: their points have potentials, and no mass."""
@@ -332,6 +357,92 @@ def test_weights_below_normal_numbers(emulators: dict[str, Emulator], team: str,
     schedule = Schedule(max_iter=6, relax=0.5, simultaneous=True)
     check(run, how, (x, y, a, b, eps), schedule, op=op)
     check(run, how, (x, x, a, a, eps), replace(schedule, single=True), op=op)
+
+
+KINDS = ("potential", "potential", "value", "plan")  # of f, g, value, residual
+WITHOUT_PARTNER: dict[str, dict[str, Any]] = {
+    "plain": {"tol": 1e-3},
+    "relax": {"relax": 1.4},
+    "reach": {"rho": (0.5, 0.7)},
+    "reach of x": {"rho": (0.5, None), "relax": 0.7},
+    "reach of y": {"rho": (None, 0.5), "start": torch.tensor([4.0, 0.1]), "factor": 0.4},
+    "symmetric": {"relax": 0.5, "simultaneous": True, "tol": 1e-3},
+    "symmetric, reach": {"relax": 0.5, "simultaneous": True, "rho": (0.5, None)},
+    "temperatures": {"temperatures": torch.tensor([1e3, 0.1])},
+}
+
+
+def check_partners(
+    run: Emulator, how: tuple[int, int], inputs: tuple[Tensor, ...], schedule: Schedule, **more: Any
+) -> Tensor:
+    """A problem has its plan, or the value inf, of which all else is only no NaN."""
+    actual = solve_emulated(run, how, inputs, schedule, **more)
+    more.pop("op")
+    expected = exact(inputs, schedule, **more)
+    scale = reference.cost_matrix(*wide(inputs[:2]), "sqeuclidean").max()
+    assert torch.equal(actual[2].isinf(), expected[2].isinf())
+    for found, true, kind in zip(actual, expected, KINDS, strict=False):
+        assert not found.isnan().any()
+        met = expected[2].isfinite().reshape(-1, *[1] * (true.ndim - 1))
+        far = true.abs().isfinite() & (true.abs() > 1e15)  # as that of a point without a partner
+        assert (found[far] * true[far].sign() > 1e15).all()
+        found, true = (torch.where(met & ~far, t, 0) for t in (found, true))
+        assert_contract(kind, found, true, scale=torch.ones(1) if kind == "plan" else scale)
+    assert torch.equal(actual[4], expected[4])
+    assert torch.equal(actual[5], expected[5])
+    return actual[2]
+
+
+@DTYPES
+@pytest.mark.parametrize("op", ["solve", "direct"])
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("options", WITHOUT_PARTNER.values(), ids=WITHOUT_PARTNER)
+def test_points_without_a_partner(
+    emulators: dict[str, Emulator],
+    options: dict[str, Any],
+    team: str,
+    op: str,
+    dtype: torch.dtype,
+) -> None:
+    """All weight at one point, whose pair with the point opposite is left out."""
+    x, y, a, b, eps = make(2, 8, 11, 3, dtype)
+    run, how, schedule = emulators[team], TEAMS[team], Schedule(**{"max_iter": 6} | options)
+    only_x, only_y = torch.zeros_like(a), torch.zeros_like(b)
+    only_x[:, 3] = only_y[:, 2] = 1
+    for weights in ((only_x, b), (a, only_y), (only_x, only_y)):
+        inputs = (x, y, *weights, eps)
+        value = check_partners(run, how, inputs, schedule, op=op, diagonal=-1)
+        rho_x, rho_y = schedule.rho
+        missed = weights[0] is only_x and rho_y is None, weights[1] is only_y and rho_x is None
+        assert value.isinf().tolist() == [any(missed)] * 2
+    b = b.clone()
+    b[:, 2] = 0  # nothing is asked of the point without a partner
+    value = check_partners(run, how, (x, y, only_x, b, eps), schedule, op=op, diagonal=-1)
+    assert value.isfinite().all()
+    if schedule.simultaneous:
+        one = replace(schedule, single=True, rho=(schedule.rho[0],) * 2)
+        check_partners(run, how, (x, x, only_x, only_x, eps), one, op=op, diagonal=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("op", ["solve", "direct"])
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("update", [{}, {"relax": 0.5, "simultaneous": True}], ids=str)
+def test_a_tiny_weight_is_as_none(
+    emulators: dict[str, Emulator], update: dict[str, Any], team: str, op: str, dtype: torch.dtype
+) -> None:
+    """The potential of a row that the L1 error does not see is a transform all the same."""
+    x, y = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[0.0], [2.0], [3.0]]])
+    b, eps = torch.full((1, 3), 1 / 3), torch.tensor([0.5])
+    schedule = Schedule(tol=1e-6, max_iter=60, **update)
+    for weight in (1e-30, 0.0):
+        inputs = (t.to(dtype) for t in (x, y, torch.tensor([[1 - weight, weight]]), b, eps))
+        f, _, _, residual, _, converged = solve_emulated(
+            emulators[team], TEAMS[team], tuple(inputs), schedule, op=op
+        )
+        assert f[0, 1] - f[0, 0] == pytest.approx(-4.4597716, rel=1e-5)
+        assert residual <= 1e-6
+        assert converged
 
 
 @DTYPES
@@ -384,6 +495,32 @@ def test_tensor_cores(
     assert 4 * worse[1] < worse[0] < (1e-2 if cost == "euclidean" else 2e-3)
     plain = solve_emulated(run, how, inputs, Schedule(max_iter=5), cost=cost, precision="float32")
     assert_contract("potential", plain[0], expected[0], scale=expected[0])
+
+
+def test_far_padding_on_tensor_cores(emulators: dict[str, Emulator]) -> None:
+    """Squares are expanded about a point with weight."""
+    x, y, a, b, eps = make(1, 13, 50, 33, torch.float32)
+    a[:, 0] = 0
+    far = x.clone(), y.clone()
+    far[0][a == 0] = far[1][b == 0] = 1e6
+    schedule = Schedule(max_iter=5)
+    found = solve_emulated(emulators["wide"], WIDE["wide"], (*far, a, b, eps), schedule)
+    expected = exact((x, y, a, b, eps), schedule)
+    scale = reference.cost_matrix(*wide((x, y)), "sqeuclidean").max()
+    assert_contract("value", found[2], expected[2], scale=scale)
+    for mine, true, w in ((found[0], expected[0], a), (found[1], expected[1], b)):
+        assert_contract("potential", mine[w > 0], true[w > 0], scale=scale)
+
+
+@pytest.mark.parametrize("op", ["solve", "direct"])
+def test_potentials_beyond_the_digits_of_floats(emulators: dict[str, Emulator], op: str) -> None:
+    x, y, a, b, eps = make(1, 8, 11, 3, torch.float32)
+    inputs = (x, y, a, b, eps * 1e-8)
+    found = solve_emulated(
+        emulators["alone"], TEAMS["alone"], inputs, Schedule(max_iter=2, tol=1e9), op=op
+    )
+    assert found[3] == torch.inf
+    assert not found[5]
 
 
 def test_halves_have_the_range_of_floats(emulators: dict[str, Emulator]) -> None:
@@ -569,6 +706,34 @@ def test_device_options(options: dict[str, Any], shape: tuple[int, ...]) -> None
     if "precision" not in options:
         skip_without_clusters(shape)
     fewstep_and_exact(make(*shape, torch.float32), max_iter=9, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:sinkhorn.*not converged")
+@pytest.mark.parametrize("update", ["alternating", "symmetric"])
+def test_device_small_points_without_a_partner(update: str) -> None:
+    x, y, a, b, eps = make(2, 8, 11, 20, torch.float32)
+    only, none = torch.zeros_like(a), b.clone()
+    only[:, 3] = 1
+    none[:, 2] = 0
+    none /= none.sum(1, keepdim=True)
+    options: dict[str, Any] = {"exclude_diagonal": -1, "max_iter": 6, "update": update}
+    moved = {k: t.cuda() for k, t in (("a", only), ("b", b), ("eps", eps))}
+    result = fewstep.sinkhorn(x.cuda(), y.cuda(), **moved, **options, backend="cuda")
+    assert result.value.isinf().all()
+    assert not result.converged.any()
+    assert not torch.cat([result.f, result.g], 1).isnan().any()
+    # Nothing is asked of the point without a partner, and what has no weight is far away.
+    x[only == 0] = 1e6
+    y[none == 0] = 1e6
+    result = fewstep.sinkhorn(
+        *(x.cuda(), y.cuda()), **moved | {"b": none.cuda()}, **options, backend="cuda"
+    )
+    part = x[:, 3:4].double(), y.double()[none > 0].view(2, -1, 20)
+    weights = none.double()[none > 0].view(2, -1)
+    true = fewstep.sinkhorn(*part, b=weights, eps=eps.double(), max_iter=6, update=update)
+    assert_contract("value", result.value.cpu(), true.value)
+    assert torch.equal(result.converged.cpu(), true.converged)
 
 
 @pytest.mark.gpu

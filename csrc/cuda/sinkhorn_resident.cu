@@ -61,6 +61,9 @@ __device__ Item item_of(const ResidentProblems& in, int64_t cloud) {
 __device__ resident::Points<float> points_of(const ResidentProblems& in, const Item& item) {
   const float* const y = in.y + item.column * in.d;
   const int diagonal = in.diagonal == kNoDiagonal64 ? resident::kNoDiagonal : static_cast<int>(in.diagonal);
+  const float* const a = in.a + item.row;
+  int origin = 0;
+  while (origin < item.n - 1 && a[origin] == 0) ++origin;
   return {in.x + item.row * in.d,
           {{y, y, y}, {INT_MAX, INT_MAX, INT_MAX}},
           item.n,
@@ -70,7 +73,8 @@ __device__ resident::Points<float> points_of(const ResidentProblems& in, const I
           diagonal,
           0,
           item.m,
-          static_cast<int>(in.precision)};
+          static_cast<int>(in.precision),
+          origin};
 }
 
 __device__ resident::Schedule<float> schedule_of(const ResidentProblems& in) {

@@ -9,6 +9,7 @@
 #include <climits>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #ifdef __CUDACC__
 #define FEWSTEP_HD __host__ __device__ __forceinline__
@@ -34,6 +35,15 @@ constexpr int kStageElements = kColumns * kStageStride;
 // Where a maximum starts: finite, so that -inf (a zero weight) minus it is no NaN.
 template <typename T>
 constexpr T kLowest = sizeof(T) == sizeof(float) ? T(-FLT_MAX) : T(-DBL_MAX);
+// The potential of a point all of whose pairs with points of weight are left out or cost inf, and one beyond which only
+// such points are, since relaxed updates come to it by steps.
+template <typename T>
+constexpr T kNowhere = T(0x1p100);
+template <typename T>
+constexpr T kFar = T(0x1p80);
+// Beyond it the rounding of a potential alone changes the plan by a factor: what residual it has is unknown.
+template <typename T>
+constexpr T kDigits = sizeof(T) == sizeof(float) ? T(2 / FLT_EPSILON) : T(2 / DBL_EPSILON);
 
 template <typename T>
 struct Problem {
@@ -86,6 +96,22 @@ FEWSTEP_HD int least(int p, int q) { return p < q ? p : q; }
 template <typename T>
 FEWSTEP_HD T largest(T p, T q) {
   return p > q ? p : q;
+}
+
+// Rows of less than this share of the largest weight are light; in Python LIGHT.
+constexpr double kLight = 1e-3;
+
+// NaN stays.
+template <typename T>
+FEWSTEP_HD T at_most_nowhere(T potential) {
+  return potential > kNowhere<T> ? kNowhere<T> : potential;
+}
+
+// Not where a penalty `rho`, over eps ln 2, leaves no mass, to which rounding brings none back.
+template <typename T>
+FEWSTEP_HD bool beyond_digits(T potential, T rho) {
+  if (!(std::abs(potential) > kDigits<T>) || potential > kFar<T>) return false;
+  return !(potential > 100 * rho && kDigits<T> * T(1.4426950408889634074) > 8 * rho);
 }
 
 // 1 / (eps ln 2), from cost units to exponents of 2.
@@ -198,6 +224,46 @@ FEWSTEP_HD T team_sum(const Team& team, T part, T* scratch) {
   return total;
 }
 
+template <typename T, typename Team>
+FEWSTEP_HD T team_largest(const Team& team, T part, T* scratch) {
+  const T top = team.lane_max(part);
+  if (team.lane() == 0) scratch[team.warp()] = top;
+  team.sync();
+  T total = scratch[0];
+  for (int w = 1; w < team.warps(); ++w) total = largest(scratch[w], total);
+  team.sync();
+  return total;
+}
+
+// Weights below this are light, or 0 where no row is.
+template <typename T, typename Team>
+FEWSTEP_HD T light_weight(const Team& team, const T* a, int n, T* scratch) {
+  T top = 0, light = 0;
+  for (int i = team.rank(); i < n; i += team.size()) top = largest(a[i], top);
+  top = T(kLight) * team_largest(team, top, scratch);
+  for (int i = team.rank(); i < n; i += team.size()) light = a[i] > 0 && a[i] < top ? T(1) : light;
+  return team_largest(team, light, scratch) > 0 ? top : T(0);
+}
+
+// The step, in nats, that a light row with potential f would take to `next`, if it is more than rounding.
+template <typename T>
+FEWSTEP_HD T step_of(T f, T next, T relax) {
+  constexpr T kRounding = 8 * (sizeof(T) == sizeof(float) ? T(FLT_EPSILON) : T(DBL_EPSILON));
+  const T step = std::abs(next - f) / relax;
+  return step > kRounding * std::abs(f) && !(next > kFar<T>) ? step * T(0.69314718055994530942) : T(0);
+}
+
+// What the L1 error hardly sees: the square of the largest step of a light row. Every thread calls.
+template <typename T, typename Team>
+FEWSTEP_HD T unsettled(const Team& team, const T* a, const T* f, const T* next, int n, T light, T relax, T* scratch) {
+  T worst = 0;
+  for (int i = team.rank(); i < n; i += team.size()) {
+    if (a[i] > 0 && a[i] < light) worst = largest(step_of(f[i], next[i], relax), worst);
+  }
+  worst = team_largest(team, worst, scratch);
+  return worst * worst;
+}
+
 // -log2 sum_j 2^(h_j - c_ij) around its true maximum, by one warp.
 template <typename T, typename Cost, typename Team>
 FEWSTEP_HD T shifted_row(const Team& team, const Cost& cost, const T* h, int i, int m) {
@@ -206,7 +272,7 @@ FEWSTEP_HD T shifted_row(const Team& team, const Cost& cost, const T* h, int i, 
   top = team.lane_max(top);
   T sum = 0;
   for (int j = team.lane(); j < m; j += Team::kLanes) sum += exp2(h[j] - cost(i, j) - top);
-  return -(top + log2(team.lane_sum(sum)));
+  return at_most_nowhere(-(top + log2(team.lane_sum(sum))));
 }
 
 // The same for a column, by one thread.
@@ -216,7 +282,7 @@ FEWSTEP_HD T shifted_column(const Cost& cost, const T* h, int j, int n) {
   for (int i = 0; i < n; ++i) top = largest(h[i] - cost(i, j), top);
   T sum = 0;
   for (int i = 0; i < n; ++i) sum += exp2(h[i] - cost(i, j) - top);
-  return -(top + log2(sum));
+  return at_most_nowhere(-(top + log2(sum)));
 }
 
 // f-update: next_i = f_i - log2 s_i with s_i = sum_j 2^(f_i + h_j - c_ij), so that the old potential takes the place
@@ -254,7 +320,7 @@ FEWSTEP_HD T update_rows(const Team& team, const Cost& cost, const T* a, const T
       for (int r = 0; r < kRows; ++r) {
         if (r != q) continue;
         potential[r] = exact;
-        sum[r] = exp2(guess[r] - exact);
+        sum[r] = exact > kFar<T> ? T(0) : exp2(guess[r] - exact);
       }
     }
     if (team.lane() != 0) continue;
@@ -328,31 +394,43 @@ FEWSTEP_HD void solve(const Team& team, const Cost& cost, const Problem<T>& p, c
   update_rows(team, cost, p.a, log_a, n, m, next, hy, f, hx);
   team.sync();
   T residual;
+  const T light = light_weight(team, p.a, n, scratch);
   int iteration = 0;
   while (true) {
     update_columns(team, cost, log_b, n, m, hx, g, hy, partial);
     residual = team_sum(team, update_rows(team, cost, p.a, log_a, n, m, f, hy, next, hx), scratch);
+    if (light > 0) {
+      const T unseen = unsettled(team, p.a, f, next, n, light, T(1), scratch);
+      if (unseen > residual) residual = unseen;  // NaN stays
+    }
     if (++iteration == stop.max_iter || residual <= stop.tol) break;
     T* const last = f;
     f = next;
     next = last;
   }
   const T unit = 1 / inverse;
-  T value = 0;
+  T value = 0, beyond = 0;
+  const auto settled = [&](T potential, T weight) {
+    if (potential > kFar<T>) {
+      if (weight == 0) return T(0);
+      value = std::numeric_limits<T>::infinity();
+      return potential * unit;
+    }
+    if (weight != 0 && beyond_digits(potential, std::numeric_limits<T>::infinity())) beyond = 1;
+    value += weight * potential * unit;
+    return potential * unit;
+  };
   for (int i = team.rank(); i < n; i += team.size()) {
-    out.f[i] = (p.a[i] == 0 ? next[i] : f[i]) * unit;  // of a row without mass, from the g that came out
-    value += p.a[i] * out.f[i];
+    out.f[i] = settled(p.a[i] == 0 ? next[i] : f[i], p.a[i]);  // of a row without mass, from the g that came out
   }
-  for (int j = team.rank(); j < m; j += team.size()) {
-    out.g[j] = g[j] * unit;
-    value += p.b[j] * out.g[j];
-  }
+  for (int j = team.rank(); j < m; j += team.size()) out.g[j] = settled(g[j], p.b[j]);
   value = team_sum(team, value, scratch);
+  beyond = team_sum(team, beyond, scratch);
   if (team.rank() == 0) {
     *out.value = value;
-    *out.residual = residual;
+    *out.residual = beyond > 0 ? std::numeric_limits<T>::infinity() : residual;
     *out.iterations = iteration;
-    *out.converged = residual <= stop.converged_at;
+    *out.converged = beyond == 0 && residual <= stop.converged_at && std::isfinite(value);
   }
 }
 
@@ -380,12 +458,16 @@ FEWSTEP_HD void apply(const Team& team, const Application<T>& p, int row_tile, i
   const int row0 = (row_tile * team.warps() + team.warp()) * kRows;
   const int value0 = value_tile * kValues + team.lane();
   const T inverse = inverse_temperature(p.eps);
+  // Beyond it only without weight or partner: 0 times an entry, or times their sum, is to be 0.
+  const T highest = T(sizeof(T) == sizeof(float) ? 126 : 1022) - log2(T(p.m));
   T* own = weights + team.warp() * kRows * kColumns;
   T potential[kRows], mass[kRows] = {}, sum[kRows][kS] = {}, x[kRows][kS];
   FEWSTEP_UNROLL
   for (int r = 0; r < kRows; ++r) {
     const int64_t i = least(row0 + r, p.n - 1);
     potential[r] = p.f[i] * inverse;
+    // Without weight the plan over a may overflow, and 0 times it is to be 0.
+    if (kGradient && p.a[i] == 0) potential[r] = -std::numeric_limits<T>::infinity();
     FEWSTEP_UNROLL
     for (int s = 0; s < kS; ++s) {
       const int k = value0 + s * Team::kLanes;
@@ -404,7 +486,8 @@ FEWSTEP_HD void apply(const Team& team, const Application<T>& p, int row_tile, i
       for (int r = 0; r < kRows; ++r) {
         const T c = finish_cost(squared[r][q], p.cost);
         const bool left_out = p.diagonal != kNoDiagonal && int64_t{j0} + column == int64_t{row0} + r + p.diagonal;
-        T w = inside && !left_out ? exp2(potential[r] + h - c * inverse) : T(0);
+        const T z = potential[r] + h - c * inverse;
+        T w = inside && !left_out ? exp2(z > highest ? highest : z) : T(0);
         mass[r] += w;
         if (kGradient && p.cost == 0) w *= 2;
         if (kGradient && p.cost == 2) w = c == 0 ? T(0) : w / c;

@@ -8,7 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Solve, Solved
-from .tiles import LN2, LOG2E, RUN_TIME, soft_transform, store_row_error, sum_of_pieces, updated
+from .tiles import (
+    LN2,
+    LOG2E,
+    RUN_TIME,
+    residual_of,
+    soft_transform,
+    store_row_error,
+    sum_of_pieces,
+    updated,
+)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -20,6 +29,7 @@ def sinkhorn_row_kernel(
     X2,
     Y2,
     A,
+    Light,
     Log_b,
     Eps,
     G,
@@ -27,6 +37,7 @@ def sinkhorn_row_kernel(
     F,
     Error,
     Mass,
+    Steps,
     Done,
     Settings,
     N,
@@ -47,7 +58,8 @@ def sinkhorn_row_kernel(
     was from it.
 
     `Error` and `Mass [P, blocks]` get each block's share of `sum_i a_i |r_i - w_i|` and
-    `sum_i a_i r_i`, where `r_i = exp((F_old_i - f_i) / eps)` and w_i = 1, or `exp(-F_old_i / rho)`.
+    `sum_i a_i r_i`, where `r_i = exp((F_old_i - f_i) / eps)` and w_i = 1, or `exp(-F_old_i / rho)`;
+    `Steps` the largest step over eps that is left to a point of less weight than `Light [clouds]`.
     `temperatures` problems in a row share points and weights. Settings: tol, 1 / rho_x, 1 / rho_y,
     relax.
     """
@@ -91,7 +103,9 @@ def sinkhorn_row_kernel(
     # A point without weight has the transform of the last g alone.
     relax = tl.where(a == 0, 1.0, tl.load(Settings + 3))
     tl.store(F + points, updated(old, soft, eps, inverse_rho, relax))
-    store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, problem * blocks + block)
+    piece = problem * blocks + block
+    light = tl.load(Light + cloud)
+    store_row_error(a, light, old, soft, scale, inverse_rho, Error, Mass, Steps, piece)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -109,6 +123,7 @@ def sinkhorn_column_kernel(
     G,
     Error,
     Mass,
+    Steps,
     Residual,
     Iterations,
     Annealing,
@@ -135,8 +150,9 @@ def sinkhorn_column_kernel(
     done: after `max_iter` iterations at its last temperature, which `Annealing` others come before,
     or once the residual is at most the tolerance.
 
-    `Error [P, partials]` holds the residual of the previous iteration in pieces, and every block
-    of a problem adds them in the same order, so all decide alike. BLOCK_M counts points of y.
+    `Error` and `Steps [P, partials]` hold the residual of the previous iteration in pieces, and
+    every block of a problem adds them in the same order, so all decide alike. BLOCK_M counts points
+    of y.
     """
     blocks = M // BLOCK_M
     problem = (tl.program_id(0) // blocks).to(tl.int64)
@@ -146,7 +162,7 @@ def sinkhorn_column_kernel(
     cloud = problem // temperatures
     at_eps = step - tl.load(Annealing + problem)  # iterations that have been made there
     if at_eps > 0:
-        residual = sum_of_pieces(Error + problem * partials, partials)
+        residual = residual_of(Error + problem * partials, Steps + problem * partials, partials)
         if (residual <= tl.load(Settings)) | (at_eps >= max_iter):
             if block == 0:
                 tl.store(Residual + problem, residual)
@@ -197,15 +213,16 @@ def alternate(s: Solve) -> Solved:
     if s.f0 is not None:
         f[1] = s.f0
     g = s.g.clone()
-    pieces = f.new_zeros((2, problems, partials))
+    pieces = f.new_zeros((3, problems, partials))
     measured = f.new_full((2, problems), torch.inf)
     iterations = torch.zeros_like(s.annealing, dtype=torch.int64)
     done = torch.zeros_like(s.annealing)
 
     def update_rows(k: int) -> None:
         sinkhorn_row_kernel[(problems * partials,)](
-            *(*s.clouds.pointers, s.weights[0], s.logs[1], s.eps(k), g, f[(k + 1) % 2], f[k % 2]),
-            *(*pieces, done, s.setting(k), *s.clouds.shape, s.temperatures, *s.constants),
+            *(*s.clouds.pointers, s.weights[0], s.light, s.logs[1], s.eps(k)),
+            *(g, f[(k + 1) % 2], f[k % 2], *pieces, done, s.setting(k)),
+            *(*s.clouds.shape, s.temperatures, *s.constants),
             **s.rows,
         )
 
@@ -218,7 +235,9 @@ def alternate(s: Solve) -> Solved:
             **s.cols,
         )
     update_rows(s.steps)
-    residual, mass = torch.where(done > 0, measured, pieces.sum(2))
+    error, mass, _ = pieces.sum(2)
+    last = torch.stack([torch.maximum(error, pieces[2].amax(1).square()), mass])
+    residual, mass = torch.where(done > 0, measured, last)
     return last_rows(s, f, iterations), g, residual, mass, iterations
 
 

@@ -76,6 +76,8 @@ def sinkhorn_apply_kernel(
     scale = 1 / tl.load(Eps + problem) * LOG2E
     x2 = tl.expand_dims(tl.load(X2 + cloud * N + rows), REDUCE)
     f = tl.expand_dims(tl.load(F + points), REDUCE)
+    # Beyond it only without weight or partner: 0 times an entry, or times their sum, is to be 0.
+    highest = (126 if X.dtype.element_ty == tl.float32 else 1022) - tl.log2(M.to(tl.float32))
     mass = tl.full([BLOCK_M], 0.0, X.dtype.element_ty)
     out = tl.zeros([BLOCK_M, BLOCK_K] if OUT_REDUCE else [BLOCK_K, BLOCK_M], X.dtype.element_ty)
     for start in range(0, M, BLOCK_N):
@@ -100,7 +102,8 @@ def sinkhorn_apply_kernel(
             BLOCK_D,
         )
         cost = tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale
-        p = tl.exp2((f + g - cost) * scale + log_b)
+        score = (f + g - cost) * scale + log_b
+        p = tl.exp2(tl.where(score > highest, highest, score))  # NaN stays
         if DIAGONAL:
             own = tl.expand_dims(rows + diagonal, REDUCE)
             p = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, 0.0, p)
@@ -163,7 +166,7 @@ def _apply(
     n_padded, m_padded = padded(n, launch), padded(m, launch)
     if batch == 0:
         return x.new_empty((0, n, width)), x.new_empty((0, n))
-    clouds = laid_out(x, y, n_padded, m_padded, launch)
+    clouds = laid_out(x, y, b, n_padded, m_padded, launch)
     if v is None:
         values = clouds.y_centred if launch["DOT_V"] else clouds.y
         width = clouds.shape[2]
@@ -172,6 +175,8 @@ def _apply(
         values = torch.nn.functional.pad(v, (0, 0, 0, m_padded - m)).contiguous()
     out = x.new_empty((problems, n_padded, width))
     mass = x.new_empty((problems, n_padded))
+    if a is not None:  # without weight the plan over a may overflow
+        f = torch.where(a.repeat_interleave(problems // batch, 0) == 0, -torch.inf, f)
     weights = f if a is None else pad(a, n_padded)
     # Without mass in padded rows nothing overflows there.
     f, g = pad(f, n_padded, -torch.inf), pad(g, m_padded)

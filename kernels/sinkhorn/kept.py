@@ -18,6 +18,8 @@ from .tiles import (
     SAFE_HIGH,
     SAFE_LOW,
     accumulated,
+    log2_total,
+    residual_of,
     squared_distances,
     store_row_error,
     sum_of_pieces,
@@ -83,6 +85,7 @@ def sinkhorn_cost_kernel(
 def sinkhorn_kept_kernel(
     C,
     A,
+    Light,
     Log_a,
     Log_b,
     Eps,
@@ -92,6 +95,7 @@ def sinkhorn_kept_kernel(
     Sums,
     Error,
     Mass,
+    Steps,
     Done,
     Settings,
     N,
@@ -146,7 +150,7 @@ def sinkhorn_kept_kernel(
             g += tl.load(Log_b + cols, mask=inside, other=float("-inf"))
             c = tl.load(C + own[:, None] * M + cols[None, :], mask=inside[None, :], other=0.0)
             top, exact = accumulated(top, exact, g[None, :] - c * scale, 1)
-        soft = tl.where(safe, soft, top + tl.log2(exact))
+        soft = tl.where(safe, soft, log2_total(top, exact))
     soft = -soft * (eps * LN2)
     a = tl.load(A + cloud * N + rows)
     inverse_rho = tl.load(Settings + 1)
@@ -154,7 +158,9 @@ def sinkhorn_kept_kernel(
     relax = tl.where(a == 0, 1.0, tl.load(Settings + 3))
     f = updated(old, soft, eps, inverse_rho, relax)
     tl.store(F + points, f)
-    store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, problem * blocks + block)
+    piece = problem * blocks + block
+    light = tl.load(Light + cloud)
+    store_row_error(a, light, old, soft, scale, inverse_rho, Error, Mass, Steps, piece)
     f_score = f * scale + tl.load(Log_a + cloud * N + rows)
     for start in range(0, M, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
@@ -176,6 +182,7 @@ def sinkhorn_kept_merge_kernel(
     Sums,
     Error,
     Mass,
+    Steps,
     Residual,
     Iterations,
     Annealing,
@@ -201,7 +208,7 @@ def sinkhorn_kept_merge_kernel(
     cloud = problem // temperatures
     at_eps = step - tl.load(Annealing + problem)  # iterations that have been made there
     if at_eps > 0:
-        residual = sum_of_pieces(Error + problem * partials, partials)
+        residual = residual_of(Error + problem * partials, Steps + problem * partials, partials)
         if (residual <= tl.load(Settings)) | (at_eps >= max_iter):
             if block == 0:
                 tl.store(Residual + problem, residual)
@@ -235,7 +242,7 @@ def sinkhorn_kept_merge_kernel(
             here = (cloud * N + rows)[:, None] * M + cols[None, :]
             c = tl.load(C + here, mask=exists[:, None] & inside[None, :], other=0.0)
             top, exact = accumulated(top, exact, f[:, None] - c * scale, 0)
-        soft = tl.where(safe, soft, top + tl.log2(exact))
+        soft = tl.where(safe, soft, log2_total(top, exact))
     soft = -soft * (eps * LN2)
     # A point without weight has the transform of the last f alone.
     massless = tl.load(B + cloud * M + cols, mask=inside, other=0.0) == 0
@@ -259,14 +266,14 @@ def alternate_kept(s: Solve) -> Solved:
     if s.f0 is not None:
         f[1] = s.f0
     g, sums = s.g.clone(), s.g.new_empty((problems, partials, m))
-    pieces = f.new_zeros((2, problems, partials))
+    pieces = f.new_zeros((3, problems, partials))
     measured = f.new_full((2, problems), torch.inf)
     iterations = torch.zeros_like(s.annealing, dtype=torch.int64)
     done = torch.zeros_like(s.annealing)
     for k in range(s.steps + 1):  # the last one tells those that are done
         sinkhorn_kept_kernel[(problems * partials,)](
-            *(C, s.weights[0], *s.logs, s.eps(k), g, f[(k + 1) % 2], f[k % 2], sums, *pieces),
-            *(done, s.setting(k), n, m, s.temperatures),
+            *(C, s.weights[0], s.light, *s.logs, s.eps(k), g, f[(k + 1) % 2], f[k % 2], sums),
+            *(*pieces, done, s.setting(k), n, m, s.temperatures),
             **launch,
         )
         sinkhorn_kept_merge_kernel[(problems * columns,)](

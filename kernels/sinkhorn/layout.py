@@ -56,8 +56,9 @@ def check_offsets(name: str, t: Tensor, points: int, launch: dict[str, Any]) -> 
         )
 
 
-def laid_out(x: Tensor, y: Tensor, n: int, m: int, launch: dict[str, Any]) -> Clouds:
-    """Lay out x and y, padded to n and m points."""
+def laid_out(x: Tensor, y: Tensor, b: Tensor, n: int, m: int, launch: dict[str, Any]) -> Clouds:
+    """Lay out x and y, padded to n and m points, and centred on the points of y by their weights b:
+    those without may be far away."""
     check_offsets("x", x, n, launch)
     check_offsets("y", y, m, launch)
     if not launch["DOT"]:
@@ -68,7 +69,8 @@ def laid_out(x: Tensor, y: Tensor, n: int, m: int, launch: dict[str, Any]) -> Cl
         # Differences use neither centred points nor norms.
         return Clouds(xs, ys, xs, ys, xs, ys, (n, m, x.shape[2]))
     extra = -x.shape[2] % launch["BLOCK_D"]
-    centre = y.mean(1, keepdim=True)
+    total = b.sum(1, keepdim=True)
+    centre = ((b / torch.where(total > 0, total, 1.0))[..., None] * y).sum(1, keepdim=True)
     xs, ys, xc, yc = (
         torch.nn.functional.pad(p, (0, extra, 0, points - p.shape[1])).contiguous()
         for p, points in ((x, n), (y, m), (x - centre, n), (y - centre, m))

@@ -16,6 +16,7 @@ class Solve:
 
     clouds: Clouds
     weights: tuple[Tensor, Tensor]  # a and b over the mass of a, [B, points]
+    light: Tensor  # weights of x below it are hardly seen by the error, [B]
     logs: tuple[Tensor, Tensor]
     f0: Tensor | None
     g: Tensor  # [P, points of y]

@@ -17,10 +17,13 @@ from .kept import alternate_kept
 from .layout import COST_SCALE, EUCLIDEAN, laid_out, log2, pad, padded
 from .problem import Solve
 from .symmetric import LAST_STEPS, symmetric
+from .tiles import FAR
 
 # Annealing by a factor begins at most so many times above eps: the number of launches must not
 # depend on the data. Beyond it float32 has no digit of a cost left.
 _MOST_ANNEALING = 2.0**40
+# Weights below this share of the largest are light, as in `fewstep.reference.sinkhorn`.
+_LIGHT = 1e-3
 
 
 def _temperatures(
@@ -109,8 +112,9 @@ def sinkhorn(
         batch, n_padded, m_padded, dim, max_iter, dtype, memory_limit, how
     )
     problem = Solve(
-        clouds=laid_out(x, y, n_padded, m_padded, rows),
+        clouds=laid_out(x, y, b, n_padded, m_padded, rows),
         weights=(pad(a / mass_a, n_padded), pad(b / mass_a, m_padded)),
+        light=_LIGHT * (a / mass_a).amax(1),
         logs=(log2(a, n_padded), log2(b, m_padded)),
         f0=None if f0 is None else pad(f0, n_padded),
         g=x.new_zeros((problems, m_padded)) if g0 is None else pad(g0, m_padded),
@@ -129,13 +133,37 @@ def sinkhorn(
     iterate = symmetric if simultaneous else alternate_kept if kept else alternate
     with on(x.device):
         f, g, residual, mass, iterations = iterate(problem)
-    f, g = f[:, :n].contiguous(), g[:, :m].contiguous()
-    converged = residual <= (1e-3 if tol is None else tol)
     a, b, mass_a, mass_b = (t.repeat_interleave(temperatures, 0) for t in (a, b, mass_a, mass_b))
-    value = (a * _penalised(f, rho_x)).sum(1) + (b * _penalised(g, rho_y)).sum(1)
+    f, of_x, beyond_x = _settled(f[:, :n].contiguous(), a, eps, rho_x)
+    g, of_y, beyond_y = _settled(g[:, :m].contiguous(), b, eps, rho_y)
+    value = of_x + of_y
+    residual = torch.where(beyond_x | beyond_y, torch.inf, residual)
     if (rho_x, rho_y) != (None, None) or relax != 1 or simultaneous:
-        value = value - eps * mass_a[:, 0] * (mass - mass_b[:, 0])
+        moved = eps * mass_a[:, 0] * (mass - mass_b[:, 0])
+        value = torch.where(value == torch.inf, value, value - moved)
+    converged = (residual <= (1e-3 if tol is None else tol)) & value.isfinite()
     return f, g, value, residual, iterations, converged
+
+
+def _settled(
+    t: Tensor, weight: Tensor, eps: Tensor, rho: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A potential, its part of the value, and whether at a point with weight it is so large that
+    its rounding alone changes the plan by a factor: what residual that has is unknown.
+
+    A constraint cannot be met at a point without a partner, unless it has no weight: its potential
+    is then 0.
+    """
+    part, unit = weight * _penalised(t, rho), eps[:, None] * math.log(2)
+    nowhere = t > FAR.value * unit
+    digits = 2 / torch.finfo(t.dtype).eps
+    beyond = (t.abs() > digits * unit) & ~nowhere & (weight > 0)
+    if rho is not None:  # rounding brings no mass back to a point that has next to none
+        beyond &= ~((t > 100 * rho) & (eps[:, None] * digits > 8 * rho))
+    else:
+        part = torch.where(nowhere, torch.inf, part)
+        t = torch.where(nowhere & (weight == 0), 0.0, t)
+    return t, torch.where(weight == 0, 0.0, part).sum(1), beyond.any(1)
 
 
 def _penalised(potential: Tensor, rho: float | None) -> Tensor:

@@ -13,7 +13,19 @@ from .. import config
 from ..launch import architecture
 from .alternating import alternate
 from .problem import Solve, Solved
-from .tiles import LN2, LOG2E, RUN_TIME, accumulated, squared_distances, sum_of_pieces, updated
+from .tiles import (
+    LN2,
+    LOG2E,
+    RUN_TIME,
+    accumulated,
+    log2_total,
+    marginals,
+    residual_of,
+    squared_distances,
+    store_row_error,
+    sum_of_pieces,
+    updated,
+)
 
 # Alternating iterations at most after symmetric ones, as in `fewstep.reference.sinkhorn`.
 LAST_STEPS = 10
@@ -28,6 +40,7 @@ def sinkhorn_symmetric_kernel(
     X2,
     Y2,
     A,
+    Light,
     Log_a,
     Log_b,
     Eps,
@@ -39,6 +52,7 @@ def sinkhorn_symmetric_kernel(
     Row_error,
     Column_error,
     Mass,
+    Steps,
     Iterations,
     Annealing,
     Done,
@@ -79,7 +93,9 @@ def sinkhorn_symmetric_kernel(
     annealing = tl.load(Annealing + problem)
     if step - 1 - annealing > 0:
         before = ((step + 1) % 2) * problems + problem
-        rows_off = sum_of_pieces(Row_error + before * row_pieces, row_pieces)
+        rows_off = residual_of(
+            Row_error + before * row_pieces, Steps + before * row_pieces, row_pieces
+        )
         columns_off = sum_of_pieces(Column_error + before * column_pieces, column_pieces)
         # NaN is not at most anything.
         if (rows_off <= tl.load(Settings)) & (columns_off <= tl.load(Settings)):
@@ -143,16 +159,13 @@ def sinkhorn_symmetric_kernel(
         p = tl.exp2(score - tl.expand_dims(shift, 1 - REDUCE))
         tl.store(Tops + cols, own_top)
         tl.store(Sums + cols, tl.sum(p, 1 - REDUCE))
-    soft = -(top + tl.log2(total)) * (eps * LN2)  # [BM]
+    soft = -log2_total(top, total) * (eps * LN2)  # [BM]
     inverse_rho = tl.load(Settings + 1)
     tl.store(F_next + points, updated(f, soft, eps, inverse_rho, tl.load(Settings + 3)))
     a = tl.load(A + cloud * N + rows)
-    # A point without mass may have any ratio, also one that overflows.
-    ratio = tl.exp2(tl.where(a == 0, 0.0, (f - soft) * scale))
-    wanted = tl.exp2(-f * inverse_rho * LOG2E)
     piece = ((step % 2) * problems + problem) * row_pieces + block
-    tl.store(Row_error + piece, tl.sum(a * tl.abs(ratio - wanted), 0))
-    tl.store(Mass + piece, tl.sum(a * ratio, 0))
+    light = tl.load(Light + cloud)
+    store_row_error(a, light, f, soft, scale, inverse_rho, Row_error, Mass, Steps, piece)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -192,15 +205,13 @@ def sinkhorn_merge_kernel(
         total = total * tl.exp2(top - shift) + sums * tl.exp2(part - shift)
         top = new_top
     eps = tl.load(Eps + problem)
-    total = tl.where(inside, total, 1.0)
-    soft = -(tl.where(inside, top, 0.0) + tl.log2(total)) * (eps * LN2)
+    soft = -log2_total(tl.where(inside, top, 0.0), total) * (eps * LN2)
     g = tl.load(G + problem * M + cols, mask=inside, other=0.0)
     inverse_rho = tl.load(Settings + 2)
     g_next = updated(g, soft, eps, inverse_rho, tl.load(Settings + 3))
     tl.store(G_next + problem * M + cols, g_next, mask=inside)
     b = tl.load(B + problem // temperatures * M + cols, mask=inside, other=0.0)
-    ratio = tl.exp2(tl.where(b == 0, 0.0, (g - soft) / eps * LOG2E))
-    wanted = tl.exp2(-g * inverse_rho * LOG2E)
+    ratio, wanted = marginals(b, g, soft, 1 / eps * LOG2E, inverse_rho)
     piece = ((step % 2) * problems + problem) * column_pieces + block
     # The absolute value of the product, lest it be fused with the sum: lanes would round apart.
     tl.store(Column_error + piece, tl.sum(tl.abs(b * (ratio - wanted)), 0))
@@ -217,7 +228,7 @@ def symmetric(s: Solve) -> Solved:
     if s.f0 is not None:
         f[0] = s.f0
     tops, sums = s.g.new_empty((2, problems, row_pieces, m))
-    row_error, mass = s.g.new_zeros((2, 2, problems, row_pieces))
+    row_error, mass, steps = s.g.new_zeros((3, 2, problems, row_pieces))
     column_error = s.g.new_zeros((2, problems, column_pieces))
     iterations = torch.zeros_like(s.annealing, dtype=torch.int64)
     done = torch.zeros_like(s.annealing)
@@ -225,9 +236,10 @@ def symmetric(s: Solve) -> Solved:
     def step(k: int, source: int, eps: Tensor, setting: Tensor, done: Tensor) -> None:
         pieces = (s.temperatures, row_pieces, column_pieces)
         sinkhorn_symmetric_kernel[(problems * row_pieces,)](
-            *(*s.clouds.pointers, s.weights[0], *s.logs, eps, f[source], g[source], f[1 - source]),
-            *(tops, sums, row_error, column_error, mass, iterations, s.annealing, done, setting),
-            *(k, s.max_iter, *s.clouds.shape, *pieces, *s.constants),
+            *(*s.clouds.pointers, s.weights[0], s.light, *s.logs, eps),
+            *(f[source], g[source], f[1 - source], tops, sums, row_error, column_error, mass),
+            *(steps, iterations, s.annealing, done, setting, k, s.max_iter),
+            *(*s.clouds.shape, *pieces, *s.constants),
             **launch,
         )
         sinkhorn_merge_kernel[(problems * column_pieces,)](
@@ -257,6 +269,7 @@ def symmetric(s: Solve) -> Solved:
     step(0, 0, s.each[-1], full, everyone)
     step(0, 1, s.each[-1], full, everyone)
     residual = torch.maximum(row_error[0].sum(1), column_error[0].sum(1))
+    residual = torch.maximum(residual, steps[0].amax(1).square())
     massless = (s.weights[0] == 0).repeat_interleave(s.temperatures, 0)
     out = torch.where(massless, f[0], f[1])  # without weight, from the pass that measured
     return out, out, residual, mass[0].sum(1), iterations

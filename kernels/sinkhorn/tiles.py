@@ -13,11 +13,14 @@ NEAR = tl.constexpr(1 / 64)
 # A sum of exponentials in this range has lost nothing to underflow or overflow. Larger exponents
 # than MOST, a sum of which is still finite, put it out of range.
 SAFE_LOW, SAFE_HIGH, MOST = tl.constexpr(2.0**-60), tl.constexpr(2.0**100), tl.constexpr(104.0)
+# Over eps ln 2, the potential of a point all of whose pairs with points of weight are left out, and
+# one beyond which only such points are, since relaxed updates come to it by steps.
+NOWHERE, FAR = tl.constexpr(2.0**100), tl.constexpr(2.0**80)
 # Numbers that change from launch to launch, and pointers to where they come to lie: a kernel is not
 # compiled anew for those that are 1 or a multiple of 16.
 RUN_TIME = (
     *("step", "max_iter", "temperatures", "partials", "row_pieces", "column_pieces", "diagonal"),
-    *("Eps", "Error", "Mass", "Row_error", "Column_error", "Settings"),
+    *("Eps", "Light", "Error", "Mass", "Steps", "Row_error", "Column_error", "Settings"),
 )
 
 
@@ -87,6 +90,13 @@ def accumulated(top, total, score, AXIS: tl.constexpr):
 
 
 @triton.jit
+def log2_total(top, total):
+    """The logarithm of what was accumulated, `-NOWHERE` of nothing; NaN stays."""
+    lse = top + tl.log2(tl.where(total == 0, 1.0, total))
+    return tl.where(lse < -NOWHERE, -NOWHERE, lse)
+
+
+@triton.jit
 def soft_transform(
     X,
     Y,
@@ -147,7 +157,7 @@ def soft_transform(
             own = tl.expand_dims(rows + diagonal, REDUCE)
             score = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("-inf"), score)
         top, total = accumulated(top, total, score, REDUCE)
-    return top + tl.log2(total)
+    return log2_total(top, total)
 
 
 @triton.jit
@@ -159,13 +169,31 @@ def updated(old, soft, eps, inverse_rho, relax):
 
 
 @triton.jit
-def store_row_error(a, old, soft, scale, inverse_rho, Error, Mass, piece):
-    """How far the potential before an update was from its soft c-transform, over a block."""
-    # A point without mass may have any ratio, also one that overflows.
-    ratio = tl.exp2(tl.where(a == 0, 0.0, (old - soft) * scale))
-    wanted = tl.exp2(-tl.where(inverse_rho == 0, 0.0, old) * inverse_rho * LOG2E)
+def marginals(weight, old, soft, scale, inverse_rho):
+    """Over the weight, what a point gives and is to give by the potential before an update."""
+    # A point without mass may have any of both, also one that overflows.
+    ratio = tl.exp2(tl.where(weight == 0, 0.0, (old - soft) * scale))
+    given = tl.where(inverse_rho == 0, 0.0, tl.where(weight == 0, 0.0, old))
+    wanted = tl.exp2(-given * inverse_rho * LOG2E)
+    return tl.where(soft * scale > FAR, 0.0, ratio), wanted
+
+
+@triton.jit
+def store_row_error(a, light, old, soft, scale, inverse_rho, Error, Mass, Steps, piece):
+    """How far the potential before an update was from its soft c-transform, over a block; and the
+    largest step over eps, if more than rounding, left to that of a point of less weight than
+    `light`, which the error hardly sees.
+    """
+    ratio, wanted = marginals(a, old, soft, scale, inverse_rho)
     tl.store(Error + piece, tl.sum(a * tl.abs(ratio - wanted), 0))
     tl.store(Mass + piece, tl.sum(a * ratio, 0))
+    rounding: tl.constexpr = 2.0**-20 if old.dtype == tl.float32 else 2.0**-49
+    damped = soft / (1 + LOG2E / scale * inverse_rho)
+    seen = (a < light) & (a > 0) & (soft * scale <= FAR) & (tl.abs(old) < float("inf"))
+    given = tl.where(seen, old, damped)
+    step = tl.abs(damped - given)
+    step = tl.where(step > rounding * tl.abs(given), step * (scale * LN2), 0.0)
+    tl.store(Steps + piece, tl.max(step, 0))
 
 
 @triton.jit
@@ -175,3 +203,15 @@ def sum_of_pieces(Pieces, count):
         piece = start + tl.arange(0, 128)
         total += tl.load(Pieces + piece, mask=piece < count, other=0.0)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def residual_of(Error, Steps, count):
+    """The error in pieces, or the square of the largest step where that is larger; NaN stays."""
+    error = sum_of_pieces(Error, count)
+    step = tl.zeros([128], Steps.dtype.element_ty)
+    for start in range(0, count, 128):
+        piece = start + tl.arange(0, 128)
+        step = tl.maximum(step, tl.load(Steps + piece, mask=piece < count, other=0.0))
+    unseen = tl.max(step, 0) * tl.max(step, 0)
+    return tl.where(unseen > error, unseen, error)

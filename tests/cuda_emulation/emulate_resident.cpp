@@ -74,6 +74,8 @@ void solve_all(const Request& q) {
   // One team solves all, as a block that takes problem after problem from the queue does.
   auto each = [&](auto solve) {
     for (int64_t i = 0; i < q.batch; ++i) {
+      int origin = 0;
+      while (origin < n - 1 && a[i * n + origin] == 0) ++origin;
       const Columns<T> columns{{&y[i * m * d], &y[i * m * d], &y[i * m * d]}, {INT_MAX, INT_MAX, INT_MAX}};
       const Points<T> p{&x[i * n * d],
                         columns,
@@ -84,7 +86,8 @@ void solve_all(const Request& q) {
                         q.diagonal == INT64_MIN ? kNoDiagonal : static_cast<int>(q.diagonal),
                         0,
                         static_cast<int>(m),
-                        static_cast<int>(q.precision)};
+                        static_cast<int>(q.precision),
+                        origin};
       const Marginals<T> w{&a[i * n], &b[i * m], T(1), q.has_f0 ? &f0[i * n] : nullptr,
                            q.has_g0 ? &g0[i * m] : nullptr};
       const block::Solution<T> out{&f[i * n],    &g[i * m],      &value[i],

@@ -45,6 +45,7 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
   FEWSTEP_ROLLED
   for (int j = team.rank(); j < p.m; j += team.size()) b_part += w.b[j];
   const T a_total = block::team_sum(team, a_part, scratch), b_total = block::team_sum(team, b_part, scratch);
+  const T light = block::light_weight(team, w.a, p.n, scratch);
   int step = 0, at_eps = 0, iterations = 0;
   T annealed = start, residual = 0, mass = 0;
   bool final = false, measured = false, closing = false, averaged = s.simultaneous;
@@ -68,9 +69,9 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
     const T k_next = block::inverse_temperature(temperature), ratio = k_next / k;
     k = k_next;
     FEWSTEP_ROLLED
-    for (int i = team.rank(); i < p.n; i += team.size()) f[i] *= ratio;
+    for (int i = team.rank(); i < p.n; i += team.size()) f[i] = at_most_nowhere(f[i] * ratio);
     FEWSTEP_ROLLED
-    for (int j = team.rank(); j < p.m; j += team.size()) g[j] *= ratio;
+    for (int j = team.rank(); j < p.m; j += team.size()) g[j] = at_most_nowhere(g[j] * ratio);
     team.sync();
     const T damping_x = std::isinf(s.rho_x) ? T(1) : s.rho_x / (s.rho_x + temperature);
     const T damping_y = std::isinf(s.rho_y) ? T(1) : s.rho_y / (s.rho_y + temperature);
@@ -85,9 +86,10 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
       T sum = 0;
       FEWSTEP_ROLLED
       for (int j = team.lane(); j < p.m; j += Team::kLanes) sum += exp2(g[j] + log2(w.b[j]) - cost(i, j) - top);
-      const T soft = -(top + log2(team.lane_sum(sum))), full = damping_x * soft, a = w.a[i];
+      const T soft = at_most_nowhere(-(top + log2(team.lane_sum(sum)))), full = damping_x * soft, a = w.a[i];
       if (a != 0 && team.lane() == 0) {
-        const T row = exp2(f[i] - soft), wanted = std::isinf(s.rho_x) ? T(1) : exp2(-f[i] * temperature / s.rho_x);
+        const T row = soft > kFar<T> ? T(0) : exp2(f[i] - soft),
+                wanted = std::isinf(s.rho_x) ? T(1) : exp2(-f[i] * temperature / s.rho_x);
         error += a * std::abs(row - wanted);
         moved += a * row;
       }
@@ -102,7 +104,7 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
       T sum = 0;
       FEWSTEP_ROLLED
       for (int i = 0; i < p.n; ++i) sum += exp2(f[i] + log2(w.a[i]) - cost(i, j) - top);
-      return -(top + log2(sum));
+      return at_most_nowhere(-(top + log2(sum)));
     };
     // The row update that follows an iteration at eps measures it.
     if (measured) {
@@ -110,10 +112,15 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
       T off = 0;
       FEWSTEP_ROLLED
       for (int j = team.rank(); j < p.m && !exact && (last || s.tol >= 0); j += team.size()) {
-        const T wanted = std::isinf(s.rho_y) ? T(1) : exp2(-g[j] * temperature / s.rho_y);
-        if (w.b[j] != 0) off += w.b[j] * std::abs(exp2(g[j] - soft_of_column(j)) - wanted);
+        const T wanted = std::isinf(s.rho_y) ? T(1) : exp2(-g[j] * temperature / s.rho_y), soft = soft_of_column(j);
+        const T column = soft > kFar<T> ? T(0) : exp2(g[j] - soft);
+        if (w.b[j] != 0) off += w.b[j] * std::abs(column - wanted);
       }
       residual = largest(block::team_sum(team, off, scratch), error) / a_total;
+      if (light > 0) {
+        const T unseen = block::unsettled(team, w.a, f, next, p.n, light, relax, scratch);
+        if (unseen > residual) residual = unseen;  // NaN stays
+      }
       mass = moved;
       if (last || (s.tol >= 0 && residual <= s.tol)) {
         if (closing || !s.simultaneous) break;
@@ -145,24 +152,27 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
   }
   team.sync();
   const T unit = 1 / k;
-  T value = 0;
+  T value = 0, beyond = 0;
+  // A constraint cannot be met at a point without a partner, unless it has no weight: its potential is then 0.
+  const auto settled = [&](T potential, T weight, T rho) {
+    const bool nowhere = std::isinf(rho) && potential > kFar<T>;
+    if (weight == 0) return nowhere ? T(0) : potential * unit;
+    if (beyond_digits(potential, rho * k)) beyond = 1;
+    value += nowhere ? kInfinity<T> : weight * penalised(potential * unit, rho);
+    return potential * unit;
+  };
   FEWSTEP_ROLLED
-  for (int i = team.rank(); i < p.n; i += team.size()) {
-    f[i] *= unit;
-    if (w.a[i] != 0) value += w.a[i] * penalised(f[i], s.rho_x);
-  }
+  for (int i = team.rank(); i < p.n; i += team.size()) f[i] = settled(f[i], w.a[i], s.rho_x);
   FEWSTEP_ROLLED
-  for (int j = team.rank(); j < p.m; j += team.size()) {
-    g[j] *= unit;
-    if (w.b[j] != 0) value += w.b[j] * penalised(g[j], s.rho_y);
-  }
+  for (int j = team.rank(); j < p.m; j += team.size()) g[j] = settled(g[j], w.b[j], s.rho_y);
   value = block::team_sum(team, value, scratch);
-  if (!plain) value -= eps * (mass - a_total * b_total);
+  if (block::team_sum(team, beyond, scratch) > 0) residual = kInfinity<T>;
+  if (!plain && value != kInfinity<T>) value -= eps * (mass - a_total * b_total);
   if (team.rank() == 0) {
     *out.value = value;
     *out.residual = residual;
     *out.iterations = iterations;
-    *out.converged = residual <= s.converged_at;
+    *out.converged = residual <= s.converged_at && std::isfinite(value);
   }
   team.sync();
 }

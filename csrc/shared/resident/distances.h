@@ -103,7 +103,7 @@ FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::fetch(T* stage, int points, int k
   for (int point = team_.rank() >> threads; point <= points; point += team_.size() >> threads) {
     const T* const from = point < tiled()  ? p_.y.point(least(point, p_.m - 1), p_.d)
                           : point < points ? row(point - tiled())
-                                           : p_.x;
+                                           : p_.x + static_cast<int64_t>(p_.origin) * p_.d;
     const bool exists = inside && (point < p_.m || point >= tiled());
     T* const to = stage + point * kMmaStride + own;
     wide == 4 ? team_.template copy<4>(to, from + k, exists) : team_.template copy<1>(to, from + k, exists);
@@ -171,8 +171,8 @@ FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::halve(T* stage, int points, Down 
   }
 }
 
-// use(stage, k0) for all coordinates in turn, about the first point of x: what is expanded there is as large as the
-// distances. Copies of the next stage are under way meanwhile. `first` is where the two are. Ends with sync().
+// use(stage, k0) for all coordinates in turn, about a point of x: what is expanded there is as large as the distances.
+// Copies of the next stage are under way meanwhile. `first` is where the two are. Ends with sync().
 template <int R, int Q, int kWarps, typename T, typename Team>
 template <bool kNormed, typename Down, typename Use>
 FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::stream(int first, int points, Down down, Use use) {

@@ -100,7 +100,7 @@ FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, Group group, U
   FEWSTEP_ROLLED
   for (int plan = 0; plan < plans; ++plan) {
     const T* const x = in.x + group() * in.n * in.d;
-    Points<T> p{x, {}, in.n, 0, in.d, in.cost, kNoDiagonal, 0, 0, in.precision};
+    Points<T> p{x, {}, in.n, 0, in.d, in.cost, kNoDiagonal, 0, 0, in.precision, 0};
     const T* weights = in.weights + group() * (static_cast<int64_t>(in.counts[0]) + in.counts[1] + in.counts[2]);
     FEWSTEP_UNROLL
     for (int c = 0; c < kParts; ++c) {

@@ -10,10 +10,14 @@
 
 namespace fewstep::resident {
 
+using block::at_most_nowhere;
+using block::beyond_digits;
 using block::exp2;
 using block::finish_cost;
+using block::kFar;
 using block::kLowest;
 using block::kNoDiagonal;
+using block::kNowhere;
 using block::largest;
 using block::least;
 
@@ -27,7 +31,7 @@ constexpr int kDepth = 16;                // coordinates staged at a time
 constexpr int kStageStride = kDepth + 1;  // lanes on different points fall into different banks
 constexpr int kMmaStride = kDepth + 4;    // so do the rows of a matrix of halves, and points are aligned to 16 bytes
 constexpr int kMetrics = 3;               // of a plan of a drift
-constexpr int kScalars = 4;               // that a pass hands from each warp to all others, or a plan its metrics
+constexpr int kScalars = 5;               // that a pass hands from each warp to all others, or a plan its metrics
 constexpr int kMostStacked = 3;           // temperatures whose barycentres are taken in one pass over the points
 constexpr int kLastSteps = 10;            // at most, alternating ones after symmetric ones; in Python LAST_STEPS
 
@@ -100,6 +104,7 @@ struct Points {
   // The pair of row i and column diagonal_begin + i + diagonal is left out if that column is below diagonal_end.
   int diagonal, diagonal_begin, diagonal_end;
   int precision;  // halves::Precision
+  int origin;     // a row with weight: others may be far away
 
   // Few coordinates are quicker, and lose nothing to cancellation, without tensor cores.
   FEWSTEP_HD bool by_products() const { return precision != halves::kFloat32 && d > kDepth; }

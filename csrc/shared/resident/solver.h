@@ -86,6 +86,7 @@ class Solver {
       if (!usable) usable = pass<true>(k, asked);
       if (asked) {
         residual_ = error() / a_total_;
+        if (light_ > 0) see_light_rows();
         if (last || residual_ <= s.tol) {
           if (closing || !s.simultaneous) return;
           if (!absorbed_) fold();
@@ -116,34 +117,43 @@ class Solver {
   // f, g, value and the rest of a problem that has been solved. Ends with sync_all().
   FEWSTEP_HD void write(T eps, const block::Solution<T>& out) {
     const T unit = 1 / k_, mass = total(1);
-    T value = 0;
+    T value = 0, beyond = 0;
+    // A constraint cannot be met at a point without a partner, unless it has no weight: its potential is then 0.
+    const auto settled = [&](T potential, T weight, T rho) {
+      const bool nowhere = std::isinf(rho) && potential > kFar<T>;
+      if (weight == 0) return nowhere ? T(0) : potential * unit;
+      if (beyond_digits(potential, rho * k_)) beyond = 1;
+      value += nowhere ? kInfinity<T> : weight * penalised(potential * unit, rho);
+      return potential * unit;
+    };
     FEWSTEP_ROLLED
     for (int i = team_.rank(); i < rows_; i += team_.size()) {
-      const T f = (at(At::kA)[i] != 0 ? potential(i) : soft_of_row(i)) * unit;
+      const T a = at(At::kA)[i], f = settled(a != 0 ? potential(i) : soft_of_row(i), a, s_.rho_x);
       out.f[first_ + i] = f;
       if (s_.single) out.g[first_ + i] = f;
-      if (at(At::kA)[i] != 0) value += (s_.single ? 2 : 1) * at(At::kA)[i] * penalised(f, s_.rho_x);
     }
+    if (s_.single) value *= 2;
     team_.sync();  // v changes now
     if (!s_.single) soft_of_massless_columns();
     FEWSTEP_ROLLED
     for (int j = team_.rank(); j < p_.m && !s_.single; j += team_.size()) {
-      const T b = at(At::kB)[j];
-      const T g = unit * (b > 0 ? at(At::kH)[j] + log2(at(At::kV)[j]) - log2(b) : -damping_y_ * at(At::kLse)[j]);
       if (team_.block() != 0) continue;
-      out.g[j] = g;
-      if (b != 0) value += b * penalised(g, s_.rho_y);
+      const T b = at(At::kB)[j];
+      const T g = b > 0 ? at(At::kH)[j] + log2(at(At::kV)[j]) - log2(b) : -damping_y_ * at(At::kLse)[j];
+      out.g[j] = settled(g, b, s_.rho_y);
     }
     parity_ = 1 - parity_;
     hand_over(0, value);
+    hand_over(1, beyond);
     team_.sync_all();
     value = total(0);
-    if (!plain_) value -= eps * (mass - a_total_ * b_total_);
+    if (total(1) > 0) residual_ = kInfinity<T>;
+    if (!plain_ && value != kInfinity<T>) value -= eps * (mass - a_total_ * b_total_);
     if (team_.block() == 0 && team_.rank() == 0) {
       *out.value = value;
       *out.residual = residual_;
       *out.iterations = iterations_;
-      *out.converged = residual_ <= s_.converged_at;
+      *out.converged = residual_ <= s_.converged_at && std::isfinite(value);
     }
     team_.sync_all();
   }
@@ -186,15 +196,19 @@ class Solver {
     team_.sync_all();
     parity_ = f_ = u_ = 0;
     bool massless = false;
-    T part = 0;
+    T part = 0, heaviest = 0, lightest = 0;
     FEWSTEP_ROLLED
     for (int i = team_.rank(); i < rows_; i += team_.size()) {
       const T a = w.a == nullptr ? T(1) / T(rows_) : w.a[first_ + i];
       at(At::kA)[i] = a;
       at(At::kF + f_)[i] = w.f0 == nullptr ? T(0) : w.f0[first_ + i] * k_;
       part += a;
+      heaviest = largest(a, heaviest);
+      if (a > 0) lightest = largest(1 / a, lightest);
     }
     hand_over(1, part);
+    hand_over_largest(2, heaviest);
+    hand_over_largest(4, lightest);
     part = 0;
     FEWSTEP_ROLLED
     for (int j = team_.rank(); j < p_.m; j += team_.size()) {
@@ -212,6 +226,10 @@ class Solver {
     team_.sync_all();
     a_total_ = total(1);
     b_total_ = total_of_columns(0);
+    light_ = 0;
+    if (w.a == nullptr) return;  // all rows weigh the same
+    const T light = T(block::kLight) * largest_of(2);
+    if (light * largest_of(4) > 1) light_ = light;
   }
 
   FEWSTEP_HD T* scalars(int parity, int which) const { return at(At::kScalar) + (parity * kScalars + which) * kWarps; }
@@ -223,6 +241,20 @@ class Solver {
   FEWSTEP_HD void hand_over(int which, T part) {
     part = team_.lane_sum(part);
     if (team_.lane() == 0) scalars(parity_, which)[team_.warp()] = part;
+  }
+
+  FEWSTEP_HD void hand_over_largest(int which, T part) {
+    part = team_.lane_max(part);
+    if (team_.lane() == 0) scalars(parity_, which)[team_.warp()] = part;
+  }
+
+  FEWSTEP_HD T largest_of(int which) const {
+    T top = 0;
+    FEWSTEP_ROLLED
+    for (int e = team_.lane(); e < team_.ranks() * team_.warps(); e += kLanes) {
+      top = largest(team_.peer(scalars(parity_, which), e / team_.warps())[e % team_.warps()], top);
+    }
+    return team_.lane_max(top);
   }
 
   // Sum over warps and ranks, in the same order everywhere.
@@ -298,11 +330,13 @@ class Solver {
     temperature_ = next;
     set_temperature();
     FEWSTEP_ROLLED
-    for (int i = team_.rank(); i < rows_; i += team_.size()) at(At::kF + f_)[i] *= ratio;
+    for (int i = team_.rank(); i < rows_; i += team_.size()) {
+      at(At::kF + f_)[i] = at_most_nowhere(at(At::kF + f_)[i] * ratio);
+    }
     FEWSTEP_ROLLED
     for (int j = team_.rank(); j < p_.m; j += team_.size()) {
       const T b = at(At::kB)[j];
-      if (b > 0) at(At::kH)[j] = (at(At::kH)[j] - log2(b)) * ratio + log2(b);
+      if (b > 0) at(At::kH)[j] = at_most_nowhere((at(At::kH)[j] - log2(b)) * ratio) + log2(b);
     }
     team_.sync();
   }
@@ -340,6 +374,7 @@ class Solver {
         continue;
       }
       const T a = at(At::kA)[i], before = at(At::kU + u_)[i], shift = kAbsorb || !plain_ ? at(At::kShift)[i] : T(0);
+      if (kAbsorb && shift == kNowhere<T>) own[e] = 0;
       T next = reciprocal(own[e]), full = shift, wanted = 1;
       if (!plain_) {
         // All but `full` about the shift, which may be large.
@@ -350,6 +385,10 @@ class Solver {
         next = exp2(change);
         full = shift + change;
         if (target_x_ != 0) wanted = exp2(-target_x_ * (shift + now));
+      }
+      if (own[e] == 0) {  // a row without a partner
+        next = 1;
+        full = shift;
       }
       safe = safe && within(next, 1 / Range<T>::kSafe, Range<T>::kSafe);
       // A row without mass may have any sum, also one that overflows.
@@ -443,11 +482,12 @@ class Solver {
     FEWSTEP_UNROLL
     for (int e = 0; e < kOwn; ++e) {
       const int i = own_row(e);
-      const T sum = own[e], shift = -(top[e] + log2(sum));
-      own[e] = reciprocal(sum);
+      const T sum = own[e], shift = at_most_nowhere(-(top[e] + log2(sum)));
+      const bool nowhere = shift == kNowhere<T>;
+      own[e] = nowhere ? T(0) : reciprocal(sum);
       if (i >= rows_ || !first_of_row()) continue;
       at(At::kShift)[i] = shift;
-      at(At::kU + u_)[i] = exp2(at(At::kF + f_)[i] - shift);
+      at(At::kU + u_)[i] = nowhere ? T(1) : exp2(at(At::kF + f_)[i] - shift);
     }
     team_.spread(own, row);
     FEWSTEP_UNROLL
@@ -483,13 +523,32 @@ class Solver {
       for (int j = team_.rank(); j < p_.m; j += team_.size()) {
         const T v = -at(At::kV)[j];
         if (!(v > 0)) continue;
-        part += std::abs(exp2(at(At::kH)[j] + log2(v) + at(At::kLse)[j]) - at(At::kB)[j] * wanted(j, v));
+        const T lse = at(At::kLse)[j], mass = -lse > kFar<T> ? T(0) : exp2(at(At::kH)[j] + log2(v) + lse);
+        part += std::abs(mass - at(At::kB)[j] * wanted(j, v));
         at(At::kV)[j] = v;
       }
     }
     hand_over(3, part);
     team_.sync();
     return largest(total_of_columns(3), rows);
+  }
+
+  // What the error hardly sees: the square of the largest step left to a light row. Contains sync_all().
+  FEWSTEP_HD void see_light_rows() {
+    T worst = 0;
+    FEWSTEP_ROLLED
+    for (int i = team_.rank(); i < rows_; i += team_.size()) {
+      const T a = at(At::kA)[i];
+      if (!(a > 0 && a < light_)) continue;
+      const T *const f = at(At::kF), *const u = at(At::kU);
+      const T now = absorbed_ ? f[f_ + i] : at(At::kShift)[i] + log2(u[u_ + i]);
+      const T next = absorbed_ ? f[At::kRows - f_ + i] : at(At::kShift)[i] + log2(u[At::kRows - u_ + i]);
+      worst = largest(block::step_of(now, next, relax_), worst);
+    }
+    hand_over_largest(4, worst);
+    team_.sync_all();
+    worst = largest_of(4);
+    if (worst * worst > residual_) residual_ = worst * worst;  // NaN stays
   }
 
   // What the marginal of column j is to be, over b_j, where v_j is `v`.
@@ -608,7 +667,7 @@ class Solver {
       for (int rank = 0; rank < team_.ranks(); ++rank) {
         sum += team_.peer(sums, rank)[j] * exp2(team_.peer(tops, rank)[j] - top);
       }
-      at(At::kLse)[j] = top + log2(sum);
+      at(At::kLse)[j] = -at_most_nowhere(-(top + log2(sum)));
     }
     team_.sync_all();
   }
@@ -621,7 +680,7 @@ class Solver {
     for (int j = 0; j < p_.m; ++j) top = largest(at(At::kH)[j] + log2(at(At::kV)[j]) - k_ * costs[j], top);
     FEWSTEP_ROLLED
     for (int j = 0; j < p_.m; ++j) sum += exp2(at(At::kH)[j] + log2(at(At::kV)[j]) - k_ * costs[j] - top);
-    return -damping_x_ * (top + log2(sum));
+    return damping_x_ * at_most_nowhere(-(top + log2(sum)));
   }
 
   // lse of the columns without mass, from the f that came out: their g has a meaning too.
@@ -651,7 +710,7 @@ class Solver {
   bool final_ = false, absorbed_ = false, massless_ = false;
   T k_ = 0, temperature_ = 0, annealed_ = 0, relax_ = 1;
   T damping_x_ = 1, damping_y_ = 1, target_x_ = 0, target_y_ = 0;
-  T a_total_ = 1, b_total_ = 1, residual_ = 0;
+  T a_total_ = 1, b_total_ = 1, residual_ = 0, light_ = 0;
 };
 
 }  // namespace fewstep::resident
