@@ -26,7 +26,7 @@ BELOW_OPS = CORE | {"fewstep.reference", "fewstep.kernels"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{module: set() for module in CORE},
     "fewstep._aliases": set(),
-    "fewstep.reference": set(),
+    "fewstep.reference": CORE,
     "fewstep.kernels": set(),
     "fewstep.conversions": CORE,
     "fewstep.networks": CORE,
