@@ -43,6 +43,7 @@ class Known:
         refused: ways that do not serve, and why.
         worked: ways that have.
         checked: samples that were compared.
+        called: see `replicas.agree`.
         hooked, compiled: see `velocities`.
     """
 
@@ -51,6 +52,7 @@ class Known:
     refused: dict[str, str] = field(default_factory=dict)
     worked: set[str] = field(default_factory=set)
     checked: int = 0
+    called: list[weakref.ref[Any]] = field(default_factory=list)
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Known]] = weakref.WeakKeyDictionary()
@@ -226,11 +228,15 @@ def _sample(
     alone = v.clone()
     alone[1::2] = 0
     weights = v.flip(0)
-    leaves = [leaf for leaf in leaves_of(out) if leaf is not y]
-    pulled = None
-    if out.requires_grad:
-        (pulled,) = torch.autograd.grad(out, y, alone, retain_graph=True, allow_unused=True)
-    own = gradients(out, leaves, weights)
+    leaves, pulled, own = [leaf for leaf in leaves_of(out) if leaf is not y], None, []
+    try:
+        if out.requires_grad:
+            (pulled,) = torch.autograd.grad(out, y, alone, retain_graph=True, allow_unused=True)
+        own = gradients(out, leaves, weights)
+    except FATAL:
+        raise
+    except Exception:  # weights that are gone, functions without a derivative: velocities alone
+        leaves, pulled = [], None
     if pulled is not None and x.shape[0] > 1:
         inside, outside = pulled[::2].norm(), pulled[1::2].norm()
         if bool(outside > 1e-4 * inside):
