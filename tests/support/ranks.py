@@ -22,6 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fewstep
+from fewstep.methods.reflow import MarginalReflow
 
 WAYS: dict[str, dict[str, Any]] = {
     "exact": {"estimator": "exact"},
@@ -84,7 +85,7 @@ def densities(**options: Any) -> Loss:
 
 
 def reflow(velocity: Callable[..., Tensor], x: Tensor) -> Tensor:
-    method = fewstep.MarginalReflow(windows=2, solver_steps=1, lam=0.5)
+    method = MarginalReflow(windows=2, solver_steps=1, lam=0.5)
     generator = torch.Generator().manual_seed(1)
     return method(velocity, lambda x, t: -x, x, generator=generator)[0]
 
@@ -179,6 +180,215 @@ for _layers in (False, True):
         CASES[f"{_name}, MarginalReflow"] = lambda rank, a=_layers, b=_reshard: trained(
             rank, reflow, sharded(a, b)
         )
+
+
+
+class Holder:
+    """What a training script has: a student, and a critic that no trace calls."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self.student = student
+        self.critic = DistributedDataParallel(nn.Linear(4, 1).double())
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        return 2 * self.student(x, t) - x
+
+
+def hidden(net: nn.Module) -> Callable[..., Tensor]:
+    """Deeper in what a function closes over than anyone looks."""
+    boxes: Any = [[[[[[[net]]]]]]]
+    return lambda x, t: boxes[0][0][0][0][0][0][0](x, t)
+
+
+REACH: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
+    "method": lambda net: Holder(net).velocity,
+    "function": lambda net: lambda x, t: net(x, t) + net(-x, t).detach(),
+    "hidden": hidden,
+}
+for _name in ("plain", "static graph", "unused"):
+    for _reach, _of in REACH.items():
+
+        def _run(rank: int, o: Any = DDP[_name], of: Any = _of) -> float:
+            plain_of = of if of is not REACH["method"] else (lambda n: lambda x, t: 2 * n(x, t) - x)
+
+            def loss(velocity: Any, x: Tensor) -> Tensor:
+                own = velocity if isinstance(velocity, Net) else None
+                return traces(estimator="exact")(plain_of(own) if own else velocity, x)
+
+            return trained(rank, loss, lambda net: DistributedDataParallel(net, **o), of)
+
+        CASES[f"ddp, {_name}, {_reach}"] = _run
+
+
+def both(velocity: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """A plain loss before and after a trace."""
+    t = torch.tensor(0.3)
+    before = velocity(x, t).sin().mean()
+    value = traces(estimator="hutchinson")(velocity, velocity(x, t))
+    return before + value + velocity(2 * x, t).square().mean()
+
+
+for _name, _wrap in {
+    "ddp, plain": lambda net: DistributedDataParallel(net),
+    "ddp, static graph": lambda net: DistributedDataParallel(net, static_graph=True),
+    "ddp, unused": lambda net: DistributedDataParallel(net, find_unused_parameters=True),
+    "fsdp, layers, reshard": sharded(True, True),
+    "fsdp, root, reshard": sharded(False, True),
+}.items():
+    CASES[f"{_name}, beside plain losses"] = lambda rank, w=_wrap: trained(rank, both, w)
+    CASES[f"{_name}, no rule"] = lambda rank, w=_wrap: trained(
+        rank, traces(estimator="exact"), w, activation=nn.ELU
+    )
+
+
+class Partly(Net):
+    """A parameter without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.ones(3))
+
+
+@case("ddp, unused, spare parameter")
+def _(rank: int) -> float:
+    net = Partly().double()
+    ddp = DistributedDataParallel(copy.deepcopy(net), find_unused_parameters=True)
+    for step in range(2):
+        net.zero_grad(), ddp.zero_grad()
+        for engine in ("duals", "func", "reverse"):
+            x = batch(rank, step)
+            traces(estimator="hutchinson", engine=engine)(net, x).backward()
+            traces(estimator="hutchinson", engine=engine)(ddp, x).backward()
+    return off(gradients(ddp), mean_over_ranks(gradients(net)))
+
+
+@case("ddp, no_sync")
+def _(rank: int) -> float:
+    net = network()
+    ddp = DistributedDataParallel(copy.deepcopy(net))
+    loss = traces(estimator="exact")
+    for step in range(3):
+        loss(net, batch(rank, step)).backward()
+        if step < 2:
+            with ddp.no_sync():
+                loss(ddp, batch(rank, step)).backward()
+        else:
+            loss(ddp, batch(rank, step)).backward()
+    return off(gradients(ddp), mean_over_ranks(gradients(net)))
+
+
+@case("ddp, hook")
+def _(rank: int) -> float:
+    def wrap(net: nn.Module) -> nn.Module:
+        ddp = DistributedDataParallel(net)
+        ddp.register_comm_hook(None, default_hooks.allreduce_hook)
+        return ddp
+
+    return trained(rank, traces(estimator="exact"), wrap)
+
+
+@case("fsdp, accumulation")
+def _(rank: int) -> float:
+    net = network()
+    own = sharded(True, True)(copy.deepcopy(net))
+    loss = traces(estimator="exact")
+    for step in range(3):
+        loss(net, batch(rank, step)).backward()
+        own.set_requires_gradient_sync(step == 2)
+        loss(own, batch(rank, step)).backward()
+    return off(gradients(own), mean_over_ranks(gradients(net)))
+
+
+@case("fsdp, hidden")
+def _(rank: int) -> float:
+    return trained(rank, traces(estimator="exact"), sharded(True, True), hidden)
+
+
+@case("fsdp, hidden, root")
+def _(rank: int) -> float:
+    return trained(rank, traces(estimator="hutchinson"), sharded(False, True), hidden)
+
+
+@case("fsdp, no_grad")
+def _(rank: int) -> float:
+    net = network()
+    own = sharded(True, True)(copy.deepcopy(net))
+    with torch.no_grad():
+        pair = [
+            fewstep.log_density(n, batch(rank, 0), times=[0.0, 1.0], estimator="hutchinson", fresh=False)
+            for n in (net, own)
+        ]
+    sizes = [m.weight.untyped_storage().nbytes() for m in own.modules() if isinstance(m, nn.Linear)]
+    names = {type(p).__name__ for p in own.parameters()}
+    return float((pair[0].log_prob - pair[1].log_prob).norm()), names
+
+
+@case("fsdp, mixed")
+def _(rank: int) -> Any:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (2,))
+    net = network().float()
+    own = copy.deepcopy(net)
+    for m in (*own.first, *own.middle, own.last):
+        if list(m.parameters()):
+            fully_shard(m, mesh=mesh, mp_policy=policy)
+    fully_shard(own, mesh=mesh, mp_policy=policy)
+    x = batch(rank, 0).float()
+    got = fewstep.divergence(own, x, 0.3, estimator="exact")
+    (got.value.mean() + got.velocity.mean()).backward()
+    want = fewstep.divergence(net, x, 0.3, estimator="exact")
+    (want.value.mean() + want.velocity.mean()).backward()
+    return off([got.value], [want.value]), off(gradients(own), mean_over_ranks(gradients(net))), got.info
+
+
+@case("ddp, rank 0 alone")
+def _(rank: int) -> Any:
+    net = network()
+    ddp = DistributedDataParallel(net, broadcast_buffers=False)
+    if rank == 0:
+        a = fewstep.divergence(lambda x, t: ddp.module(x, t), batch(0, 0), 0.3).value.sum()
+        with torch.no_grad():
+            fewstep.divergence(ddp, batch(0, 0), 0.3)
+    fewstep.divergence(ddp, batch(rank, 0), 0.3).value.mean().backward()
+    dist.barrier()
+    return 0.0
+
+
+class Moody(Net):
+    """Takes another branch on one rank."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        out = super().forward(x, t)
+        return out.cumsum(-1).diff(dim=-1, prepend=out[:, :1] * 0) if dist.get_rank() else out
+
+
+@case("agreement")
+def _(rank: int) -> Any:
+    ddp = DistributedDataParallel(Moody().double())
+    found = []
+    for _ in range(2):
+        out = fewstep.divergence(ddp, batch(rank, 0), 0.3)
+        (out.value.mean() + out.velocity.mean()).backward()
+        found.append(out.info)
+    return found
+
+
+@case("agreement, one rank fails")
+def _(rank: int) -> Any:
+    ddp = DistributedDataParallel(Moody().double())
+    try:
+        fewstep.divergence(ddp, batch(rank, 0), 0.3, engine="duals")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@case("agreement, empty batch")
+def _(rank: int) -> Any:
+    ddp = DistributedDataParallel(network())
+    out = fewstep.divergence(ddp, batch(rank, 0, rows=3 if rank else 0), 0.3)
+    (out.value.sum() + out.velocity.sum()).backward()
+    return off(gradients(ddp), gradients(ddp))
 
 
 def main(rank: int, folder: Path) -> None:

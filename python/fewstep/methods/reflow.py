@@ -18,6 +18,7 @@ from fewstep._torch import wide
 from fewstep.conversions import convert
 from fewstep.methods.draws import Draws
 from fewstep.ops.trace import log_density as densities
+from fewstep.ops.trace import replicas
 from fewstep.ops.trace.inputs import ESTIMATORS, PROBES, Options, check_ids, check_options
 from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
 
@@ -162,6 +163,20 @@ class MarginalReflow:
         options = self._options(data)
         if data.shape[0] == 0:
             raise ValueError(f"MarginalReflow: data must not be empty, got {tuple(data.shape)}")
+        own = teacher, data, score, generator, sample_ids, step, options
+        return replicas.together(student, lambda: self._loss(student, *own))
+
+    def _loss(
+        self,
+        student: Field,
+        teacher: Field,
+        data: Tensor,
+        score: Field | None,
+        generator: torch.Generator | None,
+        sample_ids: Tensor | None,
+        step: int,
+        options: Options,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         d = data[0].numel()
         draws = Draws("MarginalReflow", data, generator, sample_ids)
         k, u, eps = draws.integers(self.windows), draws.uniform(dtype=data.dtype), draws.normal()

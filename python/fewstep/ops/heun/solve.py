@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from fewstep._torch import wide
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.inputs import as_vector, check_log_density, check_state, pick
+from fewstep.ops.trace import replicas
 from fewstep.ops.trace.estimator import Solver
 from fewstep.ops.trace.inputs import Options, check_ids, check_options, check_times, make_keys
 
@@ -150,7 +152,8 @@ def heun_solve(
         check_options(options, x, "heun_solve")
         check_log_density("heun_solve", log_density, x)
         traced = Solver(velocity, options, ids, fixed=not fresh, cache={})
-    return _solve(
+    solve = functools.partial(
+        _solve,
         *("heun_solve", velocity, x, nodes, traced),
         log_density=log_density,
         seed=seed,
@@ -159,6 +162,7 @@ def heun_solve(
         check_finite=check_finite,
         backend=backend,
     )
+    return solve() if traced is None else replicas.together(velocity, solve)
 
 
 def _solve(

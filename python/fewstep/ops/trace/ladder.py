@@ -244,7 +244,7 @@ def _sample(
                 "divergence: velocity mixes samples: that of one depends on others, so that they"
                 " have no Jacobians of their own; call eval() where it normalises by the batch"
             )
-    exact = x.dtype in AGREEMENT and not autocast(x)
+    exact = all(z.dtype in AGREEMENT for z in (x, *leaves)) and not autocast(x)
     tolerance = AGREEMENT[x.dtype] if exact else ROUGH
     if x.is_cuda and exact:
         tolerance = max(tolerance, 1e-2 if torch.backends.cudnn.allow_tf32 else 0.0)

@@ -169,25 +169,41 @@ def _private(owner: Any, name: str) -> Any:
 
 
 _LOCK = threading.Lock()
+_PLAIN: dict[tuple[Any, str], Any] = {}  # methods that stand aside
 _inside = 0
-_plain_forward = DistributedDataParallel.forward
 
 
 def _forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
+    """In place of DistributedDataParallel.forward."""
     whole = _CURRENT.whole
     if whole is None:  # of another thread
-        return _plain_forward(self, *inputs, **kwargs)
+        return _PLAIN[DistributedDataParallel, "forward"](self, *inputs, **kwargs)
     return whole.call(self, inputs, kwargs)
+
+
+def _hooked(self: Any, output: Any) -> Any:
+    """In place of what a state of `fully_shard` does after a forward, unless it rests."""
+    if _CURRENT.whole is not None and torch.is_grad_enabled():
+        raise ValueError(
+            "divergence: velocity reaches a module of fully_shard that is not seen in it; hand over"
+            " the module itself, or a function that closes over it"
+        )
+    return _PLAIN[type(self), "_register_pre_backward_hook"](self, output)
 
 
 @contextlib.contextmanager
 def _rerouted() -> Iterator[None]:
-    """DDP's forward is `_forward`, by its class: whatever holds the module, it is found."""
-    global _inside, _plain_forward
+    """Methods of the wrappers replaced in their class: whatever holds a module, it is found."""
+    global _inside
     with _LOCK:
         if _inside == 0:
-            _plain_forward = DistributedDataParallel.forward
-            DistributedDataParallel.forward = _forward  # type: ignore[method-assign]
+            places = [(DistributedDataParallel, "forward", _forward)]
+            fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
+            if fsdp is not None:
+                places.append((fsdp.FSDPState, "_register_pre_backward_hook", _hooked))
+            for owner, name, ours in places:
+                _PLAIN[owner, name] = getattr(owner, name)
+                setattr(owner, name, ours)
         _inside += 1
     try:
         yield
@@ -195,7 +211,9 @@ def _rerouted() -> Iterator[None]:
         with _LOCK:
             _inside -= 1
             if _inside == 0:
-                DistributedDataParallel.forward = _plain_forward  # type: ignore[method-assign]
+                for (owner, name), own in _PLAIN.items():
+                    setattr(owner, name, own)
+                _PLAIN.clear()
 
 
 def _refuse(modules: Iterable[Module]) -> None:
