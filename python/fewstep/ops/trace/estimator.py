@@ -76,12 +76,12 @@ class Solver:
 
     def __call__(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
         """The divergence at x and t with the probes of key `(seed, step, stage)`."""
+        return replicas.together(self.velocity, lambda: self._found(x, t, key))
+
+    def _found(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
         backend = self.backend(x)
         if torch.compiler.is_compiling():
             return self._compiled(x, t, key, backend)
-        return replicas.together(self.velocity, lambda: self._found(x, t, key, backend))
-
-    def _found(self, x: Tensor, t: Tensor, key: Tensor, backend: str) -> Divergence:
         known = self.known(x, t)
 
         def program() -> Divergence | None:

@@ -98,7 +98,10 @@ def together(velocity: Callable[..., Any], compute: Callable[[], R]) -> R:
     Results are tensors, or dataclasses, tuples and dicts of them. Within another, and without a
     process group, it is `compute()` alone.
     """
-    if torch.compiler.is_compiling() or _CURRENT.whole is not None or not _distributed():
+    if torch.compiler.is_compiling():
+        _refuse_compiled(velocity)
+        return compute()
+    if _CURRENT.whole is not None or not _distributed():
         return compute()
     modules = velocities.signature(velocity)[1]
     _refuse(modules)
@@ -231,6 +234,18 @@ def _refuse(modules: Iterable[Module]) -> None:
         raise ValueError(
             "divergence: replicate() hooks a module's forward; use"
             " torch.nn.parallel.DistributedDataParallel"
+        )
+
+
+def _refuse_compiled(velocity: Any) -> None:
+    """Raise where a graph would have the wrapper's forward, on what is no tensor."""
+    ddp = isinstance(velocity, DistributedDataParallel)
+    if (ddp and (velocity.static_graph or velocity.find_unused_parameters)) or hasattr(
+        velocity, "_get_fsdp_state"
+    ):
+        raise ValueError(
+            "divergence: torch.compile of a trace does not reach the hooks of a data-parallel"
+            " wrapper; compile the wrapped module, and leave the trace outside"
         )
 
 
