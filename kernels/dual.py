@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import architecture, dtype_name, on, row_size
+from .launch import architecture, dtype_name, expect, on, refuse_unless, row_size
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -273,8 +273,49 @@ def dual_norm_backward_kernel(
     tl.store(Sum_b + to, sum_b, mask=mask)
 
 
-def _contiguous(*tensors: Tensor | None) -> Any:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+KINDS = 7
+
+
+def _check(z: Tensor, tangents: int, kind: int, inner: int) -> int:
+    """Elements of the primal of a stack z, or of a primal z with `tangents` 0."""
+    op = "dual"
+    dtype_name(op, z)
+    refuse_unless(z.ndim >= 1 and tangents >= 0, op, "z must be [(K + 1) B, ...]")
+    refuse_unless(z.shape[0] % (tangents + 1) == 0, op, f"z has no {tangents + 1} batches")
+    refuse_unless(0 <= kind < KINDS and inner >= 1, op, f"no activation {kind}, inner {inner}")
+    return z.numel() // (tangents + 1)
+
+
+def _shift(shift: Tensor | None, z: Tensor, count: int, inner: int = 1, row: int = 1) -> Any:
+    """A shift is repeated until it has shifted `count` elements; of a norm it has whole rows."""
+    if shift is None:
+        return None
+    own = shift.numel()
+    whole = count == 0 or (own > 0 and own % row == 0 and count % (own * inner) == 0)
+    refuse_unless(whole, "dual", f"a shift of {own} elements for {count}, each {inner} times")
+    return expect("dual", "shift", shift, z, own)
+
+
+def _rows(z: Tensor, groups: int) -> int:
+    """Elements of a row."""
+    width = row_size(z)
+    refuse_unless(groups >= 1 and width % groups == 0, "dual", f"{groups} groups of {width}")
+    return width // groups
+
+
+def _pair(z: Tensor, u: Tensor, kind: int = 0, inner: int = 1) -> tuple[Tensor, Tensor]:
+    """z `[B, ...]` in float32 and u `[K B, ...]` in bfloat16."""
+    _check(z, 0, kind, inner)
+    low = u.dtype == torch.bfloat16 and z.dtype == torch.float32 and u.device == z.device
+    refuse_unless(low, "dual", "float32 with tangents in bfloat16 expected, on one device")
+    whole = u.ndim >= 1 and u.shape[0] % max(z.shape[0], 1) == 0
+    whole = whole and u.numel() == _count(z, u) * z.numel()
+    refuse_unless(whole, "dual", f"u {tuple(u.shape)} are no tangents of {tuple(z.shape)}")
+    return z.contiguous(), u.contiguous()
+
+
+def _grads(ga: Tensor, gt: Tensor, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    return expect("dual", "ga", ga, z, z.numel()), expect("dual", "gt", gt, u, u.numel())
 
 
 def _halves(stack: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
@@ -333,8 +374,12 @@ def _stacked(
     tangents: int,
     *options: Any,
 ) -> Tensor:
-    z, shared, shift, g = _contiguous(z, shared, shift, g)
-    count = z.numel() // (1 if shared is not None else tangents + 1)
+    kind, _, _, inner = options
+    count = _check(z, 0 if shared is not None else tangents, kind, inner)
+    refuse_unless(tangents >= 0, "dual", "tangents must be at least 0")
+    z, shift = z.contiguous(), _shift(shift, z, count, inner)
+    shared = expect("dual", "shared", shared, z, tangents * row_size(z))
+    g = expect("dual", "g", g, z, count * (tangents + 1))
     halves = (_halves(t, count) for t in (z, g, out))
     own, grads, results = halves
     _elementwise(own, shared, shift, grads, results, tangents, *options)
@@ -358,8 +403,9 @@ def dual_activate(
     inner: int,
 ) -> Tensor:
     """See `fewstep.reference.dual.activate`."""
+    refuse_unless(z.ndim >= 1, "dual_activate", "z must be [(K + 1) B, ...]")
     lead = z.shape[0] * (1 if shared is None else tangents + 1)
-    out = z.new_empty((lead, *z.shape[1:]))
+    out = z.new_empty((max(lead, 0), *z.shape[1:]))
     return _stacked(z, shared, shift, None, out, tangents, kind, beta, threshold, inner)
 
 
@@ -411,7 +457,8 @@ def dual_activate_pair(
 ) -> tuple[Tensor, Tensor]:
     """See `fewstep.reference.dual.activate_pair`."""
     out = _empty_pair(z, u)
-    z, u, shift = _contiguous(z, u, shift)
+    z, u = _pair(z, u, kind, inner)
+    shift = _shift(shift, z, z.numel(), inner)
     options = (_count(z, u), kind, beta, threshold, inner)
     _elementwise((z, u), None, shift, (None, None), out, *options)
     return out
@@ -436,7 +483,9 @@ def dual_activate_pair_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients for z and u."""
     out = _empty_pair(z, u)
-    ga, gt, z, u, shift = _contiguous(ga, gt, z, u, shift)
+    z, u = _pair(z, u, kind, inner)
+    ga, gt = _grads(ga, gt, z, u)
+    shift = _shift(shift, z, z.numel(), inner)
     options = (_count(z, u), kind, beta, threshold, inner)
     _elementwise((z, u), None, shift, (ga, gt), out, *options)
     return out
@@ -456,10 +505,12 @@ def _normed(
 ) -> None:
     first = z[0]
     assert first is not None
+    if first.numel() == 0:
+        return
     n = width // groups
     rows = first.numel() // n
-    if rows == 0:
-        return
+    shift = _shift(shift, first, first.numel(), row=n)
+    weight, bias = (expect("dual_norm", "weight", w, first, width) for w in (weight, bias))
     launch = config.dual_norm(n, dtype_name("dual_norm", first), architecture(first.device))
     with on(first.device):
         dual_norm_kernel[(rows,)](
@@ -492,8 +543,8 @@ def dual_norm(
 ) -> Tensor:
     """See `fewstep.reference.dual.norm`; rows of up to `config.LONGEST_ROW`."""
     out = z.new_empty(z.shape)
-    z, shift, weight, bias = _contiguous(z, shift, weight, bias)
-    count, width = z.numel() // (tangents + 1), row_size(z)
+    count, width = _check(z, tangents, 0, 1), groups * _rows(z, groups)
+    z = z.contiguous()
     own, made = _halves(z, count), _halves(out, count)
     _normed(own, shift, weight, bias, made, tangents, width, groups, centred, eps)
     return out
@@ -517,8 +568,8 @@ def dual_norm_pair(
 ) -> tuple[Tensor, Tensor]:
     """See `fewstep.reference.dual.norm_pair`."""
     out = _empty_pair(z, u)
-    z, u, shift, weight, bias = _contiguous(z, u, shift, weight, bias)
-    sizes = (_count(z, u), row_size(z), groups)
+    z, u = _pair(z, u)
+    sizes = (_count(z, u), groups * _rows(z, groups), groups)
     _normed((z, u), shift, weight, bias, out, *sizes, centred, eps)
     return out
 
@@ -538,10 +589,12 @@ def _normed_backward(
     """Gradients for weight and bias; for z into `out`."""
     first = z[0]
     assert first is not None
+    if first.numel() == 0:
+        return first.new_zeros(width), first.new_zeros(width)
     n = width // groups
     rows = first.numel() // n
-    if rows == 0:
-        return first.new_zeros(width), first.new_zeros(width)
+    shift = _shift(shift, first, first.numel(), row=n)
+    weight = expect("dual_norm", "weight", weight, first, width)
     parts = config.dual_norm_parts(rows // groups)
     sums = first.new_empty((2, parts, width))
     launch = config.dual_norm(n, dtype_name("dual_norm", first), architecture(first.device))
@@ -578,8 +631,8 @@ def dual_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for z, and for weight and bias `[groups n]`."""
     out = z.new_empty(z.shape)
-    g, z, shift, weight = _contiguous(g, z, shift, weight)
-    count, width = z.numel() // (tangents + 1), row_size(z)
+    count, width = _check(z, tangents, 0, 1), groups * _rows(z, groups)
+    z, g = z.contiguous(), expect("dual_norm", "g", g, z, z.numel())
     both, own, made = (_halves(t, count) for t in (g, z, out))
     options = (tangents, width, groups, centred, eps)
     return out, *_normed_backward(both, own, shift, weight, made, *options)
@@ -604,6 +657,7 @@ def dual_norm_pair_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for z and u, and for weight and bias `[groups n]`."""
     out = _empty_pair(z, u)
-    ga, gt, z, u, shift, weight = _contiguous(ga, gt, z, u, shift, weight)
-    options = (_count(z, u), row_size(z), groups, centred, eps)
+    z, u = _pair(z, u)
+    ga, gt = _grads(ga, gt, z, u)
+    options = (_count(z, u), groups * _rows(z, groups), groups, centred, eps)
     return *out, *_normed_backward((ga, gt), (z, u), shift, weight, out, *options)

@@ -38,3 +38,24 @@ def dtype_name(op: str, x: Tensor) -> str:
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: x must be float32 or float64, got {x.dtype}")
     return str(x.dtype).removeprefix("torch.")
+
+
+def expect(op: str, name: str, t: Tensor | None, like: Tensor, elements: int) -> Any:
+    """A tensor as a kernel reads it: contiguous, of the dtype and device of `like`.
+
+    Raises:
+        ValueError: it is another, or does not have so many elements.
+    """
+    if t is None:
+        return None
+    if t.dtype != like.dtype or t.device != like.device or t.numel() != elements:
+        raise ValueError(
+            f"{op}: {name} must have {elements} elements of {like.dtype} on {like.device}, "
+            f"got {tuple(t.shape)} of {t.dtype} on {t.device}"
+        )
+    return t.contiguous()
+
+
+def refuse_unless(condition: bool, op: str, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{op}: {message}")

@@ -8,11 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import architecture, dtype_name, on, row_size
+from .launch import architecture, dtype_name, expect, on, refuse_unless, row_size
 
 _ROW = tl.constexpr(0xFFFF)  # the k of the numbers that choose Hadamard rows
 GAUSSIAN = tl.constexpr(2)  # kinds in the order of `fewstep.reference.probe.PROBES`
 SPHERE = tl.constexpr(3)
+KINDS = 4
 
 
 @triton.jit
@@ -165,15 +166,18 @@ def _probes(
     kind: int,
 ) -> Tensor:
     count, batch, d = shape
+    whole = min(shape) >= 0 and 0 <= kind < KINDS and key.dtype == torch.int64
+    refuse_unless(whole, "probe", f"no probes {shape} of kind {kind} by a key of {key.dtype}")
+    key = key.to(y.device)
+    key = expect("probe", "key", key, key, 3)
+    ids = expect("probe", "ids", None if ids is None else ids.to(y.device), key, batch)
     if count * batch == 0:
         return out
-    key = key.to(y.device)
-    ids = None if ids is None else ids.to(y.device).contiguous()
     dtype = "float32" if y.dtype == torch.bfloat16 else dtype_name("probe", y)
     launch = config.probe(dtype, architecture(y.device))
     with on(y.device):
         probe_kernel[(count * batch,)](
-            *(key.contiguous(), key if ids is None else ids, y, out, batch, d),
+            *(key, key if ids is None else ids, y, out, batch, d),
             max(d - 1, 0).bit_length(),
             KIND=kind,
             MODE=mode,
@@ -190,6 +194,7 @@ def _probes(
 )
 def probe(like: Tensor, key: Tensor, ids: Tensor | None, probes: int, kind: int) -> Tensor:
     """`[K, B, ...]`"""
+    refuse_unless(like.ndim >= 1 and probes >= 0, "probe", "like must be [B, ...]")
     out = like.new_empty((probes, *like.shape))
     shape = (probes, like.shape[0], row_size(like))
     return _probes(0, out, out, key, ids, shape, kind)
@@ -202,6 +207,8 @@ def probe(like: Tensor, key: Tensor, ids: Tensor | None, probes: int, kind: int)
 )
 def probe_dot(y: Tensor, key: Tensor, ids: Tensor | None, probes: int, kind: int) -> Tensor:
     """`<v_k, y_k>` `[K, B]` for y `[K B, ...]`."""
+    whole = y.ndim >= 1 and probes >= 1 and y.shape[0] % probes == 0
+    refuse_unless(whole, "probe_dot", f"y {tuple(y.shape)} must be [K B, ...] with K = {probes}")
     batch = y.shape[0] // probes
     wide = torch.float32 if y.dtype == torch.bfloat16 else y.dtype
     out = y.new_empty((probes, batch), dtype=wide)
@@ -215,5 +222,6 @@ def probe_dot(y: Tensor, key: Tensor, ids: Tensor | None, probes: int, kind: int
 )
 def probe_scale(g: Tensor, key: Tensor, ids: Tensor | None, d: int, kind: int) -> Tensor:
     """`g_k v_k` `[K, B, D]` for g `[K, B]`."""
+    refuse_unless(g.ndim == 2 and d >= 0, "probe_scale", "g must be [K, B]")
     out = g.new_empty((*g.shape, d))
     return _probes(2, g.contiguous(), out, key, ids, (*g.shape, d), kind)

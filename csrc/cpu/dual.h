@@ -11,6 +11,7 @@
 namespace fewstep::cpu {
 
 enum class Activation : int64_t { silu, gelu, gelu_tanh, tanh, softplus, relu, sigmoid };
+constexpr int64_t kActivations = 7;
 
 template <class T>
 struct Elementwise {
@@ -39,6 +40,7 @@ struct Norm {
 };
 
 enum class ProbeKind : int64_t { rademacher, hadamard, gaussian, sphere };
+constexpr int64_t kProbeKinds = 4;
 
 // Probe k of sample i has the coordinates [d] drawn from (seed, ids[i], step, stage, k).
 struct Probes {

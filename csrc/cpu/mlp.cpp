@@ -138,7 +138,7 @@ template <class T>
 void probe_tile(const Mlp<T>& in, const ProbePass<T>& pass, const std::vector<Packed<T>>& weights, const Tile<T>& t) {
   const DualKernels<T>& run = dual_kernels<T>();
   const int64_t count = t.count(), tangents = pass.probes.count, d = in.d(), depth = in.depth();
-  if (pass.first == nullptr || pass.last == nullptr) {
+  if (pass.first == nullptr || pass.last == nullptr || pass.made != nullptr) {
     for (int64_t k = 0; k < tangents; ++k) {
       run.probe(pass.probes, t.v + k * count * d, k * in.batch + t.begin, k * in.batch + t.end);
     }

@@ -18,22 +18,66 @@ using namespace fewstep::tensors;
 namespace cpu = fewstep::cpu;
 using cpu::dual_kernels;
 
+void check_options(int64_t tangents, int64_t kind, int64_t inner) {
+  STD_TORCH_CHECK(tangents >= 0 && inner >= 1, "fewstep: tangents must be at least 0 and inner at least 1, got ",
+                  tangents, " and ", inner);
+  STD_TORCH_CHECK(kind >= 0 && kind < cpu::kActivations, "fewstep: no activation has the number ", kind);
+}
+
+// Samples of a stack [(K + 1) B, ...], or of a primal alone.
+int64_t batch_of(const Tensor& z, int64_t copies) {
+  STD_TORCH_CHECK(z.dim() >= 1 && copies >= 1 && z.size(0) % copies == 0, "fewstep: z must be [(K + 1) B, ...] with ",
+                  copies, " copies of the batch");
+  return z.size(0) / copies;
+}
+
+int64_t elements_of_sample(const Tensor& z) {
+  int64_t own = 1;
+  for (int64_t i = 1; i < z.dim(); ++i) own *= z.size(i);
+  return own;
+}
+
+// A shift is repeated until it has shifted `count` elements, each of its own `inner` times at once.
+Maybe shift_of(const Maybe& shift, const Tensor& z, int64_t count, int64_t inner) {
+  if (!shift.has_value()) return shift;
+  const int64_t own = shift->numel();
+  STD_TORCH_CHECK(count == 0 || (own > 0 && count % inner == 0 && count / inner % own == 0), "fewstep: a shift of ",
+                  own, " elements, for ", inner, " each, does not divide the ", count, " of the primal");
+  return expect(*shift, "shift", z.scalar_type(), own);
+}
+
 struct ActivationInputs {
   Tensor z;
   Maybe shared, shift;
-  int64_t tangents, kind, inner;
+  int64_t tangents, kind, inner, count, period;
   double beta, threshold;
+
+  ActivationInputs(const Tensor& from, const Maybe& all, const Maybe& more, int64_t k, int64_t activation, double b,
+                   double limit, int64_t repeats)
+      : z(expect(from, "z", from.scalar_type(), from.numel())),
+        tangents(k),
+        kind(activation),
+        inner(repeats),
+        beta(b),
+        threshold(limit) {
+    check_options(tangents, kind, inner);
+    const int64_t batch = batch_of(z, all.has_value() ? 1 : tangents + 1);
+    period = elements_of_sample(z);
+    count = batch * period;
+    shared = expect_if(all, "shared", z.scalar_type(), tangents * period);
+    shift = shift_of(more, z, count, inner);
+  }
 
   template <class T>
   cpu::Elementwise<T> as() const {
     return {static_cast<cpu::Activation>(kind),
             static_cast<T>(beta),
             static_cast<T>(threshold),
-            z.numel() / (shared.has_value() ? 1 : tangents + 1),
+            count,
             tangents,
             read<T>(z),
             read_if<T>(shared),
-            shared.has_value() ? shared->numel() / std::max<int64_t>(tangents, 1) : 0,
+            shared.has_value() ? period : 0,
             read_if<T>(shift),
             shift.has_value() ? shift->numel() : 1,
             inner};
@@ -42,8 +86,7 @@ struct ActivationInputs {
 
 Tensor dual_activate(const Tensor& z, const Maybe& shared, const Maybe& shift, int64_t tangents, int64_t kind,
                      double beta, double threshold, int64_t inner) {
-  const ActivationInputs in{contiguous(z), contiguous_if(shared), contiguous_if(shift), tangents, kind, inner, beta,
-                            threshold};
+  const ActivationInputs in(z, shared, shift, tangents, kind, beta, threshold, inner);
   std::vector<int64_t> shape = sizes(z);
   if (shared.has_value()) shape[0] *= tangents + 1;
   Tensor out = new_empty(in.z, shape);
@@ -59,9 +102,8 @@ Tensor dual_activate(const Tensor& z, const Maybe& shared, const Maybe& shift, i
 
 Tensor dual_activate_backward(const Tensor& g, const Tensor& z, const Maybe& shared, const Maybe& shift,
                               int64_t tangents, int64_t kind, double beta, double threshold, int64_t inner) {
-  const ActivationInputs in{contiguous(z), contiguous_if(shared), contiguous_if(shift), tangents, kind, inner, beta,
-                            threshold};
-  const Tensor gc = contiguous(g);
+  const ActivationInputs in(z, shared, shift, tangents, kind, beta, threshold, inner);
+  const Tensor gc = expect(g, "g", z.scalar_type(), in.count * (tangents + 1));
   Tensor out = new_empty(in.z, sizes(z));
   dispatch(z, [&](auto zero) {
     using T = decltype(zero);
@@ -75,31 +117,55 @@ Tensor dual_activate_backward(const Tensor& g, const Tensor& z, const Maybe& sha
   return out;
 }
 
+// Elements of a row, where each sample of z has `groups` rows.
+int64_t row_of(const Tensor& z, int64_t groups) {
+  const int64_t own = elements_of_sample(z);
+  STD_TORCH_CHECK(groups >= 1 && own % groups == 0, "fewstep: ", groups, " groups do not divide the ", own,
+                  " elements of a sample");
+  return own / groups;
+}
+
+// A norm's shift is of whole rows.
+Maybe shift_of_rows(const Maybe& shift, const Tensor& z, int64_t count, int64_t n) {
+  STD_TORCH_CHECK(!shift.has_value() || n == 0 || shift->numel() % n == 0, "fewstep: a norm over rows of ", n,
+                  " has a shift of whole rows, got ", shift.has_value() ? shift->numel() : 0, " elements");
+  return shift_of(shift, z, count, 1);
+}
+
 struct NormInputs {
   Tensor z;
   Maybe shift, weight, bias;
-  int64_t tangents, groups;
+  int64_t tangents, groups, n, rows;
   bool centred;
   double eps;
 
-  int64_t n() const {
-    int64_t own = 1;
-    for (int64_t i = 1; i < z.dim(); ++i) own *= z.size(i);
-    return own / groups;
+  NormInputs(const Tensor& from, const Maybe& more, const Maybe& w, const Maybe& b, int64_t k, int64_t parts,
+             bool subtracts, double least)
+      : z(expect(from, "z", from.scalar_type(), from.numel())),
+        tangents(k),
+        groups(parts),
+        n(row_of(from, parts)),
+        rows(batch_of(from, k + 1) * parts),
+        centred(subtracts),
+        eps(least) {
+    shift = shift_of_rows(more, z, rows * n, n);
+    weight = expect_if(w, "weight", z.scalar_type(), groups * n);
+    bias = expect_if(b, "bias", z.scalar_type(), groups * n);
   }
-  int64_t rows() const { return z.size(0) / (tangents + 1) * groups; }
+
+  bool empty() const { return rows * n == 0; }
 
   template <class T>
   cpu::Norm<T> as() const {
-    return {rows(),
-            n(),
+    return {rows,
+            n,
             groups,
             tangents,
             centred,
             eps,
             read<T>(z),
             read_if<T>(shift),
-            shift.has_value() ? std::max<int64_t>(shift->numel() / n(), 1) : 1,
+            shift.has_value() ? shift->numel() / n : 1,
             read_if<T>(weight),
             read_if<T>(bias)};
   }
@@ -107,9 +173,9 @@ struct NormInputs {
 
 Tensor dual_norm(const Tensor& z, const Maybe& shift, const Maybe& weight, const Maybe& bias, int64_t tangents,
                  int64_t groups, bool centred, double eps) {
-  const NormInputs in{
-      contiguous(z), contiguous_if(shift), contiguous_if(weight), contiguous_if(bias), tangents, groups, centred, eps};
+  const NormInputs in(z, shift, weight, bias, tangents, groups, centred, eps);
   Tensor out = new_empty(in.z, sizes(z));
+  if (in.empty()) return out;
   dispatch(z, [&](auto zero) {
     using T = decltype(zero);
     const cpu::Norm<T> norm = in.as<T>();
@@ -136,16 +202,15 @@ void add_sums(const std::vector<T>& sums, int64_t width, int64_t count, Tensor& 
 std::tuple<Tensor, Tensor, Tensor> dual_norm_backward(const Tensor& g, const Tensor& z, const Maybe& shift,
                                                       const Maybe& weight, int64_t tangents, int64_t groups,
                                                       bool centred, double eps) {
-  const NormInputs in{
-      contiguous(z), contiguous_if(shift), contiguous_if(weight), std::nullopt, tangents, groups, centred, eps};
-  const Tensor gc = contiguous(g);
-  const int64_t width = groups * in.n();
+  const NormInputs in(z, shift, weight, std::nullopt, tangents, groups, centred, eps);
+  const Tensor gc = expect(g, "g", z.scalar_type(), z.numel());
+  const int64_t width = groups * in.n;
   Tensor gz = new_empty(in.z, sizes(z)), gw = new_zeros(in.z, {width}), gb = new_zeros(in.z, {width});
+  if (in.empty()) return {gz, gw, gb};
   dispatch(z, [&](auto zero) {
     using T = decltype(zero);
     const cpu::Norm<T> norm = in.as<T>();
     // Chunks, and with them the sums over them, do not depend on the number of threads.
-    if (norm.rows == 0) return;
     const cpu::Chunks chunks = cpu::Chunks::of(norm.rows, 1);
     std::vector<T> sums(2 * width * chunks.count);
     const T* from = read<T>(gc);
@@ -189,10 +254,17 @@ struct Pair {
   }
 };
 
-Pair pair(const Tensor& primal, const Tensor& tangents) {
-  STD_TORCH_CHECK(primal.scalar_type() == ScalarType::Float && tangents.scalar_type() == ScalarType::BFloat16,
-                  "fewstep: float32 with tangents in bfloat16 expected");
-  return {contiguous(primal), contiguous(tangents)};
+// z [B, ...] and u [K B, ...].
+Pair pair(const Tensor& z, const Tensor& u, const char* name, const char* other) {
+  const int64_t batch = batch_of(z, 1), lead = batch_of(u, std::max<int64_t>(batch, 1));
+  return {expect(z, name, ScalarType::Float, z.numel()),
+          expect(u, other, ScalarType::BFloat16, batch == 0 ? 0 : lead * z.numel())};
+}
+
+// Gradients for a pair.
+Pair pair_like(const Tensor& gz, const Tensor& gu, const Pair& p) {
+  return {expect(gz, "ga", ScalarType::Float, p.primal.numel()),
+          expect(gu, "gt", ScalarType::BFloat16, p.tangents.numel())};
 }
 
 Pair like(const Pair& p) { return {new_empty(p.primal, sizes(p.primal)), new_empty(p.tangents, sizes(p.tangents))}; }
@@ -221,6 +293,13 @@ struct PairActivation {
   int64_t kind, inner;
   double beta, threshold;
 
+  PairActivation(const Tensor& z, const Tensor& u, const Maybe& more, int64_t activation, double b, double limit,
+                 int64_t repeats)
+      : in(pair(z, u, "z", "u")), kind(activation), inner(repeats), beta(b), threshold(limit) {
+    check_options(0, kind, inner);
+    shift = shift_of(more, z, z.numel(), inner);
+  }
+
   // The shift is in the stack already.
   cpu::Elementwise<float> as(const float* stack, int64_t n) const {
     const auto own = static_cast<cpu::Activation>(kind);
@@ -242,7 +321,7 @@ struct PairActivation {
 
 std::tuple<Tensor, Tensor> dual_activate_pair(const Tensor& z, const Tensor& u, const Maybe& shift, int64_t kind,
                                               double beta, double threshold, int64_t inner) {
-  const PairActivation a{pair(z, u), contiguous_if(shift), kind, inner, beta, threshold};
+  const PairActivation a(z, u, shift, kind, beta, threshold, inner);
   Pair out = like(a.in);
   a.run([&](const cpu::Elementwise<float>& e, int64_t begin, int64_t n, float* made) {
     dual_kernels<float>().activate(e, made, 0, n);
@@ -254,8 +333,8 @@ std::tuple<Tensor, Tensor> dual_activate_pair(const Tensor& z, const Tensor& u, 
 std::tuple<Tensor, Tensor> dual_activate_pair_backward(const Tensor& ga, const Tensor& gt, const Tensor& z,
                                                        const Tensor& u, const Maybe& shift, int64_t kind, double beta,
                                                        double threshold, int64_t inner) {
-  const PairActivation a{pair(z, u), contiguous_if(shift), kind, inner, beta, threshold};
-  const Pair g = pair(ga, gt);
+  const PairActivation a(z, u, shift, kind, beta, threshold, inner);
+  const Pair g = pair_like(ga, gt, a.in);
   Pair out = like(a.in);
   a.run([&](const cpu::Elementwise<float>& e, int64_t begin, int64_t n, float* made) {
     std::vector<float> grads((a.in.k() + 1) * n);
@@ -269,17 +348,25 @@ std::tuple<Tensor, Tensor> dual_activate_pair_backward(const Tensor& ga, const T
 struct PairNorm {
   Pair in;
   Maybe shift, weight, bias;
-  int64_t groups;
+  int64_t groups, width;
   bool centred;
   double eps;
 
-  int64_t width() const { return in.primal.size(0) == 0 ? 0 : in.primal.numel() / in.primal.size(0); }
+  PairNorm(const Tensor& z, const Tensor& u, const Maybe& more, const Maybe& w, const Maybe& b, int64_t parts,
+           bool subtracts, double least)
+      : in(pair(z, u, "z", "u")), groups(parts), width(parts * row_of(z, parts)), centred(subtracts), eps(least) {
+    shift = shift_of_rows(more, z, z.numel(), width / groups);
+    weight = expect_if(w, "weight", ScalarType::Float, width);
+    bias = expect_if(b, "bias", ScalarType::Float, width);
+  }
+
+  bool empty() const { return in.primal.numel() == 0; }
   int64_t samples() const { return in.primal.size(0); }
 
   // `body` on samples' stacks [K + 1, groups, n], the shift in them.
   template <class F>
   void run(int64_t first, int64_t last, const F& body) const {
-    const int64_t w = width();
+    const int64_t w = width;
     over_tiles(first * w, last * w, in.k(), w, [&](int64_t begin, int64_t n, float* z, float* out) {
       in.gather(begin, n, z);
       add_shift(shift, 1, begin, n, z);
@@ -293,10 +380,11 @@ struct PairNorm {
 
 std::tuple<Tensor, Tensor> dual_norm_pair(const Tensor& z, const Tensor& u, const Maybe& shift, const Maybe& weight,
                                           const Maybe& bias, int64_t groups, bool centred, double eps) {
-  const PairNorm p{pair(z, u), contiguous_if(shift), contiguous_if(weight), contiguous_if(bias), groups, centred, eps};
+  const PairNorm p(z, u, shift, weight, bias, groups, centred, eps);
   Pair out = like(p.in);
+  if (p.empty()) return {out.primal, out.tangents};
   torch::stable::parallel_for(
-      0, p.samples(), std::max<int64_t>(kGrain / std::max<int64_t>(p.width() * (p.in.k() + 1), 1), 1),
+      0, p.samples(), std::max<int64_t>(kGrain / std::max<int64_t>(p.width * (p.in.k() + 1), 1), 1),
       [&](int64_t first, int64_t last) {
         p.run(first, last, [&](const cpu::Norm<float>& norm, int64_t begin, int64_t n, float* made) {
           dual_kernels<float>().normalize(norm, made, 0, norm.rows);
@@ -310,14 +398,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_norm_pair_backward(const Tensor&
                                                                    const Tensor& u, const Maybe& shift,
                                                                    const Maybe& weight, int64_t groups, bool centred,
                                                                    double eps) {
-  const PairNorm p{
-      {contiguous(z), contiguous(u)}, contiguous_if(shift), contiguous_if(weight), std::nullopt, groups, centred, eps};
-  const Pair g = pair(ga, gt);
+  const PairNorm p(z, u, shift, weight, std::nullopt, groups, centred, eps);
+  const Pair g = pair_like(ga, gt, p.in);
   Pair out = like(p.in);
-  int64_t width = 1;
-  for (int64_t i = 1; i < z.dim(); ++i) width *= z.size(i);
+  const int64_t width = p.width;
   Tensor gw = new_zeros(p.in.primal, {width}), gb = new_zeros(p.in.primal, {width});
-  if (p.samples() == 0) return {out.primal, out.tangents, gw, gb};
+  if (p.empty()) return {out.primal, out.tangents, gw, gb};
   const cpu::Chunks chunks = cpu::Chunks::of(p.samples(), 1);
   std::vector<float> sums(2 * width * chunks.count);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t from, int64_t to) {

@@ -43,9 +43,6 @@ T* write_if(const Maybe& t) {
   return t.has_value() ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
 
-// A call of contiguous goes through the dispatcher: as long as the whole pass over a small state.
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : contiguous(t); }
-
 void check_like(const Tensor& t, const char* name, const Tensor& x, ScalarType dtype) {
   STD_TORCH_CHECK(t.numel() == x.numel() && t.scalar_type() == dtype, "heun_combine: ", name,
                   " must have the size of x and the dtype that goes with it");

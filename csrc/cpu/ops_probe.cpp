@@ -22,15 +22,19 @@ void over_probes(const cpu::Probes& p, const F& body) {
   torch::stable::parallel_for(0, p.batch * p.count, std::max<int64_t>(kGrain / std::max<int64_t>(p.d, 1), 1), body);
 }
 
-int64_t per_sample(const Tensor& t, int64_t batch) { return batch == 0 ? 0 : t.numel() / batch; }
+int64_t per_sample(const Tensor& t) {
+  int64_t own = 1;
+  for (int64_t i = 1; i < t.dim(); ++i) own *= t.size(i);
+  return own;
+}
 
 Tensor probe(const Tensor& like, const Tensor& key, const Maybe& ids, int64_t count, int64_t kind) {
-  const Tensor kc = contiguous(key);
-  const Maybe ic = contiguous_if(ids);
+  STD_TORCH_CHECK(like.dim() >= 1, "fewstep: like must be [B, ...]");
+  const cpu::ProbeInputs in(key, ids, like.size(0), count, per_sample(like), kind);
+  const cpu::Probes p = in.probes();
   std::vector<int64_t> shape = sizes(like);
   shape.insert(shape.begin(), count);
   Tensor out = new_empty(like, shape);
-  const cpu::Probes p = cpu::probes(kc, ic, like.size(0), count, per_sample(like, like.size(0)), kind);
   if (like.scalar_type() == ScalarType::BFloat16) {
     uint16_t* to = write<uint16_t>(out);
     over_probes(p, [&](int64_t begin, int64_t end) {
@@ -51,10 +55,12 @@ Tensor probe(const Tensor& like, const Tensor& key, const Maybe& ids, int64_t co
 }
 
 Tensor probe_dot(const Tensor& y, const Tensor& key, const Maybe& ids, int64_t count, int64_t kind) {
-  const Tensor kc = contiguous(key), yc = contiguous(y);
-  const Maybe ic = contiguous_if(ids);
+  STD_TORCH_CHECK(y.dim() >= 1 && count >= 1 && y.size(0) % count == 0,
+                  "fewstep: y must be [K B, ...] with K = ", count);
   const int64_t batch = y.size(0) / count;
-  const cpu::Probes p = cpu::probes(kc, ic, batch, count, per_sample(y, batch * count), kind);
+  const cpu::ProbeInputs in(key, ids, batch, count, per_sample(y), kind);
+  const cpu::Probes p = in.probes();
+  const Tensor yc = expect(y, "y", y.scalar_type(), y.numel());
   if (y.scalar_type() == ScalarType::BFloat16) {
     Tensor out = new_empty(y, {count, batch}, ScalarType::Float);
     float* to = write<float>(out);
@@ -83,11 +89,12 @@ Tensor probe_dot(const Tensor& y, const Tensor& key, const Maybe& ids, int64_t c
 }
 
 Tensor probe_scale(const Tensor& g, const Tensor& key, const Maybe& ids, int64_t d, int64_t kind) {
-  const Tensor kc = contiguous(key), gc = contiguous(g);
-  const Maybe ic = contiguous_if(ids);
+  STD_TORCH_CHECK(g.dim() == 2, "fewstep: g must be [K, B]");
   const int64_t count = g.size(0), batch = g.size(1);
+  const cpu::ProbeInputs in(key, ids, batch, count, d, kind);
+  const cpu::Probes p = in.probes();
+  const Tensor gc = expect(g, "g", g.scalar_type(), g.numel());
   Tensor out = new_empty(g, {count, batch, d});
-  const cpu::Probes p = cpu::probes(kc, ic, batch, count, d, kind);
   dispatch(g, [&](auto zero) {
     using T = decltype(zero);
     T* to = write<T>(out);

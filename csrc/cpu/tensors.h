@@ -12,6 +12,7 @@
 namespace fewstep::tensors {
 
 using torch::headeronly::ScalarType;
+using torch::headeronly::toString;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
@@ -40,6 +41,31 @@ T* write(Tensor& t) {
 }
 
 inline Maybe contiguous_if(const Maybe& t) { return t.has_value() ? Maybe(contiguous(*t)) : std::nullopt; }
+
+// A call of contiguous goes through the dispatcher: as long as a whole pass over a small tensor.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : contiguous(t); }
+
+// Whether all elements are in memory: a storage may have been freed, or made smaller, under its tensors.
+inline bool is_held(const Tensor& t) {
+  if (t.numel() == 0) return true;
+  int64_t bytes = 0, last = t.storage_offset();
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  return (last + 1) * static_cast<int64_t>(t.element_size()) <= bytes;
+}
+
+// A tensor as a kernel reads it: contiguous, of that dtype and with so many elements.
+inline Tensor expect(const Tensor& t, const char* name, ScalarType dtype, int64_t elements) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "fewstep: ", name, " must be ", toString(dtype), ", got ",
+                  toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.numel() == elements, "fewstep: ", name, " must have ", elements, " elements, got ", t.numel());
+  STD_TORCH_CHECK(is_held(t), "fewstep: the memory of ", name, " has been freed");
+  return dense(t);
+}
+
+inline Maybe expect_if(const Maybe& t, const char* name, ScalarType dtype, int64_t elements) {
+  return t.has_value() ? Maybe(expect(*t, name, dtype, elements)) : std::nullopt;
+}
 
 inline std::vector<int64_t> sizes(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 

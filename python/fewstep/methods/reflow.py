@@ -18,8 +18,20 @@ from fewstep._torch import wide
 from fewstep.conversions import convert
 from fewstep.methods.draws import Draws
 from fewstep.ops.trace import log_density as densities
+<<<<<<< HEAD
 from fewstep.ops.trace import replicas
 from fewstep.ops.trace.inputs import ESTIMATORS, PROBES, Options, check_ids, check_options
+=======
+from fewstep.ops.trace.inputs import (
+    CHECKS,
+    ENGINES,
+    ESTIMATORS,
+    PROBES,
+    Options,
+    check_ids,
+    check_options,
+)
+>>>>>>> wt-dual
 from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -62,7 +74,7 @@ class MarginalReflow:
             own steps lead, held fixed.
         weight: w_k, "one" or "t^2", which tames the scores of late windows.
         t_min: the last edge.
-        tangent_dtype, backend: of `fewstep.divergence`.
+        tangent_dtype, backend, engine, check: of `fewstep.divergence`.
 
     Raises:
         ValueError: a number outside its range, an unknown name.
@@ -91,6 +103,8 @@ class MarginalReflow:
     t_min: float = 0.02
     tangent_dtype: torch.dtype | None = None
     backend: str | None = None
+    engine: str | None = None
+    check: str = "first"
 
     def __post_init__(self) -> None:
         for name in ("windows", "steps", "solver_steps"):
@@ -110,6 +124,8 @@ class MarginalReflow:
             ("estimator", ESTIMATORS),
             ("probe", PROBES),
             ("backend", (None, *BACKENDS)),
+            ("engine", (None, *ENGINES)),
+            ("check", CHECKS),
             ("start", STARTS),
             ("weight", WEIGHTS),
         ):
@@ -146,7 +162,8 @@ class MarginalReflow:
             sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample has the window, time,
                 noise and probes of its id in any batch, where generators are in the same state:
                 ranks that pass the ids of their own samples draw what one process would. None:
-                those of its place, and so probes that all ranks share.
+                those of its place, and so probes that all ranks share; `rank * B + arange(B)` for
+                others.
             step (int): of training, for the warm-up, and the seed of the probes.
 
         Returns:
@@ -324,7 +341,10 @@ class MarginalReflow:
         )
 
     def _options(self, x: Tensor) -> Options:
-        options = Options(self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype)
+        options = Options(
+            *(self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype),
+            *(self.engine, self.check),
+        )
         check_options(options, x, "MarginalReflow")
         if x.dtype != wide(x.dtype):
             raise TypeError(f"MarginalReflow: data must be float32 or float64, got {x.dtype}")

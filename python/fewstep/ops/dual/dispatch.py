@@ -19,6 +19,7 @@ from fewstep.reference import dual as reference
 from fewstep.reference import probe as reference_probe
 
 Maybe = Tensor | None
+FREED = "are freed after their layer's forward"
 COMPILED = ("cpp", "triton")
 
 
@@ -367,6 +368,18 @@ def _backward_scale(ops: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return dots, *(None,) * 4
 
 
+def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake kernel also runs where some tensors have no memory: then none may have any."""
+
+    def run(*arguments: Any) -> Any:
+        listed = (m for a in arguments for m in (a if isinstance(a, (list, tuple)) else (a,)))
+        if len({m.device.type == "meta" for m in listed if isinstance(m, Tensor)}) > 1:
+            raise RuntimeError("fewstep: tensors with memory beside tensors on the meta device")
+        return fake(*arguments)
+
+    return run
+
+
 _registered: set[str] = set()
 
 
@@ -396,7 +409,7 @@ def _register(namespace: str) -> None:
         ("probe_dot", _fake_probe_dot, _setup_dot, _backward_dot),
         ("probe_scale", _fake_probe_scale, _setup_scale, _backward_scale),
     ):
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_fake(f"{namespace}::{name}", on_one_device(fake))
         torch.library.register_autograd(
             f"{namespace}::{name}", functools.partial(backward, ops), setup_context=setup
         )
@@ -405,17 +418,28 @@ def _register(namespace: str) -> None:
 _register("fewstep")
 
 
+<<<<<<< HEAD
 def present(*tensors: Tensor | None) -> None:
     """Raise where weights that are used after their layer's forward have no data any more."""
     if torch.compiler.is_compiling() or is_transformed():
         return
     for z in tensors:
         if z is not None and z.numel() and not z.untyped_storage().nbytes():
-            raise RuntimeError(f"weights {tuple(z.shape)} are freed after their layer's forward")
+            raise RuntimeError(f"weights {tuple(z.shape)} {FREED}")
 
 
 def kernel_shift(shift: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, int]:
     """A shift as the kernels take it, with the elements that share each value of it."""
+=======
+def kernel_shift(
+    shift: Tensor | None, shape: torch.Size, *, row: int | None = None
+) -> tuple[Tensor | None, int]:
+    """A shift as the kernels take it, with the elements that share each value of it.
+
+    Args:
+        row: elements of the rows that a norm is over: its shift is of whole rows.
+    """
+>>>>>>> wt-dual
     if shift is None:
         return None, 1
     present(shift)
@@ -423,7 +447,10 @@ def kernel_shift(shift: Tensor | None, shape: torch.Size) -> tuple[Tensor | None
     while own and own[0] == 1:
         own = own[1:]
     if own == tuple(shape[len(shape) - len(own) :]):
-        return shift, 1
+        if row is None or row == 0 or shift.numel() % row == 0:
+            return shift, 1
+        return shift.expand(1, *shape[1:]), 1
     if len(own) == len(shape) - 1 and own[0] == shape[1] and max(own[1:], default=1) == 1:
-        return shift, math.prod(shape[2:])
-    return shift.expand(shape), 1
+        return (shift, math.prod(shape[2:])) if row is None else (shift.expand(1, *shape[1:]), 1)
+    one = shift.ndim < len(shape) or shift.shape[0] == 1
+    return shift.expand(1, *shape[1:]) if one else shift.expand(shape), 1

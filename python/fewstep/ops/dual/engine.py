@@ -41,9 +41,12 @@ class MixingError(ValueError):
     """A forward mixes samples, so that they have no Jacobians of their own."""
 
 
+AUTOCAST = "no rules under autocast"
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
+# Names of NumPy's that torch takes for its own.
+NUMPY = {"axis": "dim", "keepdims": "keepdim"}
 
 
 def register(*functions: Any) -> Callable[[R], R]:
@@ -103,6 +106,8 @@ class Traced:
     own_device: torch.device
     rules = RULES
     requires_grad = False
+    aliased = False  # whether others share its memory, as far as the user sees
+    __hash__ = object.__hash__
 
     @classmethod
     def __torch_function__(
@@ -116,7 +121,9 @@ class Traced:
         rule = cls.rules.get(func)
         if rule is None:
             raise UnsupportedError(f"no rule for {name_of(func)}")
-        return rule(*args, **kwargs)
+        if not kwargs:
+            return rule(*args)
+        return rule(*args, **{NUMPY.get(name, name): value for name, value in kwargs.items()})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,41 +163,26 @@ class Traced:
     def __getattr__(self, name: str) -> Any:
         raise UnsupportedError(f"no rule for Tensor.{name}")
 
+    def overwritten_by(self, result: Any) -> Any:
+        """This object, for all who hold it, after a change in place to `result`."""
+        if self.aliased or type(result) is not type(self):
+            raise UnsupportedError("no rule for a change in place of x, or of what has views")
+        self.__dict__.update(result.__dict__)
+        return self
+
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         return type(self).__torch_function__(func, (), args, kwargs)
 
-    def __add__(self, other: Any) -> Any:
-        return self._call(torch.add, self, other)
+    @property
+    def mT(self) -> Any:  # noqa: N802
+        return self._call(torch.Tensor.mT.__get__, self)  # type: ignore[attr-defined]
 
-    def __radd__(self, other: Any) -> Any:
-        return self._call(torch.add, self, other)
 
-    def __sub__(self, other: Any) -> Any:
-        return self._call(torch.sub, self, other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._call(torch.sub, other, self)
-
-    def __mul__(self, other: Any) -> Any:
-        return self._call(torch.mul, self, other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return self._call(torch.mul, self, other)
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._call(torch.div, self, other)
-
-    def __neg__(self) -> Any:
-        return self._call(torch.neg, self)
-
-    def __matmul__(self, other: Any) -> Any:
-        return self._call(torch.matmul, self, other)
-
-    def __rmatmul__(self, other: Any) -> Any:
-        return self._call(torch.matmul, other, self)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._call(torch.Tensor.__getitem__, self, index)
+OPERATORS = (
+    "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow rpow ipow matmul"
+    " rmatmul mod rmod floordiv rfloordiv neg abs invert getitem setitem eq ne lt le gt ge and or"
+    " xor float int index complex array"
+)
 
 
 def name_of(func: Any) -> str:
@@ -239,7 +231,7 @@ class Opaque:
                     " autograd.Function, a reentrant checkpoint or no_grad"
                 )
             if torch._C._is_any_autocast_enabled():
-                raise UnsupportedError("no rules under autocast")
+                raise UnsupportedError(AUTOCAST)
             return cls.call(func, args, kwargs or {})  # type: ignore[attr-defined]
         except UnsupportedError as reason:
             if func in _CONSTANTS:
@@ -268,13 +260,12 @@ def _method(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in (
-    *("add", "sub", "mul", "div", "neg", "matmul", "view", "reshape", "flatten", "unflatten"),
-    *("transpose", "permute", "unsqueeze", "squeeze", "movedim", "chunk", "split", "contiguous"),
-    *("mean", "sum", "tanh", "relu", "sigmoid", "softmax", "exp", "sin", "cos", "square"),
-    *("to", "float", "clone", "expand_as", "type_as"),
-):
-    setattr(Traced, _name, _method(_name))
+for _name in dir(torch.Tensor):
+    _own = getattr(Traced, _name, None)
+    if _name.startswith("_") and _name.strip("_") not in OPERATORS.split():
+        continue
+    if callable(getattr(torch.Tensor, _name)) and (_own is None or hasattr(object, _name)):
+        setattr(Traced, _name, _method(_name))
 
 
 class Dual(Traced):
@@ -421,6 +412,7 @@ class Seed(Dual):
 
     def __init__(self, source: Source, primal: Tensor, low: int, width: int) -> None:
         self.source, self.primal, self.low, self.width = source, primal, low, width
+        source.batch = primal.shape[0]
         self.own_dtype, self.own_device = primal.dtype, primal.device
         self.primal_shape = primal.shape
         self.pending = self.shared = self.shift = self.apart = None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.engine import Opaque, Rule, Traced, UnsupportedError, run_on, without_data
+from fewstep.ops.dual.rules.plain import matched
 from fewstep.ops.dual.source import Source, kept_or_computed
 from fewstep.reference import dual as reference
 
@@ -113,7 +114,9 @@ def _record(*functions: Any) -> Callable[[Rule], Rule]:
 def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Recorded:
     if not isinstance(h, Recorded) or not isinstance(weight, Tensor):
         raise UnsupportedError(_REFUSAL)
-    h.refuse_unless(len(h.primal_shape) == 2 and not h.complete() and weight.dtype == h.dtype)
+    h.refuse_unless(len(h.primal_shape) == 2 and not h.complete())
+    matched(h, weight, bias, low=True)
+    h.refuse_unless(weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1]))
     (batch, width), (out, taken) = h.primal_shape, weight.shape
     if taken != width:
         raise ValueError(f"velocity: a linear layer takes {taken} features, got {width}")
@@ -121,14 +124,19 @@ def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Recorded:
     return Recorded(h.x, h.low, h.width, torch.Size((batch, out)), layers, h.activations)
 
 
-def _activation(kind: str, h: Recorded, beta: float = 1.0, threshold: float = 20.0) -> Recorded:
+def _activation(
+    kind: str, h: Recorded, beta: float = 1.0, threshold: float = 20.0, inplace: bool = False
+) -> Recorded:
     h.refuse_unless(h.complete() and h.ndim == 2)
     step = (reference.ACTIVATIONS.index(kind), beta, threshold)
-    return Recorded(h.x, h.low, h.width, h.primal_shape, h.layers, (*h.activations, step))
+    out = Recorded(h.x, h.low, h.width, h.primal_shape, h.layers, (*h.activations, step))
+    return h.overwritten_by(out) if inplace else out
 
 
-_record(F.silu)(lambda h, inplace=False: _activation("silu", h))
-_record(F.relu, torch.relu, torch.Tensor.relu)(lambda h, inplace=False: _activation("relu", h))
+_record(F.silu)(lambda input, inplace=False: _activation("silu", input, inplace=inplace))
+_record(F.relu, torch.relu, torch.Tensor.relu)(
+    lambda input, inplace=False: _activation("relu", input, inplace=inplace)
+)
 _record(torch.tanh, torch.Tensor.tanh, F.tanh)(lambda h: _activation("tanh", h))
 _record(torch.sigmoid, torch.Tensor.sigmoid, F.sigmoid)(lambda h: _activation("sigmoid", h))
 _record(F.softplus)(
@@ -198,7 +206,9 @@ def _viewed(h: Recorded, sizes: Sequence[int]) -> Recorded:
         rest = torch.Size(s for s in sizes if s != -1).numel()
         own = torch.Size(whole // max(rest, 1) if s == -1 else s for s in sizes)
         h.refuse_unless(own.numel() == whole and own[0] == batch)
-        return Recorded(h.x, h.low, h.width, own, h.layers, h.activations)
+        out = Recorded(h.x, h.low, h.width, own, h.layers, h.activations)
+        h.aliased = out.aliased = True
+        return out
     h.refuse_unless(h.width == h.primal_shape[1:].numel())
     x = h.x.reshape(sizes)
     h.refuse_unless(x.shape[0] == batch)
@@ -398,5 +408,5 @@ for _name, _fake in (
     ("mlp_backward", _fake_backward),
     ("mlp_trace", _fake_trace),
 ):
-    torch.library.register_fake(f"fewstep::{_name}", _fake)
+    torch.library.register_fake(f"fewstep::{_name}", dispatch.on_one_device(_fake))
     torch.library.register_autograd(f"fewstep::{_name}", _refuse)

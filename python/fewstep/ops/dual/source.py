@@ -40,6 +40,7 @@ class Source:
         dtype: of the tangents where it is not x's: bfloat16.
         copies: of weights in that dtype, where products have them.
         stacks: of tangents as they start, by their storage: backward makes them again.
+        batch: B, once there is an input.
         prompt: weights are used within their own layer's forward, and not later.
     """
 
@@ -53,6 +54,7 @@ class Source:
     dtype: torch.dtype | None = None
     copies: dict[Any, Tensor] | None = None
     stacks: dict[int, Stack] = field(default_factory=dict)
+    batch: int = 0
     prompt: bool = False
 
     def draw(self, x: Tensor) -> Tensor:

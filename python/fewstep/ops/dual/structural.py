@@ -13,15 +13,8 @@ from torch import Tensor
 from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.dispatch import kernel_shift
-from fewstep.ops.dual.engine import (
-    Opaque,
-    R,
-    Rule,
-    Traced,
-    UnsupportedError,
-    broadcast,
-    run_on,
-)
+from fewstep.ops.dual.engine import Opaque, R, Rule, Traced, UnsupportedError, broadcast, run_on
+from fewstep.ops.dual.rules.plain import matched, of_dtype, operand
 from fewstep.ops.dual.source import kept_or_computed
 
 
@@ -109,6 +102,7 @@ class ChainTensor(Opaque, Chain, Tensor):  # type: ignore[misc, override]
 def _chain_linear(h: Any, weight: Tensor, bias: Tensor | None = None) -> Chain:
     if not isinstance(h, Chain) or h.ndim != 2 or h.complete():
         raise UnsupportedError("not a chain of linear layers with activations between them")
+    matched(h, weight, bias, low=True)
     if h.factors is None:
         part = weight if h.width == weight.shape[1] else weight[:, h.low : h.low + h.width]
         factors = _Factors([part])
@@ -119,7 +113,9 @@ def _chain_linear(h: Any, weight: Tensor, bias: Tensor | None = None) -> Chain:
     return h.made(F.linear(h.primal, weight), factors, shift=bias)
 
 
-def _chain_activation(kind: str, h: Chain, beta: float = 1.0, threshold: float = 20.0) -> Chain:
+def _chain_activation(
+    kind: str, h: Chain, beta: float = 1.0, threshold: float = 20.0, inplace: bool = False
+) -> Chain:
     if not h.complete() or h.factors is None:
         raise UnsupportedError("not a chain of linear layers with activations between them")
     shift, inner = kernel_shift(h.shift, h.primal_shape)
@@ -128,14 +124,15 @@ def _chain_activation(kind: str, h: Chain, beta: float = 1.0, threshold: float =
         h.backend, h.primal, ones, shift, 1, kind, beta, threshold, inner
     ).reshape(2, *h.primal_shape)
     a, slope = both.unbind(0)
-    return h.made(a, _Factors(h.factors.weights, [*h.factors.diagonals, slope]))
+    out = h.made(a, _Factors(h.factors.weights, [*h.factors.diagonals, slope]))
+    return h.overwritten_by(out) if inplace else out
 
 
-_structural(F.silu)(lambda h, inplace=False: _chain_activation("silu", h))
+_structural(F.silu)(lambda input, inplace=False: _chain_activation("silu", input, inplace=inplace))
 
 
 _structural(F.relu, torch.relu, torch.Tensor.relu)(
-    lambda h, inplace=False: _chain_activation("relu", h)
+    lambda input, inplace=False: _chain_activation("relu", input, inplace=inplace)
 )
 
 
@@ -161,13 +158,20 @@ _structural(F.softplus)(
 )
 
 
+def _operand(h: Chain, other: Any) -> Any:
+    """A plain factor or term as torch casts it, no larger than h."""
+    other = operand(h, other)
+    if isinstance(other, Tensor) and broadcast(h, other) != h.shape:
+        raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
+    return other
+
+
 @_structural(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
 def _chain_add(a: Any, b: Any) -> Chain:
     h, other = (a, b) if isinstance(a, Chain) else (b, a)
     if isinstance(other, Chain) or h.factors is None:
         raise UnsupportedError("not a chain: a sum of two branches")
-    if isinstance(other, Tensor) and broadcast(h, other) != h.shape:
-        raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
+    other = _operand(h, other)
     if not isinstance(other, Tensor):
         other = torch.full((), other, dtype=h.dtype, device=h.device)
     shift = other if h.shift is None else h.shift + other
@@ -182,8 +186,7 @@ def _chain_mul(a: Any, b: Any) -> Chain:
         raise UnsupportedError(
             "not a chain: a gate that depends on x, or is outside the hidden layers"
         )
-    if isinstance(other, Tensor) and broadcast(h, other) != h.shape:
-        raise UnsupportedError(f"no rule for {tuple(h.shape)} with {tuple(other.shape)}")
+    other = _operand(h, other)
     *before, last = h.factors.diagonals
     primal = h.primal if h.shift is None else h.primal + h.shift
     return h.made(primal * other, _Factors(h.factors.weights, [*before, last * other]))
@@ -198,7 +201,7 @@ def _chain_cat(tensors: Sequence[Any], dim: int = 0, axis: int | None = None) ->
         raise UnsupportedError("not a chain: concatenation after the first layer")
     at = next(i for i, c in enumerate(tensors) if c is h)
     low = h.low + sum(c.shape[1] for c in tensors[:at])
-    whole = torch.cat([h.primal if c is h else c for c in tensors], 1)
+    whole = torch.cat([h.primal if c is h else of_dtype(h, c) for c in tensors], 1)
     return h.made(whole, None, low=low, width=h.width)
 
 
@@ -222,7 +225,9 @@ def _chain_view(h: Chain, *shape: Any) -> Chain:
         if not h.complete():
             raise UnsupportedError("not a chain: a view of hidden features")
         primal = primal if h.shift is None else (h.primal + h.shift).reshape(sizes)
-    return h.made(primal, h.factors, width=h.width)
+    out = h.made(primal, h.factors, width=h.width)
+    h.aliased = out.aliased = True
+    return out
 
 
 @_structural(F.dropout)

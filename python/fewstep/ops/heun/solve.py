@@ -94,6 +94,8 @@ def heun_solve(
     fresh: bool = True,
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,
+    engine: str | None = None,
+    check: str = "first",
     state: str = "float32",
     keep: bool = False,
     check_finite: bool | None = None,
@@ -113,7 +115,8 @@ def heun_solve(
             of each sample; each sample's increase, or decrease, at every step.
         log_density (Tensor | None): `[B]` at the first time, whose dtype the result has, or float32
             for one in half precision; None: not tracked.
-        estimator, probes, probe, seed, sample_ids: of the traces, as of `fewstep.divergence`.
+        estimator, probes, probe, seed, sample_ids, engine, check: of the traces, as of
+            `fewstep.divergence`.
         fresh (bool): new probes for each evaluation, whose errors average out; as of
             `fewstep.log_density`.
         state (str): "float32"; "compensated", a pair of float32 whose sum is the state, so that
@@ -145,7 +148,7 @@ def heun_solve(
     """
     check_state("heun_solve", x, state)
     nodes = check_times("heun_solve", times, x)
-    options = Options(estimator, probes, probe, None)
+    options = Options(estimator, probes, probe, engine=engine, check=check)
     traced = None
     ids = check_ids(sample_ids, x, "heun_solve")
     if log_density is not None:

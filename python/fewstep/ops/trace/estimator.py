@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed, wide
 from fewstep.ops.dual import dispatch, heads, mlp
-from fewstep.ops.dual.engine import RULES, UnsupportedError
+from fewstep.ops.dual.engine import AUTOCAST, RULES, UnsupportedError
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
 from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget, structural
@@ -131,8 +131,8 @@ class Solver:
         if found is None:
             mode = (
                 *(x.dtype, x.ndim, x.device.type, self.backend(x), options.tangent_dtype),
-                *(options.engine, options.estimator in ("auto", "exact")),
-                *(options.backend, ladder.autocast(x), len(RULES)),
+                *(options.engine, options.estimator in ("auto", "exact"), options.backend),
+                *(options.check == "never", ladder.autocast(x), len(RULES)),
             )
             known = found = self.seen = ladder.known(self.velocity, *mode)
             if not found.worked and not found.checked:
@@ -147,6 +147,9 @@ class Solver:
                 others = replicas.agree(mode, known.refused, compare, known.called, again=always)
                 for way, reason in others.items():
                     self._refuse(way, reason, known)
+            for way in (options.engine, options.backend and "duals"):
+                if way is not None and way in found.refused:
+                    self._refuse(way, found.refused[way], found)
         return found
 
     def _restrict(self, known: Known, x: Tensor) -> None:
@@ -160,8 +163,7 @@ class Solver:
             reason = "hooks may change weights after their layer's forward"
             refused.update(dict.fromkeys(("mlp", "structural"), reason))
         if ladder.autocast(x) and engine is None:
-            reason = "autocast"
-            refused.update(dict.fromkeys(("mlp", "structural", "duals"), reason))
+            refused.update(dict.fromkeys(("mlp", "structural", "duals"), AUTOCAST))
 
     def _compare(self, x: Tensor, t: Tensor, known: Known) -> None:
         """Refuse the ways that plain autograd does not agree with."""
@@ -205,6 +207,7 @@ class Solver:
                     with self._eagerly(known), warnings.catch_warnings(action="ignore"):
                         v, dots = attempt()
                     rough = way == "duals" and source.dtype is not None
+                    rough = rough or known.refused.get("duals") == AUTOCAST
                     same = v is s.velocity  # this way is not for such options
                     reason = None if same else s.difference(v, dots, rough=rough)
                 except ladder.FATAL:
@@ -215,9 +218,9 @@ class Solver:
                 if reason is None:
                     known.worked.add(way)
                     continue
+                self._refuse(way, f"plain autograd disagrees, {reason}", known)
                 if way in ("duals", "func"):
                     ladder.warn(way, reason)
-                self._refuse(way, f"plain autograd disagrees, {reason}", known)
         known.checked = max(known.checked, s.x.shape[0])
 
     def _chain(self, s: Sample, source: Source) -> tuple[Tensor, Tensor | None]:
@@ -276,7 +279,15 @@ class Solver:
             found = self._try(way, attempt, x, known)
             if found is not None:
                 return found
-        return ways["reverse"]()
+        try:
+            return ways["reverse"]()
+        except RuntimeError as error:
+            gone = next((r for r in known.refused.values() if dispatch.FREED in r), None)
+            if gone is None:
+                raise
+            raise RuntimeError(
+                f"divergence: {gone}: hand over the module itself, whose hooks are then seen"
+            ) from error
 
     def backend(self, x: Tensor) -> str:
         """Of the kernels, for x: "cpp", "triton" or "reference"."""

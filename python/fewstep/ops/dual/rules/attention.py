@@ -10,16 +10,66 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual.engine import Dual, UnsupportedError, register
-from fewstep.ops.dual.rules.shapes import inside
+from fewstep.ops.dual.rules.plain import aligned, axes, inside, matched, refuse
 
 
-@register(F.softmax, torch.softmax, torch.Tensor.softmax)
-def _softmax(input: Dual, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Dual:
-    (own,) = inside(input, dim)
-    primal, t = input.halves()
-    p = primal.softmax(own + 1)
-    change = input.source.lower(t - (p * t).sum(own + 1, keepdim=True))
+def _softmaxed(h: Dual, dim: int | None, dtype: torch.dtype | None) -> tuple[int, Tensor, Tensor]:
+    """The axis in halves, the probabilities of the primal and the tangents."""
+    if dim is None or dtype not in (None, h.dtype):
+        raise UnsupportedError(f"no rule for softmax along {dim} as {dtype}")
+    (own,) = inside(h, dim)
+    primal, t = h.halves()
+    return own + 1, primal.softmax(own + 1), t
+
+
+def _softmax(input: Dual, dim: int | None = None, dtype: torch.dtype | None = None) -> Dual:
+    axis, p, t = _softmaxed(input, dim, dtype)
+    change = input.source.lower(t - (p * t).sum(axis, keepdim=True))
     return input.of_halves(p, p * change)
+
+
+def _log_softmax(input: Dual, dim: int | None = None, dtype: torch.dtype | None = None) -> Dual:
+    axis, p, t = _softmaxed(input, dim, dtype)
+    change = t - (p * t).sum(axis, keepdim=True)
+    return input.of_halves(input.halves()[0].log_softmax(axis), change)
+
+
+for _rule, _name in ((_softmax, "softmax"), (_log_softmax, "log_softmax")):
+
+    def _with_level(
+        input: Dual,
+        dim: int | None = None,
+        _stacklevel: int = 3,
+        dtype: torch.dtype | None = None,
+        *,
+        rule: Any = _rule,
+    ) -> Dual:
+        return rule(input, dim, dtype)  # type: ignore[no-any-return]
+
+    def _with_out(
+        input: Dual,
+        dim: int,
+        dtype: torch.dtype | None = None,
+        *,
+        out: None = None,
+        rule: Any = _rule,
+    ) -> Dual:
+        refuse({"out": out})
+        return rule(input, dim, dtype)  # type: ignore[no-any-return]
+
+    register(getattr(F, _name))(_with_level)
+    for _space in (torch, torch.Tensor, torch.special):
+        register(getattr(_space, _name))(_with_out)
+
+
+@register(torch.logsumexp, torch.Tensor.logsumexp, torch.special.logsumexp)
+def _logsumexp(input: Dual, dim: Any, keepdim: bool = False, *, out: None = None) -> Dual:
+    refuse({"out": out})
+    dims = tuple(d + 1 for d in axes(input, dim))
+    x, t = input.halves()
+    y = x.logsumexp(dims, keepdim=True)
+    change = ((x - y).exp() * t).sum(dims, keepdim=True)
+    return input.of_halves(*(z if keepdim else z.squeeze(dims) for z in (y, change)))
 
 
 def _times(h: Dual, t: Tensor, other: Tensor) -> Tensor:
@@ -30,21 +80,38 @@ def _times(h: Dual, t: Tensor, other: Tensor) -> Tensor:
     return out.reshape(shape).movedim(-3, 0)
 
 
-@register(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm)
-def _matmul(a: Any, b: Any) -> Dual:
+@register(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+def _matmul(input: Any, other: Any, *, out: None = None) -> Dual:
+    refuse({"out": out})
+    a, b = input, other
+    h = a if isinstance(a, Dual) else b
+    matched(h, *(m for m in (a, b) if not isinstance(m, Dual)), low=True)
     if isinstance(a, Dual) and isinstance(b, Dual):
         if a.ndim < 3 or a.ndim != b.ndim:
             raise UnsupportedError("no rule for a product that mixes samples")
         (x, dx), (y, dy) = a.halves(), b.halves()
         return a.of_halves(x @ y, _times(a, dx, y[0]) + _times(a, dy.mT, x[0].mT).mT)
-    h = a if isinstance(a, Dual) else b
     if isinstance(a, Dual) and a.ndim >= 2 and b.ndim == 2:
         product = a.source.product
         return a.like(*(product(torch.matmul, z, b) for z in a.pieces()), owned=True)
     if h.ndim < 3 or (a.ndim != b.ndim and (b if h is a else a).ndim != 2):
         raise UnsupportedError("no rule for a product that mixes samples")
+    aligned(h, b if h is a else a)
     outs = (_times(h, z, b) if h is a else _times(h, z.mT, a.mT).mT for z in h.copies())
     return h.like(*(z.flatten(0, 1) for z in outs), owned=True)
+
+
+@register(torch.Tensor.__rmatmul__)
+def _rmatmul(input: Any, other: Any) -> Dual:
+    return _matmul(other, input)
+
+
+@register(torch.bmm, torch.Tensor.bmm)
+def _bmm(input: Any, mat2: Any, **rest: Any) -> Dual:
+    refuse(rest)
+    if input.ndim != 3 or mat2.ndim != 3 or input.shape[0] != mat2.shape[0]:
+        raise UnsupportedError("no rule for bmm but of batches of matrices")
+    return _matmul(input, mat2)
 
 
 @register(F.scaled_dot_product_attention)
@@ -61,21 +128,29 @@ def _attention(
     """`P = softmax(Q K' s)`, `dO = dP V + P dV`, `dP = P (dS - <P, dS>)`."""
     if dropout_p > 0 or enable_gqa:
         raise UnsupportedError("no rule for attention with dropout or grouped queries")
-    h = next(m for m in (query, key, value) if isinstance(m, Dual))
-    if h.ndim < 3:
+    given = (query, key, value)
+    h = next(m for m in given if isinstance(m, Dual))
+    plain = [m for m in given if not isinstance(m, Dual)]
+    matched(h, *plain, low=True)
+    if h.ndim < 3 or any(m.ndim != h.ndim for m in given if isinstance(m, Dual)):
         raise UnsupportedError("no rule for attention that mixes samples")
+    for m in plain:
+        aligned(h, m)
     (q, dq), (k, dk), (v, dv) = (
-        m.halves() if isinstance(m, Dual) else (m[None], None) for m in (query, key, value)
+        m.halves() if isinstance(m, Dual) else (m[None], None) for m in given
     )
     s = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = q @ k.mT * s
     if is_causal:
+        if attn_mask is not None:
+            raise UnsupportedError("no rule for attention with two masks")
         n, m = scores.shape[-2:]
         attn_mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -math.inf) if boolean else scores + attn_mask
-    p, lower = scores.softmax(-1), h.source.lower
+        scores = _masked(h, scores, attn_mask)
+    # Of a row that attends to nothing all probabilities are 0, in torch too.
+    p = scores.softmax(-1) if attn_mask is None else torch._safe_softmax(scores, -1)
+    lower = h.source.lower
     moved: Any = 0
     if dq is not None or dk is not None:
         change: Any = 0
@@ -88,3 +163,70 @@ def _attention(
     if dv is not None:
         moved = moved + _times(h, dv.mT, p[0].mT).mT
     return h.of_halves(p @ v, moved)
+
+
+def _masked(h: Dual, scores: Tensor, mask: Any) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.ndim > scores.ndim - 1:
+        raise UnsupportedError("no rule for a mask that depends on x, or has more axes")
+    if mask.ndim == scores.ndim - 1 and mask.shape[0] not in (1, h.shape[0]):
+        raise UnsupportedError(f"no rule for a mask {tuple(mask.shape)}")
+    if mask.dtype == torch.bool and mask.device == h.device:
+        return scores.masked_fill(~mask, -math.inf)
+    matched(h, mask)
+    return scores + mask
+
+
+_SPARE = "Z"  # the letter of tangents
+
+
+@register(torch.einsum)
+def _einsum(equation: Any, *operands: Any) -> Dual:
+    """A sum over products in each sample: its letter is the first of each dual and the result."""
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or "->" not in equation or _SPARE in equation:
+        raise UnsupportedError(f"no rule for einsum of {equation!r}")
+    terms, result = equation.replace(" ", "").split("->")
+    letters = terms.split(",")
+    duals = [i for i, m in enumerate(operands) if isinstance(m, Dual)]
+    h: Dual = operands[duals[0]]
+    matched(h, *(m for m in operands if not isinstance(m, Dual)), low=True)
+    batch = letters[duals[0]][:1]
+    apart = all(letters[i][:1] == batch and letters[i].count(batch) == 1 for i in duals)
+    if len(letters) != len(operands) or not batch.isalpha() or not apart or result[:1] != batch:
+        raise UnsupportedError(f"no rule for einsum of {equation!r}: it mixes samples")
+    halves = [m.halves() if isinstance(m, Dual) else (m[None], m) for m in operands]
+    first = [own[0] for own, _ in halves]
+    moved: Any = 0
+    for i in duals:
+        own, marked = list(first), list(letters)
+        own[i], marked[i] = halves[i][1].to(h.dtype), _SPARE + letters[i]
+        moved = moved + torch.einsum(f"{','.join(marked)}->{_SPARE}{result}", own)
+    return h.of_halves(torch.einsum(equation, first)[None], moved)
+
+
+@register(torch.cdist)
+def _cdist(
+    x1: Any, x2: Any, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary"
+) -> Dual:
+    """Distances between rows: `dc = <x - y, dx - dy> / c`, and 0 where c is."""
+    given = (x1, x2)
+    h: Dual = next(m for m in given if isinstance(m, Dual))
+    matched(h, *(m for m in given if not isinstance(m, Dual)))
+    if p != 2 or h.ndim < 3 or any(m.ndim > h.ndim or m.ndim < 2 for m in given):
+        raise UnsupportedError("no rule for cdist but between rows of each sample, with p = 2")
+    if any(isinstance(m, Dual) and m.ndim != h.ndim for m in given):
+        raise UnsupportedError("no rule for cdist that mixes samples")
+    for m in given:
+        if not isinstance(m, Dual):
+            aligned(h, m)
+    (x, dx), (y, dy) = (m.halves() if isinstance(m, Dual) else (m[None], m) for m in given)
+    moved: Any = 0
+    step = x[..., :, None, :] - y[..., None, :, :]
+    distance = torch.linalg.vector_norm(step, dim=-1)
+    if isinstance(x1, Dual):
+        moved = dx[..., :, None, :] * step
+    if isinstance(x2, Dual):
+        moved = moved - dy[..., None, :, :] * step
+    inverse = 1 / distance.masked_fill(distance == 0, math.inf)
+    return h.of_halves(distance, moved.sum(-1) * inverse)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual.engine import Dual, Rule, Seed, UnsupportedError, register
+from fewstep.ops.dual.rules.plain import matched
 from fewstep.ops.dual.source import Source, kept_or_computed, plain, widens
 
 
@@ -87,9 +88,13 @@ def _linear_pieces(source: Source, pieces: Sequence[Tensor], weight: Tensor) -> 
 
 
 @register(F.linear)
-def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Dual:
+def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Dual:
+    h = input
     if isinstance(weight, Dual) or isinstance(bias, Dual) or not isinstance(h, Dual):
         raise UnsupportedError("no rule for linear with a weight that depends on x")
+    matched(h, weight, bias, low=True)
+    if h.ndim < 2 or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise UnsupportedError(f"no rule for linear of {tuple(h.shape)}")
     source = h.source
     if isinstance(h, Seed) and h.ndim == 2:
         return _first(h, weight, bias)
@@ -137,23 +142,34 @@ def _first(h: Seed, weight: Tensor, bias: Tensor | None) -> Dual:
     return h.of_flat(flat, shift=bias, owned=True)
 
 
-def _convolution(function: Callable[..., Tensor]) -> Rule:
-    def rule(h: Any, weight: Any, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Dual:
+def _convolution(function: Callable[..., Tensor], rank: int) -> Rule:
+    def rule(
+        input: Any, weight: Any, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Dual:
+        h = input
         if not isinstance(h, Dual) or isinstance(weight, Dual):
             raise UnsupportedError(
                 f"no rule for {function.__name__} with a weight that depends on x"
             )
+        matched(h, weight, bias, low=True)
+        if h.ndim != rank + 2:
+            raise UnsupportedError(f"no rule for {function.__name__} of {h.ndim} axes")
 
         def convolve(z: Tensor, w: Tensor) -> Tensor:
             return function(z, w, None, *args, **kwargs)
 
         outs = [h.source.product(convolve, z, weight) for z in h.pieces()]
         if bias is not None:
-            bias = bias.reshape(-1, *(1,) * (outs[0].ndim - 2))
+            if bias.shape != outs[0].shape[1:2]:
+                raise UnsupportedError(f"no rule for a bias of {tuple(bias.shape)}")
+            bias = bias.reshape(-1, *(1,) * rank)
         return h.like(*outs, shift=bias, owned=True)
 
     return rule
 
 
-for _f in (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d):
-    register(_f)(_convolution(_f))
+for _f, _rank in (
+    *((F.conv1d, 1), (F.conv2d, 2), (F.conv3d, 3)),
+    *((F.conv_transpose1d, 1), (F.conv_transpose2d, 2), (F.conv_transpose3d, 3)),
+):
+    register(_f)(_convolution(_f, _rank))

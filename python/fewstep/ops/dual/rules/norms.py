@@ -12,7 +12,10 @@ from torch import Tensor
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.dispatch import kernel_shift
 from fewstep.ops.dual.engine import Dual, UnsupportedError, register
-from fewstep.ops.dual.rules.elementwise import add, mul
+from fewstep.ops.dual.rules.elementwise import add, clamp, div, mul
+from fewstep.ops.dual.rules.plain import matched
+from fewstep.ops.dual.rules.resampling import norm
+from fewstep.ops.dual.rules.shapes import spread
 
 
 def _normed(
@@ -23,12 +26,8 @@ def _normed(
     centred: bool,
     eps: float,
 ) -> Dual:
-    shift = h.shift
-    if shift is not None:
-        shift, inner = kernel_shift(shift, h.primal_shape)
-        if inner > 1:
-            h.pieces()
-            shift = None
+    matched(h, weight, bias)
+    shift, _ = kernel_shift(h.shift, h.primal_shape, row=h.primal_shape[1:].numel() // groups)
     if h.source.dtype is not None:
         z, u = h.pieces(shifted=False)
         options = (shift, weight, bias, groups, centred, eps)
@@ -48,7 +47,9 @@ def _last(shape: torch.Size, normalized_shape: Sequence[int]) -> int:
     return math.prod(shape[1 : len(shape) - len(own)])
 
 
-def _per_row(w: Tensor | None, rows: int) -> Tensor | None:
+def _per_row(w: Tensor | None, shape: Sequence[int], rows: int) -> Tensor | None:
+    if w is not None and tuple(w.shape) != tuple(shape):
+        raise UnsupportedError(f"no rule for a norm over {tuple(shape)} by {tuple(w.shape)}")
     return w if w is None or rows == 1 else w.flatten().expand(rows, -1)
 
 
@@ -61,7 +62,8 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Dual:
     rows = _last(input.shape, normalized_shape)
-    return _normed(input, _per_row(weight, rows), _per_row(bias, rows), rows, True, eps)
+    weight, bias = (_per_row(w, normalized_shape, rows) for w in (weight, bias))
+    return _normed(input, weight, bias, rows, True, eps)
 
 
 @register(F.rms_norm)
@@ -73,7 +75,7 @@ def _rms_norm(
 ) -> Dual:
     rows = _last(input.shape, normalized_shape)
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _normed(input, _per_row(weight, rows), None, rows, False, eps)
+    return _normed(input, _per_row(weight, normalized_shape, rows), None, rows, False, eps)
 
 
 @register(F.group_norm)
@@ -84,9 +86,13 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Dual:
+    if input.ndim < 2 or num_groups < 1 or input.shape[1] % num_groups:
+        raise UnsupportedError(f"no rule for {num_groups} groups of {tuple(input.shape)}")
     inner = math.prod(input.shape[2:])
 
     def spread(w: Tensor | None) -> Tensor | None:
+        if w is not None and w.shape != input.shape[1:2]:
+            raise UnsupportedError(f"no rule for a group norm by {tuple(w.shape)}")
         return w if w is None or inner == 1 else w[:, None].expand(-1, inner)
 
     return _normed(input, spread(weight), spread(bias), num_groups, True, eps)
@@ -104,8 +110,38 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Dual:
     if training or running_mean is None or running_var is None:
-        raise UnsupportedError("no rule for batch_norm in training: it mixes samples")
+        raise ValueError(
+            "velocity: BatchNorm in training, or without running statistics, mixes samples; "
+            "call eval(), and keep track_running_stats"
+        )
+    matched(input, running_mean, running_var, weight, bias)
     scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
     shift = -running_mean * scale + (0 if bias is None else bias)
     per = (-1, *(1,) * (input.ndim - 2))
     return add(mul(input, scale.reshape(per)), shift.reshape(per))
+
+
+@register(F.instance_norm)
+def _instance_norm(
+    input: Dual,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Dual:
+    if not use_input_stats:
+        return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if running_mean is not None or running_var is not None or input.ndim < 3:
+        raise UnsupportedError("no rule for instance_norm that updates its statistics")
+    return _group_norm(input, input.shape[1], weight, bias, eps)
+
+
+@register(F.normalize)
+def _normalize(
+    input: Dual, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Dual:
+    length = norm(input, p, dim, True, None, out)
+    return div(input, spread(clamp(length, eps), input.shape))
