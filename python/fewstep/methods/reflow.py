@@ -18,10 +18,7 @@ from fewstep._torch import wide
 from fewstep.conversions import convert
 from fewstep.methods.draws import Draws
 from fewstep.ops.trace import log_density as densities
-<<<<<<< HEAD
 from fewstep.ops.trace import replicas
-from fewstep.ops.trace.inputs import ESTIMATORS, PROBES, Options, check_ids, check_options
-=======
 from fewstep.ops.trace.inputs import (
     CHECKS,
     ENGINES,
@@ -31,7 +28,6 @@ from fewstep.ops.trace.inputs import (
     check_ids,
     check_options,
 )
->>>>>>> wt-dual
 from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
 
 Field = Callable[[Tensor, Tensor], Tensor]

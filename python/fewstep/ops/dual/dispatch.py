@@ -418,7 +418,6 @@ def _register(namespace: str) -> None:
 _register("fewstep")
 
 
-<<<<<<< HEAD
 def present(*tensors: Tensor | None) -> None:
     """Raise where weights that are used after their layer's forward have no data any more."""
     if torch.compiler.is_compiling() or is_transformed():
@@ -428,9 +427,6 @@ def present(*tensors: Tensor | None) -> None:
             raise RuntimeError(f"weights {tuple(z.shape)} {FREED}")
 
 
-def kernel_shift(shift: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, int]:
-    """A shift as the kernels take it, with the elements that share each value of it."""
-=======
 def kernel_shift(
     shift: Tensor | None, shape: torch.Size, *, row: int | None = None
 ) -> tuple[Tensor | None, int]:
@@ -439,7 +435,6 @@ def kernel_shift(
     Args:
         row: elements of the rows that a norm is over: its shift is of whole rows.
     """
->>>>>>> wt-dual
     if shift is None:
         return None, 1
     present(shift)

@@ -145,8 +145,8 @@ class Solver:
 
             if options.check != "never" and ladder.checkable(x):
                 others = replicas.agree(mode, known.refused, compare, known.called, again=always)
-                for way, reason in others.items():
-                    self._refuse(way, reason, known)
+                for other, reason in others.items():
+                    self._refuse(other, reason, known)
             for way in (options.engine, options.backend and "duals"):
                 if way is not None and way in found.refused:
                     self._refuse(way, found.refused[way], found)
@@ -177,7 +177,12 @@ class Solver:
         def probe(y: Tensor) -> Tensor:
             return dispatch.probe("reference", y, key, None, 1, "gaussian")[0]
 
-        with replicas.bare(), ladder.isolated(x), torch.inference_mode(mode=False), torch.enable_grad():
+        with (
+            replicas.bare(),
+            ladder.isolated(x),
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+        ):
             s = ladder.sample(self.run, x, t, probe)
 
             def duals() -> tuple[Tensor, Tensor | None]:

@@ -81,7 +81,8 @@ class _Whole:
                 results = list(_private(ddp, "_post_forward")(results))
         if self.shards:
             for z in results:
-                z.register_hook(functools.partial(_gather_again, self.shards))
+                hook: Any = functools.partial(_gather_again, self.shards)
+                z.register_hook(hook)  # type: ignore[no-untyped-call]
         return results
 
 
@@ -230,7 +231,11 @@ def _refuse(modules: Iterable[Module]) -> None:
     composable = sys.modules.get("torch.distributed._composable.replicate")
     state_of = getattr(composable, "_get_module_state", None)
     own = getattr(composable, "_ReplicateState", None)
-    if state_of is not None and own is not None and any(isinstance(state_of(m), own) for m in modules):
+    if (
+        state_of is not None
+        and own is not None
+        and any(isinstance(state_of(m), own) for m in modules)
+    ):
         raise ValueError(
             "divergence: replicate() hooks a module's forward; use"
             " torch.nn.parallel.DistributedDataParallel"
@@ -354,6 +359,7 @@ def agree(
             raise failed
         return {}
     known = _AGREED.setdefault(wrappers[0], {})
+    mode = (*mode, *_modes(wrappers[0]))
     if mode not in known or again:
         votes = [*(way in refused for way in _WAYS), failed is not None]
         found = _most(votes, wrappers)
@@ -368,6 +374,11 @@ def agree(
     if failed is not None:
         raise failed
     return {way: reason for way, reason in known[mode].items() if way not in refused}
+
+
+def _modes(wrapper: Any) -> Iterator[bool]:
+    root = wrapper if isinstance(wrapper, Module) else _private(wrapper, "_modules")[0]
+    return (m.training for m in root.modules())
 
 
 def _syncs(ddp: Any) -> bool:

@@ -1,0 +1,66 @@
+"""Traces of networks in data-parallel wrappers: two processes, each with its own samples."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tolerances import CONTRACT64, TANGENTS
+
+SCRIPT = Path(__file__).parent / "support" / "ranks.py"
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank has found, by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [run.communicate(timeout=300)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0], told
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_are_means_over_ranks(ranks: list[dict[str, Any]], kind: str) -> None:
+    for found in ranks:
+        errors = {name: error for name, error in found.items() if name.startswith(kind)}
+        assert errors
+        assert {n: e for n, e in errors.items() if not e <= CONTRACT64["gradient"]} == {}
+
+
+def test_gradients_in_mixed_precision(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["rough: fsdp, mixed precision"] < TANGENTS["gradient"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_agree_on_the_way(ranks: list[dict[str, Any]], kind: str) -> None:
+    first, second = (found[f"says: {kind}, one rank refuses"] for found in ranks)
+    assert first == "torch.func: another rank refuses it"
+    assert second.startswith("torch.func: no rule")
+    first, second = (found[f"says: {kind}, one rank raises"] for found in ranks)
+    assert first == "divergence: another rank could not compare; see its error"
+    assert second.startswith("divergence: engine 'duals' cannot serve this velocity")
+
+
+def test_what_cannot_be_reduced_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert "not seen" in found["says: fsdp, hidden"]
+        assert "use DistributedDataParallel" in found["says: fsdp, gradients of gradients"]
