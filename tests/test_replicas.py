@@ -63,4 +63,7 @@ def test_ranks_agree_on_the_way(ranks: list[dict[str, Any]], kind: str) -> None:
 def test_what_cannot_be_reduced_is_refused(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert "not seen" in found["says: fsdp, hidden"]
+        names = ("fully_shard", "DistributedDataParallel", "torch.autocast")
+        for name, text in zip(names, found["says: others"], strict=True):
+            assert name in text.split("; ")[-1]
         assert "use DistributedDataParallel" in found["says: fsdp, gradients of gradients"]

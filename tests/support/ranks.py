@@ -16,9 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import fewstep
@@ -369,6 +374,14 @@ def said(loss: Loss, velocity: Callable[..., Tensor], rank: int) -> str:
 @case("says: fsdp, hidden")
 def unseen(rank: int) -> str:
     return said(traces(estimator="exact"), hidden(sharded(False, False)(network())), rank)
+
+
+@case("says: others")
+def others(rank: int) -> list[str]:
+    first = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
+    half = DistributedDataParallel(network())
+    half.mixed_precision = object()
+    return [said(traces(), net, rank) for net in (first, replicate(network()), half)]
 
 
 @case("says: fsdp, gradients of gradients")

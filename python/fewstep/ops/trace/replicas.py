@@ -229,13 +229,9 @@ def _refuse(modules: Iterable[Module]) -> None:
             " torch.distributed.fsdp.fully_shard"
         )
     composable = sys.modules.get("torch.distributed._composable.replicate")
-    state_of = getattr(composable, "_get_module_state", None)
-    own = getattr(composable, "_ReplicateState", None)
-    if (
-        state_of is not None
-        and own is not None
-        and any(isinstance(state_of(m), own) for m in modules)
-    ):
+    own = getattr(composable, "_ReplicateState", ())
+    hooks = (hook for m in modules for hook in m._forward_pre_hooks.values())
+    if any(isinstance(getattr(hook, "__self__", None), own) for hook in hooks):
         raise ValueError(
             "divergence: replicate() hooks a module's forward; use"
             " torch.nn.parallel.DistributedDataParallel"
