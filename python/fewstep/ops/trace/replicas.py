@@ -172,27 +172,55 @@ def _private(owner: Any, name: str) -> Any:
     return found
 
 
-_LOCK = threading.Lock()
-_PLAIN: dict[tuple[Any, str], Any] = {}  # methods that stand aside
-_inside = 0
-
-
-def _forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
+def _forward(whole: _Whole, plain: Any, ddp: Any, *inputs: Any, **kwargs: Any) -> Any:
     """In place of DistributedDataParallel.forward."""
-    whole = _CURRENT.whole
-    if whole is None:  # of another thread
-        return _PLAIN[DistributedDataParallel, "forward"](self, *inputs, **kwargs)
-    return whole.call(self, inputs, kwargs)
+    return whole.call(ddp, inputs, kwargs)
 
 
-def _hooked(self: Any, output: Any) -> Any:
+def _flat(whole: _Whole, plain: Any, module: Any, *inputs: Any, **kwargs: Any) -> Any:
+    """In place of FullyShardedDataParallel.forward."""
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "divergence: FullyShardedDataParallel frees its weights between layers; use"
+            " torch.distributed.fsdp.fully_shard"
+        )
+    return plain(module, *inputs, **kwargs)
+
+
+def _hooked(whole: _Whole, plain: Any, state: Any, output: Any) -> Any:
     """In place of what a state of `fully_shard` does after a forward, unless it rests."""
-    if _CURRENT.whole is not None and torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         raise ValueError(
             "divergence: velocity reaches a module of fully_shard that is not seen in it; hand over"
             " the module itself, or a function that closes over it"
         )
-    return _PLAIN[type(self), "_register_pre_backward_hook"](self, output)
+    return plain(state, output)
+
+
+_PLACES = (
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "forward", _forward),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "forward", _flat),
+    (
+        *("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState"),
+        *("_register_pre_backward_hook", _hooked),
+    ),
+)
+_LOCK = threading.Lock()
+_aside: list[tuple[Any, str, Any]] = []  # classes, and their own methods
+_inside = 0
+
+
+def _within(plain: Any, ours: Any) -> Any:
+    """A method that is `ours` in a thread with a computation under way, else `plain`."""
+
+    @functools.wraps(plain)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = _CURRENT.whole
+        if whole is None:
+            return plain(self, *args, **kwargs)
+        return ours(whole, plain, self, *args, **kwargs)
+
+    return method
 
 
 @contextlib.contextmanager
@@ -201,13 +229,12 @@ def _rerouted() -> Iterator[None]:
     global _inside
     with _LOCK:
         if _inside == 0:
-            places = [(DistributedDataParallel, "forward", _forward)]
-            fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
-            if fsdp is not None:
-                places.append((fsdp.FSDPState, "_register_pre_backward_hook", _hooked))
-            for owner, name, ours in places:
-                _PLAIN[owner, name] = getattr(owner, name)
-                setattr(owner, name, ours)
+            for module, name, method, ours in _PLACES:
+                owner = getattr(sys.modules.get(module), name, None)
+                if owner is not None:
+                    plain = _private(owner, method)
+                    _aside.append((owner, method, plain))
+                    setattr(owner, method, _within(plain, ours))
         _inside += 1
     try:
         yield
@@ -215,19 +242,13 @@ def _rerouted() -> Iterator[None]:
         with _LOCK:
             _inside -= 1
             if _inside == 0:
-                for (owner, name), own in _PLAIN.items():
-                    setattr(owner, name, own)
-                _PLAIN.clear()
+                for owner, method, plain in _aside:
+                    setattr(owner, method, plain)
+                _aside.clear()
 
 
 def _refuse(modules: Iterable[Module]) -> None:
     """Raise where a wrapper's hooks cannot be held."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in modules):
-        raise ValueError(
-            "divergence: FullyShardedDataParallel frees its weights between layers; use"
-            " torch.distributed.fsdp.fully_shard"
-        )
     composable = sys.modules.get("torch.distributed._composable.replicate")
     own = getattr(composable, "_ReplicateState", ())
     hooks = (hook for m in modules for hook in m._forward_pre_hooks.values())
