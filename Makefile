@@ -1,5 +1,6 @@
 # make demo    train a one-step generator of MNIST digits on this CPU   (FAST=1: 8x8 digits, a minute)
 # make test    lint, format, types, tests   (make test-slow: the long ones)
+# make test-sanitized   the C++ library under AddressSanitizer and UndefinedBehaviorSanitizer (TESTS=file ARGS="-k drift")
 # make gpu     build, test, check and time all GPU kernels (OUT=runs/gpu, WHEELS=folder with wheels of peers)
 # make gpu-tests   the GPU tests: on a GPU, else on an interpreter where nvcc is found (tests/ptx/README.md)
 # make demo and the tests set up .venv the first time and whenever what they install from has changed.
@@ -25,7 +26,7 @@ OUT ?= runs/gpu
 PYTEST := $(BIN)/pytest --doctest-modules --numprocesses logical --dist loadscope
 NVCC := $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc $(CUDA_HOME)/bin/nvcc))
 
-.PHONY: demo test test-slow lint bench gpu gpu-tests ptx-selftest ptx-fuzz clean
+.PHONY: demo test test-slow test-sanitized lint bench gpu gpu-tests ptx-selftest ptx-fuzz clean
 
 demo: .venv/ready
 	$(BIN)/fewstep train wflow $(DEMO) --overwrite
@@ -35,6 +36,14 @@ test: .venv/ready lint
 
 test-slow: .venv/ready
 	$(PYTEST) -m slow
+
+# A build and a copy of the package of its own, which `make test` does not see.
+test-sanitized: .venv/ready
+	FEWSTEP_CUDA=0 FEWSTEP_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitized \
+	  --build-lib build/sanitized/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  FEWSTEP_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized/lib \
+	  $(BIN)/pytest -q -m 'not slow' --numprocesses 1 $(or $(TESTS),tests) $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

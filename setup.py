@@ -2,6 +2,7 @@
 
 FEWSTEP_CUDA=0 skips CUDA, 1 insists on it, auto (the default) builds it where nvcc is found.
 FEWSTEP_CUDA_ARCHITECTURES=90 (or 80,90,100: the default) says for which compute capabilities.
+FEWSTEP_SANITIZE=1 builds the C++ library with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import os
@@ -21,6 +22,8 @@ STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 CXX = ["-O3", "-std=c++20", "-fvisibility=hidden", "-pthread", "-Wall", "-g0"]
 # What lets plain loops become vector code without giving up inf and NaN.
 SIMD = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=undefined"]
+DEBUG = ["-O1", "-g", "-fno-omit-frame-pointer"]
 ARCHITECTURES = os.environ.get("FEWSTEP_CUDA_ARCHITECTURES", "80,90,100").split(",")
 
 
@@ -59,14 +62,15 @@ class Build(BuildExtension):
         return str(target)
 
 
+sanitized = os.environ.get("FEWSTEP_SANITIZE") == "1"
 common = {"depends": sources("csrc/**/*.h") + sources("csrc/**/*.inl"), "language": "c++"}
 extensions = [
     CppExtension(
         "fewstep._C",
         ["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/cpu/**/*.cpp")],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        extra_compile_args=[*CXX, *SIMD, *STABLE],
-        extra_link_args=["-Wl,-s"],
+        extra_compile_args=[*CXX, *SIMD, *STABLE, *((SANITIZE + DEBUG) * sanitized)],
+        extra_link_args=SANITIZE if sanitized else ["-Wl,-s"],
         **common,
     )
 ]

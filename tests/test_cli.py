@@ -157,6 +157,10 @@ BAD_ARGUMENTS = [
     ("train lines --data digits --out RUN --law cosine", "law must be one of"),
     ("train lines --data digits --out RUN --indices 5 3", "indices must increase"),
     ("train lines --data digits --out RUN --lr nan", "lr must be positive"),
+    ("train lines --data digits --out RUN --rho 1e20", "rho must be one by which"),
+    ("train reflow --data digits --out RUN --probes 0", "probes must be an integer from 1"),
+    ("train reflow --data digits --out RUN --windows 9999999999999999999", "windows must fit"),
+    ("train wflow --data digits --out RUN --max-iter 9999999999999999999", "max_iter must fit"),
     ("train lines --out RUN --resume", "holds no run"),
     (
         "train wflow --data digits --out RUN --seed 99999999999999999999",
@@ -175,6 +179,7 @@ BAD_ARGUMENTS = [
     ("pairs --teacher :x --out PAIRS", "got ':x'"),
     ("pairs --out PAIRS", "--teacher"),
     ("pairs --teacher RUN --out PAIRS --n 0", "n must be an integer of at least 1"),
+    ("pairs --teacher RUN --out PAIRS --sigma-max nan", "sigma_min and sigma_max must be"),
     ("pairs --teacher RUN --out PAIRS --shard 2/2", "shard must be i/n"),
     ("pairs --teacher RUN --out PAIRS", "holds no run"),
     ("pairs --teacher no.such.module:teacher --out PAIRS", "cannot be imported"),

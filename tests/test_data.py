@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.conversions import convert
 from fewstep.data.images import Images, load
+from fewstep.data.toys import GaussianMixture
+
+X = torch.zeros(4, 1)
+mixture = GaussianMixture(torch.zeros(2, 1), torch.ones(2, 1))
 
 
 def check(data: Images) -> None:
@@ -95,6 +101,52 @@ def test_bad_paths(tmp_path: Path) -> None:
     for name in ("empty", "text.npy", "pickled.npy"):
         with pytest.raises(ValueError, match=name):
             load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("source", [None, True, 1, b"digits", ["digits"], np.zeros(2)])
+def test_sources_that_are_no_paths(source: object) -> None:
+    with pytest.raises(TypeError, match="data: must be a name or a path, got"):
+        load(source)  # type: ignore[arg-type]
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    for name in ("a" * 5000, "a\0b", "a" * 5000 + ".npy"):
+        with pytest.raises(ValueError, match="data: must be one of"):
+            load(name)
+
+
+TOY = {"means": torch.zeros(2, 1), "variances": torch.ones(2, 1)}
+CONVERTED = {"value": X, "x": X, "t": 0.5, "source": "velocity", "target": "score"}
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "name", "values"),
+    [
+        (GaussianMixture, TOY, "means", (None, "a", [0.0], torch.zeros(2, 1).long())),
+        (GaussianMixture, TOY, "variances", (None, 1.0, torch.ones(2, 1) * 1j, torch.ones(3, 1))),
+        (GaussianMixture, TOY, "weights", ("a", [1.0, 1.0], np.ones(2), torch.ones(3))),
+        (GaussianMixture, TOY, "path", (None, "a", ["ve"])),
+        (mixture.log_prob, {"x": X, "t": 0.5}, "x", (None, [0.0], X.long(), torch.zeros(4, 2))),
+        (mixture.log_prob, {"x": X, "t": 0.5}, "t", (None, "a", True, 1j, [1.0], X, 10**400)),
+        (mixture.velocity, {"x": X, "t": 0.5}, "t", (None, "a", True, torch.ones(3))),
+        (mixture.sample, {"n": 3}, "n", (None, "a", True, 0, 1.5, 10**400)),
+        (mixture.sample, {"n": 3}, "t", (None, "a", [1.0], torch.ones(2))),
+        (mixture.sample, {"n": 3}, "generator", (1, "a", np.random.default_rng(0))),
+        (convert, CONVERTED, "value", (None, 1.0, X.long(), torch.zeros(3, 1))),
+        (convert, CONVERTED, "x", (None, 1.0, X.to_sparse(), torch.zeros(()))),
+        (convert, CONVERTED, "t", (None, "a", True, 1j, torch.ones(2), torch.ones(4).bool())),
+        (convert, CONVERTED, "source", (None, "a", ["noise"])),
+        (convert, CONVERTED, "target", (None, "a", ["noise"])),
+        (convert, CONVERTED, "path", (None, "a", ["ve"])),
+    ],
+)
+def test_wrong_values_are_named(
+    function: Callable[..., object], given: dict[str, object], name: str, values: tuple[object, ...]
+) -> None:
+    who = "convert" if function is convert else "GaussianMixture"
+    for value in values:
+        with pytest.raises((ValueError, TypeError), match=rf"^{who}.*: .*\b{name}\b"):
+            function(**{**given, name: value})
 
 
 BAD_ARRAYS = [

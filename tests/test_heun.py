@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -394,12 +395,67 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
         fewstep.heun_solve(velocity, torch.randn(2, 3), **({"times": [0.0, 1.0]} | options))
 
 
+@pytest.mark.parametrize(
+    ("function", "name", "values"),
+    [
+        ("heun_solve", "velocity", ("a", None)),
+        ("heun_solve", "x", (1.0, torch.eye(2).to_sparse())),
+        ("heun_solve", "times", ("a", True, 1.0, [0, "a"], [0, 10**400], torch.ones(2) * 1j)),
+        ("heun_solve", "state", (None, ["float32"], torch.ones(2))),
+        ("heun_solve", "estimator", (None, "a", np.ones(2))),
+        ("heun_solve", "probe", (None, "a", np.ones(2))),
+        ("heun_solve", "probes", (0, "a", True, 1.5)),
+        ("heun_solve", "seed", ("a", -1, True, 0.5, torch.ones(2))),
+        ("heun_solve", "fresh", ("no", 0, None)),
+        ("heun_solve", "keep", ("no", 0, None)),
+        ("heun_solve", "check_finite", ("no", 0)),
+        ("heun_solve", "backend", ("gpu", 0, [], torch.ones(2))),
+        ("heun_step", "velocity", ("a", None)),
+        ("heun_step", "t", ("a", None, True, 1j, [0, "a"], 10**400, np.array(["a"]))),
+        ("heun_step", "dt", ("a", None, True, 1j, torch.ones(2).bool())),
+        ("heun_step", "backend", ("gpu", 0, [])),
+        ("divergence", "x", (1.0, torch.eye(2).to_sparse())),
+        ("divergence", "t", ("a", None, True, 1j, [0.0], 1e300, torch.ones(2).bool())),
+        ("divergence", "estimator", (None, "a", np.ones(2))),
+        ("divergence", "probe", (None, "a", np.ones(2))),
+        ("divergence", "probes", (0, "a", True, 1.5)),
+        ("divergence", "seed", ("a", -1, True, 0.5, torch.ones(2))),
+        ("divergence", "tangent_dtype", ("a", torch.float16, 1)),
+        ("divergence", "backend", ("gpu", 0, [], torch.ones(2))),
+    ],
+)
+def test_wrong_values_are_named(function: str, name: str, values: tuple[Any, ...]) -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("called")
+
+    own = {"heun_solve": {"times": [0.0, 1.0]}, "heun_step": {"t": 0.0, "dt": 0.1}}
+    given = {"velocity": velocity, "x": torch.zeros(2, 3), **own.get(function, {"t": 0.0})}
+    for value in values:
+        with pytest.raises((ValueError, TypeError), match=rf"^{function}: .*\b{name}\b"):
+            getattr(fewstep, function)(**{**given, name: value})
+
+
 def test_bad_velocities_and_steps() -> None:
     x = torch.randn(2, 3)
     with pytest.raises(ValueError, match=r"must return \(2, 3\), got \(3, 2\) at step 0"):
         fewstep.heun_solve(lambda x, t: x.T, x, [0.0, 1.0])
     with pytest.raises(ValueError, match=r"must return .* got tuple at step 0"):
         fewstep.heun_solve(lambda x, t: (x, t), x, [0.0, 1.0])
+    for wrong, got in (
+        (lambda x, t: x.to("meta"), "torch.float32 on meta"),
+        (lambda x, t: x * 1j, "torch.complex64 on cpu"),
+        (lambda x, t: x.to_sparse(), "a tensor of layout torch.sparse_coo"),
+        (lambda x, t: torch.nested.nested_tensor(list(x), layout=torch.jagged), "a tensor of"),
+    ):
+        for context in (torch.no_grad(), torch.enable_grad()):
+            message = rf"must return \(2, 3\), got {got}.* at step 0"
+            with context, pytest.raises(ValueError, match=message):
+                fewstep.heun_solve(wrong, x, [0.0, 1.0])
+    for whole in (lambda x, t: x.long(), lambda x, t: x.double()):
+        assert torch.equal(
+            fewstep.heun_solve(whole, x, [0.0, 1.0]).x,
+            fewstep.heun_solve(lambda x, t, f=whole: f(x, t).float(), x, [0.0, 1.0]).x,
+        )
     with torch.no_grad(), pytest.raises(ValueError, match="not finite at step 1"):
         fewstep.heun_solve(lambda x, t: x / (1 - t[:, None]), x, [0.0, 0.5, 1.0])
     with pytest.raises(ValueError, match="not finite at step 0"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -404,13 +405,75 @@ def test_other_pairs_in_the_folder(copy: Path, tmp_path: Path) -> None:
         ({"n": True}, "n must be an integer of at least 1, got True"),
         ({"steps": 2.5}, "steps must be an integer of at least 1, got 2.5"),
         ({"shard_size": 10}, "shard_size must be a multiple of batch, 4, got 10"),
-        ({"sigma_min": 0.0}, "sigma_min, sigma_max and rho must be positive"),
+        ({"rho": 1e-320}, "PairsConfig: rho must be one by which .* got 1e-320"),
+        ({"sigma_min": 0.0}, "sigma_min and sigma_max must be 0 < sigma_min"),
         ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
+        ({"dtype": None}, "PairsConfig: dtype must be a string, got None"),
+        ({"sigma_max": "a"}, "PairsConfig: sigma_max must be a number, got 'a'"),
+        ({"rho": True}, "PairsConfig: rho must be a number, got True"),
     ],
 )
 def test_bad_numbers(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         replace(CONFIG, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "teacher": (None, "a", Denoiser()),
+        "config": (None, "a", {}),
+        "out": (None, 1, "pairs"),
+        "worker": (None, "a", 1, (0,), (0.0, 1), (2, 2), (True, 2), (-1, 2)),
+        "device": (None, 1, "quantum", "cuda:99"),
+        "progress": (None, "no", 0),
+    }.items(),
+)
+def test_wrong_values_are_named(name: str, values: tuple[object, ...], tmp_path: Path) -> None:
+    given = {"teacher": Teacher(Denoiser(), SHAPE), "config": CONFIG, "out": tmp_path / "pairs"}
+    for value in values:
+        with pytest.raises(
+            (ValueError, TypeError), match=rf"{name}\b.* {re.escape(repr(value)[:9])}"
+        ):
+            generate(**{**given, name: value})  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "denoiser": (None, "a", 1.0),
+        "shape": (None, 2, "a", (2.5,), (-1,), (True,)),
+        "classes": (None, "a", -1, 1.5, True),
+        "precondition": ("a", 0.0, math.nan, [0.5], True),
+        "digest": (None, 1, b"x"),
+    }.items(),
+)
+def test_wrong_teachers_are_named(name: str, values: tuple[object, ...]) -> None:
+    for value in values:
+        with pytest.raises((ValueError, TypeError), match=rf"^Teacher: .*\b{name}\b"):
+            Teacher(**{"denoiser": Denoiser(), "shape": SHAPE, name: value})  # type: ignore[arg-type]
+
+
+def test_indices_are_looked_at(whole: Path) -> None:
+    data = PairDataset(whole)
+    for wrong in (torch.tensor([True, False]), torch.tensor([1.0]), torch.tensor(1), [1], 1, None):
+        with pytest.raises(TypeError, match="PairDataset: indices must be an int64 tensor"):
+            data.batch(wrong)  # type: ignore[arg-type]
+    for index in (-1, 37):
+        with pytest.raises(IndexError, match=rf"indices must be in \[0, 37\), got {index}"):
+            data.batch(torch.tensor([0, index]))
+    for one in ("a", None, True, 1.0, torch.tensor(True)):
+        with pytest.raises(TypeError, match="PairDataset: index must be an integer, got"):
+            data[one]  # type: ignore[index]
+        with pytest.raises(TypeError, match="PairDataset: indices must be"):
+            data.__getitems__([one])  # type: ignore[list-item]
+    assert data.batch(torch.empty(0, dtype=torch.int64)) == ()
+    for folder in (None, 1, b"x", ""):
+        with pytest.raises(TypeError, match="PairDataset: folder must be a path, got"):
+            PairDataset(folder)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"digest: module must be an nn\.Module, got None"):
+        pairs.digest(None)  # type: ignore[arg-type]
 
 
 def test_bad_teachers(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_first_windows_of_both_starts_are_noise() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"windows": 0}, "windows must be at least 1"),
+        ({"windows": 0}, "windows must be an integer of at least 1"),
         ({"lam": -1.0}, "lam must be at least 0"),
         ({"lam": math.nan}, "lam must be at least 0"),
         ({"t_min": 0.0}, "t_min must be in"),

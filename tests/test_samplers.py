@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -630,6 +631,160 @@ def test_wrong_types_are_named() -> None:
     ):
         with pytest.raises(TypeError, match=name):
             fewstep.edm_sample(gaussian(1.0), x, **options)
+
+
+WRONG_NUMBER = ("a", True, None, 1j, [1.0], torch.ones(2), np.array(["a"]), torch.tensor(True))
+WRONG_FLAG = ("no", 0, None, torch.ones(2))
+SAMPLE = {"latents": torch.zeros(2, 3)}
+# The functions of this room, what they are called with, and what an argument must not be.
+WRONG: list[tuple[Any, dict[str, Any], str, tuple[Any, ...]]] = [
+    *(
+        (fewstep.edm_sample, {"denoiser": gaussian(1.0), **SAMPLE}, name, values)
+        for name, values in {
+            "denoiser": ("a", None, 1),
+            "latents": ("a", None, [1.0], torch.eye(2).to_sparse(), torch.ones(2).bool()),
+            "steps": ("a", True, None, 2.5, -1, 10**400, 2**63, [1]),
+            "sigmas": ("a", True, [1, "a"], [True, False], torch.ones(2) * 1j, [10**400, 1], 3.0),
+            "precondition": ("a", True, [0.5], -1.0, math.nan, 10**400, 1e300, torch.ones(2)),
+            "guidance": ("a", True, 1j, math.nan, np.array(["a"])),
+            "uncond": ("a", 1.0),
+            "seeds": ("a", 1, [1, 2], torch.ones(2)),
+            "state": (None, True, ["float32"], torch.ones(2)),
+            "tracker": (None, True, ["trace"], np.ones(2)),
+            "estimator": (None, "a", ["exact"], np.ones(2)),
+            "probes": (0, "a", None, True, 1.5),
+            "log_density": ("a", True, torch.ones(2) * 1j, torch.eye(2).to_sparse()),
+            "cuda_graph": WRONG_FLAG,
+            "progress": WRONG_FLAG,
+            "check_finite": ("no", 0, torch.ones(2)),
+            "backend": ("gpu", 0, False, [], torch.ones(2)),
+            **dict.fromkeys(("sigma_min", "sigma_max"), (*WRONG_NUMBER, math.nan, -1.0)),
+            "rho": (*WRONG_NUMBER, math.nan, -1.0, 10**400, 1e-320, 1e300),
+            **dict.fromkeys(("S_churn", "S_noise"), (*WRONG_NUMBER, math.nan, -1, math.inf)),
+            **dict.fromkeys(("S_min", "S_max"), (*WRONG_NUMBER, math.nan)),
+        }.items()
+    ),
+    *(
+        (fewstep.flow_sample, {"velocity": gaussian(1.0), **SAMPLE}, name, values)
+        for name, values in {
+            "velocity": ("a", None, 1),
+            "latents": ("a", None, torch.eye(2).to_sparse()),
+            "steps": ("a", True, None, 2.5, 0, 10**400),
+            "times": ("a", True, 3.0, [1, "a"], [10**400, 0]),
+            "uncond": ("a", 1.0),
+            "progress": WRONG_FLAG,
+            "check_finite": ("no", 0, torch.ones(2)),
+            "backend": ("gpu", 0, []),
+            **dict.fromkeys(("S_churn", "S_noise"), (*WRONG_NUMBER, math.nan, -1, math.inf)),
+            **dict.fromkeys(("S_min", "S_max"), (*WRONG_NUMBER, math.nan)),
+        }.items()
+    ),
+    *(
+        (
+            fewstep.multistep_sample,
+            {"network": gaussian(1.0), "sigmas": [4.0, 1.0], **SAMPLE},
+            name,
+            values,
+        )
+        for name, values in {
+            "network": ("a", None, 1),
+            "sigmas": ("a", None, 1.0, [True], [1.0, 2.0], [math.nan], torch.eye(2)),
+            "mode": (None, "a", ["line"], torch.ones(2)),
+            "check_finite": ("no", 0, torch.ones(2)),
+            "backend": ("gpu", 0, []),
+        }.items()
+    ),
+    *(
+        (fewstep.karras_sigmas, {"steps": 3}, name, values)
+        for name, values in {
+            "steps": ("a", True, None, 2.5, 0, 10**400),
+            "sigma_min": (*WRONG_NUMBER, 0, math.nan),
+            "sigma_max": (*WRONG_NUMBER, math.inf, 10**400),
+            "rho": (*WRONG_NUMBER, 0, 1e-320, 1e300),
+            "dtype": ("a", None, torch.int32, torch.complex64),
+            "device": ("a", 1.5, "cuda:99"),
+        }.items()
+    ),
+    *(
+        (fewstep.few_step_sigmas, {"steps": 3, "grid": grid}, name, values)
+        for grid in ("edm_subset", "uniform_s")
+        for name, values in {
+            "steps": ("a", True, None, 2.5, 0, [0, 1.5], [True], [-1, 0], torch.ones(2), {}),
+            "grid": (None, "a", ["uniform_s"], np.ones(2)),
+            "teacher_steps": ("a", None, 0, 1.5),
+            "sigma_min": (*WRONG_NUMBER, 0, math.nan),
+            "sigma_max": (*WRONG_NUMBER, -1.0, math.nan, math.inf),
+            "rho": (*WRONG_NUMBER, 0, math.nan),
+        }.items()
+    ),
+    *(
+        (fewstep.latents, {"seeds": torch.arange(2), "shape": (3,)}, name, values)
+        for name, values in {
+            "seeds": ("a", 1, torch.ones(2), torch.tensor([-1])),
+            "shape": (2, None, "a", (-1,), (2.5,), (True,), {}, b"x", (2, 10**400)),
+            "dtype": (None, "float32", torch.int32),
+            "backend": ("gpu", 0, []),
+        }.items()
+    ),
+]
+
+
+def _words(value: Any) -> Iterator[str]:
+    """What an error may say of a value: itself, one of its elements, its type, dtype or shape."""
+    yield from (repr(value), type(value).__name__)
+    if isinstance(value, list | tuple):
+        yield from map(repr, value)
+    elif hasattr(value, "dtype"):
+        yield from (str(value.dtype), str(tuple(value.shape)))
+        if getattr(value, "layout", torch.strided) == torch.strided:
+            yield from (str(value.tolist()), *map(repr, value.flatten()))
+            yield from map(repr, value.flatten().tolist())
+        else:
+            yield str(value.layout)
+    elif isinstance(value, float):
+        yield "()"  # the shape of a number where several are wanted
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "name", "values"),
+    WRONG,
+    ids=[f"{function.__name__}-{name}-{i}" for i, (function, _, name, _) in enumerate(WRONG)],
+)
+def test_wrong_values_are_named(
+    function: Any, given: dict[str, Any], name: str, values: tuple[Any, ...]
+) -> None:
+    """By the function that was called, the argument and the value, before the network runs."""
+    called: list[int] = []
+    network = next(iter(given))
+    if callable(given[network]):
+        given = {**given, network: lambda x, t: called.append(1) or x}
+    for value in values:
+        with pytest.raises((ValueError, TypeError), match=f"^{function.__name__}: .*{name}") as e:
+            function(**{**given, name: value})
+        got = str(e.value).split(": ", 1)[1]
+        assert any(part in got for part in _words(value)), e.value
+    assert not called
+
+
+def test_a_backend_that_is_none_of_theirs_is_answered_with_theirs() -> None:
+    theirs = r"\('reference', 'cpp', 'cuda', 'triton'\), got 'gpu'"
+    with pytest.raises(ValueError, match=f"edm_sample: backend must be one of {theirs}"):
+        fewstep.edm_sample(gaussian(1.0), torch.randn(2, 3), backend="gpu")
+    with pytest.raises(ValueError, match=r"latents: backend 'keops' cannot serve"):
+        fewstep.latents(torch.arange(2), (3,), backend="keops")
+
+
+@pytest.mark.parametrize("number", [np.float64(2.0), np.float32(2.0), np.array(2.0), Fraction(2)])
+def test_numbers_of_all_kinds_are_taken(number: Any) -> None:
+    x = torch.randn(2, 3)
+    for name in ("sigma_max", "rho", "S_churn", "S_noise", "S_max", "precondition"):
+        own = fewstep.edm_sample(
+            gaussian(1.0), x, seeds=torch.arange(2), **{"S_churn": 1.0, name: number}
+        )
+        same = fewstep.edm_sample(
+            gaussian(1.0), x, seeds=torch.arange(2), **{"S_churn": 1.0, name: 2.0}
+        )
+        assert torch.equal(own, same)
 
 
 def test_numpy_integers_are_taken() -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -418,6 +419,14 @@ BAD = [
     ({"x": [[0.0]]}, TypeError, r"x must be a Tensor, got list"),
     ({"y": Y.to("meta")}, ValueError, r"y must be on cpu with x, got meta"),
     ({"eps": 0.0}, ValueError, r"eps must be positive and finite, got 0.0"),
+    ({"eps": True}, TypeError, r"eps must be a number, .* got bool"),
+    ({"eps": [True]}, TypeError, r"eps must be a sequence of numbers, got \[True\]"),
+    ({"eps": [torch.tensor(0.1)]}, TypeError, r"eps must be .* numbers, got \[tensor\(0.1"),
+    ({"eps": torch.tensor(True)}, TypeError, r"eps must be numbers, got torch.bool"),
+    ({"eps": np.array(["a"])}, TypeError, r"eps must be numbers, got <U1"),
+    ({"eps": b"x"}, TypeError, r"eps must be a number, .* got bytes"),
+    ({"tol": True}, TypeError, r"tol must be a number, got True"),
+    ({"max_iter": True}, TypeError, r"max_iter must be an integer, got True"),
     ({"eps": -1.0}, ValueError, r"eps must be positive and finite, got -1.0"),
     ({"eps": math.nan}, ValueError, r"eps must be positive and finite, got nan"),
     ({"eps": torch.tensor(-2.0)}, ValueError, r"eps must be positive and finite, got -2.0"),

@@ -115,13 +115,14 @@ def choose_backend(
     def reason(name: str) -> str | None:
         return unavailable(name, device_type) or unsupported(name)
 
-    name = requested or os.environ.get("FEWSTEP_BACKEND")
+    name = requested if requested is not None else os.environ.get("FEWSTEP_BACKEND") or None
     if name is None:
         order = DEFAULT_ORDER.get(device_type, ("reference",))
         order = (first, *order) if first in order else order
         return next(b for b in order if reason(b) is None)
-    if name not in BACKENDS:
-        raise ValueError(f"{op}: backend must be one of {BACKENDS}, got {name!r}")
+    if not isinstance(name, str) or name not in BACKENDS:
+        offered = tuple(b for b in BACKENDS if unsupported(b) is None)
+        raise ValueError(f"{op}: backend must be one of {offered}, got {name!r}")
     if why := reason(name):
         raise ValueError(f"{op}: backend {name!r} cannot serve this call: {why}")
     return name

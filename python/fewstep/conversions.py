@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fewstep._checks import as_times, floating, one_of, stands_for_tensor
 from fewstep._torch import wide
 
 KINDS = ("velocity", "denoiser", "noise", "score")
@@ -55,8 +56,7 @@ def coefficients(path: str, t: Tensor) -> tuple[Tensor, ...]:
     Raises:
         ValueError: an unknown path.
     """
-    if path not in _PATHS:
-        raise ValueError(f"path must be one of {PATHS}, got {path!r}")
+    one_of("conversions", "path", path, PATHS)
     return _PATHS[path](t)
 
 
@@ -86,6 +86,7 @@ def convert(
 
     Raises:
         ValueError: an unknown kind or path, or shapes that do not fit.
+        TypeError: value or x that is not floating, t that is no number.
 
     >>> x, v = torch.randn(4, 2), torch.randn(4, 2)
     >>> s = convert(v, x, 0.5, source="velocity", target="score")
@@ -93,15 +94,17 @@ def convert(
     True
     """
     for name, kind in (("source", source), ("target", target)):
-        if kind not in KINDS:
-            raise ValueError(f"convert: {name} must be one of {KINDS}, got {kind!r}")
+        one_of("convert", name, kind, KINDS)
+    one_of("convert", "path", path, PATHS)
+    for name, one in (("value", value), ("x", x)):
+        if not stands_for_tensor(one):
+            floating("convert", name, one)
+    if x.ndim == 0:
+        raise ValueError("convert: x must be [B, ...], got a scalar")
     if value.shape != x.shape:
         raise ValueError(f"convert: value must be {tuple(x.shape)}, got {tuple(value.shape)}")
-    t = torch.as_tensor(t, dtype=wide(x.dtype), device=x.device)
-    if tuple(t.shape) not in ((), (x.shape[0],)):
-        raise ValueError(f"convert: t must be a scalar or ({x.shape[0]},), got {tuple(t.shape)}")
+    t = as_times("convert", t, x, wide(x.dtype))
     if source == target:
-        coefficients(path, t)
         return value
     a, b, da, db = coefficients(path, t.reshape(-1, *(1,) * (x.ndim - 1)))
     if source == "velocity":

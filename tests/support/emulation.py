@@ -66,7 +66,8 @@ def emulator(source: str, sanitizer: str, *, optimise: str) -> Iterator[Emulator
     preprocessed = subprocess.run([*command, "-E"], capture_output=True)
     if preprocessed.returncode != 0:
         pytest.fail(preprocessed.stderr.decode())
-    content = b"\0".join([repr(command).encode(), version.stdout, preprocessed.stdout])
+    variants = _variants(sanitizer)
+    content = b"\0".join([repr((command, variants)).encode(), version.stdout, preprocessed.stdout])
     name = f"{path.stem}-{sanitizer}-"
     target = BUILT / f"{name}{hashlib.sha256(content).hexdigest()[:16]}"
     BUILT.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ def emulator(source: str, sanitizer: str, *, optimise: str) -> Iterator[Emulator
         if not target.exists():
             for old in BUILT.glob(f"{name}*"):
                 old.unlink()
-            _build(command, sanitizer, target)
+            _build(command, variants, target)
     running = Emulator(target)
     try:
         yield running
@@ -83,10 +84,18 @@ def emulator(source: str, sanitizer: str, *, optimise: str) -> Iterator[Emulator
         running.close()
 
 
-def _build(command: list[str], sanitizer: str, target: Path) -> None:
+def _variants(sanitizer: str) -> list[list[str]]:
+    """Flags. A sanitizer may be missing, or refuse the address layout: then without it."""
+    few = [[f"-fsanitize={sanitizer}"], []]
+    if os.environ.get("FEWSTEP_SANITIZE") != "1":
+        return few  # undefined behaviour takes minutes more to compile
+    both = f"-fsanitize={sanitizer},undefined,float-cast-overflow"
+    return [[both, "-fno-sanitize-recover=all"], *few]
+
+
+def _build(command: list[str], variants: list[list[str]], target: Path) -> None:
     part = target.with_suffix(".part")
-    # A sanitizer may be missing, or refuse the machine's address layout: then without it.
-    for extra in ([f"-fsanitize={sanitizer}"], []):
+    for extra in variants:
         made = subprocess.run([*command, *extra, "-o", str(part)], capture_output=True, text=True)
         if made.returncode != 0:
             continue

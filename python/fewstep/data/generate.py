@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
+from fewstep._checks import check_types, count, flags, function
 from fewstep._files import checksum, one_writer, read_json, replacing, write_tensors
 from fewstep._torch import one_thread, torch_device
 from fewstep.data.pairs import (
@@ -37,6 +38,7 @@ from fewstep.data.pairs import (
     read_file,
 )
 from fewstep.samplers.edm import edm_sample
+from fewstep.samplers.inputs import check_precondition, check_shape
 from fewstep.samplers.schedules import karras_sigmas
 from fewstep.samplers.seeds import latents
 
@@ -54,7 +56,9 @@ class Teacher:
         digest: identifies the weights; empty: that of the module, see `digest`.
 
     Raises:
-        ValueError: no digest is given, and the denoiser is not an `nn.Module`.
+        ValueError: no digest is given, and the denoiser is not an `nn.Module`; a number outside its
+            range.
+        TypeError: a denoiser that cannot be called, a shape that holds no integers.
     """
 
     denoiser: Callable[..., Tensor]
@@ -64,6 +68,13 @@ class Teacher:
     digest: str = ""
 
     def __post_init__(self) -> None:
+        function("Teacher", "denoiser", self.denoiser)
+        check_types(self)
+        sizes = check_shape("Teacher", self.shape)
+        object.__setattr__(self, "shape", tuple(sizes))
+        object.__setattr__(self, "classes", count("Teacher", "classes", self.classes, low=0))
+        precondition = check_precondition("Teacher", self.precondition)
+        object.__setattr__(self, "precondition", precondition)
         if not self.digest:
             if not isinstance(self.denoiser, nn.Module):
                 raise ValueError("Teacher: digest must be given where denoiser is no nn.Module")
@@ -79,7 +90,7 @@ def worker(shard: str = "0/1") -> tuple[int, int]:
     >>> worker("1/4")
     (1, 4)
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    match = re.fullmatch(r"(\d+)/(\d+)", shard) if isinstance(shard, str) else None
     index, count = map(int, match.groups()) if match else (0, 0)
     if not index < count:
         raise ValueError(f"shard must be i/n with i from 0 to n - 1, got {shard!r}")
@@ -140,9 +151,18 @@ def generate(
     import safetensors  # noqa: F401  # named before anything is written where it is missing
     import tqdm  # type: ignore[import-untyped]  # noqa: F401
 
-    index, count = worker
-    if not 0 <= index < count:
-        raise ValueError(f"worker must be (i, n) with 0 <= i < n, got {worker}")
+    for name, value, kind in (
+        ("teacher", teacher, Teacher),
+        ("config", config, PairsConfig),
+        ("out", out, Path),
+        ("device", device, str),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"generate: {name} must be a {kind.__name__}, got {value!r}")
+    flags("generate", progress=progress)
+    pair = isinstance(worker, tuple) and len(worker) == 2
+    if not pair or not all(type(n) is int for n in worker) or not 0 <= worker[0] < worker[1]:
+        raise ValueError(f"generate: worker must be (i, n) with 0 <= i < n, got {worker!r}")
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     place = torch_device(device)

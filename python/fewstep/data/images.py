@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,14 +61,16 @@ def load(source: str) -> Images:
     >>> digits.images.shape, digits.names[3]
     (torch.Size([1797, 1, 8, 8]), '3')
     """
+    if not isinstance(source, str | Path):
+        raise TypeError(f"data: must be a name or a path, got {source!r}")
     if source == "digits":
         return _digits()
     if source == "mnist5k":
         return _mnist5k()
     path = Path(source)
-    if source and path.is_dir():
+    if source and os.path.isdir(path):  # False where the name is none, too
         return _folder(path)
-    if path.suffix == ".npy" and path.is_file():
+    if path.suffix == ".npy" and os.path.isfile(path):
         return _array(path)
     raise ValueError(
         f"data: must be one of {BUILTIN}, a .npy file or a folder of images, got {source!r}"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fewstep._checks import check_integers
+from fewstep._checks import check_integers, check_types, integer, one_of
 from fewstep._files import checksum, read_json, read_tensors
+from fewstep.samplers.inputs import check_schedule
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -42,6 +43,7 @@ class PairsConfig:
 
     Raises:
         ValueError: a number outside its range.
+        TypeError: a number or a name that is none.
     """
 
     n: int = 1_000_000
@@ -55,6 +57,7 @@ class PairsConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_integers(self, "n", "steps", "batch", "shard_size")
         if self.seed + self.shards * self.shard_size > 2**63:
             raise ValueError(f"seed must leave room for n seeds below 2^63, got {self.seed}")
@@ -62,13 +65,8 @@ class PairsConfig:
             raise ValueError(
                 f"shard_size must be a multiple of batch, {self.batch}, got {self.shard_size}"
             )
-        if not 0 < self.sigma_min < self.sigma_max < math.inf or not 0 < self.rho < math.inf:
-            raise ValueError(
-                "sigma_min, sigma_max and rho must be positive and finite, the first two"
-                f" increasing, got {self.sigma_min}, {self.sigma_max} and {self.rho}"
-            )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {tuple(DTYPES)}, got {self.dtype!r}")
+        check_schedule("PairsConfig", self.sigma_min, self.sigma_max, self.rho)
+        one_of("PairsConfig", "dtype", self.dtype, tuple(DTYPES))
 
     @property
     def shards(self) -> int:
@@ -82,6 +80,8 @@ def digest(module: nn.Module) -> str:
     >>> digest(nn.Linear(2, 1)) == digest(nn.Linear(2, 1))
     False
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"digest: module must be an nn.Module, got {module!r}")
     sha = hashlib.sha256(repr(module).encode())
     for name, t in sorted(module.state_dict().items()):
         sha.update(f"{name} {tuple(t.shape)} {t.dtype}\n".encode())
@@ -109,6 +109,8 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
     """
 
     def __init__(self, folder: Path) -> None:
+        if not isinstance(folder, str | Path) or not str(folder):
+            raise TypeError(f"PairDataset: folder must be a path, got {folder!r}")
         self.folder = Path(folder)
         path = self.folder / MANIFEST
         try:
@@ -140,16 +142,32 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
         return self.config.n
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        index = integer("PairDataset", "index", index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"index must be within {len(self)} pairs, got {index}")
         return tuple(t[0] for t in self.batch(torch.tensor([index % len(self)])))
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
         """What a DataLoader asks for: one read for a whole batch."""
-        return list(zip(*self.batch(torch.as_tensor(indices)), strict=True))
+        if not isinstance(indices, Sequence | Tensor | np.ndarray):
+            raise TypeError(f"PairDataset: indices must be a sequence, got {indices!r}")
+        own = [integer("PairDataset", "indices", index) for index in indices]
+        return list(zip(*self.batch(torch.tensor(own, dtype=torch.int64)), strict=True))
 
     def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
-        """Pairs of int64 indices `[B]` in [0, n): x0 and x1 `[B, ...]`, and labels `[B]` if any."""
+        """Pairs of int64 indices `[B]` in [0, n): x0 and x1 `[B, ...]`, and labels `[B]` if any.
+
+        Raises:
+            TypeError: indices that are not an int64 tensor.
+            IndexError: one that is not in [0, n).
+        """
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
+            raise TypeError(f"PairDataset: indices must be an int64 tensor [B], got {indices!r}")
+        wrong = indices[(indices < 0) | (indices >= len(self))]
+        if len(wrong):
+            raise IndexError(
+                f"PairDataset: indices must be in [0, {len(self)}), got {int(wrong[0])}"
+            )
         if not self._maps:
             names = (file_name(self.config, k) for k in range(self.config.shards))
             self._maps = [_tensors(self.folder / name)[0] for name in names]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep import conversions
+from fewstep._checks import as_times, count, floating, one_of, stands_for_tensor
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class GaussianMixture:
 
     Raises:
         ValueError: shapes that do not fit, an unknown path, weights or variances not positive.
+        TypeError: tensors that are none, or not floating.
 
     >>> mixture = GaussianMixture(torch.tensor([[-2.0], [2.0]]), torch.full((2, 1), 0.1))
     >>> x, t = torch.randn(5, 1), torch.full((5,), 0.5)
@@ -41,6 +43,9 @@ class GaussianMixture:
     path: str = "noise-at-1"
 
     def __post_init__(self) -> None:
+        for name in ("means", "variances", *(() if self.weights is None else ("weights",))):
+            floating("GaussianMixture", name, getattr(self, name))
+        one_of("GaussianMixture", "path", self.path, conversions.PATHS)
         shape = tuple(self.means.shape)
         if self.means.ndim != 2:
             raise ValueError(f"GaussianMixture: means must be [C, D], got {shape}")
@@ -49,11 +54,15 @@ class GaussianMixture:
         w = self.weights
         if w is not None and (tuple(w.shape) != shape[:1] or not bool((w > 0).all())):
             raise ValueError(f"GaussianMixture: weights must be positive, {shape[:1]}")
-        conversions.coefficients(self.path, torch.zeros(()))
 
     def _components(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, ...]:
         """`log w_c N(x)`, `[B, C]`, with a `[B, 1, 1]`, offsets and variances `[B, C, D]`."""
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(x.shape[0])
+        if not stands_for_tensor(x):
+            floating("GaussianMixture", "x", x)
+        if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
+            shape = f"[B, {self.means.shape[1]}]"
+            raise ValueError(f"GaussianMixture: x must be {shape}, got {tuple(x.shape)}")
+        t = as_times("GaussianMixture", t, x, x.dtype).expand(x.shape[0])
         a, b, _, _ = conversions.coefficients(self.path, t[:, None, None])
         means, own = self.means.to(x), self.variances.to(x)
         offset, variance = x[:, None] - a * means, a * a * own + b * b
@@ -89,6 +98,11 @@ class GaussianMixture:
         self, n: int, t: float | Tensor = 0.0, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """n draws of the marginal at t, `[n, D]`."""
+        n = count("GaussianMixture.sample", "n", n)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"GaussianMixture.sample: generator must be a torch.Generator, got {generator!r}"
+            )
         like, device = self.means, self.means.device
         w = torch.ones_like(like[:, 0]) if self.weights is None else self.weights
         index = torch.multinomial(w, n, replacement=True, generator=generator)
@@ -97,6 +111,6 @@ class GaussianMixture:
             torch.randn(shape, generator=generator, dtype=like.dtype, device=device)
             for _ in range(2)
         )
-        t = torch.as_tensor(t, dtype=like.dtype, device=device).expand(n)[:, None]
+        t = as_times("GaussianMixture.sample", t, z, like.dtype).expand(n)[:, None]
         a, b, _, _ = conversions.coefficients(self.path, t)
         return a * (like[index] + self.variances[index].sqrt() * z) + b * eps

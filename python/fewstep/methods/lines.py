@@ -10,15 +10,17 @@ import functools
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fewstep._checks import check_types, count, integer
 from fewstep._torch import wide
 from fewstep.methods.augment import diff_augment
 from fewstep.methods.draws import Draws
+from fewstep.samplers.inputs import check_schedule
 from fewstep.samplers.schedules import karras_sigmas
 
 LAWS = ("uniform", "levels", "sot")
@@ -85,28 +87,24 @@ class LinesMatching:
     augment: tuple[str, ...] = ("translation", "cutout")
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("indices", "augment"):  # lists, as JSON has them
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+                raise TypeError(f"LinesMatching: {name} must be a sequence, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
         for name, known in (("law", LAWS), ("metric", METRICS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"LinesMatching: {name} must be one of {known}, got {getattr(self, name)!r}"
                 )
         for name, low in (("levels", 1), ("start", 0), ("warmup", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(
-                    f"LinesMatching: {name} must be at least {low}, got {getattr(self, name)}"
-                )
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(
-                "LinesMatching: sigma_min and sigma_max must be increasing, positive and finite,"
-                f" got {self.sigma_min} and {self.sigma_max}"
-            )
-        for name in ("rho", "r1"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf or (value == 0 and name == "rho"):
-                raise ValueError(f"LinesMatching: {name} must be positive, got {value}")
-        steps = self.indices
+            object.__setattr__(self, name, count("LinesMatching", name, getattr(self, name), low))
+        check_schedule("LinesMatching", self.sigma_min, self.sigma_max, self.rho)
+        if not 0 <= self.r1 < math.inf:
+            raise ValueError(f"LinesMatching: r1 must be at least 0 and finite, got {self.r1}")
+        steps = tuple(integer("LinesMatching", "indices", index) for index in self.indices)
+        object.__setattr__(self, "indices", steps)
         increasing = all(a < b for a, b in itertools.pairwise(steps))
         if not steps or not increasing or not 0 <= steps[0] <= steps[-1] < self.levels:
             raise ValueError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep._checks import check_types, count
 from fewstep._library import BACKENDS
 from fewstep._torch import wide
 from fewstep.conversions import convert
@@ -22,11 +23,10 @@ from fewstep.ops.trace import replicas
 from fewstep.ops.trace.inputs import (
     CHECKS,
     ENGINES,
-    ESTIMATORS,
-    PROBES,
     Options,
     check_ids,
     check_options,
+    check_problem,
 )
 from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
 
@@ -103,22 +103,20 @@ class MarginalReflow:
     check: str = "first"
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("windows", "steps", "solver_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"MarginalReflow: {name} must be at least 1, got {getattr(self, name)}"
-                )
-        for name in ("lam", "warmup"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"MarginalReflow: {name} must be at least 0, got {value}")
+            object.__setattr__(self, name, count("MarginalReflow", name, getattr(self, name)))
+        options = Options(self.estimator, self.probes, self.probe)
+        check_options(options, "MarginalReflow")
+        object.__setattr__(self, "probes", options.probes)
+        object.__setattr__(self, "warmup", count("MarginalReflow", "warmup", self.warmup, 0))
+        if not 0 <= self.lam < math.inf:
+            raise ValueError(f"MarginalReflow: lam must be at least 0, got {self.lam}")
         if not 0 < self.t_min < 1:
             raise ValueError(f"MarginalReflow: t_min must be in (0, 1), got {self.t_min}")
         for name, known in (
             ("method", METHODS),
             ("tracker", TRACKERS),
-            ("estimator", ESTIMATORS),
-            ("probe", PROBES),
             ("backend", (None, *BACKENDS)),
             ("engine", (None, *ENGINES)),
             ("check", CHECKS),
@@ -341,7 +339,7 @@ class MarginalReflow:
             *(self.estimator, self.probes, self.probe, self.backend, self.tangent_dtype),
             *(self.engine, self.check),
         )
-        check_options(options, x, "MarginalReflow")
+        check_problem(options, x, "MarginalReflow")
         if x.dtype != wide(x.dtype):
             raise TypeError(f"MarginalReflow: data must be float32 or float64, got {x.dtype}")
         return options

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
+from fewstep._checks import check_types, integer, number, one_of
 from fewstep._library import BACKENDS
 from fewstep._torch import wide
 from fewstep.ops.sinkhorn.drift import FORMS, sinkhorn_drift
@@ -75,23 +75,21 @@ class WFlow:
     def __post_init__(self) -> None:
         if isinstance(self.eps, list):  # as JSON has it
             object.__setattr__(self, "eps", tuple(self.eps))
+        check_types(self)
         several = self.eps if isinstance(self.eps, tuple) else (self.eps,)
         for name, values in (
             ("eps", several),
             ("max_iter", (self.max_iter,)),
             ("step_size", (self.step_size,)),
         ):
-            got, kind = getattr(self, name), Integral if name == "max_iter" else Real
-            if not all(isinstance(v, kind) for v in values):
-                word = "an integer" if kind is Integral else "a number"
-                word += " or several" if name == "eps" else ""
-                raise TypeError(f"WFlow: {name} must be {word}, got {got!r}")
-            if not values or not all(math.isfinite(v) and v > 0 for v in values):
+            own = [(integer if name == "max_iter" else number)("WFlow", name, v) for v in values]
+            if not own or not all(0 < v < math.inf for v in own):
+                got = getattr(self, name)
                 raise ValueError(f"WFlow: {name} must be positive and finite, got {got}")
         if self.form not in FORMS:
             raise ValueError(f"WFlow: form must be one of {FORMS}, got {self.form!r}")
-        if self.backend not in (None, *BACKENDS):
-            raise ValueError(f"WFlow: backend must be one of {BACKENDS}, got {self.backend!r}")
+        if self.backend is not None:
+            one_of("WFlow", "backend", self.backend, BACKENDS)
 
     def __call__(
         self,

@@ -31,7 +31,8 @@ def products(velocity: Velocity, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tenso
     try:
         return *transposed_products(velocity, x, t, v), REVERSE
     except RuntimeError as error:
-        if "saved tensor hooks" not in str(error):
+        around = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if "saved tensor hooks" not in str(error) or not around:  # or within, without tangents
             raise
     return *forward_products(velocity, x, t, v), FORWARD
 
@@ -56,7 +57,7 @@ def reverse_products(
     kept = torch.is_grad_enabled()
     with torch.enable_grad(), attention_by_math():
         y = x.view_as(x) if kept and x.requires_grad else x.detach().requires_grad_(True)
-        out = checked(velocity(y, t), x)
+        out = checked(velocity(y.clone(), t), x)  # which may be changed in place
         rows = []
         for u in v:
             row = None

@@ -10,13 +10,20 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from fewstep._checks import count, flags, function, one_of
 from fewstep.ops.heun.engine import Run, rows
 from fewstep.ops.heun.inputs import check_log_density, check_state, pick
 from fewstep.ops.heun.solve import HeunResult
 from fewstep.ops.trace import inputs as trace_inputs
-from fewstep.ops.trace.inputs import Options, check_ids
+from fewstep.ops.trace.inputs import Options, check_ids, check_options
 from fewstep.samplers.cuda_graph import replay
-from fewstep.samplers.inputs import check_count, check_guidance, check_sigmas
+from fewstep.samplers.inputs import (
+    check_churn,
+    check_guidance,
+    check_precondition,
+    check_schedule,
+    check_sigmas,
+)
 from fewstep.samplers.plan import (
     Churn,
     Determinants,
@@ -27,7 +34,7 @@ from fewstep.samplers.plan import (
     preconditioning,
     table_row,
 )
-from fewstep.samplers.schedules import karras_sigmas
+from fewstep.samplers.schedules import levels_of
 from fewstep.samplers.seeds import seeds_for
 
 TRACKERS = ("trace", "logdet")
@@ -136,35 +143,36 @@ def edm_sample(
     >>> abs(x.std().item() - 1.008) < 0.05  # 1.008: what 40 steps make of standard deviation 1
     True
     """
+    function("edm_sample", "denoiser", denoiser)
+    flags("edm_sample", cuda_graph=cuda_graph, progress=progress)
     check_state("edm_sample", latents, state, "latents")
     levels = None if sigmas is None else check_sigmas("edm_sample", sigmas, latents)
     if levels is None:
-        steps = check_count("edm_sample", "steps", steps)
-    schedule = (steps, sigma_min, sigma_max, rho)
-    if tracker not in TRACKERS:
-        raise ValueError(f"edm_sample: tracker must be one of {TRACKERS}, got {tracker!r}")
+        steps = count("edm_sample", "steps", steps)
+    schedule = (steps, *check_schedule("edm_sample", sigma_min, sigma_max, rho))
+    one_of("edm_sample", "tracker", tracker, TRACKERS)
+    options = Options(estimator, probes)
+    check_options(options, "edm_sample")
     ids = check_ids(sample_ids, latents, "edm_sample")
-    churn = Churn(S_churn, S_min, S_max, S_noise)
-    churn.check("edm_sample")
+    churn = check_churn("edm_sample", S_churn, S_min, S_max, S_noise)
     weight = check_guidance("edm_sample", guidance, uncond, latents)
-    if precondition is not None and not 0 < precondition < math.inf:
-        raise ValueError(f"edm_sample: precondition must be positive, got {precondition}")
+    precondition = check_precondition("edm_sample", precondition)
     seeds = seeds_for("edm_sample", seeds, latents, churn.amount > 0)
     if log_density is not None:
         check_log_density("edm_sample", log_density, latents)
-        trace_inputs.check_options(Options(estimator, probes), latents, "edm_sample")
+        trace_inputs.check_problem(options, latents, "edm_sample")
         if churn.amount > 0:
             raise ValueError(f"edm_sample: S_churn must be 0 with log_density, got {churn.amount}")
-        levels = _schedule(*schedule) if levels is None else levels
+        levels = levels_of(*schedule)[None] if levels is None else levels
         if bool((levels[:, -1] == 0).all()):
             levels = levels[:, :-1]
         if levels.shape[1] < 2:
             raise ValueError("edm_sample: log_density needs two levels above 0")
-    name = pick(latents, backend)
+    name = pick("edm_sample", latents, backend)
     if levels is None and weight is None and not torch.compiler.is_compiling():
         plan = _known_plan(schedule, churn, precondition)
     else:
-        own = _schedule(*schedule) if levels is None else levels
+        own = levels_of(*schedule)[None] if levels is None else levels
         plan = edm_plan(own, churn, weight, precondition)
     networks = (denoiser,) if uncond is None else (denoiser, uncond)
     if cuda_graph:
@@ -179,7 +187,6 @@ def edm_sample(
     if log_density is not None and tracker == "logdet":
         tracked = Determinants(networks, plan, log_density, latents)
     elif log_density is not None:
-        options = Options(estimator, probes)
         tracked = Traces(networks, plan, log_density, options, name, weight, ids)
     table = plan.table.to(latents.device)
     run = Run(
@@ -236,14 +243,9 @@ def edm_plan(
     )
 
 
-def _schedule(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """`[1, N + 1]`"""
-    return karras_sigmas(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[None]
-
-
 @functools.lru_cache(maxsize=64)
 def _known_plan(
     schedule: tuple[int, float, float, float], churn: Churn, precondition: float | None
 ) -> Plan:
     """EDM's own schedules, whose tables take longer to make than a step of a small network."""
-    return edm_plan(_schedule(*schedule), churn, None, precondition)
+    return edm_plan(levels_of(*schedule)[None], churn, None, precondition)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewstep._checks import count, flags, function
 from fewstep.ops.heun.engine import Run, rows
 from fewstep.ops.heun.inputs import check_state, pick
 from fewstep.ops.trace.inputs import check_times
-from fewstep.samplers.inputs import check_count, check_guidance
+from fewstep.samplers.inputs import check_churn, check_guidance
 from fewstep.samplers.plan import Churn, Network, Plan, follow, table_row
 from fewstep.samplers.seeds import seeds_for
 
@@ -69,22 +70,23 @@ def flow_sample(
     >>> abs(x.std().item() - 1) < 0.05
     True
     """
+    function("flow_sample", "velocity", velocity)
+    flags("flow_sample", progress=progress)
     check_state("flow_sample", latents, state, "latents")
     if times is None:
-        steps = check_count("flow_sample", "steps", steps)
+        steps = count("flow_sample", "steps", steps)
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     nodes = check_times("flow_sample", times, latents)
     if bool(
         (nodes[:, 0] > 1).any() | (nodes[:, -1] < 0).any() | (nodes[:, 0] < nodes[:, -1]).any()
     ):
         raise ValueError(f"flow_sample: times must decrease within [0, 1], got {times}")
-    churn = Churn(S_churn, S_min, S_max, S_noise)
-    churn.check("flow_sample")
+    churn = check_churn("flow_sample", S_churn, S_min, S_max, S_noise)
     weight = check_guidance("flow_sample", guidance, uncond, latents)
     seeds = seeds_for("flow_sample", seeds, latents, churn.amount > 0)
     plan = flow_plan(nodes, churn, weight)
     networks = (velocity,) if uncond is None else (velocity, uncond)
-    name = pick(latents, backend)
+    name = pick("flow_sample", latents, backend)
     table = plan.table.to(latents.device)
     run = Run("flow_sample", name, latents, table, state, check_finite, seeds=seeds)
     return follow(run, networks, plan.inputs(latents), plan, None, progress)

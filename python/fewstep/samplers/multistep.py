@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewstep._checks import as_float64, function, one_of
 from fewstep._torch import wide
 from fewstep.ops.heun.engine import FIRST, Run
 from fewstep.ops.heun.inputs import check_state, pick
-from fewstep.ops.trace.inputs import as_float64
 from fewstep.reference.heun import COLUMNS, NOISE, SCALE
 from fewstep.samplers.plan import Network
 from fewstep.samplers.seeds import seeds_for
@@ -60,9 +60,9 @@ def multistep_sample(
     >>> fewstep.multistep_sample(half, torch.ones(1, 2), sigmas=[4.0, 1.0], mode="line")
     tensor([[1.2500, 1.2500]])
     """
+    function("multistep_sample", "network", network)
     check_state("multistep_sample", latents, "float32", "latents")
-    if mode not in MODES:
-        raise ValueError(f"multistep_sample: mode must be one of {MODES}, got {mode!r}")
+    one_of("multistep_sample", "mode", mode, MODES)
     levels = as_float64("multistep_sample", "sigmas", sigmas, torch.device("cpu"))
     positive = levels.ndim == 1 and levels.numel() > 0 and bool((levels > 0).all())
     if not positive or not bool((levels.diff() < 0).all()) or not bool(levels.isfinite().all()):
@@ -80,7 +80,7 @@ def multistep_sample(
         table[FIRST:-1, :, 1] = 1
         table[FIRST:-1, :, 2 if mode == "reuse" else NOISE] = levels[1:, None]
     table[-1, :, 1] = 1
-    name = pick(latents, backend)
+    name = pick("multistep_sample", latents, backend)
     table = table.to(latents.device)
     run = Run("multistep_sample", name, latents, table, "float32", check_finite, seeds=seeds)
     given = levels.to(latents.device, wide(latents.dtype))[:, None]

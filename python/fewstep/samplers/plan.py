@@ -31,11 +31,6 @@ class Churn:
     high: float = math.inf
     noise: float = 1.0
 
-    def check(self, who: str) -> None:
-        for name, value in (("S_churn", self.amount), ("S_noise", self.noise)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{who}: {name} must be at least 0 and finite, got {value}")
-
     def gamma(self, level: Tensor, steps: int) -> Tensor:
         """How much the noise grows, relative to what there is."""
         inside = (level >= self.low) & (level <= self.high)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.samplers.inputs import check_count
+from fewstep._checks import count, integer, one_of
+from fewstep.samplers.inputs import check_schedule
 
 GRIDS = ("edm_subset", "uniform_sigma", "uniform_s")
 
@@ -31,33 +32,38 @@ def karras_sigmas(
         steps (int): N, at least 1; a single step starts from sigma_max.
         sigma_min, sigma_max (float): lowest and highest level, standard deviations of the noise.
         rho (float): how much denser low levels are.
-        device, dtype: of the result.
+        device, dtype: of the result, a floating one.
 
     Returns:
         Tensor: `[N + 1]`.
 
     Raises:
-        ValueError: steps below 1, levels that are not `0 < sigma_min < sigma_max`, or rho
-            not positive.
+        ValueError: steps below 1, levels that are not `0 < sigma_min < sigma_max`, rho not
+            positive or too far from 1 for float64, a device that cannot be used.
+        TypeError: numbers that are none, a dtype that is not floating.
 
     Source: Karras et al., EDM, arXiv 2206.00364, equation 5.
 
     >>> [round(s, 3) for s in karras_sigmas(3).tolist()]
     [80.0, 2.515, 0.002, 0.0]
     """
-    steps = check_count("karras_sigmas", "steps", steps)
-    if not 0 < sigma_min < sigma_max < math.inf:
-        raise ValueError(
-            "karras_sigmas: sigma_min and sigma_max must be 0 < sigma_min < sigma_max,"
-            f" got {sigma_min} and {sigma_max}"
-        )
-    if not 0 < rho < math.inf:
-        raise ValueError(f"karras_sigmas: rho must be positive, got {rho}")
+    steps = count("karras_sigmas", "steps", steps)
+    schedule = check_schedule("karras_sigmas", sigma_min, sigma_max, rho)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"karras_sigmas: dtype must be floating, got {dtype!r}")
+    try:
+        return levels_of(steps, *schedule).to(device=device, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"karras_sigmas: device {device!r} cannot be used: {error}") from error
+
+
+def levels_of(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """Those of `karras_sigmas`, of numbers that have been looked at."""
     ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     levels = (high + ramp * (low - high)) ** rho
     levels[0] = sigma_max  # exactly
-    return torch.cat((levels, levels.new_zeros(1))).to(device=device, dtype=dtype)
+    return torch.cat((levels, levels.new_zeros(1)))
 
 
 def few_step_sigmas(
@@ -87,7 +93,9 @@ def few_step_sigmas(
         Tensor: float64 `[K]`, decreasing, without a 0 at the end.
 
     Raises:
-        ValueError: an unknown grid, indices with a uniform grid, out of range or not increasing.
+        ValueError: an unknown grid, indices with a uniform grid, out of range or not increasing,
+            a schedule that `karras_sigmas` refuses.
+        TypeError: indices or numbers that are none.
 
     Source: Matityahu and Fattal, LMM, arXiv 2412.06403, table 7.
 
@@ -96,15 +104,18 @@ def few_step_sigmas(
     >>> few_step_sigmas(4, grid="uniform_sigma").tolist()
     [80.0, 60.0, 40.0, 20.0]
     """
-    if grid not in GRIDS:
-        raise ValueError(f"few_step_sigmas: grid must be one of {GRIDS}, got {grid!r}")
-    if not isinstance(steps, Iterable):
-        steps = check_count("few_step_sigmas", "steps", steps)
+    one_of("few_step_sigmas", "grid", grid, GRIDS)
+    teacher_steps = count("few_step_sigmas", "teacher_steps", teacher_steps)
+    schedule = check_schedule("few_step_sigmas", sigma_min, sigma_max, rho)
+    array = isinstance(steps, np.ndarray | Tensor) and steps.ndim == 1
+    if not array and (not isinstance(steps, Sequence) or isinstance(steps, str)):
+        steps = count("few_step_sigmas", "steps", steps)
     elif grid != "edm_subset":
         raise ValueError(f"few_step_sigmas: steps must be a number for {grid!r}, got {steps}")
     if grid == "edm_subset":
-        levels = karras_sigmas(teacher_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-        indices = list(range(steps)) if isinstance(steps, int) else list(steps)
+        levels = levels_of(teacher_steps, *schedule)
+        given = range(steps) if isinstance(steps, int) else steps
+        indices = [integer("few_step_sigmas", "steps", index) for index in given]
         increasing = all(a < b for a, b in itertools.pairwise(indices))
         if not indices or not increasing or indices[0] < 0 or indices[-1] >= teacher_steps:
             raise ValueError(
@@ -114,6 +125,7 @@ def few_step_sigmas(
         return levels[indices]
     assert isinstance(steps, int)
     left = 1 - torch.arange(steps, dtype=torch.float64) / steps
+    sigma_max = schedule[1]
     if grid == "uniform_sigma":
         return sigma_max * left
     s = sigma_max / (1 + sigma_max) * left

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewstep._checks import strided
 from fewstep.ops.heun import dispatch
 from fewstep.ops.heun.inputs import pick
 from fewstep.reference.heun import COLUMNS, NOISE
+from fewstep.samplers.inputs import check_shape
 
 
 def latents(
@@ -32,8 +34,9 @@ def latents(
         Tensor: `[B, *shape]`, on the device of seeds.
 
     Raises:
-        ValueError: seeds that are not `[B]` or, on the CPU, negative.
-        TypeError: seeds that are not an int64 tensor, a dtype that is not floating.
+        ValueError: seeds that are not `[B]` or, on the CPU, negative; a negative size.
+        TypeError: seeds that are not an int64 tensor, a shape that is no sequence of integers, a
+            dtype that is not floating.
 
     >>> a, b = latents(torch.tensor([7, 8]), (2,)), latents(torch.tensor([8]), (2,))
     >>> torch.equal(a[1:], b)
@@ -41,8 +44,8 @@ def latents(
     """
     own = _check_seeds("latents", seeds)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"latents: dtype must be floating, got {dtype}")
-    return normals(own, shape, dtype=dtype, backend=backend)
+        raise TypeError(f"latents: dtype must be floating, got {dtype!r}")
+    return normals(own, check_shape("latents", shape), dtype=dtype, backend=backend)
 
 
 def normals(
@@ -58,7 +61,7 @@ def normals(
     x = torch.zeros((seeds.shape[0], *shape), dtype=wide, device=seeds.device)
     table = x.new_zeros((row + 1, 1, COLUMNS), dtype=torch.float64)
     table[row, :, NOISE] = 1
-    name = pick(x, backend)
+    name = pick("latents", x, backend)
     dispatch.into(name, wide)(x, None, [], table, row, seeds, x, None, None, None)
     return x.to(dtype)
 
@@ -67,6 +70,7 @@ def _check_seeds(who: str, seeds: Tensor, batch: int | None = None) -> Tensor:
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
         got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
         raise TypeError(f"{who}: seeds must be an int64 tensor, got {got}")
+    strided(who, "seeds", seeds)
     if seeds.ndim != 1 or batch not in (None, seeds.shape[0]):
         wanted = "[B]" if batch is None else f"({batch},)"
         raise ValueError(f"{who}: seeds must be {wanted}, got {tuple(seeds.shape)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 import io
 import itertools
@@ -11,7 +12,7 @@ import math
 import os
 import re
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
@@ -259,6 +260,7 @@ def _train_defaults(arguments: list[str]) -> _Training:
         config = kind.settings.preset(known.data)
     else:
         usual = "mnist5k" if kind is Train else "digits"
-        config = replace(kind.settings.preset(usual), data=tyro.MISSING)
+        config = copy.copy(kind.settings.preset(usual))
+        object.__setattr__(config, "data", tyro.MISSING)  # which is no string
     defaults: _Training = kind(method=tyro.MISSING, out=tyro.MISSING, config=config)
     return defaults

@@ -19,7 +19,6 @@ from fewstep.reference import dual as reference
 from fewstep.reference import probe as reference_probe
 
 Maybe = Tensor | None
-FREED = "are freed after their layer's forward"
 COMPILED = ("cpp", "triton")
 
 
@@ -424,7 +423,7 @@ def present(*tensors: Tensor | None) -> None:
         return
     for z in tensors:
         if z is not None and z.numel() and not z.untyped_storage().nbytes():
-            raise RuntimeError(f"weights {tuple(z.shape)} {FREED}")
+            raise RuntimeError(f"weights {tuple(z.shape)} are freed after their layer's forward")
 
 
 def kernel_shift(

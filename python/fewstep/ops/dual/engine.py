@@ -19,6 +19,7 @@ with, all else is computed in float32 and rounded.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ class MixingError(ValueError):
 AUTOCAST = "no rules under autocast"
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
+H = TypeVar("H", bound="Traced")
 RULES: dict[Any, Rule] = {}
 # Names of NumPy's that torch takes for its own.
 NUMPY = {"axis": "dim", "keepdims": "keepdim"}
@@ -169,6 +171,14 @@ class Traced:
             raise UnsupportedError("no rule for a change in place of x, or of what has views")
         self.__dict__.update(result.__dict__)
         return self
+
+    def twin(self: H) -> H:
+        """Another object of the same value."""
+        if not isinstance(self, Opaque):
+            return copy.copy(self)
+        own: H = without_data(type(self), self.shape, dtype=self.dtype, device=self.device)
+        own.__dict__.update(self.__dict__)
+        return own
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         return type(self).__torch_function__(func, (), args, kwargs)

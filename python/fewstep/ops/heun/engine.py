@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._checks import flags
 from fewstep._torch import is_dual, is_transformed, wide
 from fewstep.ops.heun import dispatch
 from fewstep.ops.trace.estimator import Divergence
@@ -40,12 +41,14 @@ class Run:
         scaled: bool = False,
         seeds: Tensor | None = None,
     ) -> None:
+        if check_finite is not None:
+            flags(who, check_finite=check_finite)
         self.who, self.backend, self.table, self.seeds = who, backend, table, seeds
         self.functional = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_transformed() or is_dual(x):
             self.functional, self.backend = True, "reference"
         self.combine = dispatch.into(self.backend, x.dtype)
-        self.dtype = x.dtype
+        self.dtype, self.device = x.dtype, x.device
         double = state == "float64" or x.dtype == torch.float64
         self.compensated = state == "compensated" and not double
         self.high = x.to(torch.float64 if double else torch.float32)
@@ -67,10 +70,21 @@ class Run:
         self.flag = self.wrong.numpy() if self.wrong is not None and on_cpu else None
 
     def accept(self, out: Any, step: int) -> Tensor:
-        """What the network returned, if it has the state's shape."""
-        if isinstance(out, Tensor) and out.shape == self.high.shape:
-            return out if out.dtype == self.dtype else out.to(self.dtype)
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        """What the network returned, if it has the state's shape and device."""
+        got: object = type(out).__name__
+        if isinstance(out, Tensor):
+            dense = out.layout == torch.strided  # a nested tensor that is has no shape
+            if dense and out.shape == self.high.shape and out.device == self.device:
+                if out.dtype == self.dtype:
+                    return out
+                if not out.is_complex():
+                    return out.to(self.dtype)
+            if not dense:
+                got = f"a tensor of layout {out.layout}"
+            elif out.shape == self.high.shape:
+                got = f"{out.dtype} on {out.device}"
+            else:
+                got = tuple(out.shape)
         raise ValueError(
             f"{self.who}: the network must return {tuple(self.high.shape)}, got {got}"
             f" at step {step}"

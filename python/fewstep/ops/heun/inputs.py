@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fewstep._checks import as_float64, floating, one_of, strided
 from fewstep._library import choose_backend
 from fewstep._torch import readable
 from fewstep.ops.heun import dispatch
-from fewstep.ops.trace.inputs import as_float64
 
 STATES = dispatch.STATES
 
 
-def pick(x: Tensor, backend: str | None) -> str:
-    return choose_backend("heun", x.device.type, backend, unsupported)
+def pick(who: str, x: Tensor, backend: str | None) -> str:
+    return choose_backend(who, x.device.type, backend, unsupported)
 
 
 def unsupported(backend: str) -> str | None:
@@ -24,20 +24,17 @@ def unsupported(backend: str) -> str | None:
 
 
 def check_state(who: str, x: Tensor, state: str, name: str = "x") -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{who}: {name} must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{who}: {name} must have a floating dtype, got {x.dtype}")
+    floating(who, name, x)
     if x.ndim < 1:
         raise ValueError(f"{who}: {name} must be [B, ...], got a scalar")
-    if state not in STATES:
-        raise ValueError(f"{who}: state must be one of {STATES}, got {state!r}")
+    one_of(who, "state", state, STATES)
 
 
 def check_log_density(who: str, log_density: Tensor, x: Tensor) -> None:
     if not isinstance(log_density, Tensor) or not log_density.is_floating_point():
         got = log_density.dtype if isinstance(log_density, Tensor) else type(log_density).__name__
         raise TypeError(f"{who}: log_density must be a tensor of a floating dtype, got {got}")
+    strided(who, "log_density", log_density)
     if tuple(log_density.shape) != (x.shape[0],):
         raise ValueError(
             f"{who}: log_density must be ({x.shape[0]},), got {tuple(log_density.shape)}"

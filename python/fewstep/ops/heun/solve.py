@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._checks import flags, function
 from fewstep._torch import wide
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.inputs import as_vector, check_log_density, check_state, pick
 from fewstep.ops.trace import replicas
 from fewstep.ops.trace.estimator import Solver
-from fewstep.ops.trace.inputs import Options, check_ids, check_options, check_times, make_keys
+from fewstep.ops.trace.inputs import (
+    Options,
+    check_ids,
+    check_options,
+    check_problem,
+    check_times,
+    make_keys,
+)
 
 Velocity = Callable[..., Any]
 
@@ -75,6 +83,7 @@ def heun_step(
     >>> fewstep.heun_step(lambda x, t: -x, x, 0.0, 0.1)[0, 0].item()  # 1 - 0.1 + 0.01 / 2
     0.9049999713897705
     """
+    function("heun_step", "velocity", velocity)
     check_state("heun_step", x, "float32")
     start, step = (as_vector(name, value, x) for name, value in (("t", t), ("dt", dt)))
     start, step = torch.broadcast_tensors(start, step)  # type: ignore[no-untyped-call]
@@ -146,13 +155,16 @@ def heun_solve(
     >>> out.x[0, 0].item(), out.log_density[0].item()  # 0.625^2; log q rises by D t
     (0.390625, 2.0)
     """
+    function("heun_solve", "velocity", velocity)
     check_state("heun_solve", x, state)
+    flags("heun_solve", fresh=fresh, keep=keep)
     nodes = check_times("heun_solve", times, x)
     options = Options(estimator, probes, probe, engine=engine, check=check)
+    check_options(options, "heun_solve")
     traced = None
     ids = check_ids(sample_ids, x, "heun_solve")
     if log_density is not None:
-        check_options(options, x, "heun_solve")
+        check_problem(options, x, "heun_solve")
         check_log_density("heun_solve", log_density, x)
         traced = Solver(velocity, options, ids, fixed=not fresh, cache={})
     solve = functools.partial(
@@ -183,13 +195,13 @@ def _solve(
     backend: str | None = None,
 ) -> HeunResult:
     """`heun_solve` at nodes float64 `[1 or B, S + 1]`, which may repeat."""
-    name = pick(x, backend)
+    name = pick(who, x, backend)
     h = nodes.diff(dim=1).T  # [S, 1 or B]
     table = _table(h)
     evaluations = torch.stack((nodes[:, :-1].T, nodes[:, 1:].T), 1).flatten(0, 1)
     levels = evaluations.to(wide(x.dtype)).expand(-1, x.shape[0]).contiguous().unbind()
     run = Run(who, name, x, table, state, check_finite)
-    keys = make_keys(seed, h.shape[0], fresh=traced is None or not traced.fixed)
+    keys = make_keys(seed, h.shape[0], fresh=traced is None or not traced.fixed, who=who)
     tracker = None if log_density is None else Tracker(name, log_density, _log_table(h))
     path = [x] if keep else []
 

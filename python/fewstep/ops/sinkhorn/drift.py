@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep._checks import integer
 from fewstep._library import choose_backend
 from fewstep.ops.sinkhorn import dispatch_drift
 from fewstep.ops.sinkhorn.inputs import (
@@ -18,7 +19,6 @@ from fewstep.ops.sinkhorn.inputs import (
     excluded,
     from_numbers,
     given_numbers,
-    integer,
 )
 from fewstep.reference import drift as reference
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep import _checks
+from fewstep._checks import check_real, integer, is_number, strided
 from fewstep._torch import is_dual
 from fewstep.reference.sinkhorn import Points, Schedule
 
@@ -41,9 +41,7 @@ def check_dense(op: str, name: str, t: object) -> None:
     if t.dtype not in DTYPES:
         names = "float32, float64, bfloat16 or float16"
         raise TypeError(f"{op}: {name} must be {names}, got {t.dtype}")
-    if t.layout != torch.strided or t.is_nested:
-        got = "a nested tensor" if t.is_nested else t.layout
-        raise TypeError(f"{op}: {name} must be dense (torch.strided), got {got}")
+    strided(op, name, t)
 
 
 def check_constant(op: str, name: str, t: Tensor) -> None:
@@ -52,31 +50,11 @@ def check_constant(op: str, name: str, t: Tensor) -> None:
         raise ValueError(f"{op}: {name} must not require a gradient, got one that does (detach it)")
 
 
-def is_number(value: object) -> bool:
-    """Of Python or of numpy."""
-    return isinstance(value, int | float | numbers.Real)
-
-
-def integer(op: str, name: str, value: Any) -> int:
-    try:
-        whole = value if isinstance(value, int) else operator.index(value)
-    except TypeError:
-        raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
-    if not -(2**63) <= whole < 2**63:
-        raise ValueError(f"{op}: {name} must fit in 64 bits, got {whole}")
-    return whole
-
-
 def number(op: str, name: str, value: Any) -> float:
     """A number as one of Python."""
-    if isinstance(value, int | float):
-        return value
     if isinstance(value, Tensor):
         check_constant(op, name, value)
-    if is_number(value) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0):
-        return float(value)
-    got = tuple(value.shape) if isinstance(value, np.ndarray | Tensor) else repr(value)
-    raise TypeError(f"{op}: {name} must be a number, got {got}")
+    return _checks.number(op, name, value)
 
 
 def given_numbers(
@@ -86,15 +64,14 @@ def given_numbers(
 
     `constant` where a derivative for it might be expected.
     """
-    if isinstance(value, Tensor):
-        if constant:
+    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.ndim > 0):
+        if isinstance(value, Tensor) and constant:
             check_constant(op, name, value)
-        return value
-    if isinstance(value, np.ndarray) and value.ndim > 0:
-        return torch.tensor(value)
+        check_real(op, name, value)
+        return value if isinstance(value, Tensor) else torch.tensor(value)
     if isinstance(value, np.ndarray) or is_number(value):
         return number(op, name, value)
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         kinds = "a number, a sequence of numbers or a Tensor"
         raise TypeError(f"{op}: {name} must be {kinds}, got {type(value).__name__}")
     for one in value:

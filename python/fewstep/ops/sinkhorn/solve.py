@@ -11,6 +11,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
+from fewstep._checks import integer
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed
 from fewstep.ops.sinkhorn import autograd, dispatch
@@ -23,7 +24,6 @@ from fewstep.ops.sinkhorn.inputs import (
     canonical_weights,
     checked_precision,
     initial_potential,
-    integer,
     labelled,
     number,
     penalties,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.ops.trace.estimator import Divergence, Solver
-from fewstep.ops.trace.inputs import Options, check_ids, check_options, check_time, make_key
+from fewstep.ops.trace.inputs import Options, check_ids, check_problem, check_time, make_key
 
 
 def divergence(
@@ -103,7 +103,7 @@ def divergence(
     ('exact (structural)', True, torch.Size([5]))
     """
     options = Options(estimator, probes, probe, backend, tangent_dtype, engine, check)
-    check_options(options, x, "divergence")
+    check_problem(options, x, "divergence")
     ids = check_ids(sample_ids, x)
     t = check_time(t, x)
     solver = Solver(velocity, options, ids)

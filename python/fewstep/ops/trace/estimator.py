@@ -20,6 +20,7 @@ from fewstep.ops.dual.heads import exact_by_tangents, probe_products
 from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget, structural
 from fewstep.ops.trace import ladder, replicas
+from fewstep.ops.trace import velocity as velocities
 from fewstep.ops.trace.inputs import Options, make_key, unsupported
 from fewstep.ops.trace.ladder import Known, Sample
 from fewstep.reference import trace as reference
@@ -162,6 +163,8 @@ class Solver:
         if known.hooked:
             reason = "hooks may change weights after their layer's forward"
             refused.update(dict.fromkeys(("mlp", "structural"), reason))
+        if known.scripted:
+            refused["func"] = "TorchScript"
         if ladder.autocast(x) and engine is None:
             refused.update(dict.fromkeys(("mlp", "structural", "duals"), AUTOCAST))
 
@@ -174,16 +177,19 @@ class Solver:
         source = replace(self._source(key, self.backend(x)), count=1, kind="gaussian", ids=None)
         source = replace(source, cache=None)
 
+        modules = velocities.signature(self.velocity)[1]
+
         def probe(y: Tensor) -> Tensor:
             return dispatch.probe("reference", y, key, None, 1, "gaussian")[0]
 
         with (
             replicas.bare(),
-            ladder.isolated(x),
+            ladder.isolated(x, modules),
             torch.inference_mode(mode=False),
             torch.enable_grad(),
         ):
-            s = ladder.sample(self.run, x, t, probe)
+            with ladder.weights_at_hand():
+                s = ladder.sample(self.run, x, t, probe, velocities.freed(modules))
 
             def duals() -> tuple[Tensor, Tensor | None]:
                 return probe_products(self.run, s.x, s.t, source)
@@ -200,8 +206,10 @@ class Solver:
                 return self._chain(s, source)
 
             def func() -> tuple[Tensor, Tensor | None]:
-                v, u, _ = reference.products(self.run, s.x, s.t, s.probe[None])
-                return v, (u[0] * s.probe).flatten(1).sum(1)
+                # Rules of torch for several products are other rules, some of them wrong.
+                several = torch.stack([s.probe.flip(0), s.probe])
+                v, u, _ = reference.products(self.run, s.x, s.t, several)
+                return v, (u[1] * s.probe).flatten(1).sum(1)
 
             ways = {"mlp": program, "structural": chain, "duals": duals, "func": func}
             for way, attempt in ways.items():
@@ -284,15 +292,8 @@ class Solver:
             found = self._try(way, attempt, x, known)
             if found is not None:
                 return found
-        try:
+        with ladder.weights_at_hand():
             return ways["reverse"]()
-        except RuntimeError as error:
-            gone = next((r for r in known.refused.values() if dispatch.FREED in r), None)
-            if gone is None:
-                raise
-            raise RuntimeError(
-                f"divergence: {gone}: hand over the module itself, whose hooks are then seen"
-            ) from error
 
     def backend(self, x: Tensor) -> str:
         """Of the kernels, for x: "cpp", "triton" or "reference"."""
@@ -305,6 +306,8 @@ class Solver:
     def _refuse(self, way: str, reason: str, known: Known) -> None:
         """Remember that a way does not serve; raise where it is the only one asked for."""
         known.refused[way] = reason
+        if way == "duals" and "TorchScript" in reason:  # its interpreter failed, in a function
+            known.refused["func"] = reason
         options = self.options
         if way == "duals" and options.backend is not None:
             raise ValueError(

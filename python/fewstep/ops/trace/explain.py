@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.ops.dual.engine import RULES, is_constant, name_of
 from fewstep.ops.trace.divergence import divergence
 from fewstep.ops.trace.estimator import Solver
-from fewstep.ops.trace.inputs import Options, check_options, check_time
+from fewstep.ops.trace.inputs import Options, check_problem, check_time
 
 _RUNS = 5
 
@@ -106,7 +106,7 @@ def explain(
     ...
     """
     options = Options(estimator, probes, engine=engine)
-    check_options(options, x, "explain")
+    check_problem(options, x, "explain")
     times = check_time(t, x)
     solver = Solver(network, options)
 

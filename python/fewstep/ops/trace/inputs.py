@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep._checks import as_float64, check_real, floating, number, one_of, strided
 from fewstep._torch import readable, wide
 from fewstep.ops.dual import dispatch
 from fewstep.reference.probe import PROBES as PROBES
@@ -34,22 +34,9 @@ class Options:
     check: str = "first"
 
     def __post_init__(self) -> None:
-        if isinstance(self.probes, Integral) and not isinstance(self.probes, bool):
+        own = type(self.probes) in (int, bool)
+        if not own and isinstance(self.probes, Integral):
             object.__setattr__(self, "probes", int(self.probes))  # NumPy's, too
-
-
-def as_float64(who: str, name: str, value: Any, device: torch.device | None = None) -> Tensor:
-    """Numbers as a float64 tensor.
-
-    Raises:
-        TypeError: they are not numbers.
-    """
-    try:
-        return torch.as_tensor(value, dtype=torch.float64, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(value, Tensor):
-            raise
-        raise TypeError(f"{who}: {name} must be numbers, got {value!r}") from error
 
 
 def check_times(who: str, times: Tensor | Sequence[float], x: Tensor) -> Tensor:
@@ -91,37 +78,36 @@ def unsupported(backend: str) -> str | None:
     return "divergences have the backends cpp, triton and reference"
 
 
-def check_options(options: Options, x: Tensor, who: str) -> None:
-    """Raise where `options` make no sense for x."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{who}: x must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{who}: x must have a floating dtype, got {x.dtype}")
-    if x.ndim < 2 or x.shape[1:].numel() == 0:
-        raise ValueError(f"{who}: x must be [B, ...] with features, got {tuple(x.shape)}")
-    d = x.shape[1:].numel()
-    if options.estimator not in ESTIMATORS:
-        raise ValueError(f"{who}: estimator must be one of {ESTIMATORS}, got {options.estimator!r}")
-    if options.engine is not None and options.engine not in ENGINES:
-        raise ValueError(f"{who}: engine must be None or one of {ENGINES}, got {options.engine!r}")
-    if options.check not in CHECKS:
-        raise ValueError(f"{who}: check must be one of {CHECKS}, got {options.check!r}")
+def check_options(options: Options, who: str) -> None:
+    """Raise where `options` make no sense for any x."""
+    one_of(who, "estimator", options.estimator, ESTIMATORS)
+    one_of(who, "probe", options.probe, PROBES)
+    if options.engine is not None:
+        one_of(who, "engine", options.engine, ENGINES)
+    one_of(who, "check", options.check, CHECKS)
     if options.engine in ("func", "reverse") and options.backend is not None:
         raise ValueError(
             f"{who}: backend names kernels of engine 'duals', got {options.backend!r} with"
             f" {options.engine!r}"
         )
-    if options.probe not in PROBES:
-        raise ValueError(f"{who}: probe must be one of {PROBES}, got {options.probe!r}")
+    count = options.probes
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 65535:
+        raise ValueError(f"{who}: probes must be an integer from 1 to 65534, got {count!r}")
+
+
+def check_problem(options: Options, x: Tensor, who: str) -> None:
+    """Raise where `options` make no sense for x."""
+    floating(who, "x", x)
+    if x.ndim < 2 or x.shape[1:].numel() == 0:
+        raise ValueError(f"{who}: x must be [B, ...] with features, got {tuple(x.shape)}")
+    check_options(options, who)
+    d, count = x.shape[1:].numel(), options.probes
     low = options.tangent_dtype
-    if low is not None and (low != torch.bfloat16 or x.dtype != torch.float32):
+    if low is not None and (low is not torch.bfloat16 or x.dtype != torch.float32):
         raise ValueError(
             f"{who}: tangent_dtype must be None, or torch.bfloat16 with float32 x, got {low} with"
             f" {x.dtype}"
         )
-    count = options.probes
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 65535:
-        raise ValueError(f"{who}: probes must be an integer from 1 to 65534, got {count!r}")
     if options.probe == "hadamard" and count > d:
         raise ValueError(f"{who}: probes must be at most D = {d} for 'hadamard', got {count}")
     if options.estimator == "hutch++" and count < 3:
@@ -152,9 +138,12 @@ def check_ids(ids: Tensor | None, x: Tensor, who: str = "divergence") -> Tensor 
 
 def check_time(t: float | Tensor, x: Tensor) -> Tensor:
     if not isinstance(t, Tensor):
-        if not math.isfinite(t):
-            raise ValueError(f"divergence: t must be finite, got {t}")
-        return x.new_full((x.shape[0],), t, dtype=wide(x.dtype))
+        t = number("divergence", "t", t)
+        dtype = wide(x.dtype)
+        if not abs(t) <= torch.finfo(dtype).max:
+            raise ValueError(f"divergence: t must be finite in {dtype}, got {t}")
+        return x.new_full((x.shape[0],), t, dtype=dtype)
+    check_real("divergence", "t", t)
     if tuple(t.shape) not in ((), (x.shape[0],)):
         raise ValueError(f"divergence: t must be a scalar or ({x.shape[0]},), got {tuple(t.shape)}")
     if readable(t) and not math.isfinite(t.sum().item()):
@@ -167,15 +156,18 @@ def make_key(seed: int | Tensor) -> Tensor:
     return make_keys(seed, 1, fresh=False)[0]
 
 
-def make_keys(seed: int | Tensor, steps: int, *, fresh: bool = True) -> Sequence[Tensor]:
+def make_keys(
+    seed: int | Tensor, steps: int, *, fresh: bool = True, who: str = "divergence"
+) -> Sequence[Tensor]:
     """int64 `(seed, step, stage)` on the CPU for both stages of every step, or the first of all."""
     if isinstance(seed, Tensor):
+        strided(who, "seed", seed)
         if seed.dtype != torch.int64 or seed.ndim != 0:
             raise TypeError(
-                f"divergence: seed must be an int64 scalar, got {seed.dtype} {tuple(seed.shape)}"
+                f"{who}: seed must be an int64 scalar, got {seed.dtype} {tuple(seed.shape)}"
             )
     elif isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
-        raise ValueError(f"divergence: seed must be an integer in [0, 2^63), got {seed!r}")
+        raise ValueError(f"{who}: seed must be an integer in [0, 2^63), got {seed!r}")
     places = [(step, stage) for step in range(steps) for stage in (0, 1)] if fresh else [(0, 0)]
     if isinstance(seed, Tensor):
         rest = seed.new_tensor(places)

@@ -6,7 +6,7 @@ go through each way and through plain autograd, and a way is taken only where al
 
     velocity      v(x, t), under the same random state
     w . J v       for one probe v = w, by one reverse pass
-    gradients     of <r, v(x, t)>, for the leaves that autograd finds
+    gradients     of <r, v(x, t)> + w . J v, for the leaves that autograd finds
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ class Known:
         worked: ways that have.
         checked: samples that were compared.
         called: see `replicas.agree`.
-        hooked, compiled: see `velocities`.
+        hooked, compiled, scripted: see `velocities`.
     """
 
     hooked: bool = False
     compiled: bool = False
+    scripted: bool = False
     refused: dict[str, str] = field(default_factory=dict)
     worked: set[str] = field(default_factory=set)
     checked: int = 0
@@ -69,8 +70,9 @@ def known(velocity: Callable[..., Any], *rest: Any) -> Known:
     name = velocities.mixing(modules)
     if name is not None:
         raise MixingError(
-            f"divergence: {name} that normalises by the batch mixes samples, so that they have no"
-            " Jacobians of their own: call eval() on it, and keep its running statistics"
+            f"divergence: {name}: BatchNorm in training, or without running statistics, mixes"
+            " samples, so that they have no Jacobians of their own: call eval() on it, and keep"
+            " track_running_stats"
         )
     try:
         store = _KNOWN.setdefault(velocities.owner(velocity), {})
@@ -81,7 +83,11 @@ def known(velocity: Callable[..., Any], *rest: Any) -> Known:
     key = (own, *rest)
     found = store.get(key)
     if found is None:
-        found = store[key] = Known(velocities.hooked(modules), velocities.compiled(modules))
+        found = store[key] = Known(
+            velocities.hooked(modules),
+            velocities.compiled(modules),
+            velocities.scripted(own, modules),
+        )
     return found
 
 
@@ -93,14 +99,39 @@ def checkable(x: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def isolated(x: Tensor) -> Iterator[None]:
-    """Random states as they were, and nobody's hooks for saved tensors."""
-    devices = [x.device] if x.is_cuda else []
-    with (
-        torch.random.fork_rng(devices),
-        torch.autograd.graph.saved_tensors_hooks(lambda z: z, lambda z: z),
-    ):
+def isolated(x: Tensor, modules: list[torch.nn.Module]) -> Iterator[None]:
+    """Random states and buffers are as they were, and nobody's hooks see saved tensors."""
+    buffers = [(b, b.clone()) for m in modules for b in m._buffers.values() if b is not None]
+    versions = [b._version for b, _ in buffers]
+    named = [(m, dict(m._buffers)) for m in modules if m._buffers]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda z: z, lambda z: z)
+            stack.enter_context(hooks)
+        try:
+            yield
+        finally:
+            for m, own in named:
+                m._buffers.update(own)
+            with torch.no_grad():
+                for (b, before), version in zip(buffers, versions, strict=True):
+                    if b._version != version:
+                        b.copy_(before)
+
+
+@contextlib.contextmanager
+def weights_at_hand() -> Iterator[None]:
+    """Says what to do where torch finds that weights are gone."""
+    try:
         yield
+    except RuntimeError as error:
+        if "storage of size 0" not in str(error):
+            raise
+        raise RuntimeError(
+            "divergence: weights are freed after their layer's forward: hand over the module"
+            " itself, whose hooks are then seen"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -112,8 +143,9 @@ class Sample:
         probe: v = w, of the shape of x.
         weights: r.
         velocity: v(x, t).
-        pulled: `J' w` of every other sample; None without a derivative.
-        leaves: tensors that `velocity` is differentiable in, and their gradients.
+        pulled: `J' w` of every other sample; None where weights are freed before a backward.
+        leaves: tensors that the sum of `loss` is differentiable in, and their gradients.
+        twice: the dots are in that sum: plain autograd has their gradients.
         tolerance: see `AGREEMENT`.
     """
 
@@ -124,7 +156,8 @@ class Sample:
     velocity: Tensor
     pulled: Tensor | None
     leaves: list[Tensor]
-    gradients: list[Tensor | None]
+    gradients: list[Tensor]
+    twice: bool
     tolerance: float
 
     def difference(self, velocity: Tensor, dots: Tensor | None, *, rough: bool) -> str | None:
@@ -137,32 +170,38 @@ class Sample:
         off = _error(velocity, self.velocity)
         if not off <= self.tolerance:
             return f"velocity is off by {off:.2g} of its norm"
-        if self.pulled is not None and dots is not None:
+        if dots is not None and self.pulled is not None:
+            dots = dots.reshape(-1)[::2]
             exact = (self.pulled * self.probe).flatten(1).sum(1)[::2]
             size = self.pulled.flatten(1).norm(dim=1) * self.probe.flatten(1).norm(dim=1)
-            off = _error(dots.reshape(-1)[::2], exact, size[::2].norm())
+            # Of norms and softmaxes J is small, and a difference of larger numbers.
+            rounding = 100 * torch.finfo(velocity.dtype).eps / tolerance
+            size = size + rounding * self.probe.flatten(1).square().sum(1)
+            off = _error(dots, exact, size[::2].norm())
             if bool(exact.isfinite().all()) and not off <= tolerance:
                 return f"v . J v is off by {off:.2g} of |v| |J' v|"
-        return self._gradients(velocity)
+        return self._gradients(velocity, dots, tolerance)
 
-    def _gradients(self, velocity: Tensor) -> str | None:
-        if not self.leaves:
+    def _gradients(self, velocity: Tensor, dots: Tensor | None, tolerance: float) -> str | None:
+        live = [(leaf, g) for leaf, g in zip(self.leaves, self.gradients, strict=True)]
+        if not live:
             return None
-        own = {id(leaf) for leaf in leaves_of(velocity)}
-        missing = [leaf for leaf in self.leaves if id(leaf) not in own]
-        live = [leaf for leaf, g in zip(self.leaves, self.gradients, strict=True) if g is not None]
-        if any(any(leaf is m for m in missing) for leaf in live):
+        if dots is None:  # a way for traces alone
+            return None
+        own = loss(velocity, self.weights, dots if self.twice else None)
+        ends = {id(leaf) for leaf in leaves_of(own)}
+        missing = [leaf for leaf, _ in live if id(leaf) not in ends]
+        if missing:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in missing[:3])
-            return f"{len(missing)} of {len(self.leaves)} leaves get no gradient: {shapes}"
-        found = gradients(velocity, self.leaves, self.weights)
+            return f"{len(missing)} of {len(live)} leaves get no gradient: {shapes}"
+        found = gradients(own, [leaf for leaf, _ in live])
         pairs = [
-            (torch.zeros_like(leaf) if f is None else f, g)
-            for leaf, f, g in zip(self.leaves, found, self.gradients, strict=True)
-            if g is not None
+            (torch.zeros_like(g) if f is None else f, g)
+            for f, (_, g) in zip(found, live, strict=True)
         ]
         size = sum(float(g.norm()) ** 2 for _, g in pairs) ** 0.5
         off = sum(float((f - g).norm()) ** 2 for f, g in pairs) ** 0.5
-        if size == size and not off <= self.tolerance * size:  # NaN is nobody's
+        if size == size and not off <= tolerance * size:  # NaN is nobody's
             return f"gradients are off by {off / max(size, 1e-300):.2g} of their norm"
         return None
 
@@ -190,14 +229,24 @@ def leaves_of(out: Tensor) -> list[Tensor]:
     return found
 
 
-def gradients(velocity: Tensor, leaves: list[Tensor], weights: Tensor) -> list[Tensor | None]:
-    if not leaves or not velocity.requires_grad:
+def loss(velocity: Tensor, weights: Tensor, dots: Tensor | None) -> Tensor:
+    out = (velocity * weights).sum()
+    return out if dots is None else out + dots.sum()
+
+
+def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
+    if not leaves or not out.requires_grad:
         return [None] * len(leaves)
-    return list(torch.autograd.grad(velocity, leaves, weights, allow_unused=True))
+    with reference.attention_by_math():
+        return list(torch.autograd.grad(out, leaves, retain_graph=True, allow_unused=True))
 
 
 def sample(
-    run: Callable[..., Any], x: Tensor, t: Tensor, probe: Callable[[Tensor], Tensor]
+    run: Callable[..., Any],
+    x: Tensor,
+    t: Tensor,
+    probe: Callable[[Tensor], Tensor],
+    freed: bool,
 ) -> Sample:
     """A few samples through a plain call; all of them where a context has a row for each.
 
@@ -208,48 +257,69 @@ def sample(
     times = t[:FEW] if t.ndim else t
     if x.shape[0] > 2 * FEW:
         try:
-            return _sample(run, few, times, probe)
+            return _sample(run, few, times, probe, freed)
         except FATAL:
             raise
         except Exception:  # of this many rows only
             pass
-    return _sample(run, x.detach().clone(), t, probe)
+    return _sample(run, x.detach().clone(), t, probe, freed)
 
 
 def _sample(
-    run: Callable[..., Any], x: Tensor, t: Tensor, probe: Callable[[Tensor], Tensor]
+    run: Callable[..., Any],
+    x: Tensor,
+    t: Tensor,
+    probe: Callable[[Tensor], Tensor],
+    freed: bool,
 ) -> Sample:
     t = t.detach()
     y = x.requires_grad_(True)
     torch.manual_seed(0)
     with reference.attention_by_math():
-        out = reference.checked(run(y, t), y)
+        out = reference.checked(run(y.clone(), t), y)  # which may be changed in place
     v = probe(x.detach())
     alone = v.clone()
     alone[1::2] = 0
     weights = v.flip(0)
-    leaves, pulled, own = [leaf for leaf in leaves_of(out) if leaf is not y], None, []
-    try:
-        if out.requires_grad:
-            (pulled,) = torch.autograd.grad(out, y, alone, retain_graph=True, allow_unused=True)
-        own = gradients(out, leaves, weights)
-    except FATAL:
-        raise
-    except Exception:  # weights that are gone, functions without a derivative: velocities alone
-        leaves, pulled = [], None
-    if pulled is not None and x.shape[0] > 1:
+    row = None
+    if freed:
+        tolerance = AGREEMENT.get(x.dtype, ROUGH)
+        found = x.detach(), t, v, weights, out.detach()
+        return Sample(*found, None, [], [], twice=False, tolerance=tolerance)
+    if out.requires_grad:
+        with reference.attention_by_math():  # checkpoints compute it again
+            (row,) = torch.autograd.grad(out, y, alone, create_graph=True, allow_unused=True)
+    row = torch.zeros_like(v) if row is None else row
+    pulled = row.detach()
+    if x.shape[0] > 1:
         inside, outside = pulled[::2].norm(), pulled[1::2].norm()
         if bool(outside > 1e-4 * inside):
             raise MixingError(
                 "divergence: velocity mixes samples: that of one depends on others, so that they"
                 " have no Jacobians of their own; call eval() where it normalises by the batch"
             )
-    exact = all(z.dtype in AGREEMENT for z in (x, *leaves)) and not autocast(x)
+    live: list[tuple[Tensor, Tensor]] = []
+    twice = True
+    for dots in ((row * v).flatten(1).sum(1)[::2], None):
+        own = loss(out, weights, dots)
+        leaves = [leaf for leaf in leaves_of(own) if leaf is not y]
+        try:
+            pairs = list(zip(leaves, gradients(own, leaves), strict=True))
+        except RuntimeError:  # some functions of torch have no second derivative
+            if dots is None:
+                raise
+            twice = False
+            continue
+        live = [(leaf, g) for leaf, g in pairs if g is not None]
+        break
+    dtypes = (x.dtype, *(leaf.dtype for leaf, _ in live))
+    exact = all(dtype in AGREEMENT for dtype in dtypes) and not autocast(x)
     tolerance = AGREEMENT[x.dtype] if exact else ROUGH
     if x.is_cuda and exact:
         tolerance = max(tolerance, 1e-2 if torch.backends.cudnn.allow_tf32 else 0.0)
     return Sample(
-        *(x.detach(), t, v, weights, out.detach(), pulled, leaves, own, tolerance),
+        *(x.detach(), t, v, weights, out.detach(), pulled),
+        *([leaf for leaf, _ in live], [g for _, g in live], twice, tolerance),
     )
 
 

@@ -15,7 +15,13 @@ from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.trace import replicas
 from fewstep.ops.trace.estimator import Divergence, Solver, population
-from fewstep.ops.trace.inputs import Options, check_ids, check_options, check_times, make_keys
+from fewstep.ops.trace.inputs import (
+    Options,
+    check_ids,
+    check_problem,
+    check_times,
+    make_keys,
+)
 from fewstep.reference import trace as reference
 
 METHODS = ("euler", "heun")
@@ -134,7 +140,7 @@ def log_density(
     True
     """
     options = Options(estimator, probes, probe, backend, tangent_dtype, engine, check)
-    check_options(options, x, "log_density")
+    check_problem(options, x, "log_density")
     nodes = check_times("log_density", times, x)
     if method not in METHODS:
         raise ValueError(f"log_density: method must be one of {METHODS}, got {method!r}")

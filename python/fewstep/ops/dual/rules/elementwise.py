@@ -478,7 +478,7 @@ for _name in COMPARED[:-1]:
     register(getattr(torch.Tensor, f"__{_name}__"))(_step(getattr(torch.Tensor, f"__{_name}__")))
 
 
-for _f in (torch.detach, torch.Tensor.detach):
+for _f in (torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__):  # type: ignore[attr-defined]
     register(_f)(_step(torch.detach))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.dispatch import kernel_shift
-from fewstep.ops.dual.engine import Dual, UnsupportedError, register
+from fewstep.ops.dual.engine import Dual, MixingError, UnsupportedError, register
 from fewstep.ops.dual.rules.elementwise import add, clamp, div, mul
 from fewstep.ops.dual.rules.plain import matched
 from fewstep.ops.dual.rules.resampling import norm
@@ -110,7 +110,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Dual:
     if training or running_mean is None or running_var is None:
-        raise ValueError(
+        raise MixingError(
             "velocity: BatchNorm in training, or without running statistics, mixes samples; "
             "call eval(), and keep track_running_stats"
         )

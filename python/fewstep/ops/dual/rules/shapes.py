@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -339,7 +338,7 @@ def _pad(
 
 @register(torch.Tensor.clone, torch.clone)
 def clone(input: Dual, *, memory_format: Any = None) -> Dual:
-    own = copy.copy(input)
+    own = input.twin()
     own.owned = input.owned = False  # two see it now
     own.aliased = False
     return own
