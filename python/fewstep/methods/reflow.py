@@ -19,6 +19,7 @@ from fewstep._torch import wide
 from fewstep.conversions import convert
 from fewstep.methods.draws import Draws
 from fewstep.ops.trace import log_density as densities
+from fewstep.ops.trace import replicas
 from fewstep.ops.trace.inputs import (
     CHECKS,
     ENGINES,
@@ -155,7 +156,8 @@ class MarginalReflow:
             sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample has the window, time,
                 noise and probes of its id in any batch, where generators are in the same state:
                 ranks that pass the ids of their own samples draw what one process would. None:
-                those of its place, and so probes that all ranks share.
+                those of its place, and so probes that all ranks share; `rank * B + arange(B)` for
+                others.
             step (int): of training, for the warm-up, and the seed of the probes.
 
         Returns:
@@ -172,6 +174,20 @@ class MarginalReflow:
         options = self._options(data)
         if data.shape[0] == 0:
             raise ValueError(f"MarginalReflow: data must not be empty, got {tuple(data.shape)}")
+        own = teacher, data, score, generator, sample_ids, step, options
+        return replicas.together(student, lambda: self._loss(student, *own))
+
+    def _loss(
+        self,
+        student: Field,
+        teacher: Field,
+        data: Tensor,
+        score: Field | None,
+        generator: torch.Generator | None,
+        sample_ids: Tensor | None,
+        step: int,
+        options: Options,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         d = data[0].numel()
         draws = Draws("MarginalReflow", data, generator, sample_ids)
         k, u, eps = draws.integers(self.windows), draws.uniform(dtype=data.dtype), draws.normal()

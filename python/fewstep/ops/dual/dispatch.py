@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._torch import wide
+from fewstep._torch import is_transformed, wide
 from fewstep.reference import dual as reference
 from fewstep.reference import probe as reference_probe
 
@@ -417,6 +417,15 @@ def _register(namespace: str) -> None:
 _register("fewstep")
 
 
+def present(*tensors: Tensor | None) -> None:
+    """Raise where weights that are used after their layer's forward have no data any more."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return
+    for z in tensors:
+        if z is not None and z.numel() and not z.untyped_storage().nbytes():
+            raise RuntimeError(f"weights {tuple(z.shape)} are freed after their layer's forward")
+
+
 def kernel_shift(
     shift: Tensor | None, shape: torch.Size, *, row: int | None = None
 ) -> tuple[Tensor | None, int]:
@@ -427,6 +436,7 @@ def kernel_shift(
     """
     if shift is None:
         return None, 1
+    present(shift)
     own = tuple(shift.shape)
     while own and own[0] == 1:
         own = own[1:]

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fewstep.ops.dual.dispatch import present
 from fewstep.ops.dual.source import Source, Stack, plain, redrawing, stacked
 
 
@@ -322,7 +323,7 @@ class Dual(Traced):
         self.flat = flat
         self.apart = apart
         self.shared = shared
-        self.shift = shift
+        self.shift = shift.clone() if source.prompt and shift is not None else shift
         self.pending = pending
         self.owned = owned
         self.own_dtype, self.own_device = flat.dtype, flat.device
@@ -355,6 +356,7 @@ class Dual(Traced):
             self.pieces()
         flat = self.joined()
         if self.shift is not None:
+            present(self.shift)
             batch = self.primal_shape[0]
             if plain():
                 flat = torch.cat([flat[:batch] + self.shift, flat[batch:]])
@@ -387,6 +389,7 @@ class Dual(Traced):
         if self.apart is None:
             return (self.stack() if shifted else self.joined(),)
         if shifted and self.shift is not None:
+            present(self.shift)
             self.flat, self.shift = self.flat + self.shift, None
         return self.flat, self.apart
 

@@ -58,6 +58,7 @@ def _checked(out: Any, x: Tensor) -> Dual:
         raise ValueError(f"velocity must return one tensor, got {type(out).__name__}")
     if out.shape != x.shape:
         raise ValueError(f"velocity must return {tuple(x.shape)} like x, got {tuple(out.shape)}")
+    dispatch.present(out.pending, out.shift)
     return out
 
 

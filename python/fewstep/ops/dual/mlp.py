@@ -235,6 +235,7 @@ def record(run: Callable[..., Any], x: Tensor, t: Any) -> Program:
     if h.shape != x.shape:
         raise ValueError(f"velocity must return {tuple(x.shape)} like x, got {tuple(h.shape)}")
     weights, shifts = zip(*h.layers, strict=True)
+    dispatch.present(*weights, *shifts)
     options = tuple(number for _, *own in h.activations for number in own)
     kinds = tuple(kind for kind, _, _ in h.activations)
     return Program(h.x, h.low, h.shape, weights, shifts, kinds, options)

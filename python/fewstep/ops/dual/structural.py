@@ -260,6 +260,7 @@ def structural(
     if out.shape != x.shape:
         raise ValueError(f"velocity must return {tuple(x.shape)} like x, got {tuple(out.shape)}")
     weights, diagonals = out.factors.weights, out.factors.diagonals
+    dispatch.present(*weights, out.shift)
     if budget is not None and not budget.allows(x.shape[0], weights):
         return None
 

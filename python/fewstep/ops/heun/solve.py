@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from fewstep._checks import flags, function
 from fewstep._torch import wide
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.inputs import as_vector, check_log_density, check_state, pick
+from fewstep.ops.trace import replicas
 from fewstep.ops.trace.estimator import Solver
 from fewstep.ops.trace.inputs import (
     Options,
@@ -165,7 +167,8 @@ def heun_solve(
         check_problem(options, x, "heun_solve")
         check_log_density("heun_solve", log_density, x)
         traced = Solver(velocity, options, ids, fixed=not fresh, cache={})
-    return _solve(
+    solve = functools.partial(
+        _solve,
         *("heun_solve", velocity, x, nodes, traced),
         log_density=log_density,
         seed=seed,
@@ -174,6 +177,7 @@ def heun_solve(
         check_finite=check_finite,
         backend=backend,
     )
+    return solve() if traced is None else replicas.together(velocity, solve)
 
 
 def _solve(

@@ -51,6 +51,9 @@ def divergence(
     with a warning. Probes depend on the seed, the sample's id, the probe's number and the
     coordinate alone; they are not stored, backward draws them again.
 
+    Gradients through `DistributedDataParallel` and `fully_shard` are reduced over ranks as those of
+    any loss. For the call and for its backward, the weights of `fully_shard` are gathered whole.
+
     Args:
         velocity (Callable): a module or function, `velocity(x, t)` of the shape of x; each sample's
             velocity may depend on that sample alone. `torch.nn.Sequential` is called as
@@ -65,7 +68,8 @@ def divergence(
             never worse, and exact at `probes = D`); "gaussian"; "sphere".
         seed (int | Tensor): at least 0; an int64 scalar tensor changes without a recompilation.
         sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample keeps its probes in any
-            batch. None: its index.
+            batch. None: its index, so that ranks of a process group draw the same probes: give
+            `rank * B + arange(B)` for others.
         tangent_dtype (torch.dtype | None): None: that of x. `torch.bfloat16` with float32 x: the
             tangents are kept in bfloat16, for half the memory, and on a GPU multiplied in it; the
             velocity, activations, norms and sums stay float32. Structural traces and what is left

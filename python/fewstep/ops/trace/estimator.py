@@ -19,7 +19,7 @@ from fewstep.ops.dual.engine import AUTOCAST, RULES, UnsupportedError
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
 from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget, structural
-from fewstep.ops.trace import ladder
+from fewstep.ops.trace import ladder, replicas
 from fewstep.ops.trace import velocity as velocities
 from fewstep.ops.trace.inputs import Options, make_key, unsupported
 from fewstep.ops.trace.ladder import Known, Sample
@@ -77,6 +77,9 @@ class Solver:
 
     def __call__(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
         """The divergence at x and t with the probes of key `(seed, step, stage)`."""
+        return replicas.together(self.velocity, lambda: self._found(x, t, key))
+
+    def _found(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
         backend = self.backend(x)
         if torch.compiler.is_compiling():
             return self._compiled(x, t, key, backend)
@@ -127,17 +130,24 @@ class Solver:
         found = self.seen
         options = self.options
         if found is None:
-            found = self.seen = ladder.known(
-                *(self.velocity, x.dtype, x.ndim, x.device.type, self.backend(x)),
-                *(options.tangent_dtype, options.engine, options.estimator in ("auto", "exact")),
-                *(options.backend, options.check == "never", ladder.autocast(x), len(RULES)),
+            mode = (
+                *(x.dtype, x.ndim, x.device.type, self.backend(x), options.tangent_dtype),
+                *(options.engine, options.estimator in ("auto", "exact"), options.backend),
+                *(options.check == "never", ladder.autocast(x), len(RULES)),
             )
+            known = found = self.seen = ladder.known(self.velocity, *mode)
             if not found.worked and not found.checked:
                 self._restrict(found, x)
-            wanted = options.check != "never" and ladder.checkable(x)
-            again = options.check == "always" or found.checked < min(x.shape[0], 2)
-            if wanted and again:
-                self._compare(x, t, found)
+            always = options.check == "always"
+
+            def compare() -> None:
+                if always or known.checked < min(x.shape[0], 2) or x.shape[0] == 0:
+                    self._compare(x, t, known)
+
+            if options.check != "never" and ladder.checkable(x):
+                others = replicas.agree(mode, known.refused, compare, known.called, again=always)
+                for other, reason in others.items():
+                    self._refuse(other, reason, known)
             for way in (options.engine, options.backend and "duals"):
                 if way is not None and way in found.refused:
                     self._refuse(way, found.refused[way], found)
@@ -161,6 +171,7 @@ class Solver:
     def _compare(self, x: Tensor, t: Tensor, known: Known) -> None:
         """Refuse the ways that plain autograd does not agree with."""
         if x.shape[0] == 0:
+            replicas.meet(lambda: self.run(x, t))
             return
         key = make_key(0)
         source = replace(self._source(key, self.backend(x)), count=1, kind="gaussian", ids=None)
@@ -171,8 +182,14 @@ class Solver:
         def probe(y: Tensor) -> Tensor:
             return dispatch.probe("reference", y, key, None, 1, "gaussian")[0]
 
-        with ladder.isolated(x, modules), torch.inference_mode(mode=False), torch.enable_grad():
-            s = ladder.sample(self.run, x, t, probe)
+        with (
+            replicas.bare(),
+            ladder.isolated(x, modules),
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+        ):
+            with ladder.weights_at_hand():
+                s = ladder.sample(self.run, x, t, probe, velocities.freed(modules))
 
             def duals() -> tuple[Tensor, Tensor | None]:
                 return probe_products(self.run, s.x, s.t, source)
@@ -275,7 +292,8 @@ class Solver:
             found = self._try(way, attempt, x, known)
             if found is not None:
                 return found
-        return ways["reverse"]()
+        with ladder.weights_at_hand():
+            return ways["reverse"]()
 
     def backend(self, x: Tensor) -> str:
         """Of the kernels, for x: "cpp", "triton" or "reference"."""
@@ -346,6 +364,8 @@ class Solver:
         source = Source(
             *(backend, options.probes, key, self.ids, options.probe), dtype=dtype, prompt=prompt
         )
+        if prompt:  # kept products go by where weights lie, which is where others lay
+            return source
         kept = None if torch.is_grad_enabled() else self.cache
         if dtype is not None:
             if plain():
@@ -355,7 +375,9 @@ class Solver:
 
     def products(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Velocity `[B, ...]`, and `[K, B, ...]` of `J v_k`, or of `J' v_k` and True."""
+        return replicas.together(self.velocity, lambda: self._products(x, t, v))
 
+    def _products(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
         def duals() -> tuple[Tensor, Tensor, bool]:
             source = replace(self._source(None, self.backend(x)), count=v.shape[0], tangents=v)
             out = heads.products(self.run, x, t, replace(source, cache=None))

@@ -44,6 +44,7 @@ class Known:
         worked: ways that have.
         notes: what the user should know of the forward, and was warned of.
         checked: samples that were compared.
+        called: see `replicas.agree`.
         hooked, compiled, scripted: see `velocities`.
     """
 
@@ -54,6 +55,7 @@ class Known:
     worked: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     checked: int = 0
+    called: list[weakref.ref[Any]] = field(default_factory=list)
 
     def take_notes(self) -> None:
         """Those of the last forward, with a warning for each that is new."""
@@ -127,6 +129,20 @@ def isolated(x: Tensor, modules: list[torch.nn.Module]) -> Iterator[None]:
                         b.copy_(before)
 
 
+@contextlib.contextmanager
+def weights_at_hand() -> Iterator[None]:
+    """Says what to do where torch finds that weights are gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "storage of size 0" not in str(error):
+            raise
+        raise RuntimeError(
+            "divergence: weights are freed after their layer's forward: hand over the module"
+            " itself, whose hooks are then seen"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Sample:
     """A few samples, and what plain autograd has for them.
@@ -136,7 +152,7 @@ class Sample:
         probe: v = w, of the shape of x.
         weights: r.
         velocity: v(x, t).
-        pulled: `J' w` of every other sample.
+        pulled: `J' w` of every other sample; None where weights are freed before a backward.
         leaves: tensors that `loss` is differentiable in, x among them, and their gradients.
         twice: the dots are in that sum: plain autograd has their gradients.
         tolerance: see `AGREEMENT`.
@@ -147,7 +163,7 @@ class Sample:
     probe: Tensor
     weights: Tensor
     velocity: Tensor
-    pulled: Tensor
+    pulled: Tensor | None
     leaves: list[Tensor]
     gradients: list[Tensor]
     twice: bool
@@ -168,7 +184,7 @@ class Sample:
         off = _error(velocity, self.velocity)
         if not off <= self.tolerance:
             return f"velocity is off by {off:.2g} of its norm"
-        if dots is not None:
+        if dots is not None and self.pulled is not None:
             dots = dots.reshape(-1)[::2]
             exact = (self.pulled * self.probe).flatten(1).sum(1)[::2]
             size = self.pulled.flatten(1).norm(dim=1) * self.probe.flatten(1).norm(dim=1)
@@ -240,7 +256,11 @@ def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
 
 
 def sample(
-    run: Callable[..., Any], x: Tensor, t: Tensor, probe: Callable[[Tensor], Tensor]
+    run: Callable[..., Any],
+    x: Tensor,
+    t: Tensor,
+    probe: Callable[[Tensor], Tensor],
+    freed: bool,
 ) -> Sample:
     """A few samples through a plain call; all of them where a context has a row for each.
 
@@ -251,16 +271,20 @@ def sample(
     times = t[:FEW] if t.ndim else t
     if x.shape[0] > 2 * FEW:
         try:
-            return _sample(run, few, times, probe)
+            return _sample(run, few, times, probe, freed)
         except FATAL:
             raise
         except Exception:  # of this many rows only
             pass
-    return _sample(run, x.detach().clone(), t, probe)
+    return _sample(run, x.detach().clone(), t, probe, freed)
 
 
 def _sample(
-    run: Callable[..., Any], x: Tensor, t: Tensor, probe: Callable[[Tensor], Tensor]
+    run: Callable[..., Any],
+    x: Tensor,
+    t: Tensor,
+    probe: Callable[[Tensor], Tensor],
+    freed: bool,
 ) -> Sample:
     t = t.detach()
     y = x.requires_grad_(True)
@@ -271,6 +295,10 @@ def _sample(
     alone = v.clone()
     alone[1::2] = 0
     weights = v.flip(0)
+    if freed:
+        tolerance = AGREEMENT.get(x.dtype, ROUGH)
+        found = x.detach(), t, v, weights, out.detach()
+        return Sample(*found, None, [], [], twice=False, tolerance=tolerance)
     row = reference.pulled_back(out, y, alone, twice=True)
     pulled = row.detach()
     if x.shape[0] > 1:
@@ -294,7 +322,8 @@ def _sample(
             continue
         live = [(leaf, g) for leaf, g in pairs if g is not None]
         break
-    exact = x.dtype in AGREEMENT and not autocast(x)
+    dtypes = (x.dtype, *(leaf.dtype for leaf, _ in live))
+    exact = all(dtype in AGREEMENT for dtype in dtypes) and not autocast(x)
     tolerance = AGREEMENT[x.dtype] if exact else ROUGH
     if x.is_cuda and exact:
         tolerance = max(tolerance, 1e-2 if torch.backends.cudnn.allow_tf32 else 0.0)

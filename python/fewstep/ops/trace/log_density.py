@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
+from fewstep.ops.trace import replicas
 from fewstep.ops.trace.estimator import Divergence, Solver, population
 from fewstep.ops.trace.inputs import (
     Options,
@@ -183,6 +184,20 @@ def track(
     The state and all sums are in float32 at least; the velocity is called with x's dtype.
     """
     solver = _Wide(Solver(velocity, options, ids, fixed=not fresh, cache={}), x.dtype)
+    rest = method, tracker, fresh, seed
+    return replicas.together(velocity, lambda: _track(solver, x, times, options, *rest))
+
+
+def _track(
+    solver: _Wide,
+    x: Tensor,
+    times: Tensor,
+    options: Options,
+    method: str,
+    tracker: str,
+    fresh: bool,
+    seed: int | Tensor,
+) -> Path:
     x = x.to(solver.dtype)
     change = x.new_zeros(x.shape[0])
     variance = torch.zeros_like(change)

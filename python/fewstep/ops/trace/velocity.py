@@ -112,6 +112,12 @@ def hooked(modules: list[Module]) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
+def freed(modules: list[Module]) -> bool:
+    """Whether there are weights that have data within their layer's forward alone."""
+    weights = (p for m in modules for p in m._parameters.values() if type(p) is torch.nn.Parameter)
+    return any(p.numel() and not p.untyped_storage().nbytes() for p in weights)
+
+
 def compiled(modules: list[Module]) -> bool:
     """Whether `torch.compile` has been at work: stand-ins are not for its graphs."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
