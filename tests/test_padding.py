@@ -288,3 +288,17 @@ def test_everything_is_finite_after_few_iterations(
         for t in (*grads, *images, result.plan(), result.barycenter()):
             assert t.isfinite().all()
         assert torch.allclose(result.plan().sum(1), images[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("eps", [8e-6, 1e-2])
+def test_what_is_infeasible_is_worth_inf_whatever_mass_its_plan_has(
+    backend: str, eps: float
+) -> None:
+    """One step of under-relaxation after annealing leaves a plan of infinite mass."""
+    x, y = torch.tensor([[-0.23], [0.15]]).double(), torch.tensor([[-0.17], [-0.12]]).double()
+    options = {"relax": 0.3, "anneal": [2.8, 0.7], "max_iter": 1, "exclude_diagonal": True}
+    a = torch.tensor([1.0, 0.0]).double()
+    result = fewstep.sinkhorn(x, y, a=a, eps=eps, **options, backend=backend)
+    assert result.value == torch.inf
+    assert not result.converged

@@ -720,9 +720,10 @@ class Solver {
       if (rho != kInfinity<double>) potential = -rho * std::expm1(-potential / rho);
       value += weight * potential;
     };
+    bool possible = true;
     if (any_far || any_empty) {
       const bool rows = feasible(f, a_, at_.n, s_.rho_x), columns = feasible(g, b_, at_.m, s_.rho_y);
-      if (!rows || !columns) value = kInfinity<double>;
+      possible = rows && columns;
     }
     for (int64_t i = 0; i < at_.n; ++i) add(a_[i], f[i], s_.rho_x);
     for (int64_t j = 0; j < at_.m; ++j) {
@@ -732,7 +733,7 @@ class Solver {
     const bool exact =
         s_.rho_x == kInfinity<double> && s_.rho_y == kInfinity<double> && !s_.simultaneous && s_.relax == 1;
     if (!exact) value -= in_.eps[q_] * (mass - mass_a_ * mass_b);
-    s_.value[q_] = static_cast<T>(value);
+    s_.value[q_] = possible ? static_cast<T>(value) : kInfinity<T>;  // whatever mass its plan has
   }
 
   const SinkhornKernels<T>& kernel_ = kernels<T>();
