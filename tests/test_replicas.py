@@ -31,7 +31,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     try:
-        told = [run.communicate(timeout=300)[0] for run in runs]
+        told = [run.communicate(timeout=900)[0] for run in runs]
     finally:
         for run in runs:
             run.kill()

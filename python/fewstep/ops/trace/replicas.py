@@ -6,9 +6,9 @@ loss:
 
     DistributedDataParallel  its forward is that of its module; what it does before and after a
                              forward is done once, before the first call and with the results.
-    fully_shard              weights are gathered whole before, and again when the first gradient of
-                             a result arrives; its hooks rest meanwhile, and reduce at backward's
-                             end. So within the computation there are no collectives.
+    fully_shard              weights are gathered as the network is first called, stay whole to the
+                             end, and are gathered again when the first gradient of a result
+                             arrives; its hooks rest meanwhile, and reduce at backward's end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Whole:
 
     Attributes:
         grad: whether its results are differentiated.
-        shards: states of `fully_shard` that the velocity reaches.
+        shards: states of `fully_shard` that are seen in the velocity; in the end, the whole ones.
         begun: DDP modules that were called, and whether for gradients.
         seen: DDP modules that a comparison has called.
         bare: a comparison, which no wrapper hears of.
@@ -110,9 +110,10 @@ def together(velocity: Callable[..., Any], compute: Callable[[], R]) -> R:
         _CURRENT.whole = whole = _Whole(torch.is_grad_enabled(), shards)
         try:
             out = compute()
+            whole.shards = _unsharded(shards)
         finally:
             _CURRENT.whole = None
-    if not whole.grad or not (whole.begun or shards):
+    if not whole.grad or not (whole.begun or whole.shards):
         return out
     live: list[Tensor] = []
     _each(out, live.append)
@@ -271,17 +272,11 @@ def _refuse_compiled(velocity: Any) -> None:
         )
 
 
-def _states(modules: Iterable[Module]) -> dict[Any, Any]:
-    """States of `fully_shard`, each with a module of it, outer ones first."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)
-    if kind is None:
-        return {}
-    found: dict[Any, Any] = {}
-    for m in modules:
-        if isinstance(m, kind):
-            found.setdefault(_private(m, "_get_fsdp_state")(), m)
-    return found
+def _states(modules: Iterable[Module]) -> list[Any]:
+    """Of `fully_shard`, outer ones first."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    found = (_private(m, "_get_fsdp_state")() for m in modules if isinstance(m, kind))
+    return list(dict.fromkeys(found))
 
 
 def _groups(state: Any) -> list[Any]:
@@ -292,25 +287,27 @@ def _groups(state: Any) -> list[Any]:
     return list(found)
 
 
+def _unsharded(states: list[Any]) -> list[Any]:
+    return [s for s in states if any(group.is_unsharded for group in _groups(s))]
+
+
 @contextlib.contextmanager
 def _gathered(modules: Iterable[Module]) -> Iterator[list[Any]]:
-    """The weights of `fully_shard` whole, its hooks at rest: as when a checkpoint recomputes."""
-    owners = _states(modules)
-    if not owners:
-        yield []
-        return
+    """States of `fully_shard` whose hooks gather weights that are called, and no more.
+
+    So they do where a checkpoint recomputes.
+    """
     kept, opened = {}, []
     try:
-        for state, module in owners.items():
+        for state in _states(modules):
             _check_casts(state)
             _private(state, "_lazy_init")()
             for group in _groups(state):
                 if not group.is_unsharded and group._reshard_after_forward:
                     opened.append(group)
-            module.unshard()
             kept[state] = state._training_state
             state._training_state = type(kept[state]).PRE_BACKWARD
-        yield list(owners)
+        yield list(kept)
     finally:
         for state, before in kept.items():
             state._training_state = before
@@ -368,9 +365,10 @@ def agree(
         compare()
     except Exception as error:
         failed = error
-    called += [weakref.ref(d) for d in dict.fromkeys(whole.seen)]
+    before = [ref() for ref in called]
+    called += [weakref.ref(ddp) for ddp in dict.fromkeys(whole.seen) if ddp not in before]
     ddps = [ddp for ref in called if (ddp := ref()) is not None and whole.grad and _syncs(ddp)]
-    wrappers = list(dict.fromkeys([*ddps, *whole.shards]))
+    wrappers = [*ddps, *_unsharded(whole.shards)]
     if not wrappers:
         if failed is not None:
             raise failed
