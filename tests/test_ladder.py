@@ -307,3 +307,16 @@ def test_casts_to_integers_are_named() -> None:
     torch.testing.assert_close(out.value, (x * 3).long().sum(1).double())
     assert right(velocity, x).info == out.info  # no second warning
     assert right(lambda x, t: x * x.bool(), x).info == ""
+
+
+def test_what_cannot_be_compared_says_so() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 4))
+    x, infos = torch.randn(3, 5, 4), []
+
+    def value(x: Tensor) -> Tensor:
+        out = fewstep.divergence(net, x, 0.0, estimator="exact")
+        infos.append(out.info)
+        return out.value
+
+    torch.testing.assert_close(torch.vmap(value)(x), value(x.flatten(0, 1)).view(3, 5))
+    assert infos == ["not compared with plain autograd", ""]

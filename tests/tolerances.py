@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewstep.ops.trace import ladder
+
 # Largest error of a float32 kernel against float64, relative to the scale of the quantity.
 CONTRACT = {
     "one step": 2e-5,  # potentials after one iteration, over the largest cost
@@ -31,6 +33,8 @@ TANGENTS = {
     "value": 12**0.5 * 2**-8,
     "gradient": 24**0.5 * 2**-8,
 }
+# Traces and plain autograd, by norms, when a network is first seen.
+AGREEMENT = ladder.AGREEMENT
 
 
 def error(kind: str, actual: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:

@@ -43,7 +43,7 @@ class Divergence:
             "hutch++" or "xtrace".
         info: which of torch's own derivatives the network's Jacobian was left to ("torch.func",
             under activation checkpointing "torch.autograd.forward_ad", or "torch.autograd"), and
-            why; or empty.
+            why, and whether nothing was compared; or empty.
     """
 
     velocity: Tensor
@@ -64,6 +64,7 @@ class Solver:
         chosen: the backend, once it is known.
         seen: what is known of the velocity, once it was looked up.
         info: see `Divergence`, of the last call.
+        uncompared: says so where values could not be looked at.
     """
 
     velocity: Callable[..., Any]
@@ -74,6 +75,7 @@ class Solver:
     chosen: str | None = None
     seen: Known | None = None
     info: str = ""
+    uncompared: str = ""
 
     def __call__(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
         """The divergence at x and t with the probes of key `(seed, step, stage)`."""
@@ -82,7 +84,8 @@ class Solver:
     def _found(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
         backend = self.backend(x)
         if torch.compiler.is_compiling():
-            return self._compiled(x, t, key, backend)
+            compiled = self._compiled(x, t, key, backend)
+            return replace(compiled, info=_joined(compiled.info, _UNCOMPARED))
         known = self.known(x, t)
 
         def program() -> Divergence | None:
@@ -97,9 +100,9 @@ class Solver:
             if way not in known.refused:
                 found = self._try(way, attempt, x, known)
                 if found is not None:
-                    return _noted(found, known)
+                    return self._noted(found, known)
         ways = {
-            "duals": lambda: _noted(self._duals(x, t, key, backend), known),
+            "duals": lambda: self._noted(self._duals(x, t, key, backend), known),
             "func": lambda: self._fallback(x, t, key, known, reference.products),
             "reverse": lambda: self._fallback(x, t, key, known, reference.reverse_products),
         }
@@ -125,6 +128,11 @@ class Solver:
             products = reference.reverse_products
         return self._fallback(x, t, key, known, products)
 
+    def _noted(self, found: Divergence, known: Known) -> Divergence:
+        known.take_notes()
+        self.info = _joined(*known.notes, self.uncompared)
+        return replace(found, info=self.info) if self.info else found
+
     def known(self, x: Tensor, t: Tensor) -> Known:
         """What is known of the velocity, once it was compared with plain autograd."""
         found = self.seen
@@ -148,6 +156,8 @@ class Solver:
                 others = replicas.agree(mode, known.refused, compare, known.called, again=always)
                 for other, reason in others.items():
                     self._refuse(other, reason, known)
+            elif options.check != "never" and not known.checked:
+                self.uncompared = _UNCOMPARED
             for way in (options.engine, options.backend and "duals"):
                 if way is not None and way in found.refused:
                     self._refuse(way, found.refused[way], found)
@@ -502,13 +512,15 @@ class Solver:
             u = dispatch.probe("reference", x.detach(), key, self.ids, count, kind)
             v, ju = product(u)
             found = self._mean(v, reference.hutchinson(ju, u), d)
-        self.info = _info(ways[0], known)
+        self.info = _joined(_info(ways[0], known), self.uncompared)
         return replace(found, info=self.info)
 
 
-def _noted(found: Divergence, known: Known) -> Divergence:
-    known.take_notes()
-    return replace(found, info="; ".join(known.notes)) if known.notes else found
+_UNCOMPARED = "not compared with plain autograd"
+
+
+def _joined(*texts: str) -> str:
+    return "; ".join(text for text in texts if text)
 
 
 def _info(way: str, known: Known) -> str:
