@@ -674,7 +674,7 @@ def test_strided_expanded_empty() -> None:
         ({"probes": 6, "probe": "hadamard"}, ValueError, "probes must be at most D = 5"),
         ({"estimator": "hutch++", "probes": 2}, ValueError, "at least 3 for 'hutch"),
         ({"estimator": "xtrace", "probes": 5}, ValueError, "must be even"),
-        ({"t": math.nan}, ValueError, "t must be finite, got nan"),
+        ({"t": math.nan}, ValueError, "t must be finite"),
         ({"t": torch.full((4,), math.inf, dtype=F64)}, ValueError, "t must be finite"),
         ({"t": torch.zeros(3)}, ValueError, "t must be a scalar or"),
         ({"x": torch.zeros(4, 5, dtype=torch.int64)}, TypeError, "x must have a floating dtype"),

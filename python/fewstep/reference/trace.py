@@ -53,9 +53,10 @@ def reverse_products(
     """Velocity `[B, ...]` and `J' v_k`, `[K, B, ...]`, by plain reverse mode, one after the other.
 
     What trains in eager PyTorch has them: energies, custom Functions with a backward of their own.
+    A checkpoint around it keeps what it saves, since derivatives within would recompute the whole.
     """
     kept = torch.is_grad_enabled()
-    with torch.enable_grad(), attention_by_math():
+    with torch.enable_grad(), attention_by_math(), own_saved_tensors():
         y = x.view_as(x) if kept and x.requires_grad else x.detach().requires_grad_(True)
         out = checked(velocity(y.clone(), t), x)  # which may be changed in place
         rows = [pulled_back(out, y, u, twice=kept) for u in v]
@@ -79,6 +80,13 @@ def pulled_back(out: Tensor, x: Tensor, u: Tensor, *, twice: bool) -> Tensor:
             " goes through but backward(): set use_reentrant=False"
         ) from error
     return torch.zeros_like(x) if row is None else row
+
+
+def own_saved_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Saved tensors are kept as they are, whatever hooks are at work."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda z: z, lambda z: z)
 
 
 def attention_by_math() -> contextlib.AbstractContextManager[None]:

@@ -115,9 +115,7 @@ def isolated(x: Tensor, modules: list[torch.nn.Module]) -> Iterator[None]:
     named = [(m, dict(m._buffers)) for m in modules if m._buffers]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            hooks = torch.autograd.graph.saved_tensors_hooks(lambda z: z, lambda z: z)
-            stack.enter_context(hooks)
+        stack.enter_context(reference.own_saved_tensors())
         try:
             yield
         finally:
