@@ -56,7 +56,13 @@ def reverse_products(
     A checkpoint around it keeps what it saves, since derivatives within would recompute the whole.
     """
     kept = torch.is_grad_enabled()
-    with torch.enable_grad(), attention_by_math(), own_saved_tensors():
+    with (
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        attention_by_math(),
+        own_saved_tensors(),
+    ):
+        x, t, v = (z.clone() if z.is_inference() else z for z in (x, t, v))
         y = x.view_as(x) if kept and x.requires_grad else x.detach().requires_grad_(True)
         out = checked(velocity(y.clone(), t), x)  # which may be changed in place
         rows = [pulled_back(out, y, u, twice=kept) for u in v]

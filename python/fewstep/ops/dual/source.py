@@ -200,6 +200,11 @@ def plain() -> bool:
     return torch.compiler.is_compiling() or is_transformed()
 
 
+def _version(w: Tensor) -> int:
+    """Rises with changes in place, but for those by `w.data`."""
+    return -1 if w.is_inference() else w._version
+
+
 def kept_or_computed(
     cache: dict[Any, Tensor] | None,
     name: str,
@@ -210,7 +215,7 @@ def kept_or_computed(
     owners = [w if w._base is None else w._base for w in weights]
     if cache is None or not all(isinstance(w, torch.nn.Parameter) for w in owners):
         return compute()
-    key = (name, *((w.data_ptr(), w.shape, w.stride()) for w in weights))
+    key = (name, *((w.data_ptr(), _version(w), w.shape, w.stride()) for w in weights))
     if key not in cache:
         cache[key] = compute()
     return cache[key]

@@ -82,6 +82,7 @@ class Solver:
         return replicas.together(self.velocity, lambda: self._found(x, t, key))
 
     def _found(self, x: Tensor, t: Tensor, key: Tensor) -> Divergence:
+        """As `__call__`, whatever wrappers the velocity reaches."""
         backend = self.backend(x)
         if torch.compiler.is_compiling():
             compiled = self._compiled(x, t, key, backend)
@@ -96,6 +97,7 @@ class Solver:
             exact = self.options.estimator in ("auto", "exact")
             return self._structural(x, t, backend) if exact else None
 
+        refused = dict(known.refused)
         for way, attempt in (("mlp", program), ("structural", chain)):
             if way not in known.refused:
                 found = self._try(way, attempt, x, known)
@@ -106,7 +108,7 @@ class Solver:
             "func": lambda: self._fallback(x, t, key, known, reference.products),
             "reverse": lambda: self._fallback(x, t, key, known, reference.reverse_products),
         }
-        return self._climb(ways, x, known)
+        return self._climb(ways, x, t, known, refused)
 
     def _compiled(self, x: Tensor, t: Tensor, key: Tensor, backend: str) -> Divergence:
         """While compiling, which remembers and compares nothing."""
@@ -244,6 +246,8 @@ class Solver:
                 self._refuse(way, f"plain autograd disagrees, {reason}", known)
                 if way in ("duals", "func"):
                     ladder.warn(way, reason)
+        if s.unseen:
+            known.take_notes(ladder.UNSEEN)
         known.checked = max(known.checked, s.x.shape[0])
 
     def _chain(self, s: Sample, source: Source) -> tuple[Tensor, Tensor | None]:
@@ -292,18 +296,34 @@ class Solver:
         known.worked.add(way)
         return out
 
-    def _climb(self, ways: dict[str, Callable[[], R]], x: Tensor, known: Known) -> R:
-        """By the first way that serves; the last one's errors are the velocity's own."""
-        for way, attempt in ways.items():
-            if way in known.refused:
-                continue
-            if way == "reverse":
-                break
-            found = self._try(way, attempt, x, known)
-            if found is not None:
-                return found
-        with ladder.weights_at_hand():
-            return ways["reverse"]()
+    def _climb(
+        self,
+        ways: dict[str, Callable[[], R]],
+        x: Tensor,
+        t: Tensor,
+        known: Known,
+        refused: dict[str, str],
+    ) -> R:
+        """By the first way that serves; the last one's errors are the velocity's own.
+
+        Then what was refused since `refused` serves another time.
+        """
+        try:
+            for way, attempt in ways.items():
+                if way in known.refused:
+                    continue
+                if way == "reverse":
+                    break
+                found = self._try(way, attempt, x, known)
+                if found is not None:
+                    return found
+                if way == "duals" and known.checked:  # on another branch than was compared
+                    self._compare(x, t, known)
+            with ladder.weights_at_hand():
+                return ways["reverse"]()
+        except Exception:
+            known.refused = refused
+            raise
 
     def backend(self, x: Tensor) -> str:
         """Of the kernels, for x: "cpp", "triton" or "reference"."""
@@ -330,9 +350,11 @@ class Solver:
             )
 
     def run(self, h: Any, t: Tensor) -> Any:
-        if isinstance(self.velocity, torch.nn.Sequential):
+        """The velocity, which may write into t."""
+        forward = getattr(type(self.velocity), "forward", None)
+        if forward is torch.nn.Sequential.forward:
             return self.velocity(h)
-        return self.velocity(h, t)
+        return self.velocity(h, t.clone())
 
     def _program(self, x: Tensor, t: Tensor, backend: str) -> mlp.Program | None:
         """Of a network that one compiled op can run whole, else None."""
@@ -412,7 +434,7 @@ class Solver:
             "func": lambda: autograd(reference.products),
             "reverse": lambda: autograd(reference.reverse_products),
         }
-        return self._climb(ways, x, known)
+        return self._climb(ways, x, t, known, dict(known.refused))
 
     def _structural(self, x: Tensor, t: Tensor, backend: str) -> Divergence | None:
         """None where the probes asked for are cheaper."""
@@ -447,7 +469,7 @@ class Solver:
 
             def product(u: Tensor) -> tuple[Tensor, Tensor]:
                 source = replace(self._source(None, backend), count=u.shape[0], cache=None)
-                source = replace(source, tangents=u.reshape(-1, *x.shape))
+                source = replace(source, tangents=u.reshape(u.shape[0], *x.shape))
                 return heads.products(self.run, x, t, source)
 
             return self._sketch(x, key, product, backend)
@@ -496,7 +518,7 @@ class Solver:
         ways: list[str] = []
 
         def product(u: Tensor) -> tuple[Tensor, Tensor]:
-            v, ju, way = products(self.run, x, t, u.reshape(-1, *x.shape))
+            v, ju, way = products(self.run, x, t, u.reshape(u.shape[0], *x.shape))
             ways.append(way)
             return v, ju
 
@@ -512,7 +534,7 @@ class Solver:
             u = dispatch.probe("reference", x.detach(), key, self.ids, count, kind)
             v, ju = product(u)
             found = self._mean(v, reference.hutchinson(ju, u), d)
-        self.info = _joined(_info(ways[0], known), self.uncompared)
+        self.info = _joined(_info(ways[0], known), *known.notes, self.uncompared)
         return replace(found, info=self.info)
 
 

@@ -15,7 +15,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,9 +57,9 @@ class Known:
     checked: int = 0
     called: list[weakref.ref[Any]] = field(default_factory=list)
 
-    def take_notes(self) -> None:
-        """Those of the last forward, with a warning for each that is new."""
-        for text in notes():
+    def take_notes(self, *texts: str) -> None:
+        """These, and those of the last forward, with a warning for each that is new."""
+        for text in (*texts, *notes()):
             if text not in self.notes:
                 self.notes.append(text)
                 warnings.warn(f"divergence: {text}", RuntimeWarning, stacklevel=2)
@@ -67,6 +67,21 @@ class Known:
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Known]] = weakref.WeakKeyDictionary()
 _MOST = 256  # signatures of one function that are kept
+_COARSE = 16  # from here on, counters and names among them are not looked at
+UNSEEN = (
+    "velocity changes with x by steps without a derivative (no_grad, detach, numpy, or"
+    " autograd.grad without create_graph), so that its trace is 0"
+)
+
+
+def _stored(velocity: Callable[..., Any]) -> dict[Any, Known]:
+    try:
+        store = _KNOWN.setdefault(velocities.owner(velocity), {})
+    except TypeError:  # no weak references to it
+        return {}
+    if len(store) > _MOST:
+        store.clear()
+    return store
 
 
 def known(velocity: Callable[..., Any], *rest: Any) -> Known:
@@ -75,7 +90,8 @@ def known(velocity: Callable[..., Any], *rest: Any) -> Known:
     Raises:
         MixingError: one of its modules mixes samples.
     """
-    own, modules = velocities.signature(velocity)
+    store = _stored(velocity)
+    own, modules = velocities.signature(velocity, coarse=len(store) > _COARSE)
     name = velocities.mixing(modules)
     if name is not None:
         raise MixingError(
@@ -83,12 +99,6 @@ def known(velocity: Callable[..., Any], *rest: Any) -> Known:
             " samples, so that they have no Jacobians of their own: call eval() on it, and keep"
             " track_running_stats"
         )
-    try:
-        store = _KNOWN.setdefault(velocities.owner(velocity), {})
-    except TypeError:  # no weak references to it
-        store = {}
-    if len(store) > _MOST:
-        store.clear()
     key = (own, *rest)
     found = store.get(key)
     if found is None:
@@ -154,6 +164,7 @@ class Sample:
         leaves: tensors that `loss` is differentiable in, x among them, and their gradients.
         twice: the dots are in that sum: plain autograd has their gradients.
         tolerance: see `AGREEMENT`.
+        unseen: the velocity changes with x, and autograd has no derivative of it.
     """
 
     x: Tensor
@@ -166,6 +177,7 @@ class Sample:
     gradients: list[Tensor]
     twice: bool
     tolerance: float
+    unseen: bool = False
 
     @property
     def rounding(self) -> float:
@@ -266,7 +278,7 @@ def sample(
         MixingError: the velocity of one sample depends on others.
     """
     few = x[:FEW].detach().clone()
-    times = t[:FEW] if t.ndim else t
+    times = t[:FEW].clone() if t.ndim else t
     if x.shape[0] > 2 * FEW:
         try:
             return _sample(run, few, times, probe, freed)
@@ -284,28 +296,32 @@ def _sample(
     probe: Callable[[Tensor], Tensor],
     freed: bool,
 ) -> Sample:
-    t = t.detach()
     y = x.requires_grad_(True)
     torch.manual_seed(0)
-    with reference.attention_by_math():
-        out = reference.checked(run(y.clone(), t), y)  # which may be changed in place
+    with reference.attention_by_math(), _one_argument():
+        out = reference.checked(run(y.clone(), t.detach()), y)  # which may be changed in place
     v = probe(x.detach())
+    weights = v.flip(0)
+    tolerance = _tolerance(x, [x])
+    velocity_alone = Sample(
+        *(x.detach(), t.detach(), v, weights, out.detach(), None, [], []),
+        twice=False,
+        tolerance=tolerance,
+    )
+    if freed:
+        return velocity_alone
     alone = v.clone()
     alone[1::2] = 0
-    weights = v.flip(0)
-    if freed:
-        tolerance = AGREEMENT.get(x.dtype, ROUGH)
-        found = x.detach(), t, v, weights, out.detach()
-        return Sample(*found, None, [], [], twice=False, tolerance=tolerance)
-    row = reference.pulled_back(out, y, alone, twice=True)
+    try:
+        row = reference.pulled_back(out, y, alone, twice=True)
+    except FATAL:
+        raise
+    except RuntimeError:  # an operator without autograd, a change in place
+        return velocity_alone
     pulled = row.detach()
-    if x.shape[0] > 1:
-        inside, outside = pulled[::2].norm(), pulled[1::2].norm()
-        if bool(outside > 1e-4 * inside):
-            raise MixingError(
-                "divergence: velocity mixes samples: that of one depends on others, so that they"
-                " have no Jacobians of their own; call eval() where it normalises by the batch"
-            )
+    _refuse_mixing(out, y, v)
+    if not bool(pulled.any()) and _unseen(run, y.detach(), t.detach(), v, out.detach(), tolerance):
+        velocity_alone = replace(velocity_alone, pulled=pulled, unseen=True)
     live: list[tuple[Tensor, Tensor]] = []
     twice = True
     for dots in ((row * v).flatten(1).sum(1)[::2], None):
@@ -320,15 +336,66 @@ def _sample(
             continue
         live = [(leaf, g) for leaf, g in pairs if g is not None]
         break
-    dtypes = (x.dtype, *(leaf.dtype for leaf, _ in live))
-    exact = all(dtype in AGREEMENT for dtype in dtypes) and not autocast(x)
-    tolerance = AGREEMENT[x.dtype] if exact else ROUGH
-    if x.is_cuda and exact:
-        tolerance = max(tolerance, 1e-2 if torch.backends.cudnn.allow_tf32 else 0.0)
-    return Sample(
-        *(y, t, v, weights, out.detach(), pulled),
-        *([leaf for leaf, _ in live], [g for _, g in live], twice, tolerance),
+    return replace(
+        velocity_alone,
+        x=y,
+        pulled=pulled,
+        leaves=[leaf for leaf, _ in live],
+        gradients=[g for _, g in live],
+        twice=twice,
+        tolerance=_tolerance(x, [leaf for leaf, _ in live]),
     )
+
+
+@contextlib.contextmanager
+def _one_argument() -> Iterator[None]:
+    """Says how a velocity is called, where it takes no time."""
+    try:
+        yield
+    except TypeError as error:
+        if "positional argument" not in str(error):
+            raise
+        raise TypeError(
+            f"divergence: velocity is called as velocity(x, t): {error}; a network without t is"
+            " handed over as lambda x, t: net(x)"
+        ) from error
+
+
+def _tolerance(x: Tensor, leaves: list[Tensor]) -> float:
+    if any(z.dtype not in AGREEMENT for z in (x, *leaves)) or autocast(x):
+        return ROUGH
+    rough = x.is_cuda and torch.backends.cudnn.allow_tf32
+    return max(AGREEMENT[x.dtype], 1e-2 if rough else 0.0)
+
+
+def _refuse_mixing(out: Tensor, x: Tensor, v: Tensor) -> None:
+    """By the gradients of some samples' velocities, which must be 0 at all others.
+
+    Two samples are apart in one of the sets at least, if there are no more than 16.
+    """
+    rows = torch.arange(x.shape[0], device=x.device)
+    for bit in range(min(4, (x.shape[0] - 1).bit_length())):
+        for own in ((rows >> bit) % 2 == 0, (rows >> bit) % 2 == 1):
+            mask = own.view(-1, *(1,) * (v.ndim - 1))
+            pulled = reference.pulled_back(out, x, v * mask, twice=False).detach()
+            inside, outside = (pulled * mask).norm(), (pulled * ~mask).norm()
+            if bool(outside > 1e-4 * inside):
+                raise MixingError(
+                    "divergence: velocity mixes samples: that of one depends on others, so that"
+                    " they have no Jacobians of their own; call eval() where it normalises by the"
+                    " batch"
+                )
+
+
+def _unseen(
+    run: Callable[..., Any], x: Tensor, t: Tensor, v: Tensor, out: Tensor, tolerance: float
+) -> bool:
+    """Whether a velocity without a derivative changes with x."""
+    step = 1e-2 * x.flatten(1).norm(dim=1).mean().clamp_min(1e-3) / x[0].numel() ** 0.5
+    torch.manual_seed(0)
+    with torch.no_grad():
+        moved = run(x + step * v, t)
+    return bool((moved - out).norm() > max(tolerance, 1e-6) * out.norm())
 
 
 def autocast(x: Tensor) -> bool:

@@ -16,6 +16,7 @@ Module = torch.nn.Module
 _FUNCTIONS = (types.FunctionType, functools.partial, types.MethodType)
 _PLAIN = (bool, int, str, bytes, type(None), torch.dtype, torch.device)
 _DEPTH = 4  # of functions that close over functions
+_WIDTH = 256  # values that are looked at, modules aside
 
 
 def owner(velocity: Callable[..., Any]) -> Any:
@@ -32,12 +33,17 @@ def owner(velocity: Callable[..., Any]) -> Any:
     return velocity.__code__ if isinstance(velocity, types.FunctionType) else type(velocity)
 
 
-def signature(velocity: Callable[..., Any]) -> tuple[tuple[Hashable, ...], list[Module]]:
+def signature(
+    velocity: Callable[..., Any], *, coarse: bool = False
+) -> tuple[tuple[Hashable, ...], list[Module]]:
     """What its derivatives may depend on, but for numbers: modules, their modes, whether they have
-    hooks, options; and the modules."""
+    hooks, options; and the modules. `coarse`: integers and strings, which may count, aside."""
     parts: list[Any] = []
     modules: list[Module] = []
     _value(velocity, parts, modules, set(), 0)
+    if coarse:
+        counted = (int, str, bytes)
+        parts = [p[0] if type(p) is tuple and p[0] in counted else p for p in parts]
     return tuple(parts), modules
 
 
@@ -49,7 +55,7 @@ def _value(value: Any, parts: list[Any], modules: list[Module], seen: set[int], 
         parts.append((value.dtype, value.ndim, value.requires_grad))
     elif isinstance(value, _PLAIN):
         parts.append((type(value), value))
-    elif id(value) in seen or depth == _DEPTH:
+    elif id(value) in seen or depth == _DEPTH or len(seen) > _WIDTH + len(modules):
         parts.append(type(value))
     else:
         seen.add(id(value))
