@@ -320,3 +320,108 @@ def test_what_cannot_be_compared_says_so() -> None:
 
     torch.testing.assert_close(torch.vmap(value)(x), value(x.flatten(0, 1)).view(3, 5))
     assert infos == ["not compared with plain autograd", ""]
+
+
+def halves(x: Tensor, t: Tensor) -> Tensor:
+    a, b = x.chunk(2)
+    return torch.cat([a + a.sin() * b, b])
+
+
+MIXING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "even rows": lambda x, t: x.sin() * x.roll(2, 0),
+    "halves": halves,
+    "the first": lambda x, t: x.sin() - x[:1].sin(),
+    "the last": lambda x, t: x * torch.cumsum(x, 0)[-1:],
+}
+
+
+@pytest.mark.parametrize("B", [2, 8, 40])
+@pytest.mark.parametrize("name", MIXING)
+def test_samples_that_are_mixed(name: str, B: int) -> None:
+    if (name, B) == ("even rows", 2):
+        return  # each with itself
+    with pytest.raises(ValueError, match="mixes samples"):
+        fewstep.divergence(MIXING[name], torch.randn(B, 4, dtype=F64), 0.0)
+
+
+def test_a_branch_that_is_met_later_is_compared_then() -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return x * x.mean(0).cos() if float(t[0]) > 0.5 else x.sin()
+
+    x = torch.randn(8, 4, dtype=F64)
+    assert fewstep.divergence(velocity, x, 0.1).info == ""
+    with pytest.raises(ValueError, match="mixes samples"):
+        fewstep.divergence(velocity, x, 0.9)
+
+
+def test_an_error_is_not_remembered() -> None:
+    a = nn.Linear(4, 4)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        if float(t[0]) < 0:
+            raise ValueError("before the beginning")
+        return torch.tanh(a(x))
+
+    x = torch.randn(3, 4)
+    for _ in range(2):
+        assert fewstep.divergence(velocity, x, 0.5).info == ""
+        with pytest.raises(ValueError, match="before the beginning"):
+            fewstep.divergence(velocity, x, -1.0)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            fewstep.divergence(velocity, x[:, :3], 0.5)
+
+
+@pytest.mark.parametrize("engine", [None, "duals", "func", "reverse"])
+def test_inference_mode_and_times_that_are_written_into(engine: str | None) -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        t *= 2
+        return -x.sin() * t[:, None]
+
+    with torch.inference_mode():
+        x = torch.randn(3, 4, dtype=F64)
+        out = fewstep.divergence(velocity, x, 0.5, estimator="exact", engine=engine)
+    torch.testing.assert_close(out.value, -x.cos().sum(1))
+    torch.testing.assert_close(out.velocity, -x.sin())
+
+
+def test_a_velocity_that_cuts_its_graph_is_named() -> None:
+    @torch.no_grad()
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(2 * x)
+
+    with pytest.warns(RuntimeWarning, match="changes with x by steps without a derivative"):
+        out = fewstep.divergence(velocity, torch.randn(3, 4), 0.0, estimator="exact")
+    assert "without a derivative" in out.info
+    assert not out.value.any()
+
+
+class Timed(nn.Sequential):
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        h: Tensor = super().forward(x)
+        return h if t is None else h * t[:, None]
+
+
+def test_how_velocities_are_called() -> None:
+    x = torch.randn(3, 4, dtype=F64)
+    net = Timed(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    out = fewstep.divergence(net, x, 0.5)
+    torch.testing.assert_close(out.velocity, net(x) / 2)
+    with pytest.raises(TypeError, match=r"lambda x, t: net\(x\)"):
+        fewstep.divergence(nn.Linear(4, 4).double(), x, 0.5)
+    assert fewstep.divergence(lambda x, t: x.cumsum(1), x[:0], 0.0).value.shape == (0,)
+
+
+def test_a_velocity_that_counts_is_known() -> None:
+    class Counted:
+        calls = 0
+
+        def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+            self.calls += 1
+            return x.sin()
+
+    velocity, x = Counted(), torch.randn(3, 4)
+    for _ in range(30):
+        fewstep.divergence(velocity, x, 0.0, estimator="hutchinson")
+    before = velocity.calls
+    fewstep.divergence(velocity, x, 0.0, estimator="hutchinson")
+    assert velocity.calls - before <= 2

@@ -929,7 +929,7 @@ def test_a_loss_has_probes_of_its_own_on_each_rank(ids: Tensor | None) -> None:
     assert (losses[0] == losses[1]) == (ids is None)
 
 
-@pytest.mark.filterwarnings("ignore:divergence.*disagree")
+@pytest.mark.filterwarnings("ignore:divergence.*(disagree|without a derivative)")
 @pytest.mark.parametrize("activation", [torch.sin, F.elu, anew])
 @pytest.mark.parametrize("again", [False, True])
 def test_velocities_that_do_not_depend_on_x(
