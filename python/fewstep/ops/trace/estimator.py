@@ -1,4 +1,4 @@
-"""A trace by duals or by `torch.func`: which, how often, and its result."""
+"""A trace by the first way that serves: which, how often, and its result."""
 
 from __future__ import annotations
 

@@ -7,6 +7,9 @@ go through each way and through plain autograd, and a way is taken only where al
     velocity      v(x, t), under the same random state
     w . J v       for one probe v = w, by one reverse pass
     gradients     of <r, v(x, t)> + w . J v, for the leaves that autograd finds
+
+Ways, from the fastest: "mlp" (all layers in one op), "structural" (an exact trace), "duals", "func"
+and "reverse", which is plain autograd itself.
 """
 
 from __future__ import annotations
@@ -205,10 +208,8 @@ class Sample:
         return self._gradients(velocity, dots, tolerance)
 
     def _gradients(self, velocity: Tensor, dots: Tensor | None, tolerance: float) -> str | None:
-        live = [(leaf, g) for leaf, g in zip(self.leaves, self.gradients, strict=True)]
-        if not live:
-            return None
-        if dots is None:  # a way for traces alone
+        live = list(zip(self.leaves, self.gradients, strict=True))
+        if not live or dots is None:  # of a way that has traces alone
             return None
         own = loss(velocity, self.weights, dots if self.twice else None)
         ends = {id(leaf) for leaf in leaves_of(own)}
