@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tests.tolerances import CONTRACT, CONTRACT64
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fewstep
 from fewstep.ops.dual import dispatch
 from fewstep.ops.trace.inputs import make_key
-from tolerances import CONTRACT, CONTRACT64
 
 Velocity = Callable[[Tensor, Any], Tensor]
 Built = tuple[Velocity, Sequence[Tensor]]  # with its parameters
