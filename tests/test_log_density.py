@@ -344,6 +344,31 @@ def test_velocities_that_are_no_tensor_are_named(tracker: str) -> None:
             )
 
 
+@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("engine", [None, "reverse"])
+def test_series_of_a_network_that_draws(method: str, engine: str | None) -> None:
+    """Each stage's products see the random state of its forward; then it is as after a path."""
+    d, x = 4, torch.randn(3, 4, dtype=F64)
+    drop = nn.Sequential(nn.Linear(d, d), nn.Dropout(0.5), nn.Linear(d, d)).to(F64)
+    options: dict[str, Any] = {"times": [0.0, 0.05], "method": method, "engine": engine}
+    options["base"] = lambda z: z.new_zeros(z.shape[0])
+    fewstep.log_density(drop, x, tracker="series", **options)  # compared once
+    torch.manual_seed(7)
+    masks = [drop[1](torch.ones(3, d, dtype=F64)) for _ in range(1 + (method == "heun"))]
+    after = torch.rand(1)
+
+    def masked(x: Tensor, t: Tensor) -> Tensor:
+        return drop[2](drop[0](x) * masks[int(t[0] > 0)])  # type: ignore[no-any-return]
+
+    exact = fewstep.log_density(masked, x, tracker="logdet", check="never", **options)
+    torch.manual_seed(7)
+    options |= {"probes": d, "probe": "hadamard"}
+    series = fewstep.log_density(drop, x, tracker="series", **options)
+    assert torch.equal(torch.rand(1), after)
+    torch.testing.assert_close(series.x, exact.x)
+    torch.testing.assert_close(series.log_prob, exact.log_prob, rtol=0, atol=1e-6)
+
+
 def test_series_refuses_a_radius_of_one() -> None:
     with pytest.raises(ValueError, match="spectral radius of h J below 1, got 2"):
         fewstep.log_density(

@@ -200,6 +200,106 @@ def test_sketches_are_unbiased_and_exact_on_low_rank() -> None:
     torch.testing.assert_close(out.value, low.trace().expand(5), rtol=1e-8, atol=1e-8)
 
 
+SKETCHES: dict[str, dict[str, Any]] = {
+    "hutch++": {"estimator": "hutch++", "probes": 6},
+    "xtrace": {"estimator": "xtrace", "probes": 4},
+}
+
+
+@pytest.mark.parametrize("name", SKETCHES)
+@pytest.mark.parametrize("low", ["zero layer", "zero", "rank one", "identity"])
+def test_sketches_of_jacobians_of_low_rank(name: str, low: str) -> None:
+    """No NaN, and gradients whose mean is that of the trace's."""
+    torch.manual_seed(0)
+    d, n = 8, 4000
+    net = nn.Sequential(nn.Linear(d, 6), nn.Tanh(), nn.Linear(6, d)).to(F64)
+    a = torch.randn(d, dtype=F64)
+    scale = torch.ones((), dtype=F64, requires_grad=True)
+    with torch.no_grad():
+        net[2].weight.zero_()
+    velocity = {
+        "zero layer": lambda x, t: net(x),
+        "zero": lambda x, t: scale * (x * 0),
+        "rank one": lambda x, t: torch.tanh(scale * (x @ a))[:, None] * (scale * a),
+        "identity": lambda x, t: scale * x,
+    }[low]
+    x = torch.randn(1, d, dtype=F64).expand(n, d)
+    leaf = net[2].weight if low == "zero layer" else scale
+    exact = fewstep.divergence(velocity, x[:1], 0.0, estimator="exact")
+    (want,) = torch.autograd.grad(exact.value.sum(), leaf)
+    y = x.clone().requires_grad_()
+    out = fewstep.divergence(velocity, y, 0.0, probe="gaussian", **SKETCHES[name])
+    off = (out.value - exact.value).detach()
+    assert off.abs().mean() < 1e-12 or abs(off.mean()) < 4 * off.std() / math.sqrt(n)
+    assert out.stderr.isfinite().all()
+    assert torch.autograd.grad(out.value.sum(), y, retain_graph=True)[0].isfinite().all()
+    parts = torch.stack(
+        [torch.autograd.grad(v.mean(), leaf, retain_graph=True)[0] for v in out.value.chunk(50)]
+    )
+    error = 5 * parts.std(0) / math.sqrt(50) + 1e-12
+    assert ((parts.mean(0) - want).abs() <= error).all()
+
+
+def test_xtrace_where_probes_are_equal_is_hutchinson() -> None:
+    J = torch.randn(4, 4, dtype=F64)
+    v = torch.ones(2, 1, 4, dtype=F64)
+    v[1] *= -1
+    found = reference.xtrace(lambda u: u @ J.T, v)
+    torch.testing.assert_close(found, J.sum().expand(2, 1))
+
+
+@pytest.mark.parametrize("name", SKETCHES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["duals", "torch.func", "autocast"])
+def test_sketches_in_half_precision(name: str, dtype: torch.dtype, mode: str) -> None:
+    torch.manual_seed(0)
+    J = torch.eye(8) + 0.2 * torch.randn(8, 8)
+    n = 1000
+    x = torch.zeros(n, 8)
+    low = mode != "autocast"
+    J, x = (J.to(dtype), x.to(dtype)) if low else (J, x)
+    twice = (lambda x: x.cumsum(1).diff(dim=1, prepend=x[:, :1] * 0)) if mode[0] == "t" else None
+    field = lambda x, t: F.linear(x if twice is None else twice(x), J) + 0.0 * torch.sin(x)  # noqa: E731
+    if low:
+        out = fewstep.divergence(field, x, 0.0, **SKETCHES[name])
+    else:
+        with torch.autocast("cpu", dtype=dtype):
+            out = fewstep.divergence(field, x, 0.0, **SKETCHES[name])
+    assert out.value.dtype == out.stderr.dtype == torch.float32
+    off = abs(out.value.double().mean() - J.double().trace())
+    assert off < 4 * out.value.double().std() / math.sqrt(n) + 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", SKETCHES)
+@pytest.mark.parametrize("engine", [None, "reverse"])
+@pytest.mark.parametrize("draws", ["dropout", "noise"])
+def test_sketches_are_of_one_network_whatever_it_draws(
+    name: str, engine: str | None, draws: str
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 8, dtype=F64)
+    drop = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)).to(F64)
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        return drop(x) if draws == "dropout" else torch.sin(x) * torch.randn_like(x)
+
+    def frozen(x: Tensor, t: Tensor) -> Tensor:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(7)
+            return net(x, t)
+
+    options: dict[str, Any] = {"engine": engine, **SKETCHES[name]}
+    same = fewstep.divergence(frozen, x, 0.0, **options)
+    fewstep.divergence(net, x, 0.0, **options)  # compared once
+    torch.manual_seed(7)
+    out = fewstep.divergence(net, x, 0.0, **options)
+    after = torch.rand(1)
+    torch.manual_seed(7)
+    torch.testing.assert_close(out.velocity, net(x, torch.zeros(5)))
+    assert torch.equal(torch.rand(1), after)
+    torch.testing.assert_close(out.value, same.value)
+
+
 def test_a_sample_has_the_same_value_in_any_batch() -> None:
     net, x, t = case("residual")
     ids = torch.tensor([7, 3, 2**40, 0])

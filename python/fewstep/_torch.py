@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,26 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def readable(t: Tensor) -> bool:
     """Whether values can be looked at without waiting for a device or breaking a graph."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+
+
+def to_random_state(x: Tensor) -> Callable[[], None]:
+    """What sets torch's random states, of the CPU and x's device, to those of now again.
+
+    Nothing while compiling, under transforms or in a capture.
+    """
+    if torch.compiler.is_compiling() or is_transformed():
+        return lambda: None
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return lambda: None
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(x.device) if x.is_cuda else None
+
+    def back() -> None:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, x.device)
+
+    return back
 
 
 def seeded(seed: int, step: int) -> torch.Generator:

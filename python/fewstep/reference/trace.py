@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fewstep._torch import to_random_state, wide
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Product = Callable[[Tensor], Tensor]
 
@@ -103,7 +105,10 @@ def attention_by_math() -> contextlib.AbstractContextManager[None]:
 def forward_products(velocity: Velocity, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Velocity `[B, ...]` and `J v_k`, `[K, B, ...]`, one after the other in forward mode."""
     columns: list[Tensor] = []
+    back = to_random_state(x)
     for tangent in v:
+        if columns:
+            back()
         with forward_ad.dual_level():
             both = velocity(forward_ad.make_dual(x, tangent), t)  # type: ignore[no-untyped-call]
             out, column = forward_ad.unpack_dual(checked(both, x))  # type: ignore[no-untyped-call]
@@ -139,10 +144,20 @@ def standard_error(estimates: Tensor, population: float = float("inf")) -> Tenso
     return error
 
 
+def exactly(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Outside of autocast, which is for the network's products."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def hutchpp(product: Product, sketch: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Hutch++: the trace exactly on the range of `J sketch`, by probes on its complement.
 
-    With `Q = orth(J S)`: `tr(Q' J Q) + mean_k <g_k, J g_k>`, `g_k = (I - Q Q') v_k`.
+    With `Q = orth(J S)`: `tr(Q' J Q) + mean_k <g_k, J g_k>`, `g_k = (I - Q Q') v_k`. Unbiased for
+    any Q that does not depend on v, and so are its gradients with Q a constant: those through the
+    QR of a J S of low rank are no numbers.
+
     Source: Meyer, Musco, Musco, Woodruff, Hutch++: optimal stochastic trace estimation, 2021.
 
     Args:
@@ -153,11 +168,15 @@ def hutchpp(product: Product, sketch: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     Returns:
         tuple: the estimates of each probe, `[K, B]`, and the exact part, `[B]`.
     """
-    q = torch.linalg.qr(product(sketch).movedim(0, 2))[0]  # [B, D, K]
-    exact = (product(q.movedim(2, 0)) * q.movedim(2, 0)).sum((0, 2))
-    g = v.movedim(0, 2)
-    g = (g - q @ (q.mT @ g)).movedim(2, 0)
-    return (product(g) * g).sum(-1) + exact, exact
+    dtype = wide(v.dtype)
+    y = product(sketch).detach().to(dtype)
+    with exactly(v.device):
+        q = torch.linalg.qr(y.movedim(0, 2))[0]  # [B, D, K]
+        g = v.to(dtype).movedim(0, 2)
+        g = (g - q @ (q.mT @ g)).movedim(2, 0).to(v.dtype)
+    q = q.movedim(2, 0)
+    exact = (product(q.to(v.dtype)).to(dtype) * q).sum((0, 2))
+    return (product(g).to(dtype) * g).sum(-1) + exact, exact
 
 
 def xtrace(product: Product, v: Tensor) -> Tensor:
@@ -168,6 +187,9 @@ def xtrace(product: Product, v: Tensor) -> Tensor:
 
         estimate_i = tr H - s_i' H s_i + mu_i' J mu_i,    H = Q' J Q.
 
+    Q, s_i and x_i are constants, as Q of `hutchpp`. Where R is nearly singular, s_i is not known,
+    and the estimates are Hutchinson's.
+
     Source: Epperly, Tropp, Webber, XTrace: making the most of every sample in stochastic trace
     estimation, 2024.
 
@@ -175,17 +197,24 @@ def xtrace(product: Product, v: Tensor) -> Tensor:
         product (Callable): as of `hutchpp`.
         v (Tensor): probes `[K, B, D]`, `2 <= K <= D`.
     """
-    omega = v.movedim(0, 2)  # [B, D, K]
-    y = product(v).movedim(0, 2)
-    q, r = torch.linalg.qr(y)
-    z = product(q.movedim(2, 0)).movedim(0, 2)
-    h, w = q.mT @ z, q.mT @ omega
-    eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device).expand_as(r)
-    s = torch.linalg.solve_triangular(r.mT, eye, upper=False)
-    s = s / s.norm(dim=-2, keepdim=True)
-    inside = w - s * (s * w).sum(-2, keepdim=True)  # x_i
-    outside = (omega * y).sum(-2) - ((z.mT @ omega) * inside).sum(-2) - (inside * r).sum(-2)
-    outside = outside + (inside * (h @ inside)).sum(-2)
-    trace = h.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-    estimates: Tensor = (trace - (s * (h @ s)).sum(-2) + outside).movedim(-1, 0)
+    dtype = wide(v.dtype)
+    omega = v.to(dtype).movedim(0, 2)  # [B, D, K]
+    y = product(v).to(dtype).movedim(0, 2)
+    q, r = torch.linalg.qr(y.detach())
+    z = product(q.movedim(2, 0).to(v.dtype)).to(dtype).movedim(0, 2)
+    size = r.diagonal(dim1=-2, dim2=-1).abs()
+    regular = size.amin(-1) > torch.finfo(dtype).eps ** 0.5 * size.amax(-1)
+    plain = (omega * y).sum(-2)
+    with exactly(v.device):
+        h, w = q.mT @ z, q.mT @ omega
+        eye = torch.eye(r.shape[-1], dtype=dtype, device=r.device).expand_as(r)
+        r = torch.where(regular[:, None, None], r, eye)
+        s = torch.linalg.solve_triangular(r.mT, eye, upper=False)
+        s = s / s.norm(dim=-2, keepdim=True)
+        inside = w - s * (s * w).sum(-2, keepdim=True)  # x_i
+        cross = ((z.mT @ omega + q.mT @ y) * inside).sum(-2)
+        outside = plain - cross + (inside * (h @ inside)).sum(-2)
+        trace = h.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        sketched = trace - (s * (h @ s)).sum(-2) + outside
+    estimates: Tensor = torch.where(regular[:, None], sketched, plain).movedim(-1, 0)
     return estimates

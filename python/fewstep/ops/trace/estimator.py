@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep._library import choose_backend
-from fewstep._torch import is_transformed, wide
+from fewstep._torch import is_transformed, to_random_state, wide
 from fewstep.ops.dual import dispatch, heads, mlp
 from fewstep.ops.dual.engine import AUTOCAST, RULES, UnsupportedError
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
@@ -490,10 +490,13 @@ class Solver:
     ) -> Divergence:
         name, probes = self.options.estimator, self.options.probes
         seen: list[Tensor] = []
+        back = to_random_state(x)
 
         def flat(u: Tensor) -> Tensor:
+            if seen:  # products of one network, whatever it draws
+                back()
             v, ju = product(u)
-            seen.append(v)
+            seen[:] = [v]
             return ju.flatten(2)
 
         def draw(count: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._torch import wide
+from fewstep._torch import to_random_state, wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.trace import replicas
 from fewstep.ops.trace.estimator import Divergence, Solver, population
@@ -301,13 +300,6 @@ def jacobian(solver: Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return v, columns.flatten(2).movedim(0, 1 if transposed else 2)
 
 
-def _exactly(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Outside of autocast, which is for the network's products."""
-    if not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 def _determinant(
     solver: _Wide, x: Tensor, t: Tensor, following: Tensor, h: Tensor, heun: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,7 +310,7 @@ def _determinant(
     if heun:
         v2, j2 = solver.jacobian(x + long * v1, following)
         x = x + long / 2 * (v1 + v2)
-        with _exactly(x.device):
+        with reference.exactly(x.device):
             m = eye + hm / 2 * (j1 + j2 @ (eye + hm * j1))
     else:
         x = x + long * v1
@@ -333,21 +325,34 @@ def _series(
     """The next x, and `log det(I + A)` and its variance over probes, `[B]`."""
     long = h.reshape(-1, *(1,) * (x.ndim - 1))
     v, count = solver.probes(x, key)
+    to_first = to_random_state(x)
     k1 = solver.velocity(x, t)
     middle = x + long * k1
     end = middle
+    to_second = to_random_state(x)
     if heun:
         end = x + long / 2 * (k1 + solver.velocity(middle, following))
+    to_end = to_random_state(x)
+
+    def first(u: Tensor) -> tuple[Tensor, bool]:
+        to_first()
+        return solver.products(x, t, u)
+
+    def second(u: Tensor) -> Tensor:
+        to_second()
+        return solver.products(middle, following, u)[0]
+
     w, total = v, x.new_zeros(v.shape[:2])
     for n in range(1, _TERMS + 1):
-        own, transposed = solver.products(x, t, w)
+        own, transposed = first(w)
         if heun and transposed:  # A' = h/2 (J1' + (I + h J1') J2')
-            u = solver.products(middle, following, w)[0]
-            own = (solver.products(x, t, w + long * u)[0] + u) / 2
+            u = second(w)
+            own = (first(w + long * u)[0] + u) / 2
         elif heun:
-            own = (own + solver.products(middle, following, w + long * own)[0]) / 2
+            own = (own + second(w + long * own)) / 2
         w = long * own
         total = total + (-1) ** (n + 1) / n * (v * w).flatten(2).sum(2)
+    to_end()
     size = w.detach().flatten(2).norm(dim=2) / v.flatten(2).norm(dim=2)
     radius = size.max() ** (1 / _TERMS) if size.numel() else size.sum()
     if not torch.compiler.is_compiling() and not float(radius) < 1:
