@@ -213,18 +213,13 @@ def test_sketches_of_jacobians_of_low_rank(name: str, low: str) -> None:
     torch.manual_seed(0)
     d, n = 8, 4000
     net = nn.Sequential(nn.Linear(d, 6), nn.Tanh(), nn.Linear(6, d)).to(F64)
-    a = torch.randn(d, dtype=F64)
-    scale = torch.ones((), dtype=F64, requires_grad=True)
-    with torch.no_grad():
-        net[2].weight.zero_()
-    velocity = {
-        "zero layer": lambda x, t: net(x),
-        "zero": lambda x, t: scale * (x * 0),
-        "rank one": lambda x, t: torch.tanh(scale * (x @ a))[:, None] * (scale * a),
-        "identity": lambda x, t: scale * x,
-    }[low]
+    nn.init.zeros_(net[2].weight)
+    one = torch.randn(d, 1, dtype=F64) @ torch.randn(1, d, dtype=F64)
+    J = {"rank one": one, "identity": torch.eye(d, dtype=F64)}.get(low, torch.zeros_like(one))
+    J.requires_grad_()
+    velocity = net if low == "zero layer" else linear_field(J)
+    leaf = net[2].weight if low == "zero layer" else J
     x = torch.randn(1, d, dtype=F64).expand(n, d)
-    leaf = net[2].weight if low == "zero layer" else scale
     exact = fewstep.divergence(velocity, x[:1], 0.0, estimator="exact")
     (want,) = torch.autograd.grad(exact.value.sum(), leaf)
     y = x.clone().requires_grad_()
