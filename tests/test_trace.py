@@ -213,18 +213,13 @@ def test_sketches_of_jacobians_of_low_rank(name: str, low: str) -> None:
     torch.manual_seed(0)
     d, n = 8, 4000
     net = nn.Sequential(nn.Linear(d, 6), nn.Tanh(), nn.Linear(6, d)).to(F64)
-    a = torch.randn(d, dtype=F64)
-    scale = torch.ones((), dtype=F64, requires_grad=True)
-    with torch.no_grad():
-        net[2].weight.zero_()
-    velocity = {
-        "zero layer": lambda x, t: net(x),
-        "zero": lambda x, t: scale * (x * 0),
-        "rank one": lambda x, t: torch.tanh(scale * (x @ a))[:, None] * (scale * a),
-        "identity": lambda x, t: scale * x,
-    }[low]
+    nn.init.zeros_(net[2].weight)
+    one = torch.randn(d, 1, dtype=F64) @ torch.randn(1, d, dtype=F64)
+    J = {"rank one": one, "identity": torch.eye(d, dtype=F64)}.get(low, torch.zeros_like(one))
+    J.requires_grad_()
+    velocity = net if low == "zero layer" else linear_field(J)
+    leaf = net[2].weight if low == "zero layer" else J
     x = torch.randn(1, d, dtype=F64).expand(n, d)
-    leaf = net[2].weight if low == "zero layer" else scale
     exact = fewstep.divergence(velocity, x[:1], 0.0, estimator="exact")
     (want,) = torch.autograd.grad(exact.value.sum(), leaf)
     y = x.clone().requires_grad_()
@@ -298,6 +293,33 @@ def test_sketches_are_of_one_network_whatever_it_draws(
     torch.testing.assert_close(out.velocity, net(x, torch.zeros(5)))
     assert torch.equal(torch.rand(1), after)
     torch.testing.assert_close(out.value, same.value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside forward mode
+def test_chunks_and_tangents_are_of_one_network_whatever_it_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fewstep.ops.trace.estimator._CHUNK", 30)  # 2 tangents of 3
+    x = torch.randn(5, 3, dtype=F64)
+
+    def noisy(x: Tensor, t: Tensor) -> Tensor:
+        return x * torch.randn(x.shape, dtype=F64)
+
+    fewstep.divergence(noisy, x, 0.0, estimator="exact")  # compared once
+    basis = torch.eye(3, dtype=F64)[:, None].expand(3, 5, 3).contiguous()
+    for way in (0, 1):
+        torch.manual_seed(7)
+        if way:
+            columns = reference.forward_products(noisy, x, torch.zeros(5), basis)[1]
+            value = columns.diagonal(dim1=0, dim2=2).sum(1)
+        else:
+            out = fewstep.divergence(noisy, x, 0.0, estimator="exact")
+            value = out.value
+            assert out.info == ""
+        after = torch.rand(1)
+        torch.manual_seed(7)
+        torch.testing.assert_close(value, torch.randn(x.shape, dtype=F64).sum(1))
+        assert torch.equal(torch.rand(1), after)
 
 
 def test_a_sample_has_the_same_value_in_any_batch() -> None:
@@ -772,6 +794,11 @@ def test_strided_expanded_empty() -> None:
         ({"probe": "uniform"}, ValueError, "probe must be one of"),
         ({"probes": 0}, ValueError, "probes must be an integer from 1"),
         ({"probes": 6, "probe": "hadamard"}, ValueError, "probes must be at most D = 5"),
+        (
+            {"estimator": "xtrace", "probes": 4, "probe": "hadamard"},
+            ValueError,
+            "another than 'hadamard' for 'xtrace'",
+        ),
         ({"estimator": "hutch++", "probes": 2}, ValueError, "at least 3 for 'hutch"),
         ({"estimator": "xtrace", "probes": 5}, ValueError, "must be even"),
         ({"t": math.nan}, ValueError, "t must be finite"),

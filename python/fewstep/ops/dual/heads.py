@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep._torch import wide
+from fewstep._torch import to_random_state, wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.engine import Dual, UnsupportedError, run_on, seed
 from fewstep.ops.dual.source import Source, kept_or_computed, plain
@@ -111,7 +111,10 @@ def exact_by_tangents(
     d = x[0].numel() if x.ndim > 1 else 1
     basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
     total: Any = 0
+    back = to_random_state(x)
     for first in range(0, d, chunk):
+        if first:
+            back()
         own = basis[first : first + chunk]
         part = replace(source, count=own.shape[0], tangents=own, stacks={})
         out = _checked(run_on(seed(part, x), velocity, t), x)

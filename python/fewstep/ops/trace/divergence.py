@@ -88,8 +88,9 @@ def divergence(
     Raises:
         ValueError: an unknown estimator, probe, backend, engine, check or tangent_dtype; a velocity
             that mixes samples, as BatchNorm in training does; probes below 1, above D
-            for "hadamard", below 3 for "hutch++", odd, below 4 or above 2 D for "xtrace"; t that is
-            not finite or neither a scalar nor `[B]`; ids, or a velocity, of the wrong shape.
+            for "hadamard", below 3 for "hutch++", odd, below 4 or above 2 D for "xtrace";
+            "hadamard" with either; t that is not finite or neither a scalar nor `[B]`; ids, or a
+            velocity, of the wrong shape.
         TypeError: x, ids or seed of the wrong dtype.
 
     Source: Hutchinson, A stochastic estimator of the trace, 1990; Grathwohl et al., FFJORD, 2019,

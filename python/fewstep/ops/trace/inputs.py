@@ -110,6 +110,11 @@ def check_problem(options: Options, x: Tensor, who: str) -> None:
         )
     if options.probe == "hadamard" and count > d:
         raise ValueError(f"{who}: probes must be at most D = {d} for 'hadamard', got {count}")
+    if options.probe == "hadamard" and options.estimator in ("hutch++", "xtrace"):
+        raise ValueError(
+            f"{who}: probe must be another than 'hadamard' for {options.estimator!r}, whose probes"
+            " must not depend on those of the sketch: 'rademacher', 'gaussian' or 'sphere'"
+        )
     if options.estimator == "hutch++" and count < 3:
         raise ValueError(f"{who}: probes must be at least 3 for 'hutch++', got {count}")
     if options.estimator == "xtrace" and (count < 4 or count % 2 or count > 2 * d):
