@@ -186,9 +186,9 @@ def test_standard_error_is_that_of_the_mean() -> None:
 
 def test_sketches_are_unbiased_and_exact_on_low_rank() -> None:
     torch.manual_seed(0)
-    low = torch.randn(8, 2, dtype=F64) @ torch.randn(2, 8, dtype=F64)
-    full = torch.randn(8, 8, dtype=F64)
-    x, t = torch.zeros(3000, 8, dtype=F64), torch.zeros(3000, dtype=F64)
+    low = torch.randn(12, 2, dtype=F64) @ torch.randn(2, 12, dtype=F64)
+    full = torch.randn(12, 12, dtype=F64)
+    x, t = torch.zeros(3000, 12, dtype=F64), torch.zeros(3000, dtype=F64)
     for estimator, count in (("hutch++", 9), ("xtrace", 8)):
         out = fewstep.divergence(
             linear_field(full), x, t, estimator=estimator, probes=count, probe="gaussian"
@@ -846,3 +846,11 @@ def test_division_is_not_rounded_to_the_dtype_of_the_divisor(divisor: Tensor) ->
     out = fewstep.divergence(lambda x, t: x * x / divisor, x, 0.0, estimator="exact")
     assert torch.allclose(out.velocity, x * x / divisor, rtol=1e-15, atol=0)
     assert torch.allclose(out.value, (2 * x / divisor.double()).sum(1), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ["hutch++", "xtrace"])
+def test_as_many_products_as_dimensions_are_all_of_them(estimator: str) -> None:
+    """Leaving out one of few signs is no draw of its own: the mean would be off."""
+    x = torch.randn(5, 4, dtype=F64)
+    out = fewstep.divergence(lambda x, t: x, x, 0.0, estimator=estimator, probes=4)
+    assert out.value.tolist() == [4.0] * 5

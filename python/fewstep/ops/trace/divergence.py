@@ -62,7 +62,7 @@ def divergence(
         t (float | Tensor): time, a scalar or `[B]`; handed on as it is, floats as `[B]` in
             float32 at least.
         estimator (str): "auto" takes "exact" where it costs less than the probes asked for, else
-            "hutchinson".
+            "hutchinson". With D probes or more, sketches and "hadamard" signs are "exact", too.
         probes (int): products with the Jacobian, K.
         probe (str): "rademacher"; "hadamard" (signs, distinct random rows of the Hadamard matrix:
             never worse, and exact at `probes = D`); "gaussian"; "sphere".

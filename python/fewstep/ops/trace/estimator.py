@@ -452,10 +452,11 @@ class Solver:
     def _exact(self, d: int) -> bool:
         """Whether D tangents are asked for, or are as few as the probes."""
         options = self.options
-        if options.estimator == "exact" or (options.estimator == "auto" and options.probes >= d):
+        if options.estimator == "exact":
             return True
-        full = options.estimator in ("auto", "hutchinson") and options.probes >= d
-        return full and options.probe == "hadamard"
+        if options.probes < d:
+            return False
+        return options.estimator != "hutchinson" or options.probe == "hadamard"
 
     def _duals(self, x: Tensor, t: Tensor, key: Tensor, backend: str) -> Divergence:
         options = self.options
