@@ -126,6 +126,7 @@ class Traced:
     own_dtype: torch.dtype
     own_device: torch.device
     rules = RULES
+    direct = True  # whether `call` does nothing but call rules
     requires_grad = False
     aliased = False  # whether others share its memory, as far as the user sees
     __hash__ = object.__hash__
@@ -134,20 +135,24 @@ class Traced:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return cls.call(func, args, kwargs or {})
-
-    @classmethod
-    def call(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The function's rule."""
-        if torch.compiler.is_compiling() and getattr(func, "__module__", "") == "torch._tensor":
+        if getattr(func, "__module__", "") == "torch._tensor":
             rule = NAMED.get(func.__name__) if cls.rules is RULES else None
         else:
             rule = cls.rules.get(func)
+        return cls.call(func, rule, args, kwargs)
+
+    @classmethod
+    def call(
+        cls, func: Any, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any] | None
+    ) -> Any:
+        """By the function's rule."""
         if rule is None:
             raise UnsupportedError(f"no rule for {name_of(func)}")
         if not kwargs:
             return rule(*args)
-        return rule(*args, **{NUMPY.get(name, name): value for name, value in kwargs.items()})
+        if "axis" in kwargs or "keepdims" in kwargs:
+            kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
+        return rule(*args, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -314,7 +319,11 @@ class Opaque:
                 )
             if torch._C._is_any_autocast_enabled():
                 raise UnsupportedError(AUTOCAST)
-            return cls.call(func, args, kwargs or {})  # type: ignore[attr-defined]
+            own: Any = cls
+            rule = own.rules.get(func)
+            if own.direct and rule is not None and not kwargs:
+                return rule(*args)
+            return own.call(func, rule, args, kwargs)
         except UnsupportedError as reason:
             if func in _CONSTANTS:
                 return _CONSTANTS[func]
@@ -363,6 +372,8 @@ class Dual(Traced):
         pending: a linear layer's weight that the tangents in `flat` still lack: of the last layer
             only products with probes may be wanted.
     """
+
+    direct = False
 
     def __init__(
         self,
@@ -425,12 +436,14 @@ class Dual(Traced):
         return flat
 
     @classmethod
-    def call(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        source = _beginning((*args, *kwargs.values()))
+    def call(
+        cls, func: Any, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any] | None
+    ) -> Any:
+        source = _beginning((*args, *kwargs.values()) if kwargs else args)
         if source is None:
-            return super().call(func, args, kwargs)
+            return super().call(func, rule, args, kwargs)
         with redrawing(source):
-            return super().call(func, args, kwargs)
+            return super().call(func, rule, args, kwargs)
 
     def begins(self) -> bool:
         """Whether it is a view of the input's stack."""
