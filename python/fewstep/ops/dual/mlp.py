@@ -77,6 +77,11 @@ class Recorded(Opaque, Traced, Tensor):  # type: ignore[misc, override]
     """
 
     rules = RECORDED
+    x: Tensor
+    low: int
+    width: int
+    layers: tuple[tuple[Tensor, Tensor | None], ...]
+    activations: tuple[tuple[int, float, float], ...]
 
     def __new__(
         cls,
@@ -86,9 +91,9 @@ class Recorded(Opaque, Traced, Tensor):  # type: ignore[misc, override]
         shape: torch.Size,
         layers: tuple[tuple[Tensor, Tensor | None], ...] = (),
         activations: tuple[tuple[int, float, float], ...] = (),
-    ) -> Any:
+    ) -> Recorded:
         dtype, device = x.dtype, x.device
-        self = without_data(cls, shape, dtype=dtype, device=device)
+        self: Recorded = without_data(cls, shape, dtype=dtype, device=device)
         self.x, self.low, self.width, self.primal_shape = x, low, width, shape
         self.layers, self.activations = layers, activations
         self.own_dtype, self.own_device = dtype, device
