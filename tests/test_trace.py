@@ -365,6 +365,52 @@ def test_compiles_into_one_graph(name: str, estimator: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+def _operators(x: Tensor, t: Tensor) -> Tensor:
+    w = torch.ones(3, dtype=x.dtype) * 2
+    a = (1 - x) + (w - x) + (x - 1) + (1 + x) * 2
+    b = (w / x) + 1 / x + x / 2 + x**3 + 2**x - x % 2
+    return a * b + abs(-x)
+
+
+def _methods(x: Tensor, t: Tensor) -> Tensor:
+    y = (x * 1).relu_() + x.clamp(-1, 1) + x.abs() + x.clone() * x.norm(dim=1, keepdim=True)
+    y = y + torch.where(x > 0, x, 2 * x) + torch.stack([x, x * x], 1).sum(1)
+    y = y + torch.stack(x.unbind(1), 1).exp() + torch.cat(x.chunk(3, 1), 1)
+    y = y + torch.cat(x.split(1, 1), 1) ** 2
+    y *= 2
+    y -= x
+    return y
+
+
+@pytest.mark.parametrize("velocity", [_operators, _methods])
+def test_operators_compile(velocity: Callable[..., Tensor]) -> None:
+    x = torch.tensor([[0.5, -0.3, 2.0], [1.5, 0.2, -0.7]], dtype=torch.float64)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor, str]:
+        out = fewstep.divergence(velocity, x, 0.5, estimator="exact")
+        return out.velocity, out.value, out.info
+
+    torch._dynamo.reset()
+    *actual, note = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+    *expected, info = run(x)
+    assert (info, note) == ("", "not compared with plain autograd")
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("velocity", [lambda x, t: +x, lambda x, t: x ** (2 + 0 * t[:, None])])
+def test_operators_without_a_rule_compile(velocity: Callable[..., Tensor]) -> None:
+    x, t = torch.rand(2, 3, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
+
+    def run(x: Tensor, t: Tensor) -> tuple[Tensor, str]:
+        out = fewstep.divergence(velocity, x, t, estimator="exact")
+        return out.value, out.info
+
+    torch._dynamo.reset()
+    actual, note = torch.compile(run, fullgraph=True, backend="aot_eager")(x, t)
+    assert note.startswith("torch.func: no rule for")
+    torch.testing.assert_close(actual, run(x, t)[0], rtol=1e-11, atol=1e-11)
+
+
 class Twice(torch.autograd.Function):
     """2 x, without a derivative in forward mode."""
 

@@ -19,7 +19,6 @@ with, all else is computed in float32 and rounded.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -47,6 +46,7 @@ Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 H = TypeVar("H", bound="Traced")
 RULES: dict[Any, Rule] = {}
+NAMED: dict[str, Rule] = {}  # those of tensors' methods in Python, which compilers do not hash
 # Names of NumPy's that torch takes for its own.
 NUMPY = {"axis": "dim", "keepdims": "keepdim"}
 
@@ -56,6 +56,9 @@ def register(*functions: Any) -> Callable[[R], R]:
 
     def add(rule: R) -> R:
         RULES.update(dict.fromkeys(functions, rule))
+        for function in functions:
+            if getattr(function, "__module__", "") == "torch._tensor":
+                NAMED[function.__name__] = rule
         return rule
 
     return add
@@ -123,6 +126,7 @@ class Traced:
     own_dtype: torch.dtype
     own_device: torch.device
     rules = RULES
+    direct = True  # whether `call` does nothing but call rules
     requires_grad = False
     aliased = False  # whether others share its memory, as far as the user sees
     __hash__ = object.__hash__
@@ -131,17 +135,24 @@ class Traced:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return cls.call(func, args, kwargs or {})
+        if getattr(func, "__module__", "") == "torch._tensor":
+            rule = NAMED.get(func.__name__) if cls.rules is RULES else None
+        else:
+            rule = cls.rules.get(func)
+        return cls.call(func, rule, args, kwargs)
 
     @classmethod
-    def call(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The function's rule."""
-        rule = cls.rules.get(func)
+    def call(
+        cls, func: Any, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any] | None
+    ) -> Any:
+        """By the function's rule."""
         if rule is None:
             raise UnsupportedError(f"no rule for {name_of(func)}")
         if not kwargs:
             return rule(*args)
-        return rule(*args, **{NUMPY.get(name, name): value for name, value in kwargs.items()})
+        if "axis" in kwargs or "keepdims" in kwargs:
+            kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
+        return rule(*args, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -190,14 +201,64 @@ class Traced:
 
     def twin(self: H) -> H:
         """Another object of the same value."""
-        if not isinstance(self, Opaque):
-            return copy.copy(self)
-        own: H = without_data(type(self), self.shape, dtype=self.dtype, device=self.device)
+        kind = type(self)
+        if isinstance(self, Opaque):
+            own: H = without_data(kind, self.shape, dtype=self.dtype, device=self.device)
+        else:
+            own = object.__new__(kind)
         own.__dict__.update(self.__dict__)
         return own
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         return type(self).__torch_function__(func, (), args, kwargs)
+
+    def __add__(self, other: Any) -> Any:
+        return self._call(torch.add, self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return self._call(torch.add, self, other)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._call(torch.sub, self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._call(torch.sub, other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._call(torch.mul, self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return self._call(torch.mul, self, other)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._call(torch.div, self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self._call(torch.div, other, self)
+
+    def __pow__(self, other: Any) -> Any:
+        return self._call(torch.pow, self, other)
+
+    def __rpow__(self, other: Any) -> Any:
+        return self._call(torch.pow, other, self)
+
+    def __mod__(self, other: Any) -> Any:
+        return self._call(torch.remainder, self, other)
+
+    def __matmul__(self, other: Any) -> Any:
+        return self._call(torch.matmul, self, other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return self._call(torch.matmul, other, self)
+
+    def __neg__(self) -> Any:
+        return self._call(torch.neg, self)
+
+    def __pos__(self) -> Any:
+        return self._call(torch.positive, self)
+
+    def __abs__(self) -> Any:
+        return self._call(torch.abs, self)
 
     @property
     def mT(self) -> Any:  # noqa: N802
@@ -258,7 +319,11 @@ class Opaque:
                 )
             if torch._C._is_any_autocast_enabled():
                 raise UnsupportedError(AUTOCAST)
-            return cls.call(func, args, kwargs or {})  # type: ignore[attr-defined]
+            own: Any = cls
+            rule = own.rules.get(func)
+            if own.direct and rule is not None and not kwargs:
+                return rule(*args)
+            return own.call(func, rule, args, kwargs)
         except UnsupportedError as reason:
             if func in _CONSTANTS:
                 return _CONSTANTS[func]
@@ -307,6 +372,8 @@ class Dual(Traced):
         pending: a linear layer's weight that the tangents in `flat` still lack: of the last layer
             only products with probes may be wanted.
     """
+
+    direct = False
 
     def __init__(
         self,
@@ -369,12 +436,14 @@ class Dual(Traced):
         return flat
 
     @classmethod
-    def call(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        source = _beginning((*args, *kwargs.values()))
+    def call(
+        cls, func: Any, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any] | None
+    ) -> Any:
+        source = _beginning((*args, *kwargs.values()) if kwargs else args)
         if source is None:
-            return super().call(func, args, kwargs)
+            return super().call(func, rule, args, kwargs)
         with redrawing(source):
-            return super().call(func, args, kwargs)
+            return super().call(func, rule, args, kwargs)
 
     def begins(self) -> bool:
         """Whether it is a view of the input's stack."""
@@ -526,7 +595,9 @@ def same(h: Dual, function: Callable[[Tensor], Any]) -> Any:
     outs = [function(z) for z in h.pieces()]
     if isinstance(outs[0], Tensor):
         return h.like(*outs)
-    return type(outs[0])(h.like(*own) for own in zip(*outs, strict=True))
+    # Compilers find stand-ins in lists alone.
+    kind = list if torch.compiler.is_compiling() else type(outs[0])
+    return kind([h.like(*own) for own in zip(*outs, strict=True)])
 
 
 def broadcast(h: Traced, other: Tensor) -> torch.Size:

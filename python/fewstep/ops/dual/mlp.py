@@ -6,6 +6,7 @@ C++ op then takes tiles of samples, with their tangents, through all layers whil
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,22 +77,27 @@ class Recorded(Opaque, Traced, Tensor):  # type: ignore[misc, override]
     """
 
     rules = RECORDED
+    x: Tensor
+    low: int
+    width: int
+    layers: tuple[tuple[Tensor, Tensor | None], ...]
+    activations: tuple[tuple[int, float, float], ...]
 
-    def __new__(cls, x: Tensor, *_: Any) -> Any:
-        return without_data(cls, x.shape, dtype=x.dtype, device=x.device)
-
-    def __init__(
-        self,
+    def __new__(
+        cls,
         x: Tensor,
         low: int,
         width: int,
         shape: torch.Size,
         layers: tuple[tuple[Tensor, Tensor | None], ...] = (),
         activations: tuple[tuple[int, float, float], ...] = (),
-    ) -> None:
+    ) -> Recorded:
+        dtype, device = x.dtype, x.device
+        self: Recorded = without_data(cls, shape, dtype=dtype, device=device)
         self.x, self.low, self.width, self.primal_shape = x, low, width, shape
         self.layers, self.activations = layers, activations
-        self.own_dtype, self.own_device = x.dtype, x.device
+        self.own_dtype, self.own_device = dtype, device
+        return self
 
     def complete(self) -> bool:
         """Whether the last step is a layer."""
@@ -114,39 +120,51 @@ def _record(*functions: Any) -> Callable[[Rule], Rule]:
 def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Recorded:
     if not isinstance(h, Recorded) or not isinstance(weight, Tensor):
         raise UnsupportedError(_REFUSAL)
-    h.refuse_unless(len(h.primal_shape) == 2 and not h.complete())
+    if len(h.primal_shape) != 2 or len(h.layers) > len(h.activations):
+        raise UnsupportedError(_REFUSAL)
     matched(h, weight, bias, low=True)
-    h.refuse_unless(weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1]))
-    (batch, width), (out, taken) = h.primal_shape, weight.shape
+    shape = weight.shape
+    if len(shape) != 2 or not (bias is None or bias.shape == shape[:1]):
+        raise UnsupportedError(_REFUSAL)
+    (batch, width), (out, taken) = h.primal_shape, shape
     if taken != width:
         raise ValueError(f"velocity: a linear layer takes {taken} features, got {width}")
-    layers = (*h.layers, (weight, bias))
-    return Recorded(h.x, h.low, h.width, torch.Size((batch, out)), layers, h.activations)
+    layers, after = (*h.layers, (weight, bias)), torch.Size((batch, out))
+    return Recorded(h.x, h.low, h.width, after, layers, h.activations)
 
 
 def _activation(
-    kind: str, h: Recorded, beta: float = 1.0, threshold: float = 20.0, inplace: bool = False
+    kind: int,
+    input: Recorded,
+    inplace: bool = False,
+    *,
+    beta: float = 1.0,
+    threshold: float = 20.0,
 ) -> Recorded:
-    h.refuse_unless(h.complete() and h.ndim == 2)
-    step = (reference.ACTIVATIONS.index(kind), beta, threshold)
-    out = Recorded(h.x, h.low, h.width, h.primal_shape, h.layers, (*h.activations, step))
+    h = input
+    if len(h.primal_shape) != 2 or len(h.layers) == len(h.activations):
+        raise UnsupportedError(_REFUSAL)
+    activations = (*h.activations, (kind, beta, threshold))
+    out = Recorded(h.x, h.low, h.width, h.primal_shape, h.layers, activations)
     return h.overwritten_by(out) if inplace else out
 
 
-_record(F.silu)(lambda input, inplace=False: _activation("silu", input, inplace=inplace))
-_record(F.relu, torch.relu, torch.Tensor.relu)(
-    lambda input, inplace=False: _activation("relu", input, inplace=inplace)
-)
-_record(torch.tanh, torch.Tensor.tanh, F.tanh)(lambda h: _activation("tanh", h))
-_record(torch.sigmoid, torch.Tensor.sigmoid, F.sigmoid)(lambda h: _activation("sigmoid", h))
+def _kind(name: str) -> Rule:
+    return functools.partial(_activation, reference.ACTIVATIONS.index(name))
+
+
+_record(F.silu)(_kind("silu"))
+_record(F.relu, torch.relu, torch.Tensor.relu)(_kind("relu"))
+_record(torch.tanh, torch.Tensor.tanh, F.tanh)(_kind("tanh"))
+_record(torch.sigmoid, torch.Tensor.sigmoid, F.sigmoid)(_kind("sigmoid"))
+_softplus = _kind("softplus")
 _record(F.softplus)(
-    lambda h, beta=1.0, threshold=20.0: _activation("softplus", h, float(beta), float(threshold))
+    lambda input, beta=1.0, threshold=20.0: _softplus(
+        input, beta=float(beta), threshold=float(threshold)
+    )
 )
-
-
-@_record(F.gelu)
-def _gelu(h: Recorded, approximate: str = "none") -> Recorded:
-    return _activation("gelu" if approximate == "none" else "gelu_tanh", h)
+_GELU = {"none": _kind("gelu"), "tanh": _kind("gelu_tanh")}
+_record(F.gelu)(lambda input, approximate="none": _GELU[approximate](input))
 
 
 @_record(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)

@@ -393,17 +393,17 @@ class Solver:
     def _source(self, key: Tensor | None, backend: str) -> Source:
         options, dtype = self.options, self.options.tangent_dtype
         prompt = self.seen is not None and self.seen.hooked
-        source = Source(
-            *(backend, options.probes, key, self.ids, options.probe), dtype=dtype, prompt=prompt
+        # Kept products go by where weights lie, which is where others lay.
+        kept = None if prompt or torch.is_grad_enabled() else self.cache
+        cache = kept if self.fixed and dtype is None else None
+        copies = None
+        if dtype is not None and not prompt and not plain():
+            copies = {} if kept is None else kept
+        return Source(
+            *(backend, options.probes, key, self.ids, options.probe),
+            *(None, cache, dtype, copies),
+            prompt=prompt,
         )
-        if prompt:  # kept products go by where weights lie, which is where others lay
-            return source
-        kept = None if torch.is_grad_enabled() else self.cache
-        if dtype is not None:
-            if plain():
-                return source
-            return replace(source, copies={} if kept is None else kept)
-        return replace(source, cache=kept if self.fixed else None)
 
     def products(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Velocity `[B, ...]`, and `[K, B, ...]` of `J v_k`, or of `J' v_k` and True."""

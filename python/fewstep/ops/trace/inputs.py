@@ -158,6 +158,8 @@ def check_time(t: float | Tensor, x: Tensor) -> Tensor:
 
 def make_key(seed: int | Tensor) -> Tensor:
     """int64 `(seed, step 0, stage 0)` on the CPU."""
+    if type(seed) is int and 0 <= seed < 2**63:
+        return torch.tensor((seed, 0, 0))
     return make_keys(seed, 1, fresh=False)[0]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Module = torch.nn.Module
+_BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 _FUNCTIONS = (types.FunctionType, functools.partial, types.MethodType)
 _PLAIN = (bool, int, str, bytes, type(None), torch.dtype, torch.device)
 _DEPTH = 4  # of functions that close over functions
@@ -92,23 +93,23 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def _modes(m: Module, parts: list[Any], modules: list[Module], seen: set[int]) -> None:
-    if id(m) in seen:
-        return
-    seen.add(id(m))
-    modules.append(m)
-    hooked = bool(m._forward_hooks) or bool(m._forward_pre_hooks)
-    parts.append(2 * m.training + hooked)
-    for child in m._modules.values():
-        if child is not None:
-            _modes(child, parts, modules, seen)
+    waiting: list[Module | None] = [m]
+    while waiting:
+        own = waiting.pop()
+        if own is None or id(own) in seen:
+            continue
+        seen.add(id(own))
+        modules.append(own)
+        hooked = bool(own._forward_hooks or own._forward_pre_hooks)
+        parts.append(2 * own.training + hooked)
+        if own._modules:
+            waiting += reversed(own._modules.values())
 
 
 def mixing(modules: list[Module]) -> str | None:
     """The module whose outputs depend on other samples, or None."""
     for m in modules:
-        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and (
-            m.training or m.running_mean is None
-        ):
+        if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None):
             return type(m).__name__
     return None
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.ops.dual.engine import Dual, Seed, Traced, UnsupportedError, same
+from fewstep.ops.dual.engine import Dual, Opaque, Seed, Traced, UnsupportedError, same
 
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
@@ -80,16 +80,17 @@ def matched(h: Traced, *others: Tensor | None, low: bool = False) -> None:
     Args:
         low: autocast computes the function in lower precision.
     """
+    dtype, device = h.own_dtype, h.own_device
     for other in others:
         if other is None:
             continue
         if isinstance(other, Traced):
             raise UnsupportedError("no rule for parameters that depend on x")
-        if other.dtype != h.dtype or other.device != h.device:
+        if other.dtype != dtype or other.device != device:
             raise UnsupportedError(
-                f"no rule for {h.dtype} on {h.device} with {other.dtype} on {other.device}"
+                f"no rule for {dtype} on {device} with {other.dtype} on {other.device}"
             )
-    if low and torch.is_autocast_enabled(h.device.type):
+    if low and not isinstance(h, Opaque) and torch.is_autocast_enabled(device.type):
         raise UnsupportedError("no rule for products under autocast")
 
 
