@@ -298,6 +298,7 @@ def is_constant(func: Any) -> bool:
 
 
 without_data: Any = Tensor._make_wrapper_subclass
+_autocasts = torch._C._is_any_autocast_enabled
 
 
 class Opaque:
@@ -317,7 +318,7 @@ class Opaque:
                     f"{name_of(func)} is called in another grad mode than forward: by a custom"
                     " autograd.Function, a reentrant checkpoint or no_grad"
                 )
-            if torch._C._is_any_autocast_enabled():
+            if _autocasts():
                 raise UnsupportedError(AUTOCAST)
             own: Any = cls
             rule = own.rules.get(func)
