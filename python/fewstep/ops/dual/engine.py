@@ -442,6 +442,8 @@ class Dual(Traced):
     ) -> Any:
         source = _beginning((*args, *kwargs.values()) if kwargs else args)
         if source is None:
+            if rule is not None and not kwargs:
+                return rule(*args)
             return super().call(func, rule, args, kwargs)
         with redrawing(source):
             return super().call(func, rule, args, kwargs)
@@ -602,5 +604,9 @@ def same(h: Dual, function: Callable[[Tensor], Any]) -> Any:
 
 
 def broadcast(h: Traced, other: Tensor) -> torch.Size:
-    shape: torch.Size = torch.broadcast_shapes(h.shape, other.shape)  # type: ignore[no-untyped-call]
+    own, theirs = h.primal_shape, other.shape
+    lead = len(own) - len(theirs)
+    if lead >= 0 and all(n in (1, m) for n, m in zip(theirs, own[lead:], strict=True)):
+        return own
+    shape: torch.Size = torch.broadcast_shapes(own, theirs)  # type: ignore[no-untyped-call]
     return shape
