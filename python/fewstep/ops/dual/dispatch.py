@@ -422,7 +422,7 @@ def present(*tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling() or is_transformed():
         return
     for z in tensors:
-        if z is not None and z.numel() and not z.untyped_storage().nbytes():
+        if z is not None and not z.untyped_storage().nbytes() and z.numel():
             raise RuntimeError(f"weights {tuple(z.shape)} are freed after their layer's forward")
 
 

@@ -298,6 +298,7 @@ def is_constant(func: Any) -> bool:
 
 
 without_data: Any = Tensor._make_wrapper_subclass
+_autocasts = torch._C._is_any_autocast_enabled
 
 
 class Opaque:
@@ -317,7 +318,7 @@ class Opaque:
                     f"{name_of(func)} is called in another grad mode than forward: by a custom"
                     " autograd.Function, a reentrant checkpoint or no_grad"
                 )
-            if torch._C._is_any_autocast_enabled():
+            if _autocasts():
                 raise UnsupportedError(AUTOCAST)
             own: Any = cls
             rule = own.rules.get(func)
@@ -441,6 +442,8 @@ class Dual(Traced):
     ) -> Any:
         source = _beginning((*args, *kwargs.values()) if kwargs else args)
         if source is None:
+            if rule is not None and not kwargs:
+                return rule(*args)
             return super().call(func, rule, args, kwargs)
         with redrawing(source):
             return super().call(func, rule, args, kwargs)
@@ -601,5 +604,9 @@ def same(h: Dual, function: Callable[[Tensor], Any]) -> Any:
 
 
 def broadcast(h: Traced, other: Tensor) -> torch.Size:
-    shape: torch.Size = torch.broadcast_shapes(h.shape, other.shape)  # type: ignore[no-untyped-call]
+    own, theirs = h.primal_shape, other.shape
+    lead = len(own) - len(theirs)
+    if lead >= 0 and all(n in (1, m) for n, m in zip(theirs, own[lead:], strict=True)):
+        return own
+    shape: torch.Size = torch.broadcast_shapes(own, theirs)  # type: ignore[no-untyped-call]
     return shape

@@ -339,7 +339,7 @@ def probe_products(program: Program, source: Source) -> tuple[Tensor, Tensor]:
                 source.cache, "last", (end,), lambda: _drawn(program, source) @ end
             )
         velocity, dots, *_ = _run(program, source, first, last, keep=False)
-    return velocity.view(program.shape), dots
+    return velocity if velocity.shape == program.shape else velocity.view(program.shape), dots
 
 
 def trace(program: Program, cache: dict[Any, Tensor] | None) -> tuple[Tensor, Tensor]:
