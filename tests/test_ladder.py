@@ -425,3 +425,15 @@ def test_a_velocity_that_counts_is_known() -> None:
     before = velocity.calls
     fewstep.divergence(velocity, x, 0.0, estimator="hutchinson")
     assert velocity.calls - before <= 2
+
+
+def test_what_a_network_keeps_from_a_trace_is_named() -> None:
+    kept: list[Tensor] = []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        kept.append(x.sin())
+        return kept[-1] * 2
+
+    fewstep.divergence(velocity, torch.randn(3, 4), 0.0, estimator="hutchinson")
+    with pytest.raises(AttributeError, match="stand-in for one, which a network kept"):
+        kept[-1].mean()

@@ -328,7 +328,12 @@ class Opaque:
         except UnsupportedError as reason:
             if func in _CONSTANTS:
                 return _CONSTANTS[func]
-            if run is not None and run.refused is None:
+            if run is None:
+                raise UnsupportedError(
+                    f"{reason}: this is no tensor but the stand-in for one, which a network kept"
+                    " from a forward that fewstep ran for its trace; keep what a plain call has"
+                ) from reason
+            if run.refused is None:
                 run.refused = str(reason)
             raise
 
