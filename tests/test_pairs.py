@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -423,7 +424,7 @@ def test_bad_numbers(change: dict[str, object], message: str) -> None:
     {
         "teacher": (None, "a", Denoiser()),
         "config": (None, "a", {}),
-        "out": (None, 1, "pairs"),
+        "out": (None, 1, b"pairs"),
         "worker": (None, "a", 1, (0,), (0.0, 1), (2, 2), (True, 2), (-1, 2)),
         "device": (None, 1, "quantum", "cuda:99"),
         "progress": (None, "no", 0),
@@ -457,8 +458,10 @@ def test_wrong_teachers_are_named(name: str, values: tuple[object, ...]) -> None
 
 def test_indices_are_looked_at(whole: Path) -> None:
     data = PairDataset(whole)
-    for wrong in (torch.tensor([True, False]), torch.tensor([1.0]), torch.tensor(1), [1], 1, None):
-        with pytest.raises(TypeError, match="PairDataset: indices must be an int64 tensor"):
+    for right in ([3, 1], np.array([3, 1]), torch.tensor([3, 1], dtype=torch.int32)):
+        assert all(map(torch.equal, data.batch(right), data.batch(torch.tensor([3, 1]))))
+    for wrong in (torch.tensor([True, False]), torch.tensor([1.0]), torch.tensor(1), [1.0], 1):
+        with pytest.raises(TypeError, match="PairDataset: indices must be integers"):
             data.batch(wrong)  # type: ignore[arg-type]
     for index in (-1, 37):
         with pytest.raises(IndexError, match=rf"indices must be in \[0, 37\), got {index}"):

@@ -216,3 +216,19 @@ def test_barycentre_of_a_row_that_nearly_vanishes(dtype: torch.dtype, backend: s
     )
     expected = (1 + 3 * math.exp(-2)) / (1 + math.exp(-2))
     assert plan.barycenter()[1].tolist() == pytest.approx([0, expected], rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e9, 1e10, 1e12])
+def test_points_that_are_far_beyond_eps(backend: str, dtype: torch.dtype, scale: float) -> None:
+    """Costs of 1e18 to 1e24 eps, as features have that nobody scaled."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, dtype=dtype) * scale, torch.randn(7, 3, dtype=dtype) * scale
+    x.requires_grad_()
+    result = fewstep.sinkhorn(x, y, eps=1.0, max_iter=100, backend=backend)
+    assert result.residual == torch.inf
+    assert not result.converged
+    for use in (result.plan, lambda: torch.autograd.grad(result.value, x)):
+        with pytest.raises(ValueError, match="eps must be at least"):
+            use()

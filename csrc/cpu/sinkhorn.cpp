@@ -716,7 +716,7 @@ class Solver {
       flat_ = flat_ && exponent < kFlat;
       // Rounding brings no mass back to a point that has next to none.
       const bool destroyed = potential > 100 * rho && in_.eps[q_] * kDigits > 8 * rho;
-      if (exponent > kDigits && exponent < kernel_.nowhere * 0x1p-40 && !destroyed) beyond_ = true;
+      if (exponent > kDigits && exponent <= far() && !destroyed) beyond_ = true;
       if (rho != kInfinity<double>) potential = -rho * std::expm1(-potential / rho);
       value += weight * potential;
     };

@@ -101,7 +101,7 @@ def worker(shard: str = "0/1") -> tuple[int, int]:
 def generate(
     teacher: Teacher,
     config: PairsConfig,
-    out: Path,
+    out: str | Path,
     *,
     worker: tuple[int, int] = (0, 1),
     device: str = "auto",
@@ -123,7 +123,7 @@ def generate(
             that cannot be copied, is compiled, or has a hook that holds on to variables, runs on
             one thread.
         config (PairsConfig): see there.
-        out (Path): folder, made if need be.
+        out (str | Path): folder, made if need be.
         worker (tuple[int, int]): (i, n): make files i, i + n, ... only.
         device (str): where the denoiser is; "auto": a GPU if there is one, torchrun's own of them.
         progress (bool): show a progress bar on stderr.
@@ -154,11 +154,13 @@ def generate(
     for name, value, kind in (
         ("teacher", teacher, Teacher),
         ("config", config, PairsConfig),
-        ("out", out, Path),
+        ("out", out, str | Path),
         ("device", device, str),
     ):
         if not isinstance(value, kind):
-            raise TypeError(f"generate: {name} must be a {kind.__name__}, got {value!r}")
+            word = "path" if name == "out" else getattr(kind, "__name__", kind)
+            raise TypeError(f"generate: {name} must be a {word}, got {value!r}")
+    out = Path(out)
     flags("generate", progress=progress)
     pair = isinstance(worker, tuple) and len(worker) == 2
     if not pair or not all(type(n) is int for n in worker) or not 0 <= worker[0] < worker[1]:

@@ -154,15 +154,19 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
         own = [integer("PairDataset", "indices", index) for index in indices]
         return list(zip(*self.batch(torch.tensor(own, dtype=torch.int64)), strict=True))
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
-        """Pairs of int64 indices `[B]` in [0, n): x0 and x1 `[B, ...]`, and labels `[B]` if any.
+    def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, ...]:
+        """Pairs of indices `[B]` in [0, n): x0 and x1 `[B, ...]`, and labels `[B]` if any.
 
         Raises:
-            TypeError: indices that are not an int64 tensor.
+            TypeError: indices that are not integers.
             IndexError: one that is not in [0, n).
         """
-        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
-            raise TypeError(f"PairDataset: indices must be an int64 tensor [B], got {indices!r}")
+        given = indices
+        indices = torch.as_tensor(given)
+        real = indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool
+        if indices.ndim != 1 or (real and indices.numel() > 0):
+            raise TypeError(f"PairDataset: indices must be integers [B], got {given!r}")
+        indices = indices.long()
         wrong = indices[(indices < 0) | (indices >= len(self))]
         if len(wrong):
             raise IndexError(

@@ -26,6 +26,8 @@ LAST_STEPS = 10
 LIGHT = 1e-3
 # Over eps, the potential of a point all of whose pairs with points of weight cost inf.
 NOWHERE = 1e30
+# And of a point that may go somewhere, at most.
+FARTHEST = 0.5e-6 * NOWHERE
 
 
 @dataclass(frozen=True)
@@ -272,8 +274,8 @@ def beyond_digits(f: Tensor, a: Tensor, eps: Tensor, rho: float | None) -> Tenso
     those that may go nowhere. All broadcast.
     """
     digits = 2 / torch.finfo(f.dtype).eps
-    exponent = f.abs() / (math.log(2) * eps)
-    beyond = (a > 0) & (exponent > digits) & (exponent < 1e-12 * NOWHERE)
+    size = f.abs() / eps
+    beyond = (a > 0) & (size > math.log(2) * digits) & (size <= FARTHEST)
     return beyond if rho is None else beyond & ~((f > 100 * rho) & (eps * digits > 8 * rho))
 
 
@@ -503,7 +505,7 @@ def iterate(
         """f, and its part of the value, with what `solve` says of points that may go nowhere."""
         part = a * phi(f, rho)
         if rho is None:
-            nowhere = f > 1e-6 * far
+            nowhere = f > FARTHEST * eps[..., None]
             part = torch.where(nowhere, torch.inf, part)
             f = torch.where(nowhere & (a == 0), 0.0, f)
         return f, torch.where(a > 0, part, 0 * a).sum(-1)
