@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -1017,3 +1018,27 @@ def test_scripted_modules_train(estimator: str) -> None:
         out = fewstep.divergence(lambda x, t: net(x), x, 0.0, estimator=estimator, **options)
         out.value.sum().backward()
         assert_contract("gradient", dict(net.named_parameters())["0.weight"].grad, want)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+def test_a_checkpointed_block_whose_input_is_used_again(estimator: str) -> None:
+    """A bias that is still to be added is so for the recomputation, too."""
+    a, n, b = nn.Conv1d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Conv1d(4, 2, 3, padding=1)
+    net = nn.ModuleList([a, n, b]).double()
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+
+    def velocity(x: Tensor, t: Any, *, kept: bool) -> Tensor:
+        h = a(x)
+        block = lambda h: F.silu(n(h))  # noqa: E731
+        inner = block(h) if kept else checkpoint(block, h, use_reentrant=False)
+        return b(inner + h.sin() + h)  # type: ignore[no-any-return]
+
+    found = []
+    for kept in (True, False):
+        net.zero_grad()
+        out = fewstep.divergence(partial(velocity, kept=kept), x, 0.0, estimator=estimator)
+        assert out.info == ""
+        (out.value.sum() + out.velocity.square().sum()).backward()
+        found.append([out.value.detach(), *(p.grad.clone() for p in net.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -377,6 +377,8 @@ class Dual(Traced):
             take it along.
         pending: a linear layer's weight that the tangents in `flat` still lack: of the last layer
             only products with probes may be wanted.
+        spread, whole: `joined()` and `stack()`, once they were asked for. The dual itself stays: a
+            checkpoint runs its forward on it again.
     """
 
     direct = False
@@ -399,6 +401,8 @@ class Dual(Traced):
         self.shift = shift.clone() if source.prompt and shift is not None else shift
         self.pending = pending
         self.owned = owned
+        self.spread: Tensor | None = None
+        self.whole: Tensor | None = None
         self.own_dtype, self.own_device = flat.dtype, flat.device
         alone = shared is not None or apart is not None
         lead = flat.shape[0] if alone else flat.shape[0] // (source.count + 1)
@@ -418,27 +422,36 @@ class Dual(Traced):
             flat = F.linear(self.flat, self.pending)
             self.flat, self.pending, self.owned = flat, None, True
         if self.shared is not None:
-            tangents = self.shared[:, None].expand(-1, *self.flat.shape)
-            self.flat = torch.cat([self.flat[None], tangents]).flatten(0, 1)
-            self.shared, self.owned = None, True
+            if self.spread is None:
+                tangents = self.shared[:, None].expand(-1, *self.flat.shape)
+                self.spread = torch.cat([self.flat[None], tangents]).flatten(0, 1)
+            if torch.is_grad_enabled():
+                return self.spread
+            self.flat, self.owned, self.shared, self.spread = self.spread, True, None, None
         return self.flat
 
     def stack(self) -> Tensor:
         """`[(K + 1) B, ...]` with everything in it."""
         if self.apart is not None:
-            self.pieces()
+            primal, tangents = self.pieces()
+            return torch.cat([primal, tangents.to(self.dtype)])
         flat = self.joined()
-        if self.shift is not None:
-            present(self.shift)
-            batch = self.primal_shape[0]
-            if plain():
-                flat = torch.cat([flat[:batch] + self.shift, flat[batch:]])
-            elif torch.is_grad_enabled():
-                flat = _Shifted.apply(flat, self.shift, batch)  # type: ignore[no-untyped-call]
-            else:
-                flat = flat if self.owned else flat.clone()
-                flat[:batch] += self.shift
+        if self.shift is None:
+            return flat
+        if self.whole is not None:
+            return self.whole
+        present(self.shift)
+        batch = self.primal_shape[0]
+        if plain():
+            flat = torch.cat([flat[:batch] + self.shift, flat[batch:]])
+        elif torch.is_grad_enabled():
+            flat = _Shifted.apply(flat, self.shift, batch)  # type: ignore[no-untyped-call]
+        else:
+            flat = flat if self.owned else flat.clone()
+            flat[:batch] += self.shift
             self.flat, self.shift, self.owned = flat, None, False
+            return flat
+        self.whole = flat
         return flat
 
     @classmethod
@@ -466,8 +479,10 @@ class Dual(Traced):
         if self.apart is None:
             return (self.stack() if shifted else self.joined(),)
         if shifted and self.shift is not None:
-            present(self.shift)
-            self.flat, self.shift = self.flat + self.shift, None
+            if self.whole is None:
+                present(self.shift)
+                self.whole = self.flat + self.shift
+            return self.whole, self.apart
         return self.flat, self.apart
 
     def copies(self) -> Iterator[Tensor]:

@@ -122,13 +122,17 @@ def checkable(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def isolated(x: Tensor, modules: list[torch.nn.Module]) -> Iterator[None]:
-    """Random states and buffers are as they were, and nobody's hooks see saved tensors."""
+    """Random states and buffers are as they were, and nobody's hooks see saved tensors.
+
+    Attention is that which has second derivatives throughout, as checkpoints compute it again.
+    """
     buffers = [(b, b.clone()) for m in modules for b in m._buffers.values() if b is not None]
     versions = [b._version for b, _ in buffers]
     named = [(m, dict(m._buffers)) for m in modules if m._buffers]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
         stack.enter_context(reference.own_saved_tensors())
+        stack.enter_context(reference.attention_by_math())
         try:
             yield
         finally:
@@ -262,8 +266,7 @@ def loss(velocity: Tensor, weights: Tensor, dots: Tensor | None) -> Tensor:
 def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
     if not leaves or not out.requires_grad:
         return [None] * len(leaves)
-    with reference.attention_by_math():
-        return list(torch.autograd.grad(out, leaves, retain_graph=True, allow_unused=True))
+    return list(torch.autograd.grad(out, leaves, retain_graph=True, allow_unused=True))
 
 
 def sample(
@@ -299,7 +302,7 @@ def _sample(
 ) -> Sample:
     y = x.requires_grad_(True)
     torch.manual_seed(0)
-    with reference.attention_by_math(), _one_argument():
+    with _one_argument():
         out = reference.checked(run(y.clone(), t.detach()), y)  # which may be changed in place
     v = probe(x.detach())
     weights = v.flip(0)
