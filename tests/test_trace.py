@@ -376,7 +376,8 @@ def _methods(x: Tensor, t: Tensor) -> Tensor:
     y = (x * 1).relu_() + x.clamp(-1, 1) + x.abs() + x.clone() * x.norm(dim=1, keepdim=True)
     y = y + torch.where(x > 0, x, 2 * x) + torch.stack([x, x * x], 1).sum(1)
     y = y + torch.stack(x.unbind(1), 1).exp() + torch.cat(x.chunk(3, 1), 1)
-    y = y + torch.cat(x.split(1, 1), 1) ** 2
+    y = y + torch.cat(x.split(1, 1), 1) ** 2 + x.view(-1, 1, 3).squeeze(1).reshape(x.shape)
+    y = y + x.unflatten(1, (3, 1)).flatten(1)
     y *= 2
     y -= x
     return y

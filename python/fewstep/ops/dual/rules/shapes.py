@@ -74,7 +74,7 @@ def _sizes(h: Dual, shape: Sequence[Any]) -> tuple[int, ...]:
         if isinstance(shape, torch.dtype):
             raise UnsupportedError(f"no rule for a view as {shape}")
     sizes = [int(s) for s in shape]
-    rest = math.prod(s for s in sizes if s != -1)
+    rest = math.prod([s for s in sizes if s != -1])
     sizes = [h.numel() // max(rest, 1) if s == -1 else s for s in sizes]
     batch = h.source.batch
     if not sizes or (sizes[0] % batch if batch else sizes[0]) or math.prod(sizes) != h.numel():
@@ -125,7 +125,7 @@ def _unflatten(input: Dual, dim: int, sizes: Sequence[int]) -> Dual:
     if not isinstance(dim, int) or not all(isinstance(s, (int, torch.SymInt)) for s in sizes):
         raise UnsupportedError("no rule for axes that have names")
     shape, dim = input.shape, dim % input.ndim
-    rest = math.prod(s for s in sizes if s != -1)
+    rest = math.prod([s for s in sizes if s != -1])
     own = [shape[dim] // max(rest, 1) if s == -1 else s for s in sizes]
     return _viewed(input, (*shape[:dim], *own, *shape[dim + 1 :]))
 
