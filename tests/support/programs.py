@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tests.support import rows
+from tests.support.search import CHUNK, earlier, note
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 100
 SHAPES = ((1,), (2,), (3,), (4,), (6,), (2, 3), (3, 4), (4, 2), (1, 2, 2), (2, 2, 2), (2, 2, 4))
 # "Rule": functions that duals know; "Other": some that they do not.
 UNARY = {
@@ -757,16 +757,7 @@ def search(
     first: int, last: int, resume: Path | None, shrink: bool, options: dict[str, Any] | None = None
 ) -> int:
     """The number of seeds that are wrong, those of earlier runs among them."""
-    done: set[int] = set()
-    failed: set[int] = set()
-    if resume is not None and resume.exists():
-        for line in resume.read_text().splitlines():
-            word, *numbers = line.split()
-            if word == "done":
-                done |= set(range(int(numbers[0]), int(numbers[1])))
-            elif word == "failed":
-                failed.add(int(numbers[0]))
-    failed = {s for s in failed if first <= s < last}
+    done, failed = earlier(resume, first, last)
     start, kinds = time.process_time(), Counter[str]()
     for low in range(first, last, CHUNK):
         high = min(low + CHUNK, last)
@@ -784,9 +775,7 @@ def search(
             notes.append(f"failed {seed} {found.messages[0]}")
             p = minimised(p) if shrink else p
             print(f"seed {seed}:", *found.messages, p.describe(), sep="\n", flush=True)  # noqa: T201
-        if resume is not None:
-            with resume.open("a") as file:
-                file.write("".join(f"{note}\n" for note in [*notes, f"done {low} {high}"]))
+        note(resume, notes, low, high)
     spent = time.process_time() - start
     rate = sum(kinds.values()) / max(spent, 1e-9)
     print(f"{dict(kinds)}, {rate:.0f} a second, {len(failed)} seeds failed")  # noqa: T201

@@ -92,8 +92,8 @@ def minimised(p: Problem, seed: int, budget: float = 20.0) -> tuple[Problem, lis
     return p, found
 
 
-def search(first: int, last: int, resume: Path | None, shrink: bool) -> int:
-    """The number of seeds that failed, those of earlier runs among them."""
+def earlier(resume: Path | None, first: int, last: int) -> tuple[set[int], set[int]]:
+    """Seeds that runs before have done, and those from first to last - 1 that failed then."""
     done: set[int] = set()
     failed: set[int] = set()
     if resume is not None and resume.exists():
@@ -103,7 +103,19 @@ def search(first: int, last: int, resume: Path | None, shrink: bool) -> int:
                 done |= set(range(int(numbers[0]), int(numbers[1])))
             elif word == "failed":
                 failed.add(int(numbers[0]))
-    failed = {s for s in failed if first <= s < last}
+    return done, {s for s in failed if first <= s < last}
+
+
+def note(resume: Path | None, notes: list[str], low: int, high: int) -> None:
+    """That seeds from low to high - 1 are done, with what was found."""
+    if resume is not None:
+        with resume.open("a") as file:
+            file.write("".join(f"{text}\n" for text in [*notes, f"done {low} {high}"]))
+
+
+def search(first: int, last: int, resume: Path | None, shrink: bool) -> int:
+    """The number of seeds that failed, those of earlier runs among them."""
+    done, failed = earlier(resume, first, last)
     start, count = time.process_time(), 0
     for low in range(first, last, CHUNK):
         high = min(low + CHUNK, last)
@@ -119,9 +131,7 @@ def search(first: int, last: int, resume: Path | None, shrink: bool) -> int:
             if shrink:
                 p, found = minimised(p, seed)
             print(f"seed {seed}: sinkhorn({p.describe()})", *found[:8], sep="\n    ", flush=True)  # noqa: T201
-        if resume is not None:
-            with resume.open("a") as file:
-                file.write("".join(f"{note}\n" for note in [*notes, f"done {low} {high}"]))
+        note(resume, notes, low, high)
     spent = time.process_time() - start
     print(f"{count} problems, {count / max(spent, 1e-9):.0f} a second, {len(failed)} seeds failed")  # noqa: T201
     return len(failed)

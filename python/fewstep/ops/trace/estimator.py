@@ -125,10 +125,13 @@ class Solver:
                 self._refuse("duals", str(error), known)
         else:
             known = Known(refused={"duals": f"engine {self.options.engine!r}"})
-        products = reference.products
-        if self.options.engine == "reverse":
-            products = reference.reverse_products
-        return self._fallback(x, t, key, known, products)
+        return self._fallback(x, t, key, known, self._compiled_products)
+
+    @property
+    def _compiled_products(self) -> Products:
+        """Torch's own, while compiling."""
+        reverse = self.options.engine == "reverse"
+        return reference.reverse_products if reverse else reference.products
 
     def _noted(self, found: Divergence, known: Known) -> Divergence:
         known.take_notes()
@@ -186,9 +189,8 @@ class Solver:
             replicas.meet(lambda: self.run(x, t))
             return
         key = make_key(0)
-        source = replace(self._source(key, self.backend(x)), count=1, kind="gaussian", ids=None)
-        source = replace(source, cache=None)
-
+        source = self._source(key, self.backend(x))
+        source = replace(source, count=1, kind="gaussian", ids=None, cache=None)
         modules = velocities.signature(self.velocity)[1]
 
         def probe(y: Tensor) -> Tensor:
@@ -278,9 +280,7 @@ class Solver:
 
     def _try(self, way: str, attempt: Callable[[], R], x: Tensor, known: Known) -> R | None:
         """None where a way does not serve; random states are then as before."""
-        kept = None
-        if way not in known.worked:
-            kept = torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None
+        back = None if way in known.worked else to_random_state(x)
         try:
             with self._eagerly(known):
                 out = attempt()
@@ -288,10 +288,8 @@ class Solver:
             raise
         except Exception as error:
             self._refuse(way, _first_line(error), known)
-            if kept is not None:
-                torch.set_rng_state(kept[0])
-                if kept[1] is not None:
-                    torch.cuda.set_rng_state(kept[1], x.device)
+            if back is not None:
+                back()
             return None
         known.worked.add(way)
         return out
@@ -428,7 +426,7 @@ class Solver:
                     return duals()
                 except UnsupportedError as error:
                     self._refuse("duals", str(error), known)
-            return autograd(reference.products)
+            return autograd(self._compiled_products)
         ways = {
             "duals": duals,
             "func": lambda: autograd(reference.products),
@@ -469,8 +467,10 @@ class Solver:
         if options.estimator in ("hutch++", "xtrace"):
 
             def product(u: Tensor) -> tuple[Tensor, Tensor]:
-                source = replace(self._source(None, backend), count=u.shape[0], cache=None)
-                source = replace(source, tangents=u.reshape(u.shape[0], *x.shape))
+                tangents = u.reshape(u.shape[0], *x.shape)
+                source = replace(
+                    self._source(None, backend), count=u.shape[0], tangents=tangents, cache=None
+                )
                 return heads.products(self.run, x, t, source)
 
             return self._sketch(x, key, product, backend)
