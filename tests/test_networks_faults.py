@@ -488,6 +488,19 @@ def of_the_input(x: Tensor, t: Any) -> Tensor:
     return x + h
 
 
+def of_what_was_detached(x: Tensor, t: Any) -> Tensor:
+    h = 2 * x
+    own = h.detach()
+    h += 1
+    return own * x
+
+
+def by_what_was_detached(x: Tensor, t: Any) -> Tensor:
+    h = 2 * x
+    h.detach().add_(1)
+    return h * x
+
+
 CHANGES: dict[str, tuple[Velocity, Velocity]] = {
     "relu": (on_a_skip(lambda h: F.relu(h, inplace=True)), lambda x, t: 2 * F.relu(2 * x)),
     "ReLU": (on_a_skip(nn.ReLU(inplace=True)), lambda x, t: 2 * F.relu(2 * x)),
@@ -499,19 +512,22 @@ CHANGES: dict[str, tuple[Velocity, Velocity]] = {
     "a view": (by_a_view, lambda x, t: torch.cat([6 * x[:, :2], 2 * x[:, 2:]], 1)),
     "an operator": (by_an_operator, lambda x, t: 2 * x + x.sin()),
     "the input": (of_the_input, lambda x, t: 4 * x),
+    "what was detached": (of_what_was_detached, lambda x, t: (2 * x.detach() + 1) * x),
+    "by what was detached": (by_what_was_detached, lambda x, t: (2 * x + 1) * x),
 }
 
 
+@pytest.mark.parametrize("check", ["first", "never"])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", CHANGES)
-def test_changes_in_place(name: str, grad: bool) -> None:
+def test_changes_in_place(name: str, grad: bool, check: str) -> None:
     """The network that is measured is the one that samples; the caller's x stays."""
     velocity, plain = CHANGES[name]
     x = torch.randn(3, 4)
     own = x.clone()
     with torch.set_grad_enabled(grad):
         for options in ({"estimator": "exact"}, {"probes": 4, "probe": "hadamard"}):
-            out = fewstep.divergence(velocity, x, 0.0, **options)
+            out = fewstep.divergence(velocity, x, 0.0, check=check, **options)
             assert torch.equal(x, own)
             torch.testing.assert_close(out.velocity, plain(x, 0))
             torch.testing.assert_close(out.value.double(), trace(plain, x), rtol=1e-5, atol=1e-5)

@@ -728,7 +728,8 @@ def check_second(p: Problem) -> None:
         if backend == "cpp":
             if bool((r.residual > 1e-12).any()):
                 return
-            steps = int(r.iterations.max()) + 2
+            # Derivatives converge by themselves, even where symmetry ends the solve at once.
+            steps = 2 * int(r.iterations.max()) + 60
         x, y = leaves["x"], leaves["y"]
         u = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)
         w = torch.linspace(1, 2, r.value.numel(), dtype=x.dtype).reshape(r.value.shape)

@@ -72,11 +72,13 @@ class _Run:
         grad: the grad mode at its beginning.
         refused: the first refusal: a forward that catches it has taken another branch.
         notes: what its user should know.
+        copies: plain tensors, with their versions, that share memory with x in a plain call.
     """
 
     grad: bool
     refused: str | None = None
     notes: dict[str, None] = field(default_factory=dict)
+    copies: list[tuple[Tensor, int]] = field(default_factory=list)
 
 
 class _Current(threading.local):
@@ -102,9 +104,18 @@ def run_on(stand_in: Traced, forward: Callable[..., Any], t: Any) -> Any:
     finally:
         _CURRENT.run = before
     _CURRENT.notes = tuple(run.notes)
+    if any(copy._version != version for copy, version in run.copies):
+        raise UnsupportedError("no rule for a change in place of x by what was detached from it")
     if run.refused is not None:
         raise UnsupportedError(run.refused)
     return out
+
+
+def unchanged(copy: Tensor) -> Tensor:
+    """A plain tensor that the forward that is running must not change in place."""
+    if not torch.compiler.is_compiling() and _CURRENT.run is not None:
+        _CURRENT.run.copies.append((copy, copy._version))
+    return copy
 
 
 def note(text: str) -> None:

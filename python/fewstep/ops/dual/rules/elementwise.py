@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.dispatch import kernel_shift
-from fewstep.ops.dual.engine import Dual, Rule, Seed, UnsupportedError, register
+from fewstep.ops.dual.engine import Dual, Rule, Seed, UnsupportedError, register, unchanged
 from fewstep.ops.dual.rules.plain import (
     aligned,
     is_number,
@@ -478,8 +478,11 @@ for _name in COMPARED[:-1]:
     register(getattr(torch.Tensor, f"__{_name}__"))(_step(getattr(torch.Tensor, f"__{_name}__")))
 
 
-for _f in (torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__):  # type: ignore[attr-defined]
-    register(_f)(_step(torch.detach))
+@register(torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+def _detach(input: Dual) -> Tensor:
+    """A copy: to the user it shares memory with h, so that neither may be changed in place."""
+    input.aliased = True
+    return unchanged(primal(input).detach().clone())
 
 
 for _name in ("zeros_like", "ones_like", "empty_like", "full_like"):
