@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fewstep
-from fewstep.ops.dual import mlp
+from fewstep.ops.dual import mlp, structural
 from fewstep.ops.dual.engine import UnsupportedError
+from fewstep.ops.dual.program import Program, record
 from fewstep.ops.dual.source import Source
 from fewstep.ops.trace.inputs import make_key, make_keys
 from fewstep.reference import dual as reference
@@ -31,7 +33,7 @@ SHAPES = [
 Shape = tuple[int, int, int, int, tuple[int, ...], int]
 
 
-def program(shape: Shape, dtype: torch.dtype, kind: str = "silu") -> mlp.Program:
+def program(shape: Shape, dtype: torch.dtype, kind: str = "silu") -> Program:
     """Weights and shifts drawn, of the kinds that an op takes."""
     batch, low, d, right, widths, _ = shape
     sizes = (low + d + right, *widths, d)
@@ -41,10 +43,10 @@ def program(shape: Shape, dtype: torch.dtype, kind: str = "silu") -> mlp.Program
     n = len(widths)
     kinds, options = (reference.ACTIVATIONS.index(kind),) * n, (1.3, 20.0) * n
     x = torch.randn(batch, sizes[0], dtype=dtype)
-    return mlp.Program(x, low, torch.Size((batch, d)), weights, shifts, kinds, options)
+    return Program(x, low, torch.Size((batch, d)), weights, shifts, kinds, options)
 
 
-def live(p: mlp.Program, dtype: torch.dtype) -> tuple[mlp.Program, list[Tensor]]:
+def live(p: Program, dtype: torch.dtype) -> tuple[Program, list[Tensor]]:
     """A copy that wants gradients, and its tensors."""
 
     def own(t: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ def source_of(shape: Shape, kind: str = "rademacher") -> Source:
     return Source("cpp", shape[-1], make_keys(5, 3)[5], ids, kind)
 
 
-def expected(p: mlp.Program, source: Source) -> tuple[Tensor, Tensor]:
+def expected(p: Program, source: Source) -> tuple[Tensor, Tensor]:
     """By the reference, in the dtype of `p`."""
     assert source.key is not None
     size = (source.count, *p.shape)
@@ -150,7 +152,7 @@ def test_tiles_do_not_show() -> None:
 def test_what_is_recorded() -> None:
     x, t = torch.randn(4, 6), torch.rand(4)
     net = TimeMLP(6, 16, 3)
-    p = mlp.record(lambda h, t: net(h, t), x, t)
+    p = record(lambda h, t: net(h, t), x, t)
     assert (p.low, len(p.weights), p.x.shape) == (0, 4, (4, 7))
     torch.testing.assert_close(mlp.probe_products(p, Source("cpp", 1, make_key(0)))[0], net(x, t))
 
@@ -160,12 +162,13 @@ def test_what_is_recorded() -> None:
         return net.net[6](hidden + 0.5).reshape(h.shape)
 
     with pytest.raises(UnsupportedError):  # a shift after an activation
-        mlp.record(images, x.view(4, 1, 2, 3), t)
-    for other in (Residual(6, 8), Film(6, 8)):
-        with pytest.raises(UnsupportedError):
-            mlp.record(lambda h, t, other=other: other(h, t), x, t)
+        record(images, x.view(4, 1, 2, 3), t)
+    with pytest.raises(UnsupportedError):
+        record(Residual(6, 8), x, t)
+    assert not mlp.serves(record(Film(6, 8), x, t))  # it has a gate
+    assert not mlp.serves(record(lambda h, t: F.linear(h, torch.eye(6)), x, t))
     with pytest.raises(ValueError, match="velocity must return"):
-        mlp.record(lambda h, t: nn.Linear(8, 3)(torch.tanh(nn.Linear(6, 8)(h))), x, t)
+        record(lambda h, t: nn.Linear(8, 3)(torch.tanh(nn.Linear(6, 8)(h))), x, t)
 
 
 def test_weights_changed_in_place_are_refused() -> None:
@@ -224,5 +227,5 @@ def test_exact_through_the_narrowest_layer(widths: tuple[int, ...]) -> None:
         assert out.estimator == f"exact ({min(widths) if backend == 'cpp' else 5} tangents)"
     for actual, right in zip(*found, strict=True):
         torch.testing.assert_close(actual, right)
-    own = mlp.record(velocity, x, t)
-    torch.testing.assert_close(mlp.trace_by_bottleneck(own, 1)[1], found[0][0])
+    own = record(velocity, x, t)
+    torch.testing.assert_close(structural.trace_by_bottleneck(own, "cpp", 1)[1], found[0][0])

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed, to_random_state, wide
-from fewstep.ops.dual import dispatch, heads, mlp
+from fewstep.ops.dual import dispatch, heads, mlp, structural
 from fewstep.ops.dual.engine import AUTOCAST, RULES, UnsupportedError
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
+from fewstep.ops.dual.program import Program, record
 from fewstep.ops.dual.source import Source, plain
-from fewstep.ops.dual.structural import Budget, structural
+from fewstep.ops.dual.structural import Budget
 from fewstep.ops.trace import ladder, replicas
 from fewstep.ops.trace import velocity as velocities
 from fewstep.ops.trace.inputs import Options, make_key, unsupported
@@ -88,17 +89,22 @@ class Solver:
             compiled = self._compiled(x, t, key, backend)
             return replace(compiled, info=_joined(compiled.info, _UNCOMPARED))
         known = self.known(x, t)
+        recorded: list[Program] = []
 
-        def program() -> Divergence | None:
-            found = self._program(x, t, backend)
-            return None if found is None else self._by_program(found, x, key)
+        def program() -> Program:
+            if not recorded:
+                recorded.append(record(self.run, x, t))
+            return recorded[0]
 
-        def chain() -> Divergence | None:
+        def whole() -> Divergence | None:
+            return self._by_program(program(), x, key) if self._whole(backend) else None
+
+        def structure() -> Divergence | None:
             exact = self.options.estimator in ("auto", "exact")
-            return self._structural(x, t, backend) if exact else None
+            return self._structural(program(), backend) if exact else None
 
         refused = dict(known.refused)
-        for way, attempt in (("mlp", program), ("structural", chain)):
+        for way, attempt in (("mlp", whole), ("structural", structure)):
             if way not in known.refused:
                 found = self._try(way, attempt, x, known)
                 if found is not None:
@@ -115,7 +121,7 @@ class Solver:
         if self.options.engine in (None, "duals"):
             if self.options.estimator in ("auto", "exact"):
                 with contextlib.suppress(UnsupportedError):
-                    found = self._structural(x, t, backend)
+                    found = self._structural(record(self.run, x, t), backend)
                     if found is not None:
                         return found
             try:
@@ -208,16 +214,15 @@ class Solver:
             def duals() -> tuple[Tensor, Tensor | None]:
                 return probe_products(self.run, s.x, s.t, source)
 
-            def program() -> tuple[Tensor, Tensor | None]:
-                found = self._program(s.x, s.t, self.backend(x))
-                if found is None:
+            def whole() -> tuple[Tensor, Tensor | None]:
+                if not self._whole(self.backend(x)):
                     return s.velocity, None
-                return mlp.probe_products(found, source)
+                return mlp.probe_products(_served(record(self.run, s.x, s.t)), source)
 
-            def chain() -> tuple[Tensor, Tensor | None]:
+            def structure() -> tuple[Tensor, Tensor | None]:
                 if self.options.estimator not in ("auto", "exact"):
                     return s.velocity, None
-                return self._chain(s, source)
+                return self._structure(s, source)
 
             def func() -> tuple[Tensor, Tensor | None]:
                 # Rules of torch for several products are other rules, some of them wrong.
@@ -225,7 +230,7 @@ class Solver:
                 v, u, _ = reference.products(self.run, s.x, s.t, several)
                 return v, (u[1] * s.probe).flatten(1).sum(1)
 
-            ways = {"mlp": program, "structural": chain, "duals": duals, "func": func}
+            ways = {"mlp": whole, "structural": structure, "duals": duals, "func": func}
             for way, attempt in ways.items():
                 if way in known.refused or (way == "func" and "duals" not in known.refused):
                     continue
@@ -252,11 +257,10 @@ class Solver:
             known.take_notes(ladder.UNSEEN)
         known.checked = max(known.checked, s.x.shape[0])
 
-    def _chain(self, s: Sample, source: Source) -> tuple[Tensor, Tensor | None]:
+    def _structure(self, s: Sample, source: Source) -> tuple[Tensor, Tensor | None]:
         """The structural trace of two samples, if it is that by tangents."""
         x, t = s.x[:2], s.t[:2] if s.t.ndim else s.t
-        found = structural(self.run, s.x, s.t, source.backend)
-        assert found is not None
+        found = structural.trace(_of_three(record(self.run, s.x, s.t)), source.backend)
         with torch.no_grad():
             d = x.shape[1:].numel()
             own = replace(source, key=None, dtype=None, copies=None)
@@ -354,20 +358,17 @@ class Solver:
             return self.velocity(h)
         return self.velocity(h, t.clone())
 
-    def _program(self, x: Tensor, t: Tensor, backend: str) -> mlp.Program | None:
-        """Of a network that one compiled op can run whole, else None."""
+    def _whole(self, backend: str) -> bool:
+        """Whether one compiled op, which runs a network whole, has these options."""
         options = self.options
-        if backend != "cpp":
-            return None
-        if options.estimator not in ("auto", "exact", "hutchinson") or options.tangent_dtype:
-            return None
-        if options.probes > mlp.MOST_PROBES:
-            return None
-        return mlp.record(self.run, x, t)
+        if backend != "cpp" or options.tangent_dtype or options.probes > mlp.MOST_PROBES:
+            return False
+        return options.estimator in ("auto", "exact", "hutchinson")
 
-    def _by_program(self, program: mlp.Program, x: Tensor, key: Tensor) -> Divergence | None:
+    def _by_program(self, program: Program, x: Tensor, key: Tensor) -> Divergence | None:
         """None where another way is right, or cheaper."""
         options, d = self.options, x.shape[1:].numel()
+        _served(program)
         grad = torch.is_grad_enabled()
         if options.estimator != "hutchinson" and len(program.weights) <= 3:
             budget = Budget(options.probes, kept=self.cache is not None and not grad)
@@ -376,11 +377,11 @@ class Solver:
                     return None
                 v, value = mlp.trace(program, None if grad else self.cache)
                 return Divergence(v, value, torch.zeros_like(value), "exact (structural)")
-        m = mlp.narrowest(program)
+        m = structural.narrowest(program)
         if self._exact(min(d, m)) and m < d:
             widest = max(w.shape[0] for w in program.weights)
             chunk = max(1, min(m, _CHUNK // max(x.shape[0] * widest, 1)))
-            v, value = mlp.trace_by_bottleneck(program, chunk)
+            v, value = structural.trace_by_bottleneck(program, "cpp", chunk)
             return Divergence(v, value, torch.zeros_like(value), f"exact ({m} tangents)")
         if self._exact(d):
             return None
@@ -434,17 +435,15 @@ class Solver:
         }
         return self._climb(ways, x, t, known, dict(known.refused))
 
-    def _structural(self, x: Tensor, t: Tensor, backend: str) -> Divergence | None:
+    def _structural(self, program: Program, backend: str) -> Divergence | None:
         """None where the probes asked for are cheaper."""
+        weights = _of_three(program).outer
         cache = None if torch.is_grad_enabled() else self.cache
         if self.options.estimator == "auto":
-            cheaper = Budget(self.options.probes, kept=cache is not None)
-        else:
-            cheaper = None
-        out = structural(self.run, x, t, backend, cache, cheaper)
-        if out is None:
-            return None
-        v, value = out
+            budget = Budget(self.options.probes, kept=cache is not None)
+            if not budget.allows(program.shape[0], weights):
+                return None
+        v, value = structural.trace(program, backend, cache)
         return Divergence(v, value, torch.zeros_like(value), "exact (structural)")
 
     def _exact(self, d: int) -> bool:
@@ -543,6 +542,18 @@ class Solver:
 
 
 _UNCOMPARED = "not compared with plain autograd"
+
+
+def _served(program: Program) -> Program:
+    if not mlp.serves(program):
+        raise UnsupportedError("one layer, or gates between layers")
+    return program
+
+
+def _of_three(program: Program) -> Program:
+    if len(program.weights) > 3:
+        raise UnsupportedError("more than two hidden layers")
+    return program
 
 
 def _joined(*texts: str) -> str:

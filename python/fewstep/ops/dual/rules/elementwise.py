@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual import dispatch
+from fewstep.ops.dual.activations import activation_rules
 from fewstep.ops.dual.dispatch import kernel_shift
 from fewstep.ops.dual.engine import Dual, Rule, Seed, UnsupportedError, register, unchanged
 from fewstep.ops.dual.rules.plain import (
@@ -47,40 +48,8 @@ def _activation(
     return h.overwritten_by(result) if inplace else result
 
 
-@register(F.silu)
-def _silu(input: Dual, inplace: bool = False) -> Dual:
-    return _activation("silu", input, inplace=inplace)
-
-
-@register(F.gelu)
-def _gelu(input: Dual, approximate: str = "none") -> Dual:
-    if approximate not in ("none", "tanh"):
-        raise UnsupportedError(f"no rule for gelu with approximate={approximate}")
-    return _activation("gelu" if approximate == "none" else "gelu_tanh", input)
-
-
-@register(torch.relu, torch.Tensor.relu, F.relu)
-def _relu(input: Dual, inplace: bool = False) -> Dual:
-    return _activation("relu", input, inplace=inplace)
-
-
-@register(F.softplus)
-def _softplus(input: Dual, beta: float = 1.0, threshold: float = 20.0) -> Dual:
-    return _activation("softplus", input, float(beta), float(threshold))
-
-
-def _kernel(kind: str) -> Rule:
-    def rule(input: Dual, *, out: None = None) -> Dual:
-        refuse({"out": out})
-        return _activation(kind, input)
-
-    return rule
-
-
-register(torch.tanh, torch.Tensor.tanh, F.tanh)(_kernel("tanh"))
-
-
-register(torch.sigmoid, torch.Tensor.sigmoid, F.sigmoid, torch.special.expit)(_kernel("sigmoid"))
+for _f, _rule in activation_rules(_activation).items():
+    register(_f)(_rule)
 
 
 Scalar = Callable[..., Tensor]
@@ -547,17 +516,10 @@ IN_PLACE: dict[str, Rule] = {
     "__ipow__": _pow,
     "clamp_": clamp,
     "masked_fill_": _masked_fill,
-    "relu_": _relu,
-    "tanh_": _kernel("tanh"),
-    "sigmoid_": _kernel("sigmoid"),
     **{f"{name}_": _unary(name) for name in UNARY},
 }
 for _name, _rule in IN_PLACE.items():
     register(getattr(torch.Tensor, _name))(_in_place(_rule))
-
-
-for _name in ("relu_", "tanh_", "sigmoid_"):
-    register(getattr(torch, _name))(_in_place(IN_PLACE[_name]))
 
 
 for _f in (F.elu, F.leaky_relu, F.hardtanh, F.selu, F.celu):
