@@ -207,7 +207,7 @@ class Traced:
         """This object, for all who hold it, after a change in place to `result`."""
         if self.aliased or type(result) is not type(self):
             raise UnsupportedError("no rule for a change in place of x, or of what has views")
-        self.__dict__.update(result.__dict__)
+        self._take(result)
         return self
 
     def twin(self: H) -> H:
@@ -217,8 +217,13 @@ class Traced:
             own: H = without_data(kind, self.shape, dtype=self.dtype, device=self.device)
         else:
             own = object.__new__(kind)
-        own.__dict__.update(self.__dict__)
+        own._take(self)
         return own
+
+    def _take(self, other: Traced) -> None:
+        for name in getattr(self, "__slots__", ()):
+            setattr(self, name, getattr(other, name))
+        self.__dict__.update(other.__dict__)
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         return type(self).__torch_function__(func, (), args, kwargs)
@@ -313,7 +318,10 @@ _autocasts = torch._C._is_any_autocast_enabled
 
 
 class Opaque:
-    """Makes a stand-in a tensor, without data, in whatever is not compiled."""
+    """Makes a stand-in a tensor, without data, in whatever is not compiled.
+
+    Its classes have slots: a dictionary for each object takes as long as all else of a rule.
+    """
 
     def __new__(cls, source: Any, like: Tensor, *_: Any, **__: Any) -> Any:
         return without_data(cls, like.shape, dtype=like.dtype, device=like.device)
@@ -584,11 +592,17 @@ class Seed(Dual):
 
 
 class DualTensor(Opaque, Dual, Tensor):  # type: ignore[misc, override]
-    pass
+    __slots__ = (
+        *("source", "flat", "apart", "shared", "shift", "pending", "owned", "spread", "whole"),
+        *("own_dtype", "own_device", "primal_shape"),
+    )
 
 
 class SeedTensor(Opaque, Seed, Tensor):  # type: ignore[misc, override]
-    pass
+    __slots__ = (
+        *("source", "primal", "low", "width", "pending", "shared", "shift", "apart", "_made"),
+        *("own_dtype", "own_device", "primal_shape"),
+    )
 
 
 def seed(source: Source, x: Tensor) -> Seed:

@@ -78,6 +78,7 @@ class Program:
 
 
 RECORDED: dict[Any, Rule] = {}
+_REFUSAL = "not linear layers with activations between them"
 Layer = tuple[Tensor, Tensor | None]  # weight, shift
 Step = tuple[int, float, float, Any]  # kind, beta, threshold, gate
 
@@ -99,22 +100,26 @@ class Recorded(Traced):
     layers: tuple[Layer, ...]
     steps: tuple[Step, ...]
 
-    def __init__(
-        self,
-        x: Tensor,
-        low: int,
-        width: int,
-        shape: torch.Size,
-        layers: tuple[Layer, ...] = (),
-        steps: tuple[Step, ...] = (),
-    ) -> None:
-        self.x, self.low, self.width, self.primal_shape = x, low, width, shape
-        self.layers, self.steps = layers, steps
-        self.own_dtype, self.own_device = x.dtype, x.device
+    @classmethod
+    def begin(cls, x: Tensor, low: int, width: int) -> Any:
+        """Before the first layer."""
+        own = cls.blank(x.shape, x.dtype, x.device)
+        own.x, own.low, own.width, own.primal_shape = x, low, width, x.shape
+        own.own_dtype, own.own_device = x.dtype, x.device
+        own.layers, own.steps = (), ()
+        return own
+
+    @classmethod
+    def blank(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
+        return cls()
 
     def after(self, shape: torch.Size, layers: tuple[Layer, ...], steps: tuple[Step, ...]) -> Any:
-        """With more layers or steps; as this one a tensor or none."""
-        return type(self)(self.x, self.low, self.width, shape, layers, steps)
+        """With more layers or steps."""
+        own = self.blank(shape, self.own_dtype, self.own_device)
+        own.x, own.low, own.width, own.primal_shape = self.x, self.low, self.width, shape
+        own.own_dtype, own.own_device = self.own_dtype, self.own_device
+        own.layers, own.steps = layers, steps
+        return own
 
     def complete(self) -> bool:
         """Whether a layer came last."""
@@ -122,13 +127,16 @@ class Recorded(Traced):
 
 
 class RecordedTensor(Opaque, Recorded, Tensor):  # type: ignore[misc, override]
-    def __new__(cls, x: Tensor, low: int, width: int, shape: torch.Size, *_: Any) -> Any:
-        return without_data(cls, shape, dtype=x.dtype, device=x.device)
+    __slots__ = tuple("x low width primal_shape own_dtype own_device layers steps".split())
+
+    @classmethod
+    def blank(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
+        return without_data(cls, shape, dtype=dtype, device=device)
 
 
 def _refuse_unless(condition: bool) -> None:
     if not condition:
-        raise UnsupportedError("not linear layers with activations between them")
+        raise UnsupportedError(_REFUSAL)
 
 
 def _record(*functions: Any) -> Callable[[Rule], Rule]:
@@ -141,20 +149,23 @@ def _record(*functions: Any) -> Callable[[Rule], Rule]:
 
 @_record(F.linear)
 def _linear(h: Any, weight: Any, bias: Tensor | None = None) -> Recorded:
-    _refuse_unless(isinstance(h, Recorded) and isinstance(weight, Tensor))
-    _refuse_unless(len(h.primal_shape) == 2 and len(h.layers) == len(h.steps))
+    if not isinstance(h, Recorded) or not isinstance(weight, Tensor):
+        raise UnsupportedError(_REFUSAL)
+    before, shape, layers, steps = h.primal_shape, weight.shape, h.layers, h.steps
+    if len(before) != 2 or len(shape) != 2 or len(layers) > len(steps):
+        raise UnsupportedError(_REFUSAL)
     matched(h, weight, bias, low=True)
-    shape = weight.shape
-    _refuse_unless(len(shape) == 2 and (bias is None or bias.shape == shape[:1]))
-    (batch, width), (out, taken) = h.primal_shape, shape
-    if taken != width:
-        raise ValueError(f"velocity: a linear layer takes {taken} features, got {width}")
-    found: Recorded = h.after(torch.Size((batch, out)), (*h.layers, (weight, bias)), h.steps)
+    if bias is not None and bias.shape != shape[:1]:
+        raise UnsupportedError(_REFUSAL)
+    if shape[1] != before[1]:
+        raise ValueError(f"velocity: a linear layer takes {shape[1]} features, got {before[1]}")
+    found: Recorded = h.after(torch.Size((before[0], shape[0])), (*layers, (weight, bias)), steps)
     return found
 
 
 def _activation(kind: str, h: Any, beta: float, threshold: float, inplace: bool) -> Recorded:
-    _refuse_unless(len(h.primal_shape) == 2 and len(h.layers) > len(h.steps))
+    if len(h.primal_shape) != 2 or len(h.layers) == len(h.steps):
+        raise UnsupportedError(_REFUSAL)
     step = (reference.ACTIVATIONS.index(kind), beta, threshold, None)
     out: Recorded = h.after(h.primal_shape, h.layers, (*h.steps, step))
     return h.overwritten_by(out) if inplace else out
@@ -213,10 +224,11 @@ def _cat(tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> Recor
             found = True
             whole.append(c.x)
             continue
-        low += 0 if found else c.shape[1]
+        if not found:
+            low += c.shape[1]
         whole.append(of_dtype(h, c))
     x = torch.cat(whole, 1)
-    return type(h)(x, low, h.width, x.shape)
+    return h.begin(x, low, h.width)  # type: ignore[no-any-return]
 
 
 @_record(torch.flatten, torch.Tensor.flatten)
@@ -244,7 +256,7 @@ def _viewed(h: Recorded, sizes: Sequence[int]) -> Recorded:
     _refuse_unless(h.width == h.primal_shape[1:].numel())
     x = h.x.reshape(sizes)
     _refuse_unless(x.shape[0] == batch)
-    return type(h)(x, 0, h.width, x.shape)
+    return h.begin(x, 0, h.width)  # type: ignore[no-any-return]
 
 
 @_record(F.dropout)
@@ -262,19 +274,16 @@ def record(run: Callable[..., Any], x: Tensor, t: Any) -> Program:
         UnsupportedError: it is none.
     """
     kind = Recorded if torch.compiler.is_compiling() else RecordedTensor
-    h = run_on(kind(x, 0, x.shape[1:].numel(), x.shape), run, t)
-    _refuse_unless(isinstance(h, Recorded) and h.complete())
+    h = run_on(kind.begin(x, 0, x.shape[1:].numel()), run, t)
+    if not isinstance(h, Recorded) or not h.complete():
+        raise UnsupportedError(_REFUSAL)
     if h.shape != x.shape:
         raise ValueError(f"velocity must return {tuple(x.shape)} like x, got {tuple(h.shape)}")
-    weights = tuple(weight for weight, _ in h.layers)
-    shifts = tuple(shift for _, shift in h.layers)
+    weights, shifts = zip(*h.layers, strict=True)
     dispatch.present(*weights, *shifts)
-    return Program(
-        *(h.x, h.low, h.shape, weights, shifts),
-        kinds=tuple(step[0] for step in h.steps),
-        options=tuple(number for step in h.steps for number in step[1:3]),
-        gates=tuple(step[3] for step in h.steps),
-    )
+    options = tuple([number for _, beta, threshold, _ in h.steps for number in (beta, threshold)])
+    kinds, gates = tuple([step[0] for step in h.steps]), tuple([step[3] for step in h.steps])
+    return Program(h.x, h.low, h.shape, weights, shifts, kinds, options, gates)
 
 
 def values_and_slopes(program: Program, backend: str) -> tuple[Tensor, list[Tensor]]:
