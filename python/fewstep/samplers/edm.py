@@ -1,4 +1,4 @@
-"""`edm_sample`: Heun steps from noise to data, with churn and guidance, as EDM has them."""
+"""`edm_sample`: the sampler of EDM, Heun steps from noise to data with churn and guidance."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def edm_sample(
 def edm_plan(
     levels: Tensor, churn: Churn, guidance: Tensor | None, precondition: float | None
 ) -> Plan:
-    """Of EDM's sampler at levels `[R, N + 1]`: both halves of a step as combinations.
+    """The plan of EDM's sampler at levels `[R, N + 1]`, both halves of a step as combinations.
 
     With `D = skip x + out F(c_in x)` and `h = sigma' - sigma^`, the derivative at sigma^ is
     `((1 - skip) x^ - out F1) / sigma^`, so that `x2 = (1 + a) x^ + b F1`, and the second one is

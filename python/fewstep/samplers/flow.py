@@ -95,7 +95,7 @@ def flow_sample(
 
 
 def flow_plan(times: Tensor, churn: Churn, guidance: Tensor | None) -> Plan:
-    """Of `flow_sample` at times `[R, S + 1]`."""
+    """The plan of `flow_sample` at times `[R, S + 1]`."""
     t = times.T
     now, after = t[:-1], t[1:]
     steps = now.shape[0]
