@@ -144,7 +144,7 @@ def short(rows: list[Row]) -> str:
             *sinkhorn_table(kept),
             "",
             f"Medians on {listed(timed, _machine)}. In parentheses: how many times longer than "
-            "fewstep.",
+            "fewstep. [All cases, and what differs](benchmarks/README.md).",
         ]
     )
 
