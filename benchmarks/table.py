@@ -1,8 +1,9 @@
-"""Write the README's claim and benchmark tables from the CSV files: `python -m benchmarks.table`.
+"""Write the benchmark tables from the CSV files: `python -m benchmarks.table`.
 
-Each replaces what stands between its two marker comments, those of a family other than Sinkhorn's
-by the family's name. `--check` writes nothing and exits with
-1 where README and CSV disagree; without a CSV file there must be nothing between the markers.
+The README has a claim and a short table of Sinkhorn's, benchmarks/README.md a section for each
+family. Each text replaces what stands between its two marker comments. `--check` writes nothing and
+exits with 1 where a page and the CSV files disagree; without a CSV file there must be nothing
+between the markers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ Row = dict[str, str]
 SINKHORN = "sinkhorn"
 # What the README's claim is about.
 CLAIMED = "n2048_d64"
+# The README's table; "wflow" is where the lead is smallest.
+SHORT_CASES = ("n512_d64_grad", CLAIMED, "n4096_d3", "wflow", "divergence_n1024_d64")
+SHORT_CONTENDERS = ("compile", "geomloss-tensorized", "pykeops", "pot", "ott-jax")
 
 
 def command(family: str) -> str:
@@ -98,7 +102,7 @@ def title(case: Case, row: Row) -> str:
 
 
 def claim(rows: list[Row]) -> str:
-    """One sentence on `CLAIMED`, or nothing where it was not measured beside other libraries."""
+    """Two sentences on `CLAIMED`, or nothing where it was not measured beside other libraries."""
     ours = ours_of(rows)
     timed = {r["contender"]: r for r in rows if r["case"] == CLAIMED and r["median_s"]}
     rivals = sorted(
@@ -110,34 +114,55 @@ def claim(rows: list[Row]) -> str:
         return ""
     case, own = CASES[CLAIMED], float(timed[ours]["median_s"])
     # The two fastest by name, and the range of the rest.
-    others = [f"{ratio(s / own)} faster than {CONTENDERS[name].label}" for s, name in rivals]
-    listing = ", ".join(others[:2])
+    listing = [f"{ratio(s / own)} faster than {CONTENDERS[name].label}" for s, name in rivals[:2]]
     if len(rivals) > 2:
         slow = [f"{s / own:.0f}" for s, _ in (rivals[2], rivals[-1])]
-        names = ", ".join(CONTENDERS[name].label for _, name in rivals[2:])
-        listing += f", {' to '.join(dict.fromkeys(slow))}x faster than {names}"
-    where = f"{timed[ours]['machine']}, threads: {timed[ours]['threads']}"
+        names = _enumerated([CONTENDERS[name].label for _, name in rivals[2:]])
+        listing.append(f"{' to '.join(dict.fromkeys(slow))}x faster than {names}")
+    kind = "CPU" if timed[ours]["device"] == "cpu" else "GPU"
     return (
         f"{case.iterations} Sinkhorn iterations between {case.n} and {case.m} points in "
-        f"{case.d} dimensions take {duration(own)} ({where}): {listing}. "
-        f"[All figures](#benchmarks), measured by `{command(SINKHORN)}`{_device(timed[ours])}."
+        f"{case.d} dimensions take {duration(own)} on a {kind} ({_machine(timed[ours])}). "
+        f"That is {_enumerated(listing)} ([benchmarks](#benchmarks))."
     )
 
 
-def memory(rows: list[Row], columns: list[str]) -> str:
-    """A sentence on the peak above the inputs in the largest case of the table."""
-    timed = [r for r in rows if r["median_s"] and not CASES[r["case"]].sweep]
+def _enumerated(parts: list[str]) -> str:
+    """`a, b and c`"""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def short(rows: list[Row]) -> str:
+    """The table of `SHORT_CASES`, or nothing where none of them was measured."""
+    wanted = {ours_of(rows), *SHORT_CONTENDERS}
+    kept = [r for r in rows if r["case"] in SHORT_CASES and r["contender"] in wanted]
+    timed = [row for row in kept if row["median_s"]]
     if not timed:
         return ""
+    return "\n".join(
+        [
+            *sinkhorn_table(kept),
+            "",
+            f"Medians on {listed(timed, _machine)}. In parentheses: how many times longer than "
+            "fewstep. [All cases, and what differs](benchmarks/README.md).",
+        ]
+    )
+
+
+def memory(rows: list[Row], columns: list[str]) -> list[str]:
+    """The peak above the inputs in the largest case of the table."""
+    timed = [r for r in rows if r["median_s"] and not CASES[r["case"]].sweep]
+    if not timed:
+        return []
     largest = max(timed, key=lambda r: int(r["N"]) * int(r["M"]) if r["B"] == "1" else 0)
     case = CASES[largest["case"]]
     peaks = {r["contender"]: float(r["peak_mb"]) for r in timed if r["case"] == case.name}
     listing = ", ".join(f"{CONTENDERS[c].label} {peaks[c]:.0f} MB" for c in columns if c in peaks)
-    return f"Peak memory beyond the inputs at {case.shape}: {listing}. "
+    return [f"Peak memory beyond the inputs at {case.shape}: {listing}."]
 
 
-def footer(rows: list[Row], columns: list[str], same: str, more: str) -> str:
-    """What all rows share: machine, versions, what differs, and the command."""
+def footer(rows: list[Row], columns: list[str], more: list[str]) -> list[str]:
+    """What all rows share, as a list: command, machine, versions, and what differs."""
     timed = [row for row in rows if row["median_s"]]
     versions = listed(timed, lambda r: f"{CONTENDERS[r['contender']].package} {r['version']}")
     slow = [
@@ -146,25 +171,27 @@ def footer(rows: list[Row], columns: list[str], same: str, more: str) -> str:
         if (calls := [float(r["first_call_s"]) for r in timed if r["contender"] == c])
         and max(calls) > 1
     ]
-    notes = [
-        listed([r for r in timed if r["note"] == note], _label) + f": {note}"
-        for note in dict.fromkeys(r["note"] for r in timed if r["note"])
-    ]
+    notes: dict[str, list[str]] = {}
+    for part in dict.fromkeys(part for r in timed for part in r["note"].split("; ") if part):
+        whose = listed([r for r in timed if part in r["note"].split("; ")], _label)
+        notes.setdefault(whose, []).append(part)
     first = rows[0]
     busy = listed(
         [row for row in timed if float(row["other_cores"]) > BUSY_CORES],
         lambda r: f"{_label(r)} {r['case']}",
     )
-    return (
-        f"Medians on {listed(timed, lambda r: r['machine'])}, threads: {first['threads']}; "
-        f"{versions}; commit {first['commit']}, {first['date']}. {same}; "
-        "each agreed with its float64 definition before it was timed"
-        + (f". First calls, not counted, took up to: {', '.join(slow)}" if slow else "")
-        + ". "
-        + (f"What differs: {'; '.join(notes)}. " if notes else "")
-        + (f"On a machine busy with other work: {busy}. " if busy else "")
-        + f"{more}Command: `{command(family_of(rows))}`{_device(first)}."
-    )
+    items = [
+        f"Command: `{command(family_of(rows))}`{_device(first)}, at commit {first['commit']}, "
+        f"{first['date']}.",
+        f"Machine: {listed(timed, _machine)}.",
+        f"Versions: {versions}.",
+        "Correctness: each contender agreed with its float64 definition before it was timed.",
+        *more,
+        *([f"Longest first call, not counted: {'; '.join(slow)}."] if slow else []),
+        *([f"Timed on a machine busy with other work: {busy}."] if busy else []),
+    ]
+    differ = [f"  - {whose}: {'; '.join(parts)}." for whose, parts in notes.items()]
+    return [f"- {item}" for item in items] + (["- What differs:", *differ] if differ else [])
 
 
 def render_family(rows: list[Row]) -> str:
@@ -175,10 +202,7 @@ def render_family(rows: list[Row]) -> str:
     present = {row["contender"] for row in rows}
     columns = [ours, *(c for c in CONTENDERS if c in present - {ours, "reference"})]
     by_key = {(row["case"], row["contender"]): row for row in rows}
-    lines = [
-        "| case | " + " | ".join(CONTENDERS[c].label for c in columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
+    lines = heading("case", columns)
     for name, case in cases.items():
         own = by_key.get((name, ours))
         if own is None:
@@ -192,20 +216,33 @@ def render_family(rows: list[Row]) -> str:
                 for c, text in zip(columns, cells, strict=True)
             ]
         lines.append(f"| {_what(own)}; {case.shape} | " + " | ".join(cells) + " |")
-    more = ""
-    for column, what, unit in (
-        ("saved_mb", "Saved for backward", " MB"),
-        ("rmse", "RMSE of the log-density", " nats"),
-    ):
-        for name in dict.fromkeys(r["case"] for r in rows if r.get(column)):
-            shown = [r for r in rows if r["case"] == name and r[column] and r["median_s"]]
-            listing = ", ".join(f"{_label(r)} {float(r[column]):.3g}{unit}" for r in shown)
-            more += f"{what}, {_what(shown[0])}, {cases[name].shape}: {listing}. "
-    same = "Same networks, inputs and probes"
+    more = ["Same networks, inputs and probes in every column."]
     if any(row.get("over_network") for row in rows):
-        same += "; times the network alone, called in turn with it in one process"
-    lines += ["", footer(rows, columns, same, more)]
+        more.append(
+            "Times the network: measured against the network alone, called in turn in one process."
+        )
+    lines += ["", *footer(rows, columns, more)]
+    for column, what in (
+        ("saved_mb", "Saved for backward, MB"),
+        ("rmse", "RMSE of the log-density, nats"),
+    ):
+        shown = [r for r in rows if r.get(column) and r["median_s"]]
+        if not shown:
+            continue
+        by = {(r["case"], r["contender"]): f"{float(r[column]):.3g}" for r in shown}
+        own_columns = [c for c in columns if any(c == contender for _, contender in by)]
+        lines += ["", f"{what}:", "", *heading("case", own_columns)]
+        for name in dict.fromkeys(r["case"] for r in shown):
+            row = next(r for r in shown if r["case"] == name)
+            cells = [by.get((name, c), "") for c in own_columns]
+            lines.append(f"| {_what(row)}; {cases[name].shape} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def heading(first: str, columns: list[str]) -> list[str]:
+    """The first two lines of a table of contenders."""
+    labels = " | ".join(CONTENDERS[c].label for c in columns)
+    return [f"| {first} | {labels} |", "|---|" + "---:|" * len(columns)]
 
 
 def _what(row: Row) -> str:
@@ -220,16 +257,11 @@ def _what(row: Row) -> str:
     return ", ".join(parts)
 
 
-def render(rows: list[Row]) -> str:
+def sinkhorn_table(rows: list[Row]) -> list[str]:
     """One line per case, one column per contender; in parentheses, how much slower than ours."""
-    ours = ours_of(rows)
-    present = {row["contender"] for row in rows if not CASES[row["case"]].sweep}
-    columns = [ours, *(c for c in CONTENDERS if c in present - {ours, "reference"})]
+    ours, columns = ours_of(rows), columns_of(rows)
     by_key = {(row["case"], row["contender"]): row for row in rows}
-    lines = [
-        "| N x M, D; iterations | " + " | ".join(CONTENDERS[c].label for c in columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
+    lines = heading("N x M, D; iterations", columns)
     for name, case in CASES.items():
         done = [by_key[name, c] for c in columns if (name, c) in by_key]
         if not done or case.sweep:
@@ -238,13 +270,29 @@ def render(rows: list[Row]) -> str:
         seconds = float(own["median_s"]) if own and own["median_s"] else None
         cells = [cell(by_key.get((name, c)), seconds) for c in columns]
         lines.append(f"| {title(case, done[0])} | " + " | ".join(cells) + " |")
-    timed = [row for row in rows if row["median_s"]]
-    same = "Same points, eps and number of iterations"
-    lines += ["", footer(rows, columns, same, memory(rows, columns))]
-    if any(CASES[row["case"]].sweep for row in timed):
-        picture = f"benchmarks/results/sinkhorn_{rows[0]['device']}.png"
+    return lines
+
+
+def columns_of(rows: list[Row]) -> list[str]:
+    """Contenders of a table of Sinkhorn's: ours first, then as in the registry."""
+    ours = ours_of(rows)
+    present = {row["contender"] for row in rows if not CASES[row["case"]].sweep}
+    return [ours, *(c for c in CONTENDERS if c in present - {ours, "reference"})]
+
+
+def render(rows: list[Row]) -> str:
+    """The section of Sinkhorn's: table, footer and picture."""
+    columns = columns_of(rows)
+    more = ["Same points, eps and number of iterations in every column.", *memory(rows, columns)]
+    lines = [*sinkhorn_table(rows), "", *footer(rows, columns, more)]
+    if any(row["median_s"] and CASES[row["case"]].sweep for row in rows):
+        picture = f"results/sinkhorn_{rows[0]['device']}.png"
         lines += ["", f"![Time per pair of points and iteration against N]({picture})"]
     return "\n".join(lines)
+
+
+def _machine(row: Row) -> str:
+    return f"{row['machine']}, {row['threads']} thread" + "s" * (row["threads"] != "1")
 
 
 def _device(row: Row) -> str:
@@ -255,14 +303,14 @@ def _label(row: Row) -> str:
     return CONTENDERS[row["contender"]].label
 
 
-def replaced(readme: str, name: str, text: str) -> str:
-    """`readme` with `text` between the markers of that name.
+def replaced(page: str, name: str, text: str) -> str:
+    """`page` with `text` between the markers of that name.
 
     Raises:
         ValueError: the markers are not there once each, in order.
     """
     begin, end = (f"<!-- {name}:{side} -->\n" for side in ("begin", "end"))
-    head, first, rest = readme.partition(begin)
+    head, first, rest = page.partition(begin)
     _, last, tail = rest.partition(end)
     if not first or not last or begin in tail or end in tail:
         raise ValueError(f"README must hold {begin.strip()} and then {end.strip()}, once each")
@@ -271,8 +319,9 @@ def replaced(readme: str, name: str, text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.table", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 where README is out of date")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a page is out of date")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "benchmarks" / "README.md")
     parser.add_argument("--csv", type=Path, action="append", help="default: all of results/")
     args = parser.parse_args(argv)
     results = ROOT / "benchmarks" / "results"
@@ -287,20 +336,24 @@ def main(argv: list[str] | None = None) -> int:
             tables[family] = [read(path) for path in paths if path.exists()]
     if not any(tables.values()) and not args.check:
         parser.error(f"no results in {results}: run `{command(SINKHORN)}`")
-    old = new = args.readme.read_text()
+    old = {path: path.read_text() for path in (args.readme, args.page)}
+    new = dict(old)
     for family, own in tables.items():
         if family == SINKHORN:
-            new = replaced(new, "claim", next(filter(None, map(claim, own)), ""))
-            new = replaced(new, "benchmarks", "\n\n".join(map(render, own)))
-        else:
-            new = replaced(new, family, "\n\n".join(map(render_family, own)))
+            for name, make in (("claim", claim), ("benchmarks", short)):
+                text = next(filter(None, map(make, own)), "")
+                new[args.readme] = replaced(new[args.readme], name, text)
+        section = "\n\n".join(map(render if family == SINKHORN else render_family, own))
+        new[args.page] = replaced(new[args.page], family, section)
+    changed = [path for path in new if new[path] != old[path]]
     if args.check:
-        if new != old:
-            sys.stderr.write(f"{args.readme} differs from the CSV: python -m benchmarks.table\n")
-        return int(new != old)
-    partial = args.readme.with_name(args.readme.name + ".partial")
-    partial.write_text(new)
-    os.replace(partial, args.readme)
+        for path in changed:
+            sys.stderr.write(f"{path} differs from the CSV: python -m benchmarks.table\n")
+        return int(bool(changed))
+    for path in changed:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(new[path])
+        os.replace(partial, path)
     return 0
 
 

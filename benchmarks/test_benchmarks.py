@@ -231,44 +231,67 @@ def test_csv_has_the_derived_columns(results: Path) -> None:
     assert geomloss["median_s"] == geomloss["speedup_vs_best_peer"] == ""
 
 
-MARKED = "before\n<!-- claim:begin -->\nold\n<!-- claim:end -->\n"
-MARKED += "<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nafter\n"
+def marked(*names: str) -> str:
+    """A page with an old text between the markers of each name."""
+    blocks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->" for name in names]
+    return "\n".join(["before", *blocks, "after", ""])
 
 
-def test_table_goes_into_the_readme_and_check_sees_a_difference(results: Path) -> None:
-    readme = results.with_name("README.md")
-    readme.write_text(MARKED)
-    arguments = [f"--readme={readme}", f"--csv={results}"]
+@pytest.fixture
+def pages(tmp_path: Path) -> tuple[Path, Path]:
+    """The README and the page of benchmarks, with old text between their markers."""
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
+    readme.write_text(marked("claim", "benchmarks"))
+    page.write_text(marked("sinkhorn", "trace", "heun"))
+    return readme, page
+
+
+def test_tables_go_into_both_pages_and_check_sees_a_difference(
+    results: Path, pages: tuple[Path, Path]
+) -> None:
+    readme, page = pages
+    arguments = [f"--readme={readme}", f"--page={page}", f"--csv={results}"]
     assert table.main([*arguments, "--check"]) == 1
     assert table.main(arguments) == 0
     assert table.main([*arguments, "--check"]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
+    text, short = page.read_text(), readme.read_text()
+    for whole in (text, short):
+        assert whole.startswith("before\n")
+        assert whole.endswith("\nafter\n")
+    assert "old" not in short
     assert "| 512 x 512, D 64; 20 | 1.00 ms | 12.5 ms (12x) | disagrees |" in text
     assert "| divergence, 1024 x 1024, D 64; 9 + backward | 50.0 ms | " in text
     assert "at 20000 x 20000, D 3: fewstep (cpp) 1 MB, KeOps 1 MB." in text
-    assert "](benchmarks/results/sinkhorn_cpu.png)" in text
-    assert "busy with other work: KeOps n2048_d64, KeOps n20000_d3. " in text
+    assert "](results/sinkhorn_cpu.png)" in text
+    assert "busy with other work: KeOps n2048_d64, KeOps n20000_d3.\n" in text
     assert "| 512 x 512, D 3; 10 |" not in text
-    assert "old" not in text
+    assert "iterations | fewstep (cpp) | geomloss tensorized | KeOps | OTT-JAX (jit) |" in short
+    assert "| 2048 x 2048, D 64; 20 | 10.0 ms |  | 5.00 s (500x) | 70.0 ms (7.0x) |" in short
+    assert "512 x 512" not in short
+    page.write_text(text.replace("1.00 ms", "0.50 ms"))
+    assert table.main([*arguments, "--check"]) == 1
+
+
+def test_the_readme_shows_cases_and_contenders_that_there_are() -> None:
+    assert set(table.SHORT_CASES) <= set(CASES)
+    assert set(table.SHORT_CONTENDERS) <= set(CONTENDERS)
 
 
 def test_claim_is_a_sentence_of_the_csv(results: Path) -> None:
     claim = table.claim(table.read(results))
-    assert "2048 and 2048 points in 64 dimensions take 10.0 ms" in claim
-    assert "7.0x faster than OTT-JAX (jit), 30x faster than eager torch" in claim
+    assert "2048 and 2048 points in 64 dimensions take 10.0 ms on a CPU (" in claim
+    assert "7.0x faster than OTT-JAX (jit), 30x faster than eager torch and 500x" in claim
     assert "500x faster than KeOps" in claim
-    assert "`python -m benchmarks.run sinkhorn --peers`" in claim
     alone = [row for row in table.read(results) if row["contender"] == "cpp"]
     assert table.claim(alone) == ""
 
 
-def test_table_refuses_a_readme_without_markers(results: Path) -> None:
-    readme = results.with_name("README.md")
-    readme.write_text(MARKED.replace("<!-- claim:end -->", ""))
-    with pytest.raises(ValueError, match="README must hold <!-- claim:begin -->"):
-        table.main([f"--readme={readme}", f"--csv={results}"])
+def test_table_refuses_a_page_without_markers(results: Path, pages: tuple[Path, Path]) -> None:
+    readme, page = pages
+    for path, name in ((page, "sinkhorn"), (readme, "claim")):
+        path.write_text(path.read_text().replace(f"<!-- {name}:end -->", ""))
+        with pytest.raises(ValueError, match=f"README must hold <!-- {name}:begin -->"):
+            table.main([f"--readme={readme}", f"--page={page}", f"--csv={results}"])
 
 
 def test_plot_draws_the_sweep(results: Path) -> None:
@@ -312,7 +335,7 @@ def test_run_names_too_many_threads(capsys: pytest.CaptureFixture[str]) -> None:
     assert "got 100000" in capsys.readouterr().err
 
 
-def test_a_table_for_every_other_family(tmp_path: Path) -> None:
+def test_a_table_for_every_other_family(tmp_path: Path, pages: tuple[Path, Path]) -> None:
     rows = [
         {"contender": "cpp", "median_s": "0.001", "version": "0.1.0", "over_network": "1.82"},
         {"contender": "plain", "median_s": "0.0005", "version": "2.13.0", "note": "differs"},
@@ -324,19 +347,20 @@ def test_a_table_for_every_other_family(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, run.COLUMNS["trace"])
         writer.writeheader()
         writer.writerows(shared | row for row in rows)
-    readme = tmp_path / "README.md"
-    readme.write_text(MARKED + "<!-- trace:begin -->\n<!-- trace:end -->\n")
-    arguments = [f"--readme={readme}", f"--csv={path}"]
+    readme, page = pages
+    before = readme.read_text()
+    arguments = [f"--readme={readme}", f"--page={page}", f"--csv={path}"]
     assert table.main([*arguments, "--check"]) == 1
     assert table.main(arguments) == 0
-    text = readme.read_text()
-    assert text.startswith(MARKED)
+    text = page.read_text()
+    assert readme.read_text() == before
     assert (
         "| trace training, 1 probe; D 64, width 256, 3 linear, B 256 | 1.00 ms (1.82x the " in text
     )
-    assert "fewstep (cpp) 3 MB, network alone 3 MB. " in text
-    assert "What differs: network alone: differs. " in text
-    assert "Command: `python -m benchmarks.run trace --peers`" in text
+    assert "Saved for backward, MB:\n\n| case | fewstep (cpp) | network alone |\n" in text
+    assert "| trace training, 1 probe; D 64, width 256, 3 linear, B 256 | 3 | 3 |\n" in text
+    assert "- What differs:\n  - network alone: differs.\n" in text
+    assert "- Command: `python -m benchmarks.run trace --peers`" in text
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside torch.func.jvp

@@ -137,4 +137,5 @@ def test_sdist_has_every_source(tmp_path: Path) -> None:
         if path.suffix in suffixes or path.name == "py.typed"
     }
     assert expected - names == set()
-    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE"} <= names
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")}
+    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE"} | pages <= names

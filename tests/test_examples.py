@@ -1,4 +1,4 @@
-"""Examples of the README, and in docstrings of kernels/ and benchmarks/ by their imported names.
+"""Examples and links of the pages; examples of kernels/ and benchmarks/ by their imported names.
 
 pytest --doctest-modules would import the kernels, and register their ops, a second time.
 """
@@ -19,12 +19,39 @@ MODULES = {
     for path in (ROOT / folder).rglob("*.py")
     if ">>>" in path.read_text()
 }
-README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [
+    *PAGES,
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
+    ROOT / "tests" / "ptx" / "README.md",
+]
+EXAMPLES = [
+    pytest.param(page, code, id=f"{page.stem}-{k}")
+    for page in PAGES
+    for k, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("code", README, ids=range(len(README)))
-def test_readme(code: str) -> None:
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize(("page", "code"), EXAMPLES)
+def test_pages(page: Path, code: str) -> None:
+    exec(compile(code, page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else []
+        assert anchor in ("", *map(_slug, headings)), target
+
+
+def _slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -1,7 +1,8 @@
-"""Velocities, denoisers, noise predictions and scores: each from any other.
+"""Conversions between velocities, denoisers, noise predictions and scores.
 
-For `x = a(t) x_data + b(t) eps`, with `D = E[x_data | x]`, `e = E[eps | x]`, `s = grad log p(x)`
-and the velocity `v = a' D + b' e` of the probability flow, `x = a D + b e` and `s = -e / b`, so
+On a path `x = a(t) x_data + b(t) eps` let `D = E[x_data | x]`, `e = E[eps | x]`,
+`s = grad log p(x)`, and `v = a' D + b' e` the velocity of the probability flow. Then
+`x = a D + b e` and `s = -e / b`, so
 
     D = (b' x - b v) / (a b' - a' b),    e = (a v - a' x) / (a b' - a' b).
 
@@ -51,7 +52,7 @@ PATHS = tuple(_PATHS)
 
 
 def coefficients(path: str, t: Tensor) -> tuple[Tensor, ...]:
-    """`a, b, a', b'` of a path at t.
+    """Coefficients `a, b, a', b'` of a path at t.
 
     Raises:
         ValueError: an unknown path.
@@ -69,24 +70,26 @@ def convert(
     target: str,
     path: str = "noise-at-1",
 ) -> Tensor:
-    """What a network predicts at x, as another of velocity, denoiser, noise and score.
+    """Convert a prediction at x between velocity, denoiser, noise and score.
 
     Args:
-        value (Tensor): the prediction, of the shape of x.
-        x (Tensor): `[B, ...]`.
-        t (float | Tensor): a scalar or `[B]`; of "ve" the noise level sigma, of "vp" the cumulative
-            product of alphas, with respect to which velocities are derivatives.
-        source, target (str): of `KINDS`.
+        value (Tensor): prediction, of the shape of x.
+        x (Tensor): points `[B, ...]`.
+        t (float | Tensor): time, a scalar or `[B]`. For "ve" it is the noise level sigma. For "vp"
+            it is the cumulative product of alphas, and velocities are derivatives with respect to
+            it.
+        source (str): kind of `value`: "velocity", "denoiser", "noise" or "score".
+        target (str): kind of the result.
         path (str): "noise-at-1", `(1 - t) x_data + t eps`; "data-at-1", `t x_data + (1 - t) eps`;
             "ve", `x_data + t eps`; "vp", `sqrt(t) x_data + sqrt(1 - t) eps`.
 
     Returns:
-        Tensor: of the shape and dtype of x. Scores, and what is divided by a or b, are infinite
-        where those vanish: keep t away from there.
+        Tensor: prediction of the other kind, of the shape and dtype of x. Scores, and what is
+        divided by a or b, are infinite where a or b vanishes. Keep t away from there.
 
     Raises:
         ValueError: an unknown kind or path, or shapes that do not fit.
-        TypeError: value or x that is not floating, t that is no number.
+        TypeError: value or x that is not floating, t that is not a number.
 
     >>> x, v = torch.randn(4, 2), torch.randn(4, 2)
     >>> s = convert(v, x, 0.5, source="velocity", target="score")

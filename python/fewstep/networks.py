@@ -11,17 +11,17 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class MLPGenerator(nn.Module):
-    """Noise and class to an image in [-1, 1], in one pass.
+    """A generator that maps noise and a class to an image in [-1, 1], in one pass.
 
-    `depth` hidden layers of LayerNorm and SiLU, then a linear layer and tanh to pixels; an
+    It has `depth` hidden layers with LayerNorm and SiLU, then a linear layer and tanh to pixels. An
     embedding of the class is added to the first layer.
 
     Args:
-        image_shape (tuple): `(C, H, W)` of the output.
-        classes (int): classes to condition on; 0 for none.
+        image_shape (tuple): shape `(C, H, W)` of the output.
+        classes (int): number of classes to condition on; 0 for none.
         noise_dim (int): dimension Z of the noise.
-        width (int): of the hidden layers.
-        depth (int): hidden layers, at least 1.
+        width (int): width of the hidden layers.
+        depth (int): number of hidden layers, at least 1.
 
     >>> import torch
     >>> generator = MLPGenerator((1, 8, 8), classes=10)
@@ -52,7 +52,7 @@ class MLPGenerator(nn.Module):
         )
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Noise `[n, Z]` and labels int64 `[n]` (with classes only) to images `[n, C, H, W]`."""
+        """Map noise `[n, Z]` and labels int64 `[n]` (with classes only) to `[n, C, H, W]`."""
         hidden = self.first(noise)
         if self.embedding is not None:
             hidden = hidden + self.embedding(labels)
@@ -61,16 +61,17 @@ class MLPGenerator(nn.Module):
 
 
 class VelocityMLP(nn.Module):
-    """A velocity field of small images, `v(x, t)`: linear layers with SiLU between them.
+    """A velocity field `v(x, t)` of small images, made of linear layers with SiLU between them.
 
-    Fourier features of t, `cos` and `sin` of `pi 2^k t`, stand beside the pixels. Every layer has a
-    fused dual in `fewstep.divergence`; two hidden layers or fewer have their exact trace.
+    The first layer takes the pixels and Fourier features of t, `cos` and `sin` of `pi 2^k t`. Every
+    layer has a fused dual in `fewstep.divergence`. With one or two hidden layers the trace is exact
+    and cheap.
 
     Args:
-        image_shape (tuple): `(C, H, W)`.
-        width (int): of the hidden layers.
-        depth (int): hidden layers, at least 1.
-        frequencies (int): of t.
+        image_shape (tuple): shape `(C, H, W)` of an image.
+        width (int): width of the hidden layers.
+        depth (int): number of hidden layers, at least 1.
+        frequencies (int): number of frequencies of t.
 
     >>> import torch
     >>> VelocityMLP((1, 8, 8))(torch.randn(5, 1, 8, 8), torch.rand(5)).shape
@@ -99,7 +100,7 @@ class VelocityMLP(nn.Module):
         self.register_buffer("frequencies", powers, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x `[B, C, H, W]` and t `[B]` to velocities `[B, C, H, W]`."""
+        """Map x `[B, C, H, W]` and t `[B]` to velocities `[B, C, H, W]`."""
         angles = t[:, None] * self.frequencies
         features = (_like(part, x) for part in (angles.cos(), angles.sin()))
         out: Tensor = self.layers(torch.cat([x.flatten(1), *features], 1))
@@ -107,19 +108,19 @@ class VelocityMLP(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """Images, a number each and their classes to images of the same shape, `F(x, t, labels)`.
+    """A network `F(x, t, labels)` that maps images to images of the same shape.
 
-    `depth` residual blocks of LayerNorm, a scale and shift by t and class, and two linear layers
-    with SiLU between; Fourier features of t as in `VelocityMLP`. A skip `gain(t, class) x` beside
-    them, one gain a value, lets noise pass that has more dimensions than the stream is wide. Blocks
-    and outputs start at zero, so F does.
+    It has `depth` residual blocks. Each has a LayerNorm, a scale and shift by t and class, and two
+    linear layers with SiLU between them. The features of t are those of `VelocityMLP`. A skip
+    `gain(t, class) x`, with a gain for each value, passes noise that has more dimensions than the
+    residual stream. Blocks and outputs start at zero, so F does too.
 
     Args:
-        image_shape (tuple): `(C, H, W)`, or `(D,)` for vectors.
-        classes (int): classes to condition on; 0 for none.
-        width (int): of the residual stream; blocks are twice as wide inside.
-        depth (int): blocks, at least 1.
-        frequencies (int): of t.
+        image_shape (tuple): shape `(C, H, W)` of an image, or `(D,)` for vectors.
+        classes (int): number of classes to condition on; 0 for none.
+        width (int): width of the residual stream. Blocks are twice as wide inside.
+        depth (int): number of blocks, at least 1.
+        frequencies (int): number of frequencies of t.
 
     >>> import torch
     >>> network = ResidualMLP((1, 8, 8), classes=10)
@@ -160,7 +161,7 @@ class ResidualMLP(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x `[B, ...]`, t `[B]` and labels int64 `[B]` (with classes only) to `[B, ...]`."""
+        """Map x `[B, ...]`, t `[B]` and labels int64 `[B]` (with classes only) to `[B, ...]`."""
         angles = t[:, None] * self.frequencies
         features = torch.cat([t[:, None], angles.cos(), angles.sin()], 1)
         condition = self.level(_like(features, x))
@@ -178,14 +179,14 @@ class ResidualMLP(nn.Module):
 class EDMPrecond(nn.Module):
     """A denoiser from a raw network, `D(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4)`.
 
-    With `r^2 = sigma^2 + sigma_data^2`: `c_skip = sigma_data^2 / r^2`,
-    `c_out = sigma sigma_data / r` and `c_in = 1 / r`. The sampler's kernels do the same to the raw
-    network: `fewstep.edm_sample(d.network, latents, precondition=d.sigma_data)`.
+    With `r^2 = sigma^2 + sigma_data^2` the coefficients are `c_skip = sigma_data^2 / r^2`,
+    `c_out = sigma sigma_data / r` and `c_in = 1 / r`. The kernels of the sampler can do the same to
+    the raw network, by `fewstep.edm_sample(d.network, latents, precondition=d.sigma_data)`.
 
     Source: Karras et al., EDM, arXiv 2206.00364, table 1.
 
     Args:
-        network (nn.Module): `F(x [B, ...], t [B], *condition)`.
+        network (nn.Module): raw network `F(x [B, ...], t [B], *condition)`.
         sigma_data (float): standard deviation of the data.
 
     >>> import torch
@@ -207,7 +208,7 @@ class EDMPrecond(nn.Module):
         return f"sigma_data={self.sigma_data}"
 
     def forward(self, x: Tensor, sigma: Tensor, *condition: Tensor) -> Tensor:
-        """x `[B, ...]` and sigma `[B]` to denoised images `[B, ...]`."""
+        """Map x `[B, ...]` and sigma `[B]` to denoised images `[B, ...]`."""
         wide = sigma.reshape(-1, *(1,) * (x.ndim - 1))
         square = wide.square() + self.sigma_data**2
         skip, scale = self.sigma_data**2 / square, wide * self.sigma_data * square.rsqrt()
@@ -219,12 +220,12 @@ class EDMPrecond(nn.Module):
 class LinePrecond(nn.Module):
     """An endpoint predictor with the skip of the unified frame, `N(x, sigma) = z - s F(z, s)`.
 
-    `z = x / (1 + sigma)` and `s = sigma / (1 + sigma)`. On the line `z = (1 - s) x1 + s x0` the
-    right F is `x0 - x1`, at every s, so coordinates that the map leaves alone cost F nothing; with
-    a squared error N is 2-rectified flow with weight s^2.
+    Here `z = x / (1 + sigma)` and `s = sigma / (1 + sigma)`. On the line `z = (1 - s) x1 + s x0`
+    the right F is `x0 - x1` at every s. Coordinates that the map leaves alone therefore cost F
+    nothing. With a squared error, N is 2-rectified flow with weight s^2.
 
     Args:
-        network (nn.Module): `F(z [B, ...], s [B], *condition)`.
+        network (nn.Module): raw network `F(z [B, ...], s [B], *condition)`.
 
     >>> import torch
     >>> predictor = LinePrecond(ResidualMLP((2,)))
@@ -237,7 +238,7 @@ class LinePrecond(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, sigma: Tensor, *condition: Tensor) -> Tensor:
-        """x `[B, ...]` and sigma `[B]` to endpoints `[B, ...]`."""
+        """Map x `[B, ...]` and sigma `[B]` to endpoints `[B, ...]`."""
         s = sigma / (1 + sigma)
         wide = s.reshape(-1, *(1,) * (x.ndim - 1))
         z = x * _like(1 - wide, x)
@@ -246,17 +247,19 @@ class LinePrecond(nn.Module):
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
-    """In the dtype of x: levels are float32 where x is less."""
+    """A value in the dtype of x. Levels are float32 where x has half precision."""
     return value if value.dtype == x.dtype else value.to(x.dtype)
 
 
 class MLPDiscriminator(nn.Module):
-    """Logits of vectors: three layers of LeakyReLU(0.2). Train it with R1, `LinesMatching(r1=0.1)`.
+    """A discriminator of vectors, with three layers of LeakyReLU(0.2).
+
+    Train it with R1, as `LinesMatching(r1=0.1)` does.
 
     Args:
-        features (int): D.
-        classes (int): classes to condition on, by projection; 0 for none.
-        width (int): of the hidden layers.
+        features (int): number D of values of a sample.
+        classes (int): number of classes to condition on, by projection; 0 for none.
+        width (int): width of the hidden layers.
 
     >>> import torch
     >>> MLPDiscriminator(2)(torch.randn(5, 2)).shape
@@ -275,20 +278,22 @@ class MLPDiscriminator(nn.Module):
             nn.init.normal_(self.embedding.weight, std=width**-0.5)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x `[B, ...]` of D values each and labels int64 `[B]` (with classes only) to `[B, 1]`."""
+        """Map x `[B, ...]` of D values and labels int64 `[B]` (with classes only) to `[B, 1]`."""
         return _logits(self, self.body(x.flatten(1)), labels)
 
 
 class ConvDiscriminator(nn.Module):
-    """Logits of small images: three 3 x 3 convolutions, the last two strided, spectral norms.
+    """A discriminator of small images, with three 3 x 3 convolutions under spectral norms.
 
-    Source: Miyato et al., Spectral normalization, arXiv 1802.05957, and, for classes, Miyato and
+    The last two convolutions have stride 2.
+
+    Source: Miyato et al., Spectral normalization, arXiv 1802.05957, and for classes Miyato and
     Koyama, cGANs with projection discriminator, arXiv 1802.05637.
 
     Args:
-        image_shape (tuple): `(C, H, W)`.
-        classes (int): classes to condition on, by projection; 0 for none.
-        width (int): channels of the first layer.
+        image_shape (tuple): shape `(C, H, W)` of an image.
+        classes (int): number of classes to condition on, by projection; 0 for none.
+        width (int): number of channels of the first layer.
 
     >>> import torch
     >>> ConvDiscriminator((1, 8, 8))(torch.randn(5, 1, 8, 8)).shape
@@ -309,7 +314,7 @@ class ConvDiscriminator(nn.Module):
         self.embedding = spectral_norm(nn.Embedding(classes, features)) if classes else None
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x `[B, C, H, W]` and labels int64 `[B]` (with classes only) to `[B, 1]`."""
+        """Map x `[B, C, H, W]` and labels int64 `[B]` (with classes only) to `[B, 1]`."""
         return _logits(self, self.body(x), labels)
 
 

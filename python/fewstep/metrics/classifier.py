@@ -21,17 +21,18 @@ def classifier_features(
 ) -> Callable[[Tensor], Tensor]:
     """Train a small classifier and return the map to its penultimate features.
 
-    Two strided convolutions and a layer of 64 ReLU features for images `[n, C, H, W]` of 8 x 8
-    pixels and more, else two layers of 64; 200 steps of Adam, about 2 s for 28 x 28 on one thread.
-    The same bits for the same seed and machine.
+    For images `[n, C, H, W]` of 8 x 8 pixels and more the classifier has two strided convolutions
+    and a layer of 64 ReLU features. For other samples it has two layers of 64. It trains for 200
+    steps of Adam, about 2 s for 28 x 28 on one thread. The same seed gives the same bits on one
+    machine.
 
     Args:
-        images (Tensor): `[n, ...]`, any scale.
+        images (Tensor): samples `[n, ...]`, of any scale.
         labels (Tensor): integers `[n]` of at least two classes.
-        seed (int): of the initial weights and the batches.
+        seed (int): seed of the initial weights and the batches.
 
     Returns:
-        Callable: `[m, ...]` to features float32 `[m, 64]`.
+        Callable: a map from samples `[m, ...]` to features float32 `[m, 64]`.
 
     Raises:
         ValueError: empty, not finite, labels of another length or of one class.
@@ -83,8 +84,8 @@ def classifier_features(
 def frechet_local(real: Tensor, generated: Tensor, real_labels: Tensor, *, seed: int = 0) -> float:
     """FD-local: `frechet_distance` in the features of a classifier trained here on `real`.
 
-    The features, so the unit, depend on the real samples and the seed: compare figures of one
-    classifier only, at equal sizes. `report` puts the floor of the same classifier beside it.
+    The features, and with them the unit, depend on the real samples and the seed. Compare figures
+    of one classifier only, at equal sizes. `report` shows the floor of the same classifier too.
 
     Source: Heusel et al., GANs trained by a two time-scale update rule (2017), equation 6, with the
     features of `classifier_features` in place of Inception's.
@@ -93,10 +94,10 @@ def frechet_local(real: Tensor, generated: Tensor, real_labels: Tensor, *, seed:
         real (Tensor): samples `[n, ...]`, the classifier's training set.
         generated (Tensor): samples `[m, ...]`.
         real_labels (Tensor): integers `[n]`.
-        seed (int): of the classifier.
+        seed (int): seed of the classifier.
 
     Returns:
-        float: in squared units of the features.
+        float: distance in squared units of the features.
 
     Raises:
         ValueError: fewer than 2 samples, not finite, unequal d or device, labels of another length

@@ -16,18 +16,18 @@ def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 512, seed: int = 0) ->
     """Sliced squared 2-Wasserstein distance.
 
     `SW2^2 = E_u int_0^1 (Q_<u,x>(t) - Q_<u,y>(t))^2 dt` with u uniform on the unit sphere and Q the
-    quantile functions, which are integrated exactly for n and m that differ too.
+    quantile functions. The integral is exact, also for n and m that differ.
 
     Source: Bonneel, Rabin, Peyre and Pfister, Sliced and Radon Wasserstein barycenters (2015).
 
     Args:
         x (Tensor): samples `[n, ...]`.
         y (Tensor): samples `[m, ...]`.
-        projections (int): directions drawn.
-        seed (int): of the directions.
+        projections (int): number of directions.
+        seed (int): seed of the directions.
 
     Returns:
-        float: in squared units of x. A shift by s adds `|s|^2 / d` on average.
+        float: distance in squared units of x. A shift by s adds `|s|^2 / d` on average.
 
     Raises:
         ValueError: empty, not finite, unequal d or device, projections below 1.
@@ -60,20 +60,21 @@ def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 512, seed: int = 0) ->
 
 @torch.no_grad()
 def exact_w2(x: Tensor, y: Tensor, *, max_points: int = 2000, seed: int = 0) -> float:
-    """Squared 2-Wasserstein distance `min_P sum_ij P_ij |x_i - y_j|^2` between the samples, exact.
+    """Exact squared 2-Wasserstein distance `min_P sum_ij P_ij |x_i - y_j|^2` between samples.
 
-    Solved by the network simplex of POT (`ot.emd2`), about 1 s at 2000 points.
+    The network simplex of POT (`ot.emd2`) solves it, in about 1 s at 2000 points.
 
     Source: Peyre and Cuturi, Computational Optimal Transport (2019), equation 2.11 and section 3.5.
 
     Args:
         x (Tensor): samples `[n, ...]`.
         y (Tensor): samples `[m, ...]`.
-        max_points (int): larger samples are reduced to a random subset of this size.
-        seed (int): of the subsets.
+        max_points (int): largest number of points. Larger samples are reduced to a random subset.
+        seed (int): seed of the subsets.
 
     Returns:
-        float: in squared units of x. Biased upwards by the finite sample: compare equal sizes.
+        float: distance in squared units of x. A finite sample biases it upwards, so compare equal
+        sizes.
 
     Raises:
         ValueError: empty, not finite, unequal d or device, max_points below 1.
@@ -107,7 +108,7 @@ def mmd_rbf(x: Tensor, y: Tensor, *, bandwidth: float | None = None) -> float:
     """Unbiased squared maximum mean discrepancy with a Gaussian kernel.
 
     `MMD^2 = mean_{i!=j} k(x_i, x_j) + mean_{i!=j} k(y_i, y_j) - 2 mean_ij k(x_i, y_j)` with
-    `k(x, y) = exp(-|x - y|^2 / (2 h^2))`. It is 0 on average for equal laws, hence often negative.
+    `k(x, y) = exp(-|x - y|^2 / (2 h^2))`. It is 0 on average for equal laws, and so often negative.
 
     Source: Gretton et al., A kernel two-sample test (2012), equation 3; the median heuristic as in
     Garreau, Jitkrittum and Kanagawa (2018).
@@ -115,11 +116,11 @@ def mmd_rbf(x: Tensor, y: Tensor, *, bandwidth: float | None = None) -> float:
     Args:
         x (Tensor): samples `[n, ...]`, n at least 2.
         y (Tensor): samples `[m, ...]`, m at least 2.
-        bandwidth (float | None): h, in units of x. Default: the median distance between two points
-            of x and y together (of 2000 of them where there are more).
+        bandwidth (float | None): bandwidth h, in units of x. Default: the median distance between
+            two points of x and y together, or of 2000 of them where there are more.
 
     Returns:
-        float: at most 2.
+        float: squared discrepancy, at most 2.
 
     Raises:
         ValueError: fewer than 2 samples, not finite, unequal d or device, a bandwidth that is not
@@ -153,7 +154,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Frechet distance (squared 2-Wasserstein) between Gaussians fitted to two samples.
 
     `|m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x^1/2 S_y S_x^1/2)^1/2)` with means m and unbiased
-    covariances S; the last trace is the nuclear norm of `S_x^1/2 S_y^1/2`.
+    covariances S. The last trace is the nuclear norm of `S_x^1/2 S_y^1/2`.
 
     Source: Dowson and Landau, The Frechet distance between multivariate normal distributions
     (1982), equation 4.
@@ -163,7 +164,8 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
         y (Tensor): samples `[m, ...]`, m at least 2.
 
     Returns:
-        float: in squared units of x. Biased upwards by the finite sample: compare equal sizes.
+        float: distance in squared units of x. A finite sample biases it upwards, so compare equal
+        sizes.
 
     Raises:
         ValueError: fewer than 2 samples, not finite, unequal d or device.

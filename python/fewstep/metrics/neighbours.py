@@ -16,12 +16,12 @@ BLOCK = 2**22
 
 @dataclass(frozen=True)
 class PrecisionRecallCoverage:
-    """What `precision_recall_coverage` returns, each a share in [0, 1].
+    """What `precision_recall_coverage` returns.
 
     Attributes:
-        precision: generated samples inside a k-NN ball of a real one.
-        recall: real samples inside a k-NN ball of a generated one.
-        coverage: real samples whose own k-NN ball holds a generated one.
+        precision: share of generated samples inside a k-NN ball of a real one.
+        recall: share of real samples inside a k-NN ball of a generated one.
+        coverage: share of real samples whose own k-NN ball holds a generated one.
     """
 
     precision: float
@@ -35,8 +35,8 @@ def precision_recall_coverage(
 ) -> PrecisionRecallCoverage:
     """Precision, recall and coverage of k-nearest-neighbour manifolds.
 
-    The manifold of a set is the union of closed balls around its points, each up to the k-th
-    nearest other point of the same set.
+    The manifold of a set is the union of closed balls around its points. Each ball reaches to the
+    k-th nearest other point of the same set.
 
     Source: Kynkaanniemi et al., Improved precision and recall metric (2019), equations 1 and 2;
     Naeem et al., Reliable fidelity and diversity metrics (2020), section 3 for coverage.
@@ -44,10 +44,10 @@ def precision_recall_coverage(
     Args:
         real (Tensor): samples `[n, ...]`, n above k.
         generated (Tensor): samples `[m, ...]`, m above k.
-        k (int): neighbours that set a radius.
+        k (int): number of the neighbour that sets the radius.
 
     Returns:
-        PrecisionRecallCoverage: all three depend on n, m and k: compare equal sizes.
+        PrecisionRecallCoverage: three shares. They depend on n, m and k, so compare equal sizes.
 
     Raises:
         ValueError: k below 1, k or fewer samples, not finite, unequal d or device.
@@ -91,17 +91,17 @@ def knn_agreement(
     *,
     k: int = 3,
 ) -> float:
-    """Share of generated samples that a k-NN classifier on the real ones labels as asked.
+    """Share of generated samples to which a k-NN classifier gives the class that was asked for.
 
-    A majority of the k nearest real samples decides, the nearest of the tied classes on a tie.
+    The majority of the k nearest real samples decides. On a tie it is the nearest of the classes.
 
     Args:
         real (Tensor): samples `[n, ...]`, n at least k.
         real_labels (Tensor): integers `[n]`.
-        generated (Tensor | None): samples `[m, ...]`. Default: the real ones, each left out of its
-            own vote (n above k), which is the floor.
+        generated (Tensor | None): samples `[m, ...]`. Default: the real ones, which gives the
+            floor. Each is then left out of its own vote, and n must be above k.
         generated_labels (Tensor | None): integers `[m]`, given with `generated`.
-        k (int): neighbours that vote.
+        k (int): number of neighbours that vote.
 
     Returns:
         float: a share in [0, 1].
@@ -138,15 +138,15 @@ def knn_agreement(
 def nearest_distance(real: Tensor, generated: Tensor | None = None) -> float:
     """Mean Euclidean distance from each generated sample to the nearest real one.
 
-    Far above the floor the samples are off the data, far below it they are copies or averages.
+    Far above the floor the samples are off the data. Far below it they are copies or averages.
 
     Args:
         real (Tensor): samples `[n, ...]`.
-        generated (Tensor | None): samples `[m, ...]`. Default: the real ones, each to the nearest
-            other real sample (n at least 2), which is the floor.
+        generated (Tensor | None): samples `[m, ...]`. Default: the real ones, which gives the
+            floor. Each is then compared with the other real samples, and n must be at least 2.
 
     Returns:
-        float: in units of real.
+        float: distance in units of real.
 
     Raises:
         ValueError: too few samples, not finite, unequal d or device.
@@ -191,7 +191,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def nearest(x: Tensor, y: Tensor, k: int, *, same: bool) -> tuple[Tensor, Tensor]:
-    """Distances and indices `[n, k]` of the k nearest y of every x; never itself where `same`."""
+    """Distances and indices `[n, k]` of the k nearest y of each x, without itself if `same`."""
     distances, indices = [], []
     for rows, d2 in squared_distances(x, y):
         if same:

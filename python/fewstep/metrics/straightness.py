@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Straightness:
-    """What `straightness` returns; 0 for lines at constant speed.
+    """What `straightness` returns. All are 0 for lines at constant speed.
 
     Attributes:
-        s1: `E int |z' - (x0 - x1)| ds`, the score of arXiv 2412.06403, which grows as sqrt(D).
-        s1_rms: `s1 / sqrt(D)`.
-        s2: `E int |z' - (x0 - x1)|^2 ds / D`.
+        s1: score `E int |z' - (x0 - x1)| ds` of arXiv 2412.06403, which grows as sqrt(D).
+        s1_rms: score `s1 / sqrt(D)`, which does not grow with D.
+        s2: mean squared deviation, `E int |z' - (x0 - x1)|^2 ds / D`.
         speed: standard deviation of `|z'|` along a path over its mean, averaged over paths.
     """
 
@@ -30,16 +30,16 @@ def straightness(path: Tensor, times: Tensor) -> Straightness:
     """How far paths of a sampler are from straight lines at constant speed.
 
     Paths are measured in the unified frame `z_s = (1 - s) x1 + s x0`, from noise x0 at s = 1 to
-    data x1 at s = 0; a path of `x_sigma = x1 + sigma x0` is there after `z = x / (1 + sigma)`,
-    `s = sigma / (1 + sigma)`. In it the probability flow of EDM and that of flow matching between
-    independent points are one. z' is constant between nodes, so coarse grids hide some curvature;
-    `x0 - x1` is the slope of the chord from the first node to the last.
+    data x1 at s = 0. In this frame the probability flow of EDM and that of flow matching between
+    independent points are the same. A path of `x_sigma = x1 + sigma x0` is brought to it by
+    `z = x / (1 + sigma)` and `s = sigma / (1 + sigma)`. `x0 - x1` is the slope of the chord from
+    the first node to the last. z' is constant between nodes, so coarse grids hide some curvature.
 
     Source: arXiv 2412.06403, table 1, whose frame is not stated.
 
     Args:
-        path (Tensor): nodes `[K + 1, B, ...]`.
-        times (Tensor): s of the nodes, `[K + 1]`, monotone.
+        path (Tensor): states at the nodes, `[K + 1, B, ...]`.
+        times (Tensor): s at the nodes, `[K + 1]`, monotone.
 
     Returns:
         Straightness: averages over paths.

@@ -1,7 +1,7 @@
 """`report`: two-sample metrics that need no download, each beside its real-vs-real floor.
 
-Samples are tensors `[n, ...]`, flattened to `[n, d]` and computed in float64 on their device.
-No metric is differentiable and every one returns Python floats.
+Samples are tensors `[n, ...]`. They are flattened to `[n, d]` and computed in float64 on their
+device. The metrics return Python floats and are not differentiable.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class MetricRow:
     """One line of a `report`.
 
     Attributes:
-        name: the metric.
-        value: generated against real.
-        floor: real against other real samples of the same number.
-        better: which way is good; "near floor" where overshooting is a fault too.
+        name: name of the metric.
+        value: metric of generated against real samples.
+        floor: metric of real against as many other real samples.
+        better: direction that is good. "near floor" if overshooting is a fault too.
     """
 
     name: str
@@ -57,14 +57,14 @@ class MetricRow:
 def within_class_std(x: Tensor, labels: Tensor) -> float:
     """Root mean, over classes and coordinates, of the unbiased within-class variance.
 
-    Every class of two or more samples has the same weight; smaller ones are left out.
+    Every class of two or more samples has the same weight. Smaller ones are left out.
 
     Args:
         x (Tensor): samples `[n, ...]`.
         labels (Tensor): integers `[n]`.
 
     Returns:
-        float: in units of x.
+        float: deviation in units of x.
 
     Raises:
         ValueError: no class of two samples, not finite, labels of another length.
@@ -97,32 +97,33 @@ def report(
     seed: int = 0,
     max_samples: int = 10_000,
 ) -> list[MetricRow]:
-    """Every metric of this module, each beside its real-vs-real floor at the same sample sizes.
+    """Compute every metric of this module, with its real-vs-real floor at the same sample sizes.
 
     The real samples give two disjoint draws R and D of `m = min(len(generated), len(real) // 2)`.
-    The value compares R with m generated samples, the floor R with D; the bandwidth is R's median
-    distance and the classifier of FD-local never sees D. For k-NN agreement and the nearest
-    distance the value searches all real samples, and the floor the same with each sample left
-    out. The spread is a ratio to that of all real samples.
+    The value compares R with m generated samples, and the floor compares R with D. The bandwidth is
+    R's median distance, and the classifier of FD-local never sees D. For k-NN agreement and the
+    nearest distance the value searches all real samples. The floor does the same with each real
+    sample left out. The spread is a ratio to that of all real samples.
 
-    With `generated_labels` R and D have the class shares of all real samples, so ask for samples in
-    these shares: other ones count as a difference between generated and real.
+    With `generated_labels` R and D have the class shares of all real samples. Ask for samples in
+    these shares, because other shares count as a difference between generated and real.
 
     Copies and averages of real samples bring the exact W2^2 and the nearest distance below their
-    floors: there below is no better than above.
+    floors. For these two, below the floor is no better than above.
 
     Args:
         real (Tensor): samples `[n, ...]`, n at least 12.
         generated (Tensor): samples `[m, ...]`, m at least 6.
         real_labels (Tensor | None): integers `[n]`. Without them FD-local and the agreement are
             left out.
-        generated_labels (Tensor | None): integers `[m]`, the classes asked for. Without them the
-            agreement is left out and the spread is that of all samples.
-        seed (int): of the draws, the projections and the classifier.
-        max_samples (int): larger sets are reduced to a random subset of this size.
+        generated_labels (Tensor | None): integers `[m]`, the classes that were asked for. Without
+            them the agreement is left out and the spread is that of all samples.
+        seed (int): seed of the draws, the projections and the classifier.
+        max_samples (int): largest number of samples. Larger sets are reduced to a random subset.
 
     Returns:
-        list[MetricRow]: W2^2 in squared units of the samples, distances in their units.
+        list[MetricRow]: rows with W2^2 in squared units of the samples and distances in their
+        units.
 
     Raises:
         ValueError: too few samples, not finite, unequal d or device, labels of another length,
@@ -201,7 +202,7 @@ def report(
 
 
 def format_report(rows: Sequence[MetricRow]) -> str:
-    """A `report` as an aligned plain-text table: metric, value, floor, and which way is good.
+    """Format a `report` as plain text, with metric, value, floor and the direction that is good.
 
     >>> print(format_report([MetricRow("recall", 0.75, 0.9, "higher")]))
     metric  generated  real vs real  better

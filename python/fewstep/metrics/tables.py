@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of equally many cells as plain text: the first column to the left, others to the right.
+    """Format rows of cells as plain text, the first column to the left and others to the right.
 
     >>> print(aligned([("metric", "value"), ("recall", "0.75")]))
     metric  value

@@ -15,7 +15,7 @@ from fewstep.samplers.plan import Network, Plan, follow
 
 @dataclass
 class _Graph:
-    """A captured sampler: its inputs, where new ones are copied to, and where it leaves samples."""
+    """A captured sampler, with the buffers of its inputs and of its samples."""
 
     latents: Tensor
     table: Tensor

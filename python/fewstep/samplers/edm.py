@@ -1,4 +1,4 @@
-"""`edm_sample`: Heun steps from noise to data, with churn and guidance, as EDM has them."""
+"""`edm_sample`: the sampler of EDM, Heun steps from noise to data with churn and guidance."""
 
 from __future__ import annotations
 
@@ -77,53 +77,56 @@ def edm_sample(
     check_finite: bool | None = None,
     backend: str | None = None,
 ) -> Tensor | HeunResult:
-    """Samples of a diffusion model by EDM's second-order sampler, in 2 N - 1 evaluations.
+    """Draw samples of a diffusion model by EDM's second-order sampler, in 2 N - 1 evaluations.
 
-    From `x = sigma_0 latents`, for each level `sigma` and the next one `sigma'`:
+    The sampler starts from `x = sigma_0 latents`. For each level `sigma` and the next one `sigma'`:
 
         sigma^ = sigma (1 + gamma),    x^ = x + sqrt(sigma^^2 - sigma^2) S_noise n
         d1 = (x^ - D(x^, sigma^)) / sigma^,    x2 = x^ + (sigma' - sigma^) d1
         d2 = (x2 - D(x2, sigma')) / sigma',    x  = x^ + (sigma' - sigma^) (d1 + d2) / 2
 
-    with `gamma = min(S_churn / N, sqrt 2 - 1)` where `S_min <= sigma <= S_max`, else 0; a last step
-    to 0 is `x = x2`. What is not the network, noise, guidance and preconditioning included, is two
-    fused passes a step. There are no gradients (`fewstep.heun_solve` has them), and the network's
-    input is a buffer of the sampler: a network that keeps it has to clone it, and none may write
-    into it.
+    with `gamma = min(S_churn / N, sqrt 2 - 1)` where `S_min <= sigma <= S_max`, and 0 elsewhere. A
+    last step to 0 is `x = x2`.
+
+    Each step is two fused passes over the state, apart from the network. They include noise,
+    guidance and preconditioning. There are no gradients; `fewstep.heun_solve` has them. The
+    network's input is a buffer of the sampler. A network that keeps it must clone it, and no
+    network may write into it.
 
     Args:
-        denoiser (Callable): `D(x, sigma)` with sigma `[B]`, float32 at least, of the shape of x:
-            `E[data | x]`.
-        latents (Tensor): `[B, ...]`, standard normal; see `fewstep.latents`. The network is called
-            with its dtype.
-        steps (int): N. With sigma_min, sigma_max and rho those of `karras_sigmas`.
-        sigmas (Tensor | Sequence[float] | None): levels instead, decreasing, `[N + 1]` or
-            `[B, N + 1]` with those of each sample; ends with 0, or does not.
-        S_churn, S_min, S_max, S_noise (float): noise that is added on the way.
-        guidance (float | Tensor | None): w, a scalar or `[B]`, of classifier-free guidance:
+        denoiser (Callable): `D(x, sigma)` with sigma `[B]`, float32 at least, of the shape of x. It
+            predicts `E[data | x]`.
+        latents (Tensor): standard normal noise `[B, ...]`; see `fewstep.latents`. The network is
+            called with its dtype.
+        steps (int): number N of steps. sigma_min, sigma_max and rho are those of `karras_sigmas`.
+        sigmas (Tensor | Sequence[float] | None): decreasing levels in place of these, `[N + 1]`, or
+            `[B, N + 1]` for levels of each sample. The last one may be 0.
+        S_churn, S_min, S_max, S_noise (float): amount, range and scale of the noise that is added
+            on the way.
+        guidance (float | Tensor | None): weight w of classifier-free guidance, a scalar or `[B]`:
             `D = uncond(x, sigma) + w (denoiser(x, sigma) - uncond(x, sigma))`.
-        uncond (Callable | None): the unconditional denoiser.
-        seeds (Tensor | None): int64 `[B]`, of the noise: a sample has the same one in any batch.
-            None: drawn from torch's generator where there is noise.
-        precondition (float | None): sigma_data s of EDM's preconditioning, where denoiser and
-            uncond are raw networks F: `D = s^2/(sigma^2+s^2) x + sigma s/sqrt(sigma^2+s^2)
-            F(x/sqrt(sigma^2+s^2), ln(sigma)/4)`.
-        state (str): as of `fewstep.heun_solve`.
-        cuda_graph (bool): capture the sampler with its network in one CUDA graph at the first call
-            of a denoiser with a shape, and replay it; schedules of as many steps go through the
-            same graph.
-        log_density (Tensor | None): `[B]` that of `sigma_0 latents` under its law. Then the result
-            has the log-density at the last level above 0, where sampling ends: at 0 it has no
-            meaning. No churn. Its dtype is float32 at least.
-        tracker (str): "trace", the density of the flow, by the sampler's method on
-            `d log q = -tr J`: that of the samples in the limit of many steps only, and off by
-            several nats in 64 dimensions at 18; "logdet", that of the samples themselves, by
-            `log |det|` of each step, which takes D tangents an evaluation.
-        estimator (str), probes (int), sample_ids (Tensor | None): of the traces, as of
+        uncond (Callable | None): unconditional denoiser.
+        seeds (Tensor | None): int64 `[B]`, seeds of the noise. A sample has the same noise in any
+            batch. Default: drawn from torch's generator where there is noise.
+        precondition (float | None): standard deviation s of the data, where denoiser and uncond are
+            the raw networks F of EDM's preconditioning. With `r^2 = sigma^2 + s^2`,
+            `D = s^2/r^2 x + sigma s/r F(x/r, ln(sigma)/4)`.
+        state (str): precision of the state, as for `fewstep.heun_solve`.
+        cuda_graph (bool): whether to capture the sampler and its network in one CUDA graph at the
+            first call of a denoiser with a shape, and to replay it afterwards. Schedules of as many
+            steps share a graph.
+        log_density (Tensor | None): log-density `[B]` of `sigma_0 latents` under its law. The
+            result then has the log-density at the last level above 0, where sampling ends. It has
+            no meaning at 0. S_churn must be 0. Its dtype is float32 at least.
+        tracker (str): "trace" follows `d log q = -tr J` by the sampler's method. That is the
+            density of the flow, and of the samples only in the limit of many steps; it is off by
+            several nats in 64 dimensions at 18 steps. "logdet" is the density of the samples
+            themselves, by `log |det|` of each step, and takes D tangents an evaluation.
+        estimator (str), probes (int), sample_ids (Tensor | None): options of the traces, as for
             `fewstep.divergence`.
-        progress (bool): a progress bar, by tqdm.
-        check_finite (bool | None): as of `fewstep.heun_solve`.
-        backend (str | None): as of `fewstep.heun_solve`.
+        progress (bool): whether to show a progress bar, by tqdm.
+        check_finite (bool | None): check of the states, as for `fewstep.heun_solve`.
+        backend (str | None): backend as for `fewstep.heun_solve`.
 
     Returns:
         Tensor | HeunResult: samples of the shape and dtype of latents; with log_density a result.
@@ -131,7 +134,7 @@ def edm_sample(
     Raises:
         ValueError: steps below 1; levels that are not positive and decreasing; negative S_churn or
             S_noise; guidance without uncond or the other way round; seeds of the wrong length;
-            sigma_data not positive; an unknown tracker; ids out of range; a denoiser's output of
+            precondition not positive; an unknown tracker; ids out of range; a denoiser's output of
             another shape, or not finite, with the step; cuda_graph off CUDA.
         TypeError: latents or a log_density that are not floating, seeds or ids that are not int64.
 
@@ -201,7 +204,7 @@ def edm_sample(
 def edm_plan(
     levels: Tensor, churn: Churn, guidance: Tensor | None, precondition: float | None
 ) -> Plan:
-    """Of EDM's sampler at levels `[R, N + 1]`: both halves of a step as combinations.
+    """The plan of EDM's sampler at levels `[R, N + 1]`, both halves of a step as combinations.
 
     With `D = skip x + out F(c_in x)` and `h = sigma' - sigma^`, the derivative at sigma^ is
     `((1 - skip) x^ - out F1) / sigma^`, so that `x2 = (1 + a) x^ + b F1`, and the second one is

@@ -35,30 +35,32 @@ def flow_sample(
     check_finite: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Samples of a flow-matching model, noise at 1 and data at 0, by Heun steps with churn.
+    """Draw samples of a flow-matching model, noise at 1 and data at 0, by Heun steps with churn.
 
     `x_t = (1 - t) x_data + t eps` has noise of level `sigma = t / (1 - t)` relative to the data.
-    Churn raises that, as EDM's does, and the data's part of x has to shrink with it:
+    Churn raises that level, as in EDM. The data's part of x must shrink with it:
 
         sigma^ = sigma (1 + gamma),    t^ = sigma^ / (1 + sigma^),    r = (1 - t^) / (1 - t)
         x^ = r x + sqrt(t^^2 - r^2 t^2) S_noise n
 
-    then Heun's step of `dx/dt = v` from t^ to the next time. At t = 1 there is nothing to raise.
+    A Heun step of `dx/dt = v` from t^ to the next time follows. At t = 1 there is nothing to raise.
 
     Args:
-        velocity (Callable): `v(x, t)` with t `[B]`, float32 at least: `E[eps - data | x]`.
-        latents (Tensor): `[B, ...]`, standard normal; sampling starts from `t_0 latents`.
-        steps (int): S, of equal length from 1 to 0.
-        times (Tensor | Sequence[float] | None): nodes instead, decreasing within [0, 1], `[S + 1]`
-            or `[B, S + 1]`.
-        S_churn, S_min, S_max, S_noise (float): as of `edm_sample`, S_min and S_max as times.
-        guidance, uncond, seeds, state, progress, check_finite, backend: as of `edm_sample`.
+        velocity (Callable): `v(x, t)` with t `[B]`, float32 at least. It predicts
+            `E[eps - data | x]`.
+        latents (Tensor): standard normal noise `[B, ...]`. Sampling starts from `t_0 latents`.
+        steps (int): number S of steps, of equal length from 1 to 0.
+        times (Tensor | Sequence[float] | None): nodes in place of these, decreasing within [0, 1],
+            `[S + 1]` or `[B, S + 1]`.
+        S_churn, S_min, S_max, S_noise (float): churn as for `edm_sample`, with S_min and S_max as
+            times.
+        guidance, uncond, seeds, state, progress, check_finite, backend: options of `edm_sample`.
 
     Returns:
         Tensor: samples of the shape and dtype of latents.
 
     Raises:
-        ValueError: as `edm_sample`; times that do not decrease within [0, 1].
+        ValueError: an argument that `edm_sample` refuses; times that do not decrease within [0, 1].
 
     Source: derived from Karras et al., EDM, arXiv 2206.00364, algorithm 2, by the change of frame
     `x / (1 + sigma)`.
@@ -93,7 +95,7 @@ def flow_sample(
 
 
 def flow_plan(times: Tensor, churn: Churn, guidance: Tensor | None) -> Plan:
-    """Of `flow_sample` at times `[R, S + 1]`."""
+    """The plan of `flow_sample` at times `[R, S + 1]`."""
     t = times.T
     now, after = t[:-1], t[1:]
     steps = now.shape[0]

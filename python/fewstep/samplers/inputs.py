@@ -24,7 +24,7 @@ def check_shape(who: str, shape: Sequence[int]) -> list[int]:
 def check_schedule(
     who: str, sigma_min: float, sigma_max: float, rho: float
 ) -> tuple[float, float, float]:
-    """Those of `karras_sigmas`, as numbers that give levels."""
+    """sigma_min, sigma_max and rho of `karras_sigmas`, as numbers that give levels."""
     low, high = number(who, "sigma_min", sigma_min), number(who, "sigma_max", sigma_max)
     rho = number(who, "rho", rho)
     if not 0 < low < high < math.inf:

@@ -29,10 +29,11 @@ def multistep_sample(
     check_finite: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Samples of a few-step generator that predicts the clean endpoint at every level.
+    """Draw samples of a few-step generator that predicts the clean endpoint at every level.
 
-    From `x = sigma_0 latents`, `x1 = N(x, sigma)` at each level, which is the sample at the last
-    one; before, at the next level sigma' with new noise eta,
+    The sampler starts from `x = sigma_0 latents`. At each level it takes `x1 = N(x, sigma)`, which
+    is the sample at the last level. Before that it moves to the next level sigma', with new noise
+    eta:
 
         fresh   x = x1 + sigma' eta                    (consistency models, CTM, LMM)
         line    x = x1 + sigma' / sigma (x - x1)       (stays on the line through x and x1)
@@ -40,10 +41,12 @@ def multistep_sample(
 
     Args:
         network (Callable): `N(x, sigma)` with sigma `[B]`, float32 at least.
-        latents (Tensor): `[B, ...]`, standard normal.
-        sigmas (Tensor | Sequence[float]): `[K]`, positive and decreasing; see `few_step_sigmas`.
-        mode (str): see above. With levels near the first one "fresh" is close to a new draw.
-        seeds, check_finite, backend: as of `edm_sample`.
+        latents (Tensor): standard normal noise `[B, ...]`.
+        sigmas (Tensor | Sequence[float]): levels `[K]`, positive and decreasing; see
+            `few_step_sigmas`.
+        mode (str): "fresh", "line" or "reuse". With levels near the first one "fresh" is close to a
+            new draw.
+        seeds, check_finite, backend: options of `edm_sample`.
 
     Returns:
         Tensor: samples of the shape and dtype of latents.

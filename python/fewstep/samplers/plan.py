@@ -43,12 +43,12 @@ class Plan:
 
     Attributes:
         table: float64 `[K, R, 8]`, see `fewstep.reference.heun`.
-        levels: what evaluation 2 s + i, i = 0, 1, of step s is called with, float64 `[2 S, R]`.
-        steps: S.
+        levels: level or time of evaluation 2 s + i, i = 0, 1, of step s, float64 `[2 S, R]`.
+        steps: number S of steps.
         euler: whether the last step has one evaluation.
         scaled: whether the network's input is not the state itself.
         traces: weights of the traces of each evaluation in the change of log-density, `[2 S, R]`.
-        constant: what it has besides, for each dimension, `[R]`.
+        constant: part of that change that depends on no trace, for each dimension, `[R]`.
     """
 
     table: Tensor
@@ -60,7 +60,7 @@ class Plan:
     constant: Tensor | None = None
 
     def inputs(self, latents: Tensor) -> tuple[Tensor, ...]:
-        """`[B]` for each evaluation."""
+        """Levels or times of each evaluation, `[B]`."""
         levels = self.levels.to(latents.device, wide(latents.dtype))
         own = levels.expand(-1, latents.shape[0]).contiguous()
         return own.unbind()
@@ -77,7 +77,7 @@ def table_row(
 ) -> Tensor:
     """Rows of a table, `[S, R, 8]`, from the factors of state and network in y and in the input.
 
-    With guidance w the network's part is that of `w F + (1 - w) U`.
+    With guidance w the network's part is `w F + (1 - w) U`.
     """
     zero = torch.zeros_like(own)
     guidance = None if guidance is None else guidance.to(own.device)

@@ -29,10 +29,10 @@ def karras_sigmas(
         sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
 
     Args:
-        steps (int): N, at least 1; a single step starts from sigma_max.
+        steps (int): number N of levels above 0, at least 1. A single one is sigma_max.
         sigma_min, sigma_max (float): lowest and highest level, standard deviations of the noise.
-        rho (float): how much denser low levels are.
-        device, dtype: of the result, a floating one.
+        rho (float): exponent; the larger it is, the denser are the low levels.
+        device, dtype: device and floating dtype of the result.
 
     Returns:
         Tensor: `[N + 1]`.
@@ -40,7 +40,7 @@ def karras_sigmas(
     Raises:
         ValueError: steps below 1, levels that are not `0 < sigma_min < sigma_max`, rho not
             positive or too far from 1 for float64, a device that cannot be used.
-        TypeError: numbers that are none, a dtype that is not floating.
+        TypeError: an argument that is not a number, a dtype that is not floating.
 
     Source: Karras et al., EDM, arXiv 2206.00364, equation 5.
 
@@ -58,7 +58,7 @@ def karras_sigmas(
 
 
 def levels_of(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """Those of `karras_sigmas`, of numbers that have been looked at."""
+    """The levels of `karras_sigmas`, for numbers that have been checked."""
     ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     levels = (high + ramp * (low - high)) ** rho
@@ -77,17 +77,17 @@ def few_step_sigmas(
 ) -> Tensor:
     """Levels at which `multistep_sample` calls its network.
 
-        edm_subset     the teacher's levels with these indices; a number K takes the first K
+        edm_subset     the teacher's levels with the given indices, or the first K of them
         uniform_sigma  equal decrements of sigma, from sigma_max to sigma_max / K
         uniform_s      equal decrements of s = sigma / (1 + sigma)
 
-    On a straight line `x1 + sigma x0` both uniform grids make equal progress a step, each in its
-    own frame: x, or `z = x / (1 + sigma)`.
+    On a straight line `x1 + sigma x0` both uniform grids make equal progress in every step, in the
+    frame of x and of `z = x / (1 + sigma)`.
 
     Args:
-        steps (int | Sequence[int]): K, or for "edm_subset" increasing indices of levels.
-        grid (str): see above.
-        teacher_steps, sigma_min, sigma_max, rho: of the teacher's schedule, see `karras_sigmas`.
+        steps (int | Sequence[int]): number K of levels, or for "edm_subset" increasing indices.
+        grid (str): "edm_subset", "uniform_sigma" or "uniform_s", as above.
+        teacher_steps, sigma_min, sigma_max, rho: schedule of the teacher, see `karras_sigmas`.
 
     Returns:
         Tensor: float64 `[K]`, decreasing, without a 0 at the end.
@@ -95,7 +95,7 @@ def few_step_sigmas(
     Raises:
         ValueError: an unknown grid, indices with a uniform grid, out of range or not increasing,
             a schedule that `karras_sigmas` refuses.
-        TypeError: indices or numbers that are none.
+        TypeError: an index or argument that is not a number.
 
     Source: Matityahu and Fattal, LMM, arXiv 2412.06403, table 7.
 

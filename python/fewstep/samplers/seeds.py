@@ -21,22 +21,24 @@ def latents(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Tensor:
-    """Standard normal noise that depends on a sample's seed and nothing else.
+    """Draw standard normal noise that depends on a sample's seed and nothing else.
+
+    The noise of a seed is the same in any batch and, within rounding, on any device. It is
+    independent of the noise that `edm_sample` adds.
 
     Args:
-        seeds (Tensor): int64 `[B]`, at least 0: the noise of a seed is the same in any batch and,
-            within rounding, on any device. It is independent of what `edm_sample` adds.
-        shape (Sequence[int]): of a sample.
-        dtype (torch.dtype): of the noise.
-        backend (str | None): as of `fewstep.heun_solve`.
+        seeds (Tensor): int64 `[B]`, at least 0.
+        shape (Sequence[int]): shape of a sample.
+        dtype (torch.dtype): floating dtype of the noise.
+        backend (str | None): backend as for `fewstep.heun_solve`.
 
     Returns:
         Tensor: `[B, *shape]`, on the device of seeds.
 
     Raises:
         ValueError: seeds that are not `[B]` or, on the CPU, negative; a negative size.
-        TypeError: seeds that are not an int64 tensor, a shape that is no sequence of integers, a
-            dtype that is not floating.
+        TypeError: seeds that are not an int64 tensor, a shape that is not a sequence of integers,
+            a dtype that is not floating.
 
     >>> a, b = latents(torch.tensor([7, 8]), (2,)), latents(torch.tensor([8]), (2,))
     >>> torch.equal(a[1:], b)
@@ -56,7 +58,7 @@ def normals(
     row: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Standard normals `[B, *shape]`: those that a sampler would add at a row of its table."""
+    """Standard normals `[B, *shape]` that a sampler would add at a row of its table."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x = torch.zeros((seeds.shape[0], *shape), dtype=wide, device=seeds.device)
     table = x.new_zeros((row + 1, 1, COLUMNS), dtype=torch.float64)
@@ -80,7 +82,7 @@ def _check_seeds(who: str, seeds: Tensor, batch: int | None = None) -> Tensor:
 
 
 def seeds_for(who: str, seeds: Tensor | None, latents: Tensor, noisy: bool) -> Tensor | None:
-    """Seeds where there is noise: those given, or drawn."""
+    """The given seeds, or drawn ones; None where no noise is added."""
     if seeds is not None:
         seeds = _check_seeds(who, seeds, latents.shape[0]).to(latents.device)
     elif noisy:

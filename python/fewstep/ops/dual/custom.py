@@ -18,24 +18,24 @@ _BOUNDS = {torch.float64: 1e-6, torch.float32: 2e-2}
 
 
 def register_rule(function: Function, jvp: Function, *, example: Sequence[Any]) -> Function:
-    """Teach the duals a function or operator of your own: how tangents go through it.
+    """Teach the duals of `fewstep.divergence` how tangents go through a function of your own.
 
-    For `y = f(a, b, ...)` with the batch first in y and in each argument that depends on x, sample
-    by sample, `jvp` gives `dy = J_a da + J_b db + ...`, for K tangents at once. It is compared with
-    central differences at `example` before it is taken.
+    The function is `y = f(a, b, ...)`. The batch comes first in y and in each argument that depends
+    on x, and samples do not mix. `jvp` gives `dy = J_a da + J_b db + ...` for K tangents at once.
+    It is compared with central differences at `example` before it is accepted.
 
     Args:
-        function (Callable): an operator, `torch.ops.mine.scan`, or a Python function, which may
-            launch kernels or apply a `torch.autograd.Function`. Its gradient, in training, is that
-            which autograd has for it.
-        jvp (Callable): `jvp(tangents, *args)`: a list with `[K, B, ...]` for each argument that
-            depends on x, and None for others, to `[K, B, ...]`. To be trained through, it must be
-            differentiable itself.
-        example (Sequence): arguments at which it is checked; floating tensors `[B, ...]` with B at
-            least 2 are taken to depend on x. float64 is checked more closely.
+        function (Callable): operator, such as `torch.ops.mine.scan`, or Python function, which may
+            launch kernels or apply a `torch.autograd.Function`. In training its gradient is the one
+            that autograd has for it.
+        jvp (Callable): `jvp(tangents, *args)`. tangents is a list with `[K, B, ...]` for each
+            argument that depends on x and None for the others. The result is `[K, B, ...]`. It must
+            be differentiable if it is to be trained through.
+        example (Sequence): arguments at which `jvp` is checked. Floating tensors `[B, ...]` with B
+            at least 2 are taken to depend on x. float64 is checked more closely.
 
     Returns:
-        Callable: what a network calls in place of a Python function; an operator as it was.
+        Callable: what a network calls in place of a Python function, or the operator as it was.
 
     Raises:
         ValueError: `jvp` is off from central differences, a sample's output depends on another

@@ -33,14 +33,14 @@ class HeunResult:
     """What `heun_solve` returns, and `edm_sample` with a log-density.
 
     Attributes:
-        x: the state at the last time, of the shape and dtype of the input.
-        log_density: at the last time, `[B]`; None where it was not asked for.
-        stderr: its standard error over the probes, `[B]`: 0 where traces are exact, NaN for a
-            single probe.
-        path: the states at all times, `[S + 1, B, ...]`, with `keep=True`.
-        estimator: that of the traces, or "logdet".
-        nonpositive: of "logdet", see `fewstep.edm_sample`, the share of steps whose determinant is
-            not positive, `[B]`: such a step is not invertible along the path.
+        x: state at the last time, of the shape and dtype of the input.
+        log_density: log-density at the last time, `[B]`; None where it was not asked for.
+        stderr: standard error of `log_density` over the probes, `[B]`. It is 0 where traces are
+            exact and NaN for a single probe.
+        path: states at all times, `[S + 1, B, ...]`, with `keep=True`.
+        estimator: estimator of the traces, or "logdet".
+        nonpositive: share of steps whose determinant is not positive, `[B]`, for "logdet" of
+            `fewstep.edm_sample`. Such a step is not invertible along the path.
     """
 
     x: Tensor
@@ -63,20 +63,20 @@ def heun_step(
 
         x + dt/2 (v1 + v2),    v1 = v(x, t),    v2 = v(x + dt v1, t + dt)
 
-    Outside the network each half is one fused pass over the state.
+    Each half is one fused pass over the state, apart from the network.
 
     Args:
         velocity (Callable): `velocity(x, t)` with t `[B]`, of the shape of x.
         x (Tensor): `[B, ...]`, of any floating dtype.
-        t (float | Tensor): a scalar or `[B]`.
-        dt (float | Tensor): a scalar or `[B]`, of either sign, or 0.
-        backend (str | None): as of `heun_solve`.
+        t (float | Tensor): time, a scalar or `[B]`.
+        dt (float | Tensor): length of the step, a scalar or `[B]`, of either sign, or 0.
+        backend (str | None): backend as for `heun_solve`.
 
     Returns:
-        Tensor: the state at `t + dt`; differentiable with respect to x, parameters, t and dt.
+        Tensor: the state at `t + dt`, differentiable with respect to x, parameters, t and dt.
 
     Raises:
-        ValueError: as `heun_solve`; on the CPU, t or dt that is not finite.
+        ValueError: an argument that `heun_solve` refuses; on the CPU, t or dt that is not finite.
 
     >>> import fewstep
     >>> x = torch.ones(3, 2)
@@ -112,38 +112,38 @@ def heun_solve(
 ) -> HeunResult:
     """Solve `dx/dt = v(x, t)` by Heun steps at given times, in either direction.
 
-    A log-density goes along as `d log q / dt = -tr(dv/dx)`, by the same method on the pair. Two
-    fused passes over the state are all that a step does outside the network. Without gradients the
-    passes write into buffers that the next step uses again: a network that keeps its input has to
-    clone it, and none may write into it, which at first is x itself.
+    A log-density can go along, by `d log q / dt = -tr(dv/dx)` and the same method on the pair. Each
+    step is two fused passes over the state, apart from the network. Without gradients the passes
+    write into buffers that the next step uses again. A network that keeps its input must therefore
+    clone it, and no network may write into it. The first input is x itself.
 
     Args:
         velocity (Callable): `velocity(x, t)` with t `[B]`, float32 at least, of the shape of x.
         x (Tensor): `[B, ...]` at the first time. The network is called with its dtype.
-        times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` with those
-            of each sample; each sample's increase, or decrease, at every step.
-        log_density (Tensor | None): `[B]` at the first time, whose dtype the result has, or float32
-            for one in half precision; None: not tracked.
-        estimator, probes, probe, seed, sample_ids, engine, check: of the traces, as of
+        times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` for nodes
+            of each sample. They increase, or decrease, at every step of a sample.
+        log_density (Tensor | None): log-density `[B]` at the first time. The result has its dtype,
+            or float32 for half precision. Default: it is not tracked.
+        estimator, probes, probe, seed, sample_ids, engine, check: options of the traces, as for
             `fewstep.divergence`.
-        fresh (bool): new probes for each evaluation, whose errors average out; as of
-            `fewstep.log_density`.
-        state (str): "float32"; "compensated", a pair of float32 whose sum is the state, so that
-            rounding does not add up over steps; or "float64". A float64 x has a float64 state.
-        keep (bool): return the states at all times.
-        check_finite (bool | None): raise where a state is not finite, at the step where it happens
-            on the CPU, at the end (which waits for the device) elsewhere; None: on the CPU, outside
-            of graphs of autograd and of `torch.compile`.
-        backend (str | None): "cpp", "cuda", "triton", "reference"; None: the fastest one.
+        fresh (bool): whether each evaluation has new probes, as for `fewstep.log_density`.
+        state (str): precision of the state. "float32"; "compensated", a pair of float32 whose sum
+            is the state, so that rounding does not add up over steps; or "float64". A float64 x has
+            a float64 state.
+        keep (bool): whether to return the states at all times.
+        check_finite (bool | None): whether to raise where a state is not finite. On the CPU the
+            error names the step; elsewhere the check comes at the end and waits for the device.
+            Default: on the CPU, outside of graphs of autograd and of `torch.compile`.
+        backend (str | None): "cpp", "cuda", "triton" or "reference". Default: the fastest.
 
     Returns:
-        HeunResult: differentiable with respect to x, parameters and log_density, and of times too,
-        which are constants where they do not require a gradient.
+        HeunResult: differentiable with respect to x, parameters and log_density, and with respect
+        to times that require a gradient.
 
     Raises:
-        ValueError: an unknown state or backend; times that are fewer than two or, on the CPU, not
-            finite or not strictly monotone; a velocity of another shape than x, or not finite, with
-            the step; arguments of the traces as in `fewstep.divergence`.
+        ValueError: an unknown state or backend; fewer than two times, or on the CPU times that are
+            not finite or not strictly monotone; a velocity of another shape than x, or not finite,
+            with the step; arguments of the traces that `fewstep.divergence` refuses.
         TypeError: x that is not floating.
 
     Source: Karras et al., EDM, arXiv 2206.00364, algorithm 1; Chen et al., Neural ODEs, 2018,

@@ -76,38 +76,41 @@ def sinkhorn_divergence(
 
         S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 + eps / 2 (sum a - sum b)^2
 
-    with OT the `value` of `fewstep.sinkhorn` at the same eps; the last term is 0 without `reach`.
-    At convergence `S >= 0`, and 0 for equal clouds, for costs whose kernel `exp(-C / eps)` is
-    positive definite, as it is for all of those between points.
+    OT is the `value` of `fewstep.sinkhorn` at the same eps. The last term is 0 without `reach`. At
+    convergence S is at least 0, and 0 for equal clouds, for costs whose kernel `exp(-C / eps)` is
+    positive definite. All named costs between points have such a kernel.
 
     Source: Feydy et al., Interpolating between Optimal Transport and MMD using Sinkhorn Divergences
-    (2019); with `reach`, Sejourne et al., Sinkhorn Divergences for Unbalanced Optimal Transport
+    (2019). With `reach`, Sejourne et al., Sinkhorn Divergences for Unbalanced Optimal Transport
     (2019), section 4.
 
-    The problems of x and y with themselves keep a single potential, are updated symmetrically
-    (which converges within few iterations), and are solved as one batch where x and y have the
-    same shape and both or neither require a gradient.
+    The problems of x and y with themselves keep a single potential and are updated symmetrically,
+    which converges within few iterations.
 
     Args:
         x (Tensor): points `[N, D]` or `[B, N, D]`.
         y (Tensor): points `[M, D]` or `[B, M, D]`.
-        eps (float | Sequence | Tensor): temperature, in units of the cost; as for `sinkhorn`.
-        a (Tensor | None): weights `[.., N]` that sum to 1 (any mass with `reach`), zeros allowed.
-            Default: uniform.
+        eps (float | Sequence | Tensor): temperature, in units of the cost, as for `sinkhorn`.
+        a (Tensor | None): weights `[.., N]` that sum to 1, or to any mass with `reach`. Zeros are
+            allowed. Default: uniform.
         b (Tensor | None): weights `[.., M]`, likewise.
-        reach (float | None): distance beyond which mass is rather destroyed than moved.
+        update (str): updates of the problem between x and y, as for `sinkhorn`.
+        reach (float | None): distance of unbalanced transport, beyond which mass is dropped instead
+            of moved. Default: the marginals are fixed.
         labels (tuple | None): classes `(lx [.., N], ly [.., M])`, int64.
-        label_cost (Tensor | None): symmetric `W [L, L]`; a pair costs `W[lx_i, ly_j]` more.
+        label_cost (Tensor | None): symmetric `W [L, L]`, where `W[lx_i, ly_j]` is added to the cost
+            of a pair.
 
     cost, max_iter, tol, anneal, cu_seqlens, memory_limit, precision, backend and check_finite are
-    those of `sinkhorn`, as is update for the problem between x and y.
+    those of `sinkhorn`.
 
     Returns:
         DivergenceResult: value, residual, iterations, converged, and the three problems.
 
-    `value` has gradients for x, y, a, b (the envelope theorem's) and second derivatives by implicit
-    differentiation, in reverse, forward and mixed mode and under `torch.func.vmap`; see `sinkhorn`.
-    On the CPU a `ConvergenceWarning` is given once per process if a problem has not converged.
+    `value` has gradients for x, y, a and b by the envelope theorem. It has second derivatives by
+    implicit differentiation, in reverse, forward and mixed mode and under `torch.func.vmap`; see
+    `sinkhorn`. On the CPU a `ConvergenceWarning` is given once per process if a problem has not
+    converged.
 
     Raises:
         ValueError: an argument that does not fit; see `sinkhorn`.

@@ -73,41 +73,44 @@ def sinkhorn_drift(
 ) -> Drift:
     """The velocity that carries generated points x to real ones y, for many groups in one call.
 
-    Per group and temperature, `A_ij = N P_ij` with P the plan of `max_iter` iterations of
-    `fewstep.sinkhorn`, started at `v_j = 1`, between x (uniform weights) and a cloud whose points
-    are the columns; their weights b are `weights`, divided by their sum. An iteration is
+    For each group and temperature, P is the plan of `max_iter` iterations of `fewstep.sinkhorn`
+    between x, with uniform weights, and a cloud whose points are the columns. The columns have the
+    weights b: `weights` divided by their sum. The iterations start at `v_j = 1`:
 
         u_i = 1 / sum_j exp(-C_ij / eps) v_j          rows sum to 1
         v_j = N b_j / sum_i exp(-C_ij / eps) u_i      columns sum to N b_j
 
-    so columns are exact, rows nearly. With `T_z(x_i) = sum_j A_ij z_j / sum_j A_ij`, the split form
-    has a plan for each cloud and moves along the gradient flow of the Sinkhorn divergence, and of
-    `(1 + w) S(q, p) - w S(q, p_uncond)` with guidance w:
+    The columns of `A = N P` are exact, its rows nearly so. Let
+    `T_z(x_i) = sum_j A_ij z_j / sum_j A_ij`.
+
+    The split form has a plan for each cloud. It moves x along the gradient flow of the Sinkhorn
+    divergence, or with guidance w of `(1 + w) S(q, p) - w S(q, p_uncond)`:
 
         V = T_y - T_self + w (T_y - T_uncond)
 
-    The joint form has one plan, with all clouds as its columns, + those of y and - the others:
+    The joint form has one plan. Its columns are all clouds, those of y marked + and the others -:
 
         V_i = (sum_j A-_ij) (sum_j A+_ij y_j) - (sum_j A+_ij) (sum_j A-_ij z_j)
 
-    and is guided by columns: a point of uncond counts `w n / U` times, n the number of points of
-    x_self that a row of the plan sees (in the split form, append such points to x_self, with
-    `weights`). Points of weight zero are left out: they take no part at all.
+    Its guidance acts on the columns: a point of uncond counts `w n / U` times, with n the number of
+    points of x_self that a row of the plan sees. (In the split form the same is done by appending
+    such points to x_self, with `weights`.) Points of weight zero take no part at all.
 
-    `normalize=True` is the recipe for features of any scale: with s one number for the whole call,
-    coordinates are x/s, temperatures `eps D` (`eps sqrt(D)` for the euclidean cost) in their units,
-    and each temperature's V over the whole call is divided by its rms before they are summed:
+    `normalize=True` is the recipe for features of any scale. One number s serves the whole call.
+    Coordinates are divided by s, and temperatures are `eps D` in the new units (`eps sqrt(D)` for
+    the euclidean cost). The V of each temperature is divided by its rms over the whole call, and
+    the results are summed:
 
         s = max(sqrt(mean |x_i - u|^2) / sqrt(D), 1e-3)     (euclidean: mean |x_i - u|)
         velocity = sum_t V_t / max(rms(V_t), 1e-4)
 
-    where the mean is over i, u in x, y and x_self (and uncond in the joint form) of the same
-    group, weighted, and groups. With "scale", V is not divided and not summed; with False, neither
-    are the coordinates scaled nor eps: points, eps and V are in the caller's units.
+    The mean is weighted. It is over all groups, x_i in x, and u in y and x_self (and uncond in the
+    joint form) of the same group. With "scale", V is neither divided nor summed. With False,
+    coordinates and eps are not scaled either: points, eps and V are in the caller's units.
 
-    At `x_self` equal to y, V is zero exactly. It averages to zero wherever y and x_self are
-    independent draws of one law and of one size, at any temperature and iteration count, so x_self
-    ought to be a second batch, independent of x. `x_self=x` with `exclude_diagonal=True` is the
+    V is exactly zero where `x_self` equals y. Its mean is zero where y and x_self are independent
+    draws of one law and of one size, at any temperature and number of iterations. x_self should
+    therefore be a second batch, independent of x. `x_self=x` with `exclude_diagonal=True` is the
     single batch of drifting models.
 
     Source: arXiv 2605.11755, Algorithm 2 and Equation 16 (split), in the form of its released code;
@@ -115,41 +118,41 @@ def sinkhorn_drift(
     (joint). `guidance` is their scale less 1.
 
     Args:
-        x (Tensor): generated points `[.., N, D]`, any leading dimensions: independent groups.
+        x (Tensor): generated points `[.., N, D]`. Leading dimensions are independent groups.
         y (Tensor): real points `[.., M, D]`.
         x_self (Tensor): generated points `[.., N', D]`, of the same law as x.
         eps (float | Sequence | Tensor): temperature, or T of them.
-        max_iter (int): iterations, exactly that many.
+        max_iter (int): number of iterations; exactly that many are done.
         cost (str): "half_sqeuclidean" = `|x-y|^2 / 2`, "sqeuclidean" = `|x-y|^2`, "euclidean" =
-            `|x-y|`. V is made of barycentres for all, so for "euclidean" it is a drift, but not the
-            gradient flow of that cost's divergence.
+            `|x-y|`. V is made of barycentres for all three. For "euclidean" it is therefore a drift
+            but not the gradient flow of that cost's divergence.
         uncond (Tensor | None): points `[.., U, D]` to be guided away from.
         guidance (float | Tensor): w, at least 0; `[..]` for one per group. Needs uncond.
         form (str): "split" or "joint".
-        weights (Tensor | None): relative weights `[.., M + N' (+ U)]`, or without leading
-            dimensions, of the points of y, x_self and uncond, in this order. Each plan divides by
+        weights (Tensor | None): relative weights `[.., M + N' (+ U)]` of the points of y, x_self
+            and uncond, in this order; the leading dimensions may be left out. Each plan divides by
             its own sum. In the joint form those of uncond count `w n / U` times. Default: ones.
-        normalize (bool | str): True, False, or "scale", see above.
-        exclude_diagonal (bool | int): leave out the pairs `j == i + k` of x and x_self, which are
-            the same points, where an int k is given; True is k = 0. Then x_self stands for x in s.
-        memory_limit (int): bytes that each thread may take for the distances and kernels of the
-            group that it works on; what does not fit is computed again in every iteration.
-        precision (str | None): of distances and barycentres on GPUs: "tf32x3", "tf32" or "float32",
-            as for `sinkhorn`. Default: "tf32x3".
-        backend (str | None): "reference", "cpp", "cuda" or "triton". Default: the environment
-            variable FEWSTEP_BACKEND, else the fastest one that has been tested on the device; on
-            GPUs "reference", see `sinkhorn`. "cuda" keeps groups of up to 64 points and plans of up
-            to 256 columns on chip, in float32; otherwise it and "triton" have the kernels of
-            `sinkhorn` for the iterations and then form the plans.
+        normalize (bool | str): True, "scale" or False, as above.
+        exclude_diagonal (bool | int): leaves out the pairs `j == i` of x and x_self, or
+            `j == i + k` for an int k, which are the same points. x_self then stands for x in s.
+        memory_limit (int): bytes that each thread may use for the distances and kernels of the
+            group it works on. What does not fit is computed again in every iteration.
+        precision (str | None): precision of distances and barycentres on GPUs, "tf32x3", "tf32" or
+            "float32", as for `sinkhorn`. Default: "tf32x3".
+        backend (str | None): "reference", "cpp", "cuda" or "triton". "cuda" keeps groups of up to
+            64 points and plans of up to 256 columns on chip, in float32. Beyond that, "cuda" and
+            "triton" run the iterations by the kernels of `sinkhorn` and then form the plans.
+            Default: the environment variable FEWSTEP_BACKEND, else the fastest backend that has
+            been tested on the device. On GPUs that is "reference"; see `sinkhorn`.
 
     Returns:
         Drift: velocity, scale, rms, residual, entropy, peak. No gradient flows through any.
 
-    float64 stays float64; float32, bfloat16 and float16 are computed in float32 and return float32.
-    "cpp" against float64: velocity within 1e-4 (relative norm). It has no matrix of all pairs in
-    memory but those that `memory_limit` allows, of the groups that are being worked on; several
-    temperatures with `normalize=True` take T - 1 times the memory of the velocity besides, of which
-    the calling thread keeps up to 64 MB for the next call.
+    float64 stays float64. float32, bfloat16 and float16 are computed in float32 and return float32.
+    The velocity of "cpp" is within 1e-4 of float64 (relative norm). "cpp" never holds a matrix of
+    all pairs beyond what `memory_limit` allows for the groups in work. Several temperatures with
+    `normalize=True` also need T - 1 times the memory of the velocity, of which the calling thread
+    keeps up to 64 MB for the next call.
 
     Raises:
         ValueError: shapes, devices, eps, weights, guidance, cost, form, backend, iteration counts

@@ -91,124 +91,133 @@ def sinkhorn(
     """Entropic optimal transport between weighted point clouds, in the log domain.
 
     Solves `min_P <P, C> + eps KL(P | a b')` over plans with marginals a and b. The plan is
-    `P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)` and one iteration is
+    `P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)`. One iteration is
 
         f_i = -eps log sum_j b_j exp((g_j - C_ij) / eps)        rows exact
         g_j = -eps log sum_i a_i exp((f_i - C_ij) / eps)        columns exact
 
-    Source: Peyre and Cuturi, Computational Optimal Transport (2019), equations 4.43 and 4.44.
-    With `reach` the marginals are penalised instead, `+ rho_x KL(P 1 | a) + rho_y KL(P' 1 | b)`,
-    masses are free, and each update is multiplied by `rho / (rho + eps)`: Sejourne, Feydy,
-    Vialard, Trouve and Peyre, Sinkhorn Divergences for Unbalanced Optimal Transport (2019).
+    With `reach` the marginals are not fixed but penalised, by `rho_x KL(P 1 | a)` and
+    `rho_y KL(P' 1 | b)`. The masses are then free, and each update is multiplied by
+    `rho / (rho + eps)`.
+
+    Source: Peyre and Cuturi, Computational Optimal Transport (2019), equations 4.43 and 4.44. With
+    `reach`, Sejourne, Feydy, Vialard, Trouve and Peyre, Sinkhorn Divergences for Unbalanced Optimal
+    Transport (2019).
 
     Args:
-        x (Tensor | None): points `[N, D]` or `[B, N, D]` (B independent problems); all points
-            `[N, D]` one problem after the other with `cu_seqlens`; None with `C`.
+        x (Tensor | None): points `[N, D]`, or `[B, N, D]` for B independent problems. With
+            `cu_seqlens` the points of all problems are one tensor `[N, D]`. None with `C`.
         y (Tensor | None): points `[M, D]` or `[B, M, D]`, likewise.
-        eps (float | Sequence | Tensor): temperature, in units of the cost. A sequence is T
-            temperatures of every problem, solved from the same distances, and results have T before
-            the points, also where T is 1. A tensor (or an array of numpy) is `[]`, or has the shape
-            of the batch, `[B]` for one temperature per problem, or that and T, `[T]` or `[B, T]`.
-        a (Tensor | None): weights `[.., N]` that sum to 1 (any mass with `reach`), zeros allowed.
-            Default: uniform.
+        eps (float | Sequence | Tensor): temperature, in units of the cost. A sequence holds T
+            temperatures for every problem; results then have an axis T before the points, also
+            where T is 1. A tensor or numpy array has the shape `[]`, `[B]` (one temperature per
+            problem), `[T]` or `[B, T]`.
+        a (Tensor | None): weights `[.., N]` that sum to 1, or to any mass with `reach`. Zeros are
+            allowed. Default: uniform.
         b (Tensor | None): weights `[.., M]`, likewise.
         cost (str | Callable): "sqeuclidean" = `|x-y|^2`, "half_sqeuclidean" = `|x-y|^2 / 2`,
-            "euclidean" = `|x-y|`, "cosine" = `1 - x.y / (|x| |y|)` (1, with a gradient of 0, for a
-            zero vector), "dot" = `-x.y`, "l1" = `sum_c |x_c - y_c|`; or a function of x and y, such
-            as `lambda x, y: (x - y).abs().sqrt().sum(-1)`, that KeOps's LazyTensors understand, or,
-            without KeOps and with backend="reference", tensors `[B, N, 1, D]` and `[B, 1, M, D]`.
-        max_iter (int): iterations at eps, at least 1; exactly that many where `tol` is None.
-        tol (float | None): stop a problem, on the device, once its `residual` is at most this. On
-            the CPU a `ConvergenceWarning` is given, once per process, where it was not reached.
-        init (tuple | None): potentials (f, g) to start from, shaped like the result's, detached. An
-            alternating iteration overwrites f, so only g matters there. Default: zeros.
-        anneal (float | Sequence | Tensor | None): temperatures before eps, one iteration at each:
-            those given, or, for a factor below 1, the cost across the common bounding box of the
-            points with weight (with C, its largest difference; infinite costs do not count), times
-            the factor, and so on while above eps.
-        update (str): "alternating" as above, or "symmetric": both potentials from the last two,
-            averaged with them (geomloss's iteration), and at the end an alternating iteration, or
-            up to ten until `tol` is reached, uncounted. If ten do not reach it, `converged` is
-            False, though `iterations` may be far below `max_iter`. Where y is the same tensor as x,
-            with equal weights and no labels, it keeps a single potential.
+            "euclidean" = `|x-y|`, "cosine" = `1 - x.y / (|x| |y|)` (1, with gradient 0, for a zero
+            vector), "dot" = `-x.y`, "l1" = `sum_c |x_c - y_c|`. A function of x and y, such as
+            `lambda x, y: (x - y).abs().sqrt().sum(-1)`, is called with LazyTensors of KeOps. With
+            backend="reference" it is called with tensors `[B, N, 1, D]` and `[B, 1, M, D]`.
+        max_iter (int): number of iterations at eps, at least 1. With `tol` it is an upper limit.
+        tol (float | None): residual at which a problem stops, on the device. On the CPU a
+            `ConvergenceWarning` is given once per process if `tol` was not reached.
+        init (tuple | None): potentials (f, g) to start from, shaped like the result's and detached.
+            An alternating iteration overwrites f, so only g matters there. Default: zeros.
+        anneal (float | Sequence | Tensor | None): temperatures before eps, with one iteration at
+            each. A factor below 1 makes them: they start at the cost across the common bounding box
+            of the points with weight (with `C`, its largest finite difference) times the factor,
+            and fall by the factor while above eps.
+        update (str): "alternating" as above, or "symmetric", the iteration of geomloss. That one
+            computes both potentials from the last two and averages them with these. It ends with
+            one alternating iteration, or with up to ten until `tol` is reached, which are not
+            counted. If ten do not reach it, `converged` is False although `iterations` may be far
+            below `max_iter`. Where y is the same tensor as x, with equal weights and no labels, a
+            single potential is kept.
         relax (float): over-relaxation of alternating updates, in (0, 2): `f <- f + relax (f' - f)`.
-        reach (float | tuple | None): distance beyond which mass is rather destroyed than moved:
-            `rho = reach^2` for squared costs and `reach` for the others. A pair (x, y) may have a
-            None for a marginal that is a constraint.
-        exclude_diagonal (bool | int): leave out the pairs `j == i`, or `j == i + offset`.
-        cu_seqlens (tuple | None): int64 `(cu_x [B + 1], cu_y [B + 1])` for B problems of several
-            sizes: the i-th has the points `cu[i]` to `cu[i + 1] - 1`.
+        reach (float | tuple | None): distance of unbalanced transport. Mass that would have to
+            travel farther is dropped instead of moved. `rho` is `reach^2` for squared costs and
+            `reach` for the others. A pair holds the values for x and y, where None fixes that
+            marginal. Default: both are fixed.
+        exclude_diagonal (bool | int): leaves out the pairs `j == i`, or `j == i + offset`.
+        cu_seqlens (tuple | None): int64 `(cu_x [B + 1], cu_y [B + 1])` for B problems of different
+            sizes. Problem i has the points `cu[i]` to `cu[i + 1] - 1`.
         labels (tuple | None): classes `(lx [.., N], ly [.., M])`, int64, for `label_cost`.
-        label_cost (Tensor | None): `W [L, L']`; a pair costs `W[lx_i, ly_j]` more.
-        C (Tensor | None): costs `[N, M]` or `[B, N, M]` instead of points; inf leaves a pair out.
-        memory_limit (int): bytes that the C++ kernels may use, for each problem that a thread works
-            on, to keep distances and exponentials between iterations; beyond, they are computed
-            anew. "triton" keeps the costs of all problems of alternating updates if they take no
-            more than this, where points have so many coordinates that reading them is quicker.
-        precision (str | None): how kernels of "cuda" and "triton" multiply float32 points on tensor
-            cores, from 17 coordinates on: "tf32x3", in two parts of TF32 each and so with the
-            accuracy of float32; "tf32", in one part, about twice as fast, where products are off by
-            up to 2^-9 of themselves, a cost by 0.2 % of `|x|^2 + |y|^2` about the middle of the
-            points; "float32", without tensor cores. Other backends, and float64, compute in their
-            dtype whatever it says. Default: "tf32x3".
-        backend (str | None): "reference", "cpp", "triton", "cuda" or "keops" (a cost function).
-            Default: the environment variable FEWSTEP_BACKEND, else the fastest one for the device
-            and the options that has been tested there: on GPUs "reference", which forms C, since
-            "triton" and "cuda" have only been emulated so far.
-        check_finite (bool): look for NaN and inf first, in C too, where inf may be meant; on a GPU
-            also check the signs and sums of weights and the sign of eps, which costs a
-            synchronisation there.
+        label_cost (Tensor | None): `W [L, L']`, where `W[lx_i, ly_j]` is added to the cost of a
+            pair.
+        C (Tensor | None): costs `[N, M]` or `[B, N, M]` instead of points. inf leaves a pair out.
+        memory_limit (int): bytes that the C++ kernels may use to keep distances and exponentials
+            between iterations, for each problem that a thread works on. What does not fit is
+            computed again in every iteration. "triton" keeps the costs of all problems of
+            alternating updates within this limit, if the points have so many coordinates that
+            reading costs is faster.
+        precision (str | None): how "cuda" and "triton" multiply float32 points on tensor cores,
+            from 17 coordinates on. "tf32x3" uses two TF32 parts of each number and has the accuracy
+            of float32. "tf32" uses one part and is about twice as fast; products are off by up to
+            2^-9 of themselves, and a cost by 0.2 % of `|x|^2 + |y|^2` about the middle of the
+            points. "float32" does not use tensor cores. Other backends and float64 ignore it.
+            Default: "tf32x3".
+        backend (str | None): "reference", "cpp", "triton", "cuda" or "keops" (for a cost function).
+            Default: the environment variable FEWSTEP_BACKEND, else the fastest backend that has
+            been tested on the device and serves the options. On GPUs that is "reference", which
+            forms C: "triton" and "cuda" have run in an emulator only.
+        check_finite (bool): raises on NaN and inf in the inputs (and in C, where inf may be meant).
+            On a GPU it also checks the signs and sums of weights and the sign of eps, which costs a
+            synchronisation.
 
     Returns:
-        SinkhornResult: potentials, value, residual, iterations, converged; methods
-        `transport`, `plan`, `barycenter`, `potentials`.
+        SinkhornResult: potentials, value, residual, iterations and converged, with the methods
+        `transport`, `plan`, `barycenter` and `potentials`.
 
-    `value` is the dual objective, `<a, phi(f)> + <b, phi(g)> - eps (sum P - sum a sum b)` with
-    `phi(f) = f`, or `rho (1 - exp(-f / rho))` with `reach`; its gradient for x, y, a, b and C is
-    the envelope theorem's: `sum_j P_ij dC_ij/dx_i` for x, and `f` for a (up to a constant, since a
-    sums to 1). Second derivatives are those of the converged value, by implicit differentiation (in
-    float64; conjugate gradient with streamed products), in reverse and forward mode; directions
-    along a and b must keep the mass where both marginals are fixed. Third ones raise. f and g have
-    no gradient, `result.potentials()` and products with `implicit=True` do. "reference" is
-    differentiated through its iterations instead, f and g as well, twice.
+    Value and derivatives: `value` is the dual objective
+    `<a, phi(f)> + <b, phi(g)> - eps (sum P - sum a sum b)`, where `phi(f) = f`, or
+    `rho (1 - exp(-f / rho))` with `reach`. Its gradient for x, y, a, b and C is that of the
+    envelope theorem: `sum_j P_ij dC_ij/dx_i` for x, and `f` for a, up to a constant where a sums to
+    1. Second derivatives are those of the converged value. They are computed in float64 by implicit
+    differentiation (conjugate gradient with streamed products), in reverse and forward mode.
+    Directions along a and b must keep the mass where both marginals are fixed. Third derivatives
+    raise. f and g have no gradient; `result.potentials()` and products with `implicit=True` do.
+    "reference" is differentiated through its iterations instead, twice, and f and g with it.
 
-    `torch.func.grad`, `jvp` and `vmap` work, in any order; under them and in a compiled graph the
-    checks that read values are left out, and a compiled graph has first derivatives of `value` and
-    of `transport` for v.
+    Transforms: `torch.func.grad`, `jvp` and `vmap` work in any order. Under them and in a compiled
+    graph the checks that read values are left out. A compiled graph has first derivatives of
+    `value`, and of `transport` for v.
 
-    Points of weight 0 (padding) change nothing but have potentials all the same, so that gradients
-    for a and b are right there: f_i is the transform above of the g that came out, g_j that of f.
-    Costs may be inf, for pairs that may carry no mass. With `reach`, a point whose pairs all cost
-    inf is destroyed: its potential is huge (1e28 eps or more) and its rows and columns of the plan
-    are 0. Where its marginal is fixed its weight must be 0, and its potential is 0; with a weight
-    the problem is infeasible: `value` is inf and `converged` False. Costs above 1e30 eps (in
-    float64 1e270 eps, "reference" 1e30) may count as inf.
+    Points of weight 0 (padding) do not change the result. They have potentials nevertheless, so
+    that gradients for a and b are right there: f_i is the transform above of the final g, and g_j
+    that of the final f.
 
-    The L1 error of the marginals hardly sees light points, of less than a thousandth of the largest
-    weight, but f is the gradient for a at all of them. So `residual` is at least the square of the
-    largest step, over eps, that f of a light point would take to the transform of g (and g, where
-    updates are relaxed, to that of f): at a `tol` of 1e-4 each f is within 0.01 eps of it.
+    Infinite costs are allowed, for pairs that may carry no mass. A point whose pairs all cost inf
+    is dropped where its marginal is penalised: its potential is huge (1e28 eps or more) and its row
+    or column of the plan is 0. Where its marginal is fixed, its weight must be 0, and its potential
+    is 0. With a weight the problem is infeasible: `value` is inf and `converged` False. Costs above
+    1e30 eps (in float64 1e270 eps, in "reference" always 1e30 eps) may count as infinite.
 
-    `residual`, and with it `converged`, is a fraction of the mass given, not of the mass moved.
-    Where `reach` destroys nearly all mass, the value and the plan's mass may have converged to
-    `tol` while potentials and barycentres are still far from their limits; a smaller `tol` or more
-    iterations bring them there.
+    `residual` is the L1 error of the marginals as a fraction of the mass given. It hardly sees a
+    light point, one of less than a thousandth of the largest weight, although f is the gradient for
+    a there too. It is therefore at least the square of `step / eps`, with step the change that one
+    more update would make to f of a light point (and to g where updates are relaxed). At a `tol` of
+    1e-4 each such f is within 0.01 eps of its update. With a `reach` so short that nearly all mass
+    is dropped, the value and the plan's mass may have converged to `tol` while potentials and
+    barycentres have not. Use a smaller `tol` or more iterations there.
 
-    float64 stays float64; float32, bfloat16 and float16 are computed in float32 and return
-    float32, under autocast too. Kernel against float64: potentials within 2e-5 of the cost's scale
-    after one step and 2e-4 at convergence, value 1e-5, gradients 1e-4 (relative norm). The error of
-    gradients is up to `largest cost / (100 eps)` times that where eps is below a hundredth of the
-    largest cost. Where potentials of points with weight are so large that their rounding is more
-    than eps (in float32 above 1.2e7 eps) the value is right, `residual` is inf and there is no
-    plan: on the CPU gradients for x, y and C, `plan`, `transport` and `barycenter` raise.
+    Precision: float64 stays float64. float32, bfloat16 and float16 are computed in float32 and
+    return float32, under autocast too. Against float64, potentials are within 2e-5 of the cost's
+    scale after one step and 2e-4 at convergence, values within 1e-5 and gradients within 1e-4
+    (relative norm). Where eps is below a hundredth of the largest cost, gradients are off by up to
+    `largest cost / (100 eps)` times that. Where potentials of points with weight are too large for
+    the digits of the dtype (in float32 above 1.2e7 eps), `value` is right, `residual` is inf and
+    there is no plan. On the CPU gradients for x, y and C, `plan`, `transport` and `barycenter` then
+    raise.
 
     Raises:
         ValueError: shapes, devices, eps, weights, options or a backend that do not fit; in
             gradients and methods, an eps too small for the digits of the dtype.
         TypeError: a dtype that is not floating, x and y of different dtypes, a sparse tensor, an
             option of another type.
-        ConvergenceError: a second derivative was asked for at an L1 error of the marginals above
-            1e-2 of the mass, or Newton's method did not converge from there.
+        ConvergenceError: a second derivative was asked for where the L1 error of the marginals is
+            above 1e-2 of the mass, or where Newton's method did not converge from there.
 
     >>> import torch, fewstep
     >>> x = torch.tensor([[0.0], [1.0]])
@@ -308,7 +317,8 @@ def transport(result: SinkhornResult, v: Tensor, axis: int = 0, implicit: bool =
         result (SinkhornResult): what `sinkhorn` returned.
         v (Tensor): `[.., M, K]` for axis 0, `[.., N, K]` for axis 1; K may be left out.
         axis (int): the axis of P that the result keeps.
-        implicit (bool): differentiate through the plan too; see `SinkhornResult.transport`.
+        implicit (bool): whether to differentiate through the plan too, as in
+            `SinkhornResult.transport`.
 
     Returns:
         Tensor: `[.., N, K]` for axis 0, `[.., M, K]` for axis 1; differentiable in v.

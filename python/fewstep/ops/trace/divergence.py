@@ -29,58 +29,64 @@ def divergence(
 ) -> Divergence:
     """Divergence of a velocity field, `tr(dv/dx)` for each sample.
 
-        exact       tr(W3 D2 W2 D1 W1) = d2' [W2 o (W1 W3)'] d1, for linear layers with up to two
-                    hidden activations between them: one product of the hidden width, whatever D;
-                    other networks: sum_i e_i' J e_i, by D tangents, or for more hidden layers
-                    as many as the narrowest has: tr(A B) = tr(B A).
-        hutchinson  mean_k v_k' J v_k, with E[v v'] = I; variance 2 (|A|_F^2 - sum A_ii^2) / K for
-                    signs and 2 |A|_F^2 / K for Gaussians, A = (J + J') / 2.
+        exact       tr(W3 D2 W2 D1 W1) = d2' [W2 o (W1 W3)'] d1 for an MLP with one or two hidden
+                    layers. It costs one matrix product of hidden size, independent of D. Other
+                    networks: sum_i e_i' J e_i, by D tangents, or by as many as the narrowest hidden
+                    layer of a deeper MLP has, since tr(A B) = tr(B A).
+        hutchinson  mean_k v_k' J v_k, with E[v v'] = I. Its variance is
+                    2 (|A|_F^2 - sum A_ii^2) / K for signs and 2 |A|_F^2 / K for Gaussians, with
+                    A = (J + J') / 2.
         hutch++     probes / 3 products sketch the range of J, as many project on it exactly, and
                     the rest are probes on its complement.
-        xtrace      probes / 2 probes, each in turn left out of the sketch that the others make.
+        xtrace      probes / 2 probes, each of which is left out in turn of the sketch that the
+                    others make.
 
-    Engines, each for what the one before it cannot serve, with the reason in `info`:
+    Three engines are tried in order. Each serves what the one before it cannot, and `info` has the
+    reason:
 
-        duals    the primal and all tangents go through the network together, by its own `forward`:
-                 each function has a rule in `fewstep.ops.dual`, with a fused forward and backward.
-        func     `torch.func`, reverse mode.
-        reverse  plain autograd, a pass for each product: whatever trains in eager PyTorch.
+        duals    run the network's own `forward` on the primal and all tangents together. Each
+                 function has a rule in `fewstep.ops.dual`, with a fused forward and backward.
+        func     is `torch.func` in reverse mode.
+        reverse  is plain autograd, with a pass for each product. It serves whatever trains in eager
+                 PyTorch.
 
-    The first time that a network is seen in its modes, some samples go through the engine and
-    through plain autograd; where velocity, `v . J v` or gradients differ, the next engine serves,
-    with a warning. Probes depend on the seed, the sample's id, the probe's number and the
-    coordinate alone; they are not stored, backward draws them again.
+    The first time a network is seen in its modes, some samples go through the engine and through
+    plain autograd. Where velocity, `v . J v` or gradients differ, the next engine serves, with a
+    warning. Probes depend on the seed, the sample's id, the probe's number and the coordinate. They
+    are not stored; backward draws them again.
 
-    Gradients through `DistributedDataParallel` and `fully_shard` are reduced over ranks as those of
-    any loss. For the call and for its backward, the weights of `fully_shard` are gathered whole.
+    Gradients through `DistributedDataParallel` and `fully_shard` are reduced over ranks like those
+    of any loss. The weights of `fully_shard` are gathered whole for the call and for its backward.
 
     Args:
-        velocity (Callable): a module or function, `velocity(x, t)` of the shape of x; each sample's
+        velocity (Callable): module or function, `velocity(x, t)` of the shape of x. Each sample's
             velocity may depend on that sample alone. `torch.nn.Sequential` is called as
             `velocity(x)`.
         x (Tensor): `[B, ...]`, float32 or float64 for the compiled kernels.
-        t (float | Tensor): time, a scalar or `[B]`; handed on as it is, floats as `[B]` in
-            float32 at least.
-        estimator (str): "auto" takes "exact" where it costs less than the probes asked for, else
-            "hutchinson". With D probes or more, sketches and "hadamard" signs are "exact", too.
-        probes (int): products with the Jacobian, K.
-        probe (str): "rademacher"; "hadamard" (signs, distinct random rows of the Hadamard matrix:
-            never worse, and exact at `probes = D`); "gaussian"; "sphere".
-        seed (int | Tensor): at least 0; an int64 scalar tensor changes without a recompilation.
-        sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample keeps its probes in any
-            batch. None: its index, so that ranks of a process group draw the same probes: give
-            `rank * B + arange(B)` for others.
-        tangent_dtype (torch.dtype | None): None: that of x. `torch.bfloat16` with float32 x: the
-            tangents are kept in bfloat16, for half the memory, and on a GPU multiplied in it; the
-            velocity, activations, norms and sums stay float32. Structural traces and what is left
-            to `torch.func` have no such tangents.
-        backend (str | None): of the duals' kernels: "cpp", "triton", "reference", or None for the
-            fastest one. A named one raises where the network has a function without a rule.
-        engine (str | None): "duals", "func" or "reverse", which raises where it cannot serve, or
-            None for the first that can.
-        check (str): compare with plain autograd "first", "always" or "never". While compiling,
-            under `torch.func` and in a CUDA graph's capture nothing is compared. On a GPU a
-            comparison waits for the device.
+        t (float | Tensor): time, a scalar or `[B]`. Tensors are handed on as they are, floats as
+            `[B]` in float32 at least.
+        estimator (str): "auto", "exact", "hutchinson", "hutch++" or "xtrace". "auto" is "exact"
+            where that costs less than the probes asked for, and "hutchinson" otherwise. With D
+            probes or more, sketches and "hadamard" signs are exact too.
+        probes (int): number K of products with the Jacobian.
+        probe (str): "rademacher"; "hadamard", which are signs from distinct random rows of the
+            Hadamard matrix, never worse and exact at `probes = D`; "gaussian"; "sphere".
+        seed (int | Tensor): seed of the probes, at least 0. An int64 scalar tensor changes without
+            a recompilation.
+        sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`. A sample keeps its probes in any
+            batch. Default: its index. The ranks of a process group then draw the same probes; give
+            `rank * B + arange(B)` for different ones.
+        tangent_dtype (torch.dtype | None): dtype of the tangents. `torch.bfloat16` with float32 x
+            takes half the memory, and on a GPU multiplies in bfloat16. Velocity, activations, norms
+            and sums stay float32. Structural traces and what is left to `torch.func` ignore it.
+            Default: that of x.
+        backend (str | None): kernels of the duals: "cpp", "triton" or "reference". A backend that
+            is named raises where the network has a function without a rule. Default: the fastest.
+        engine (str | None): "duals", "func" or "reverse", which raises where it cannot serve.
+            Default: the first that can.
+        check (str): how often to compare with plain autograd, "first", "always" or "never". Nothing
+            is compared while compiling, under `torch.func` and in a CUDA graph's capture. On a GPU
+            a comparison waits for the device.
 
     Returns:
         Divergence: differentiable with respect to parameters, x and t.

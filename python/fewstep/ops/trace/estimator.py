@@ -38,13 +38,13 @@ class Divergence:
     Attributes:
         velocity: `v(x, t)`, of the shape of x.
         value: `tr(dv/dx)` of each sample, or its estimate, `[B]`, in float32 at least.
-        stderr: standard error of `value` over the probes, `[B]`: 0 where it is exact, NaN for a
-            single probe.
+        stderr: standard error of `value` over the probes, `[B]`. It is 0 where `value` is exact and
+            NaN for a single probe.
         estimator: what was used: "exact (structural)", "exact (m tangents)", "hutchinson",
             "hutch++" or "xtrace".
-        info: which of torch's own derivatives the network's Jacobian was left to ("torch.func",
-            under activation checkpointing "torch.autograd.forward_ad", or "torch.autograd"), and
-            why, and whether nothing was compared; or empty.
+        info: reason for an engine other than the duals, after its name: "torch.func",
+            "torch.autograd.forward_ad" (under activation checkpointing) or "torch.autograd". It
+            also says if nothing was compared. Empty otherwise.
     """
 
     velocity: Tensor

@@ -25,12 +25,12 @@ class Explanation:
 
     Attributes:
         engine: "duals", "func" or "reverse".
-        estimator: as of `fewstep.divergence`.
-        reason: why it is not a faster one; or empty.
-        without_rules: functions of what depends on x that duals have no rule for, as they are
-            called.
-        checked: how many samples were compared with plain autograd.
-        seconds, forward_seconds: of a divergence and of a plain forward, medians.
+        estimator: estimator, as in `fewstep.divergence`.
+        reason: why the engine is not a faster one, or empty.
+        without_rules: functions of what depends on x that duals have no rule for, in the order of
+            the calls.
+        checked: number of samples that were compared with plain autograd.
+        seconds, forward_seconds: median time of a divergence and of a plain forward.
         kept, forward_kept: bytes that each keeps for backward; 0 without gradients.
     """
 
@@ -81,21 +81,21 @@ def explain(
     probes: int = 1,
     engine: str | None = None,
 ) -> Explanation:
-    """What the traces of a network are found by, why, and at what cost; printed and returned.
+    """Say which engine finds the traces of a network, why, and at what cost.
 
-    Calls the network some twenty times.
+    The answer is printed and returned. The network is called some twenty times.
 
     Args:
-        network (Callable): as of `fewstep.divergence`.
+        network (Callable): network, called as in `fewstep.divergence`.
         x (Tensor): `[B, ...]`.
         t (float | Tensor): time.
-        estimator, probes, engine: as of `fewstep.divergence`.
+        estimator, probes, engine: options of `fewstep.divergence`.
 
     Returns:
-        Explanation: also what `print` shows.
+        Explanation: what is printed, as attributes.
 
     Raises:
-        ValueError, TypeError: as `fewstep.divergence`.
+        ValueError, TypeError: an argument that `fewstep.divergence` refuses.
 
     >>> import fewstep
     >>> net = lambda x, t: torch.cumsum(x.sin(), 1)

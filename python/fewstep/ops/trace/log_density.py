@@ -33,15 +33,15 @@ class LogDensity:
     """What `log_density` returns.
 
     Attributes:
-        x: the state at the last time, of the shape and dtype of the input.
-        log_prob: log-density of the input, `[B]`, or with `base_at="start"` of x, in float32 at
+        x: state at the last time, of the shape and dtype of the input.
+        log_prob: log-density `[B]` of the input, or with `base_at="start"` of x, in float32 at
             least.
-        stderr: its standard error over the probes, `[B]`: 0 where traces are exact, NaN for a
-            single probe.
-        nonpositive: of "logdet", the share of steps whose determinant is not positive, `[B]`: such
-            a step is not invertible along the path. None for other trackers.
-        estimator: as of `fewstep.divergence`, or the tracker.
-        info: as of `fewstep.divergence`.
+        stderr: standard error of `log_prob` over the probes, `[B]`. It is 0 where traces are exact
+            and NaN for a single probe.
+        nonpositive: share of steps whose determinant is not positive, `[B]`, for "logdet". Such a
+            step is not invertible along the path. None for other trackers.
+        estimator: estimator of the traces, as in `fewstep.divergence`, or the tracker.
+        info: note on the engine, as in `fewstep.divergence`.
     """
 
     x: Tensor
@@ -92,42 +92,44 @@ def log_density(
 ) -> LogDensity:
     """Log-density of samples that a velocity field carries from or to a known law.
 
-    Along `dx/dt = v(x, t)` log-densities change by `-int tr J dt`, J the Jacobian of v. A step
-    `x + h v` changes them by exactly `-log |det(I + h J)|`. Trackers:
+    Along `dx/dt = v(x, t)` log-densities change by `-int tr J dt`, with J the Jacobian of v. A step
+    `x + h v` changes them by exactly `-log |det(I + h J)|`. Three trackers are available:
 
-        trace   -h tr J (Euler), -h/2 (tr J1 + tr J2) (Heun): the solver on the pair (x, log q);
-                off by `h^2 / 2 tr J^2` a step, which few-step students learn to exploit.
+        trace   -h tr J (Euler), -h/2 (tr J1 + tr J2) (Heun): the solver on the pair (x, log q). It
+                is off by `h^2 / 2 tr J^2` a step, which few-step students learn to exploit.
         logdet  -log |det M|, M = I + h J (Euler), I + h/2 (J1 + J2 (I + h J1)) (Heun): the density
-                of the sampler that is run, where its steps are injective. D tangents and a
-                determinant a step, for small D.
+                of the sampler that is run, where its steps are injective. It takes D tangents and a
+                determinant a step, so it is for small D.
         series  the same for large D, by `log det(I + A) = sum_n (-1)^(n+1) tr A^n / n` with probes,
-                cut after 8 terms; A's spectral radius must be below 1.
+                cut after 8 terms. The spectral radius of A must be below 1.
 
     Args:
-        velocity (Callable): as of `fewstep.divergence`; called with x in its dtype and t `[B]`.
+        velocity (Callable): velocity as for `fewstep.divergence`, called with x in its dtype and t
+            `[B]`.
         x (Tensor): `[B, ...]`, at the first time. For bfloat16 and float16 the state, times and
             densities are float32.
-        times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` with nodes
-            of each sample; each sample's increase, or decrease, at every step.
-        base (Callable | None): log-density `[B]` of the known law; None: N(0, I).
-        base_at (str): "end": the law at the last time is known, and `log_prob` is that of x.
-            "start": x was drawn from it, and `log_prob` is that of the samples at the last time.
+        times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` for nodes
+            of each sample. They increase, or decrease, at every step of a sample.
+        base (Callable | None): log-density `[B]` of the known law. Default: that of N(0, I).
+        base_at (str): "end" if the law at the last time is known; `log_prob` is then that of x.
+            "start" if x was drawn from the known law; `log_prob` is then that of the samples at the
+            last time.
         method (str): "heun" or "euler".
-        tracker (str): see above.
-        estimator, probes, probe, sample_ids, tangent_dtype, backend, engine, check: as of
-            `fewstep.divergence`; estimators for "trace", probes for "series" too.
-        fresh (bool): new probes for each stage, whose errors average out over a path; else those of
-            the first for all of them, which adaptive solvers need, and which keeps their products
-            with the first and the last layer's weights.
-        seed (int | Tensor): of the probes; steps and stages count on from it.
+        tracker (str): "trace", "logdet" or "series", as above.
+        estimator, probes, probe, sample_ids, tangent_dtype, backend, engine, check: options of
+            `fewstep.divergence`. Estimators are for "trace", probes for "series" too.
+        fresh (bool): whether each stage has new probes, so that their errors average out over a
+            path. Otherwise all stages have those of the first. Adaptive solvers need that, and
+            products of probes with the first and last layer's weights are then kept.
+        seed (int | Tensor): seed of the probes. Steps and stages count on from it.
 
     Returns:
         LogDensity: differentiable with respect to parameters and x.
 
     Raises:
-        ValueError: as `fewstep.divergence`; times that are fewer than two or, on the CPU, not
-            finite or not strictly monotone; an unknown method or tracker; a base of another shape;
-            "series" with a spectral radius of 1 or more.
+        ValueError: an argument that `fewstep.divergence` refuses; fewer than two times, or on the
+            CPU times that are not finite or not strictly monotone; an unknown method or tracker; a
+            base of another shape; "series" with a spectral radius of 1 or more.
 
     Source: Chen et al., Neural ODEs, 2018, theorem 1; Grathwohl et al., FFJORD, 2019.
 
