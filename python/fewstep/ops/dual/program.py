@@ -127,7 +127,10 @@ class Recorded(Traced):
 
 
 class RecordedTensor(Opaque, Recorded, Tensor):  # type: ignore[misc, override]
-    __slots__ = tuple("x low width primal_shape own_dtype own_device layers steps".split())
+    __slots__ = (
+        *("x", "low", "width", "layers", "steps"),
+        *("own_dtype", "own_device", "primal_shape"),
+    )
 
     @classmethod
     def blank(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
