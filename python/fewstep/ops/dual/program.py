@@ -283,7 +283,6 @@ def record(run: Callable[..., Any], x: Tensor, t: Any) -> Program:
     if h.shape != x.shape:
         raise ValueError(f"velocity must return {tuple(x.shape)} like x, got {tuple(h.shape)}")
     weights, shifts = zip(*h.layers, strict=True)
-    dispatch.present(*weights, *shifts)
     options = tuple([number for _, beta, threshold, _ in h.steps for number in (beta, threshold)])
     kinds, gates = tuple([step[0] for step in h.steps]), tuple([step[3] for step in h.steps])
     return Program(h.x, h.low, h.shape, weights, shifts, kinds, options, gates)
@@ -291,6 +290,7 @@ def record(run: Callable[..., Any], x: Tensor, t: Any) -> Program:
 
 def values_and_slopes(program: Program, backend: str) -> tuple[Tensor, list[Tensor]]:
     """The velocity, and the derivative `[B, H]` of each hidden layer's units. Differentiable."""
+    dispatch.present(*program.weights, *program.shifts)
     h, slopes = program.x, []
     last = len(program.weights) - 1
     for i, (weight, shift) in enumerate(zip(program.weights, program.shifts, strict=True)):
