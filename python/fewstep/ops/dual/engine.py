@@ -137,6 +137,7 @@ class Traced:
     own_dtype: torch.dtype
     own_device: torch.device
     rules = RULES
+    slots: tuple[str, ...] = ()
     direct = True  # whether `call` does nothing but call rules
     requires_grad = False
     aliased = False  # whether others share its memory, as far as the user sees
@@ -221,7 +222,7 @@ class Traced:
         return own
 
     def _take(self, other: Traced) -> None:
-        for name in getattr(self, "__slots__", ()):
+        for name in self.slots:
             setattr(self, name, getattr(other, name))
         self.__dict__.update(other.__dict__)
 
@@ -592,14 +593,14 @@ class Seed(Dual):
 
 
 class DualTensor(Opaque, Dual, Tensor):  # type: ignore[misc, override]
-    __slots__ = (
+    slots = __slots__ = (
         *("source", "flat", "apart", "shared", "shift", "pending", "owned", "spread", "whole"),
         *("own_dtype", "own_device", "primal_shape"),
     )
 
 
 class SeedTensor(Opaque, Seed, Tensor):  # type: ignore[misc, override]
-    __slots__ = (
+    slots = __slots__ = (
         *("source", "primal", "low", "width", "pending", "shared", "shift", "apart", "_made"),
         *("own_dtype", "own_device", "primal_shape"),
     )

@@ -127,7 +127,7 @@ class Recorded(Traced):
 
 
 class RecordedTensor(Opaque, Recorded, Tensor):  # type: ignore[misc, override]
-    __slots__ = (
+    slots = __slots__ = (
         *("x", "low", "width", "layers", "steps"),
         *("own_dtype", "own_device", "primal_shape"),
     )
