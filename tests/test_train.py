@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -302,6 +303,22 @@ def test_foreign_folder(config: wflow.WFlowConfig, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"config.json is not the configuration of a run"):
             run(config, out, overwrite=True)
         assert (out / CONFIG).read_text() == text
+
+
+def test_data_that_changed(finished: tuple[wflow.WFlowConfig, Path], tmp_path: Path) -> None:
+    config, out = finished
+    content = json.loads((out / CONFIG).read_text())
+    spread = content["sigma_data"]
+    for noted in (spread * (1 + 1e-7), None):  # of another machine, of an earlier version
+        content.pop("sigma_data")
+        content |= {} if noted is None else {"sigma_data": noted}
+        (out / CONFIG).write_text(json.dumps(content))
+        run(config, out, resume=True)
+        content["sigma_data"] = spread
+    content["sigma_data"] = 1.01 * spread
+    (out / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="another configuration: sigma_data is"):
+        run(config, out, resume=True)
 
 
 def damage(path: Path, how: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from fewstep import cli
 from fewstep.methods import MarginalReflow
-from fewstep.training import checkpoint, reflow
-from fewstep.training.runs import TrainResult
+from fewstep.training import checkpoint, reflow, runs
+from fewstep.training.runs import Run, TrainResult
 
 Result = TrainResult[reflow.StudentsReport]
 CONFIG = replace(
@@ -99,6 +100,22 @@ def test_teacher_from_a_run_and_from_a_function(whole: tuple[Result, Path], tmp_
     assert set(result.report.students) == {"student", "plain"}
     with pytest.raises(ValueError, match="has width 8, not 9"):
         reflow.train(replace(config, width=9), tmp_path / "d", progress=False)
+
+
+def test_a_run_of_an_earlier_version(whole: tuple[Result, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(whole[1], tmp_path / "run")
+    content = json.loads((out / "config.json").read_text())
+    assert content.pop("classes") == []
+    assert content.pop("sigma_data") > 0
+    (out / "config.json").write_text(json.dumps(content))
+    reflow.train(CONFIG, out, resume=True, progress=False)
+    assert weights(out).keys() == weights(whole[1]).keys()
+
+
+def test_dtypes_in_a_configuration(tmp_path: Path) -> None:
+    config = replace(CONFIG, flow=replace(CONFIG.flow, tangent_dtype=torch.bfloat16))
+    runs._begin(tmp_path, "reflow", Run(config, (1, 8, 8)), overwrite=False)
+    assert reflow.read_run(tmp_path).config == config
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,3 +67,8 @@ class Draws:
     def _normal(self, seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self.row += 1
         return normals(seeds, shape, dtype=dtype, row=self.row)
+
+
+def per_sample(t: Tensor, x: Tensor) -> Tensor:
+    """Numbers `[B]` as `[B, 1, ...]`, to multiply a batch x `[B, ...]`."""
+    return t.reshape(-1, *(1,) * (x.ndim - 1))

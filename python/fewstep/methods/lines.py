@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fewstep._checks import check_types, count, integer
 from fewstep._torch import wide
 from fewstep.methods.augment import diff_augment
-from fewstep.methods.draws import Draws
+from fewstep.methods.draws import Draws, per_sample
 from fewstep.samplers.inputs import check_schedule
 from fewstep.samplers.schedules import karras_sigmas
 
@@ -51,19 +51,19 @@ class LinesMatching:
     by s^2.
 
     Attributes:
-        law: law of the noise level sigma, "uniform", "levels" or "sot". "uniform" draws
-            `s = sigma / (1 + sigma)` uniformly between sigma_min and sigma_max, which makes paths
-            straight. "levels" draws the teacher's levels, more of which are near the top, where a
-            sampler of one step starts. "sot" (sampling-optimised training) draws the levels of
-            `indices` alone, and its input at index 0 is `sigma_max x0` itself.
+        law: law of the noise level sigma, "uniform", "levels" or "sot". "uniform" makes the share
+            `s = sigma / (1 + sigma)` uniform between sigma_min and sigma_max, for straight paths.
+            "levels" draws the teacher's levels, more of which are near the top, where a sampler of
+            one step starts. "sot" (sampling-optimised training) draws only the levels of `indices`,
+            and its input at index 0 is `sigma_max x0` itself.
         levels: number N of levels in the teacher's schedule, `fewstep.karras_sigmas(N)`.
         indices: levels of the sampler for "sot", as increasing indices into that schedule.
         sigma_min: lowest level of the schedule, in units of the data.
         sigma_max: highest level of the schedule, in units of the data.
         rho: curvature of the schedule.
         metric: distance between output and image, "l2", "pseudo_huber" or "lpips". "l2" is the mean
-            squared error over coordinates. "pseudo_huber" is `(sqrt(|e|^2 + c^2) - c) / D` with
-            `c = 0.00054 D`. "lpips" takes images `[B, 1 or 3, H, W]` in [-1, 1], enlarged to 224
+            squared error over coordinates. "pseudo_huber" is `(sqrt(|e|^2 + c^2) - c) / D`, where
+            c is 0.00054 D. "lpips" takes images `[B, 1 or 3, H, W]` in [-1, 1], enlarged to 224
             pixels, and needs the package `lpips`.
         start: training step from which the discriminator counts. Train it for some steps before:
             lam makes up for the small slopes of an untrained one.
@@ -146,16 +146,16 @@ class LinesMatching:
             low, high = (v / (1 + v) for v in (self.sigma_min, self.sigma_max))
             s = low + (high - low) * u
             sigma = s / (1 - s)
-            return (x1 + _wide(sigma, x0) * x0).to(dtype), sigma
+            return (x1 + per_sample(sigma, x0) * x0).to(dtype), sigma
         index = torch.arange(self.levels, device=x0.device)
         if self.law == "sot":
             index = index[torch.tensor(self.indices, device=x0.device)]
         # u < 1, but its product may round up.
         index = index[(u * len(index)).long().clamp_max(len(index) - 1)]
         sigma = self.schedule(u)[index]
-        x = x1 + _wide(sigma, x0) * x0
+        x = x1 + per_sample(sigma, x0) * x0
         if self.law == "sot":
-            x = torch.where(_wide(index, x0) == 0, _wide(sigma, x0) * x0, x)
+            x = torch.where(per_sample(index, x0) == 0, per_sample(sigma, x0) * x0, x)
         return x.to(dtype), sigma
 
     def __call__(
@@ -386,8 +386,3 @@ def _check(x0: Tensor, x1: Tensor, labels: Tensor | None) -> None:
         )
     if labels is not None and tuple(labels.shape) != shape[:1]:
         raise ValueError(f"LinesMatching: labels must be ({shape[0]},), got {tuple(labels.shape)}")
-
-
-def _wide(t: Tensor, x: Tensor) -> Tensor:
-    """`[B]` as `[B, 1, ...]`."""
-    return t.reshape(-1, *(1,) * (x.ndim - 1))

@@ -17,7 +17,7 @@ from fewstep._checks import check_types, count
 from fewstep._library import BACKENDS
 from fewstep._torch import wide
 from fewstep.conversions import convert
-from fewstep.methods.draws import Draws
+from fewstep.methods.draws import Draws, per_sample
 from fewstep.ops.trace import log_density as densities
 from fewstep.ops.trace import replicas
 from fewstep.ops.trace.inputs import (
@@ -205,8 +205,8 @@ class MarginalReflow:
         with torch.no_grad():
             xs = self._starts(student, data, eps, k, edges)
             xe = heun(teacher, xs, a, b, self.solver_steps)
-            target = (xe - xs) / _wide(b - a, xs)
-            xt = xs + (xe - xs) * _wide(u, xs)
+            target = (xe - xs) / per_sample(b - a, xs)
+            xt = xs + (xe - xs) * per_sample(u, xs)
         trajectory = (student(xt, a + (b - a) * u) - target).square().mean()
         lam = self.lam * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lam
         metrics = {"trajectory": trajectory.detach(), "lam": trajectory.new_tensor(lam)}
@@ -387,7 +387,7 @@ class MarginalReflow:
             return heun(student, x, a, b, self.steps)
         h = (b - a) / self.steps
         for j in range(self.steps):
-            x = x + _wide(h, x) * student(x, a + (b - a) * (j / self.steps))
+            x = x + per_sample(h, x) * student(x, a + (b - a) * (j / self.steps))
         return x
 
     def _starts(
@@ -395,12 +395,12 @@ class MarginalReflow:
     ) -> Tensor:
         """Where each sample's window k starts, `[B, ...]`."""
         if self.start == "teacher":
-            a = _wide(edges[k], data)
+            a = per_sample(edges[k], data)
             return (1 - a) * data + a * eps
         x, out = eps, eps
         for j in range(self.windows - 1):
             x = self._steps(student, x, edges[j].expand(len(x)), edges[j + 1].expand(len(x)))
-            out = torch.where(_wide(k, x) == j + 1, x, out)
+            out = torch.where(per_sample(k, x) == j + 1, x, out)
         return out
 
 
@@ -460,13 +460,8 @@ def heun(velocity: Field, x: Tensor, a: Tensor, b: Tensor, steps: int) -> Tensor
     """The end of Heun's method from a to b `[B]`, in steps of equal length."""
     h = (b - a) / steps
     for j in range(steps):
-        t, wide = a + (b - a) * (j / steps), _wide(h, x)
+        t, wide = a + (b - a) * (j / steps), per_sample(h, x)
         v1 = velocity(x, t).to(x.dtype)
         v2 = velocity(x + wide * v1, t + h).to(x.dtype)
         x = x + wide / 2 * (v1 + v2)
     return x
-
-
-def _wide(t: Tensor, x: Tensor) -> Tensor:
-    """`[B]` as `[B, 1, ...]`."""
-    return t.reshape(-1, *(1,) * (x.ndim - 1))

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Union
 
+import docstring_parser
 import torch
 import tyro
 
@@ -34,6 +35,7 @@ from fewstep.training.loop import CHECKPOINT
 from fewstep.training.registry import TRAINERS, trainer_of
 from fewstep.training.runs import RunConfig, Trainer, nested
 
+_OF_THE_RUN = ("data", "seed", "device", "log_every", "checkpoint_every")
 _NOT_OPTIONS = (torch.dtype | None,)  # types without a spelling in a shell
 
 
@@ -276,46 +278,65 @@ def _form(
     trainer: Trainer[Any, Any], config: RunConfig, *, required: tuple[str, ...] = ()
 ) -> type[TrainMethod]:
     """The options of a method as nested dataclasses, one for each group of the help."""
-    own, inner = inspect.get_annotations(trainer.config).keys(), nested(trainer.config)
-    shared = [f.name for f in dataclasses.fields(RunConfig) if f.name not in own]
-    groups = {
-        "run": ("Where the run is, and what it trains on.", RunConfig, config, shared),
-        "training": (
-            "How long and how large it trains. --data sets the defaults.",
-            trainer.config,
-            config,
-            [name for name in own if name not in inner],
+    losses = nested(trainer.config)
+    names = [f.name for f in dataclasses.fields(config) if f.name not in losses]
+    shared = [name for name in names if name in _OF_THE_RUN]
+    run = _group("run", config, shared, required=required, bases=(Folder,))
+    training = _group("training", config, [name for name in names if name not in shared])
+    members = [
+        ("run", _explained(run, "Where the run is, and what it trains on.")),
+        (
+            "training",
+            _explained(
+                training, "How long it trains, and which networks. Defaults are those for --data."
+            ),
         ),
-    }
-    for name, kind in inner.items():
-        names = [f.name for f in dataclasses.fields(kind)]
-        text = f"The loss, `fewstep.methods.{kind.__name__}`."
-        groups[_label(trainer, name)] = (text, kind, getattr(config, name), names)
-    members = []
-    for label, (text, kind, values, names) in groups.items():
-        hints = typing.get_type_hints(type(values))
-        entries: list[Any] = [
-            (name, hints[name])
-            if name in required
-            else (name, hints[name], field(default=getattr(values, name)))
-            for name in names
-            if hints[name] not in _NOT_OPTIONS
-        ]
-        bases = (Folder,) if label == "run" else ()
-        group: Any = make_dataclass(
-            label,
-            entries,
-            bases=bases,
-            frozen=True,
-            kw_only=True,
-            namespace={"__doc__": kind.__doc__},
-        )
-        members.append((label, Annotated[group, tyro.conf.arg(help=text)]))
+    ]
+    for name, kind in losses.items():
+        label, loss = _label(trainer, name), getattr(config, name)
+        group = _group(label, loss, [f.name for f in dataclasses.fields(loss)])
+        members.append((label, _explained(group, f"The loss, `fewstep.methods.{kind.__name__}`.")))
     namespace = {"__doc__": trainer.summary, "trainer": trainer, "defaults": config}
     form: type[TrainMethod] = make_dataclass(
         trainer.name, members, bases=(TrainMethod,), frozen=True, namespace=namespace
     )
     return form
+
+
+def _group(
+    label: str,
+    values: Any,
+    names: Iterable[str],
+    *,
+    required: tuple[str, ...] = (),
+    bases: tuple[type, ...] = (),
+) -> type:
+    """A dataclass of some fields of another one, with its values as defaults."""
+    kind = type(values)
+    hints, texts = typing.get_type_hints(kind), _help(kind)
+    entries: list[Any] = [
+        (
+            name,
+            Annotated[hints[name], tyro.conf.arg(help=texts.get(name, ""))],
+            *(() if name in required else [field(default=getattr(values, name))]),
+        )
+        for name in names
+        if hints[name] not in _NOT_OPTIONS
+    ]
+    return make_dataclass(label, entries, bases=bases, frozen=True, kw_only=True)
+
+
+def _help(kind: type) -> dict[str, str]:
+    """The docs of a class's attributes, its own before those of its bases."""
+    docs = (docstring_parser.parse(one.__doc__ or "").params for one in reversed(kind.__mro__))
+    return {
+        entry.arg_name: " ".join((entry.description or "").split())
+        for entry in itertools.chain.from_iterable(docs)
+    }
+
+
+def _explained(group: type, text: str) -> Any:
+    return Annotated[group, tyro.conf.arg(help=text)]
 
 
 def _label(trainer: Trainer[Any, Any], name: str) -> str:

@@ -82,8 +82,6 @@ class LinesConfig(RunConfig):
     conditional: bool = True
     parameterisation: str = "edm"
     adversarial: bool = False
-    lr: float = 2e-3
-    ema: float = 0.995
     width: int = 256
     depth: int = 3
     lines: LinesMatching = field(default_factory=LinesMatching)

@@ -54,7 +54,6 @@ class ReflowConfig(RunConfig):
         batch: number of images per step of a student.
         lr: peak learning rate of Adam for the teacher; students take a quarter of it. It rises
             over the first 50 steps and then falls to 0 along a cosine.
-        ema: decay per step of the averaged weights, which draw the samples. At least 0, below 1.
         width: width of the hidden layers.
         depth: number of hidden layers. The trace is exact and cheap with one or two.
         clip: largest norm of a network's gradient. A longer gradient is scaled down to it.
@@ -69,7 +68,6 @@ class ReflowConfig(RunConfig):
     student_steps: int = 400
     teacher_batch: int = 256
     batch: int = 128
-    lr: float = 2e-3
     ema: float = 0.99
     width: int = 384
     depth: int = 2

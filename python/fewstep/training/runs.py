@@ -39,8 +39,9 @@ class RunConfig:
 
     Attributes:
         data: images to train on: "digits", "mnist5k", a .npy file or a folder of images.
-        lr: peak learning rate of Adam.
-        ema: decay per step of the averaged weights, at least 0 and below 1.
+        lr: peak learning rate of Adam. It rises over the first 50 steps and then falls to 0 along
+            a cosine.
+        ema: decay per step of the averaged weights, which draw the samples. At least 0, below 1.
         seed: seed of the first weights, the noise and the batches, at least 0.
         log_every: number of steps between two entries in the logs.
         checkpoint_every: number of steps between two checkpoints.

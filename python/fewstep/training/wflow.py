@@ -34,9 +34,6 @@ class WFlowConfig(RunConfig):
         steps: number of optimizer steps.
         batch: number of points of each class per step, in each of the three clouds.
         groups: number of classes per step. They are drawn at random if the data has more.
-        lr: peak learning rate of Adam. It rises over the first 50 steps and then falls to 0 along
-            a cosine.
-        ema: decay per step of the averaged weights, which draw the samples. At least 0, below 1.
         noise_dim: dimension of the noise that the generator takes.
         width: width of the hidden layers.
         depth: number of hidden layers.
@@ -47,7 +44,6 @@ class WFlowConfig(RunConfig):
     batch: int = 128
     groups: int = 10
     lr: float = 5e-3
-    ema: float = 0.995
     noise_dim: int = 8
     width: int = 512
     depth: int = 3
