@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from fewstep import training
 from fewstep._files import one_writer
 from fewstep.cli import main
-from fewstep.training import plots, wflow
+from fewstep.training import plots, runs, wflow
 from fewstep.training.loop import CHECKPOINT, LOGS
-from fewstep.training.registry import TRAINERS
-from fewstep.training.runs import CONFIG, EXTRA, PICTURE, Trainer
+from fewstep.training.registry import TRAINERS, trainer_of
+from fewstep.training.runs import CONFIG, EXTRA, PICTURE, Run, Trainer
 
 
 def write_data(folder: Path) -> str:
@@ -83,16 +83,28 @@ def test_train_prints_a_table_and_the_picture(
     assert config.lr == wflow.preset(data).lr
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist5k"])
-def test_defaults_are_those_of_the_data_set(name: str) -> None:
+@pytest.mark.parametrize("name", ["digits", "mnist5k", "own.npy"])
+@pytest.mark.parametrize("method", TRAINERS)
+def test_defaults_are_those_of_the_data_set(method: str, name: str) -> None:
     from fewstep.training import commands
 
-    command = commands.parse(["train", "wflow", "--data", name, "--out", "run"])
-    assert isinstance(command, commands.Train)
-    assert command.method.config() == wflow.PRESETS[name]
-    command = commands.parse(["train", "wflow", f"--data={name}", "--out", "run", "--lr", "1"])
-    assert isinstance(command, commands.Train)
-    assert command.method.config() == replace(wflow.PRESETS[name], lr=1.0)
+    preset = TRAINERS[method].preset(name)
+    assert preset.data == name
+    for data, lr in (([f"--data={name}"], None), (["--data", name, "--lr", "1"], 1.0)):
+        command = commands.parse(["train", method, *data, "--out", "run"])
+        assert isinstance(command, commands.Train)
+        expected = preset if lr is None else replace(preset, lr=lr)
+        assert command.method.config() == expected
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_configurations_are_read_as_they_were_written(method: str, tmp_path: Path) -> None:
+    trainer = TRAINERS[method]
+    for name in ("digits", "mnist5k"):
+        run = Run(trainer.preset(name), (1, 8, 8), ("a", "b"), 0.25)
+        runs._begin(tmp_path, method, run, overwrite=False)
+        assert trainer.read_run(tmp_path) == run
+        assert trainer_of(tmp_path) is trainer
 
 
 @pytest.mark.parametrize(("n", "rows"), [(1, 1), (7, 3), (64, 22)])

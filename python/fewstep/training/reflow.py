@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fewstep._torch import seeded
 from fewstep.data.generate import Teacher
 from fewstep.methods import MarginalReflow
-from fewstep.methods.reflow import ReflowReport, heun, log_prob_of, score_of
+from fewstep.methods.reflow import Field, ReflowReport, heun, log_prob_of, score_of
 from fewstep.metrics.summary import MetricRow, report
 from fewstep.metrics.tables import aligned
 from fewstep.networks import LinePrecond, VelocityMLP
@@ -39,7 +39,6 @@ from fewstep.training.runs import (
 
 STUDENTS = ("student", "plain")
 _EVALUATED = 256  # images, for densities
-Field = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -321,11 +321,9 @@ class Trainer(Generic[C, R]):
         Raises:
             ValueError: there is no run, they differ in one of `same`, or the checkpoint is damaged.
         """
-        its, own = (
-            {**vars(run.config), **vars(run)} for run in (self.read_run(folder), session.run)
-        )
+        its, own = _flat(self.read_run(folder)), _flat(session.run)
         for name in same:
-            if its[name] != own[name]:
+            if not _agree(name, its[name], own[name]):
                 raise ValueError(f"teacher: {folder} has {name} {its[name]}, not {own[name]}")
         state = session.networks["teacher"].state()
         average = {f"teacher.{key}": t for key, t in state.items() if key.startswith("ema.")}
@@ -410,15 +408,23 @@ def load_enough(source: str) -> Images:
     return data
 
 
+def _flat(run: Run[C]) -> dict[str, Any]:
+    """Settings and facts of a run by name."""
+    return {name: v for name, v in (vars(run.config) | vars(run)).items() if name != "config"}
+
+
+def _agree(name: str, noted: Any, own: Any) -> bool:
+    """Whether an entry of another run's file is this run's, or was not noted."""
+    if name != "sigma_data":
+        return bool(noted == own)
+    return math.isnan(noted) or math.isclose(noted, own, rel_tol=_SAME_SPREAD)
+
+
 def _check_same(out: Path, began: Run[C], asked: Run[C]) -> None:
     """Raise ValueError unless a run that is resumed has the settings and data it began with."""
-    before, after = ({**vars(run.config), **vars(run)} for run in (began, asked))
-    for name in sorted(after.keys() - {"config"}):
-        same = before[name] == after[name]
-        if name == "sigma_data":
-            same = math.isclose(before[name], after[name], rel_tol=_SAME_SPREAD)
-            same = same or math.isnan(before[name])
-        if not same:
+    before, after = _flat(began), _flat(asked)
+    for name in sorted(after):
+        if not _agree(name, before[name], after[name]):
             raise ValueError(
                 f"{out} holds a run of another configuration: {name} is {before[name]},"
                 f" not {after[name]}"
