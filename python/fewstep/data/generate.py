@@ -134,9 +134,9 @@ def generate(
         int: number of files that other workers have still to make.
 
     Raises:
-        ValueError: `out` holds other pairs or a damaged file, or another process writes there that
-            does not have another share of the same n. Images are not finite, or do not fit the
-            dtype of the files.
+        ValueError: `out` holds other pairs or a damaged file; another process writes there, unless
+            it has another share of the same n; images are not finite, or beyond the dtype of the
+            files.
         OSError: a file cannot be written.
         ModuleNotFoundError: safetensors or tqdm is missing.
 

@@ -42,8 +42,8 @@ class WFlow:
     Source: arXiv 2605.11755; the scale and the normalisation are those of its released code.
 
     Attributes:
-        eps: temperature in units of the mean squared distance per dimension. Several temperatures
-            are used together.
+        eps: temperature in units of the mean squared distance between samples. The velocities of
+            several temperatures are added.
         max_iter: number of Sinkhorn iterations. All of them are done.
         step_size: length of the step along the flow, in units of the rms of V. Without `normalize`
             it is a multiple of V.

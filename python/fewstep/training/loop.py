@@ -119,7 +119,7 @@ class Stage:
 
 
 def prefix(name: str) -> str:
-    """The begin of the names of a network's tensors in a checkpoint, empty for the name ""."""
+    """What the names of a network's tensors begin with in a checkpoint, nothing for the name ""."""
     return f"{name}." if name else ""
 
 
