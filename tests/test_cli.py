@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -16,9 +18,10 @@ from safetensors import SafetensorError
 from fewstep import training
 from fewstep._files import one_writer
 from fewstep.cli import main
-from fewstep.training import plots, wflow
-from fewstep.training.loop import LOGS
-from fewstep.training.runs import CONFIG, EXTRA, PICTURE
+from fewstep.training import plots, runs, wflow
+from fewstep.training.loop import CHECKPOINT, LOGS
+from fewstep.training.registry import TRAINERS, trainer_of
+from fewstep.training.runs import CONFIG, EXTRA, PICTURE, Run, Trainer
 
 
 def write_data(folder: Path) -> str:
@@ -36,7 +39,7 @@ def data(tmp_path: Path) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    config = wflow.TrainConfig(write_data(folder), steps=2, batch=4, width=8, seed=3)
+    config = wflow.WFlowConfig(write_data(folder), steps=2, batch=4, width=8, seed=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wflow, "report", lambda real, generated, **_: [])
         patch.setattr(plots, "save_comparison", lambda path, *_, **__: path.touch())
@@ -80,17 +83,28 @@ def test_train_prints_a_table_and_the_picture(
     assert config.lr == wflow.preset(data).lr
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist5k"])
-def test_defaults_are_those_of_the_data_set(name: str) -> None:
+@pytest.mark.parametrize("name", ["digits", "mnist5k", "own.npy"])
+@pytest.mark.parametrize("method", TRAINERS)
+def test_defaults_are_those_of_the_data_set(method: str, name: str) -> None:
     from fewstep.training import commands
 
-    command = commands.parse(["train", "wflow", "--data", name, "--out", "run"])
-    assert isinstance(command, commands.Train)
-    assert command.config == wflow.PRESETS[name]
-    command = commands.parse(["train", "wflow", f"--data={name}", "--out", "run", "--lr", "1"])
-    assert isinstance(command, commands.Train)
-    assert command.config.batch == wflow.PRESETS[name].batch
-    assert command.config.lr == 1
+    preset = TRAINERS[method].preset(name)
+    assert preset.data == name
+    for data, lr in (([f"--data={name}"], None), (["--data", name, "--lr", "1"], 1.0)):
+        command = commands.parse(["train", method, *data, "--out", "run"])
+        assert isinstance(command, commands.Train)
+        expected = preset if lr is None else replace(preset, lr=lr)
+        assert command.method.config() == expected
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_configurations_are_read_as_they_were_written(method: str, tmp_path: Path) -> None:
+    trainer = TRAINERS[method]
+    for name in ("digits", "mnist5k"):
+        run = Run(trainer.preset(name), (1, 8, 8), ("a", "b"), 0.25)
+        runs._begin(tmp_path, method, run, overwrite=False)
+        assert trainer.read_run(tmp_path) == run
+        assert trainer_of(tmp_path) is trainer
 
 
 @pytest.mark.parametrize(("n", "rows"), [(1, 1), (7, 3), (64, 22)])
@@ -111,13 +125,16 @@ def test_resume_takes_the_settings_of_the_run(
     finished: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = []
-    monkeypatch.setattr(
-        wflow, "train", lambda config, out, **options: seen.append((config, options)) or None
-    )
-    with pytest.raises(AttributeError):
-        main(["train", "wflow", "--out", str(finished), "--resume"])
+
+    def stop(self: object, config: object, out: Path, **options: bool) -> None:
+        seen.append((config, options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", stop)
+    assert main(["train", "wflow", "--out", str(finished), "--resume"]) == 130
     assert seen == [(wflow.read_run(finished).config, {"resume": True, "overwrite": False})]
     monkeypatch.undo()
+    capsys.readouterr()
     assert main(["train", "wflow", "--out", str(finished), "--resume", "--lr", "0.5"]) == 2
     assert "lr is 0.005, not 0.5" in error_line(capsys)
 
@@ -134,7 +151,7 @@ def test_a_finished_folder_is_refused(
 BAD_ARGUMENTS = [
     ("", "Expected one of"),
     ("fly", "fly"),
-    ("train", "method"),
+    ("train", "Expected one of {wflow, reflow, lines}"),
     ("train dance --data digits --out RUN", "dance"),
     ("train wflow --out RUN", "--data"),
     ("train wflow --data digits", "--out"),
@@ -152,7 +169,6 @@ BAD_ARGUMENTS = [
     ("sample RUN --out grid.jpg", "grid.jpg"),
     ("sample RUN --out grid.png --n 0", "n must be"),
     ("sample RUN --out grid.png --seed -1", "seed must be"),
-    ("sample RUN --out grid.png --steps 2", "steps is for runs of lines, got 2"),
     ("train lines --out RUN", "--data"),
     ("train lines --data digits --out RUN --law cosine", "law must be one of"),
     ("train lines --data digits --out RUN --indices 5 3", "indices must increase"),
@@ -225,7 +241,7 @@ def test_ranks_of_torchrun_do_not_train(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     out = tmp_path / "run"
-    for method in ("wflow", "reflow", "lines"):
+    for method in TRAINERS:
         assert main(["train", method, "--data", data, "--out", str(out)]) == 2
         assert "train runs in one process, got WORLD_SIZE=2" in error_line(capsys)
     assert not out.exists()
@@ -243,7 +259,7 @@ def test_a_second_run_of_a_folder_is_refused(
     assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
 
 
-@pytest.mark.parametrize("method", ["wflow", "reflow", "lines"])
+@pytest.mark.parametrize("method", TRAINERS)
 def test_resuming_a_run_of_another_method(
     finished: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
@@ -251,7 +267,7 @@ def test_resuming_a_run_of_another_method(
     other = {"wflow": "lines", "reflow": "wflow", "lines": "reflow"}[method]
     path.write_text(json.dumps({**json.loads(path.read_text()), "method": other}))
     assert main(["train", method, "--out", str(finished), "--resume"]) == 2
-    assert f"method is {other}" in error_line(capsys)
+    assert f"its method is {other}: name it in place of {method}" in error_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +307,7 @@ def test_too_little_memory_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("another error")
 
-    monkeypatch.setattr(wflow, "train", fail)
+    monkeypatch.setattr(Trainer, "train", fail)
     with pytest.raises(RuntimeError, match="another error"):
         main([*command, "--overwrite"])
 
@@ -350,7 +366,7 @@ def test_files_have_the_mode_of_any_other(finished: Path) -> None:
 def test_a_bad_checkpoint_is_refused_and_left(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = finished / wflow.CHECKPOINT
+    path = finished / CHECKPOINT
     path.write_bytes(path.read_bytes()[:-100])
     before = path.read_bytes()
     for arguments in (
@@ -378,12 +394,58 @@ def test_a_missing_extra_is_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["train"], ["train", "lines"], ["pairs"], ["sample"]):
-        with pytest.raises(SystemExit) as error:
-            main([*arguments, "--help"])
-        assert error.value.code == 0
-        assert "usage: fewstep" in capsys.readouterr().out
+@pytest.mark.parametrize("command", [[], ["train"], ["pairs"], ["sample"]], ids=str)
+def test_help_of_every_command(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as error:
+        main([*command, "--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: fewstep" in text
+    if command == ["train"]:
+        for trainer in TRAINERS.values():
+            assert re.search(rf" {trainer.name} +{trainer.summary}", text)
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_every_option_of_a_method_is_explained(
+    method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main(["train", method, "--help"])
+    text = capsys.readouterr().out
+    groups, explained = set(), {}
+    for line in map(str.strip, text.splitlines()):
+        if line.endswith(" options"):
+            groups.add(line)
+        elif re.match("--[a-z]", line):
+            name, *rest = re.split(" {2,}", line, maxsplit=1)
+            explained[name] = rest
+        elif explained and line and not line.startswith("-"):
+            explained[name].append(line)
+    assert groups == {"run options", "training options", "loss options"}
+    assert len(explained) > 20
+    for name, parts in explained.items():
+        assert re.match(r".{15,}\. \((required|default: .+)\)", " ".join(parts)), name
+
+
+def test_steps_and_samplers_are_of_methods_that_have_them(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("steps", "2"), ("sampler", "line")):
+        command = ["sample", str(finished), "--out", "grid.png", f"--{name}", value]
+        assert main(command) == 2
+        assert f"{name} is for runs of lines, got {value}" in error_line(capsys)
+
+
+def test_a_run_without_a_teacher(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pairs", "--teacher", str(finished), "--out", str(tmp_path / "pairs")]) == 2
+    assert "wflow, which has no teacher: give one of reflow or lines" in error_line(capsys)
 
 
 def test_importing_the_package_loads_no_extra() -> None:

@@ -525,7 +525,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
         lambda: LinesMatching().discriminator_loss(Critic(), X0, X1[:4]),
         r"fake must be \(16, 3\) like real, got \(4, 3\)",
     ),
-    (lambda: diff_augment(X0), r"images must be \[B, C, H, W\], all alike, got \[\(16, 3\)\]"),
+    (lambda: diff_augment(X0), r"images must be \[B, C, H, W\] of one shape, got \[\(16, 3\)\]"),
     (lambda: diff_augment(), r"images must be .* got \[\]"),
     (lambda: EDMPrecond(nn.Identity(), sigma_data=0.0), "sigma_data must be .* got 0.0"),
 ]

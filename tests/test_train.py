@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from fewstep.methods import WFlow
 from fewstep.networks import MLPGenerator
 from fewstep.training import checkpoint, plots, wflow
 from fewstep.training.loop import CHECKPOINT, LOGS
-from fewstep.training.runs import CONFIG, PICTURE
+from fewstep.training.runs import CONFIG, PICTURE, Run, Session, TrainResult
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def _report(measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         measure_nothing(monkeypatch)
 
 
-def configured(folder: Path) -> wflow.TrainConfig:
+def configured(folder: Path) -> wflow.WFlowConfig:
     """Two classes of 4x4 images, light on dark left or right, 40 and 20 of them."""
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, -0.6, (60, 4, 4))
@@ -49,25 +50,25 @@ def configured(folder: Path) -> wflow.TrainConfig:
     np.save(folder / "a.npy", images)
     np.save(folder / "a_labels.npy", np.repeat([3, 5], (40, 20)))
     options = {"log_every": 1, "checkpoint_every": 10, "device": "cpu"}
-    return wflow.TrainConfig(str(folder / "a.npy"), steps=24, batch=8, width=16, **options)
+    return wflow.WFlowConfig(str(folder / "a.npy"), steps=24, batch=8, width=16, **options)
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> wflow.TrainConfig:
+def config(tmp_path: Path) -> wflow.WFlowConfig:
     return configured(tmp_path)
 
 
 @pytest.fixture
-def data(config: wflow.TrainConfig) -> str:
+def data(config: wflow.WFlowConfig) -> str:
     return config.data
 
 
-def run(config: wflow.TrainConfig, out: Path, **options: bool) -> wflow.TrainResult:
+def run(config: wflow.WFlowConfig, out: Path, **options: bool) -> TrainResult[wflow.WFlowReport]:
     return wflow.train(config, out, progress=False, **options)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[wflow.TrainConfig, Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[wflow.WFlowConfig, Path]:
     """A run that was never stopped. Tests copy it before they change it."""
     folder = tmp_path_factory.mktemp("whole")
     config = configured(folder)
@@ -79,8 +80,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[wflow.TrainConfig, 
 
 @pytest.fixture
 def finished(
-    whole: tuple[wflow.TrainConfig, Path], tmp_path: Path
-) -> tuple[wflow.TrainConfig, Path]:
+    whole: tuple[wflow.WFlowConfig, Path], tmp_path: Path
+) -> tuple[wflow.WFlowConfig, Path]:
     return whole[0], shutil.copytree(whole[1], tmp_path / "finished")
 
 
@@ -105,7 +106,7 @@ def assert_same_state(a: Path, b: Path) -> None:
         assert torch.equal(tensor, second[0][name]), name
 
 
-def start(config: wflow.TrainConfig, out: Path) -> subprocess.Popen[str]:
+def start(config: wflow.WFlowConfig, out: Path) -> subprocess.Popen[str]:
     """A run in another process, returned once it has written a checkpoint."""
     options = f"--data {config.data} --out {out} --steps {config.steps} --batch {config.batch}"
     options += f" --width {config.width} --checkpoint-every {config.checkpoint_every}"
@@ -123,28 +124,29 @@ def start(config: wflow.TrainConfig, out: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("measured", [True])
-def test_a_run_leaves_everything(config: wflow.TrainConfig, tmp_path: Path) -> None:
+def test_a_run_leaves_everything(config: wflow.WFlowConfig, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
     result = run(config, out)
     names = {path.name for path in out.iterdir()}
     assert names == {CHECKPOINT, CONFIG, LOGS, PICTURE}
-    assert result.picture == out / PICTURE
-    assert picture_size(result.picture)[0] > 500
-    assert {row.name for row in result.rows} >= {"sliced W2^2", "exact W2^2"}
-    assert wflow.read_run(out) == wflow.Run(config, (1, 4, 4), ("3", "5"))
+    assert result.report.picture == out / PICTURE
+    assert picture_size(result.report.picture)[0] > 500
+    assert {row.name for row in result.report.rows} >= {"sliced W2^2", "exact W2^2"}
+    spread = float(load(config.data).images.std())
+    assert wflow.read_run(out) == Run(config, (1, 4, 4), ("3", "5"), spread)
     loss = curves(out)["loss"]
     assert [step for step, _ in loss] == list(range(24))
     assert len({value for _, value in curves(out)["drift"]}) == 24
 
-    loaded = wflow.load_generator(out)
-    expected = wflow.sample(result.generator, 6, seed=3)
-    assert torch.equal(wflow.sample(loaded, 6, seed=3), expected)
-    assert not torch.equal(wflow.sample(loaded, 6, seed=4), expected)
+    loaded, its_run = wflow.TRAINER.load(out)
+    expected = wflow.sample(result.network, its_run, 6, seed=3)
+    assert torch.equal(wflow.sample(loaded, its_run, 6, seed=3), expected)
+    assert not torch.equal(wflow.sample(loaded, its_run, 6, seed=4), expected)
     assert expected.shape == (6, 1, 4, 4)
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_curve(config: wflow.TrainConfig, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_curve(config: wflow.WFlowConfig, tmp_path: Path) -> None:
     config = replace(config, steps=600, checkpoint_every=50)
     process = start(config, tmp_path / "killed")
     process.kill()
@@ -160,7 +162,7 @@ def test_a_killed_run_resumes_to_the_same_curve(config: wflow.TrainConfig, tmp_p
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_shell(config: wflow.TrainConfig, tmp_path: Path) -> None:
+def test_ctrl_c_in_the_shell(config: wflow.WFlowConfig, tmp_path: Path) -> None:
     process = start(replace(config, steps=100_000), tmp_path / "run")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
@@ -175,7 +177,7 @@ def test_ctrl_c_in_the_shell(config: wflow.TrainConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [0, 4, 13])
 def test_a_stopped_run_resumes(
-    whole: tuple[wflow.TrainConfig, Path],
+    whole: tuple[wflow.WFlowConfig, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
@@ -183,7 +185,7 @@ def test_a_stopped_run_resumes(
 ) -> None:
     config, draw, before = whole[0], wflow._draw, signal.getsignal(number)
 
-    def interrupted(config: wflow.TrainConfig, classes: list[torch.Tensor], at: int) -> object:
+    def interrupted(config: wflow.WFlowConfig, classes: list[torch.Tensor], at: int) -> object:
         if at == step:
             os.kill(os.getpid(), number)
         return draw(config, classes, at)
@@ -198,15 +200,15 @@ def test_a_stopped_run_resumes(
     assert_same_state(tmp_path / "stopped", whole[1])
 
 
-def test_a_finished_run_resumes_to_its_report(finished: tuple[wflow.TrainConfig, Path]) -> None:
+def test_a_finished_run_resumes_to_its_report(finished: tuple[wflow.WFlowConfig, Path]) -> None:
     config, out = finished
     before = (out / CHECKPOINT).read_bytes()
     (out / PICTURE).unlink()
-    assert run(config, out, resume=True).picture.exists()
+    assert run(config, out, resume=True).report.picture.exists()
     assert (out / CHECKPOINT).read_bytes() == before
 
 
-def test_steps_draw_afresh(config: wflow.TrainConfig, data: str) -> None:
+def test_steps_draw_afresh(config: wflow.WFlowConfig, data: str) -> None:
     classes = wflow._classes(load(data))
     draws = [wflow._draw(config, classes, step) for step in (0, 1, 1)]
     assert all(torch.equal(a, b) for a, b in zip(draws[1], draws[2], strict=True))
@@ -224,11 +226,11 @@ def test_steps_draw_afresh(config: wflow.TrainConfig, data: str) -> None:
     assert few[2].shape == (1, 30, 1, 4, 4)
 
 
-def test_generator_learns_its_classes(config: wflow.TrainConfig, tmp_path: Path) -> None:
+def test_generator_learns_its_classes(config: wflow.WFlowConfig, tmp_path: Path) -> None:
     config = replace(config, steps=300, batch=16, width=64, ema=0.95, log_every=50)
     result = run(config, tmp_path / "run")
     real = load(config.data)
-    images = wflow.sample(result.generator, 200)
+    images = wflow.sample(result.network, wflow.read_run(tmp_path / "run"), 200)
     for k in range(2):
         fake, true = images[k::2], real.images[real.labels == k]
         torch.testing.assert_close(fake.mean(0), true.mean(0), rtol=0, atol=0.1)
@@ -238,25 +240,26 @@ def test_generator_learns_its_classes(config: wflow.TrainConfig, tmp_path: Path)
 @pytest.mark.parametrize("shape", [(14, 4, 5), (14, 3, 4, 5)])
 def test_images_without_labels(tmp_path: Path, shape: tuple[int, ...]) -> None:
     np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-    config = wflow.TrainConfig(str(tmp_path / "a.npy"), steps=3, batch=8, width=16, device="cpu")
+    config = wflow.WFlowConfig(str(tmp_path / "a.npy"), steps=3, batch=8, width=16, device="cpu")
     result = run(config, tmp_path / "run")
-    assert result.generator.classes == 0
-    assert wflow.sample(result.generator, 3).shape == (3, *result.generator.image_shape)
+    its_run = wflow.read_run(tmp_path / "run")
+    assert its_run.classes == ()
+    assert wflow.sample(result.network, its_run, 3).shape == (3, *its_run.image_shape)
 
 
 @pytest.mark.parametrize("measured", [True])
-def test_a_class_of_one_image(tmp_path: Path, config: wflow.TrainConfig, data: str) -> None:
+def test_a_class_of_one_image(tmp_path: Path, config: wflow.WFlowConfig, data: str) -> None:
     np.save(data.replace(".npy", "_labels.npy"), np.repeat([3, 5, 7], (40, 19, 1)))
-    assert run(config, tmp_path / "run").picture.exists()
+    assert run(config, tmp_path / "run").report.picture.exists()
 
 
 def test_divergence_is_an_error_and_keeps_the_checkpoint(
-    config: wflow.TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: wflow.WFlowConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = wflow._draw
 
     def poisoned(
-        config: wflow.TrainConfig, classes: list[torch.Tensor], step: int
+        config: wflow.WFlowConfig, classes: list[torch.Tensor], step: int
     ) -> tuple[torch.Tensor, ...]:
         labels, noise, real = draw(config, classes, step)
         return labels, noise, real * (torch.nan if step >= 15 else 1)
@@ -269,7 +272,7 @@ def test_divergence_is_an_error_and_keeps_the_checkpoint(
     assert all(t.isfinite().all() for t in tensors.values())
 
 
-def test_folder_in_use(config: wflow.TrainConfig, tmp_path: Path) -> None:
+def test_folder_in_use(config: wflow.WFlowConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(config, out)
     before = (out / CHECKPOINT).read_bytes()
@@ -290,7 +293,7 @@ def test_folder_in_use(config: wflow.TrainConfig, tmp_path: Path) -> None:
     assert [step for step, _ in curves(out)["loss"]] == [0, 1, 2]
 
 
-def test_foreign_folder(config: wflow.TrainConfig, tmp_path: Path) -> None:
+def test_foreign_folder(config: wflow.WFlowConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(ValueError, match=r"run holds no run"):
         run(config, out, resume=True)
@@ -300,6 +303,22 @@ def test_foreign_folder(config: wflow.TrainConfig, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"config.json is not the configuration of a run"):
             run(config, out, overwrite=True)
         assert (out / CONFIG).read_text() == text
+
+
+def test_data_that_changed(finished: tuple[wflow.WFlowConfig, Path], tmp_path: Path) -> None:
+    config, out = finished
+    content = json.loads((out / CONFIG).read_text())
+    spread = content["sigma_data"]
+    for noted in (spread * (1 + 1e-7), None):  # of another machine, of an earlier version
+        content.pop("sigma_data")
+        content |= {} if noted is None else {"sigma_data": noted}
+        (out / CONFIG).write_text(json.dumps(content))
+        run(config, out, resume=True)
+        content["sigma_data"] = spread
+    content["sigma_data"] = 1.01 * spread
+    (out / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="another configuration: sigma_data is"):
+        run(config, out, resume=True)
 
 
 def damage(path: Path, how: str) -> None:
@@ -326,13 +345,13 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how", ["torn", "flipped", "text", "empty", "foreign", "other shape", "missing"]
 )
-def test_damaged_checkpoint(finished: tuple[wflow.TrainConfig, Path], how: str) -> None:
+def test_damaged_checkpoint(finished: tuple[wflow.WFlowConfig, Path], how: str) -> None:
     config, out = finished
     path = out / CHECKPOINT
     damage(path, how)
     before = path.read_bytes() if path.exists() else None
     with pytest.raises(ValueError, match="checkpoint"):
-        wflow.load_generator(out)
+        wflow.TRAINER.load(out)
     if before is not None:
         with pytest.raises(ValueError, match="checkpoint"):
             run(config, out, resume=True)
@@ -361,7 +380,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("most", [0, 700, 3000])
-def test_a_disk_that_is_full(config: wflow.TrainConfig, tmp_path: Path, most: int) -> None:
+def test_a_disk_that_is_full(config: wflow.WFlowConfig, tmp_path: Path, most: int) -> None:
     """Files may have so many bytes: none, a configuration, logs. One line, no traceback."""
     options = f"--data {config.data} --out {tmp_path / 'run'} --steps 40 --batch 8 --width 16"
     options += " --checkpoint-every 5 --log-every 1 --device cpu"
@@ -398,10 +417,10 @@ BAD_CONFIG = [
 @pytest.mark.parametrize(("name", "value"), BAD_CONFIG)
 def test_bad_config(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must .*got {value}"):
-        wflow.TrainConfig("digits", **{name: value})
+        wflow.WFlowConfig("digits", **{name: value})
 
 
-def test_bad_device_and_small_data(config: wflow.TrainConfig, tmp_path: Path) -> None:
+def test_bad_device_and_small_data(config: wflow.WFlowConfig, tmp_path: Path) -> None:
     for device in ("quantum", "cuda:99"):
         with pytest.raises(ValueError, match=device):
             run(replace(config, device=device), tmp_path / "run")
@@ -416,5 +435,7 @@ def test_evaluation_shows_at_most_twenty_classes(tmp_path: Path) -> None:
         torch.rand(90, 1, 4, 4), torch.arange(90) % 30, tuple(f"class {k}" for k in range(30))
     )
     generator = MLPGenerator((1, 4, 4), classes=30, width=8)
-    _, picture = wflow.evaluate(generator, data, tmp_path)
+    its_run = Run(wflow.preset("digits"), (1, 4, 4), data.names)
+    session = Session(its_run, data, {}, tmp_path, torch.device("cpu"), progress=False)
+    picture = wflow.evaluate(session, {"": generator}).picture
     assert 20 * 60 < picture_size(picture)[1] < 25 * 60

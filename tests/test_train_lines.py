@@ -20,16 +20,18 @@ from torch import Tensor
 from fewstep import cli
 from fewstep.data import pairs
 from fewstep.methods import LinesMatching
-from fewstep.training import checkpoint, lines_report, lines_run, loop, plots
+from fewstep.training import checkpoint, loop, plots
 from fewstep.training import lines as training_lines
-from fewstep.training.lines_run import (
+from fewstep.training.lines import (
+    TRAINER,
     LinesConfig,
-    load_student,
-    load_teacher,
+    LinesReport,
     preset,
     read_run,
+    sample_of,
     sampling_sigmas,
 )
+from fewstep.training.runs import TrainResult
 
 CONFIG = replace(
     preset("digits"),
@@ -53,14 +55,14 @@ def measured() -> bool:
 
 
 def measure_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lines_report, "report", lambda *_, **__: [])
+    patch.setattr(training_lines, "report", lambda *_, **__: [])
     patch.setattr(plots, "save_comparison", lambda path, *_, **__: path.touch())
 
 
 @pytest.fixture(autouse=True)
 def _quick(measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds of metrics and plotting are spent only by tests that are `measured`."""
-    monkeypatch.setattr(lines_report, "_NODES", 4)
+    monkeypatch.setattr(training_lines, "_NODES", 4)
     if not measured:
         measure_nothing(monkeypatch)
 
@@ -91,13 +93,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[LinesConfig, Path]:
     folder = tmp_path_factory.mktemp("whole")
     config = configured(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines_report, "_NODES", 4)
+        patch.setattr(training_lines, "_NODES", 4)
         measure_nothing(patch)
         run(config, folder / "run")
     return config, folder / "run"
 
 
-def run(config: LinesConfig, out: Path, **options: bool) -> training_lines.LinesResult:
+def run(config: LinesConfig, out: Path, **options: bool) -> TrainResult[LinesReport]:
     return training_lines.train(config, out, progress=False, **options)
 
 
@@ -118,23 +120,23 @@ def test_a_run_leaves_everything(config: LinesConfig, tmp_path: Path) -> None:
     result = run(config, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"checkpoint.safetensors", "config.json", "logs", "pairs", "samples.png"}
-    assert result.picture.stat().st_size > 1000
-    assert list(result.outcomes) == ["teacher, 7", "1", "2 fresh", "2 line", "2 reuse"]
-    assert result.outcomes["teacher, 7"].error == 0 < result.outcomes["1"].error
+    assert result.report.picture.stat().st_size > 1000
+    assert list(result.report.samplers) == ["teacher, 7", "1", "2 fresh", "2 line", "2 reuse"]
+    assert result.report.samplers["teacher, 7"].error == 0 < result.report.samplers["1"].error
     for name in ("FD-local", "3-NN agreement", "rms from teacher", "S1/sqrt(D)"):
-        assert name in result.table
+        assert name in result.report.table
     data = pairs.PairDataset(tmp_path / "run" / "pairs")
     assert (len(data), data.classes, data.shape) == (24, 2, (1, 4, 4))
-    teacher = load_teacher(tmp_path / "run")
+    teacher = training_lines._as_teacher(*TRAINER.load(tmp_path / "run", "teacher"))
     assert teacher.digest == data.manifest["teacher"]["digest"]
-    student, its_run = load_student(tmp_path / "run")
+    student, its_run = TRAINER.load(tmp_path / "run")
     assert its_run.config == config
     seeds = torch.arange(6)
-    expected = lines_run.sample(result.student, its_run, seeds)
-    assert torch.equal(lines_run.sample(student, its_run, seeds), expected)
-    few = lines_run.sample(student, its_run, seeds[2:4])
+    expected = sample_of(result.network, its_run, seeds)
+    assert torch.equal(sample_of(student, its_run, seeds), expected)
+    few = sample_of(student, its_run, seeds[2:4])
     torch.testing.assert_close(few, expected[2:4])
-    assert not torch.equal(lines_run.sample(student, its_run, seeds, steps=2), expected)
+    assert not torch.equal(sample_of(student, its_run, seeds, steps=2), expected)
 
 
 # The teacher has steps 0 to 2, the student 3 to 6; its discriminator joins at 5.
@@ -147,9 +149,9 @@ def test_a_stopped_run_resumes_bit_for_bit(
     number: signal.Signals,
     step: int,
 ) -> None:
-    config, own, calls = whole[0], loop.Network.step, 0
+    config, own, calls = whole[0], loop.TrainedNetwork.step, 0
 
-    def interrupted(self: loop.Network, *arguments: object, **options: object) -> None:
+    def interrupted(self: loop.TrainedNetwork, *arguments: object, **options: object) -> None:
         nonlocal calls
         own(self, *arguments, **options)  # type: ignore[arg-type]
         if self.average is not None:
@@ -158,7 +160,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
             calls += 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Network, "step", interrupted)
+        patch.setattr(loop.TrainedNetwork, "step", interrupted)
         with pytest.raises(KeyboardInterrupt, match=f"step {step + 1} of 7"):
             run(config, tmp_path / "stopped")
     run(config, tmp_path / "stopped", resume=True)
@@ -249,12 +251,12 @@ def test_students_learn_their_classes(config: LinesConfig, tmp_path: Path) -> No
     )
     result = run(config, tmp_path / "run")
     its_run = read_run(tmp_path / "run")
-    images = lines_run.sample(result.student, its_run, torch.arange(100))
+    images = sample_of(result.network, its_run, torch.arange(100))
     left, right = images[..., :2].mean((1, 2, 3)), images[..., 2:].mean((1, 2, 3))
     assert ((left > right) == (torch.arange(100) % 2 == 0)).all()
-    assert result.outcomes["1"].error < 0.05
-    assert result.outcomes["2 reuse"].error < 0.05
-    assert result.straightness["student"].s1 < 0.8 * result.straightness["teacher"].s1
+    assert result.report.samplers["1"].error < 0.05
+    assert result.report.samplers["2 reuse"].error < 0.05
+    assert result.report.straightness["student"].s1 < 0.8 * result.report.straightness["teacher"].s1
 
 
 def test_a_loss_that_is_not_finite(
@@ -347,6 +349,6 @@ def test_other_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run of fewstep"):
         read_run(tmp_path)
     (tmp_path / "config.json").write_text('{"method": "wflow"}')
-    for load in (load_student, load_teacher):
+    for name in ("student", "teacher"):
         with pytest.raises(ValueError, match="not the configuration of a run of lines"):
-            load(tmp_path)
+            TRAINER.load(tmp_path, name)

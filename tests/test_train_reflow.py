@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from fewstep import cli
 from fewstep.methods import MarginalReflow
-from fewstep.training import checkpoint, reflow
+from fewstep.training import checkpoint, reflow, runs
+from fewstep.training.runs import Run, TrainResult
 
+Result = TrainResult[reflow.StudentsReport]
 CONFIG = replace(
     reflow.preset("digits"),
     teacher_steps=3,
@@ -39,7 +42,9 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[reflow.ReflowResult, Path]:
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Result, Path]:
     """A run that was never stopped."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -52,11 +57,15 @@ def weights(out: Path) -> dict[str, Tensor]:
 
 
 def test_a_run_repeats_and_resumes_bit_for_bit(
-    whole: tuple[reflow.ReflowResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Result, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     result, out = whole
-    assert result.picture.stat().st_size > 1000
-    assert re.search(r"KL to teacher, window 2 +\S+ \(se \S+\) +\S+ \(se \S+\)", result.table)
+    assert result.report.picture.stat().st_size > 1000
+    assert re.search(
+        r"KL to teacher, window 2 +\S+ \(se \S+\) +\S+ \(se \S+\)", result.report.table
+    )
     own = reflow._loss
     calls = 0
 
@@ -80,9 +89,7 @@ def test_a_run_repeats_and_resumes_bit_for_bit(
     )
 
 
-def test_teacher_from_a_run_and_from_a_function(
-    whole: tuple[reflow.ReflowResult, Path], tmp_path: Path
-) -> None:
+def test_teacher_from_a_run_and_from_a_function(whole: tuple[Result, Path], tmp_path: Path) -> None:
     config = replace(CONFIG, teacher=str(whole[1]))
     reflow.train(config, tmp_path / "b", progress=False)
     a, b = weights(whole[1]), weights(tmp_path / "b")
@@ -90,9 +97,25 @@ def test_teacher_from_a_run_and_from_a_function(
     result = reflow.train(
         CONFIG, tmp_path / "c", teacher=lambda x, t: x * t[:, None, None, None], progress=False
     )
-    assert set(result.outcomes) == {"student", "plain"}
+    assert set(result.report.students) == {"student", "plain"}
     with pytest.raises(ValueError, match="has width 8, not 9"):
         reflow.train(replace(config, width=9), tmp_path / "d", progress=False)
+
+
+def test_a_run_of_an_earlier_version(whole: tuple[Result, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(whole[1], tmp_path / "run")
+    content = json.loads((out / "config.json").read_text())
+    assert content.pop("classes") == []
+    assert content.pop("sigma_data") > 0
+    (out / "config.json").write_text(json.dumps(content))
+    reflow.train(CONFIG, out, resume=True, progress=False)
+    assert weights(out).keys() == weights(whole[1]).keys()
+
+
+def test_dtypes_in_a_configuration(tmp_path: Path) -> None:
+    config = replace(CONFIG, flow=replace(CONFIG.flow, tangent_dtype=torch.bfloat16))
+    runs._begin(tmp_path, "reflow", Run(config, (1, 8, 8)), overwrite=False)
+    assert reflow.read_run(tmp_path).config == config
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,5 +150,5 @@ def test_other_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run of fewstep"):
         reflow.read_run(tmp_path)
     (tmp_path / "config.json").write_text('{"method": "wflow"}')
-    with pytest.raises(ValueError, match="not the configuration of a reflow run"):
-        reflow.load_student(tmp_path)
+    with pytest.raises(ValueError, match="not the configuration of a run of reflow"):
+        reflow.TRAINER.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Module paths of earlier versions still import: one table, and a finder that reads it."""
+"""Module paths of earlier versions still import, by a table and a finder that reads it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,13 @@ ALIASES = {
     "fewstep.score": ("fewstep.conversions",),
     "fewstep.toys": ("fewstep.data.toys",),
     "fewstep.train": ("fewstep.training.wflow", "fewstep.training.runs"),
-    "fewstep.train_lines": (
-        "fewstep.training.lines",
-        "fewstep.training.lines_run",
-        "fewstep.training.lines_report",
-    ),
+    "fewstep.train_lines": ("fewstep.training.lines",),
     "fewstep.train_reflow": ("fewstep.training.reflow",),
 }
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Makes a module per alias whose names are looked up where they are now, when asked for."""
+    """Makes a module for each alias. A name is looked up in its present module when asked for."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -56,6 +52,6 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Put the finder last: a module that exists is never shadowed."""
+    """Put the finder last, so that a module that exists is never shadowed."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

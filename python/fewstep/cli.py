@@ -1,4 +1,4 @@
-"""The command `fewstep`: its exit codes and its one-line errors."""
+"""The command `fewstep`, with its exit codes and one-line errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _OUT_OF_MEMORY = re.compile("allocate memory|out of memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, 1 (training diverged), 2 (bad input) or 130 (stopped).
+    """Run the command, and return 0, 1 (training diverged), 2 (bad input) or 130 (stopped).
 
     >>> main(["sample", "no-such-run", "--out", "grid.png"])
     2
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from fewstep.training import commands
 
-        commands.parse(list(sys.argv[1:] if argv is None else argv)).run()
+        commands.parse(list(sys.argv[1:] if argv is None else argv)).execute()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("fewstep"):
             raise

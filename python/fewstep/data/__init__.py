@@ -1,4 +1,4 @@
-"""Data sets: images, toys, and pairs of noise and a teacher's samples."""
+"""Data sets: images, toys, and pairs of noise and a teacher's images."""
 
 from fewstep.data.images import Images, load
 

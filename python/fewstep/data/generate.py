@@ -1,4 +1,4 @@
-"""Making pairs with a teacher, in shards, by any number of workers."""
+"""Pairs are made with a teacher, in files, by any number of workers."""
 
 from __future__ import annotations
 
@@ -48,17 +48,18 @@ class Teacher:
     """A denoiser, and what tells its pairs from those of another one.
 
     Attributes:
-        denoiser: `(x [B, ...], sigma [B])`, or with `labels [B]` where there are classes, to
-            denoised images, `E[x_data | x_data + sigma eps = x]`.
-        shape: of one image.
-        classes: to condition on; 0 for none.
-        precondition: sigma_data, where `denoiser` is the raw network of EDM's preconditioning.
-        digest: identifies the weights; empty: that of the module, see `digest`.
+        denoiser: function that maps `(x [B, ...], sigma [B])` to denoised images
+            `E[x_data | x_data + sigma eps = x]`. With classes a third argument is `labels [B]`.
+        shape: shape of one image.
+        classes: number of classes that the denoiser is conditioned on; 0 for none.
+        precondition: sigma_data of EDM's preconditioning, if `denoiser` is its raw network.
+        digest: name of the weights, any string. Empty takes `fewstep.data.pairs.digest` of the
+            module.
 
     Raises:
-        ValueError: no digest is given, and the denoiser is not an `nn.Module`; a number outside its
-            range.
-        TypeError: a denoiser that cannot be called, a shape that holds no integers.
+        ValueError: a number is outside its range, or the denoiser is not an `nn.Module` and no
+            digest is given.
+        TypeError: the denoiser cannot be called, or the shape does not hold integers.
     """
 
     denoiser: Callable[..., Tensor]
@@ -82,7 +83,7 @@ class Teacher:
 
 
 def worker(shard: str = "0/1") -> tuple[int, int]:
-    """This process's number and how many there are: `shard` "i/n", times torchrun's ranks.
+    """This process's number, and the number of all, from `shard` "i/n" and torchrun's ranks.
 
     Raises:
         ValueError: `shard` is not "i/n" with 0 <= i < n.
@@ -109,32 +110,33 @@ def generate(
 ) -> int:
     """Make the pairs `x0 ~ N(0, I)`, `x1 = fewstep.edm_sample(teacher, x0)`, or a worker's share.
 
-    The folder `out` gets `config.json`, files `pairs-K-of-N.safetensors` with `x0`, `x1` `[S, ...]`
-    and, with classes, `labels` int64 `[S]`, and, when the last file is there, `manifest.json` with
-    the checksum of each. Files appear whole; those that are there already are verified and kept.
-    However the work is split and interrupted, the files are the same to the byte on one kind of
-    machine: on the CPU each batch runs on one thread, and threads share the batches. The manifest
-    is written anew where it is damaged.
+    The folder `out` gets `config.json` and files `pairs-K-of-N.safetensors`. A file holds `x0` and
+    `x1` `[S, ...]` and, with classes, `labels` int64 `[S]`. When the last file is there, the folder
+    gets `manifest.json` with the checksum of each. A damaged manifest is replaced.
+
+    Files appear whole. Those that are there already are verified and kept. The files are the same
+    to the byte however the work is split and interrupted, on one kind of machine. On the CPU each
+    batch runs on one thread, and threads share the batches.
 
     Args:
-        teacher (Teacher): its denoiser is evaluated without gradient. On the CPU several threads do
-            that at once where it is a module, each batch by a copy that shares its parameters, so
-            that nothing it keeps in itself gets from one batch to another. A function, and a module
-            that cannot be copied, is compiled, or has a hook that holds on to variables, runs on
-            one thread.
-        config (PairsConfig): see there.
-        out (str | Path): folder, made if need be.
-        worker (tuple[int, int]): (i, n): make files i, i + n, ... only.
-        device (str): where the denoiser is; "auto": a GPU if there is one, torchrun's own of them.
+        teacher (Teacher): teacher, whose denoiser is evaluated without gradient. On the CPU a
+            module runs on several threads. Each batch then has a copy that shares its parameters,
+            so that no state gets from one batch to another. A function runs on one thread. So does
+            a module that cannot be copied, is compiled, or has a hook that holds variables.
+        config (PairsConfig): settings of the pairs.
+        out (str | Path): folder of the pairs, made if need be.
+        worker (tuple[int, int]): share (i, n) of the work, which is files i, i + n, and so on.
+        device (str): device of the denoiser. "auto" takes a GPU if there is one, and under torchrun
+            the rank's own.
         progress (bool): show a progress bar on stderr.
 
     Returns:
-        int: files that other workers have still to make.
+        int: number of files that other workers have still to make.
 
     Raises:
-        ValueError: `out` holds pairs of another configuration or teacher, or a damaged file;
-            another process writes there, unless it has another share of as many; images that are
-            not finite, or not within the dtype of the files.
+        ValueError: `out` holds other pairs or a damaged file; another process writes there, unless
+            it has another share of the same n; images are not finite, or beyond the dtype of the
+            files.
         OSError: a file cannot be written.
         ModuleNotFoundError: safetensors or tqdm is missing.
 
@@ -231,7 +233,7 @@ def _make(
 
 
 def _says(path: Path, content: dict[str, Any]) -> bool:
-    """Whether a manifest is there and right, by whichever version it was written."""
+    """Whether a manifest is there and right, whichever version wrote it."""
     try:
         found = dict(read_json(path, most=MOST_MANIFEST))
     except (OSError, ValueError, TypeError):
@@ -259,7 +261,7 @@ def _content(teacher: Teacher, config: PairsConfig) -> dict[str, Any]:
 
 
 def _settle(out: Path, content: dict[str, Any]) -> None:
-    """Make `out` a folder of these pairs; refuse where it holds others."""
+    """Make `out` a folder of these pairs, or raise ValueError if it holds others."""
     path = out / CONFIG
     out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -293,8 +295,10 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _copies(denoiser: Callable[..., Tensor]) -> Callable[[], nn.Module] | None:
-    """What makes a copy of a module as it is now, which shares its parameters; None where a copy
-    could still meet another one in what it writes."""
+    """A function that copies a module in its present state and shares its parameters.
+
+    None if copies could write to the same place.
+    """
     if not isinstance(denoiser, nn.Module):
         return None
     for module in denoiser.modules():
@@ -314,7 +318,7 @@ def _copies(denoiser: Callable[..., Tensor]) -> Callable[[], nn.Module] | None:
 
 @contextlib.contextmanager
 def _workers(device: torch.device, *, alone: bool) -> Iterator[Callable[..., Any]]:
-    """`map`, on the CPU by as many threads as torch has, or one, with one thread to each call."""
+    """A `map`, on the CPU by torch's number of threads, or one. Each call runs on one thread."""
     if device.type != "cpu":
         yield map
         return

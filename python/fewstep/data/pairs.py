@@ -1,4 +1,4 @@
-"""Pairs of noise and a teacher's image of it, in shards on disk: made, checked and read."""
+"""Pairs of noise and a teacher's image of it, in files that are checked and read."""
 
 from __future__ import annotations
 
@@ -26,24 +26,27 @@ MOST_MANIFEST = 64 << 20  # bytes, a line for each file
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """What decides a set of pairs, beside its teacher.
+    """The settings that decide a set of pairs, together with its teacher.
 
     Pair i has the latent of seed `seed + i` and, for a class-conditional teacher, the label
     `(seed + i) % classes`. The teacher always runs on whole batches that begin at multiples of
-    `batch`, so a pair does not depend on `n`, `shard_size` or on which process makes it.
+    `batch`. A pair therefore does not depend on `n`, on `shard_size`, or on the process that makes
+    it.
 
     Attributes:
-        n: pairs.
-        seed: of the first latent.
-        steps: N of the sampler, which evaluates the teacher 2 N - 1 times.
-        sigma_min, sigma_max, rho: of the sampler's schedule, `fewstep.karras_sigmas`.
-        batch: of the teacher's evaluations.
-        shard_size: pairs in a file, a multiple of `batch`.
-        dtype: of the files, "float32" or "float16", which takes no image beyond 65504.
+        n: number of pairs.
+        seed: seed of the first latent, at least 0.
+        steps: number N of sampler steps. The sampler evaluates the teacher 2 N - 1 times.
+        sigma_min: lowest noise level of the sampler, in units of the data.
+        sigma_max: highest noise level of the sampler, in units of the data.
+        rho: curvature of the sampler's schedule, see `fewstep.karras_sigmas`.
+        batch: number of pairs per evaluation of the teacher.
+        shard_size: number of pairs in a file, a multiple of `batch`.
+        dtype: dtype of the files, "float32" or "float16". The latter has no values beyond 65504.
 
     Raises:
-        ValueError: a number outside its range.
-        TypeError: a number or a name that is none.
+        ValueError: a number is outside its range, or a name is unknown.
+        TypeError: a value is of the wrong type.
     """
 
     n: int = 1_000_000
@@ -70,12 +73,12 @@ class PairsConfig:
 
     @property
     def shards(self) -> int:
-        """Number of files."""
+        """The number of files."""
         return -(-self.n // self.shard_size)
 
 
 def digest(module: nn.Module) -> str:
-    """SHA-256 of a module's `repr` and of the names, shapes, dtypes and values of its state.
+    """The SHA-256 of a module's `repr` and of its state's names, shapes, dtypes and values.
 
     >>> digest(nn.Linear(2, 1)) == digest(nn.Linear(2, 1))
     False
@@ -90,21 +93,21 @@ def digest(module: nn.Module) -> str:
 
 
 class PairDataset(Dataset[tuple[Tensor, ...]]):
-    """The pairs of a folder, memory-mapped: only what is read is loaded.
+    """The pairs of a folder, memory-mapped, so that memory holds only what is read.
 
-    Item i is `(x0, x1)`, or `(x0, x1, label)` of a class-conditional teacher, in float32. Opening
-    checks the manifest, and of each file its size and header; `verify` reads every byte.
+    Item i is `(x0, x1)` in float32, or `(x0, x1, label)` for a class-conditional teacher. Opening
+    checks the manifest and the size and header of each file. `verify` reads every byte.
 
     Args:
-        folder (Path): that `generate` or `fewstep pairs` filled.
+        folder (Path): folder that `generate` or `fewstep pairs` filled.
 
     Attributes:
-        shape: of one image.
-        classes: of the teacher; 0 for none.
-        manifest: the content of `manifest.json`.
+        shape: shape of one image.
+        classes: number of the teacher's classes; 0 for none.
+        manifest: content of `manifest.json`.
 
     Raises:
-        ValueError: no manifest, or a file that is missing, truncated or of other pairs.
+        ValueError: there is no manifest, or a file is missing, truncated or of other pairs.
         ModuleNotFoundError: safetensors is missing.
     """
 
@@ -148,18 +151,18 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
         return tuple(t[0] for t in self.batch(torch.tensor([index % len(self)])))
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
-        """What a DataLoader asks for: one read for a whole batch."""
+        """The items of a batch, in one read. A DataLoader calls this."""
         if not isinstance(indices, Sequence | Tensor | np.ndarray):
             raise TypeError(f"PairDataset: indices must be a sequence, got {indices!r}")
         own = [integer("PairDataset", "indices", index) for index in indices]
         return list(zip(*self.batch(torch.tensor(own, dtype=torch.int64)), strict=True))
 
     def batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, ...]:
-        """Pairs of indices `[B]` in [0, n): x0 and x1 `[B, ...]`, and labels `[B]` if any.
+        """The pairs of indices `[B]` in [0, n), as x0 and x1 `[B, ...]` and, if any, labels `[B]`.
 
         Raises:
-            TypeError: indices that are not integers.
-            IndexError: one that is not in [0, n).
+            TypeError: indices are not integers.
+            IndexError: an index is not in [0, n).
         """
         given = indices
         indices = torch.as_tensor(given)
@@ -191,7 +194,7 @@ class PairDataset(Dataset[tuple[Tensor, ...]]):
         """Read every file and compare its checksum.
 
         Raises:
-            ValueError: one is damaged, by its name.
+            ValueError: a file is damaged. The message names it.
         """
         for k in range(self.config.shards):
             read_file(self.folder / file_name(self.config, k), self.manifest, k)
@@ -229,7 +232,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def file_header(path: Path, content: dict[str, Any], k: int) -> dict[str, Any]:
-    """A file's line in the manifest, from its header alone."""
+    """A file's entry in the manifest, from its header alone."""
     tensors, label = _tensors(path)
     crc = str(label.get("crc32"))
     if label != file_label(content, k, crc):
@@ -249,10 +252,10 @@ def file_header(path: Path, content: dict[str, Any], k: int) -> dict[str, Any]:
 
 
 def read_file(path: Path, content: dict[str, Any], k: int) -> None:
-    """Verify a file.
+    """Verify every byte of a file.
 
     Raises:
-        ValueError: it is missing, damaged, or of other pairs.
+        ValueError: the file is missing, damaged, or of other pairs.
     """
     tensors, label = _tensors(path)
     crc = checksum(tensors)

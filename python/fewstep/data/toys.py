@@ -1,4 +1,4 @@
-"""Problems with exact answers: a Gaussian mixture, noised, as a teacher without training error."""
+"""Problems with exact answers. A noised Gaussian mixture is a teacher without training error."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from fewstep._checks import as_times, count, floating, one_of, stands_for_tensor
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """`p_data = sum_c w_c N(m_c, diag(S_c))` and its marginals under noise, in closed form.
+    """The mixture `p_data = sum_c w_c N(m_c, diag(S_c))` and its marginals under noise.
 
-    The marginal at (a, b) is `sum_c w_c N(a m_c, a^2 S_c + b^2 I)`, and with the responsibilities
-    r_c(x) of its components
+    The marginal at (a, b) is `sum_c w_c N(a m_c, a^2 S_c + b^2 I)`. With the responsibilities
+    r_c(x) of its components the denoiser is
 
         D(x) = sum_c r_c [m_c + a S_c / (a^2 S_c + b^2) (x - a m_c)].
 
     Attributes:
-        means: `[C, D]`.
-        variances: `[C, D]`, positive.
-        weights: `[C]`, positive, relative; None: equal.
-        path: of `fewstep.conversions`.
+        means: means of the components, `[C, D]`.
+        variances: variances of the components, `[C, D]`, positive.
+        weights: relative weights of the components, `[C]`, positive. None makes them equal.
+        path: name of the noising path, one of `fewstep.conversions.PATHS`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown path, weights or variances not positive.
-        TypeError: tensors that are none, or not floating.
+        ValueError: shapes do not fit, the path is unknown, or weights or variances are not
+            positive.
+        TypeError: an argument is not a floating tensor.
 
     >>> mixture = GaussianMixture(torch.tensor([[-2.0], [2.0]]), torch.full((2, 1), 0.1))
     >>> x, t = torch.randn(5, 1), torch.full((5,), 0.5)
@@ -56,7 +57,7 @@ class GaussianMixture:
             raise ValueError(f"GaussianMixture: weights must be positive, {shape[:1]}")
 
     def _components(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, ...]:
-        """`log w_c N(x)`, `[B, C]`, with a `[B, 1, 1]`, offsets and variances `[B, C, D]`."""
+        """`log w_c N(x)` `[B, C]`, then a `[B, 1, 1]`, and offsets and variances `[B, C, D]`."""
         if not stands_for_tensor(x):
             floating("GaussianMixture", "x", x)
         if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
@@ -71,11 +72,11 @@ class GaussianMixture:
         return (w / w.sum()).log() - 0.5 * quadratic, a, offset, variance
 
     def log_prob(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """Log-density of the marginal at t, `[B]`."""
+        """The log-density of the marginal at t, `[B]`."""
         return torch.logsumexp(self._components(x, t)[0], -1)
 
     def denoiser(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """`E[x_data | x]`, `[B, D]`."""
+        """The expectation `E[x_data | x]`, `[B, D]`."""
         logs, a, offset, variance = self._components(x, t)
         own = self.means.to(x) + a * self.variances.to(x) / variance * offset
         return (logs.softmax(-1)[..., None] * own).sum(1)
@@ -85,11 +86,11 @@ class GaussianMixture:
         return conversions.convert(denoiser, x, t, source="denoiser", target=target, path=self.path)
 
     def score(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """`grad log p_t(x)`, `[B, D]`."""
+        """The score `grad log p_t(x)`, `[B, D]`."""
         return self._converted(x, t, "score")
 
     def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """Of the probability flow, `[B, D]`."""
+        """The velocity of the probability flow, `[B, D]`."""
         return self._converted(x, t, "velocity")
 
     __call__ = velocity
@@ -97,7 +98,7 @@ class GaussianMixture:
     def sample(
         self, n: int, t: float | Tensor = 0.0, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """n draws of the marginal at t, `[n, D]`."""
+        """Draw n samples `[n, D]` of the marginal at t."""
         n = count("GaussianMixture.sample", "n", n)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""Training methods: small callable objects, `(networks, batch) -> loss`."""
+"""The losses of training methods, as small objects that are called with networks and a batch."""
 
 from fewstep.methods.lines import LinesMatching
 from fewstep.methods.reflow import MarginalReflow

@@ -1,4 +1,4 @@
-"""DiffAugment: random augmentations of images that gradients flow through."""
+"""DiffAugment augments images at random, and gradients flow through it."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ def diff_augment(
     generator: torch.Generator | None = None,
     sample_ids: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Augment batches of images, all with the same random parameters, each sample with its own.
+    """Augment batches of images at random. Sample i has the same parameters in every batch.
 
-    "colour" adds a brightness from U(-0.5, 0.5), scales the saturation by U(0, 2) around the mean
-    over channels and the contrast by U(0.5, 1.5) around the mean of the image; "translation" shifts
-    by whole pixels, up to an eighth of a side, and fills with 0; "cutout" sets a square of a fifth
-    of the sides to 0. A discriminator that sees only augmented images, real and generated alike,
-    overfits later.
+    "colour" adds a brightness from U(-0.5, 0.5). It then scales the saturation by U(0, 2) around
+    the mean over channels, and the contrast by U(0.5, 1.5) around the mean of the image.
+    "translation" shifts by whole pixels, up to an eighth of a side, and fills with 0. "cutout" sets
+    a square with a fifth of the sides to 0.
+
+    A discriminator overfits later if all images that it sees, real and generated, are augmented.
 
     Source: Zhao et al., Differentiable Augmentation for Data-Efficient GAN Training, arXiv
     2006.10738, section 3.
 
     Args:
         images (Tensor): one or more batches `[B, C, H, W]` of equal shape.
-        policy (Sequence[str]): of "colour", "translation" and "cutout", applied in this order.
-        generator (torch.Generator | None): of the parameters.
-        sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample has the parameters of its
-            id in any batch, see `fewstep.methods.LinesMatching`. None: those of its place.
+        policy (Sequence[str]): augmentations from "colour", "translation" and "cutout". They are
+            applied in this order.
+        generator (torch.Generator | None): generator of the parameters.
+        sample_ids (Tensor | None): ids of the samples, int64 `[B]` in `[0, 2^48)`. The parameters
+            of a sample then depend on its id, in any batch; see `fewstep.methods.LinesMatching`.
+            None takes the places in the batch.
 
     Returns:
-        tuple[Tensor, ...]: as many batches, differentiable in `images`.
+        tuple[Tensor, ...]: the augmented batches, differentiable in `images`.
 
     Raises:
-        ValueError: an unknown name in the policy, shapes that are not `[B, C, H, W]` or differ.
+        ValueError: a name in the policy is unknown, or shapes differ or are not `[B, C, H, W]`.
 
     >>> import torch
     >>> fake, real = diff_augment(torch.ones(3, 1, 8, 8), torch.ones(3, 1, 8, 8))
@@ -53,7 +56,7 @@ def diff_augment(
             raise ValueError(f"diff_augment: policy must be of {known}, got {name!r}")
     shapes = [tuple(t.shape) for t in images]
     if not shapes or any(len(shape) != 4 or shape != shapes[0] for shape in shapes):
-        raise ValueError(f"diff_augment: images must be [B, C, H, W], all alike, got {shapes}")
+        raise ValueError(f"diff_augment: images must be [B, C, H, W] of one shape, got {shapes}")
     draws = Draws("diff_augment", images[0], generator, sample_ids)
     for name in _AUGMENTATIONS:
         if name in policy:

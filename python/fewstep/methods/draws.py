@@ -1,4 +1,4 @@
-"""The random numbers of a training step: from torch's generator, or by the samples' ids."""
+"""The random numbers of a training step, from torch's generator or from the samples' ids."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from fewstep.samplers.seeds import normals
 
 
 class Draws:
-    """Numbers for each sample of a batch.
+    """Random numbers for each sample of a batch.
 
-    Without ids they are the generator's, in the order of the batch. With ids the generator is asked
-    for one number, and all else depends on that and on a sample's id: processes whose generators
-    are in one state, each with the ids of its own samples, draw what one process would.
+    Without ids they come from the generator, in the order of the batch. With ids the generator
+    gives one number, and a sample's numbers depend on that one and on its id. Processes whose
+    generators are in the same state then draw what one process would, each for its own samples.
 
     Args:
-        who (str): the caller, for errors.
-        like (Tensor): `[B, ...]`.
-        generator (torch.Generator | None): None: torch's own.
-        sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`.
+        who (str): name of the caller, for errors.
+        like (Tensor): the batch `[B, ...]`.
+        generator (torch.Generator | None): generator to draw from. None takes torch's own.
+        sample_ids (Tensor | None): ids of the samples, int64 `[B]` in `[0, 2^48)`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Draws:
             self.seeds = start.to(like.device) + self.ids.to(like.device)
 
     def uniform(self, *lead: int, dtype: torch.dtype) -> Tensor:
-        """`[*lead, B]` in [0, 1)."""
+        """Uniform numbers `[*lead, B]` in [0, 1)."""
         if self.seeds is None:
             shape = (*lead, self.like.shape[0])
             drawn = torch.rand(shape, generator=self.generator, dtype=dtype, device=self.device)
@@ -49,7 +49,7 @@ class Draws:
         return unit.clamp_max(1 - torch.finfo(dtype).eps / 2).movedim(0, -1)
 
     def integers(self, high: int) -> Tensor:
-        """`[B]` in [0, high)."""
+        """Integers `[B]` in [0, high)."""
         if self.seeds is None:
             shape = self.like.shape[:1]
             drawn = torch.randint(high, shape, generator=self.generator, device=self.device)
@@ -57,7 +57,7 @@ class Draws:
         return (self.uniform(dtype=torch.float64) * high).long().clamp_max(high - 1)
 
     def normal(self) -> Tensor:
-        """Of the shape and dtype of the batch."""
+        """Standard normal numbers of the shape and dtype of the batch."""
         shape, dtype = self.like.shape, self.like.dtype
         if self.seeds is None:
             drawn = torch.randn(shape, generator=self.generator, dtype=dtype, device=self.device)
@@ -67,3 +67,8 @@ class Draws:
     def _normal(self, seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self.row += 1
         return normals(seeds, shape, dtype=dtype, row=self.row)
+
+
+def per_sample(t: Tensor, x: Tensor) -> Tensor:
+    """Numbers `[B]` as `[B, 1, ...]`, to multiply a batch x `[B, ...]`."""
+    return t.reshape(-1, *(1,) * (x.ndim - 1))

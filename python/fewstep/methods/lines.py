@@ -1,7 +1,7 @@
-"""LinesMatching: straight lines from noise to the images that a teacher's sampler makes of it.
+"""LinesMatching trains on straight lines from noise to the images a teacher's sampler makes of it.
 
-Source: Generative Lines Matching Models, arXiv 2412.06403; the discriminator's loss and the
-adaptive weight as in CTM, arXiv 2310.02279, which it follows.
+Source: Generative Lines Matching Models, arXiv 2412.06403. The discriminator's loss and the
+adaptive weight are those of CTM, arXiv 2310.02279, which it follows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fewstep._checks import check_types, count, integer
 from fewstep._torch import wide
 from fewstep.methods.augment import diff_augment
-from fewstep.methods.draws import Draws
+from fewstep.methods.draws import Draws, per_sample
 from fewstep.samplers.inputs import check_schedule
 from fewstep.samplers.schedules import karras_sigmas
 
@@ -32,39 +32,49 @@ Logits = Tensor | Iterable[Tensor]
 class LinesMatching:
     """The loss of a network `N(x, sigma)` that maps each point of a line to its clean endpoint.
 
-    With pairs of noise `x0 ~ N(0, I)` and a deterministic sampler's image of it `x1 = psi(x0)`,
+    A pair has noise `x0 ~ N(0, I)` and the image `x1 = psi(x0)` that a deterministic sampler makes
+    of it. The loss is
 
         L    = E_sigma dist(N(x1 + sigma x0, sigma), x1)
         loss = L                                                      without a discriminator
         loss = L / 2 + lam L_G,   L_G = -mean D(augment(N(...)))      with one, from step `start`
         lam  = clip(|dL/dW| / (|dL_G/dW| + 1e-4), 0.01, 10), held fixed;  W: the last layer's weight
 
-    The pairing is deterministic, so the regression stays well posed at every level: the network
-    does not fall back to the mean of the data, as a denoiser does. A sampler of one step is
-    `N(sigma_max x0, sigma_max)`; of more, `fewstep.multistep_sample`. A discriminator sharpens what
-    the metric blurs; where it cannot tell samples from data its slopes are noise, and lam makes
-    that noise as large as L's own gradient. With a squared error and
-    `fewstep.networks.LinePrecond` this is 2-rectified flow, weighted by s^2.
+    The pairing is deterministic, so the regression is well posed at every level. The network does
+    not fall back to the mean of the data, as a denoiser does. A sampler of one step is
+    `N(sigma_max x0, sigma_max)`; `fewstep.multistep_sample` takes more steps.
+
+    A discriminator sharpens what the metric blurs. Once it cannot tell samples from data, its
+    slopes are noise, and lam makes that noise as large as L's own gradient.
+
+    With a squared error and `fewstep.networks.LinePrecond` the method is 2-rectified flow, weighted
+    by s^2.
 
     Attributes:
-        law: of sigma: "uniform", `s = sigma / (1 + sigma) ~ U(0, 1)` within sigma_min and
-            sigma_max, for straight paths; "levels", the teacher's, which see more of the top, where
-            one step starts; "sot" (sampling-optimised training), those of
-            `indices` and no others, with `sigma_max x0` itself as the input at index 0.
-        levels: N of the teacher's schedule, `fewstep.karras_sigmas(N)`.
-        indices: into that schedule, increasing, as the sampler will use them.
-        sigma_min, sigma_max, rho: of the schedule.
-        metric: dist: "l2", the mean over coordinates of the squared error; "pseudo_huber",
-            `(sqrt(|e|^2 + c^2) - c) / D` with `c = 0.00054 D`; "lpips", of images `[B, 1 or 3, H,
-            W]` in [-1, 1], enlarged to 224 pixels (package `lpips`).
-        start: training step from which the discriminator counts. It had better be trained before:
+        law: law of the noise level sigma, "uniform", "levels" or "sot". "uniform" makes the share
+            `s = sigma / (1 + sigma)` uniform between sigma_min and sigma_max, for straight paths.
+            "levels" draws the teacher's levels, more of which are near the top, where a sampler of
+            one step starts. "sot" (sampling-optimised training) draws only the levels of `indices`,
+            and its input at index 0 is `sigma_max x0` itself.
+        levels: number N of levels in the teacher's schedule, `fewstep.karras_sigmas(N)`.
+        indices: levels of the sampler for "sot", as increasing indices into that schedule.
+        sigma_min: lowest level of the schedule, in units of the data.
+        sigma_max: highest level of the schedule, in units of the data.
+        rho: curvature of the schedule.
+        metric: distance between output and image, "l2", "pseudo_huber" or "lpips". "l2" is the mean
+            squared error over coordinates. "pseudo_huber" is `(sqrt(|e|^2 + c^2) - c) / D`, where
+            c is 0.00054 D. "lpips" takes images `[B, 1 or 3, H, W]` in [-1, 1], enlarged to 224
+            pixels, and needs the package `lpips`.
+        start: training step from which the discriminator counts. Train it for some steps before:
             lam makes up for the small slopes of an untrained one.
-        warmup: training steps over which lam then rises to its value.
-        r1: weight gamma of `gamma / 2 E |dD/dx|^2` on real samples, in the discriminator's loss.
-        augment: policy of `fewstep.methods.augment.diff_augment`, for images; () for none.
+        warmup: number of training steps over which lam then rises to its value.
+        r1: weight gamma of the term `gamma / 2 E |dD/dx|^2` in the discriminator's loss, on real
+            samples.
+        augment: augmentations of the images that the discriminator sees, see
+            `fewstep.methods.augment.diff_augment`. An empty tuple is none.
 
     Raises:
-        ValueError: a number outside its range, an unknown name.
+        ValueError: a number is outside its range, or a name is unknown.
 
     >>> from fewstep.networks import LinePrecond, ResidualMLP
     >>> x0 = torch.randn(64, 2)
@@ -114,7 +124,7 @@ class LinesMatching:
         diff_augment(images, policy=self.augment)
 
     def schedule(self, like: Tensor) -> Tensor:
-        """The teacher's levels, `[N]`, in the dtype and on the device of a tensor."""
+        """The teacher's levels `[N]`, in the dtype and on the device of a tensor."""
         sigmas = karras_sigmas(
             self.levels, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
         )
@@ -129,23 +139,23 @@ class LinesMatching:
         generator: torch.Generator | None = None,
         sample_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Points of the lines, `[B, ...]`, at random levels sigma, `[B]`, float32 at least."""
+        """Points `[B, ...]` of the lines, at random levels `[B]`, which are float32 at least."""
         draws, dtype = Draws("LinesMatching", x0, generator, sample_ids), x0.dtype
         u = draws.uniform(dtype=wide(dtype))
         if self.law == "uniform":
             low, high = (v / (1 + v) for v in (self.sigma_min, self.sigma_max))
             s = low + (high - low) * u
             sigma = s / (1 - s)
-            return (x1 + _wide(sigma, x0) * x0).to(dtype), sigma
+            return (x1 + per_sample(sigma, x0) * x0).to(dtype), sigma
         index = torch.arange(self.levels, device=x0.device)
         if self.law == "sot":
             index = index[torch.tensor(self.indices, device=x0.device)]
         # u < 1, but its product may round up.
         index = index[(u * len(index)).long().clamp_max(len(index) - 1)]
         sigma = self.schedule(u)[index]
-        x = x1 + _wide(sigma, x0) * x0
+        x = x1 + per_sample(sigma, x0) * x0
         if self.law == "sot":
-            x = torch.where(_wide(index, x0) == 0, _wide(sigma, x0) * x0, x)
+            x = torch.where(per_sample(index, x0) == 0, per_sample(sigma, x0) * x0, x)
         return x.to(dtype), sigma
 
     def __call__(
@@ -162,36 +172,38 @@ class LinesMatching:
         sample_ids: Tensor | None = None,
         step: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one training step.
+        """The loss and metrics of one training step.
 
         Args:
-            network (Callable): N, `(x [B, ...], sigma [B])`, sigma in float32 at least, or with
-                `labels [B]` where they are given, to `[B, ...]`.
+            network (Callable): network N, which maps `(x [B, ...], sigma [B])` to `[B, ...]`. Sigma
+                is float32 at least. With labels a third argument is `labels [B]`.
             x0 (Tensor): noise of the pairs, `[B, ...]`, floating.
-            x1 (Tensor): their images, of the same shape.
+            x1 (Tensor): images of the pairs, of the same shape.
             labels (Tensor | None): classes of the pairs, `[B]`.
-            metric (Callable | None): dist, `(output, x1)` to numbers whose mean is L, in place of
-                the attribute's.
-            discriminator (Callable | None): `(x)`, or `(x, labels)`, to logits of any shape or to
-                several tensors of them (heads, feature networks); their mean counts.
-            last_layer (Tensor | None): W; None: the last parameter of `network` that has two
-                dimensions or more.
-            generator (torch.Generator | None): of the levels and the augmentation.
-            sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample has the level and
-                augmentation of its id in any batch, where generators are in the same state: ranks
-                that pass the ids of their own samples draw what one process would. None: those of
-                its place.
-            step (int): of training, compared with `start`.
+            metric (Callable | None): distance to use in place of the attribute's. It maps
+                `(output, x1)` to numbers whose mean is L.
+            discriminator (Callable | None): function of `(x)`, or of `(x, labels)`, that returns
+                logits of any shape, or several tensors of them (heads, feature networks). Their
+                mean counts.
+            last_layer (Tensor | None): weight W. None takes the last parameter of `network` that
+                has two dimensions or more.
+            generator (torch.Generator | None): generator of the levels and the augmentation.
+            sample_ids (Tensor | None): ids of the samples, int64 `[B]` in `[0, 2^48)`. The level
+                and augmentation of a sample then depend on its id and on the generator's state, in
+                any batch. Ranks that pass the ids of their own samples draw what one process would.
+                None takes the places in the batch.
+            step (int): step of training, compared with `start`.
 
         Returns:
-            tuple: the loss, a scalar, and detached: `lines` (L), `output` (N at the batch, `[B,
-            ...]`, which the discriminator learns to tell from real samples), and with a
-            discriminator, from `start`, `adversarial` (L_G) and `lam`.
+            tuple: the loss, a scalar, and a dict of detached tensors. `lines` is L. `output`,
+            `[B, ...]`, is N at the batch, which the discriminator learns to tell from real
+            samples. With a discriminator, from step `start` on, `adversarial` is L_G and `lam` its
+            weight.
 
         Raises:
-            ValueError: shapes that do not fit, ids out of range, no W, "lpips" where its package
-                is missing.
-            TypeError: x0 or x1 that is not floating, ids that are not int64.
+            ValueError: shapes do not fit, an id is out of range, there is no W, or "lpips" is
+                asked for without its package.
+            TypeError: x0 or x1 is not floating, or the ids are not int64.
         """
         _check(x0, x1, labels)
         dist = _distance(self.metric, x1) if metric is None else metric
@@ -224,24 +236,24 @@ class LinesMatching:
         generator: torch.Generator | None = None,
         sample_ids: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The hinge loss `mean relu(1 - D(real)) + mean relu(1 + D(fake))`, with R1 where asked.
+        """The hinge loss `mean relu(1 - D(real)) + mean relu(1 + D(fake))`, plus R1 if weighted.
 
         Real and fake samples are augmented with the same parameters.
 
         Args:
-            discriminator (Callable): as above.
-            real (Tensor): samples of the data, not of the teacher, `[B, ...]`.
-            fake (Tensor): `metrics["output"]`, of the same shape; no gradient flows to it.
+            discriminator (Callable): discriminator, as in a call of this object.
+            real (Tensor): samples `[B, ...]` of the data, not of the teacher.
+            fake (Tensor): `metrics["output"]`, of the same shape. No gradient flows to it.
             labels (tuple | None): classes of `real` and of `fake`, `[B]` each.
-            generator (torch.Generator | None): of the augmentation.
-            sample_ids (Tensor | None): as above.
+            generator (torch.Generator | None): generator of the augmentation.
+            sample_ids (Tensor | None): ids of the samples, as in a call of this object.
 
         Returns:
-            tuple: the loss, a scalar, and detached scalars: `real` and `fake`, the mean logits, and
-            `r1`, the mean squared gradient, where `r1` is positive.
+            tuple: the loss, a scalar, and a dict of detached scalars. `real` and `fake` are the
+            mean logits. `r1` is the mean squared gradient, and is there if the weight is positive.
 
         Raises:
-            ValueError: shapes that differ.
+            ValueError: shapes differ.
         """
         if real.shape != fake.shape:
             raise ValueError(
@@ -280,9 +292,10 @@ class LinesMatching:
 def adaptive_weight(
     loss: Tensor, other: Tensor, weight: Tensor, *, low: float = 0.01, high: float = 10.0
 ) -> Tensor:
-    """What `other` is multiplied by so that both losses pull equally hard at a weight.
+    """The factor of `other` with which both losses pull equally hard at a weight.
 
-    `clip(|dloss/dW| / (|dother/dW| + 1e-4), low, high)`, without gradient; both graphs are kept.
+    It is `clip(|dloss/dW| / (|dother/dW| + 1e-4), low, high)`, without gradient. Both graphs are
+    kept.
 
     Source: Esser et al., Taming Transformers, arXiv 2012.09841, equation 7, with the clip of CTM.
 
@@ -298,7 +311,9 @@ def adaptive_weight(
 
 
 def pseudo_huber(output: Tensor, target: Tensor) -> Tensor:
-    """`(sqrt(|e|^2 + c^2) - c) / D` of the error e of D values, with `c = 0.00054 D`, `[B]`.
+    """The distance `(sqrt(|e|^2 + c^2) - c) / D` `[B]`, with the error e of D values.
+
+    The constant is `c = 0.00054 D`.
 
     Source: Lee, Lin and Fanti, Improving the Training of Rectified Flows, arXiv 2405.20320.
     """
@@ -352,7 +367,7 @@ def _last_layer(network: object) -> Tensor:
 
 
 def _mean(logits: Logits, value: Callable[[Tensor], Tensor] = lambda logit: logit) -> Tensor:
-    """Over samples, heads and feature networks alike."""
+    """The mean over samples, heads and feature networks."""
     tensors = [logits] if isinstance(logits, Tensor) else list(logits)
     return torch.cat([value(t).flatten() for t in tensors]).mean()
 
@@ -371,8 +386,3 @@ def _check(x0: Tensor, x1: Tensor, labels: Tensor | None) -> None:
         )
     if labels is not None and tuple(labels.shape) != shape[:1]:
         raise ValueError(f"LinesMatching: labels must be ({shape[0]},), got {tuple(labels.shape)}")
-
-
-def _wide(t: Tensor, x: Tensor) -> Tensor:
-    """`[B]` as `[B, 1, ...]`."""
-    return t.reshape(-1, *(1,) * (x.ndim - 1))

@@ -1,7 +1,7 @@
-"""MarginalReflow: reflow in windows, with the student's marginals aligned to the teacher's.
+"""MarginalReflow trains by reflow in windows and aligns the student's marginals to the teacher's.
 
-Source: piecewise reflow, Yan et al., PeRFlow, arXiv 2405.07510; the regulariser after arXiv
-2606.29287, whose equations are not public: the form here is the gradient of the reverse KL.
+Source: piecewise reflow is that of Yan et al., PeRFlow, arXiv 2405.07510. The regulariser follows
+arXiv 2606.29287, whose equations are not public. Its form here is the gradient of the reverse KL.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fewstep._checks import check_types, count
 from fewstep._library import BACKENDS
 from fewstep._torch import wide
 from fewstep.conversions import convert
-from fewstep.methods.draws import Draws
+from fewstep.methods.draws import Draws, per_sample
 from fewstep.ops.trace import log_density as densities
 from fewstep.ops.trace import replicas
 from fewstep.ops.trace.inputs import (
@@ -40,7 +40,7 @@ class MarginalReflow:
     """The loss of a few-step student of a flow `x_t = (1 - t) x_data + t eps`, sampled from 1 to 0.
 
     Time is cut at edges `1 = t_0 > ... > t_K = t_min`. In window k a student step starts from the
-    teacher's marginal `p_{k-1}`, which noise on data gives, and
+    teacher's marginal `p_{k-1}`, drawn by adding noise to data. The terms are
 
         trajectory  mean |v(x_t, t) - (x_e - x_s) / (t_k - t_{k-1})|^2,
                     x_e by Heun on the teacher from x_s, x_t on the line between them;
@@ -48,32 +48,39 @@ class MarginalReflow:
                     x_k by the student's own steps and Dl their change of log-density;
         loss      = trajectory + lam * alignment.
 
-    The gradient of the alignment is that of `KL(r_k || p_k)`, with r_k the law of x_k and s_p the
-    teacher's score; its value is not. Equal trajectory losses leave marginals open (rotations cost
-    as much as dilations and change nothing); the alignment sees marginals alone. `windows=1` is
-    reflow, `lam=0` PeRFlow, bit for bit.
+    Here r_k is the law of x_k and s_p is the teacher's score. The gradient of the alignment is that
+    of `KL(r_k || p_k)`; its value is not. The trajectory loss does not fix the marginals, because a
+    rotation costs as much as a dilation and changes no marginal. The alignment sees marginals
+    alone. `windows=1` is reflow, and `lam=0` is PeRFlow bit for bit.
 
-    Sampling stops at t_min, since scores grow as 1 / t, with one denoise `x - t_min v(x, t_min)`.
+    Scores grow as 1 / t. Sampling therefore stops at t_min, with a last denoising step
+    `x - t_min v(x, t_min)`.
 
     Attributes:
-        windows: K, of equal length.
-        steps: of the student in a window, as at sampling.
-        method: of these steps, "euler" or "heun".
-        solver_steps: Heun steps of the teacher in a window.
-        lam: weight of the alignment.
-        warmup: training steps over which it rises to lam.
-        tracker: of Dl, see `fewstep.log_density`: "logdet" is right for few steps, up to some 64
-            dimensions; "trace" learns a wrong scale with one step a window (the ratio of the
-            variances where that of the deviations is right); "series" for more dimensions.
-        estimator, probes, probe: of traces, see `fewstep.divergence`.
-        start: of a window, "teacher", which the bound of `evaluate` needs, or "student": where its
-            own steps lead, held fixed.
-        weight: w_k, "one" or "t^2", which tames the scores of late windows.
-        t_min: the last edge.
-        tangent_dtype, backend, engine, check: of `fewstep.divergence`.
+        windows: number K of windows, of equal length.
+        steps: number of student steps in a window, in training and in sampling.
+        method: solver of the student's steps, "euler" or "heun".
+        solver_steps: number of Heun steps of the teacher in a window.
+        lam: weight of the alignment, at least 0.
+        warmup: number of training steps over which the weight rises to lam.
+        tracker: way to compute Dl, see `fewstep.log_density`. "logdet" is exact for any number of
+            steps and affordable up to about 64 dimensions. "series" is for more dimensions.
+            "trace" is cheap but needs several steps per window. With one step it learns the ratio
+            of variances in place of the ratio of deviations.
+        estimator: estimator of traces, see `fewstep.divergence`.
+        probes: number of probes of a trace.
+        probe: law of the probes, see `fewstep.divergence`.
+        start: start of a window, "teacher" or "student". The teacher's marginal is what the bound
+            of `evaluate` needs. The student's start is where its own steps lead, held fixed.
+        weight: weight w_k of a window, "one" or "t^2". The latter tames the scores of late windows.
+        t_min: last edge of the windows, above 0 and below 1.
+        tangent_dtype: dtype of the tangents, see `fewstep.divergence`.
+        backend: backend of `fewstep.divergence`. None takes the default of the device.
+        engine: engine of `fewstep.divergence`. None chooses the first one that serves the network.
+        check: when the engine is compared with plain autograd, "first", "always" or "never".
 
     Raises:
-        ValueError: a number outside its range, an unknown name.
+        ValueError: a number is outside its range, or a name is unknown.
 
     >>> from fewstep.data.toys import GaussianMixture
     >>> teacher = GaussianMixture(torch.tensor([[-2.0, 0], [2, 0]]), torch.full((2, 2), 0.1))
@@ -129,7 +136,7 @@ class MarginalReflow:
                 )
 
     def edges(self, like: Tensor) -> Tensor:
-        """`t_0 ... t_K`, `[K + 1]`, in the dtype and on the device of a tensor."""
+        """The edges `t_0 ... t_K`, `[K + 1]`, in the dtype and on the device of a tensor."""
         return torch.linspace(
             1.0, self.t_min, self.windows + 1, dtype=like.dtype, device=like.device
         )
@@ -145,31 +152,33 @@ class MarginalReflow:
         sample_ids: Tensor | None = None,
         step: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one training step.
+        """The loss and metrics of one training step.
 
         Args:
-            student (Callable): velocity `(x [B, ...], t [B])`, the network to be trained.
-            teacher (Callable): likewise; runs without gradient.
-            data (Tensor): `[B, ...]`, float32 or float64.
-            score (Callable | None): the teacher's score `(x, t)`; None: from its velocity.
-            generator (torch.Generator | None): of the windows, times and noise.
-            sample_ids (Tensor | None): int64 `[B]` in `[0, 2^48)`: a sample has the window, time,
-                noise and probes of its id in any batch, where generators are in the same state:
-                ranks that pass the ids of their own samples draw what one process would. None:
-                those of its place, and so probes that all ranks share; `rank * B + arange(B)` for
-                others.
-            step (int): of training, for the warm-up, and the seed of the probes.
+            student (Callable): velocity `(x [B, ...], t [B])`, the network to train.
+            teacher (Callable): velocity of the teacher. It runs without gradient.
+            data (Tensor): samples `[B, ...]` of the data, float32 or float64.
+            score (Callable | None): score `(x, t)` of the teacher. None computes it from the
+                velocity.
+            generator (torch.Generator | None): generator of the windows, times and noise.
+            sample_ids (Tensor | None): ids of the samples, int64 `[B]` in `[0, 2^48)`. The window,
+                time, noise and probes of a sample then depend on its id and on the generator's
+                state, in any batch. Ranks that pass the ids of their own samples draw what one
+                process would. None takes the places in the batch, and all ranks then share their
+                probes; `rank * B + arange(B)` gives each rank its own.
+            step (int): step of training. It sets the warm-up and the seed of the probes.
 
         Returns:
-            tuple: the loss, a scalar, and detached scalars: `trajectory`, `alignment` (a surrogate,
-            not a KL), `lam`, `change` (mean Dl), `score` (mean norm), `stein` (mean of
-            `1 + <x_k, s_p> / D`, 0 in expectation where r_k = p_k), `nonpositive` (share of
-            determinants that are not positive, for "logdet"; 0 for others).
+            tuple: the loss, a scalar, and a dict of detached scalars. `trajectory` and `alignment`
+            are the two terms; the latter is a surrogate and not a KL. `lam` is the weight. `change`
+            is the mean of Dl, `score` the mean norm of the score. `stein` is the mean of
+            `1 + <x_k, s_p> / D`, whose expectation is 0 if r_k = p_k. `nonpositive` is the share of
+            determinants that are not positive for "logdet", and 0 for other trackers.
 
         Raises:
-            ValueError: data without samples or features; ids out of range; as
-                `fewstep.log_density`.
-            TypeError: data that is not float32 or float64, ids that are not int64.
+            ValueError: the data has no samples or features, an id is out of range, or
+                `fewstep.log_density` raises.
+            TypeError: the data is not float32 or float64, or the ids are not int64.
         """
         options = self._options(data)
         if data.shape[0] == 0:
@@ -196,8 +205,8 @@ class MarginalReflow:
         with torch.no_grad():
             xs = self._starts(student, data, eps, k, edges)
             xe = heun(teacher, xs, a, b, self.solver_steps)
-            target = (xe - xs) / _wide(b - a, xs)
-            xt = xs + (xe - xs) * _wide(u, xs)
+            target = (xe - xs) / per_sample(b - a, xs)
+            xt = xs + (xe - xs) * per_sample(u, xs)
         trajectory = (student(xt, a + (b - a) * u) - target).square().mean()
         lam = self.lam * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lam
         metrics = {"trajectory": trajectory.detach(), "lam": trajectory.new_tensor(lam)}
@@ -233,14 +242,18 @@ class MarginalReflow:
         sample_ids: Tensor | None = None,
         step: int = 0,
     ) -> tuple[Tensor, Path, Tensor]:
-        """`Dl - <sg s_p(x_k, b), x_k>` `[B]` of steps from a to b `[B]`, their path, and s_p."""
+        """The surrogate `Dl - <sg s_p(x_k, b), x_k>` `[B]` of steps from a to b `[B]`.
+
+        Returns:
+            tuple: the surrogate, the path of the steps, and s_p.
+        """
         path = self._track(*(student, xs, a, b, options or self._options(xs), step), ids=sample_ids)
         with torch.no_grad():
             s = score(path.x, b)
         return path.change - (s * path.x).flatten(1).sum(1), path, s
 
     def sample(self, student: Field, noise: Tensor) -> Tensor:
-        """Samples of the student from standard normal noise `[B, ...]`, with the last denoise."""
+        """The student's samples from standard normal noise `[B, ...]`, denoised at the end."""
         edges, x = self.edges(noise), noise
         for k in range(self.windows):
             x = self._steps(student, x, edges[k].expand(len(x)), edges[k + 1].expand(len(x)))
@@ -261,34 +274,37 @@ class MarginalReflow:
         generator: torch.Generator | None = None,
         sample_ids: Tensor | None = None,
     ) -> ReflowReport:
-        """How far the student's laws are from the teacher's, by windows and in the end.
+        """Measure how far the student's laws are from the teacher's, by window and at the end.
 
-        With total variation, maps contract and the triangle inequality holds, so for starts from
-        the teacher's marginals
+        Maps contract total variation, and it obeys the triangle inequality. For starts from the
+        teacher's marginals therefore
 
             TV(q_K, p_K) <= sum_k TV(r_k, p_k) + teacher_tv,
             TV(r_k, p_k) <= min(sqrt(KL_k / 2), sqrt(1 - exp(-KL_k)))
 
-        by Pinsker, and by Bretagnolle and Huber; KL_k is what is measured plus `tracker_error`.
+        by the bounds of Pinsker and of Bretagnolle and Huber. KL_k is the measured value plus
+        `tracker_error`.
 
         Args:
-            student (Callable): as in training.
-            data (Tensor): `[n, ...]`; more of it makes the standard errors smaller.
-            log_prob (Callable): `log p_t(x)`, `(x [n, ...], t [n]) -> [n]`: of a toy, or
-                `log_prob_of(teacher)`.
-            score (Callable): the teacher's, `(x, t)`.
-            tracker (str | None): another than in training; None: the same.
-            tracker_error (float): a bound on |KL measured - KL| in each window.
+            student (Callable): velocity of the student, as in training.
+            data (Tensor): samples `[n, ...]` of the data. More of them give smaller standard
+                errors.
+            log_prob (Callable): log-density `log p_t(x)`, `(x [n, ...], t [n]) -> [n]`. Toys have
+                one; `log_prob_of(teacher)` makes it of any teacher.
+            score (Callable): score `(x, t)` of the teacher.
+            tracker (str | None): tracker to measure with. None takes that of training.
+            tracker_error (float): bound on |KL measured - KL| in each window.
             teacher_tv (float): `sum_k TV(T_k# p_{k-1}, p_k)` for a teacher T whose own flow does
                 not carry its marginals into each other.
-            generator (torch.Generator | None): of the noise.
-            sample_ids (Tensor | None): as in training, of the noise and probes.
+            generator (torch.Generator | None): generator of the noise.
+            sample_ids (Tensor | None): ids that the noise and probes depend on, as in training.
 
         Returns:
-            ReflowReport: on the CPU.
+            ReflowReport: the numbers, on the CPU.
 
         Raises:
-            ValueError: as `fewstep.log_density`; a negative error.
+            ValueError: an error bound is negative, a tracker is unknown, or `fewstep.log_density`
+                raises.
         """
         for name, value in (("tracker_error", tracker_error), ("teacher_tv", teacher_tv)):
             if not value >= 0:
@@ -366,12 +382,12 @@ class MarginalReflow:
         )
 
     def _steps(self, student: Field, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The student's steps from a to b `[B]`, as `_track` takes them."""
+        """The student's steps from a to b `[B]`, the same that `_track` takes."""
         if self.method == "heun":
             return heun(student, x, a, b, self.steps)
         h = (b - a) / self.steps
         for j in range(self.steps):
-            x = x + _wide(h, x) * student(x, a + (b - a) * (j / self.steps))
+            x = x + per_sample(h, x) * student(x, a + (b - a) * (j / self.steps))
         return x
 
     def _starts(
@@ -379,27 +395,29 @@ class MarginalReflow:
     ) -> Tensor:
         """Where each sample's window k starts, `[B, ...]`."""
         if self.start == "teacher":
-            a = _wide(edges[k], data)
+            a = per_sample(edges[k], data)
             return (1 - a) * data + a * eps
         x, out = eps, eps
         for j in range(self.windows - 1):
             x = self._steps(student, x, edges[j].expand(len(x)), edges[j + 1].expand(len(x)))
-            out = torch.where(_wide(k, x) == j + 1, x, out)
+            out = torch.where(per_sample(k, x) == j + 1, x, out)
         return out
 
 
 @dataclass(frozen=True)
 class ReflowReport:
-    """What `MarginalReflow.evaluate` measures; tensors have an entry for each window.
+    """What `MarginalReflow.evaluate` measures. Tensors have an entry for each window.
 
     Attributes:
-        local_kl: `KL(r_k || p_k)`, in nats, and their standard errors `local_stderr`.
-        final_kl: `KL(q_K || p_K)` on the student's own path, and its standard error `final_stderr`.
+        local_kl: `KL(r_k || p_k)` in nats.
+        local_stderr: standard errors of `local_kl`.
+        final_kl: `KL(q_K || p_K)` on the student's own path, in nats.
+        final_stderr: standard error of `final_kl`.
         tv: bounds on `TV(r_k, p_k)`.
-        tv_bound: on `TV(q_K, p_K)`.
-        stein: `E[1 + <x, s_p> / D]`, 0 where the laws agree.
-        nonpositive: share of steps that are not invertible, where densities are lower bounds.
-        tracker: of log-densities; only "logdet" is exact for few steps.
+        tv_bound: bound on `TV(q_K, p_K)`.
+        stein: means of `1 + <x, s_p> / D`, which are 0 in expectation if the laws agree.
+        nonpositive: shares of steps that are not invertible; their densities are lower bounds.
+        tracker: tracker of log-densities. Only "logdet" is exact for few steps.
     """
 
     local_kl: Tensor
@@ -414,7 +432,7 @@ class ReflowReport:
 
 
 def score_of(teacher: Field) -> Field:
-    """The score of a noise-at-1 velocity: `-(x + (1 - t) v) / t`."""
+    """The score of a noise-at-1 velocity, `-(x + (1 - t) v) / t`."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         return convert(teacher(x, t), x, t, source="velocity", target="score")
@@ -423,7 +441,7 @@ def score_of(teacher: Field) -> Field:
 
 
 def log_prob_of(teacher: Field, *, steps: int = 40) -> Field:
-    """`log p_t(x)` of a teacher's own flow: Heun from t to 1, where its law is N(0, I)."""
+    """The log-density of a teacher's own flow, by Heun steps from t to 1, where it is N(0, I)."""
 
     def log_prob(x: Tensor, t: Tensor) -> Tensor:
         if bool((t >= 1).all()):
@@ -439,16 +457,11 @@ def log_prob_of(teacher: Field, *, steps: int = 40) -> Field:
 
 
 def heun(velocity: Field, x: Tensor, a: Tensor, b: Tensor, steps: int) -> Tensor:
-    """Heun's method from a to b `[B]`, in steps of equal length."""
+    """The end of Heun's method from a to b `[B]`, in steps of equal length."""
     h = (b - a) / steps
     for j in range(steps):
-        t, wide = a + (b - a) * (j / steps), _wide(h, x)
+        t, wide = a + (b - a) * (j / steps), per_sample(h, x)
         v1 = velocity(x, t).to(x.dtype)
         v2 = velocity(x + wide * v1, t + h).to(x.dtype)
         x = x + wide / 2 * (v1 + v2)
     return x
-
-
-def _wide(t: Tensor, x: Tensor) -> Tensor:
-    """`[B]` as `[B, 1, ...]`."""
-    return t.reshape(-1, *(1,) * (x.ndim - 1))

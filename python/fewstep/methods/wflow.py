@@ -1,4 +1,4 @@
-"""W-Flow: a one-step generator trained on the Wasserstein gradient flow of the Sinkhorn divergence.
+"""W-Flow trains a one-step generator along the Wasserstein gradient flow of a Sinkhorn divergence.
 
 Source: arXiv 2605.11755, Algorithms 1 and 2, in the form of the released training code.
 """
@@ -22,37 +22,39 @@ from fewstep.ops.sinkhorn.drift import FORMS, sinkhorn_drift
 class WFlow:
     """The loss whose gradient moves generated samples along the flow towards the real ones.
 
-    With `x = G(z)`, an independent second batch `x' = G(z')`, real samples y, and the scale s and
-    velocity V of `fewstep.sinkhorn_drift`, which is in its split form
+    The generated samples are `x = G(z)`, an independent second batch is `x' = G(z')`, and y are
+    real samples. `fewstep.sinkhorn_drift` returns the scale s and the velocity V, in its split form
 
         V = T_{x,y} - T_{x,x'} + w (T_{x,y} - T_{x,u})
         loss = mean |x/s - sg(x/s + step_size sum_t V_t / rms(V_t))|^2     (mean over coordinates)
         s^2 = mean over pairs of |x_i - v|^2 / D,   v in {x, x', y}   (one number, at least 1e-6)
 
-    where `T_{x,y}(x_i) = sum_j P_ij y_j / sum_j P_ij` is the barycentric projection of the entropic
-    plan between x/s and y/s for the cost `|x - y|^2 / 2` at temperature `eps D`, and u are samples
-    to be guided away from, with guidance w.
+    `T_{x,y}(x_i) = sum_j P_ij y_j / sum_j P_ij` is the barycentric projection of the entropic plan
+    between x/s and y/s, for the cost `|x - y|^2 / 2` at temperature `eps D`. Samples u are to be
+    guided away from, with guidance w.
 
-    Only the first `x/s` carries a gradient: none flows through plans, s, rms(V), y, u or x'. At one
-    temperature and without u it is `2 step_size / (D rms(V))` times that of the energy
-    `OT(x/s, y/s) - OT(x/s, x'/s)` with x' and s held fixed (its mean over groups). Batches of equal
-    size make V average to 0 where generated and real samples have the same law, at any batch size,
-    temperature and iteration count.
+    Only the first `x/s` carries a gradient. None flows through plans, s, rms(V), y, u or x'. At one
+    temperature and without u, the gradient is `2 step_size / (D rms(V))` times that of the energy
+    `OT(x/s, y/s) - OT(x/s, x'/s)` with x' and s held fixed, averaged over groups. When generated
+    and real samples have the same law, V averages to 0 at any batch size, temperature and number of
+    iterations. This needs batches of equal size.
 
     Source: arXiv 2605.11755; the scale and the normalisation are those of its released code.
 
     Attributes:
-        eps: temperature, relative to the mean squared distance, or several.
-        max_iter: Sinkhorn iterations, exactly that many.
-        step_size: length of the step along the flow, in rms of V or, without `normalize`, in V.
-        normalize: divide V by its rms over the whole call. The loss is then `step_size^2` (for one
-            temperature) at all times; `metrics["drift"]` is what shows progress.
-        form: "split" or "joint", see `fewstep.sinkhorn_drift`.
-        backend: of `fewstep.sinkhorn_drift`; None chooses the fastest one for the device.
+        eps: temperature in units of the mean squared distance between samples. The velocities of
+            several temperatures are added.
+        max_iter: number of Sinkhorn iterations. All of them are done.
+        step_size: length of the step along the flow, in units of the rms of V. Without `normalize`
+            it is a multiple of V.
+        normalize: whether V is divided by its rms over the whole call. If it is, the loss stays at
+            `step_size^2` for one temperature, and `metrics["drift"]` shows the progress.
+        form: form of the drift, "split" or "joint". See `fewstep.sinkhorn_drift`.
+        backend: backend of `fewstep.sinkhorn_drift`. None chooses the fastest one for the device.
 
     Raises:
-        ValueError: eps, step_size or max_iter that is not positive and finite; an unknown form.
-        TypeError: one that is not a number.
+        ValueError: eps, step_size or max_iter is not positive and finite, or a name is unknown.
+        TypeError: a value is not a number.
 
     >>> import torch
     >>> from fewstep.methods import WFlow
@@ -101,28 +103,29 @@ class WFlow:
         uncond: Tensor | None = None,
         guidance: float | Tensor = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one step; all groups are one call of `fewstep.sinkhorn_drift`.
+        """The loss and metrics of one step. All groups share a call of `fewstep.sinkhorn_drift`.
 
         Args:
-            generator (Callable): maps noise `[G N, Z]`, or `(noise, labels [G N])` where labels
-                are given, to samples `[G N, ...]`. It runs in the caller's autocast mode;
-                everything after it in float32, or in float64 where it returns that.
-            noise (Tensor): `[2, N, Z]`, or `[2, G, N, Z]` for G groups; `noise[1]` makes the
+            generator (Callable): maps noise `[G N, Z]` to samples `[G N, ...]`. With labels its
+                arguments are `(noise, labels [G N])`. It runs in the caller's autocast mode. The
+                rest is computed in float32, or in float64 if the generator returns that.
+            noise (Tensor): noise `[2, N, Z]`, or `[2, G, N, Z]` for G groups. `noise[1]` makes the
                 second batch, without gradient, and must be independent of `noise[0]`.
-            real (Tensor): `[N, ...]` or `[G, N, ...]`, as many as there are generated.
-            labels (Tensor | None): `[G]`, the class of each group.
+            real (Tensor): real samples `[N, ...]` or `[G, N, ...]`, as many as are generated.
+            labels (Tensor | None): class of each group, `[G]`.
             uncond (Tensor | None): real samples of any class, `[U, ...]`, or `[G, U, ...]` for G
                 groups.
-            guidance (float | Tensor): w, at least 0, or one for each group, `[G]`. Needs uncond.
+            guidance (float | Tensor): w, at least 0. A tensor `[G]` has one for each group. It
+                needs uncond.
 
         Returns:
-            tuple: the loss, a scalar, and detached scalars: `drift`, the mean of V^2 (and over
-            temperatures) before `normalize` in units of s^2; `scale`, s; `residual`, the largest L1
-            marginal error.
+            tuple: the loss, a scalar, and a dict of detached scalars. `drift` is the mean of V^2
+            before `normalize`, in units of s^2, averaged over temperatures. `scale` is s.
+            `residual` is the largest L1 error of a marginal.
 
         Raises:
-            ValueError: shapes, devices or guidance that do not fit; unequal batch sizes.
-            TypeError: noise, real or uncond that is not floating.
+            ValueError: shapes, devices or guidance do not fit, or batch sizes are unequal.
+            TypeError: noise, real or uncond is not floating.
         """
         grouped = noise.ndim == 4
         noise, real, labels = _check(noise, real, labels)

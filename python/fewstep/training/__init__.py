@@ -1,1 +1,1 @@
-"""Training from a shell: runs, their checkpoints, pictures and tables."""
+"""Training from a shell. `registry` lists the methods, and each has a file of its own."""

@@ -1,4 +1,4 @@
-"""Checkpoints in the safetensors format, whole or absent."""
+"""Checkpoints in the safetensors format, which are whole or absent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, step: int) -> None:
     """Write named tensors and the number of steps done, with a checksum.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
         ModuleNotFoundError: safetensors is missing.
     """
     arrays = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -28,10 +28,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, step: int) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], int]:
-    """Read what `save` wrote: the tensors, on the CPU, and the number of steps.
+    """Read the tensors that `save` wrote, on the CPU, and the number of steps.
 
     Raises:
-        ValueError: missing, damaged, or not written by `save`.
+        ValueError: the file is missing, damaged, or not written by `save`.
         ModuleNotFoundError: safetensors is missing.
     """
     try:
@@ -49,12 +49,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], int]:
 
 @torch.no_grad()
 def restore(path: Path, state: Mapping[str, Tensor]) -> int:
-    """Copy a checkpoint into the live tensors of `state`, in place; returns the steps done.
+    """Copy a checkpoint into the live tensors of `state`, and return the number of steps done.
 
     The checkpoint may hold more than `state`.
 
     Raises:
-        ValueError: as `load`, or a tensor that is missing or of another shape or dtype.
+        ValueError: `load` raises, or a tensor is missing or of another shape or dtype.
     """
     tensors, step = load(path)
     _check(path, state, tensors)
@@ -67,11 +67,11 @@ def restore(path: Path, state: Mapping[str, Tensor]) -> int:
 def restored(path: Path, prefix: str, make: Callable[[], M]) -> M:
     """The module that `make` makes, in evaluation mode, with the weights `prefix...` of a file.
 
-    It is made only once its shapes are known to be those of the file: a configuration from
-    elsewhere allocates no more than came with it.
+    The module is made after its shapes were compared with those of the file. A configuration from
+    elsewhere therefore allocates no more memory than its file has.
 
     Raises:
-        ValueError: as `restore`, or the module cannot be made.
+        ValueError: `restore` raises, or the module cannot be made.
     """
     tensors, _ = load(path)
     check_shapes(path, {prefix: make}, tensors)
@@ -86,13 +86,13 @@ def check_shapes(
     modules: Mapping[str, Callable[[], nn.Module]],
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Raise ValueError unless a checkpoint has what modules, by prefixes of names, would have."""
+    """Raise ValueError unless a checkpoint has the tensors of all modules, which are by prefix."""
     tensors = load(path)[0] if tensors is None else tensors
     for prefix, make in modules.items():
         try:
             with torch.device("meta"):
                 like = make()
-        except (RuntimeError, OverflowError) as error:
+        except (RuntimeError, OverflowError, ValueError) as error:
             raise ValueError(f"{path} cannot be of its configuration: {error}") from error
         _check(path, {prefix + name: t for name, t in like.state_dict().items()}, tensors)
 

@@ -1,133 +1,138 @@
-"""The commands of `fewstep`, their options, and what they do."""
+"""The commands of `fewstep`, their options, and what they do.
+
+The options of `fewstep train METHOD` are the fields of the method's settings, grouped by the class
+that declares them, with their docstrings as help.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
+import dataclasses
 import importlib
+import inspect
 import io
 import itertools
 import math
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Union
 
+import docstring_parser
+import torch
 import tyro
 
-from fewstep.data import pairs
 from fewstep.data.generate import Teacher, generate, worker
-from fewstep.training import lines as training_lines
-from fewstep.training import lines_run, plots, reflow, wflow
-from fewstep.training.lines_run import (
-    LinesConfig,
-    load_student,
-    load_teacher,
-    sample,
-    sampling_seeds,
-)
+from fewstep.data.pairs import MANIFEST, PairsConfig
+from fewstep.samplers.multistep import MODES
+from fewstep.training import plots
 from fewstep.training.loop import CHECKPOINT
-from fewstep.training.runs import method_of
+from fewstep.training.registry import TRAINERS, trainer_of
+from fewstep.training.runs import RunConfig, Trainer, nested
+
+_OF_THE_RUN = ("data", "seed", "device", "log_every", "checkpoint_every")
+_NOT_OPTIONS = (torch.dtype | None,)  # types without a spelling in a shell
+
+
+class Command(Protocol):
+    """What a shell asked for."""
+
+    def execute(self) -> None:
+        """Do it, and print what came of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Training:
-    """What the training methods have in common.
+class Folder:
+    """Where a run is.
 
     Attributes:
-        out: folder of the run.
-        config: the defaults are those for the data set; with --resume, the run's own.
-        resume: continue the run in that folder.
+        out: folder of the run, made if need be.
+        resume: continue the run in that folder, with its own settings.
         overwrite: replace the run in that folder.
     """
 
-    trainer: ClassVar[ModuleType]
-    settings: ClassVar[ModuleType]  # has `preset` and `read_run`
     out: Path
-    config: Any
     resume: bool = False
     overwrite: bool = False
 
-    def run(self) -> None:
+
+@dataclass(frozen=True)
+class Train:
+    """Train a generator of images, then compare its samples with the real images.
+
+    Attributes:
+        method: training method.
+    """
+
+    method: TrainMethod
+
+    def execute(self) -> None:
+        self.method.execute()
+
+
+@dataclass(frozen=True)
+class TrainMethod:
+    """The options of `fewstep train METHOD`; `_form` makes a subclass for each method."""
+
+    trainer: ClassVar[Trainer[Any, Any]]
+    defaults: ClassVar[RunConfig]
+    run: Any
+    training: Any
+
+    def config(self) -> RunConfig:
+        """The settings that the options give.
+
+        Raises:
+            ValueError: a number is outside its range, or a name is unknown.
+        """
+        names = {f.name for f in dataclasses.fields(self.defaults)}
+        given = {**vars(self.run), **vars(self.training)}
+        for name in nested(self.trainer.config):
+            loss = vars(getattr(self, _label(self.trainer, name)))
+            given[name] = dataclasses.replace(getattr(self.defaults, name), **loss)
+        return dataclasses.replace(self.defaults, **{n: given[n] for n in names & given.keys()})
+
+    def execute(self) -> None:
         ranks = os.environ.get("WORLD_SIZE", "1")
         if ranks != "1":
             raise ValueError(f"train runs in one process, got WORLD_SIZE={ranks} from torchrun")
+        folder: Folder = self.run
         result = self.trainer.train(
-            self.config, self.out, resume=self.resume, overwrite=self.overwrite
+            self.config(), folder.out, resume=folder.resume, overwrite=folder.overwrite
         )
-        sys.stdout.write(f"\n{result.table}\n\n{result.picture}\n")
-
-
-@dataclass(frozen=True)
-class Train(_Training):
-    """Train a one-step generator, then compare its samples with the real images.
-
-    Attributes:
-        method: the training method.
-    """
-
-    trainer: ClassVar[ModuleType] = wflow
-    settings: ClassVar[ModuleType] = wflow
-    method: tyro.conf.Positional[Literal["wflow", "reflow", "lines"]]
-    config: wflow.TrainConfig
-
-
-@dataclass(frozen=True)
-class TrainReflow(_Training):
-    """Train a teacher and few-step students of it, with marginal alignment and without.
-
-    Attributes:
-        method: the training method.
-    """
-
-    trainer: ClassVar[ModuleType] = reflow
-    settings: ClassVar[ModuleType] = reflow
-    method: tyro.conf.Positional[Literal["reflow"]]
-    config: reflow.ReflowConfig
-
-
-@dataclass(frozen=True)
-class TrainLines(_Training):
-    """Train a teacher, make pairs with it, and train a one-step and few-step student on them.
-
-    Attributes:
-        method: the training method.
-    """
-
-    trainer: ClassVar[ModuleType] = training_lines
-    settings: ClassVar[ModuleType] = lines_run
-    method: tyro.conf.Positional[Literal["lines"]]
-    config: LinesConfig
+        sys.stdout.write(f"\n{result.report.table}\n\n{result.report.picture}\n")
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Make pairs of noise and a teacher's image of it; resumes, and verifies what is there.
+    """Make pairs of noise and a teacher's image of it. Files that exist are verified and kept.
 
     Attributes:
-        teacher: folder, or checkpoint in it, of a run of lines or reflow, or MODULE:NAME of a
-            `fewstep.pairs.Teacher` or of a function that returns one.
-        out: folder of the pairs.
-        config: their numbers.
-        shard: i/n makes the i-th of n shares of the files, i from 0; torchrun's ranks share it.
-        device: "auto" takes a GPU where there is one.
+        teacher: teacher of the images. It is the folder of a run, or its checkpoint, or MODULE:NAME
+            of a `fewstep.pairs.Teacher` or of a function that returns one.
+        out: folder of the pairs, made if need be.
+        pairs: which pairs to make, and how.
+        shard: share of the files to make, as i/n with i from 0 to n - 1. The ranks of torchrun
+            divide it between them.
+        device: device of the teacher. "auto" takes a GPU where there is one.
     """
 
     teacher: str
     out: Path
-    config: pairs.PairsConfig = field(default_factory=pairs.PairsConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
     shard: str = "0/1"
     device: str = "auto"
 
-    def run(self) -> None:
+    def execute(self) -> None:
         shard = worker(self.shard)
         teacher = _teacher(self.teacher)
-        missing = generate(teacher, self.config, self.out, worker=shard, device=self.device)
-        state = f"{missing} files to be made by others" if missing else pairs.MANIFEST
+        missing = generate(teacher, self.pairs, self.out, worker=shard, device=self.device)
+        state = f"{missing} files to be made by others" if missing else MANIFEST
         sys.stdout.write(f"{self.out}: {state}\n")
 
 
@@ -159,22 +164,29 @@ def _teacher(source: str) -> Teacher:
             )
         return teacher
     folder = path.parent if path.name == CHECKPOINT else path
-    if method_of(folder) == "reflow":
-        return reflow.load_teacher(folder)
-    return load_teacher(folder)
+    trainer = trainer_of(folder)
+    if trainer.teacher is None:
+        able = " or ".join(other.name for other in TRAINERS.values() if other.teacher)
+        raise ValueError(
+            f"teacher: {folder} is a run of {trainer.name}, which has no teacher:"
+            f" give one of {able}"
+        )
+    return trainer.teacher(*trainer.load(folder, "teacher"))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw samples from a trained generator into a PNG, one class per column.
+    """Draw samples from a trained generator into a picture, one class per column.
 
     Attributes:
-        folder: of the run.
-        out: the PNG.
+        folder: folder of the run.
+        out: path of the PNG.
         n: number of samples.
-        seed: of the noise.
-        steps: of the sampler, for runs of lines; 1 by default.
-        sampler: of more steps than one: renews the noise, follows the line, or reuses the noise.
+        seed: seed of the noise, at least 0.
+        steps: number of evaluations of the network per sample, for methods that sample in several
+            steps. One by default.
+        sampler: way from one step to the next. "fresh" draws new noise and is the default, "line"
+            follows the line, and "reuse" adds the same noise again.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -182,59 +194,60 @@ class Sample:
     n: int = 64
     seed: int = 0
     steps: int | None = None
-    sampler: Literal["fresh", "line", "reuse"] = "fresh"
+    sampler: Literal[MODES] | None = None  # type: ignore[valid-type]
 
-    def run(self) -> None:
+    def execute(self) -> None:
         if self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
         if self.out.suffix.lower() != ".png":
             raise ValueError(f"out must be a .png file, got {self.out}")
-        columns = math.ceil(math.sqrt(self.n))
-        method = method_of(self.folder)
-        if method != "lines" and self.steps is not None:
-            raise ValueError(f"steps is for runs of lines, got {self.steps}")
-        if method == "lines":
-            student_of_lines, run = load_student(self.folder)
-            seeds = sampling_seeds(self.n, self.seed)
-            images = sample(student_of_lines, run, seeds, steps=self.steps or 1, mode=self.sampler)
-            columns = len(run.classes) or columns
-        elif method == "reflow":
-            student, flow = reflow.load_student(self.folder)
-            images = reflow.sample(student, flow, self.n, seed=self.seed)
-        else:
-            generator = wflow.load_generator(self.folder)
-            images = wflow.sample(generator, self.n, seed=self.seed)
-            columns = generator.classes or columns
+        trainer = trainer_of(self.folder)
+        own = {name: getattr(self, name) for name in ("steps", "sampler")}
+        own = {name: value for name, value in own.items() if value is not None}
+        for name, value in own.items():
+            able = [t.name for t in TRAINERS.values() if name in _arguments(t)]
+            if trainer.name not in able:
+                raise ValueError(f"{name} is for runs of {' or '.join(able)}, got {value}")
+        network, run = trainer.load(self.folder)
+        images = trainer.sample(network, run, self.n, seed=self.seed, **own)
+        columns = len(run.classes) or math.ceil(math.sqrt(self.n))
         plots.save_grid(self.out, images, columns=min(self.n, columns))
         sys.stdout.write(f"{self.out}\n")
 
 
-def parse(arguments: list[str]) -> _Training | Pairs | Sample:
+def parse(arguments: list[str]) -> Command:
     """The command that the arguments ask for.
 
     Raises:
-        ValueError: arguments that do not fit, in one line.
+        ValueError: the arguments do not fit; the message is one line.
         SystemExit: after --help.
     """
     for name in ("--data", "--out"):
         if f"{name}=" in arguments or (name, "") in itertools.pairwise(arguments):
             raise ValueError(f"{name[2:]}: must not be empty, got ''")
-    default = _train_defaults(arguments)
-    kind: Any = type(default)
-    command = Annotated[
-        Annotated[kind, tyro.conf.subcommand("train", default=default)]
-        | Annotated[Pairs, tyro.conf.subcommand("pairs")]
-        | Annotated[Sample, tyro.conf.subcommand("sample")],
+    methods: Any = Union[tuple(_subcommands(arguments))]  # noqa: UP007
+    train = make_dataclass(
+        "Train",
+        [("method", methods)],
+        frozen=True,
+        bases=(Train,),
+        namespace={"__doc__": Train.__doc__},
+    )
+    kinds = (("train", train), ("pairs", Pairs), ("sample", Sample))
+    command: Any = Annotated[
+        Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds)],  # noqa: UP007
         tyro.conf.OmitArgPrefixes,
+        tyro.conf.OmitSubcommandPrefixes,
     ]
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(
+            parsed: Command = tyro.cli(
                 command, prog="fewstep", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
             )
+            return parsed
     except SystemExit as error:
         if not error.code:
             raise
@@ -243,24 +256,93 @@ def parse(arguments: list[str]) -> _Training | Pairs | Sample:
         raise ValueError(f"{title}: {body}") from error
 
 
-def _train_defaults(arguments: list[str]) -> _Training:
-    """The options' defaults depend on the method and three of them, which are looked at first."""
+def _subcommands(arguments: list[str]) -> Iterable[Any]:
+    """A subcommand for each method. Defaults depend on three arguments, which are looked at first:
+    the data set has its preset, and a run that is resumed has its own settings."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data", nargs="?")
     parser.add_argument("--out", nargs="?")
     parser.add_argument("--resume", action="store_true")
     known, _ = parser.parse_known_args(arguments)
-    training = arguments[:1] == ["train"]
-    method = arguments[1] if training and len(arguments) > 1 else ""
-    kinds: dict[str, type[_Training]] = {"reflow": TrainReflow, "lines": TrainLines}
-    kind: Any = kinds.get(method, Train)
-    if training and known.resume and known.out:
-        config = kind.settings.read_run(Path(known.out)).config
-    elif known.data:
-        config = kind.settings.preset(known.data)
-    else:
-        usual = "mnist5k" if kind is Train else "digits"
-        config = copy.copy(kind.settings.preset(usual))
-        object.__setattr__(config, "data", tyro.MISSING)  # which is no string
-    defaults: _Training = kind(method=tyro.MISSING, out=tyro.MISSING, config=config)
-    return defaults
+    for trainer in TRAINERS.values():
+        if arguments[:2] == ["train", trainer.name] and known.resume and known.out:
+            form = _form(trainer, trainer.read_run(Path(known.out)).config)
+        elif known.data:
+            form = _form(trainer, trainer.preset(known.data))
+        else:
+            form = _form(trainer, trainer.preset("mnist5k"), required=("data",))
+        yield Annotated[form, tyro.conf.subcommand(trainer.name, description=trainer.summary)]
+
+
+def _form(
+    trainer: Trainer[Any, Any], config: RunConfig, *, required: tuple[str, ...] = ()
+) -> type[TrainMethod]:
+    """The options of a method as nested dataclasses, one for each group of the help."""
+    losses = nested(trainer.config)
+    names = [f.name for f in dataclasses.fields(config) if f.name not in losses]
+    shared = [name for name in names if name in _OF_THE_RUN]
+    run = _group("run", config, shared, required=required, bases=(Folder,))
+    training = _group("training", config, [name for name in names if name not in shared])
+    members = [
+        ("run", _explained(run, "Where the run is, and what it trains on.")),
+        (
+            "training",
+            _explained(
+                training, "How long it trains, and which networks. Defaults are those for --data."
+            ),
+        ),
+    ]
+    for name, kind in losses.items():
+        label, loss = _label(trainer, name), getattr(config, name)
+        group = _group(label, loss, [f.name for f in dataclasses.fields(loss)])
+        members.append((label, _explained(group, f"The loss, `fewstep.methods.{kind.__name__}`.")))
+    namespace = {"__doc__": trainer.summary, "trainer": trainer, "defaults": config}
+    form: type[TrainMethod] = make_dataclass(
+        trainer.name, members, bases=(TrainMethod,), frozen=True, namespace=namespace
+    )
+    return form
+
+
+def _group(
+    label: str,
+    values: Any,
+    names: Iterable[str],
+    *,
+    required: tuple[str, ...] = (),
+    bases: tuple[type, ...] = (),
+) -> type:
+    """A dataclass of some fields of another one, with its values as defaults."""
+    kind = type(values)
+    hints, texts = typing.get_type_hints(kind), _help(kind)
+    entries: list[Any] = [
+        (
+            name,
+            Annotated[hints[name], tyro.conf.arg(help=texts.get(name, ""))],
+            *(() if name in required else [field(default=getattr(values, name))]),
+        )
+        for name in names
+        if hints[name] not in _NOT_OPTIONS
+    ]
+    return make_dataclass(label, entries, bases=bases, frozen=True, kw_only=True)
+
+
+def _help(kind: type) -> dict[str, str]:
+    """The docs of a class's attributes, its own before those of its bases."""
+    docs = (docstring_parser.parse(one.__doc__ or "").params for one in reversed(kind.__mro__))
+    return {
+        entry.arg_name: " ".join((entry.description or "").split())
+        for entry in itertools.chain.from_iterable(docs)
+    }
+
+
+def _explained(group: type, text: str) -> Any:
+    return Annotated[group, tyro.conf.arg(help=text)]
+
+
+def _label(trainer: Trainer[Any, Any], name: str) -> str:
+    """The group of a nested field's options, "loss" if it is the only one."""
+    return "loss" if len(nested(trainer.config)) == 1 else name
+
+
+def _arguments(trainer: Trainer[Any, Any]) -> Iterable[str]:
+    return inspect.signature(trainer.sample).parameters

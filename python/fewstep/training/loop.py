@@ -23,14 +23,14 @@ CHECKPOINT, LOGS = "checkpoint.safetensors", "logs"
 _WARM_UP = 50  # steps
 
 
-class Network:
-    """A network in training: its weights, their average and Adam.
+class TrainedNetwork:
+    """A network in training, with the average of its weights and with Adam.
 
     Args:
-        model (nn.Module): on the device where it trains.
-        lr (float): largest learning rate.
-        ema (float | None): decay of the averaged weights; None: they are not kept.
-        betas (tuple): of Adam.
+        model (nn.Module): network, on the device where it trains.
+        lr (float): peak learning rate.
+        ema (float | None): decay per step of the averaged weights. None keeps no average.
+        betas (tuple): decay rates of Adam's moments.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Network:
         self._allocate()
 
     def _allocate(self) -> None:
-        """Make Adam create its moments, which it does at its first step: here one of length 0."""
+        """Make Adam create its moments. It does so at its first step, which has length 0 here."""
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
@@ -67,9 +67,9 @@ class Network:
         return self.average.module
 
     def step(self, loss: Tensor, progress: float, step: int, *, clip: float = math.inf) -> None:
-        """One optimizer step at the learning rate of `progress`, the share of steps done.
+        """Take an optimizer step at the learning rate of `progress`, the share of steps done.
 
-        It rises over the first 50 steps; a cosine takes it to 0.
+        The rate rises over the first 50 steps and then falls to 0 along a cosine.
         """
         cosine = (1 + math.cos(math.pi * progress)) / 2
         self.optimizer.param_groups[0]["lr"] = self.lr * cosine * min(1, (step + 1) / _WARM_UP)
@@ -82,7 +82,7 @@ class Network:
             self.average.update_parameters(self.model)
 
     def state(self) -> dict[str, Tensor]:
-        """Live tensors by their names in a checkpoint."""
+        """The live tensors, by their names in a checkpoint."""
         state = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         if self.average is not None:
             state |= {f"ema.{name}": t for name, t in self.average.state_dict().items()}
@@ -92,7 +92,7 @@ class Network:
 
     @torch.no_grad()
     def copy(self, source: nn.Module) -> None:
-        """Start from another network's weights, in the average too."""
+        """Copy another network's weights into this one and its average."""
         targets = [self.model] if self.average is None else [self.model, self.average.module]
         for target in targets:
             for own, t in zip(target.parameters(), source.parameters(), strict=True):
@@ -101,13 +101,15 @@ class Network:
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps of one kind.
+    """A part of a run, whose steps are of one kind.
 
     Attributes:
-        name: before its entries in the logs and in the progress bar; may be empty.
-        steps: how many.
-        update: makes step i of the stage and returns its scalars, of which the first is shown.
-        begin: runs before step i, the first of the stage or the one that a run resumes at.
+        name: name that its entries in the logs and the progress bar begin with. It may be empty.
+        steps: number of steps.
+        update: function that takes step i of the stage and returns its scalars. The progress bar
+            shows the first.
+        begin: function called once before the first step of the stage, or before step i from which
+            a resumed run continues.
     """
 
     name: str
@@ -116,10 +118,14 @@ class Stage:
     begin: Callable[[int], None] = lambda step: None
 
 
-def named(networks: Mapping[str, Network]) -> dict[str, Tensor]:
-    """The tensors of several networks, `NAME.KEY` each, or KEY for the name ""."""
+def prefix(name: str) -> str:
+    """What the names of a network's tensors begin with in a checkpoint, nothing for the name ""."""
+    return f"{name}." if name else ""
+
+
+def _tensors(networks: Mapping[str, TrainedNetwork]) -> dict[str, Tensor]:
     return {
-        f"{name}.{key}" if name else key: t
+        f"{prefix(name)}{key}": t
         for name, network in networks.items()
         for key, t in network.state().items()
     }
@@ -127,7 +133,7 @@ def named(networks: Mapping[str, Network]) -> dict[str, Tensor]:
 
 def fit(
     stages: Sequence[Stage],
-    networks: Mapping[str, Network],
+    networks: Mapping[str, TrainedNetwork],
     out: Path,
     *,
     title: str,
@@ -135,20 +141,20 @@ def fit(
     checkpoint_every: int,
     progress: bool,
 ) -> None:
-    """Run all steps, or those that the checkpoint in `out` leaves to do.
+    """Take all steps, or those that the checkpoint in `out` leaves to do.
 
-    There is a checkpoint every `checkpoint_every` steps, at the end of each stage, and on Ctrl-C or
-    SIGTERM; TensorBoard's logs are beside it.
+    A checkpoint is written every `checkpoint_every` steps, at the end of each stage, and on Ctrl-C
+    or SIGTERM. TensorBoard's logs are in the same folder.
 
     Raises:
-        ValueError: a checkpoint that is damaged or of another run.
-        FloatingPointError: a scalar is no longer finite; the last good checkpoint stays.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
+        ValueError: a checkpoint is damaged or of another run.
+        FloatingPointError: a scalar is no longer finite. The last good checkpoint stays.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came, and a checkpoint was written.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     path, total = out / CHECKPOINT, sum(stage.steps for stage in stages)
-    done = checkpoint.restore(path, named(networks)) if path.exists() else 0
+    done = checkpoint.restore(path, _tensors(networks)) if path.exists() else 0
     bar = tqdm(
         initial=done,
         total=total,
@@ -164,7 +170,7 @@ def fit(
             if start >= stage.steps:
                 continue
             stage.begin(start)
-            prefix = f"{stage.name}/" if stage.name else ""
+            label = f"{stage.name}/" if stage.name else ""
             with deferred_signals() as stopped:
                 for step in range(start, stage.steps):
                     scalars = stage.update(step)
@@ -178,13 +184,13 @@ def fit(
                                 f"not finite at step {at - 1}: {values}; lower lr"
                             )
                         shown, value = next(iter(values.items()))
-                        bar.set_postfix_str(f"{prefix}{shown}={value:.4f}", refresh=False)
+                        bar.set_postfix_str(f"{label}{shown}={value:.4f}", refresh=False)
                         if step % log_every == 0:
                             for name, value in values.items():
-                                writer.add_scalar(prefix + name, value, at - 1)
+                                writer.add_scalar(label + name, value, at - 1)
                     if save or stopped.is_set():
                         writer.flush()
-                        checkpoint.save(path, named(networks), step=at)
+                        checkpoint.save(path, _tensors(networks), step=at)
                     if stopped.is_set():
                         raise KeyboardInterrupt(
                             f"stopped after step {at} of {total}; --resume continues"
@@ -193,7 +199,7 @@ def fit(
 
 @contextmanager
 def _logs(folder: Path, done: int) -> Iterator[Any]:
-    """TensorBoard's writer. An error of its thread is raised by its `flush`, and not printed."""
+    """TensorBoard's writer. Its `flush` raises the errors of its thread, which prints none."""
     from torch.utils.tensorboard import SummaryWriter
 
     usual = threading.excepthook
@@ -212,7 +218,7 @@ def _logs(folder: Path, done: int) -> Iterator[Any]:
 
 @contextmanager
 def deferred_signals() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into an event; the next one acts as ever."""
+    """Turn the first SIGINT or SIGTERM into an event. The next one acts as usual."""
     stopped = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():

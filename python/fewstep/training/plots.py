@@ -28,7 +28,7 @@ def montage(images: Tensor, columns: int) -> Tensor:
 
 
 def save_grid(path: Path, images: Tensor, *, columns: int) -> None:
-    """Write a grid of images `[n, C, H, W]`, enlarged by a whole factor where they are small.
+    """Write a grid of images `[n, C, H, W]`. Small ones are enlarged by a whole factor.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -53,12 +53,12 @@ def save_comparison(
     """Write real and generated images side by side, row by row.
 
     Args:
-        path (Path): of the PNG.
-        real (Tensor): images `[rows columns, C, H, W]`.
-        generated (Tensor): likewise.
-        columns (int): images in a row.
-        names (Sequence[str]): of the rows, as many as there are; none where empty.
-        real_names (Sequence[str] | None): of the real rows; None: the same.
+        path (Path): path of the PNG.
+        real (Tensor): real images `[rows columns, C, H, W]`.
+        generated (Tensor): generated images, of the same shape.
+        columns (int): number of images in a row.
+        names (Sequence[str]): names of the rows. An empty sequence shows none.
+        real_names (Sequence[str] | None): names of the real rows. None takes the same.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.

@@ -1,30 +1,340 @@
-"""What the trainers share: settings, run folders, data."""
+"""What all training methods share: settings, run folders, networks, and the course of a run."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import math
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
 
 import fewstep
-from fewstep._files import read_json, replacing
+from fewstep._checks import check_config
+from fewstep._files import one_writer, read_json, replacing
+from fewstep._torch import torch_device
+from fewstep.data.generate import Teacher
 from fewstep.data.images import Images, load
-from fewstep.training.loop import CHECKPOINT, LOGS
+from fewstep.training import checkpoint
+from fewstep.training.loop import CHECKPOINT, LOGS, Stage, TrainedNetwork, fit, prefix
 
 CONFIG, PAIRS, PICTURE = "config.json", "pairs", "samples.png"
-T = TypeVar("T")
 EXTRA = ("matplotlib", "mlxtend", "ot", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm")
+_SAME_SPREAD = 1e-5  # relative: sums of the same pixels differ that little between machines
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of a run that every method has.
+
+    A method's own settings are the fields of a subclass. Integers are at least 1.
+
+    Attributes:
+        data: images to train on: "digits", "mnist5k", a .npy file or a folder of images.
+        lr: peak learning rate of Adam. It rises over the first 50 steps and then falls to 0 along
+            a cosine.
+        ema: decay per step of the averaged weights, which draw the samples. At least 0, below 1.
+        seed: seed of the first weights, the noise and the batches, at least 0.
+        log_every: number of steps between two entries in the logs.
+        checkpoint_every: number of steps between two checkpoints.
+        device: device to train on, such as "cpu" or "cuda:0". "auto" takes a GPU where there is
+            one.
+
+    Raises:
+        ValueError: a number is outside its range.
+        TypeError: a value is of the wrong type.
+    """
+
+    data: str
+    lr: float = 2e-3
+    ema: float = 0.995
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 250
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        sizes = [f.name for f in dataclasses.fields(self) if f.type == "int" and f.name != "seed"]
+        check_config(self, *sizes)
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Run(Generic[C]):
+    """The content of a run's `config.json`.
+
+    Attributes:
+        config: settings of the method.
+        image_shape: shape `[C, H, W]` of an image.
+        classes: names of the classes that the networks are conditioned on; empty for none.
+        sigma_data: standard deviation over all pixels of the data. It is NaN in a run of an
+            earlier version that did not note it.
+    """
+
+    config: C
+    image_shape: tuple[int, ...]
+    classes: tuple[str, ...] = ()
+    sigma_data: float = math.nan
+
+
+@dataclass(frozen=True)
+class NetworkRecipe:
+    """How a network of a run is made and trained.
+
+    Attributes:
+        make: function that makes the module.
+        seed: seed of its first weights.
+        lr: peak learning rate of Adam.
+        ema: decay of the averaged weights; None keeps no average.
+        betas: decay rates of Adam's moments.
+    """
+
+    make: Callable[[], nn.Module]
+    seed: int
+    lr: float
+    ema: float | None
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def module(self) -> nn.Module:
+        """The module with its first weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.make()
+
+
+@dataclass(frozen=True)
+class Session(Generic[C]):
+    """A run at work: what a method's stages and its report are given.
+
+    Attributes:
+        run: content of the run's `config.json`.
+        data: images to train on.
+        networks: networks in training, by name.
+        out: folder of the run.
+        device: device of the networks.
+        progress: whether progress bars are shown.
+    """
+
+    run: Run[C]
+    data: Images
+    networks: Mapping[str, TrainedNetwork]
+    out: Path
+    device: torch.device
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """How well a run's networks do. Methods add their numbers in a subclass.
+
+    Attributes:
+        table: numbers in plain text.
+        picture: path of the PNG with real and generated images.
+    """
+
+    table: str
+    picture: Path
+
+
+R = TypeVar("R", bound=Report)
+
+
+@dataclass(frozen=True)
+class TrainResult(Generic[R]):
+    """What `Trainer.train` returns.
+
+    Attributes:
+        network: network that draws samples, one of `networks`.
+        networks: networks by name, with averaged weights, on the CPU and in evaluation mode.
+        report: numbers and picture.
+    """
+
+    network: nn.Module
+    networks: dict[str, nn.Module]
+    report: R
+
+
+@dataclass(frozen=True)
+class Trainer(Generic[C, R]):
+    """A training method: all that the commands know of it.
+
+    Attributes:
+        name: word that follows `fewstep train`; `config.json` holds it as the method.
+        summary: sentence that says what the method trains.
+        config: class of its settings, whose fields are the options of the command.
+        presets: settings by data set. A user's own data take those of "mnist5k".
+        networks: function that lists a run's networks by name.
+        stages: function that lists the stages of a session, in order.
+        report: function that measures and pictures the averaged networks of a session.
+        sample: function `(network, run, n, *, seed)` that draws n images `[n, C, H, W]` in [-1, 1].
+            If it also takes `steps` or `sampler`, `fewstep sample` passes these options on.
+        network: name of the network that draws samples.
+        teacher: function that makes a teacher for `fewstep pairs` of the network named "teacher";
+            None where the method has none.
+        conditional: function that says whether a run's networks take the classes of the data.
+    """
+
+    name: str
+    summary: str
+    config: type[C]
+    presets: Mapping[str, C]
+    networks: Callable[[Run[C]], dict[str, NetworkRecipe]]
+    stages: Callable[[Session[C]], Sequence[Stage]]
+    report: Callable[[Session[C], dict[str, nn.Module]], R]
+    sample: Callable[..., Tensor]
+    network: str = "student"
+    teacher: Callable[[nn.Module, Run[C]], Teacher] | None = None
+    conditional: Callable[[C], bool] = lambda config: True
+
+    def preset(self, data: str) -> C:
+        """The default settings for a data set."""
+        return self.presets.get(data) or replace(self.presets["mnist5k"], data=data)
+
+    def read_run(self, out: Path) -> Run[C]:
+        """Read the `config.json` of a run.
+
+        Raises:
+            ValueError: the file is missing, or the run is of another method.
+        """
+
+        def parse(content: dict[str, Any]) -> Run[C]:
+            if (method := method_in(content)) != self.name:
+                raise ValueError(f"its method is {method}: name it in place of {self.name}")
+            config = _config_in(self.config, content["config"])
+            shape, sigma_data = shape_in(content), float(content.get("sigma_data", math.nan))
+            return Run(config, shape, classes_in(content), sigma_data)
+
+        return read_config(out, parse, kind=f"a run of {self.name}")
+
+    def load(self, out: Path, name: str | None = None) -> tuple[nn.Module, Run[C]]:
+        """A network of a run, with the averaged weights of its last checkpoint, and the run.
+
+        Args:
+            out (Path): folder of the run.
+            name (str | None): name of the network; None for the one that draws samples.
+
+        Raises:
+            ValueError: there is no run, or its checkpoint is missing, damaged or of another run.
+        """
+        run, name = self.read_run(out), self.network if name is None else name
+        make = self.networks(run)[name].module
+        return checkpoint.restored(out / CHECKPOINT, f"{prefix(name)}ema.module.", make), run
+
+    def train(
+        self,
+        config: C,
+        out: Path,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> TrainResult[R]:
+        """Train the networks of a run, then measure and picture them.
+
+        The folder `out` gets `config.json`, `checkpoint.safetensors`, TensorBoard `logs` and
+        `samples.png`. Checkpoints are written every `checkpoint_every` steps, at the end of each
+        stage, and on Ctrl-C or SIGTERM. The random numbers of a step depend on the seed and the
+        step alone. A resumed run therefore repeats the uninterrupted one bit for bit on the same
+        machine with the same number of threads.
+
+        Args:
+            config (RunConfig): settings; `preset(data)` returns the defaults.
+            out (Path): folder of the run, made if need be.
+            resume (bool): continue from the checkpoint in `out`, with the settings it began with.
+            overwrite (bool): replace a run that is in `out`.
+            progress (bool): show progress bars on stderr.
+
+        Returns:
+            TrainResult: networks, numbers and picture.
+
+        Raises:
+            ValueError: the data cannot be loaded, `out` is in use by another run or process, or
+                a checkpoint is damaged or of another run.
+            FloatingPointError: a loss is no longer finite. The last good checkpoint stays.
+            KeyboardInterrupt: Ctrl-C or SIGTERM came, and a checkpoint was written.
+            ModuleNotFoundError: a package of the extra `fewstep[train]` is missing.
+
+        >>> import tempfile
+        >>> from fewstep.training import wflow
+        >>> config = replace(wflow.preset("digits"), steps=2, batch=8, width=16)
+        >>> result = wflow.train(config, Path(tempfile.mkdtemp()), progress=False)
+        >>> result.report.picture.name
+        'samples.png'
+        """
+        require_extra()
+        data = load_enough(config.data)
+        device = torch_device(config.device)
+        shape = tuple(data.images.shape[1:])
+        names = data.names if self.conditional(config) else ()
+        run = Run(config, shape, names, float(data.images.std()))
+        began = self.read_run(out) if resume else None
+        with one_writer(out):
+            if began is None:
+                _begin(out, self.name, run, overwrite=overwrite)
+            else:
+                _check_same(out, began, run)
+                run = began
+            recipes, path = self.networks(run), out / CHECKPOINT
+            if path.exists():
+                modules = {f"{prefix(name)}model.": r.module for name, r in recipes.items()}
+                checkpoint.check_shapes(path, modules)
+            networks = {
+                name: TrainedNetwork(r.module().to(device), lr=r.lr, ema=r.ema, betas=r.betas)
+                for name, r in recipes.items()
+            }
+            session = Session(run, data, networks, out, device, progress)
+            fit(
+                self.stages(session),
+                networks,
+                out,
+                title=config.data,
+                log_every=config.log_every,
+                checkpoint_every=config.checkpoint_every,
+                progress=progress,
+            )
+            done = {
+                name: network.averaged.cpu().eval()
+                for name, network in networks.items()
+                if network.average is not None
+            }
+            report = self.report(session, done)
+        return TrainResult(done[self.network], done, report)
+
+    def take_teacher(self, session: Session[C], folder: Path, *same: str) -> None:
+        """Copy the averaged weights of another run's teacher into this one's.
+
+        Args:
+            session (Session): the run that takes them.
+            folder (Path): folder of the other run.
+            same (str): settings, and attributes of `Run`, that both runs must have in common.
+
+        Raises:
+            ValueError: there is no run, they differ in one of `same`, or the checkpoint is damaged.
+        """
+        its, own = _flat(self.read_run(folder)), _flat(session.run)
+        for name in same:
+            if not _agree(name, its[name], own[name]):
+                raise ValueError(f"teacher: {folder} has {name} {its[name]}, not {own[name]}")
+        state = session.networks["teacher"].state()
+        average = {f"teacher.{key}": t for key, t in state.items() if key.startswith("ema.")}
+        checkpoint.restore(folder / CHECKPOINT, average)
 
 
 def read_config(out: Path, parse: Callable[[dict[str, Any]], T], *, kind: str = "a run") -> T:
     """What `parse` makes of a run's `config.json`.
 
     Raises:
-        ValueError: it is missing, or `parse` takes exception to it.
+        ValueError: the file is missing, or `parse` raises.
     """
     path = out / CONFIG
     try:
@@ -35,8 +345,13 @@ def read_config(out: Path, parse: Callable[[dict[str, Any]], T], *, kind: str = 
         raise ValueError(f"{path} is not the configuration of {kind}: {error}") from error
 
 
+def method_in(content: dict[str, Any]) -> str:
+    """The method in a `config.json`. The first runs named none and were of "wflow"."""
+    return str(content.get("method", "wflow"))
+
+
 def shape_in(content: dict[str, Any]) -> tuple[int, ...]:
-    """`[C, H, W]` of a run's images."""
+    """The shape `[C, H, W]` of a run's images."""
     shape = tuple(map(int, content["image_shape"]))
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"image_shape must be [C, H, W], got {content['image_shape']}")
@@ -44,33 +359,48 @@ def shape_in(content: dict[str, Any]) -> tuple[int, ...]:
 
 
 def classes_in(content: dict[str, Any]) -> tuple[str, ...]:
-    """The names of a run's classes."""
-    classes = content["classes"]
+    """The names of a run's classes; none in a file that lists none."""
+    classes = content.get("classes", [])
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise TypeError(f"classes must be a list of names, got {classes}")
     return tuple(classes)
 
 
-def method_of(out: Path) -> str:
-    """The method of a run, by its `config.json`; "wflow" where that cannot tell."""
-    try:
-        return str(read_json(out / CONFIG)["method"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return "wflow"
+def nested(config: type[RunConfig]) -> dict[str, type]:
+    """The fields of a method's settings that are dataclasses themselves, with their types."""
+    hints = typing.get_type_hints(config)
+    return {
+        f.name: hints[f.name] for f in dataclasses.fields(config) if is_dataclass(hints[f.name])
+    }
+
+
+def _config_in(config: type[C], content: dict[str, Any]) -> C:
+    inner = {name: kind(**_from_json(content[name])) for name, kind in nested(config).items()}
+    return config(**{**_from_json(content), **inner})
+
+
+def _from_json(content: dict[str, Any]) -> dict[str, Any]:
+    """Settings with dtypes in place of the names that `_begin` writes."""
+
+    def read(value: Any) -> Any:
+        dtype = isinstance(value, str) and value.startswith("torch.")
+        return getattr(torch, value.removeprefix("torch.")) if dtype else value
+
+    return {name: read(value) for name, value in content.items()}
 
 
 def require_extra() -> None:
-    """Raise ModuleNotFoundError if a package of `fewstep[train]` is not installed."""
+    """Raise ModuleNotFoundError unless every package of `fewstep[train]` is installed."""
     for name in EXTRA:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def load_enough(source: str) -> Images:
-    """`fewstep.data.images.load`, of as many images as the metrics take.
+    """Load images with `fewstep.data.images.load`, at least as many as the metrics need.
 
     Raises:
-        ValueError: data that cannot be loaded, fewer than 12 images.
+        ValueError: the data cannot be loaded, or there are fewer than 12 images.
     """
     data = load(source)
     if len(data.images) < 12:
@@ -78,28 +408,35 @@ def load_enough(source: str) -> Images:
     return data
 
 
-def open_run(out: Path, method: str, run: Any, *, began: Any | None, overwrite: bool) -> None:
-    """Make `out` hold this run and nothing of another; refuse where that is not asked for.
+def _flat(run: Run[C]) -> dict[str, Any]:
+    """Settings and facts of a run by name."""
+    return {name: v for name, v in (vars(run.config) | vars(run)).items() if name != "config"}
 
-    Args:
-        out (Path): folder of the run.
-        method (str): its name.
-        run (dataclass): what `config.json` is to hold: a `config`, itself a dataclass, and more.
-        began (dataclass | None): likewise, of the run in `out` that is to be resumed.
-        overwrite (bool): replace a run that is in `out`.
+
+def _agree(name: str, noted: Any, own: Any) -> bool:
+    """Whether an entry of another run's file is this run's, or was not noted."""
+    if name != "sigma_data":
+        return bool(noted == own)
+    return math.isnan(noted) or math.isclose(noted, own, rel_tol=_SAME_SPREAD)
+
+
+def _check_same(out: Path, began: Run[C], asked: Run[C]) -> None:
+    """Raise ValueError unless a run that is resumed has the settings and data it began with."""
+    before, after = _flat(began), _flat(asked)
+    for name in sorted(after):
+        if not _agree(name, before[name], after[name]):
+            raise ValueError(
+                f"{out} holds a run of another configuration: {name} is {before[name]},"
+                f" not {after[name]}"
+            )
+
+
+def _begin(out: Path, method: str, run: Run[C], *, overwrite: bool) -> None:
+    """Make `out` the folder of a new run, without anything of an earlier one.
 
     Raises:
-        ValueError: `out` is in use, or holds a run of another configuration.
+        ValueError: `out` holds a run and `overwrite` is not given, or it holds something else.
     """
-    if began is not None:
-        before, asked = ({**vars(r.config), **vars(r)} for r in (began, run))
-        for name in sorted(asked.keys() - {"config"}):
-            if before[name] != asked[name]:
-                raise ValueError(
-                    f"{out} holds a run of another configuration: {name} is {before[name]},"
-                    f" not {asked[name]}"
-                )
-        return
     path = out / CONFIG
     if path.exists() or (out / CHECKPOINT).exists():
         read_config(out, lambda content: content["fewstep"])
@@ -112,4 +449,4 @@ def open_run(out: Path, method: str, run: Any, *, began: Any | None, overwrite: 
     out.mkdir(parents=True, exist_ok=True)
     content = {"fewstep": fewstep.__version__, "method": method, **asdict(run)}
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")

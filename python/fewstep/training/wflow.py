@@ -1,181 +1,78 @@
-"""Training a one-step generator from a configuration, with checkpoints, logs and a report."""
+"""`fewstep train wflow`: a one-step generator, trained with `fewstep.methods.WFlow`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fewstep._checks import check_config
-from fewstep._files import one_writer
-from fewstep._torch import seeded, torch_device
+from fewstep._torch import seeded
 from fewstep.data.images import Images
 from fewstep.methods import WFlow
 from fewstep.metrics.summary import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator
-from fewstep.training import checkpoint, plots
-from fewstep.training.loop import CHECKPOINT, Network, Stage, fit
+from fewstep.training import plots
+from fewstep.training.loop import Stage
 from fewstep.training.runs import (
     PICTURE,
-    classes_in,
-    load_enough,
-    open_run,
-    read_config,
-    require_extra,
-    shape_in,
+    NetworkRecipe,
+    Report,
+    Run,
+    RunConfig,
+    Session,
+    Trainer,
 )
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """What decides a run, all of it.
+class WFlowConfig(RunConfig):
+    """Settings of `fewstep train wflow`.
 
     Attributes:
-        data: "digits", "mnist5k", a .npy file, or a folder of images.
-        steps: optimizer steps.
-        batch: points of each class per step, in each of the three clouds.
-        groups: classes per step, drawn at random where there are more.
-        lr: Adam's learning rate after 50 steps of warm-up; a cosine takes it to 0.
-        ema: decay of the averaged weights, which make the samples.
-        noise_dim: dimension of the noise.
-        width: of the hidden layers.
-        depth: hidden layers.
-        seed: of the weights, the noise and the batches.
-        log_every: steps between entries in the logs.
-        checkpoint_every: steps between checkpoints.
-        device: "auto" takes a GPU where there is one.
-        flow: the method's own numbers.
-
-    Raises:
-        ValueError: a number outside its range.
+        steps: number of optimizer steps.
+        batch: number of points of each class per step, in each of the three clouds.
+        groups: number of classes per step. They are drawn at random if the data has more.
+        noise_dim: dimension of the noise that the generator takes.
+        width: width of the hidden layers.
+        depth: number of hidden layers.
+        flow: settings of the loss.
     """
 
-    data: str
     steps: int = 1500
     batch: int = 128
     groups: int = 10
     lr: float = 5e-3
-    ema: float = 0.995
     noise_dim: int = 8
     width: int = 512
     depth: int = 3
-    seed: int = 0
-    log_every: int = 10
-    checkpoint_every: int = 250
-    device: str = "auto"
     flow: WFlow = field(default_factory=lambda: WFlow(eps=0.02))
-
-    def __post_init__(self) -> None:
-        sizes = ("steps", "batch", "groups", "noise_dim", "width", "depth")
-        check_config(self, *sizes, "log_every", "checkpoint_every")
 
 
 PRESETS = {
-    "digits": TrainConfig("digits", steps=1000, batch=64),
-    "mnist5k": TrainConfig("mnist5k"),
+    "digits": WFlowConfig("digits", steps=1000, batch=64),
+    "mnist5k": WFlowConfig("mnist5k"),
 }
 
 
 @dataclass(frozen=True)
-class Run:
-    """A folder's `config.json`: the configuration and what the generator's shape needs."""
-
-    config: TrainConfig
-    image_shape: tuple[int, ...]
-    classes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What `train` returns.
+class WFlowReport(Report):
+    """How well a generator does.
 
     Attributes:
-        generator: with the averaged weights, on the CPU, in evaluation mode.
-        rows: the metrics of `fewstep.metrics.report`.
-        picture: path of the PNG with real and generated images side by side.
+        rows: rows of `fewstep.metrics.report`.
     """
 
-    generator: MLPGenerator
     rows: list[MetricRow]
-    picture: Path
-
-    @property
-    def table(self) -> str:
-        """The metrics in plain text."""
-        return format_report(self.rows)
 
 
-def preset(data: str) -> TrainConfig:
-    """The defaults for a data set: those of `PRESETS`, or of "mnist5k" for the user's own.
+def evaluate(session: Session[WFlowConfig], networks: dict[str, nn.Module]) -> WFlowReport:
+    """Measure up to 2000 samples against the data and picture them, one row per class.
 
-    >>> preset("digits").batch
-    64
+    The samples have the classes of the data in the same proportions.
     """
-    return PRESETS.get(data) or replace(PRESETS["mnist5k"], data=data)
-
-
-def train(
-    config: TrainConfig,
-    out: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> TrainResult:
-    """Train a class-conditional one-step generator with `WFlow`, then measure and picture it.
-
-    The folder `out` gets `config.json`, `checkpoint.safetensors` (every `checkpoint_every` steps,
-    at the end, and on Ctrl-C or SIGTERM), TensorBoard `logs` and `samples.png`. Each step's batch
-    and noise depend on (seed, step) alone, so a resumed run repeats the uninterrupted one bit for
-    bit on the same machine and thread count.
-
-    Args:
-        config (TrainConfig): see there; `preset(data)` has the defaults.
-        out (Path): folder of the run, made if need be.
-        resume (bool): continue from the checkpoint in `out`, with the configuration it began with.
-        overwrite (bool): replace a run that is in `out`.
-        progress (bool): show a progress bar on stderr.
-
-    Returns:
-        TrainResult: generator, metrics, picture.
-
-    Raises:
-        ValueError: data that cannot be loaded, `out` in use, by a run that is done or by one that
-            goes on, a checkpoint that is damaged or of another run.
-        FloatingPointError: the drift is no longer finite; the last good checkpoint stays.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
-        ModuleNotFoundError: a package of the extra `fewstep[train]` is missing.
-
-    >>> import tempfile
-    >>> config = replace(preset("digits"), steps=2, batch=8, width=16)
-    >>> result = train(config, Path(tempfile.mkdtemp()), progress=False)
-    >>> result.picture.name
-    'samples.png'
-    """
-    require_extra()
-    data = load_enough(config.data)
-    device = torch_device(config.device)
-    run = Run(config, tuple(data.images.shape[1:]), data.names)
-    began = read_run(out) if resume else None
-    with one_writer(out):
-        open_run(out, "wflow", run, began=began, overwrite=overwrite)
-        if (out / CHECKPOINT).exists():
-            checkpoint.check_shapes(out / CHECKPOINT, {"model.": lambda: _generator(run)})
-        generator = _fit(run, data, out, device, progress=progress)
-        rows, picture = evaluate(generator, data, out, seed=config.seed)
-    return TrainResult(generator, rows, picture)
-
-
-def evaluate(
-    generator: MLPGenerator, data: Images, out: Path, *, seed: int = 0
-) -> tuple[list[MetricRow], Path]:
-    """Metrics of up to 2000 samples against the data, and `samples.png`, one row per class.
-
-    Classes are asked for in the proportions of the data.
-    """
+    generator, data, seed = networks[""], session.data, session.run.config.seed
     n = len(data.images)
     m = min(2000, n)
     labels = None
@@ -187,62 +84,53 @@ def evaluate(
         pools = [(data.labels == k).nonzero()[:, 0] for k in range(len(names))]
         real = data.images[torch.cat([pool[torch.arange(columns) % len(pool)] for pool in pools])]
         shown = torch.arange(len(names)).repeat_interleave(columns)
-    picture = out / PICTURE
-    pictured = sample(generator, len(real), labels=shown, seed=seed + 1)
+    picture = session.out / PICTURE
+    pictured = sample(generator, session.run, len(real), labels=shown, seed=seed + 1)
     plots.save_comparison(picture, real, pictured, columns=columns, names=names)
-    generated = sample(generator, m, labels=labels, seed=seed)
+    generated = sample(generator, session.run, m, labels=labels, seed=seed)
     table = report(
         data.images, generated, real_labels=data.labels, generated_labels=labels, seed=seed
     )
-    return table, picture
+    return WFlowReport(format_report(table), picture, table)
 
 
 @torch.no_grad()
 def sample(
-    generator: MLPGenerator, n: int, *, labels: Tensor | None = None, seed: int = 0
+    generator: nn.Module,
+    run: Run[WFlowConfig],
+    n: int,
+    *,
+    labels: Tensor | None = None,
+    seed: int = 0,
 ) -> Tensor:
-    """n images `[n, C, H, W]` in [-1, 1] from seeded noise, of classes `labels [n]`.
+    """Draw n images `[n, C, H, W]` in [-1, 1] from seeded noise, of classes `labels [n]`.
 
-    Without labels, a conditional generator's classes take turns.
+    Without labels, the classes of a conditional generator take turns.
     """
-    noise = torch.randn(n, generator.noise_dim, generator=seeded(seed, 0))
-    if labels is None and generator.classes:
-        labels = torch.arange(n) % generator.classes
-    images: Tensor = generator(noise, labels)
-    return images
+    noise = torch.randn(n, run.config.noise_dim, generator=seeded(seed, 0))
+    if labels is None and run.classes:
+        labels = torch.arange(n) % len(run.classes)
+    return cast(Tensor, generator(noise, labels))
 
 
-def read_run(out: Path) -> Run:
-    """Read the `config.json` of a run.
+def _networks(run: Run[WFlowConfig]) -> dict[str, NetworkRecipe]:
+    config = run.config
 
-    Raises:
-        ValueError: it is missing, or is not one of this method.
-    """
+    def make() -> MLPGenerator:
+        return MLPGenerator(
+            run.image_shape,
+            classes=len(run.classes),
+            noise_dim=config.noise_dim,
+            width=config.width,
+            depth=config.depth,
+        )
 
-    def parse(content: dict[str, Any]) -> Run:
-        if content.get("method", "wflow") != "wflow":
-            raise ValueError(f"method is {content['method']}")
-        config = TrainConfig(**{**content["config"], "flow": WFlow(**content["config"]["flow"])})
-        return Run(config, shape_in(content), classes_in(content))
-
-    return read_config(out, parse)
-
-
-def load_generator(out: Path) -> MLPGenerator:
-    """The generator of a run, with the averaged weights of its last checkpoint.
-
-    Raises:
-        ValueError: no run, or a checkpoint that is missing, damaged or of another run.
-    """
-    run = read_run(out)
-    return checkpoint.restored(out / CHECKPOINT, "ema.module.", lambda: _generator(run))
+    return {"": NetworkRecipe(make, config.seed, config.lr, config.ema)}
 
 
-def _fit(
-    run: Run, data: Images, out: Path, device: torch.device, *, progress: bool
-) -> MLPGenerator:
-    config, classes = run.config, _classes(data)
-    network = Network(_generator(run).to(device), lr=config.lr, ema=config.ema)
+def _stages(session: Session[WFlowConfig]) -> list[Stage]:
+    run, device, network = session.run, session.device, session.networks[""]
+    config, classes = run.config, _classes(session.data)
 
     def update(step: int) -> dict[str, Tensor]:
         labels, noise, real = _draw(config, classes, step)
@@ -255,38 +143,17 @@ def _fit(
         network.step(loss, step / config.steps, step)
         return {"drift": metrics.pop("drift"), "loss": loss, **metrics}
 
-    fit(
-        [Stage("", config.steps, update)],
-        {"": network},
-        out,
-        title=config.data,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        progress=progress,
-    )
-    return cast(MLPGenerator, network.averaged.cpu().eval())
-
-
-def _generator(run: Run) -> MLPGenerator:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.config.seed)
-        return MLPGenerator(
-            run.image_shape,
-            classes=len(run.classes),
-            noise_dim=run.config.noise_dim,
-            width=run.config.width,
-            depth=run.config.depth,
-        )
+    return [Stage("", config.steps, update)]
 
 
 def _classes(data: Images) -> list[Tensor]:
-    """The images of each class; all of them as one where there are no labels."""
+    """The images of each class, or all images as one class if there are no labels."""
     if data.labels is None:
         return [data.images]
     return [data.images[data.labels == k] for k in range(len(data.names))]
 
 
-def _draw(config: TrainConfig, classes: list[Tensor], step: int) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(config: WFlowConfig, classes: list[Tensor], step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Labels `[G]`, noise `[2, G, N, Z]` and real images `[G, N, C, H, W]` of one step.
 
     Images are drawn without replacement, or with it from a class of fewer than N.
@@ -304,3 +171,17 @@ def _draw(config: TrainConfig, classes: list[Tensor], step: int) -> tuple[Tensor
     real = torch.stack([choose(classes[k]) for k in labels.tolist()])
     noise = torch.randn(2, groups, n, config.noise_dim, generator=rng)
     return labels, noise, real
+
+
+TRAINER = Trainer(
+    name="wflow",
+    summary="Train a one-step generator along the Wasserstein gradient flow.",
+    config=WFlowConfig,
+    presets=PRESETS,
+    networks=_networks,
+    stages=_stages,
+    report=evaluate,
+    sample=sample,
+    network="",
+)
+preset, read_run, train = TRAINER.preset, TRAINER.read_run, TRAINER.train
