@@ -302,3 +302,17 @@ def test_what_is_infeasible_is_worth_inf_whatever_mass_its_plan_has(
     result = fewstep.sinkhorn(x, y, a=a, eps=eps, **options, backend=backend)
     assert result.value == torch.inf
     assert not result.converged
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_point_that_keeps_next_to_no_mass(backend: str) -> None:
+    """Its barycentre is right or NaN, on all masses down to none."""
+    x, y = torch.linspace(0, 1.5, 400)[:, None], torch.tensor([[2.0]])
+    result = fewstep.sinkhorn(x, y, eps=1e-3, reach=0.15, max_iter=1, backend=backend)
+    mass = result.transport(torch.ones(1, 1))[:, 0]
+    means = result.barycenter()[:, 0]
+    assert bool(
+        (mass == 0).any() & (mass > 1e-3).any() & (mass < 1e-38).logical_and(mass > 0).any()
+    )
+    torch.testing.assert_close(means[~means.isnan()], torch.full_like(means, 2.0)[~means.isnan()])
+    assert bool((~means.isnan()).logical_or(mass < 1e-33).all())

@@ -302,8 +302,10 @@ class SinkhornResult:
         y = y[:, None].expand(-1, T, -1, -1).flatten(0, 1)
         product = self._apply(y, 0, implicit, rescale=normalize or not implicit)
         out, mass = product[..., :-1], product[..., -1:]
-        # A point that keeps no mass at all has NaN, but not in the gradients of others.
-        mean = torch.where(mass > 0, out / torch.where(mass > 0, mass, 1.0), torch.nan)
+        # A point that keeps no mass has NaN, but not in the gradients of others. Products with less
+        # mass than this one are among the numbers that lack digits.
+        kept = mass >= 2**16 * torch.finfo(mass.dtype).tiny
+        mean = torch.where(kept, out / torch.where(kept, mass, 1.0), torch.nan)
         if normalize:
             out = mean
         elif not implicit:  # without weight f is the transform of g, which says what mass there is
@@ -311,5 +313,5 @@ class SinkhornResult:
             if (rho := p.schedule.rho[0]) is not None:
                 own = torch.exp(-self._potentials()[0] / rho)[..., None]
             weightless = self._per_problem(p.a.detach())[..., None] == 0
-            out = torch.where(weightless, torch.where(mass > 0, own * mean, 0.0), out)
+            out = torch.where(weightless, torch.where(kept, own * mean, 0.0), out)
         return out.reshape(*p.lead, *out.shape[1:])
