@@ -307,7 +307,7 @@ def test_what_is_infeasible_is_worth_inf_whatever_mass_its_plan_has(
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_a_point_that_keeps_next_to_no_mass(backend: str) -> None:
     """Its barycentre is right or NaN, on all masses down to none."""
-    x, y = torch.linspace(0, 1.5, 400)[:, None], torch.tensor([[2.0]])
+    x, y = torch.linspace(0.8, 2.3, 400)[:, None], torch.tensor([[0.3]])
     result = fewstep.sinkhorn(x, y, eps=1e-3, reach=0.15, max_iter=1, backend=backend)
     mass = result.transport(torch.ones(1, 1))[:, 0]
     means = result.barycenter()[:, 0]
