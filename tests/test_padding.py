@@ -309,10 +309,8 @@ def test_a_point_that_keeps_next_to_no_mass(backend: str) -> None:
     """Its barycentre is right or NaN, on all masses down to none."""
     x, y = torch.linspace(0.8, 2.3, 400)[:, None], torch.tensor([[0.3]])
     result = fewstep.sinkhorn(x, y, eps=1e-3, reach=0.15, max_iter=1, backend=backend)
-    mass = result.transport(torch.ones(1, 1))[:, 0]
-    means = result.barycenter()[:, 0]
-    assert bool(
-        (mass == 0).any() & (mass > 1e-3).any() & (mass < 1e-38).logical_and(mass > 0).any()
-    )
-    torch.testing.assert_close(means[~means.isnan()], torch.full_like(means, 2.0)[~means.isnan()])
-    assert bool((~means.isnan()).logical_or(mass < 1e-33).all())
+    mass, means = result.transport(torch.ones(1, 1))[:, 0], result.barycenter()[:, 0]
+    assert bool((mass == 0).any() & ((mass > 0) & (mass < 1e-42)).any() & (mass > 1e-3).any())
+    known = ~means.isnan()
+    assert bool(known[mass >= 1e-33].all())
+    assert means[known].tolist() == pytest.approx([0.3] * int(known.sum()))
