@@ -1,10 +1,12 @@
-"""Networks as training has them: batch norms, buffers, ranks, sharded weights, attention."""
+"""Networks as training has them: norms of a batch, buffers, dropout, ranks, sharded weights."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fewstep
 from fewstep.methods import MarginalReflow
-from support.rows import Velocity, assert_right, rows
+from support.networks import DropPath, Of
+from support.rows import Velocity, assert_right, quiet, rows
 from tolerances import assert_contract
 
 
@@ -190,6 +193,13 @@ def test_batch_norm_without_statistics(estimator: str) -> None:
             fewstep.divergence(own, torch.randn(6, 4), 0.0, estimator=estimator)
 
 
+def test_batch_norm_in_training_says_what_to_do() -> None:
+    for net in (nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))):
+        velocity = SimpleNamespace(net=net)
+        with pytest.raises(ValueError, match=r"eval\(\)"):
+            fewstep.divergence(lambda x, t, v=velocity: v.net(x), torch.randn(6, 4), 0.0)
+
+
 @pytest.mark.filterwarnings("ignore:divergence.*disagree")
 @pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
 def test_buffers_that_forward_updates(estimator: str) -> None:
@@ -204,6 +214,19 @@ def test_buffers_that_forward_updates(estimator: str) -> None:
     else:
         torch.testing.assert_close(net.mean, once)
         torch.testing.assert_close(out.velocity, torch.tanh(net.layer(x - once)))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+@pytest.mark.parametrize("make", [partial(nn.Dropout, 0.5), partial(DropPath, 0.5)])
+def test_one_mask_a_call(make: Callable[[], nn.Module], estimator: str) -> None:
+    """Dropout in training: the trace is that of the velocity that is returned."""
+    net = Of(lambda x, t, drop: drop(x), make()).train()
+    x = torch.randn(16, 4) + 3
+    for _ in range(2):
+        with quiet():
+            out = fewstep.divergence(net, x, 0.0, estimator=estimator)
+        torch.testing.assert_close(out.value, (out.velocity / x).sum(1))
+        assert 0 < float((out.velocity == 0).float().mean()) < 1
 
 
 class Attended(nn.Module):
