@@ -15,17 +15,7 @@ from torch.nn.utils import weight_norm
 
 import fewstep
 from support import rows
-from support.networks import (
-    ROW,
-    WAYS,
-    Of,
-    assert_right,
-    call,
-    linear,
-    normed,
-    of,
-    options_of,
-)
+from support.networks import ROW, WAYS, Of, assert_right, call, linear, normed, of, options_of
 
 
 class Sampled(nn.Module):
