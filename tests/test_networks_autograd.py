@@ -335,3 +335,20 @@ def test_a_checkpointed_block_whose_input_is_used_again(estimator: str) -> None:
         found.append([out.value.detach(), *(p.grad.clone() for p in net.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # it does not depend on x
+def test_a_reentrant_checkpoint_behind_what_is_constant_in_x() -> None:
+    """Its weights train as they do in a plain call."""
+    inner, outer = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def velocity(x: Tensor, t: Any) -> Tensor:
+        with torch.no_grad():
+            h = x.sin()
+        return outer(reentrant(inner(h)))  # type: ignore[no-any-return]
+
+    out = fewstep.divergence(velocity, torch.randn(3, 4), 0.0)
+    assert not out.value.any()
+    out.velocity.sum().backward()
+    assert inner.weight.grad is not None
+    assert inner.weight.grad.any()
