@@ -338,6 +338,7 @@ def test_a_checkpointed_block_whose_input_is_used_again(estimator: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # it does not depend on x
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # where nothing is differentiated
 def test_a_reentrant_checkpoint_behind_what_is_constant_in_x() -> None:
     """Its weights train as they do in a plain call."""
     inner, outer = nn.Linear(4, 8), nn.Linear(8, 4)
