@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from tests.support.problems import DISTANCES, FORMULAS, Problem
+from tests.support.problems import DISTANCES, FORMULAS, ROWS, Problem
 from tests.tolerances import CONTRACT, CONTRACT64, assert_contract, assert_no_worse_than_eager
 from torch import Tensor
 
@@ -455,7 +455,7 @@ def slope(p: Problem, scale: Tensor) -> Tensor:
     x, y = (p.tensors[k] for k in "xy")
     if p.cost == "dot":
         return torch.maximum(x.abs().max(), y.abs().max()).clamp(min=1e-300)
-    if p.cost in DISTANCES[:2]:
+    if ROWS[p.cost].squared:
         return 2 * scale.sqrt()
     if p.cost == "cosine":
         norms = torch.cat([x.norm(dim=-1).flatten(), y.norm(dim=-1).flatten()])
@@ -533,7 +533,7 @@ def moved(p: Problem, k: int) -> tuple[Problem, float]:
     """Costs and temperatures times a power of 2, and that power."""
     s = 2.0**k
     o, t = dict(p.options), dict(p.tensors)
-    squared = p.cost in DISTANCES[:2]
+    squared = ROWS[p.cost].squared
     factor = {"cosine": 1.0, "dot": s * s}.get(p.cost, s * s if squared else s)
     for name in "xyC":
         if name in t:
@@ -679,7 +679,7 @@ def check_formula(c: Comparison) -> None:
     if p.cost not in FORMULAS or isinstance(p.options.get("anneal"), float):
         return
     _, call = arguments(p, torch.float64, grad=False)
-    if not p.balanced and p.cost in DISTANCES[:2]:  # a function's reach is its penalty
+    if not p.balanced and ROWS[p.cost].squared:  # a function's reach is its penalty
         call["reach"] = tuple(p.penalised)
     r = fewstep.sinkhorn(**{**call, "cost": FORMULAS[p.cost]}, backend="reference")
     for name in ("f", "g", "value"):

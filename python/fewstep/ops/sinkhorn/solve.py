@@ -29,7 +29,7 @@ from fewstep.ops.sinkhorn.inputs import (
     penalties,
 )
 from fewstep.ops.sinkhorn.result import CanonicalProblem, SinkhornResult, Versions
-from fewstep.reference import sinkhorn as reference
+from fewstep.reference.costs import COSTS
 from fewstep.reference.sinkhorn import Points, Schedule
 
 _warned = False
@@ -225,15 +225,15 @@ def sinkhorn(
     read = check_finite or device.type == "cpu"
     read = read and not torch.compiler.is_compiling() and not is_transformed()
     points, batch, dtype = canonical_points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
+    row = COSTS[cost] if y is not None and isinstance(cost, str) else COSTS[points.cost]
     targets = None if y is None else points.y
-    if cost == "cosine" and y is not None:
+    if row.directions is not None and y is not None:
         targets = y.to(dtype).reshape(*points.y.shape[:2], y.shape[-1])
     points = labelled(points, batch, labels, label_cost, dtype, read)
     points = replace(points, precision=checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
     e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
-    # Cosine's points are such that half their squared distances are it, but it is no squared cost.
-    rho = penalties(reach, cost if cost == "cosine" else points.cost, dtype)
+    rho = penalties(reach, row, dtype)
     free = rho != (None, None)
     weights = canonical_weights("a", a, batch, points, dtype, read, free=free)
     columns = canonical_weights("b", b, batch, points, dtype, read, free=free)
@@ -291,9 +291,13 @@ def sinkhorn(
             if bad:
                 raise ValueError(f"sinkhorn: {name} must be finite, got {bad} NaN or inf values")
     problem = CanonicalProblem(
-        points, targets, weights, columns, e, f0, g0, schedule, chosen, batch, temperatures
+        *(points, weights, columns, e, f0, g0, schedule),
+        targets=targets,
+        backend=chosen,
+        batch=batch,
+        temperatures=temperatures,
     )
-    f, g, *numbers = autograd.solve(chosen, points, weights, columns, e, f0, g0, schedule)
+    f, g, *numbers = autograd.solve(chosen, problem)
     f, g = (t.reshape(*problem.lead, t.shape[-1]) for t in (f, g))
     value, residual, iterations, converged = (t.reshape(problem.values) for t in numbers)
     plain = not torch.compiler.is_compiling() and not is_transformed()
@@ -333,19 +337,20 @@ def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) 
     s = schedule
     if backend == "reference":
         return None
-    if backend == "keops" and points.cost != "formula":
+    served = backend in COSTS[points.cost].backends
+    if backend == "keops" and not served:
         return "it serves costs given as functions, and the others have kernels of their own"
+    cost = "costs given as functions" if points.formula is not None else f"cost {points.cost!r}"
     full = backend == "cpp"
     kept = backend == "triton" or (backend == "cuda" and dispatch.resident(points))
     asked = {
-        "costs given as functions": backend != "keops" and points.cost == "formula",
+        cost: not served,
         "cu_seqlens": not (full or (backend == "cuda" and kept)) and points.segments is not None,
         "labels": not full and points.labels is not None,
         "exclude_diagonal": not (full or kept) and points.diagonal is not None,
     }
     if backend in ("triton", "cuda"):
         asked |= {
-            f"cost {points.cost!r}": points.cost not in reference.COSTS[:3],
             "several eps": not kept and eps.shape[0] != points.count,
             "anneal": not kept and (s.start is not None or s.temperatures is not None),
             "reach": not kept and s.rho != (None, None),
