@@ -409,6 +409,11 @@ def served(backend: str) -> tuple[str, ...]:
     return tuple(name for name in OF_POINTS if backend in COSTS[name].backends)
 
 
+def of_index(index: int) -> Cost:
+    """The row of a kernel's number."""
+    return next(row for row in _ROWS if row.index == index)
+
+
 def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
     """`C [B, N, M]` of one of `NAMES`, of points as they are."""
     matrix = COSTS[cost].matrix
