@@ -63,6 +63,7 @@ _INTEGERS = (
     "d",
     "groups",
     "inner",
+    "m",
     "n",
     "per_sample",
     "period",
@@ -122,8 +123,7 @@ def compile_kernel(kernel: Any, *, dtype: str, arch: str, launch: dict[str, Any]
     signature |= {name: "i32" for name in _INTEGERS if name in names}
     signature |= dict.fromkeys(constants, "constexpr")
     if "clouds" in names:
-        kinds = Clouds.__annotations__.values()
-        of_fields = (_POINTER[dtype] if kind == "Tensor" else "i32" for kind in kinds)
+        of_fields = ("i32" if name in _INTEGERS else _POINTER[dtype] for name in Clouds._fields)
         signature["clouds"] = Clouds._make(of_fields)
     # The launchers pad the points, and the coordinates of a dot, to multiples of 16.
     aligned = {"N", "M", "n", "m"} | ({"D", "d"} if launch.get("DOT") else set())

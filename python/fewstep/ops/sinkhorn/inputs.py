@@ -67,7 +67,7 @@ def given_numbers(
             check_constant(op, name, value)
         check_real(op, name, value)
         return value if isinstance(value, Tensor) else torch.tensor(value)
-    if isinstance(value, np.ndarray) or is_number(value):
+    if is_number(value):
         return number(op, name, value)
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         kinds = "a number, a sequence of numbers or a Tensor"
@@ -317,6 +317,9 @@ def penalties(
     reach: float | tuple[float | None, float | None] | None, cost: Cost, dtype: torch.dtype
 ) -> tuple[float | None, float | None]:
     """`rho` for a cost as named by the user; None for a constraint: so is what is too large."""
+    if isinstance(reach, np.ndarray | Tensor) and reach.ndim == 1:
+        given = given_numbers("sinkhorn", "reach", reach)
+        reach = given.tolist() if isinstance(given, Tensor) else given
     pair = reach if isinstance(reach, tuple | list) else (reach, reach)
     if len(pair) != 2:
         raise ValueError(f"sinkhorn: reach must be a number or a pair, got {reach}")
@@ -346,6 +349,8 @@ def annealed(
     if anneal is None:
         return schedule
     anneal = given_numbers("sinkhorn", "anneal", anneal)
+    if isinstance(anneal, Tensor) and anneal.ndim == 0:
+        anneal = number("sinkhorn", "anneal", anneal)
     if isinstance(anneal, int | float):
         # One that rounds to 1 would never end.
         if not 0 < anneal <= 1 - torch.finfo(eps.dtype).eps:
