@@ -63,7 +63,6 @@ _INTEGERS = (
     "d",
     "groups",
     "inner",
-    "m",
     "n",
     "per_sample",
     "period",
@@ -123,17 +122,19 @@ def compile_kernel(kernel: Any, *, dtype: str, arch: str, launch: dict[str, Any]
     signature |= {name: "i32" for name in _INTEGERS if name in names}
     signature |= dict.fromkeys(constants, "constexpr")
     if "clouds" in names:
-        of_fields = ("i32" if name in _INTEGERS else _POINTER[dtype] for name in Clouds._fields)
+        of_fields = (
+            "i32" if name in ("n", "m", "d") else _POINTER[dtype] for name in Clouds._fields
+        )
         signature["clouds"] = Clouds._make(of_fields)
     # The launchers pad the points, and the coordinates of a dot, to multiples of 16.
-    aligned = {"N", "M", "n", "m"} | ({"D", "d"} if launch.get("DOT") else set())
+    aligned = {"N", "M"} | ({"D"} if launch.get("DOT") else set())
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for p in kernel.params:
         own = signature[p.name]
         places: list[tuple[tuple[int, ...], str, str]] = [((p.num,), p.name, own)]
         if isinstance(own, Clouds):
             fields = enumerate(own._asdict().items())
-            places = [((p.num, k), name, str(one)) for k, (name, one) in fields]
+            places = [((p.num, k), name.upper(), str(one)) for k, (name, one) in fields]
         for place, name, one in places:
             if not p.do_not_specialize and (one[0] == "*" or name in aligned):
                 attributes[place] = [["tt.divisibility", 16]]

@@ -8,7 +8,6 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from torch import Tensor
 
 import fewstep
 from fewstep.ops.sinkhorn import dispatch
-from fewstep.reference import costs
 from fewstep.reference.costs import OF_POINTS, cost_matrix
 from fewstep.reference.sinkhorn import Inputs, Points, Schedule
 from tolerances import assert_contract, assert_no_worse_than_eager
@@ -487,12 +485,3 @@ def test_backend_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWSTEP_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         fewstep.sinkhorn(X, Y, eps=0.1)
-
-
-def test_sources_name_each_op_once() -> None:
-    """The C++ enum of costs and the tuple in Python are one order."""
-    header = Path(__file__).parents[1] / "csrc" / "cpu" / "sinkhorn.h"
-    line = next(s for s in header.read_text().splitlines() if "enum class Cost" in s)
-    for row in costs.COSTS.values():
-        if row.name != "formula" and row.directions is None:  # which have no kernel
-            assert f" {row.name} = {row.index}" in line
