@@ -60,6 +60,7 @@ class Batched(torch.autograd.Function):
                 return t.reshape(len(t), count, t.shape[1] // count, *t.shape[2:]).movedim(1, 0)
             return t.reshape(count, t.shape[0] // count, *t.shape[1:])
 
+        # Problem i of the v-th call begins behind all points of the calls before.
         def join(cu: Tensor, points: int) -> Tensor:  # [V, B + 1] -> [V B + 1]
             starts = torch.arange(count, device=cu.device)[:, None] * points
             return torch.cat([cu[0, :1], (cu[:, 1:] + starts).flatten()])
@@ -85,6 +86,7 @@ class Batched(torch.autograd.Function):
 
 
 def save(ctx: Any, tensors: Any) -> None:
+    """For reverse and forward mode, which hand over None, not zeros, for what has no derivative."""
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)

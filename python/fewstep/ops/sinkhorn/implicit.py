@@ -177,6 +177,8 @@ def hessian_product(u: Directions, p: Problem, c: Constants, need: Flags) -> Ten
     p = system.p
     direction = _Direction(u, p, system.slopes)
     df, dg = system.solve(*_right_hand_sides(system, direction))
+    # Along u and with the potentials' answer, the derivative of the envelope gradient: P changes,
+    # and so do the dC_ij/dx_i that it weights.
     of_x, of_y, of_a, of_b, of_matrix = out = _zeros(p, need)
     streams = _streams(p, c)
     if streams:
@@ -202,6 +204,7 @@ def hessian_product(u: Directions, p: Problem, c: Constants, need: Flags) -> Ten
             _add(of_y, block.problems, y)
     _add(of_a, ..., system.slopes[0] * system.R * df)
     _add(of_b, ..., system.slopes[1] * system.S * dg)
+    # The term in eps (sum a)(sum b), which is 0 for directions that keep the mass.
     if u[3] is not None:
         _add(of_a, ..., p.eps[:, None] * u[3].double().sum(-1, keepdim=True))
     if u[2] is not None:

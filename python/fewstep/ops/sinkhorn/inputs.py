@@ -338,6 +338,44 @@ def penalties(
     return penalty(pair[0]), penalty(pair[1])
 
 
+def checked_schedule(
+    max_iter: int,
+    tol: float | None,
+    rho: tuple[float | None, float | None],
+    relax: float,
+    update: str,
+    single: bool,
+    memory_limit: int,
+) -> Schedule:
+    """Without annealing; `single` where symmetric updates would keep one potential."""
+    max_iter = integer("sinkhorn", "max_iter", max_iter)
+    memory_limit = integer("sinkhorn", "memory_limit", memory_limit)
+    tol = None if tol is None else number("sinkhorn", "tol", tol)
+    relax = number("sinkhorn", "relax", relax)
+    if max_iter < 1:
+        raise ValueError(f"sinkhorn: max_iter must be at least 1, got {max_iter}")
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"sinkhorn: tol must be None or at least 0, got {tol}")
+    if memory_limit < 0:
+        raise ValueError(f"sinkhorn: memory_limit must not be negative, got {memory_limit}")
+    if update not in UPDATES:
+        raise ValueError(f"sinkhorn: update must be one of {UPDATES}, got {update!r}")
+    if not 0 < relax < 2:
+        raise ValueError(f"sinkhorn: relax must be above 0 and below 2, got {relax}")
+    simultaneous = update == "symmetric"
+    if simultaneous and relax != 1:
+        raise ValueError(f"sinkhorn: relax must be 1 with symmetric updates, got {relax}")
+    return Schedule(
+        max_iter=max_iter,
+        tol=tol,
+        rho=rho,
+        relax=0.5 if simultaneous else relax,
+        simultaneous=simultaneous,
+        single=simultaneous and single,
+        memory_limit=memory_limit,
+    )
+
+
 def annealed(
     schedule: Schedule,
     anneal: float | Sequence[float] | Tensor | None,

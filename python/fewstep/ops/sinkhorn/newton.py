@@ -109,6 +109,7 @@ class System:
         """Takes potentials of the problem given; the L1 error of its marginals over the mass."""
         c, eps = self.c, given.eps[:, None]
         self.slopes = _slope(f, c.rho_x), _slope(g, c.rho_y)
+        # -eps phi'' / phi' = eps / rho, whatever f is: R over the slope is the row's mass and that.
         stiff_x, stiff_y = (0 if rho is None else eps / rho for rho in (c.rho_x, c.rho_y))
         a, b = (
             torch.where(w > 0, w * slope, 0.0)
@@ -117,6 +118,7 @@ class System:
         p = given._replace(a=a, b=b, f=f * (1 + stiff_x), g=g * (1 + stiff_y))
         self.p = p
         (count, n), m = p.a.shape, p.b.shape[1]
+        # A matrix is in memory anyway, and no kernel streams it.
         dense = count * n * m <= KEPT_PAIRS or p.matrix is not None
         self.e = Block(p, c, slice(0, count), slice(0, n)).e if dense else None
         row_mass, column_mass = self.rows(None, p.b), self.columns(None, p.a)
@@ -151,6 +153,7 @@ class System:
         They are differences of terms of that size.
         """
         p = self.p
+        # Scaled by sqrt(a / R) on both sides the system is symmetric: 1 and a contraction.
         if self.c.symmetric:  # df = dg: R_i df_i + sum_j a_j e_ij df_j = r_i
             w = (p.a * self.inverse_R).sqrt()
             h = conjugate_gradient(lambda h: h + w * self.rows(h, w), w * r, self.tolerance)
@@ -176,7 +179,9 @@ class System:
         def columns(mf: Tensor) -> Tensor:
             return torch.where(p.b > 0, p.b * self.columns(mf, torch.ones_like(p.a)), 0.0)
 
-        # mg_j = ug_j / S_j is final where b_j = 0, and w_j = 0 there.
+        # The transpose of `solve`: mf is eliminated, as df is there, and the same Schur complement
+        # is left, with sqrt(b) on the other side. mg_j = ug_j / S_j is final where b_j = 0: w_j is
+        # 0 there.
         mg = torch.where(p.b > 0, 0.0, ug * self.inverse_S)
         of_uf = columns((uf - rows(mg)) * self.inverse_R)
         unit = torch.where(p.b > 0, 1 / p.b.sqrt(), 0.0) * self.inverse_S.sqrt()

@@ -11,21 +11,20 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from fewstep._checks import flags, integer
+from fewstep._checks import flags
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed
 from fewstep.ops.sinkhorn import autograd, dispatch
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
 from fewstep.ops.sinkhorn.inputs import (
-    UPDATES,
     annealed,
     canonical_eps,
     canonical_points,
     canonical_weights,
     checked_precision,
+    checked_schedule,
     initial_potential,
     labelled,
-    number,
     penalties,
 )
 from fewstep.ops.sinkhorn.result import CanonicalProblem, SinkhornResult, Versions
@@ -237,39 +236,13 @@ def sinkhorn(
     free = rho != (None, None)
     weights = canonical_weights("a", a, batch, points, dtype, read, free=free)
     columns = canonical_weights("b", b, batch, points, dtype, read, free=free)
-    max_iter = integer("sinkhorn", "max_iter", max_iter)
-    memory_limit = integer("sinkhorn", "memory_limit", memory_limit)
-    tol = None if tol is None else number("sinkhorn", "tol", tol)
-    relax = number("sinkhorn", "relax", relax)
-    if max_iter < 1:
-        raise ValueError(f"sinkhorn: max_iter must be at least 1, got {max_iter}")
-    if tol is not None and not tol >= 0:
-        raise ValueError(f"sinkhorn: tol must be None or at least 0, got {tol}")
-    if memory_limit < 0:
-        raise ValueError(f"sinkhorn: memory_limit must not be negative, got {memory_limit}")
-    if update not in UPDATES:
-        raise ValueError(f"sinkhorn: update must be one of {UPDATES}, got {update!r}")
-    if not 0 < relax < 2:
-        raise ValueError(f"sinkhorn: relax must be above 0 and below 2, got {relax}")
-    simultaneous = update == "symmetric"
-    if simultaneous and relax != 1:
-        raise ValueError(f"sinkhorn: relax must be 1 with symmetric updates, got {relax}")
-    same_segments = cu_seqlens is None or cu_seqlens[0] is cu_seqlens[1]
-    single = simultaneous and x is y and x is not None and a is b and init is None
     # Label costs need not be symmetric, and looking would cost a synchronisation on a GPU.
-    single = single and labels is None and same_segments
+    single = x is y and x is not None and a is b and init is None and labels is None
+    single = single and (cu_seqlens is None or cu_seqlens[0] is cu_seqlens[1])
     single = single and not points.diagonal and rho[0] == rho[1]
     # Coordinates that tell zero vectors of x from those of y make clouds that are not the same.
     single = single and (x is None or points.x.shape[-1] == x.shape[-1])
-    schedule = Schedule(
-        max_iter=max_iter,
-        tol=tol,
-        rho=rho,
-        relax=0.5 if simultaneous else relax,
-        simultaneous=simultaneous,
-        single=single,
-        memory_limit=memory_limit,
-    )
+    schedule = checked_schedule(max_iter, tol, rho, relax, update, single, memory_limit)
     schedule = annealed(schedule, anneal, points, (weights, columns), e, read)
     f0, g0 = (
         (None, None)
