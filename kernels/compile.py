@@ -27,6 +27,7 @@ from .sinkhorn import hessian
 from .sinkhorn.alternating import sinkhorn_column_kernel, sinkhorn_row_kernel
 from .sinkhorn.apply import sinkhorn_apply_kernel
 from .sinkhorn.kept import sinkhorn_cost_kernel, sinkhorn_kept_kernel, sinkhorn_kept_merge_kernel
+from .sinkhorn.layout import Clouds
 from .sinkhorn.symmetric import sinkhorn_merge_kernel, sinkhorn_symmetric_kernel
 
 # With float32, tangents and probes may be bfloat16.
@@ -113,20 +114,30 @@ def compile_kernel(kernel: Any, *, dtype: str, arch: str, launch: dict[str, Any]
         raise RuntimeError("compile_kernel: unset TRITON_INTERPRET before importing the kernels")
     names = kernel.arg_names
     constants = {name: value for name, value in launch.items() if name in names}
-    signature = {name: _OTHER.get(name, _POINTER[dtype]) for name in names}
+    signature: dict[str, Any] = {name: _OTHER.get(name, _POINTER[dtype]) for name in names}
     if dtype == "bfloat16 tangents":
         drawn = "Out" if launch.get("MODE") == 0 else "Y"
         low = (drawn,) if kernel is probe_kernel else _TANGENTS
         signature |= {name: "*bf16" for name in low if name in names}
     signature |= {name: "i32" for name in _INTEGERS if name in names}
     signature |= dict.fromkeys(constants, "constexpr")
+    if "clouds" in names:
+        of_fields = (
+            "i32" if name in ("n", "m", "d") else _POINTER[dtype] for name in Clouds._fields
+        )
+        signature["clouds"] = Clouds._make(of_fields)
     # The launchers pad the points, and the coordinates of a dot, to multiples of 16.
     aligned = {"N", "M"} | ({"D"} if launch.get("DOT") else set())
-    attributes = {
-        (p.num,): [["tt.divisibility", 16]]
-        for p in kernel.params
-        if not p.do_not_specialize and (signature[p.name][0] == "*" or p.name in aligned)
-    }
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for p in kernel.params:
+        own = signature[p.name]
+        places: list[tuple[tuple[int, ...], str, str]] = [((p.num,), p.name, own)]
+        if isinstance(own, Clouds):
+            fields = enumerate(own._asdict().items())
+            places = [((p.num, k), name.upper(), str(one)) for k, (name, one) in fields]
+        for place, name, one in places:
+            if not p.do_not_specialize and (one[0] == "*" or name in aligned):
+                attributes[place] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)

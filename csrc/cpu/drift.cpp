@@ -437,7 +437,7 @@ Moment moment_of_squares(const Drift<T>& in, int64_t g, int64_t clouds, Workspac
 
 template <class T>
 double scale_of(const Drift<T>& in, int64_t threads) {
-  const bool squared = in.cost != Cost::euclidean;
+  const bool squared = is_squared(in.cost);
   const int64_t clouds = in.joint ? in.cloud_count : 2;
   std::vector<Moment> moments(in.groups);
   int64_t points = in.x.count;
@@ -452,7 +452,7 @@ double scale_of(const Drift<T>& in, int64_t threads) {
     total.weight += m.weight;
   }
   const double mean = total.distance / total.weight;
-  const double scale = (squared ? std::sqrt(mean) : mean) / std::sqrt(static_cast<double>(in.d));
+  const double scale = root(in.cost, mean) / std::sqrt(static_cast<double>(in.d));
   return scale < kMinScale ? kMinScale : scale;  // NaN stays
 }
 
@@ -475,15 +475,15 @@ void drift_group(const Drift<T>& in, int64_t g, double scale, const Velocities<T
   const auto& kernel = drift_kernels<T>();
   kernel.mean(in.x.data + g * in.x.batch, in.x.row, n, d, w.centre.get(d));
   const double guidance = in.cloud_count > 2 ? in.guidance[g] : 0;
-  const double unit = in.cost == Cost::half_sqeuclidean ? 0.5 : 1.0;
-  const double distance = in.cost == Cost::euclidean ? scale : scale * scale;
-  const double dimension = !in.scaled ? 1.0 : in.cost == Cost::euclidean ? std::sqrt(static_cast<double>(d)) : d;
+  const double size = static_cast<double>(d), dimension = !in.scaled            ? 1.0
+                                                          : is_squared(in.cost) ? size
+                                                                                : std::sqrt(size);
   T* velocity = w.velocity.get(in.temperatures * n * d);
   for (int64_t p = 0; p < plans; ++p) {
     Coupling<T> coupling(in, g, p, in.joint ? in.cloud_count : 1, w, threads);
     const double factor = p == 0 ? 1 + (in.joint ? 0 : guidance) : p == 1 ? -1 : -guidance;
     for (int64_t t = 0; t < in.temperatures; ++t) {
-      coupling.solve(unit * kLog2E / (in.eps[t] * dimension * distance));
+      coupling.solve(unit(in.cost) * kLog2E / (in.eps[t] * dimension * power(in.cost, scale)));
       const PlanSums sums = coupling.finish(factor / scale, velocity + t * n * d, p > 0);
       const int64_t i = (t * in.groups + g) * plans + p;
       in.residual[i] = static_cast<T>(sums.residual);

@@ -68,7 +68,7 @@ struct Problems {
             label_cost.has_value() ? label_cost->size(0) : 0,
             label_cost.has_value() ? label_cost->size(1) : 0,
             diagonal.value_or(cpu::kNoDiagonal),
-            static_cast<cpu::Cost>(cost)};
+            fewstep::Cost(cost)};
   }
 };
 
@@ -222,7 +222,7 @@ Outputs sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, c
                            read<T>(wc),
                            read<T>(gc),
                            read<T>(ec),
-                           static_cast<cpu::Cost>(cost),
+                           fewstep::Cost(cost),
                            max_iter,
                            joint,
                            scaled,

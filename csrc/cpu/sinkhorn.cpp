@@ -128,8 +128,6 @@ constexpr int64_t kLastSteps = 10;
 // Points of less than this share of the largest weight are light; in Python LIGHT.
 constexpr double kLight = 1e-3;
 
-double unit(Cost cost) { return cost == Cost::half_sqeuclidean ? 0.5 : 1.0; }
-
 // Geometry for temperature 1 / (k unit ln 2), with y packed and labels spread over the columns.
 template <class T>
 Geometry<T> geometry(const Batch<T>& in, const Place<T>& at, Workspace<T>& w) {
@@ -187,7 +185,7 @@ void gradients(const Batch<T>& in, const Geometry<T>& p, const Place<T>& at, con
   const int64_t step = std::max(kWeights / (p.stride * static_cast<int64_t>(sizeof(T))) / panel, int64_t(1)) * panel;
   int64_t block = panel;
   while (block > 2 && block * 16 > std::min(step, at.n)) block /= 2;
-  const T factor = (in.cost == Cost::sqeuclidean ? T(2) : in.cost == Cost::dot ? T(-1) : T(1)) * (self ? T(2) : T(1));
+  const T factor = static_cast<T>(slope(in.cost)) * (self ? T(2) : T(1));
   T *a = w.fa.get(at.n), *of_weight = w.f_next.get(at.n);
   for (int64_t i = 0; i < at.n; ++i) {
     a[i] = factor * at.a[i];

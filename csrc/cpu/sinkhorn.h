@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace fewstep::cpu {
+#include "shared/cost.h"
 
-enum class Cost : int64_t { sqeuclidean = 0, half_sqeuclidean = 1, euclidean = 2, dot = 3, l1 = 4, matrix = 5 };
+namespace fewstep::cpu {
 
 constexpr int64_t kNoDiagonal = INT64_MIN;
 

@@ -14,6 +14,7 @@
 
 namespace {
 
+using fewstep::Cost;
 using fewstep::cuda::check;
 using fewstep::cuda::Device;
 using torch::headeronly::ScalarType;
@@ -43,7 +44,7 @@ void check_points(const Tensor& x, const Tensor& y, int64_t cost) {
   check_input(x, "x", x, {x.size(0), x.size(1), x.size(2)});
   check_input(y, "y", x, {x.size(0), y.size(1), x.size(2)});
   STD_TORCH_CHECK(x.size(1) > 0 && y.size(1) > 0 && x.size(2) > 0, "sinkhorn: x and y must have points and D > 0");
-  STD_TORCH_CHECK(0 <= cost && cost <= 2, "sinkhorn: cost must be 0, 1 or 2, got ", cost);
+  STD_TORCH_CHECK(fewstep::on_gpu(Cost(cost)), "sinkhorn: CUDA kernels have no cost ", cost);
 }
 
 template <typename T>
@@ -115,7 +116,7 @@ Solution solve_resident(const fewstep::cuda::ResidentPlan& plan, const Tensor& x
   in.n = n;
   in.m = m;
   in.d = x.size(2);
-  in.cost = cost;
+  in.cost = Cost(cost);
   in.precision = o.precision;
   in.diagonal = o.diagonal.value_or(fewstep::cuda::kNoDiagonal64);
   in.schedule = pointer(schedule);
@@ -193,7 +194,7 @@ Solution sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tenso
       // Freed on return; torch hands it out again in stream order, after the kernel.
       const Tensor workspace = new_empty(x, {plan.workspace_elements()});
       check(fewstep::cuda::sinkhorn(plan, data<T>(xc), data<T>(yc), data<T>(ac), data<T>(bc), data<T>(ec),
-                                    g0 ? data<T>(gc) : nullptr, batch, n, m, d, cost, max_iter, tol.value_or(-1),
+                                    g0 ? data<T>(gc) : nullptr, batch, n, m, d, Cost(cost), max_iter, tol.value_or(-1),
                                     tol.value_or(kDefaultTol), mutable_data<T>(workspace), mutable_data<T>(f),
                                     mutable_data<T>(g), mutable_data<T>(value), mutable_data<T>(residual),
                                     mutable_data<int64_t>(iterations), mutable_data<bool>(converged), device.stream));
@@ -228,8 +229,8 @@ fewstep::cuda::Clouds clouds_of(const Tensor& x, const Tensor& y, const Tensor& 
           x.size(2),
           segment_x ? data<int64_t>(*segment_x) : nullptr,
           segment_y ? data<int64_t>(*segment_y) : nullptr,
-          cost,
-          diagonal.value_or(INT64_MIN)};
+          diagonal.value_or(INT64_MIN),
+          Cost(cost)};
 }
 
 std::tuple<Tensor, Tensor> sinkhorn_transport(const Tensor& x, const Tensor& y, const Tensor& f, const Tensor& g,
@@ -305,7 +306,7 @@ Solution sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, 
   in.temperatures = count;
   in.n = n;
   in.d = d;
-  in.cost = cost;
+  in.cost = Cost(cost);
   in.precision = precision;
   in.max_iter = max_iter;
   in.diagonal = diagonal.value_or(fewstep::cuda::kNoDiagonal64);

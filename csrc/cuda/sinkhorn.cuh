@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../shared/cost.h"
+
 namespace fewstep::cuda {
 
 struct SinkhornPlan {
@@ -24,7 +26,7 @@ cudaError_t plan_sinkhorn(int64_t batch, int64_t n, int64_t m, int64_t element_b
 // [plan.workspace_elements()] -> f [batch, n], g [batch, m], the others [batch]. A negative tol is never reached.
 template <typename T>
 cudaError_t sinkhorn(const SinkhornPlan& plan, const T* x, const T* y, const T* a, const T* b, const T* eps,
-                     const T* g0, int64_t batch, int64_t n, int64_t m, int64_t d, int64_t cost, int64_t max_iter,
+                     const T* g0, int64_t batch, int64_t n, int64_t m, int64_t d, Cost cost, int64_t max_iter,
                      double tol, double converged_at, T* workspace, T* f, T* g, T* value, T* residual,
                      int64_t* iterations, bool* converged, cudaStream_t stream);
 
@@ -34,7 +36,8 @@ struct Clouds {
   int64_t batch, temperatures, n, m, d;  // batch counts problems
   const int64_t* segment_x;
   const int64_t* segment_y;
-  int64_t cost, diagonal;  // INT64_MIN: none
+  int64_t diagonal;  // INT64_MIN: none
+  Cost cost;
 };
 
 // v [batch, m, k] -> out [batch, n, k], mass [batch, n]; x [batch / temperatures, n, d], b likewise.

@@ -16,13 +16,16 @@ from torch import Tensor
 _MOST = {"depth": 1000}
 
 
+# Numbers and integers are those of Python and NumPy, and arrays and tensors without a dimension.
 def is_number(value: object) -> bool:
-    """Of Python or of NumPy. A bool is none."""
+    """A bool is none."""
+    if isinstance(value, np.ndarray | Tensor):
+        return value.ndim == 0
     return isinstance(value, int | float | Real) and not isinstance(value, bool)
 
 
 def number(who: str, name: str, value: Any) -> float:
-    """A number as one of Python, also of an array or tensor that has no dimension."""
+    """A number as one of Python."""
     if isinstance(value, float):
         return value
     if isinstance(value, np.ndarray | Tensor):
@@ -56,6 +59,8 @@ def integer(who: str, name: str, value: Any) -> int:
     try:
         if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
             raise TypeError
+        if isinstance(value, np.ndarray | Tensor) and value.ndim > 0:
+            raise TypeError
         whole = value if isinstance(value, int) else operator.index(value)
     except (TypeError, RuntimeError):  # torch raises both
         raise TypeError(f"{who}: {name} must be an integer, got {value!r}") from None
@@ -66,10 +71,13 @@ def integer(who: str, name: str, value: Any) -> int:
 
 def count(who: str, name: str, value: Any, low: int = 1) -> int:
     """An integer of at least `low`."""
-    whole = type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
-    if not whole or value < low:
+    try:
+        whole = integer(who, name, value)
+    except TypeError:
+        whole = low - 1
+    if whole < low:
         raise ValueError(f"{who}: {name} must be an integer of at least {low}, got {value!r}")
-    return integer(who, name, value)
+    return whole
 
 
 def one_of(who: str, name: str, value: Any, choices: Sequence[str]) -> None:

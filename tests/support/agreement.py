@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tests.support.problems import DISTANCES, Problem
+from tests.support.problems import ROWS, Problem
 from tests.tolerances import CONTRACT, CONTRACT64, assert_contract, assert_no_worse_than_eager
 from torch import Tensor
 
@@ -449,7 +449,7 @@ def slope(p: Problem, scale: Tensor) -> Tensor:
     x, y = (p.tensors[k] for k in "xy")
     if p.cost == "dot":
         return torch.maximum(x.abs().max(), y.abs().max()).clamp(min=1e-300)
-    if p.cost in DISTANCES[:2]:
+    if ROWS[p.cost].squared:
         return 2 * scale.sqrt()
     if p.cost == "cosine":
         norms = torch.cat([x.norm(dim=-1).flatten(), y.norm(dim=-1).flatten()])

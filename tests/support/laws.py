@@ -22,7 +22,7 @@ from tests.support.agreement import (
     solve,
 )
 from tests.support.divergence_drift import check_divergence, check_drift
-from tests.support.problems import DISTANCES, FORMULAS, Problem
+from tests.support.problems import DISTANCES, FORMULAS, ROWS, Problem
 from tests.tolerances import assert_contract
 from torch import Tensor
 
@@ -86,7 +86,7 @@ def moved(p: Problem, k: int) -> tuple[Problem, float]:
     """Costs and temperatures times a power of 2, and that power."""
     s = 2.0**k
     o, t = dict(p.options), dict(p.tensors)
-    squared = p.cost in DISTANCES[:2]
+    squared = ROWS[p.cost].squared
     factor = {"cosine": 1.0, "dot": s * s}.get(p.cost, s * s if squared else s)
     for name in "xyC":
         if name in t:
@@ -232,7 +232,7 @@ def check_formula(c: Comparison) -> None:
     if p.cost not in FORMULAS or isinstance(p.options.get("anneal"), float):
         return
     _, call = arguments(p, torch.float64, grad=False)
-    if not p.balanced and p.cost in DISTANCES[:2]:  # a function's reach is its penalty
+    if not p.balanced and ROWS[p.cost].squared:  # a function's reach is its penalty
         call["reach"] = tuple(p.penalised)
     r = fewstep.sinkhorn(**{**call, "cost": FORMULAS[p.cost]}, backend="reference")
     for name in ("f", "g", "value"):

@@ -13,7 +13,6 @@ namespace fewstep::resident {
 using block::at_most_nowhere;
 using block::beyond_digits;
 using block::exp2;
-using block::finish_cost;
 using block::kFar;
 using block::kLowest;
 using block::kNoDiagonal;
@@ -100,7 +99,8 @@ template <typename T>
 struct Points {
   const T* x;  // [n, d]
   Columns<T> y;
-  int n, m, d, cost;
+  int n, m, d;
+  Cost cost;
   // The pair of row i and column diagonal_begin + i + diagonal is left out if that column is below diagonal_end.
   int diagonal, diagonal_begin, diagonal_end;
   int precision;  // halves::Precision

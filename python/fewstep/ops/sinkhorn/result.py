@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import flags
+from fewstep._torch import exactly
 from fewstep.ops.sinkhorn import autograd
 from fewstep.ops.sinkhorn.inputs import check_dense
 from fewstep.ops.sinkhorn.problem import (
@@ -18,7 +19,7 @@ from fewstep.ops.sinkhorn.problem import (
     to_points,
     transposed,
 )
-from fewstep.reference.sinkhorn import Points, Schedule, exponent
+from fewstep.reference.sinkhorn import Inputs, exponent
 
 
 class Versions:
@@ -40,18 +41,11 @@ class Versions:
         return next((name for name, t, version in self._seen if t._version != version), None)
 
 
-@dataclass(frozen=True)
-class CanonicalProblem:
-    """The inputs in canonical form, as `fewstep.reference.sinkhorn` has them."""
+@dataclass(frozen=True, kw_only=True)
+class CanonicalProblem(Inputs):
+    """What a user gave, in canonical form, and what results take from it."""
 
-    points: Points
     targets: Tensor | None  # y as given, [B, M, D]; None with a cost matrix
-    a: Tensor  # [B, N], or [1, N] where ragged
-    b: Tensor  # [B, M]
-    eps: Tensor  # [P]
-    f0: Tensor | None  # [P, N], or [T, N] where ragged
-    g0: Tensor | None
-    schedule: Schedule
     backend: str
     batch: tuple[int, ...]  # leading shape of the caller's points
     temperatures: tuple[int, ...]  # (T,) where several were given
@@ -142,7 +136,7 @@ class SinkhornResult:
         return f.reshape(count, f.shape[-1]), g.reshape(count, g.shape[-1])
 
     def _solved(self, implicit: bool) -> tuple[list[Problem], Constants]:
-        """What `differentiable` needs; a constant plan, or one that depends on the inputs."""
+        """What `autograd` needs; a constant plan, or one that depends on the inputs."""
         p = self._problem
         points, a, b = p.points, p.a, p.b
         if not implicit:
@@ -268,7 +262,7 @@ class SinkhornResult:
         for problem in solved:
             check_digits(problem, constants)
         a, b = self._per_problem(p.a.detach()), self._per_problem(p.b.detach())
-        with torch.autocast(a.device.type, enabled=False):
+        with exactly(a.device):
             C = self._per_problem(p.points.detached().costs())
             z = exponent(C, *self._potentials(), p.eps)
         # Where both weights are tiny, or 0, the exponential may overflow before they multiply it.

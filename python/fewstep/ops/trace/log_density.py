@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._torch import to_random_state, wide
+from fewstep._torch import exactly, to_random_state, wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.trace import replicas
 from fewstep.ops.trace.estimator import Divergence, Solver, population
@@ -310,7 +310,7 @@ def _determinant(
     if twice:
         v2, j2 = solver.jacobian(euler(x, v1, h), following)
         x = heun(x, v1, v2, h)
-        with reference.exactly(x.device):
+        with exactly(x.device):
             m = eye + hm / 2 * (j1 + j2 @ (eye + hm * j1))
     else:
         x = euler(x, v1, h)
