@@ -314,3 +314,17 @@ def test_a_point_that_keeps_next_to_no_mass(backend: str) -> None:
     known = ~means.isnan()
     assert bool(known[mass >= 1e-33].all())
     assert means[known].tolist() == pytest.approx([0.3] * int(known.sum()))
+
+
+@pytest.mark.parametrize("relax", [0.5, 1.2, 1.8])
+def test_a_column_without_partners_is_annealed_and_relaxed(relax: float) -> None:
+    """Its mass is destroyed, however infinite its potential was at a temperature before."""
+    C = torch.tensor([[torch.inf, 0.3], [torch.inf, 0.1]], dtype=torch.float64)
+    options: dict = {"eps": 0.01, "reach": 1.0, "relax": relax, "anneal": [50.0, 1.0]}
+    for max_iter in (1, 2, 20):
+        found = [
+            fewstep.sinkhorn(None, None, C=C, max_iter=max_iter, backend=backend, **options)
+            for backend in ("cpp", "reference")
+        ]
+        assert all(r.g[0] > 1e20 for r in found)
+        torch.testing.assert_close(found[0].value, found[1].value, rtol=1e-9, atol=0)

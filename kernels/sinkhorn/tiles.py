@@ -162,7 +162,11 @@ def soft_transform(
 
 @triton.jit
 def updated(old, soft, eps, inverse_rho, relax):
-    """A potential from its soft c-transform: damped by `rho / (rho + eps)`, then over-relaxed."""
+    """A potential from its soft c-transform: damped by `rho / (rho + eps)`, then over-relaxed.
+
+    One without partners is not: it is another infinity at another temperature.
+    """
+    relax = tl.where(soft > FAR * (eps * LN2), 1.0, relax)
     damped = soft / (1 + eps * inverse_rho)
     base = tl.where(relax == 1, damped, old)  # the old one may be infinite
     return base + relax * (damped - base)

@@ -366,9 +366,11 @@ Rho = float | None
 
 
 def _relaxed(old: Tensor, soft: Tensor, e: Tensor, rho: Rho, relax: float) -> Tensor:
-    """A potential from its soft c-transform: damped, then over-relaxed."""
+    """A potential from its soft c-transform: damped, then over-relaxed, unless it is infinite."""
     new = soft if rho is None else rho / (rho + e) * soft
-    return new if relax == 1 else old + relax * (new - old)
+    if relax == 1:
+        return new
+    return torch.where(new > FARTHEST * e, new, old + relax * (new - old))
 
 
 def _unsettled(f: Tensor, soft: Tensor, a: Tensor, e: Tensor, rho: Rho) -> Tensor:
