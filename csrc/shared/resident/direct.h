@@ -27,8 +27,8 @@ struct PairCost {
 
 // The same iterations for a problem of any size by one block that keeps nothing but potentials: each update is a
 // log-sum-exp around its maximum, and a pair's distance is computed wherever it is needed. out.f, out.g and next [n]
-// hold potentials in units of eps ln 2 meanwhile; scratch has one element per warp. One loop, though it is long: all its
-// parts read and write the same dozen numbers, which stay in registers.
+// hold potentials in units of eps ln 2 meanwhile; scratch has one element per warp. One loop, though it is long: all
+// its parts read and write the same dozen numbers, which stay in registers.
 template <typename T, typename Team>
 FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Schedule<T>& s, const Marginals<T>& w, T eps,
                                T start, T* next, T* scratch, const block::Solution<T>& out) {
