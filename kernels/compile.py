@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import config, dual, heun
+from . import config, dual, heun, norms
 from .probe import probe_kernel
 from .sinkhorn import hessian
 from .sinkhorn.alternating import sinkhorn_column_kernel, sinkhorn_row_kernel
@@ -208,7 +208,7 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
 def _heavy(kernel: Any, launch: dict[str, Any]) -> bool:
     """Of duals: gelu's backward, the longest rows, products with the sphere."""
     if kernel is dual.dual_activate_kernel:
-        own = launch["KIND"] == 1 and launch["BACKWARD"]
+        own = launch["KIND"] == "gelu" and launch["BACKWARD"]
     elif kernel is probe_kernel:
         own = launch["KIND"] == 3 and launch["MODE"] == 1
     else:
@@ -221,18 +221,18 @@ def _dual_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
         low, own = dtype == "bfloat16 tangents", dtype if dtype == "float64" else "float32"
         launch = config.dual_activate(own, arch)
         shared = (False,) if low else (False, True)
-        for kind, backward, alone in itertools.product(range(7), (False, True), shared):
-            flags: dict[str, float]
+        for kind, backward, alone in itertools.product(dual.ACTIVATIONS, (False, True), shared):
+            flags: dict[str, Any]
             flags = {"KIND": kind, "BACKWARD": backward, "SHARED": alone, "SHIFT": True}
             flags |= {"BETA": 1.0, "THRESHOLD": 20.0}
             yield dual.dual_activate_kernel, dtype, launch | flags
         for n, centred in itertools.product((64, config.LONGEST_ROW[own]), (False, True)):
             flags = {"CENTRED": centred, "SHIFT": True, "WEIGHT": True, "EPS": 1e-5}
             launch = config.dual_norm(n, own, arch) | flags
-            yield dual.dual_norm_kernel, dtype, launch | {"BIAS": True}
-            yield dual.dual_norm_backward_kernel, dtype, launch
-        for kind, mode in itertools.product(range(4), range(2 if low else 3)):
-            flags = {"KIND": kind, "MODE": mode, "IDS": True}
+            yield norms.dual_norm_kernel, dtype, launch | {"BIAS": True}
+            yield norms.dual_norm_backward_kernel, dtype, launch
+        for drawn, mode in itertools.product(range(4), range(2 if low else 3)):
+            flags = {"KIND": drawn, "MODE": mode, "IDS": True}
             yield probe_kernel, dtype, config.probe(own, arch) | flags
 
 

@@ -20,18 +20,6 @@ template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 template <class T>
-const DriftKernels<T>& drift_kernels() {
-  static constexpr Compiled<DriftKernels> kByIsa[] = {
-      {base::kDriftFloat, base::kDriftDouble},
-#if defined(__x86_64__)
-      {avx2::kDriftFloat, avx2::kDriftDouble},
-      {avx512::kDriftFloat, avx512::kDriftDouble},
-#endif
-  };
-  return in_use<T>(kByIsa);
-}
-
-template <class T>
 struct Workspace {
   Buffer<T> packed, points, centre, moments, distances, kernel, tiles, velocity;
   Buffer<T> a, b, log2_b, h, total_h, v, v_next, f, f_next, fa, zero, shift, u, u_next, columns;
@@ -350,8 +338,8 @@ class Coupling {
     }
   }
 
-  const SinkhornKernels<T>& kernel_ = kernels<T>();
-  const DriftKernels<T>& drift_ = drift_kernels<T>();
+  const SinkhornKernels<T>& kernel_ = kernels<SinkhornKernels, T>();
+  const DriftKernels<T>& drift_ = kernels<DriftKernels, T>();
   const Drift<T>& in_;
   Workspace<T>& w_;
   const int64_t threads_, n_, d_;
@@ -377,7 +365,7 @@ struct Moment {
 template <class T>
 Moment moment_of_distances(const Drift<T>& in, int64_t g, int64_t clouds, Workspace<T>& w) {
   constexpr int64_t kTile = 256 << 10;
-  const auto& kernel = kernels<T>();
+  const auto& kernel = kernels<SinkhornKernels, T>();
   Moment moment;
   const Cloud<T>& x = in.x;
   for (int64_t c = in.diagonal == kNoDiagonal ? -1 : 0; c < clouds; ++c) {
@@ -399,7 +387,7 @@ Moment moment_of_distances(const Drift<T>& in, int64_t g, int64_t clouds, Worksp
     for (int64_t i = 0; i < x.count; i += step, p.x += step * x.row) {
       const int64_t rows = std::min(step, x.count - i);
       kernel.distances(p, 0, 0, rows, tile);
-      moment.distance += drift_kernels<T>().weighted_sum(rows, mp, tile, weights);
+      moment.distance += kernels<DriftKernels, T>().weighted_sum(rows, mp, tile, weights);
     }
   }
   moment.weight *= x.count;
@@ -410,7 +398,7 @@ Moment moment_of_distances(const Drift<T>& in, int64_t g, int64_t clouds, Worksp
 // sum_iu w_u |x_i - u|^2 = W sum_i |x_i - c|^2 + N sum_u w_u |u - c|^2 - 2 sum_i (x_i - c) . sum_u w_u (u - c).
 template <class T>
 Moment moment_of_squares(const Drift<T>& in, int64_t g, int64_t clouds, Workspace<T>& w) {
-  const auto& kernel = drift_kernels<T>();
+  const auto& kernel = kernels<DriftKernels, T>();
   const int64_t n = in.x.count, d = in.d;
   const T* x = in.x.data + g * in.x.batch;
   T* centre = w.centre.get(d);
@@ -472,7 +460,7 @@ template <class T>
 void drift_group(const Drift<T>& in, int64_t g, double scale, const Velocities<T>& out, double* squares,
                  Workspace<T>& w, int64_t threads) {
   const int64_t n = in.x.count, d = in.d, plans = in.joint ? 1 : in.cloud_count;
-  const auto& kernel = drift_kernels<T>();
+  const auto& kernel = kernels<DriftKernels, T>();
   kernel.mean(in.x.data + g * in.x.batch, in.x.row, n, d, w.centre.get(d));
   const double guidance = in.cloud_count > 2 ? in.guidance[g] : 0;
   const double size = static_cast<double>(d), dimension = !in.scaled            ? 1.0
@@ -534,7 +522,7 @@ void drift_all(const Drift<T>& in, int64_t threads) {
     std::vector<const T*> parts(in.temperatures);
     for (int64_t t = 0; t < in.temperatures; ++t) parts[t] = out.at(t) + i * kSlice;
     const int64_t count = std::min(kSlice, size - i * kSlice);
-    drift_kernels<T>().mix(count, in.temperatures, parts.data(), factors.data(), in.velocity + i * kSlice);
+    kernels<DriftKernels, T>().mix(count, in.temperatures, parts.data(), factors.data(), in.velocity + i * kSlice);
   });
   if (memory.bytes() > kKept) memory.release();
 }

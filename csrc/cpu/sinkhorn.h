@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpu/isa.h"
 #include "shared/cost.h"
 
 namespace fewstep::cpu {
@@ -164,22 +165,8 @@ struct SinkhornKernels {
   void (*combine)(const T* weights, int64_t stride, int64_t n, int64_t m, const T* v, int64_t width, T* out, bool add);
 };
 
-namespace base {
-extern const SinkhornKernels<float> kFloat;
-extern const SinkhornKernels<double> kDouble;
-}  // namespace base
-namespace avx2 {
-extern const SinkhornKernels<float> kFloat;
-extern const SinkhornKernels<double> kDouble;
-}  // namespace avx2
-namespace avx512 {
-extern const SinkhornKernels<float> kFloat;
-extern const SinkhornKernels<double> kDouble;
-}  // namespace avx512
-
-// The kernels of the instruction set in use.
-template <class T>
-const SinkhornKernels<T>& kernels();
+FEWSTEP_KERNELS(SinkhornKernels<float>)
+FEWSTEP_KERNELS(SinkhornKernels<double>)
 
 // Problems that share a shape and are found by strides, or by segments of flat points. `temperatures` problems in a row
 // share their points and weights. Potentials are contiguous: [problems, points], or [temperatures, points] where
