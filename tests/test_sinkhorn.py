@@ -420,7 +420,7 @@ BAD = [
     ({"eps": 0.0}, ValueError, r"eps must be positive and finite, got 0.0"),
     ({"eps": True}, TypeError, r"eps must be a number, .* got bool"),
     ({"eps": [True]}, TypeError, r"eps must be a sequence of numbers, got \[True\]"),
-    ({"eps": [torch.tensor(0.1)]}, TypeError, r"eps must be .* numbers, got \[tensor\(0.1"),
+    ({"eps": [torch.ones(1)]}, TypeError, r"eps must be .* numbers, got \[tensor\(\[1"),
     ({"eps": torch.tensor(True)}, TypeError, r"eps must be numbers, got torch.bool"),
     ({"eps": np.array(["a"])}, TypeError, r"eps must be numbers, got <U1"),
     ({"eps": b"x"}, TypeError, r"eps must be a number, .* got bytes"),

@@ -19,9 +19,11 @@ _MOST = {"depth": 1000}
 # Numbers and integers are those of Python and NumPy, and arrays and tensors without a dimension.
 def is_number(value: object) -> bool:
     """A bool is none."""
+    if isinstance(value, float):
+        return True
     if isinstance(value, np.ndarray | Tensor):
         return value.ndim == 0
-    return isinstance(value, int | float | Real) and not isinstance(value, bool)
+    return isinstance(value, int | Real) and not isinstance(value, bool)
 
 
 def number(who: str, name: str, value: Any) -> float:
@@ -56,10 +58,12 @@ def check_real(who: str, name: str, value: np.ndarray[Any, Any] | Tensor) -> Non
 
 
 def integer(who: str, name: str, value: Any) -> int:
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     try:
-        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        if isinstance(value, bool):
             raise TypeError
-        if isinstance(value, np.ndarray | Tensor) and value.ndim > 0:
+        if isinstance(value, np.ndarray | Tensor) and (value.ndim or value.dtype == torch.bool):
             raise TypeError
         whole = value if isinstance(value, int) else operator.index(value)
     except (TypeError, RuntimeError):  # torch raises both

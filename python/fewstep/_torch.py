@@ -65,7 +65,8 @@ def _is_mapped(t: Tensor) -> bool:
 
 def exactly(device: torch.device) -> AbstractContextManager[Any]:
     """Outside of autocast, which is for the products of networks."""
-    if not torch.is_autocast_enabled(device.type):
+    # A compiled graph is told always: where a backward pass runs in it is not known yet.
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

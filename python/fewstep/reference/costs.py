@@ -42,7 +42,7 @@ class Cost:
 
     Attributes:
         name: what a user writes, or "matrix" and "formula" for what is not named.
-        index: the number that kernels know it by, `fewstep::Cost` in C++.
+        index: the number that kernels know it by, `fewstep::Cost` in C++; -1: none does.
         matrix: costs `C [.., N, M]` of `x [.., N, D]` and `y [.., M, D]`, differentiable twice.
         gradient: `sum_j w_ij dC_ij/dx_i [.., N, D]` from `w, x, y` and the weights b of y, which
             say where the middle of the points is; None: by autograd.
@@ -394,7 +394,7 @@ _ROWS = (
     elementwise("l1", 4, torch.abs, torch.sign, backends=("cpp",)),
     # Points of a matrix have no coordinates, by which to differentiate.
     Cost("matrix", 5, None, None, _OfProducts, None, ("cpp",), centred=False),
-    Cost("formula", 6, None, None, Traced, None, ("keops",), centred=False),
+    Cost("formula", -1, None, None, Traced, None, ("keops",), centred=False),
 )
 COSTS = {row.name: row for row in _ROWS}
 # What a user may write.
