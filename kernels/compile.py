@@ -21,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from fewstep.reference.dual import ACTIVATIONS
+
 from . import config, dual, heun, norms
 from .probe import probe_kernel
 from .sinkhorn import hessian
@@ -221,7 +223,7 @@ def _dual_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
         low, own = dtype == "bfloat16 tangents", dtype if dtype == "float64" else "float32"
         launch = config.dual_activate(own, arch)
         shared = (False,) if low else (False, True)
-        for kind, backward, alone in itertools.product(dual.ACTIVATIONS, (False, True), shared):
+        for kind, backward, alone in itertools.product(ACTIVATIONS, (False, True), shared):
             flags: dict[str, Any]
             flags = {"KIND": kind, "BACKWARD": backward, "SHARED": alone, "SHIFT": True}
             flags |= {"BETA": 1.0, "THRESHOLD": 20.0}

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fewstep.reference.dual import ACTIVATIONS
+
 from . import config
 from .launch import architecture, dtype_name, expect, on, refuse_unless, row_size
 from .stack import Both, count_of, empty_pair, halves, pair_like, pair_of, shift_of, tangents_of
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "tanh", "softplus", "relu", "sigmoid")
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -72,7 +72,8 @@ def _evaluate(z, BETA: tl.constexpr, THRESHOLD: tl.constexpr, KIND: tl.constexpr
         a = tl.where(z < 0, 0.0, z)
         d1 = tl.where(z > 0, 1.0, z * 0)
         d2 = z * 0
-    else:  # sigmoid
+    else:
+        tl.static_assert(KIND == "sigmoid", "an activation without a formula")
         a = _sigmoid(z)
         d1 = a * (1 - a)
         d2 = d1 * (1 - 2 * a)

@@ -149,6 +149,7 @@ FEWSTEP_INLINE void evaluate(const Elementwise<T>& in, Vec<T> z, Vec<T>& a, Vec<
     d1 = z > 0 ? splat(T(1)) : splat(T(0));
     if constexpr (kSecond) d2 = splat(T(0));
   } else {
+    static_assert(kKind == Activation::sigmoid, "an activation without a formula");
     a = sigmoid<T>(z);
     d1 = a * (T(1) - a);
     if constexpr (kSecond) d2 = d1 * (T(1) - 2 * a);
