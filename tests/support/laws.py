@@ -1,6 +1,6 @@
 """What a random problem must keep: laws that need no other solver, and all checks of a seed.
 
-Every check returns nothing or messages, or raises `AssertionError`; `problem_failures` has them all.
+Every check returns nothing or messages, or raises `AssertionError`. `problem_failures` runs them.
 """
 
 from __future__ import annotations
