@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,19 @@ _TYPES = {
 }
 
 
+def _scalars(types: tuple[Any, ...], values: Sequence[Any]) -> Iterator[Any]:
+    """Pointers and numbers as the kernel takes them, those of tuples one by one."""
+    for type_, value in zip(types, values, strict=True):
+        if isinstance(type_, tuple):
+            yield from _scalars(type_, value)
+        elif type_ == "constexpr":
+            continue
+        elif type_.startswith("*"):
+            yield ctypes.c_void_p(0 if value is None else value.data_ptr())
+        else:
+            yield _TYPES[type_](value)
+
+
 class _Launcher:
     """Stands for a compiled kernel: grid and Python values in."""
 
@@ -30,14 +44,7 @@ class _Launcher:
         self.metadata = metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-        values: list[Any] = []
-        for type_, value in zip(self.types, rest[4:], strict=True):
-            if type_ == "constexpr":
-                continue
-            if type_.startswith("*"):
-                values.append(ctypes.c_void_p(0 if value is None else value.data_ptr()))
-            else:
-                values.append(_TYPES[type_](value))
+        values = list(_scalars(tuple(self.types), rest[4:]))
         # Scratch memory, which kernels here do not use.
         assert self.metadata.global_scratch_size == 0
         while len(values) < sim.lib.ptx_parameters(function):
