@@ -20,6 +20,7 @@ from fewstep.ops.sinkhorn.solve import sinkhorn, transport
 from fewstep.ops.trace.divergence import divergence
 from fewstep.ops.trace.estimator import Divergence
 from fewstep.ops.trace.explain import Explanation, explain
+from fewstep.ops.trace.jvp import Jvp, jvp
 from fewstep.ops.trace.log_density import LogDensity, log_density
 from fewstep.samplers.edm import edm_sample
 from fewstep.samplers.flow import flow_sample
@@ -36,6 +37,7 @@ __all__ = [
     "Drift",
     "Explanation",
     "HeunResult",
+    "Jvp",
     "LogDensity",
     "SinkhornResult",
     "divergence",
@@ -45,6 +47,7 @@ __all__ = [
     "flow_sample",
     "heun_solve",
     "heun_step",
+    "jvp",
     "karras_sigmas",
     "latents",
     "log_density",

@@ -25,10 +25,43 @@ from fewstep.ops.dual.rules.plain import (
 )
 from fewstep.ops.dual.rules.shapes import chunk, spread
 
+Scalar = Callable[..., Tensor]
+
+_aten = torch.ops.aten
+# Torch's own functions, and their tangents: slopes times u, of z and the result.
+_SLOPES: dict[str, tuple[Scalar, Scalar]] = {
+    "silu": (F.silu, lambda u, z, a: _aten.silu_backward(u, z)),
+    "gelu": (F.gelu, lambda u, z, a: _aten.gelu_backward(u, z)),
+    "gelu_tanh": (
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda u, z, a: _aten.gelu_backward(u, z, approximate="tanh"),
+    ),
+    "tanh": (torch.tanh, lambda u, z, a: _aten.tanh_backward(u, a)),
+    "relu": (torch.relu, lambda u, z, a: _aten.threshold_backward(u, z, 0)),
+    "sigmoid": (torch.sigmoid, lambda u, z, a: _aten.sigmoid_backward(u, a)),
+}
+
+
+def _as_plain(kind: str, h: Dual, beta: float, threshold: float) -> Dual:
+    """The primal as in a plain call, with constant tangents beside it."""
+    if kind == "softplus":
+        f: Scalar = lambda z: F.softplus(z, beta, threshold)  # noqa: E731
+        slope: Scalar = lambda u, z, a: _aten.softplus_backward(u, z, beta, threshold)  # noqa: E731
+    else:
+        f, slope = _SLOPES[kind]
+    z, u = h.pieces()
+    a = f(z)
+    with torch.no_grad():
+        t = slope(u.reshape(-1, *z.shape), z, a)
+    return h.like(a, t.flatten(0, 1))
+
 
 def _activation(
     kind: str, h: Dual, beta: float = 1.0, threshold: float = 20.0, inplace: bool = False
 ) -> Dual:
+    if h.source.constant:
+        result = _as_plain(kind, h, beta, threshold)
+        return h.overwritten_by(result) if inplace else result
     if h.source.dtype is not None:
         shift, inner = kernel_shift(h.shift, h.primal_shape)
         z, u = h.pieces(shifted=False)
@@ -50,9 +83,6 @@ def _activation(
 
 for _f, _rule in activation_rules(_activation).items():
     register(_f)(_rule)
-
-
-Scalar = Callable[..., Tensor]
 
 
 def _mapped(h: Dual, f: Scalar, slope: Scalar) -> Dual:
@@ -272,6 +302,10 @@ def mul(input: Any, other: Any, *, out: None = None) -> Dual:
         if a.ndim != b.ndim:
             raise UnsupportedError(f"no rule for {tuple(a.shape)} * {tuple(b.shape)}")
         (x, dx), (y, dy) = a.halves(), b.halves()
+        if a.source.constant and a.dtype == b.dtype:
+            with torch.no_grad():
+                t = (dx * y).addcmul_(x, dy)
+            return a.of_halves(x * y, t)
         return a.of_halves(x * y, dx * y + x * dy)
     h, other = (input, other) if isinstance(input, Dual) else (other, input)
     return _scaled(h, other, torch.mul)
