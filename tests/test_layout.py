@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.ops.heun": BELOW_OPS | {"fewstep.ops.dual", "fewstep.ops.trace"},
     "fewstep.samplers": CORE | OPS | {"fewstep.reference"},
     "fewstep": CORE | OPS | {"fewstep._aliases", "fewstep.samplers"},
+    "fewstep.func": CORE | OPS,
     "fewstep.metrics": CORE,
     "fewstep.data": CORE | {"fewstep", "fewstep.samplers", "fewstep.conversions"},
     "fewstep.methods": CORE | OPS | {"fewstep.samplers", "fewstep.conversions"},

@@ -22,6 +22,7 @@ from fewstep.ops.trace.estimator import Divergence
 from fewstep.ops.trace.explain import Explanation, explain
 from fewstep.ops.trace.jvp import Jvp, jvp
 from fewstep.ops.trace.log_density import LogDensity, log_density
+from fewstep.ops.trace.targets import Target, meanflow_target
 from fewstep.samplers.edm import edm_sample
 from fewstep.samplers.flow import flow_sample
 from fewstep.samplers.multistep import multistep_sample
@@ -40,6 +41,7 @@ __all__ = [
     "Jvp",
     "LogDensity",
     "SinkhornResult",
+    "Target",
     "divergence",
     "edm_sample",
     "explain",
@@ -51,6 +53,7 @@ __all__ = [
     "karras_sigmas",
     "latents",
     "log_density",
+    "meanflow_target",
     "multistep_sample",
     "register_rule",
     "sinkhorn",
@@ -64,6 +67,7 @@ _SUBMODULES = (
     "cli",
     "conversions",
     "data",
+    "func",
     "info",
     "kernels",
     "methods",

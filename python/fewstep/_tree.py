@@ -20,7 +20,11 @@ def mapped(value: Any, function: Callable[[Any], Any], leaves: Any = Tensor) -> 
     if value is None or isinstance(value, (int, float, complex, str, bytes)):
         return value
     if is_dataclass(value) and not isinstance(value, type):
-        own = {f.name: mapped(getattr(value, f.name), function, leaves) for f in fields(value) if f.init}
+        own = {
+            f.name: mapped(getattr(value, f.name), function, leaves)
+            for f in fields(value)
+            if f.init
+        }
         return replace(value, **own)
     if isinstance(value, dict):
         pairs = {k: mapped(v, function, leaves) for k, v in value.items()}
@@ -31,6 +35,6 @@ def mapped(value: Any, function: Callable[[Any], Any], leaves: Any = Tensor) -> 
             return type(value)(*items)
         return items if type(value) is list else type(value)(items)
     raise ValueError(
-        "network must return tensors, or tuples, lists, dicts or dataclasses of them, got"
+        "jvp: network must return tensors, or tuples, lists, dicts or dataclasses of them, got"
         f" {type(value).__name__}"
     )

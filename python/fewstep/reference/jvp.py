@@ -109,12 +109,13 @@ def forward_mode(
             back()
         grad = torch.is_grad_enabled() and (through or k == 0)
         with attention_by_math(), torch.set_grad_enabled(grad), _norms(through):
-            v, t, o = torch.func.jvp(
+            both: Any = torch.func.jvp(
                 lambda *own: run(*(x.clone() for x in own)),  # which may be changed in place
                 tuple(primals),
                 tuple(u[k] for u in tangents),
                 has_aux=True,
             )
+        v, t, o = both
         if k == 0:
             values, others = v, o
         found.append([z if through else z.detach() for z in t])
@@ -161,7 +162,9 @@ def _twice(
         us = [torch.zeros_like(v, requires_grad=True) for v in live]
         rows = torch.autograd.grad(live, ys, us, create_graph=True, allow_unused=True)
         pairs = [
-            (row, u) for row, u in zip(rows, tangents, strict=True) if row is not None and row.requires_grad
+            (row, u)
+            for row, u in zip(rows, tangents, strict=True)
+            if row is not None and row.requires_grad
         ]
         if pairs:
             columns = [

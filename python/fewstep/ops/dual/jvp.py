@@ -16,7 +16,7 @@ from fewstep.ops.dual.source import Source
 def _batch(inputs: Sequence[Any], tangents: Sequence[Tensor | None], *, expand: bool) -> int:
     """B of the inputs that have tangents."""
     shapes = [x.shape for x, u in zip(inputs, tangents, strict=True) if u is not None]
-    leads = {shape[0] for shape in shapes if len(shape) > 0}
+    leads: set[int] = {shape[0] for shape in shapes if len(shape) > 0}
     if len(leads) != 1:
         raise UnsupportedError(f"no rule for inputs of {[tuple(shape) for shape in shapes]}")
     if not expand and not all(map(len, shapes)):

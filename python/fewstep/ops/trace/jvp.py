@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -240,9 +240,10 @@ def _checked(
         if not isinstance(given, (tuple, list)):
             raise TypeError(f"jvp: {name} must be a tuple, got {type(given).__name__}")
     if len(inputs) != len(tangents):
-        raise ValueError(f"jvp: tangents must be {len(inputs)}, one for each input, got {len(tangents)}")
+        raise ValueError(
+            f"jvp: tangents must be {len(inputs)}, one for each input, got {len(tangents)}"
+        )
     counts: dict[int, int] = {}
-    many = True
     for i, (x, u) in enumerate(zip(inputs, tangents, strict=True)):
         if u is None:
             continue
@@ -272,14 +273,13 @@ def _checked(
                 f" {tuple(u.shape)}"
             )
         counts[i] = 0 if u.shape == x.shape else u.shape[0]
-        many = u.shape != x.shape
-        if many and counts[i] == 0:
+        if u.shape != x.shape and counts[i] == 0:
             raise ValueError(f"jvp: tangents[{i}] must be one at least, got {tuple(u.shape)}")
     if len(set(counts.values())) > 1:
         raise ValueError(
             f"jvp: all tangents must have the same axis K in front, or none, got {counts}"
         )
-    count = max(counts.values(), default=0)
+    count = max([0, *counts.values()])
     many = count > 0
     if all(u is None for u in tangents):
         raise ValueError("jvp: tangents must be for one input at least, got None for each")
@@ -394,9 +394,7 @@ class _Solver:
         if not known or is_transformed() or backend not in dispatch.COMPILED:
             backend = "reference"
         constant = not problem.through and torch.is_grad_enabled()
-        source = Source(
-            backend, problem.moved[0].shape[0], prompt=self.hooked, constant=constant
-        )
+        source = Source(backend, problem.moved[0].shape[0], prompt=self.hooked, constant=constant)
         own = problem.fresh()
         tree, pairs = by_duals(
             problem.network, own.inputs, own.tangents, own.kwargs, source, expand=self.compared
@@ -560,9 +558,7 @@ class _Sample:
 
     def difference(self, found: _Pairs, *, trained: bool) -> str | None:
         """What another way has different, or None; gradients only if it is `trained`."""
-        pairs = [
-            (v, t) for v, t in zip(found.values, found.tangents, strict=True) if t is not None
-        ]
+        pairs = [(v, t) for v, t in zip(found.values, found.tangents, strict=True) if t is not None]
         if [v.shape for v, _ in pairs] != [v.shape for v in self.values]:
             return "the network returns other shapes"
         if not all(bool(v.isfinite().all()) for v in self.values):
@@ -576,14 +572,17 @@ class _Sample:
             if self.tangents is None:
                 continue
             slope = self.tangents[i]
-            if bool(slope.isfinite().all()) and not (off := _off(t, slope, least)) <= self.tolerance:
+            if (
+                bool(slope.isfinite().all())
+                and not (off := _off(t, slope, least)) <= self.tolerance
+            ):
                 return f"J v {tuple(exact.shape)} is off by {off:.2g} of its norm"
         own = [(w * v).sum() for w, (v, _) in zip(self.weights, pairs, strict=True)]
         dots = [(w * t[1]).sum() for w, (_, t) in zip(self.weights, pairs, strict=True)]
         if self.tangents is None and self.dots is not None:
-            exact, total = float(self.dots), float(sum(dots))
-            if not abs(total - exact) <= self.tolerance * (abs(exact) + least):
-                return f"r . J v is {total:.6g}, not {exact:.6g}"
+            once, total = float(self.dots), float(torch.stack(dots).sum())
+            if not abs(total - once) <= self.tolerance * (abs(once) + least):
+                return f"r . J v is {total:.6g}, not {once:.6g}"
         if not self.live or not trained:
             return None
         loss = torch.stack([*own, *dots] if self.twice else own).sum()
@@ -642,7 +641,7 @@ def _sampled(few: _Problem, freed: bool, problem: _Problem) -> _Sample:
             lambda *live: (few.run(*live)[0], []), ys, few.moved, through=False
         )
     for twice in (few.through and dots is not None and dots.requires_grad, False):
-        loss = own + dots if twice else own
+        loss = own if dots is None or not twice else own + dots
         leaves = ladder.leaves_of(loss)
         try:
             found = ladder.gradients(loss, leaves)
@@ -653,7 +652,11 @@ def _sampled(few: _Problem, freed: bool, problem: _Problem) -> _Sample:
         live = [(leaf, g) for leaf, g in zip(leaves, found, strict=True) if g is not None]
         break
     return replace(
-        alone, tangents=tangents, dots=None if dots is None else dots.detach(), live=live, twice=twice
+        alone,
+        tangents=tangents,
+        dots=None if dots is None else dots.detach(),
+        live=live,
+        twice=twice,
     )
 
 
@@ -661,7 +664,10 @@ def _refuse_unseen(
     few: _Problem, problem: _Problem, values: Sequence[Tensor], tolerance: float
 ) -> None:
     """Raise where a network without a derivative changes along the tangents."""
-    moved = [y.detach() + 1e-2 * y.detach().abs().mean() * u[1] for y, u in zip(few.live, few.moved, strict=True)]
+    moved = [
+        y.detach() + 1e-2 * y.detach().abs().mean() * u[1]
+        for y, u in zip(few.live, few.moved, strict=True)
+    ]
     torch.manual_seed(0)
     with torch.no_grad():
         others, _ = few.run(*moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,20 +137,20 @@ def _attention(
         raise UnsupportedError("no rule for attention that mixes samples")
     for m in plain:
         aligned(h, m)
-    halves = [m.halves() if isinstance(m, Dual) else (m[None], None) for m in given]
+    halves: list[Any] = [m.halves() if isinstance(m, Dual) else (m[None], None) for m in given]
     if not h.source.constant:
         p, moved = _attended(h, halves, attn_mask, is_causal, scale)
         return h.of_halves(p @ halves[2][0], moved)
     with torch.no_grad():
         _, moved = _attended(h, halves, attn_mask, is_causal, scale)
-    own = (m[0] for m, _ in halves)
-    out = F.scaled_dot_product_attention(*own, attn_mask, 0.0, is_causal, scale=scale)
+    q, k, v = (m[0] for m, _ in halves)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=scale)
     return h.of_halves(out[None], moved)
 
 
 def _attended(
     h: Dual,
-    halves: list[tuple[Tensor, Tensor | None]],
+    halves: Sequence[tuple[Tensor, Tensor | None]],
     attn_mask: Any,
     is_causal: bool,
     scale: float | None,

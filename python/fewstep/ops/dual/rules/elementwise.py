@@ -24,6 +24,7 @@ from fewstep.ops.dual.rules.plain import (
     refuse,
 )
 from fewstep.ops.dual.rules.shapes import chunk, spread
+from fewstep.ops.dual.source import plain
 
 Scalar = Callable[..., Tensor]
 
@@ -302,13 +303,21 @@ def mul(input: Any, other: Any, *, out: None = None) -> Dual:
         if a.ndim != b.ndim:
             raise UnsupportedError(f"no rule for {tuple(a.shape)} * {tuple(b.shape)}")
         (x, dx), (y, dy) = a.halves(), b.halves()
-        if a.source.constant and a.dtype == b.dtype:
+        if a.source.constant and a.dtype == b.dtype and not plain():
             with torch.no_grad():
                 t = (dx * y).addcmul_(x, dy)
             return a.of_halves(x * y, t)
         return a.of_halves(x * y, dx * y + x * dy)
     h, other = (input, other) if isinstance(input, Dual) else (other, input)
     return _scaled(h, other, torch.mul)
+
+
+@register(torch.outer, torch.Tensor.outer, torch.ger, torch.Tensor.ger)
+def _outer(input: Any, vec2: Any, *, out: None = None) -> Dual:
+    refuse({"out": out})
+    if not isinstance(input, Dual) or isinstance(vec2, Dual) or input.ndim != 1:
+        raise UnsupportedError("no rule for an outer product that mixes samples")
+    return mul(input.unsqueeze(1), vec2[None])
 
 
 @register(
@@ -496,23 +505,29 @@ for _name in ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"):
     register(getattr(torch.Tensor, _name))(_step(getattr(torch.Tensor, _name)))
 
 
-def _dropout(rank: int) -> Rule:
-    def rule(
-        input: Dual, p: float = 0.5, training: bool = rank == 0, inplace: bool = False
-    ) -> Dual:
-        if training and p > 0:
-            raise UnsupportedError("no rule for dropout in training")
-        return input
+def _dropout(function: Callable[..., Tensor]) -> Rule:
+    def rule(input: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
+        """In training with the mask that a plain call draws."""
+        if not training or p == 0:
+            return input
+        ones = torch.ones(input.shape, dtype=input.dtype, device=input.device)
+        out = mul(input, function(ones, p, True))
+        return input.overwritten_by(out) if inplace else out
 
     return rule
 
 
 for _f in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
-    register(_f)(_dropout(0))
+    register(_f)(_dropout(_f))
 
 
-for _f in (F.alpha_dropout, F.feature_alpha_dropout):
-    register(_f)(_dropout(1))
+@register(F.alpha_dropout, F.feature_alpha_dropout)
+def _alpha_dropout(
+    input: Dual, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> Dual:
+    if training and p > 0:
+        raise UnsupportedError("no rule for alpha dropout in training")
+    return input
 
 
 @register(F.glu)

@@ -20,6 +20,7 @@ from fewstep.ops.dual.rules.shapes import spread
 
 Scalar = Callable[[Tensor], Tensor]
 
+
 def _beside(
     h: Dual, weight: Tensor | None, normalized: Callable[[Tensor], tuple[Tensor, Scalar]]
 ) -> Dual:
@@ -144,12 +145,12 @@ def _group_norm(
             last = z.ndim == 4 and z.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if last else torch.contiguous_format
             z = z.contiguous(memory_format=layout)
-            sizes = (*z.shape[:2], inner, num_groups)
-            out, mean, rstd = torch.native_group_norm(z, weight, bias, *sizes, eps)
+            n, c = z.shape[:2]
+            out, mean, rstd = torch.native_group_norm(z, weight, bias, n, c, inner, num_groups, eps)
 
             def tangent(v: Tensor) -> Tensor:
                 v = v.contiguous(memory_format=layout)
-                own = z, mean, rstd, None, *sizes, [True, False, False]
+                own = z, mean, rstd, None, n, c, inner, num_groups, [True, False, False]
                 return torch.ops.aten.native_group_norm_backward(v, *own)[0]  # type: ignore[no-any-return]
 
             return out, tangent
