@@ -55,15 +55,10 @@ class Jvp:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Values of the tensors that a network returns and their tangents `[K, ...]`, or None, flat.
-
-    Attributes:
-        tree: what the network returned.
-    """
+    """Values of the tensors that a network returns and their tangents `[K, ...]`, or None."""
 
     values: tuple[Tensor, ...]
     tangents: tuple[Tensor | None, ...]
-    tree: Any
 
 
 @dataclass(frozen=True)
@@ -224,8 +219,8 @@ def jvp(
         return t if many or t is None else t[0]
 
     leaves = (Tensor, Dual)
-    value = mapped(found.tree, lambda _: next(values), leaves)
-    return Jvp(value, mapped(found.tree, tangent, leaves), solver.engine, solver.info)
+    value = mapped(solver.tree, lambda _: next(values), leaves)
+    return Jvp(value, mapped(solver.tree, tangent, leaves), solver.engine, solver.info)
 
 
 def _checked(
@@ -298,7 +293,10 @@ class _Solver:
 
     Attributes:
         engine, info: see `Jvp`.
+        tree: what the network returned, with stand-ins or whatever else for tensors.
     """
+
+    tree: Any = None
 
     def __init__(self, problem: _Problem, engine: str | None, check: str) -> None:
         self.problem, self.asked, self.check = problem, engine, check
@@ -368,11 +366,10 @@ class _Solver:
         if way == "duals":
             return self._duals(problem)
         mode = reference.forward_mode if way == "func" else reference.reverse_mode
-        trees: list[Any] = []
 
         def run(*live: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             found, out = problem.run(*live)
-            trees[:] = [out]
+            self.tree = out
             others: list[Tensor] = []
             mapped(out, lambda z: None if z.is_floating_point() else others.append(z))
             if not found:
@@ -383,10 +380,10 @@ class _Solver:
         floats, rest = iter(zip(values, moved, strict=True)), iter(others)
         pairs: list[tuple[Tensor, Tensor | None]] = []
         mapped(
-            trees[0],
+            self.tree,
             lambda z: pairs.append(next(floats) if z.is_floating_point() else (next(rest), None)),
         )
-        return _Pairs(tuple(v for v, _ in pairs), tuple(t for _, t in pairs), trees[0])
+        return _Pairs(tuple(v for v, _ in pairs), tuple(t for _, t in pairs))
 
     def _duals(self, problem: _Problem) -> _Pairs:
         known = all(x.dtype in (torch.float32, torch.float64) for x in problem.live)
@@ -396,12 +393,12 @@ class _Solver:
         constant = not problem.through and torch.is_grad_enabled()
         source = Source(backend, problem.moved[0].shape[0], prompt=self.hooked, constant=constant)
         own = problem.fresh()
-        tree, pairs = by_duals(
+        self.tree, pairs = by_duals(
             problem.network, own.inputs, own.tangents, own.kwargs, source, expand=self.compared
         )
         if not problem.through:
             pairs = [(v, None if t is None else t.detach()) for v, t in pairs]
-        return _Pairs(tuple(v for v, _ in pairs), tuple(t for _, t in pairs), tree)
+        return _Pairs(tuple(v for v, _ in pairs), tuple(t for _, t in pairs))
 
     def _known(self) -> Known:
         """What is known of the network, once it was compared with plain autograd."""
@@ -580,7 +577,7 @@ class _Sample:
         own = [(w * v).sum() for w, (v, _) in zip(self.weights, pairs, strict=True)]
         dots = [(w * t[1]).sum() for w, (_, t) in zip(self.weights, pairs, strict=True)]
         if self.tangents is None and self.dots is not None:
-            once, total = float(self.dots), float(torch.stack(dots).sum())
+            once, total = float(self.dots), float(torch.stack(dots).detach().sum())
             if not abs(total - once) <= self.tolerance * (abs(once) + least):
                 return f"r . J v is {total:.6g}, not {once:.6g}"
         if not self.live or not trained:

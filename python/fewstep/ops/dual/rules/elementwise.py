@@ -52,9 +52,10 @@ def _as_plain(kind: str, h: Dual, beta: float, threshold: float) -> Dual:
         f, slope = _SLOPES[kind]
     z, u = h.pieces()
     a = f(z)
-    with torch.no_grad():
-        t = slope(u.reshape(-1, *z.shape), z, a)
-    return h.like(a, t.flatten(0, 1))
+    with torch.no_grad():  # torch's own functions take tensors of one shape
+        parts = [slope(v, z, a) for v in u.reshape(-1, *z.shape)]
+        t = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return h.like(a, t)
 
 
 def _activation(
@@ -90,7 +91,11 @@ def _mapped(h: Dual, f: Scalar, slope: Scalar) -> Dual:
     """`f(z)` of each element, with `f'(z)` by `slope(z, f(z))`."""
     z, tangents = h.halves()
     a = f(z)
-    return h.of_halves(a, slope(z, a) * tangents)
+    if not h.source.constant:
+        return h.of_halves(a, slope(z, a) * tangents)
+    with torch.no_grad():
+        t = slope(z, a) * tangents
+    return h.of_halves(a, t)
 
 
 def _below(z: Tensor) -> Tensor:
@@ -285,8 +290,9 @@ def _neg(input: Dual, *, out: None = None) -> Dual:
 
 
 def _scaled(h: Dual, other: Any, function: Callable[[Tensor, Any], Tensor]) -> Dual:
-    """A product with, or quotient by, what is plain."""
-    h, other = _broadcast(h, other)
+    """A product with, or quotient by, what is plain, which may be larger, but for the batch."""
+    h = promoted(h, other)
+    other = operand(h, other)
     if not isinstance(other, Tensor) or other.ndim < h.ndim:
         return h.like(*(function(z, other) for z in h.pieces()), owned=True)
     return h.like(*(function(z, other).flatten(0, 1) for z in h.copies()), owned=True)
