@@ -21,12 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import config, dual, heun
+from fewstep.reference.dual import ACTIVATIONS
+
+from . import config, dual, heun, norms
 from .probe import probe_kernel
 from .sinkhorn import hessian
 from .sinkhorn.alternating import sinkhorn_column_kernel, sinkhorn_row_kernel
 from .sinkhorn.apply import sinkhorn_apply_kernel
 from .sinkhorn.kept import sinkhorn_cost_kernel, sinkhorn_kept_kernel, sinkhorn_kept_merge_kernel
+from .sinkhorn.layout import Clouds
 from .sinkhorn.symmetric import sinkhorn_merge_kernel, sinkhorn_symmetric_kernel
 
 # With float32, tangents and probes may be bfloat16.
@@ -113,20 +116,30 @@ def compile_kernel(kernel: Any, *, dtype: str, arch: str, launch: dict[str, Any]
         raise RuntimeError("compile_kernel: unset TRITON_INTERPRET before importing the kernels")
     names = kernel.arg_names
     constants = {name: value for name, value in launch.items() if name in names}
-    signature = {name: _OTHER.get(name, _POINTER[dtype]) for name in names}
+    signature: dict[str, Any] = {name: _OTHER.get(name, _POINTER[dtype]) for name in names}
     if dtype == "bfloat16 tangents":
         drawn = "Out" if launch.get("MODE") == 0 else "Y"
         low = (drawn,) if kernel is probe_kernel else _TANGENTS
         signature |= {name: "*bf16" for name in low if name in names}
     signature |= {name: "i32" for name in _INTEGERS if name in names}
     signature |= dict.fromkeys(constants, "constexpr")
+    if "clouds" in names:
+        of_fields = (
+            "i32" if name in ("n", "m", "d") else _POINTER[dtype] for name in Clouds._fields
+        )
+        signature["clouds"] = Clouds._make(of_fields)
     # The launchers pad the points, and the coordinates of a dot, to multiples of 16.
     aligned = {"N", "M"} | ({"D"} if launch.get("DOT") else set())
-    attributes = {
-        (p.num,): [["tt.divisibility", 16]]
-        for p in kernel.params
-        if not p.do_not_specialize and (signature[p.name][0] == "*" or p.name in aligned)
-    }
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for p in kernel.params:
+        own = signature[p.name]
+        places: list[tuple[tuple[int, ...], str, str]] = [((p.num,), p.name, own)]
+        if isinstance(own, Clouds):
+            fields = enumerate(own._asdict().items())
+            places = [((p.num, k), name.upper(), str(one)) for k, (name, one) in fields]
+        for place, name, one in places:
+            if not p.do_not_specialize and (one[0] == "*" or name in aligned):
+                attributes[place] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
@@ -197,7 +210,7 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
 def _heavy(kernel: Any, launch: dict[str, Any]) -> bool:
     """Of duals: gelu's backward, the longest rows, products with the sphere."""
     if kernel is dual.dual_activate_kernel:
-        own = launch["KIND"] == 1 and launch["BACKWARD"]
+        own = launch["KIND"] == "gelu" and launch["BACKWARD"]
     elif kernel is probe_kernel:
         own = launch["KIND"] == 3 and launch["MODE"] == 1
     else:
@@ -210,18 +223,18 @@ def _dual_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
         low, own = dtype == "bfloat16 tangents", dtype if dtype == "float64" else "float32"
         launch = config.dual_activate(own, arch)
         shared = (False,) if low else (False, True)
-        for kind, backward, alone in itertools.product(range(7), (False, True), shared):
-            flags: dict[str, float]
+        for kind, backward, alone in itertools.product(ACTIVATIONS, (False, True), shared):
+            flags: dict[str, Any]
             flags = {"KIND": kind, "BACKWARD": backward, "SHARED": alone, "SHIFT": True}
             flags |= {"BETA": 1.0, "THRESHOLD": 20.0}
             yield dual.dual_activate_kernel, dtype, launch | flags
         for n, centred in itertools.product((64, config.LONGEST_ROW[own]), (False, True)):
             flags = {"CENTRED": centred, "SHIFT": True, "WEIGHT": True, "EPS": 1e-5}
             launch = config.dual_norm(n, own, arch) | flags
-            yield dual.dual_norm_kernel, dtype, launch | {"BIAS": True}
-            yield dual.dual_norm_backward_kernel, dtype, launch
-        for kind, mode in itertools.product(range(4), range(2 if low else 3)):
-            flags = {"KIND": kind, "MODE": mode, "IDS": True}
+            yield norms.dual_norm_kernel, dtype, launch | {"BIAS": True}
+            yield norms.dual_norm_backward_kernel, dtype, launch
+        for drawn, mode in itertools.product(range(4), range(2 if low else 3)):
+            flags = {"KIND": drawn, "MODE": mode, "IDS": True}
             yield probe_kernel, dtype, config.probe(own, arch) | flags
 
 

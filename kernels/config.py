@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# The values of `precision` in the ops, in order.
+from fewstep.reference.sinkhorn import PRECISIONS as PRECISIONS
+
 # Streaming multiprocessors (compute units) that a grid should fill.
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 ARCHITECTURES = tuple(_PROCESSORS)
@@ -23,9 +26,6 @@ _COLUMNS_DOT, _COLUMNS, _COLUMNS_SMALL = 32, 16, 8
 _KEPT_FROM, _KEPT_FROM_DOT = 24, 80
 # Iterations that pay for writing costs.
 _KEPT_STEPS = 4
-
-# The values of `precision` in the ops, in order.
-PRECISIONS = ("tf32x3", "tf32", "float32")
 
 
 def _options(num_warps: int, num_stages: int = 2) -> dict[str, Any]:

@@ -57,6 +57,20 @@ def test_symbols_are_of_the_stable_abi(library: Path | None) -> None:
     assert [n for n in names if n.startswith(("at::", "c10::", "torch::"))] == []
 
 
+def test_functions_of_an_instruction_set_are_its_own() -> None:
+    """The linker takes a weak function from any object, for every CPU: one that has AVX compiled
+    none, of std or of the project."""
+    units = sorted((ROOT / "build").glob("temp*/csrc/cpu/simd/*_avx*.o"))
+    if not units or shutil.which("nm") is None or os.environ.get("FEWSTEP_SANITIZE") == "1":
+        pytest.skip("no objects, no nm, or objects of the sanitizers, which inline less")
+    for unit in units:
+        listing = subprocess.run(["nm", "-C", unit], capture_output=True, text=True, check=True)
+        defined = [line for line in listing.stdout.splitlines() if not line.startswith(" ")]
+        symbols = [line.split(maxsplit=2)[1:] for line in defined]
+        assert any(name.startswith("fewstep::cpu::avx") for _, name in symbols)
+        assert [name for kind, name in symbols if kind in "WVu"] == [], unit.name
+
+
 def test_cpu_capability_is_detected_and_overridden() -> None:
     detected = _C.detected_cpu_capability()
     code = "from fewstep import _C; print(_C.cpu_capability())"

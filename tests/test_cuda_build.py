@@ -18,12 +18,14 @@ from torch import Tensor
 import fewstep
 from fewstep._library import cuda_library
 from fewstep.ops.sinkhorn import dispatch
+from fewstep.reference import costs
 from fewstep.reference import sinkhorn as reference
-from fewstep.reference.sinkhorn import Points, Schedule
+from fewstep.reference.costs import served
+from fewstep.reference.sinkhorn import Inputs, Points, Schedule
 from support.emulation import Emulator, arrays, emulator, split, wide
 from tolerances import assert_contract
 
-COSTS = reference.COSTS[:3]  # those that the CUDA kernels have
+COSTS = served("cuda")
 
 
 def exact_solve(
@@ -39,7 +41,7 @@ def exact_solve(
     g0: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     schedule = Schedule(max_iter=max_iter, tol=tol)
-    return reference.solve(Points(x, y, cost), a, b, eps, None, g0, schedule)
+    return reference.solve(Inputs(Points(x, y, cost), a, b, eps, None, g0, schedule))
 
 
 def exact_transport(
@@ -84,7 +86,7 @@ def header(
 ) -> bytes:
     names = ("solve", "transport", "grad")
     integers = (names.index(op), dtype == torch.float64, team == "threads", PLACES.index(place))
-    sizes = (batch, n, m, d, k, COSTS.index(cost), max_iter)
+    sizes = (batch, n, m, d, k, costs.COSTS[cost].index, max_iter)
     stop = (-1.0 if tol is None else tol, reference.DEFAULT_TOL if tol is None else tol)
     return struct.pack("11q2d", *integers, *sizes, *stop)
 
@@ -428,14 +430,11 @@ def test_device_stop_empty_batch_and_same_bits() -> None:
 @pytest.mark.gpu
 def test_device_capture_in_a_graph() -> None:
     x, y, a, b, eps = (t.cuda() for t in make(4, 30, 40, 3, torch.float32))
-    expected = dispatch.solve(
-        "cuda", Points(x, y), a, b, eps, None, None, Schedule(max_iter=20, tol=1e-4)
-    )
+    inputs = Inputs(Points(x, y), a, b, eps, schedule=Schedule(max_iter=20, tol=1e-4))
+    expected = dispatch.solve("cuda", inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = dispatch.solve(
-            "cuda", Points(x, y), a, b, eps, None, None, Schedule(max_iter=20, tol=1e-4)
-        )
+        captured = dispatch.solve("cuda", inputs)
     graph.replay()
     torch.cuda.synchronize()
     for one, other in zip(captured, expected, strict=True):

@@ -17,13 +17,15 @@ import fewstep
 from fewstep._library import DEVICE_TESTED
 from fewstep.ops.sinkhorn import dispatch
 from fewstep.ops.sinkhorn.inputs import PRECISIONS
+from fewstep.reference import costs
 from fewstep.reference import drift as drift_reference
 from fewstep.reference import sinkhorn as reference
-from fewstep.reference.sinkhorn import Points, Schedule
+from fewstep.reference.costs import served
+from fewstep.reference.sinkhorn import Inputs, Points, Schedule
 from support.emulation import Emulator, arrays, emulator, split, wide
 from tolerances import assert_contract, error
 
-COSTS = reference.COSTS[:3]
+COSTS = served("cuda")
 NO_DIAGONAL = -(2**63)
 # A thread alone, and warps of 32 fibers with tensor cores, under the address sanitizer; 3 warps of
 # 2 threads, and clusters of such blocks, under the thread sanitizer: ranks, and warps of 32.
@@ -60,7 +62,7 @@ def header(
 ) -> bytes:
     integers = (("solve", "direct", "drift").index(op), dtype == torch.float64, *team)
     where = NO_DIAGONAL if diagonal is None else diagonal
-    sizes = (batch, n, m, d, COSTS.index(cost), where, max_iter)
+    sizes = (batch, n, m, d, costs.COSTS[cost].index, where, max_iter)
     how = PRECISIONS.index(precision)
     return struct.pack("19q6d", *integers, *sizes, *flags, False, how, *updates, *numbers)
 
@@ -141,7 +143,7 @@ def exact(
     up = lambda t: None if t is None else t.double()  # noqa: E731
     schedule = replace(schedule, start=up(schedule.start), temperatures=up(schedule.temperatures))
     points = Points(x, y, cost, diagonal=diagonal)
-    return reference.solve(points, a, b, eps, up(f0), up(g0), schedule)
+    return reference.solve(Inputs(points, a, b, eps, up(f0), up(g0), schedule))
 
 
 def check(
@@ -849,9 +851,8 @@ def test_device_small_capture_in_a_graph() -> None:
 
     def work() -> tuple[Tensor, ...]:
         drift = fewstep.sinkhorn_drift(x, y, y, eps=0.1, backend="cuda")
-        return *dispatch.solve(
-            "cuda", Points(x, y), a, b, eps, None, None, schedule
-        ), drift.velocity
+        inputs = Inputs(Points(x, y), a, b, eps, schedule=schedule)
+        return *dispatch.solve("cuda", inputs), drift.velocity
 
     wanted = work()
     graph = torch.cuda.CUDAGraph()

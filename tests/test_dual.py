@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +201,11 @@ def test_opcheck() -> None:
         (ops.probe_scale, (g, key, None, 5, 0)),
     ):
         torch.library.opcheck(op.default, arguments)
+
+
+def test_activations_are_one_list() -> None:
+    """An op's argument `kind` is an index into all of them."""
+    root = Path(__file__).parents[1]
+    header = (root / "csrc/cpu/dual.h").read_text().replace("\\\n", "")
+    (names,) = re.findall(r"#define FEWSTEP_ACTIVATIONS\(each\)(.*)", header)
+    assert tuple(re.findall(r"each\((\w+)\)", names)) == reference.ACTIVATIONS

@@ -107,6 +107,14 @@ def test_derivatives_with_options(options: dict[str, Any]) -> None:
     assert gradgradcheck(lambda x, y: solve(x, y, **options).value, inputs)
 
 
+def test_a_plan_that_reach_destroys_has_no_second_derivative() -> None:
+    (x,) = leaves((5, 2))
+    result = fewstep.sinkhorn(x, x.detach() + 10, eps=0.01, reach=0.01)
+    (grad,) = torch.autograd.grad(result.value, x, create_graph=True)
+    with pytest.raises(fewstep.ConvergenceError, match="of which reach leaves 0; take a larger"):
+        torch.autograd.grad(grad.sum(), x)
+
+
 @pytest.mark.parametrize("options", [{}, {"eps": [0.5, 1.0]}, {"reach": 1.5}])
 def test_derivatives_of_ragged_problems(options: dict[str, Any]) -> None:
     labels = torch.tensor([0, 1, 1, 0, 0]), torch.tensor([1, 0, 0, 1, 1])

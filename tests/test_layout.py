@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{module: set() for module in CORE},
     "fewstep._aliases": set(),
     "fewstep.reference": CORE,
-    "fewstep.kernels": set(),
+    "fewstep.kernels": CORE | {"fewstep.reference"},
     "fewstep.conversions": CORE,
     "fewstep.networks": CORE,
     "fewstep.ops": set(),

@@ -302,3 +302,29 @@ def test_what_is_infeasible_is_worth_inf_whatever_mass_its_plan_has(
     result = fewstep.sinkhorn(x, y, a=a, eps=eps, **options, backend=backend)
     assert result.value == torch.inf
     assert not result.converged
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_point_that_keeps_next_to_no_mass(backend: str) -> None:
+    """Its barycentre is right or NaN, on all masses down to none."""
+    x, y = torch.linspace(0.8, 2.3, 400)[:, None], torch.tensor([[0.3]])
+    result = fewstep.sinkhorn(x, y, eps=1e-3, reach=0.15, max_iter=1, backend=backend)
+    mass, means = result.transport(torch.ones(1, 1))[:, 0], result.barycenter()[:, 0]
+    assert bool((mass == 0).any() & ((mass > 0) & (mass < 1e-42)).any() & (mass > 1e-3).any())
+    known = ~means.isnan()
+    assert bool(known[mass >= 1e-33].all())
+    assert means[known].tolist() == pytest.approx([0.3] * int(known.sum()))
+
+
+@pytest.mark.parametrize("relax", [0.5, 1.2, 1.8])
+def test_a_column_without_partners_is_annealed_and_relaxed(relax: float) -> None:
+    """Its mass is destroyed, however infinite its potential was at a temperature before."""
+    C = torch.tensor([[torch.inf, 0.3], [torch.inf, 0.1]], dtype=torch.float64)
+    options: dict = {"eps": 0.01, "reach": 1.0, "relax": relax, "anneal": [50.0, 1.0]}
+    for max_iter in (1, 2, 20):
+        found = [
+            fewstep.sinkhorn(None, None, C=C, max_iter=max_iter, backend=backend, **options)
+            for backend in ("cpp", "reference")
+        ]
+        assert all(r.g[0] > 1e20 for r in found)
+        torch.testing.assert_close(found[0].value, found[1].value, rtol=1e-9, atol=0)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fewstep.data.toys import GaussianMixture
 from fewstep.methods import MarginalReflow
 from fewstep.methods.draws import Draws
-from fewstep.methods.reflow import heun, log_prob_of, score_of
+from fewstep.methods.reflow import log_prob_of, score_of
 from fewstep.ops.trace import log_density
 from fewstep.ops.trace.inputs import Options
+from fewstep.ops.trace.steps import nodes, walked
 from support.velocity_nets import TimeMLP
 from tolerances import TANGENTS, error
 
@@ -205,7 +206,7 @@ def perflow(
     s, e = edges[k], edges[k + 1]
     with torch.no_grad():
         x_s = (1 - s[:, None]) * data + s[:, None] * eps
-        x_e = heun(teacher, x_s, s, e, 8)
+        x_e = walked(teacher, x_s, nodes(s, e, 8), method="heun")
         x_t = x_s + (x_e - x_s) * u[:, None]
         v = (x_e - x_s) / (e - s)[:, None]
     return (student(x_t, s + (e - s) * u) - v).square().mean()

@@ -8,7 +8,6 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +18,10 @@ from torch import Tensor
 
 import fewstep
 from fewstep.ops.sinkhorn import dispatch
-from fewstep.reference import sinkhorn as reference
-from fewstep.reference.sinkhorn import Points, Schedule, cost_matrix
+from fewstep.reference.costs import OF_POINTS, cost_matrix
+from fewstep.reference.sinkhorn import Inputs, Points, Schedule
 from tolerances import assert_contract, assert_no_worse_than_eager
 
-COSTS = reference.COSTS[:5]  # those that look at points
 # B, N, M, D: single points, below and above every tile width, rows left over, several row chunks.
 SHAPES = [
     (1, 1, 1, 1),
@@ -51,7 +49,7 @@ def mean_cost(x: Tensor, y: Tensor, cost: str) -> float:
     return float(cost_matrix(x, y, cost).abs().mean())
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", OF_POINTS)
 @pytest.mark.parametrize("iterations", [1, 7, 800])
 def test_reference_agrees_with_pot(cost: str, iterations: int) -> None:
     ot = pytest.importorskip("ot")
@@ -69,7 +67,7 @@ def test_reference_agrees_with_pot(cost: str, iterations: int) -> None:
         assert abs(result.value - exact) < 1e-10 * abs(exact)
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", OF_POINTS)
 def test_reference_gradients(cost: str) -> None:
     x, y, _, _ = problem((1, 3, 2, 2))
     la, lb = torch.randn(1, 3, dtype=x.dtype), torch.randn(1, 2, dtype=x.dtype)
@@ -92,7 +90,7 @@ def test_reference_gradient_at_coinciding_points_is_zero() -> None:
 
 
 Case = tuple[tuple[int, int, int, int], str, torch.dtype]
-CASES = [(s, c, d) for s in SHAPES for c in COSTS for d in (torch.float32, torch.float64)]
+CASES = [(s, c, d) for s in SHAPES for c in OF_POINTS for d in (torch.float32, torch.float64)]
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def test_ops_pass_opcheck() -> None:
     eps = torch.tensor([0.5, 1.0], dtype=x.dtype)
     ops, check = torch.ops.fewstep, torch.library.opcheck
     none = (None,) * 6
-    f, g, *_ = dispatch.solve("cpp", Points(x, y), a, b, eps, None, None, Schedule(max_iter=5))
+    f, g, *_ = dispatch.solve("cpp", Inputs(Points(x, y), a, b, eps, schedule=Schedule(max_iter=5)))
     plain = (5, None, None, 1.0, None, None, None, 1.0, False, False, 2**20, 0)
     check(ops.sinkhorn.default, (x, y, a, b, eps, None, None, *none, 0, None, *plain))
     start, steps = eps.new_tensor([2.0, 3.0]), eps.new_tensor([4.0, 3.0])
@@ -217,7 +215,8 @@ def test_raw_ops_refuse_gradients() -> None:
     x, y, a, b = problem((1, 4, 4, 2))
     points = Points(x.requires_grad_(), y)
     eps = torch.ones(1, dtype=x.dtype)
-    f, g, value, *_ = dispatch.solve("cpp", points, a, b, eps, None, None, Schedule(max_iter=5))
+    inputs = Inputs(points, a, b, eps, schedule=Schedule(max_iter=5))
+    f, g, value, *_ = dispatch.solve("cpp", inputs)
     f, g = f.detach(), g.detach()
     for out in (
         value,
@@ -290,7 +289,7 @@ def test_far_offset_and_duplicates_lose_nothing(capability: str) -> None:
     """At an offset of 8192 multiples of 2^-10 are still exact in float32, so are distances."""
     x = torch.randint(0, 4096, (1, 40, 3)) / 1024
     y = torch.cat([x[:, :20], torch.randint(0, 4096, (1, 30, 3)) / 1024], 1)
-    for cost in set(COSTS) - {"dot"}:
+    for cost in set(OF_POINTS) - {"dot"}:
         near = fewstep.sinkhorn(x, y, eps=0.1, cost=cost, max_iter=50, backend="cpp")
         far = fewstep.sinkhorn(x + 8192, y + 8192, eps=0.1, cost=cost, max_iter=50, backend="cpp")
         assert torch.equal(near.f, far.f)
@@ -421,7 +420,7 @@ BAD = [
     ({"eps": 0.0}, ValueError, r"eps must be positive and finite, got 0.0"),
     ({"eps": True}, TypeError, r"eps must be a number, .* got bool"),
     ({"eps": [True]}, TypeError, r"eps must be a sequence of numbers, got \[True\]"),
-    ({"eps": [torch.tensor(0.1)]}, TypeError, r"eps must be .* numbers, got \[tensor\(0.1"),
+    ({"eps": [torch.ones(1)]}, TypeError, r"eps must be .* numbers, got \[tensor\(\[1"),
     ({"eps": torch.tensor(True)}, TypeError, r"eps must be numbers, got torch.bool"),
     ({"eps": np.array(["a"])}, TypeError, r"eps must be numbers, got <U1"),
     ({"eps": b"x"}, TypeError, r"eps must be a number, .* got bytes"),
@@ -486,11 +485,3 @@ def test_backend_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWSTEP_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         fewstep.sinkhorn(X, Y, eps=0.1)
-
-
-def test_sources_name_each_op_once() -> None:
-    """The C++ enum of costs and the tuple in Python are one order."""
-    header = Path(__file__).parents[1] / "csrc" / "cpu" / "sinkhorn.h"
-    line = next(s for s in header.read_text().splitlines() if "enum class Cost" in s)
-    for index, cost in enumerate(reference.COSTS[:-1]):  # a formula has no kernel
-        assert f" {cost} = {index}" in line

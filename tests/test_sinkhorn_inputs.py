@@ -291,7 +291,12 @@ def test_numbers_of_numpy_are_numbers() -> None:
             drift(eps=eps, guidance=np.float32(0.5), uncond=Y).velocity,
             drift(eps=0.5, guidance=0.5, uncond=Y).velocity,
         )
-    assert torch.equal(sinkhorn(reach=[1.0, 2.0]).f, sinkhorn(reach=(1.0, 2.0)).f)
+    for pair in ([1.0, 2.0], np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])):
+        assert torch.equal(sinkhorn(reach=pair).f, sinkhorn(reach=(1.0, 2.0)).f)
+    assert torch.equal(sinkhorn(anneal=torch.tensor(0.5)).f, sinkhorn(anneal=0.5).f)
+    assert torch.equal(sinkhorn(anneal=[torch.tensor(0.5)]).f, sinkhorn(anneal=[0.5]).f)
+    steps = torch.tensor(3), np.array(3)
+    assert all(len(fewstep.karras_sigmas(n)) == len(fewstep.karras_sigmas(3)) for n in steps)
     assert torch.equal(sinkhorn(eps=np.array([0.5, 1.0])).f, sinkhorn(eps=[0.5, 1.0]).f)
     for normalize in (True, False):
         for same in (int(normalize), np.bool_(normalize)):
@@ -319,7 +324,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"anneal": "slow"}, TypeError, "anneal must be a number, .* got str"),
     ({"anneal": [None]}, TypeError, r"anneal must be a sequence of numbers, got \[None\]"),
     ({"reach": "far"}, TypeError, "reach must be a number, got 'far'"),
-    ({"reach": torch.ones(2)}, TypeError, r"reach must be a number, got \(2,\)"),
+    ({"reach": torch.ones(3)}, ValueError, r"reach must be a number or a pair, got \[1.0, 1.0"),
+    ({"reach": torch.ones(2, 2)}, TypeError, r"reach must be a number, got \(2, 2\)"),
+    ({"max_iter": torch.tensor([5])}, TypeError, "max_iter must be an integer, got tensor"),
     ({"reach": 1e-30}, ValueError, "reach must be larger in torch.float32, got 1e-30"),
     ({"max_iter": 10.0}, TypeError, "max_iter must be an integer, got 10.0"),
     ({"max_iter": None}, TypeError, "max_iter must be an integer, got None"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fewstep
-from fewstep.reference.sinkhorn import cost_matrix
+from fewstep.reference.costs import cost_matrix
 from tolerances import assert_contract
 
 SHAPES = [(1, 2, 3, 1), (3, 5, 7, 2), (2, 33, 65, 3), (1, 150, 130, 17)]

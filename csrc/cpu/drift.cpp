@@ -20,18 +20,6 @@ template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 template <class T>
-const DriftKernels<T>& drift_kernels() {
-  static constexpr Compiled<DriftKernels> kByIsa[] = {
-      {base::kDriftFloat, base::kDriftDouble},
-#if defined(__x86_64__)
-      {avx2::kDriftFloat, avx2::kDriftDouble},
-      {avx512::kDriftFloat, avx512::kDriftDouble},
-#endif
-  };
-  return in_use<T>(kByIsa);
-}
-
-template <class T>
 struct Workspace {
   Buffer<T> packed, points, centre, moments, distances, kernel, tiles, velocity;
   Buffer<T> a, b, log2_b, h, total_h, v, v_next, f, f_next, fa, zero, shift, u, u_next, columns;
@@ -350,8 +338,8 @@ class Coupling {
     }
   }
 
-  const SinkhornKernels<T>& kernel_ = kernels<T>();
-  const DriftKernels<T>& drift_ = drift_kernels<T>();
+  const SinkhornKernels<T>& kernel_ = kernels<SinkhornKernels, T>();
+  const DriftKernels<T>& drift_ = kernels<DriftKernels, T>();
   const Drift<T>& in_;
   Workspace<T>& w_;
   const int64_t threads_, n_, d_;
@@ -377,7 +365,7 @@ struct Moment {
 template <class T>
 Moment moment_of_distances(const Drift<T>& in, int64_t g, int64_t clouds, Workspace<T>& w) {
   constexpr int64_t kTile = 256 << 10;
-  const auto& kernel = kernels<T>();
+  const auto& kernel = kernels<SinkhornKernels, T>();
   Moment moment;
   const Cloud<T>& x = in.x;
   for (int64_t c = in.diagonal == kNoDiagonal ? -1 : 0; c < clouds; ++c) {
@@ -399,7 +387,7 @@ Moment moment_of_distances(const Drift<T>& in, int64_t g, int64_t clouds, Worksp
     for (int64_t i = 0; i < x.count; i += step, p.x += step * x.row) {
       const int64_t rows = std::min(step, x.count - i);
       kernel.distances(p, 0, 0, rows, tile);
-      moment.distance += drift_kernels<T>().weighted_sum(rows, mp, tile, weights);
+      moment.distance += kernels<DriftKernels, T>().weighted_sum(rows, mp, tile, weights);
     }
   }
   moment.weight *= x.count;
@@ -410,7 +398,7 @@ Moment moment_of_distances(const Drift<T>& in, int64_t g, int64_t clouds, Worksp
 // sum_iu w_u |x_i - u|^2 = W sum_i |x_i - c|^2 + N sum_u w_u |u - c|^2 - 2 sum_i (x_i - c) . sum_u w_u (u - c).
 template <class T>
 Moment moment_of_squares(const Drift<T>& in, int64_t g, int64_t clouds, Workspace<T>& w) {
-  const auto& kernel = drift_kernels<T>();
+  const auto& kernel = kernels<DriftKernels, T>();
   const int64_t n = in.x.count, d = in.d;
   const T* x = in.x.data + g * in.x.batch;
   T* centre = w.centre.get(d);
@@ -437,7 +425,7 @@ Moment moment_of_squares(const Drift<T>& in, int64_t g, int64_t clouds, Workspac
 
 template <class T>
 double scale_of(const Drift<T>& in, int64_t threads) {
-  const bool squared = in.cost != Cost::euclidean;
+  const bool squared = is_squared(in.cost);
   const int64_t clouds = in.joint ? in.cloud_count : 2;
   std::vector<Moment> moments(in.groups);
   int64_t points = in.x.count;
@@ -452,7 +440,7 @@ double scale_of(const Drift<T>& in, int64_t threads) {
     total.weight += m.weight;
   }
   const double mean = total.distance / total.weight;
-  const double scale = (squared ? std::sqrt(mean) : mean) / std::sqrt(static_cast<double>(in.d));
+  const double scale = root(in.cost, mean) / std::sqrt(static_cast<double>(in.d));
   return scale < kMinScale ? kMinScale : scale;  // NaN stays
 }
 
@@ -472,18 +460,18 @@ template <class T>
 void drift_group(const Drift<T>& in, int64_t g, double scale, const Velocities<T>& out, double* squares,
                  Workspace<T>& w, int64_t threads) {
   const int64_t n = in.x.count, d = in.d, plans = in.joint ? 1 : in.cloud_count;
-  const auto& kernel = drift_kernels<T>();
+  const auto& kernel = kernels<DriftKernels, T>();
   kernel.mean(in.x.data + g * in.x.batch, in.x.row, n, d, w.centre.get(d));
   const double guidance = in.cloud_count > 2 ? in.guidance[g] : 0;
-  const double unit = in.cost == Cost::half_sqeuclidean ? 0.5 : 1.0;
-  const double distance = in.cost == Cost::euclidean ? scale : scale * scale;
-  const double dimension = !in.scaled ? 1.0 : in.cost == Cost::euclidean ? std::sqrt(static_cast<double>(d)) : d;
+  const double size = static_cast<double>(d), dimension = !in.scaled            ? 1.0
+                                                          : is_squared(in.cost) ? size
+                                                                                : std::sqrt(size);
   T* velocity = w.velocity.get(in.temperatures * n * d);
   for (int64_t p = 0; p < plans; ++p) {
     Coupling<T> coupling(in, g, p, in.joint ? in.cloud_count : 1, w, threads);
     const double factor = p == 0 ? 1 + (in.joint ? 0 : guidance) : p == 1 ? -1 : -guidance;
     for (int64_t t = 0; t < in.temperatures; ++t) {
-      coupling.solve(unit * kLog2E / (in.eps[t] * dimension * distance));
+      coupling.solve(unit(in.cost) * kLog2E / (in.eps[t] * dimension * power(in.cost, scale)));
       const PlanSums sums = coupling.finish(factor / scale, velocity + t * n * d, p > 0);
       const int64_t i = (t * in.groups + g) * plans + p;
       in.residual[i] = static_cast<T>(sums.residual);
@@ -534,7 +522,7 @@ void drift_all(const Drift<T>& in, int64_t threads) {
     std::vector<const T*> parts(in.temperatures);
     for (int64_t t = 0; t < in.temperatures; ++t) parts[t] = out.at(t) + i * kSlice;
     const int64_t count = std::min(kSlice, size - i * kSlice);
-    drift_kernels<T>().mix(count, in.temperatures, parts.data(), factors.data(), in.velocity + i * kSlice);
+    kernels<DriftKernels, T>().mix(count, in.temperatures, parts.data(), factors.data(), in.velocity + i * kSlice);
   });
   if (memory.bytes() > kKept) memory.release();
 }

@@ -49,18 +49,8 @@ struct DriftKernels {
   void (*mix)(int64_t count, int64_t terms, const T* const* parts, const T* factors, T* out);
 };
 
-namespace base {
-extern const DriftKernels<float> kDriftFloat;
-extern const DriftKernels<double> kDriftDouble;
-}  // namespace base
-namespace avx2 {
-extern const DriftKernels<float> kDriftFloat;
-extern const DriftKernels<double> kDriftDouble;
-}  // namespace avx2
-namespace avx512 {
-extern const DriftKernels<float> kDriftFloat;
-extern const DriftKernels<double> kDriftDouble;
-}  // namespace avx512
+FEWSTEP_KERNELS(DriftKernels<float>)
+FEWSTEP_KERNELS(DriftKernels<double>)
 
 // A cloud of each group: point i of group g at data + g * batch + i * row.
 template <class T>

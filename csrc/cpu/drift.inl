@@ -1,8 +1,13 @@
 // Leaf kernels of the drift for one instruction set; see sinkhorn.inl for what may stand here.
-namespace fewstep::cpu::FEWSTEP_ISA {
-namespace {
+#include "cpu/drift.h"
+#include "cpu/simd/unit.h"
+
+FEWSTEP_BEGIN_ISA
 
 #include "cpu/simd/math.h"
+
+namespace fewstep::cpu::FEWSTEP_ISA {
+namespace {
 
 constexpr int kRowsPerSum = 16;  // rows that are summed in the points' precision
 
@@ -197,7 +202,11 @@ constexpr DriftKernels<T> kKernels = {mean<T>, moments<T>, centred<T>, weighted_
 
 }  // namespace
 
-const DriftKernels<float> kDriftFloat = kKernels<float>;
-const DriftKernels<double> kDriftDouble = kKernels<double>;
+template <>
+const DriftKernels<float> Compiled<DriftKernels<float>>::kernels = kKernels<float>;
+template <>
+const DriftKernels<double> Compiled<DriftKernels<double>>::kernels = kKernels<double>;
 
 }  // namespace fewstep::cpu::FEWSTEP_ISA
+
+FEWSTEP_END_ISA

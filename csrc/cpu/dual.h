@@ -10,8 +10,16 @@
 
 namespace fewstep::cpu {
 
-enum class Activation : int64_t { silu, gelu, gelu_tanh, tanh, softplus, relu, sigmoid };
-constexpr int64_t kActivations = 7;
+// In the order of Python's fewstep.reference.dual.ACTIVATIONS: an op's argument `kind` is an index into it.
+#define FEWSTEP_ACTIVATIONS(each) \
+  each(silu) each(gelu) each(gelu_tanh) each(tanh) each(softplus) each(relu) each(sigmoid)
+
+#define FEWSTEP_NAME(kind) kind,
+#define FEWSTEP_ONE(kind) +1
+enum class Activation : int64_t { FEWSTEP_ACTIVATIONS(FEWSTEP_NAME) };
+constexpr int64_t kActivations = FEWSTEP_ACTIVATIONS(FEWSTEP_ONE);
+#undef FEWSTEP_ONE
+#undef FEWSTEP_NAME
 
 template <class T>
 struct Elementwise {
@@ -87,30 +95,7 @@ struct DualKernels {
   int64_t panel;  // columns of one
 };
 
-namespace base {
-extern const DualKernels<float> kDualFloat;
-extern const DualKernels<double> kDualDouble;
-}  // namespace base
-namespace avx2 {
-extern const DualKernels<float> kDualFloat;
-extern const DualKernels<double> kDualDouble;
-}  // namespace avx2
-namespace avx512 {
-extern const DualKernels<float> kDualFloat;
-extern const DualKernels<double> kDualDouble;
-}  // namespace avx512
-
-// Those of the instruction set in use.
-template <class T>
-const DualKernels<T>& dual_kernels() {
-  static constexpr Compiled<DualKernels> kByIsa[] = {
-      {base::kDualFloat, base::kDualDouble},
-#if defined(__x86_64__)
-      {avx2::kDualFloat, avx2::kDualDouble},
-      {avx512::kDualFloat, avx512::kDualDouble},
-#endif
-  };
-  return in_use<T>(kByIsa);
-}
+FEWSTEP_KERNELS(DualKernels<float>)
+FEWSTEP_KERNELS(DualKernels<double>)
 
 }  // namespace fewstep::cpu

@@ -1,8 +1,14 @@
 // Kernels of dual.h for one instruction set; see sinkhorn.inl for what may stand here.
-namespace fewstep::cpu::FEWSTEP_ISA {
-namespace {
+#include "cpu/dual.h"
+#include "cpu/simd/unit.h"
+#include "shared/philox.h"
+
+FEWSTEP_BEGIN_ISA
 
 #include "cpu/simd/math.h"
+
+namespace fewstep::cpu::FEWSTEP_ISA {
+namespace {
 
 template <class T>
 FEWSTEP_INLINE Vec<T> load_part(const T* p, int64_t n) {
@@ -143,6 +149,7 @@ FEWSTEP_INLINE void evaluate(const Elementwise<T>& in, Vec<T> z, Vec<T>& a, Vec<
     d1 = z > 0 ? splat(T(1)) : splat(T(0));
     if constexpr (kSecond) d2 = splat(T(0));
   } else {
+    static_assert(kKind == Activation::sigmoid, "an activation without a formula");
     a = sigmoid<T>(z);
     d1 = a * (T(1) - a);
     if constexpr (kSecond) d2 = d1 * (T(1) - 2 * a);
@@ -228,38 +235,27 @@ void activate_backward_as(const Elementwise<T>& in, const T* g, T* gz, int64_t b
   });
 }
 
-#define FEWSTEP_BY_KIND(call)   \
-  switch (in.kind) {            \
-    case Activation::silu:      \
-      return call(silu);        \
-    case Activation::gelu:      \
-      return call(gelu);        \
-    case Activation::gelu_tanh: \
-      return call(gelu_tanh);   \
-    case Activation::tanh:      \
-      return call(tanh);        \
-    case Activation::softplus:  \
-      return call(softplus);    \
-    case Activation::relu:      \
-      return call(relu);        \
-    case Activation::sigmoid:   \
-      return call(sigmoid);     \
-  }
-
 template <class T>
 void activate(const Elementwise<T>& in, T* out, int64_t begin, int64_t end) {
-#define FEWSTEP_CALL(kind) activate_as<Activation::kind, T>(in, out, begin, end)
-  FEWSTEP_BY_KIND(FEWSTEP_CALL)
-#undef FEWSTEP_CALL
+  switch (in.kind) {
+#define FEWSTEP_CASE(kind) \
+  case Activation::kind:   \
+    return activate_as<Activation::kind, T>(in, out, begin, end);
+    FEWSTEP_ACTIVATIONS(FEWSTEP_CASE)
+#undef FEWSTEP_CASE
+  }
 }
 
 template <class T>
 void activate_backward(const Elementwise<T>& in, const T* g, T* gz, int64_t begin, int64_t end) {
-#define FEWSTEP_CALL(kind) activate_backward_as<Activation::kind, T>(in, g, gz, begin, end)
-  FEWSTEP_BY_KIND(FEWSTEP_CALL)
-#undef FEWSTEP_CALL
+  switch (in.kind) {
+#define FEWSTEP_CASE(kind) \
+  case Activation::kind:   \
+    return activate_backward_as<Activation::kind, T>(in, g, gz, begin, end);
+    FEWSTEP_ACTIVATIONS(FEWSTEP_CASE)
+#undef FEWSTEP_CASE
+  }
 }
-#undef FEWSTEP_BY_KIND
 
 template <class T>
 struct Means {
@@ -649,7 +645,11 @@ constexpr DualKernels<T> kKernels = {activate<T>,        activate_backward<T>, n
 
 }  // namespace
 
-const DualKernels<float> kDualFloat = kKernels<float>;
-const DualKernels<double> kDualDouble = kKernels<double>;
+template <>
+const DualKernels<float> Compiled<DualKernels<float>>::kernels = kKernels<float>;
+template <>
+const DualKernels<double> Compiled<DualKernels<double>>::kernels = kKernels<double>;
 
 }  // namespace fewstep::cpu::FEWSTEP_ISA
+
+FEWSTEP_END_ISA

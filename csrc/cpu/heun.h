@@ -4,46 +4,20 @@
 
 #include <cstdint>
 
+#include "cpu/isa.h"
+#include "shared/heun.h"
+
 namespace fewstep::cpu {
 
-// A row of shared/heun.h, in float64, or in float32 for a float32 state without low. The state is x + low; outputs may
-// be the inputs themselves, element for element.
-template <class T, class F>
-struct Combine {
-  const T* x;
-  const T* low;  // or null
-  const F* terms[2];
-  int64_t count;               // of terms
-  const double* coefficients;  // [rows, 8]
-  bool per_sample;             // rows is B, else 1
-  const int64_t* seeds;        // [B]; null: no noise
-  int64_t row;                 // of the table, which the noise depends on
-  int64_t d;                   // elements of a sample
-  T* high;                     // y, rounded; or null
-  T* out_low;                  // what rounding left of y; or null
-  F* net;                      // or null
-};
-
-template <class T, class F>
+template <class S, class F>
 struct HeunKernels {
-  // Elements [begin, end) of [B d]. False where one of the results is not finite.
-  bool (*combine)(const Combine<T, F>&, int64_t begin, int64_t end);
+  // Elements [begin, end) of [B d], in float64, or in float32 for a float32 state without low. False where one of the
+  // results is not finite.
+  bool (*combine)(const heun::Pass<S, F>&, int64_t begin, int64_t end);
 };
 
-namespace base {
-extern const HeunKernels<float, float> kHeunFloat;
-extern const HeunKernels<double, float> kHeunMixed;
-extern const HeunKernels<double, double> kHeunDouble;
-}  // namespace base
-namespace avx2 {
-extern const HeunKernels<float, float> kHeunFloat;
-extern const HeunKernels<double, float> kHeunMixed;
-extern const HeunKernels<double, double> kHeunDouble;
-}  // namespace avx2
-namespace avx512 {
-extern const HeunKernels<float, float> kHeunFloat;
-extern const HeunKernels<double, float> kHeunMixed;
-extern const HeunKernels<double, double> kHeunDouble;
-}  // namespace avx512
+FEWSTEP_KERNELS(HeunKernels<float, float>)
+FEWSTEP_KERNELS(HeunKernels<double, float>)
+FEWSTEP_KERNELS(HeunKernels<double, double>)
 
 }  // namespace fewstep::cpu

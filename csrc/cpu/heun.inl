@@ -1,9 +1,14 @@
 // Kernels of heun.h for one instruction set; see sinkhorn.inl for what may stand here.
-namespace fewstep::cpu::FEWSTEP_ISA {
-namespace {
+#include "cpu/heun.h"
+#include "cpu/simd/unit.h"
+
+FEWSTEP_BEGIN_ISA
 
 #include "cpu/simd/math.h"
 #include "cpu/simd/normals.h"
+
+namespace fewstep::cpu::FEWSTEP_ISA {
+namespace {
 
 // As many numbers of storage type S as a vector of the arithmetic's type A has: the first n of them, or all.
 template <class A, class S>
@@ -32,7 +37,8 @@ constexpr int kPart = 256;  // elements whose noise is made at once
 
 // Elements [begin, end) with the coefficients c and kCount terms; noise[0] belongs to element begin.
 template <class A, int kCount, class S, class F>
-FEWSTEP_INLINE Vec<A> part(const Combine<S, F>& in, const double* c, const double* noise, int64_t begin, int64_t end) {
+FEWSTEP_INLINE Vec<A> part(const heun::Pass<S, F>& in, const double* c, const double* noise, int64_t begin,
+                           int64_t end) {
   A factor[heun::kColumns];
   for (int j = 0; j < heun::kColumns; ++j) factor[j] = A(c[j]);
   Vec<A> wrong = {};  // stays 0 while all results are finite
@@ -63,7 +69,7 @@ FEWSTEP_INLINE Vec<A> part(const Combine<S, F>& in, const double* c, const doubl
 }
 
 template <class A, int kCount, class S, class F>
-bool combine_as(const Combine<S, F>& in, int64_t begin, int64_t end) {
+bool combine_as(const heun::Pass<S, F>& in, int64_t begin, int64_t end) {
   Vec<A> wrong = {};
   if (!in.per_sample && in.seeds == nullptr) {
     wrong = part<A, kCount>(in, in.coefficients, nullptr, begin, end);
@@ -91,7 +97,7 @@ bool combine_as(const Combine<S, F>& in, int64_t begin, int64_t end) {
 }
 
 template <class A, class S, class F>
-bool combine_in(const Combine<S, F>& in, int64_t begin, int64_t end) {
+bool combine_in(const heun::Pass<S, F>& in, int64_t begin, int64_t end) {
   switch (in.count) {
     case 0:
       return combine_as<A, 0>(in, begin, end);
@@ -103,7 +109,7 @@ bool combine_in(const Combine<S, F>& in, int64_t begin, int64_t end) {
 }
 
 template <class S, class F>
-bool combine(const Combine<S, F>& in, int64_t begin, int64_t end) {
+bool combine(const heun::Pass<S, F>& in, int64_t begin, int64_t end) {
   if constexpr (sizeof(S) == 4) {
     if (in.low == nullptr && in.out_low == nullptr) return combine_in<float>(in, begin, end);
   }
@@ -112,8 +118,13 @@ bool combine(const Combine<S, F>& in, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const HeunKernels<float, float> kHeunFloat = {combine<float, float>};
-const HeunKernels<double, float> kHeunMixed = {combine<double, float>};
-const HeunKernels<double, double> kHeunDouble = {combine<double, double>};
+template <>
+const HeunKernels<float, float> Compiled<HeunKernels<float, float>>::kernels = {combine<float, float>};
+template <>
+const HeunKernels<double, float> Compiled<HeunKernels<double, float>>::kernels = {combine<double, float>};
+template <>
+const HeunKernels<double, double> Compiled<HeunKernels<double, double>>::kernels = {combine<double, double>};
 
 }  // namespace fewstep::cpu::FEWSTEP_ISA
+
+FEWSTEP_END_ISA

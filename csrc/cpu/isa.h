@@ -2,8 +2,6 @@
 // that were compiled for it.
 #pragma once
 
-#include <type_traits>
-
 namespace fewstep::cpu {
 
 enum class Isa { base = 0, avx2 = 1, avx512 = 2 };
@@ -19,22 +17,52 @@ bool force_isa(Isa isa);
 
 const char* name(Isa isa);
 
-// The kernels of one instruction set.
-template <template <class> class Kernels>
-struct Compiled {
-  const Kernels<float>& single;
-  const Kernels<double>& twice;
-};
-
-// Those for T of the instruction set in use, from what was compiled for each, in the order of Isa.
-template <class T, template <class> class Kernels>
-const Kernels<T>& in_use(const Compiled<Kernels>* by_isa) {
-  const Compiled<Kernels>& compiled = by_isa[static_cast<int>(current_isa())];
-  if constexpr (std::is_same_v<T, float>) {
-    return compiled.single;
-  } else {
-    return compiled.twice;
+// A family of kernels is a table of pointers to functions, for the numbers that it computes with. FEWSTEP_KERNELS says
+// that there is one for each instruction set; the units in simd/ define them.
+#define FEWSTEP_KERNELS(...)                        \
+  namespace base {                                  \
+  template <>                                       \
+  const __VA_ARGS__ Compiled<__VA_ARGS__>::kernels; \
+  }                                                 \
+  namespace avx2 {                                  \
+  template <>                                       \
+  const __VA_ARGS__ Compiled<__VA_ARGS__>::kernels; \
+  }                                                 \
+  namespace avx512 {                                \
+  template <>                                       \
+  const __VA_ARGS__ Compiled<__VA_ARGS__>::kernels; \
   }
+
+namespace base {
+template <class Kernels>
+struct Compiled {
+  static const Kernels kernels;
+};
+}  // namespace base
+namespace avx2 {
+template <class Kernels>
+struct Compiled {
+  static const Kernels kernels;
+};
+}  // namespace avx2
+namespace avx512 {
+template <class Kernels>
+struct Compiled {
+  static const Kernels kernels;
+};
+}  // namespace avx512
+
+// The kernels of a family for the numbers T on the instruction set in use.
+template <template <class...> class Family, class... T>
+const Family<T...>& kernels() {
+  static constexpr const Family<T...>* kByIsa[] = {
+      &base::Compiled<Family<T...>>::kernels,
+#if defined(__x86_64__)
+      &avx2::Compiled<Family<T...>>::kernels,
+      &avx512::Compiled<Family<T...>>::kernels,
+#endif
+  };
+  return *kByIsa[static_cast<int>(current_isa())];
 }
 
 }  // namespace fewstep::cpu

@@ -34,14 +34,15 @@ struct Packed {
   Matrix<T> matrix;
   T* panels;
 
-  static int64_t width() { return dual_kernels<T>().panel; }
+  static int64_t width() { return kernels<DualKernels, T>().panel; }
   int64_t count() const { return (matrix.cols + width() - 1) / width(); }
   int64_t stride() const { return matrix.depth * width(); }
   int64_t size() const { return count() * stride(); }
 
   // out [rows, cols] = a [rows, depth] times its rows from `from` on.
   void multiply(const T* a, int64_t lda, int64_t rows, T* out, int64_t from, int64_t depth) const {
-    dual_kernels<T>().multiply(a, lda, rows, panels + from * width(), stride(), depth, matrix.cols, out, matrix.cols);
+    kernels<DualKernels, T>().multiply(a, lda, rows, panels + from * width(), stride(), depth, matrix.cols, out,
+                                       matrix.cols);
   }
   void multiply(const T* a, int64_t rows, T* out) const { multiply(a, matrix.depth, rows, out, 0, matrix.depth); }
 };
@@ -72,7 +73,7 @@ void pack(std::vector<Packed<T>>& packed, Buffer<T>& memory, int64_t threads) {
   parallel_for(panels, threads, [&](int64_t i) {
     auto p = packed.begin();
     for (; i >= p->count(); ++p) i -= p->count();
-    dual_kernels<T>().pack(p->matrix, p->panels, i, i + 1);
+    kernels<DualKernels, T>().pack(p->matrix, p->panels, i, i + 1);
   });
 }
 
@@ -136,7 +137,7 @@ double work_of(const Mlp<T>& in, int64_t streams) {
 
 template <class T>
 void probe_tile(const Mlp<T>& in, const ProbePass<T>& pass, const std::vector<Packed<T>>& weights, const Tile<T>& t) {
-  const DualKernels<T>& run = dual_kernels<T>();
+  const DualKernels<T>& run = kernels<DualKernels, T>();
   const int64_t count = t.count(), tangents = pass.probes.count, d = in.d(), depth = in.depth();
   if (pass.first == nullptr || pass.last == nullptr || pass.made != nullptr) {
     for (int64_t k = 0; k < tangents; ++k) {
@@ -191,7 +192,7 @@ void probe_tile(const Mlp<T>& in, const ProbePass<T>& pass, const std::vector<Pa
 template <class T>
 void trace_tile(const Mlp<T>& in, const TracePass<T>& pass, const std::vector<Packed<T>>& weights, const T* ones,
                 const Tile<T>& t) {
-  const DualKernels<T>& run = dual_kernels<T>();
+  const DualKernels<T>& run = kernels<DualKernels, T>();
   const int64_t count = t.count(), n1 = in.layers[0].out, n2 = in.layers[1].out;
   const auto slopes = [&](const Layer<T>& layer, const T* z, T* out) {  // [a(z); a'(z)]
     Elementwise<T> e = elementwise(layer, 1, t, z);
@@ -221,7 +222,7 @@ struct Stacks {
 template <class T>
 void backward_tile(const Mlp<T>& in, const BackwardPass<T>& pass, const std::vector<Packed<T>>& weights,
                    const std::vector<Stacks<T>>& stacks, const Tile<T>& t) {
-  const DualKernels<T>& run = dual_kernels<T>();
+  const DualKernels<T>& run = kernels<DualKernels, T>();
   const int64_t count = t.count(), tangents = pass.probes.count, depth = in.depth(), d = in.d();
   const int64_t width = in.layers[0].in, most = in.layers.back().in;
   std::memcpy(stacks.back().g + t.begin * d, pass.velocity + t.begin * d, count * d * sizeof(T));
@@ -321,8 +322,8 @@ void sums_over_batch(const Mlp<T>& in, const BackwardPass<T>& pass, const std::v
       }
       Packed<T> own = straight<T>(stacks[l].h + row * layer.in + j, depth, ins);
       own.matrix.row = layer.in;
-      dual_kernels<T>().pack(own.matrix, h, 0, own.count());
-      dual_kernels<T>().multiply_turned(g, kOuts, outs, h, own.stride(), depth, ins, out, layer.in);
+      kernels<DualKernels, T>().pack(own.matrix, h, 0, own.count());
+      kernels<DualKernels, T>().multiply_turned(g, kOuts, outs, h, own.stride(), depth, ins, out, layer.in);
     }
   });
 }
@@ -361,8 +362,8 @@ void mlp_trace(const Mlp<T>& in, const TracePass<T>& pass, int64_t threads) {
       parallel_for(core.count(), own, [&](int64_t p) {
         T* to = core.panels + p * core.stride();
         const T* factor = weights[1].panels + p * core.stride();  // W_2' lies in panels as its product with this does
-        dual_kernels<T>().multiply(in.layers[0].weight + in.low, in.layers[0].in, n1,
-                                   weights[3].panels + p * weights[3].stride(), 0, d, width, to, width);
+        kernels<DualKernels, T>().multiply(in.layers[0].weight + in.low, in.layers[0].in, n1,
+                                           weights[3].panels + p * weights[3].stride(), 0, d, width, to, width);
         for (int64_t i = 0; i < n1 * width; ++i) to[i] *= factor[i];
       });
       weights[3] = core;

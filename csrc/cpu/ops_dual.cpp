@@ -16,7 +16,6 @@ namespace {
 
 using namespace fewstep::tensors;
 namespace cpu = fewstep::cpu;
-using cpu::dual_kernels;
 
 void check_options(int64_t tangents, int64_t kind, int64_t inner) {
   STD_TORCH_CHECK(tangents >= 0 && inner >= 1, "fewstep: tangents must be at least 0 and inner at least 1, got ",
@@ -29,12 +28,6 @@ int64_t batch_of(const Tensor& z, int64_t copies) {
   STD_TORCH_CHECK(z.dim() >= 1 && copies >= 1 && z.size(0) % copies == 0, "fewstep: z must be [(K + 1) B, ...] with ",
                   copies, " copies of the batch");
   return z.size(0) / copies;
-}
-
-int64_t elements_of_sample(const Tensor& z) {
-  int64_t own = 1;
-  for (int64_t i = 1; i < z.dim(); ++i) own *= z.size(i);
-  return own;
 }
 
 // A shift is repeated until it has shifted `count` elements, each of its own `inner` times at once.
@@ -62,7 +55,7 @@ struct ActivationInputs {
         threshold(limit) {
     check_options(tangents, kind, inner);
     const int64_t batch = batch_of(z, all.has_value() ? 1 : tangents + 1);
-    period = elements_of_sample(z);
+    period = per_sample(z);
     count = batch * period;
     shared = expect_if(all, "shared", z.scalar_type(), tangents * period);
     shift = shift_of(more, z, count, inner);
@@ -94,8 +87,9 @@ Tensor dual_activate(const Tensor& z, const Maybe& shared, const Maybe& shift, i
     using T = decltype(zero);
     const cpu::Elementwise<T> e = in.as<T>();
     T* to = write<T>(out);
-    torch::stable::parallel_for(0, e.count, std::max<int64_t>(kGrain / (tangents + 1), 1),
-                                [&](int64_t begin, int64_t end) { dual_kernels<T>().activate(e, to, begin, end); });
+    torch::stable::parallel_for(
+        0, e.count, std::max<int64_t>(kGrain / (tangents + 1), 1),
+        [&](int64_t begin, int64_t end) { cpu::kernels<cpu::DualKernels, T>().activate(e, to, begin, end); });
   });
   return out;
 }
@@ -110,16 +104,17 @@ Tensor dual_activate_backward(const Tensor& g, const Tensor& z, const Maybe& sha
     const cpu::Elementwise<T> e = in.as<T>();
     const T* from = read<T>(gc);
     T* to = write<T>(out);
-    torch::stable::parallel_for(
-        0, e.count, std::max<int64_t>(kGrain / (tangents + 1), 1),
-        [&](int64_t begin, int64_t end) { dual_kernels<T>().activate_backward(e, from, to, begin, end); });
+    torch::stable::parallel_for(0, e.count, std::max<int64_t>(kGrain / (tangents + 1), 1),
+                                [&](int64_t begin, int64_t end) {
+                                  cpu::kernels<cpu::DualKernels, T>().activate_backward(e, from, to, begin, end);
+                                });
   });
   return out;
 }
 
 // Elements of a row, where each sample of z has `groups` rows.
 int64_t row_of(const Tensor& z, int64_t groups) {
-  const int64_t own = elements_of_sample(z);
+  const int64_t own = per_sample(z);
   STD_TORCH_CHECK(groups >= 1 && own % groups == 0, "fewstep: ", groups, " groups do not divide the ", own,
                   " elements of a sample");
   return own / groups;
@@ -180,8 +175,9 @@ Tensor dual_norm(const Tensor& z, const Maybe& shift, const Maybe& weight, const
     using T = decltype(zero);
     const cpu::Norm<T> norm = in.as<T>();
     T* to = write<T>(out);
-    torch::stable::parallel_for(0, norm.rows, std::max<int64_t>(kGrain / (norm.n * (tangents + 1)), 1),
-                                [&](int64_t begin, int64_t end) { dual_kernels<T>().normalize(norm, to, begin, end); });
+    torch::stable::parallel_for(
+        0, norm.rows, std::max<int64_t>(kGrain / (norm.n * (tangents + 1)), 1),
+        [&](int64_t begin, int64_t end) { cpu::kernels<cpu::DualKernels, T>().normalize(norm, to, begin, end); });
   });
   return out;
 }
@@ -218,8 +214,8 @@ std::tuple<Tensor, Tensor, Tensor> dual_norm_backward(const Tensor& g, const Ten
     torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
       for (int64_t c = first; c < last; ++c) {
         T* own = sums.data() + 2 * width * c;
-        dual_kernels<T>().normalize_backward(norm, from, to, own, own + width, c * chunks.rows,
-                                             std::min((c + 1) * chunks.rows, norm.rows));
+        cpu::kernels<cpu::DualKernels, T>().normalize_backward(norm, from, to, own, own + width, c * chunks.rows,
+                                                               std::min((c + 1) * chunks.rows, norm.rows));
       }
     });
     add_sums<T>(sums, width, chunks.count, gw, gb);
@@ -324,7 +320,7 @@ std::tuple<Tensor, Tensor> dual_activate_pair(const Tensor& z, const Tensor& u, 
   const PairActivation a(z, u, shift, kind, beta, threshold, inner);
   Pair out = like(a.in);
   a.run([&](const cpu::Elementwise<float>& e, int64_t begin, int64_t n, float* made) {
-    dual_kernels<float>().activate(e, made, 0, n);
+    cpu::kernels<cpu::DualKernels, float>().activate(e, made, 0, n);
     out.scatter(begin, n, made);
   });
   return {out.primal, out.tangents};
@@ -339,7 +335,7 @@ std::tuple<Tensor, Tensor> dual_activate_pair_backward(const Tensor& ga, const T
   a.run([&](const cpu::Elementwise<float>& e, int64_t begin, int64_t n, float* made) {
     std::vector<float> grads((a.in.k() + 1) * n);
     g.gather(begin, n, grads.data());
-    dual_kernels<float>().activate_backward(e, grads.data(), made, 0, n);
+    cpu::kernels<cpu::DualKernels, float>().activate_backward(e, grads.data(), made, 0, n);
     out.scatter(begin, n, made);
   });
   return {out.primal, out.tangents};
@@ -387,7 +383,7 @@ std::tuple<Tensor, Tensor> dual_norm_pair(const Tensor& z, const Tensor& u, cons
       0, p.samples(), std::max<int64_t>(kGrain / std::max<int64_t>(p.width * (p.in.k() + 1), 1), 1),
       [&](int64_t first, int64_t last) {
         p.run(first, last, [&](const cpu::Norm<float>& norm, int64_t begin, int64_t n, float* made) {
-          dual_kernels<float>().normalize(norm, made, 0, norm.rows);
+          cpu::kernels<cpu::DualKernels, float>().normalize(norm, made, 0, norm.rows);
           out.scatter(begin, n, made);
         });
       });
@@ -413,7 +409,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_norm_pair_backward(const Tensor&
             [&](const cpu::Norm<float>& norm, int64_t begin, int64_t n, float* made) {
               std::vector<float> grads((p.in.k() + 1) * n);
               g.gather(begin, n, grads.data());
-              dual_kernels<float>().normalize_backward(norm, grads.data(), made, own, own + width, 0, norm.rows);
+              cpu::kernels<cpu::DualKernels, float>().normalize_backward(norm, grads.data(), made, own, own + width, 0,
+                                                                         norm.rows);
               out.scatter(begin, n, made);
             });
     }

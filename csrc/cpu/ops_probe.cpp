@@ -15,17 +15,10 @@ namespace {
 
 using namespace fewstep::tensors;
 namespace cpu = fewstep::cpu;
-using cpu::dual_kernels;
 
 template <class F>
 void over_probes(const cpu::Probes& p, const F& body) {
   torch::stable::parallel_for(0, p.batch * p.count, std::max<int64_t>(kGrain / std::max<int64_t>(p.d, 1), 1), body);
-}
-
-int64_t per_sample(const Tensor& t) {
-  int64_t own = 1;
-  for (int64_t i = 1; i < t.dim(); ++i) own *= t.size(i);
-  return own;
 }
 
 Tensor probe(const Tensor& like, const Tensor& key, const Maybe& ids, int64_t count, int64_t kind) {
@@ -40,7 +33,7 @@ Tensor probe(const Tensor& like, const Tensor& key, const Maybe& ids, int64_t co
     over_probes(p, [&](int64_t begin, int64_t end) {
       std::vector<float> own(p.d);
       for (int64_t item = begin; item < end; ++item) {
-        dual_kernels<float>().probe(p, own.data(), item, item + 1);
+        cpu::kernels<cpu::DualKernels, float>().probe(p, own.data(), item, item + 1);
         std::transform(own.begin(), own.end(), to + item * p.d, narrow);
       }
     });
@@ -49,7 +42,9 @@ Tensor probe(const Tensor& like, const Tensor& key, const Maybe& ids, int64_t co
   dispatch(like, [&](auto zero) {
     using T = decltype(zero);
     T* to = write<T>(out);
-    over_probes(p, [&](int64_t begin, int64_t end) { dual_kernels<T>().probe(p, to + begin * p.d, begin, end); });
+    over_probes(p, [&](int64_t begin, int64_t end) {
+      cpu::kernels<cpu::DualKernels, T>().probe(p, to + begin * p.d, begin, end);
+    });
   });
   return out;
 }
@@ -69,8 +64,8 @@ Tensor probe_dot(const Tensor& y, const Tensor& key, const Maybe& ids, int64_t c
       for (int64_t item = begin; item < end; ++item) {
         const uint16_t* from = read<uint16_t>(yc) + item * p.d;
         std::transform(from, from + p.d, row.begin(), widen);
-        dual_kernels<float>().probe(p, own.data(), item, item + 1);
-        dual_kernels<float>().dots(own.data(), row.data(), 1, p.d, to + item);
+        cpu::kernels<cpu::DualKernels, float>().probe(p, own.data(), item, item + 1);
+        cpu::kernels<cpu::DualKernels, float>().dots(own.data(), row.data(), 1, p.d, to + item);
       }
     });
     return out;
@@ -82,7 +77,7 @@ Tensor probe_dot(const Tensor& y, const Tensor& key, const Maybe& ids, int64_t c
     const T* from = read<T>(yc);
     over_probes(p, [&](int64_t begin, int64_t end) {
       std::vector<T> scratch(p.d);
-      dual_kernels<T>().probe_dot(p, from, to, scratch.data(), begin, end);
+      cpu::kernels<cpu::DualKernels, T>().probe_dot(p, from, to, scratch.data(), begin, end);
     });
   });
   return out;
@@ -99,7 +94,9 @@ Tensor probe_scale(const Tensor& g, const Tensor& key, const Maybe& ids, int64_t
     using T = decltype(zero);
     T* to = write<T>(out);
     const T* from = read<T>(gc);
-    over_probes(p, [&](int64_t begin, int64_t end) { dual_kernels<T>().probe_scale(p, from, to, begin, end); });
+    over_probes(p, [&](int64_t begin, int64_t end) {
+      cpu::kernels<cpu::DualKernels, T>().probe_scale(p, from, to, begin, end);
+    });
   });
   return out;
 }

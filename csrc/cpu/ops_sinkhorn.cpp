@@ -68,7 +68,7 @@ struct Problems {
             label_cost.has_value() ? label_cost->size(0) : 0,
             label_cost.has_value() ? label_cost->size(1) : 0,
             diagonal.value_or(cpu::kNoDiagonal),
-            static_cast<cpu::Cost>(cost)};
+            fewstep::Cost(cost)};
   }
 };
 
@@ -80,12 +80,12 @@ Problems problems(const Tensor& x, const Tensor& y, const Tensor& a, const Tenso
           rows_contiguous(a),
           rows_contiguous(b),
           contiguous(eps),
-          contiguous_if(matrix),
-          contiguous_if(segment_x),
-          contiguous_if(segment_y),
-          contiguous_if(label_x),
-          contiguous_if(label_y),
-          contiguous_if(label_cost),
+          dense_if(matrix),
+          dense_if(segment_x),
+          dense_if(segment_y),
+          dense_if(label_x),
+          dense_if(label_y),
+          dense_if(label_cost),
           cost,
           diagonal};
 }
@@ -106,8 +106,7 @@ OutputsWithGrad sinkhorn_with_grad(const Tensor& x, const Tensor& y, const Tenso
   constexpr double kDefaultTol = 1e-3, kBalanced = std::numeric_limits<double>::infinity();
   const Problems p =
       problems(x, y, a, b, eps, matrix, segment_x, segment_y, label_x, label_y, label_cost, cost, diagonal);
-  const Maybe fc = contiguous_if(f0), gc = contiguous_if(g0), from = contiguous_if(start),
-              steps = contiguous_if(schedule);
+  const Maybe fc = dense_if(f0), gc = dense_if(g0), from = dense_if(start), steps = dense_if(schedule);
   const int64_t count = eps.size(0), d = x.size(2);
   Tensor f = new_empty(p.x, {p.lead(), x.size(1)}), g = new_empty(p.x, {p.lead(), y.size(1)});
   Tensor value = new_empty(p.x, {count}), residual = new_empty(p.x, {count});
@@ -222,7 +221,7 @@ Outputs sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, c
                            read<T>(wc),
                            read<T>(gc),
                            read<T>(ec),
-                           static_cast<cpu::Cost>(cost),
+                           fewstep::Cost(cost),
                            max_iter,
                            joint,
                            scaled,

@@ -1,4 +1,4 @@
-// Drivers: who computes which rows, in what memory. No arithmetic on pairs happens here.
+// Drivers of a solve: who computes which rows, in what memory. No arithmetic on pairs happens here.
 #include "cpu/sinkhorn.h"
 
 #include <algorithm>
@@ -9,41 +9,11 @@
 #include <vector>
 
 #include "cpu/driver.h"
-#include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/sinkhorn_problem.h"
 
 namespace fewstep::cpu {
-
-template <class T>
-const SinkhornKernels<T>& kernels() {
-  static constexpr Compiled<SinkhornKernels> kByIsa[] = {
-      {base::kFloat, base::kDouble},
-#if defined(__x86_64__)
-      {avx2::kFloat, avx2::kDouble},
-      {avx512::kFloat, avx512::kDouble},
-#endif
-  };
-  return in_use<T>(kByIsa);
-}
-
-template const SinkhornKernels<float>& kernels();
-template const SinkhornKernels<double>& kernels();
-
 namespace {
-
-template <class T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
-template <class T>
-Chunks chunks_of(const SinkhornKernels<T>& kernel, int64_t n) {
-  return Chunks::of(n, std::max(kernel.rows, kernel.panel));
-}
-
-// Rows that are a multiple of 4 KiB apart share their sets of the first-level cache (measured: a pass over kept
-// distances of 4096 points takes twice as long).
-int64_t row_stride(int64_t m_padded, int64_t panel, int64_t size) {
-  return m_padded * size % 4096 == 0 ? m_padded + panel : m_padded;
-}
 
 // Rows of scratch that stay in the second-level cache beside everything else; a tile of fewer than two reads y too
 // often.
@@ -74,50 +44,6 @@ Keep choose(int64_t n_padded, int64_t m_padded, int64_t d, int64_t size, int64_t
   return {both <= limit && d > dear && passes > 1, kernel};
 }
 
-template <class T>
-struct Workspace {
-  Buffer<T> y, cost, label_rows, kernel, h, log2_b, b, a, v, v_next, f, f_next, shift, u, u_next, zero, fa, parts,
-      scratch, weights, columns;
-  Buffer<uint8_t> bad;
-  int64_t cloud = -1;  // whose y, distances and label rows are here
-
-  void release_above(int64_t bytes) {
-    cpu::release_above<T>(bytes, {&y, &cost, &label_rows, &kernel, &parts, &scratch, &weights, &columns});
-  }
-};
-
-// One problem of a batch: its points, weights and where its potentials are.
-template <class T>
-struct Place {
-  int64_t cloud, n, m;
-  const T *x, *y, *a, *b;
-  int64_t first_f, first_g;  // offsets of its potentials
-  int64_t point_x, point_y;  // offsets among the points of all clouds
-
-  Place(const Batch<T>& in, int64_t q) : cloud(q / in.temperatures), n(in.n), m(in.m) {
-    const int64_t t = q % in.temperatures;
-    int64_t i = 0, j = 0;
-    if (in.segment_x != nullptr) {
-      i = in.segment_x[cloud];
-      j = in.segment_y[cloud];
-      n = in.segment_x[cloud + 1] - i;
-      m = in.segment_y[cloud + 1] - j;
-      first_f = t * in.n + i;
-      first_g = t * in.m + j;
-    } else {
-      first_f = q * in.n;
-      first_g = q * in.m;
-    }
-    const int64_t row = in.segment_x != nullptr ? 0 : cloud;
-    x = in.x == nullptr ? nullptr : in.x + row * in.x_batch + i * in.x_row;
-    y = in.y == nullptr ? nullptr : in.y + row * in.y_batch + j * in.y_row;
-    a = in.a + row * in.a_batch + i;
-    b = in.b + row * in.b_batch + j;
-    point_x = row * in.n + i;
-    point_y = row * in.m + j;
-  }
-};
-
 // eps / rho up to which a K is kept: log2 u is rounded to the precision of T, and marginals feel it that many times
 // over.
 constexpr double kLargestTarget = 4;
@@ -125,110 +51,11 @@ constexpr double kLargestTarget = 4;
 // Alternating iterations at most after symmetric ones; in Python LAST_STEPS.
 constexpr int64_t kLastSteps = 10;
 
+// Potentials below it, over eps ln 2: roundings of 1, in sums of exponentials, are most of their error.
+constexpr double kFlat = 0x1p-6;
+
 // Points of less than this share of the largest weight are light; in Python LIGHT.
 constexpr double kLight = 1e-3;
-
-double unit(Cost cost) { return cost == Cost::half_sqeuclidean ? 0.5 : 1.0; }
-
-// Geometry for temperature 1 / (k unit ln 2), with y packed and labels spread over the columns.
-template <class T>
-Geometry<T> geometry(const Batch<T>& in, const Place<T>& at, Workspace<T>& w) {
-  const auto& kernel = kernels<T>();
-  const int64_t m_padded = round_up(at.m, kernel.panel), stride = row_stride(m_padded, kernel.panel, sizeof(T));
-  const bool fresh = w.cloud != at.cloud;
-  w.cloud = at.cloud;
-  Geometry<T> p{at.n,    at.m,    in.d,    m_padded, stride,      at.x,    in.x_row,
-                nullptr, nullptr, nullptr, nullptr,  in.diagonal, in.cost, T(0)};
-  if (in.cost == Cost::matrix) {
-    const T* source = in.matrix + at.cloud * in.n * in.m;
-    p.cached = source;
-    if (at.m == m_padded && in.diagonal == kNoDiagonal) {
-      p.stride = m_padded;
-    } else {
-      T* copy = w.cost.get(at.n * stride);
-      p.cached = copy;
-      if (!fresh) return p;
-      for (int64_t i = 0; i < at.n; ++i, copy += stride) {
-        std::copy_n(source + i * at.m, at.m, copy);
-        std::fill(copy + at.m, copy + m_padded, T(0));
-        if (in.diagonal == kNoDiagonal) continue;
-        const int64_t j = i + in.diagonal;
-        if (0 <= j && j < at.m) copy[j] = kInfinity<T>;
-      }
-    }
-    return p;
-  }
-  T* y = w.y.get(m_padded * in.d);
-  p.y = y;
-  if (fresh) kernel.pack(at.y, in.y_row, at.m, in.d, y);
-  if (in.label_x == nullptr) return p;
-  T* rows = w.label_rows.get(in.labels_x * m_padded);
-  p.labels = in.label_x + at.point_x;
-  p.label_rows = rows;
-  if (!fresh) return p;
-  const T scale = static_cast<T>(1 / unit(in.cost));
-  const int64_t* label_y = in.label_y + at.point_y;
-  for (int64_t l = 0; l < in.labels_x; ++l, rows += m_padded) {
-    for (int64_t j = 0; j < at.m; ++j) rows[j] = scale * in.label_cost[l * in.labels_y + label_y[j]];
-    std::fill(rows + at.m, rows + m_padded, T(0));
-  }
-  return p;
-}
-
-// Gradients of a problem's value from F and H: into out_x [n, d] and out_y [m, d], each or null; where `self`, that for
-// both roles of x into out_x. Weights of some rows at a time lie in the third-level cache between two loops, one over
-// rows and one over panels of columns, so that no thread needs columns of its own.
-template <class T>
-void gradients(const Batch<T>& in, const Geometry<T>& p, const Place<T>& at, const T* h, const T* f, bool self,
-               T* out_x, T* out_y, Workspace<T>& w, int64_t threads) {
-  constexpr int64_t kWeights = 5 << 20;  // bytes
-  const auto& kernel = kernels<T>();
-  const int64_t d = p.d, panel = kernel.panel, panels = p.m_padded / panel;
-  const int64_t step = std::max(kWeights / (p.stride * static_cast<int64_t>(sizeof(T))) / panel, int64_t(1)) * panel;
-  int64_t block = panel;
-  while (block > 2 && block * 16 > std::min(step, at.n)) block /= 2;
-  const T factor = (in.cost == Cost::sqeuclidean ? T(2) : in.cost == Cost::dot ? T(-1) : T(1)) * (self ? T(2) : T(1));
-  T *a = w.fa.get(at.n), *of_weight = w.f_next.get(at.n);
-  for (int64_t i = 0; i < at.n; ++i) {
-    a[i] = factor * at.a[i];
-    of_weight[i] = a[i] == 0 ? -kInfinity<T> : f[i];  // without, p_ij may be inf
-    if (a[i] != 0 && at.a[i] < T(0x1p-60)) {          // or with next to none, where a_i p_ij is not
-      a[i] = factor;
-      of_weight[i] = f[i] + std::log2(at.a[i]);
-    }
-  }
-  Gradient<T> io{h, of_weight, a, at.y, in.y_row, self, nullptr, 0, out_x, nullptr};
-  io.weights = w.weights.get(std::min(step, at.n) * p.stride);
-  if (self || out_y != nullptr) {
-    io.columns = w.columns.get(p.m_padded * d);
-    std::fill_n(io.columns, p.m_padded * d, T(0));
-  }
-  const int64_t group = std::max(panels / 64, int64_t(1));
-  auto over_panels = [&](int64_t first, const auto& body) {
-    parallel_for((panels - first + group - 1) / group, threads, [&](int64_t i) {
-      const int64_t q = first + i * group;
-      body(q, std::min(q + group, panels));
-    });
-  };
-  for (int64_t first = 0; first < at.n; first += step) {
-    const int64_t count = std::min(step, at.n - first);
-    io.first = first;
-    parallel_for((count + block - 1) / block, threads, [&](int64_t i) {
-      kernel.gradient_rows(p, io, first + i * block, first + std::min((i + 1) * block, count));
-    });
-    if (io.columns == nullptr) continue;
-    over_panels(self ? first / panel : 0,
-                [&](int64_t begin, int64_t end) { kernel.gradient_columns(p, io, count, begin, end); });
-  }
-  if (io.columns == nullptr) return;
-  over_panels(0, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin * panel; j < std::min(end * panel, at.m); ++j) {
-      const T* from = io.columns + j / panel * panel * d + j % panel;
-      T* to = (self ? out_x : out_y) + j * d;
-      for (int64_t c = 0; c < d; ++c) to[c] = from[c * panel] + (self ? to[c] : T(0));
-    }
-  });
-}
 
 template <class T>
 class Solver {
@@ -322,7 +149,8 @@ class Solver {
     } else if (!stopped) {
       last = pass(false);
     }
-    const T residual = static_cast<T>(std::max(error(last), unsettled()));
+    const bool known = stopped && !s_.simultaneous;
+    const T residual = static_cast<T>(std::max(error(last), known ? unsettled_ : unsettled(kInfinity<double>)));
     leave();
     rows_without_weight();
     finish(last.mass);
@@ -503,34 +331,47 @@ class Solver {
     return worst;
   }
 
-  double column_steps() {
-    if (light_b_ == 0) return 0;
-    T* fa = w_.fa.get(at_.n);
-    for (int64_t i = 0; i < at_.n; ++i) fa[i] = static_cast<T>(f_now(i)) + std::log2(a_[i]);
-    const int64_t panels = p_.m_padded / kernel_.panel;
-    std::vector<double> worst(panels);
-    parallel_for(panels, threads_, [&](int64_t q) {
-      const int64_t first = q * kernel_.panel, last = std::min(first + kernel_.panel, at_.m);
-      auto is_light = [&](int64_t j) { return b_[j] > 0 && b_[j] < light_b_; };
-      bool any = false;
-      for (int64_t j = first; j < last; ++j) any |= is_light(j);
-      if (!any) return;
-      alignas(64) T own[64];
-      kernel_.column_lse(p_, fa, q, own);
-      for (int64_t j = first; j < last; ++j) {
-        const double h = scaled_ ? h_[j] + std::log2(double(v_[j])) : h_[j];
-        if (is_light(j)) worst[q] = std::max(worst[q], step(h - log2_b_[j], columns_.damping * own[j - first]));
-      }
-    });
-    return *std::max_element(worst.begin(), worst.end());
+  // The largest step of the light columns of a panel; fa = F + log2 a.
+  double column_steps(const T* fa, int64_t panel) const {
+    const int64_t first = panel * kernel_.panel, last = std::min(first + kernel_.panel, at_.m);
+    auto is_light = [&](int64_t j) { return b_[j] > 0 && b_[j] < light_b_; };
+    bool any = false;
+    for (int64_t j = first; j < last; ++j) any |= is_light(j);
+    if (!any) return 0;
+    alignas(64) T own[64];
+    kernel_.column_lse(p_, fa, panel, own);
+    double worst = 0;
+    for (int64_t j = first; j < last; ++j) {
+      const double h = scaled_ ? h_[j] + std::log2(double(v_[j])) : h_[j];
+      if (is_light(j)) worst = std::max(worst, step(h - log2_b_[j], columns_.damping * own[j - first]));
+    }
+    return worst;
   }
 
   // What the L1 error hardly sees: the square of the largest step, over eps, that potentials of light points would take
-  // to their transforms. Columns count where updates are relaxed; else they are exact.
-  double unsettled() { return std::pow(std::max(row_steps(), column_steps()) / kLog2E, 2); }
+  // to their transforms. Columns count where updates are relaxed; else they are exact. Looks no further once it is
+  // above `enough`, and first at the columns that were the last to settle before: a look at all costs as much as an
+  // iteration.
+  double unsettled(double enough) {
+    auto square = [](double steps) { return std::pow(steps / kLog2E, 2); };
+    double worst = row_steps();
+    auto above = [&] { return static_cast<T>(square(worst)) > enough; };
+    if (light_b_ == 0 || above()) return square(worst);
+    T* fa = w_.fa.get(at_.n);
+    for (int64_t i = 0; i < at_.n; ++i) fa[i] = static_cast<T>(f_now(i)) + std::log2(a_[i]);
+    worst = std::max(worst, column_steps(fa, last_to_settle_));
+    if (above()) return square(worst);
+    std::vector<double> steps(p_.m_padded / kernel_.panel);
+    parallel_for(static_cast<int64_t>(steps.size()), threads_, [&](int64_t q) { steps[q] = column_steps(fa, q); });
+    const auto largest = std::max_element(steps.begin(), steps.end());
+    last_to_settle_ = largest - steps.begin();
+    return square(std::max(worst, *largest));
+  }
 
   bool reached(const PassResult& result) {
-    return static_cast<T>(error(result)) <= s_.tol && static_cast<T>(unsettled()) <= s_.tol;
+    if (!(static_cast<T>(error(result)) <= s_.tol)) return false;
+    unsettled_ = unsettled(s_.tol);
+    return static_cast<T>(unsettled_) <= s_.tol;
   }
 
   void commit() {
@@ -736,7 +577,7 @@ class Solver {
     s_.value[q_] = possible ? static_cast<T>(value) : kInfinity<T>;  // whatever mass its plan has
   }
 
-  const SinkhornKernels<T>& kernel_ = kernels<T>();
+  const SinkhornKernels<T>& kernel_ = kernels<SinkhornKernels, T>();
   const Batch<T>& in_;
   const Solve<T>& s_;
   const int64_t q_;
@@ -749,11 +590,11 @@ class Solver {
   // Potentials so large that their rounding alone changes the plan by a factor: what residual it has is unknown.
   static constexpr double kDigits = 2 / std::numeric_limits<T>::epsilon();
   bool beyond_ = false;
-  // Potentials below it, over eps: roundings of 1, in sums of exponentials, are most of their error.
-  static constexpr double kFlat = 0x1p-6;
   bool flat_ = true;
   double eps_, scale_, relax_, mass_a_ = 0, extreme_ = 0, weight_ = 0;
   T light_a_, light_b_ = 0;
+  int64_t last_to_settle_ = 0;  // a panel
+  double unsettled_ = 0;        // of the last potentials that were asked whether they are good enough
   Update rows_, columns_;
   bool triangle_;                                                // of the pairs of x with itself each is looked at once
   bool averaged_ = s_.simultaneous;                              // the columns are those for the F before
@@ -766,33 +607,37 @@ class Solver {
   uint8_t* bad_;
 };
 
-// Potentials of a problem at `place` in units of log2, with its geometry at that temperature.
-template <class T>
-struct Solved {
-  Place<T> at;
-  Geometry<T> p;
-  T *h, *f;
-
-  Solved(const Batch<T>& in, int64_t q, const T* f_in, const T* g_in, Workspace<T>& w)
-      : at(in, q), p(geometry(in, at, w)), h(w.h.get(p.m_padded)), f(w.f.get(at.n)) {
-    const double scale = kLog2E / in.eps[q];
-    p.k = static_cast<T>(unit(in.cost) * scale);
-    for (int64_t j = 0; j < p.m_padded; ++j) {
-      const bool empty = j >= at.m || at.b[j] == 0;
-      h[j] = empty ? -kInfinity<T> : static_cast<T>(g_in[at.first_g + j] * scale + std::log2(double(at.b[j])));
-    }
-    for (int64_t i = 0; i < at.n; ++i) f[i] = static_cast<T>(f_in[at.first_f + i] * scale);
+// Whether all costs are so far below eps that the potentials will be flat: known before a solve where they are between
+// the costs' bounds, and cheaply, since most problems have a pair early on that says no. Distances from x_0 bound those
+// of all pairs.
+bool surely_flat(const Batch<float>& in, const Solve<float>& s, const Place<float>& at, int64_t q) {
+  const bool bounded = s.rho_x == kInfinity<double> && s.rho_y == kInfinity<double> && s.relax == 1 &&
+                       (!s.simultaneous || s.self) && s.f0 == nullptr && s.g0 == nullptr && s.scheduled == 0;
+  if (!bounded || in.cost == Cost::dot || in.diagonal != kNoDiagonal || in.label_x != nullptr) return false;
+  const double limit = 0.99 * kFlat * in.eps[q] / kLog2E;
+  if (in.cost == Cost::matrix) {
+    const float* costs = in.matrix + at.cloud * in.n * in.m;
+    return std::all_of(costs, costs + at.n * at.m, [&](float c) { return c >= 0 && c < limit; });
   }
-};
-
-// Multiply-adds of a problem, with `each` for a pair.
-template <class T>
-double work_of(const Batch<T>& in, double each) {
-  const double share = in.segment_x != nullptr ? 1.0 / std::max<int64_t>(in.count, 1) : 1.0;
-  return share * in.n * (share * in.m) * each;
+  auto farthest = [&](const float* points, int64_t row, int64_t count) {
+    double most = 0;
+    for (int64_t i = 0; i < count && unit(in.cost) * power(in.cost, most) < limit; ++i) {
+      double sum = 0;
+      for (int64_t c = 0; c < in.d; ++c) {
+        const double way = std::abs(double(points[i * row + c]) - at.x[c]);
+        sum += in.cost == Cost::l1 ? way : way * way;
+      }
+      const double length = in.cost == Cost::l1 ? sum : std::sqrt(sum);
+      if (!(length <= most)) most = length;  // NaN stays
+    }
+    return most;
+  };
+  const double y = farthest(at.y, in.y_row, at.m);
+  if (!(unit(in.cost) * power(in.cost, y) < limit)) return false;
+  return unit(in.cost) * power(in.cost, farthest(at.x, in.x_row, at.n) + y) < limit;
 }
 
-// A problem once more in double, where float cannot tell its costs from 0 beside eps.
+// A problem in double, where float cannot tell its costs from 0 beside eps.
 void solve_in_double(const Batch<float>& in, const Solve<float>& s, int64_t q, int64_t threads) {
   using Doubles = std::vector<double>;
   const Place<float> at(in, q);
@@ -870,62 +715,23 @@ void solve(const Batch<T>& in, const Solve<T>& s, int64_t threads) {
   for_each_problem<Workspace<T>>(in.count * in.temperatures, work, threads,
                                  [&](int64_t q, Workspace<T>& w, int64_t inner) {
                                    const Place<T> at(in, q);
-                                   if (at.n > 0 && at.m > 0) {
-                                     Solver<T> solver(in, s, q, w, inner, s.memory_limit);
-                                     solver.solve();
-                                     if constexpr (sizeof(T) == 4) {
-                                       if (solver.flat()) solve_in_double(in, s, q, inner);
-                                     }
-                                   } else {
+                                   if (at.n == 0 || at.m == 0) {
                                      s.value[q] = s.residual[q] = 0;
                                      s.iterations[q] = 0;
+                                     return;
+                                   }
+                                   if constexpr (sizeof(T) == 4) {
+                                     if (surely_flat(in, s, at, q)) return solve_in_double(in, s, q, inner);
+                                   }
+                                   Solver<T> solver(in, s, q, w, inner, s.memory_limit);
+                                   solver.solve();
+                                   if constexpr (sizeof(T) == 4) {
+                                     if (solver.flat()) solve_in_double(in, s, q, inner);
                                    }
                                  });
 }
 
-template <class T>
-void transport(const Batch<T>& in, const T* f, const T* g, const T* v, int64_t v_batch, int64_t width, T* out, T* mass,
-               int64_t threads) {
-  for_each_problem<Workspace<T>>(
-      in.count * in.temperatures, work_of(in, in.d + width + 16.0), threads,
-      [&](int64_t q, Workspace<T>& w, int64_t inner) {
-        if (Place<T>(in, q).n == 0) return;
-        const auto& kernel = kernels<T>();
-        const Solved<T> r(in, q, f, g, w);
-        const Chunks chunks = chunks_of(kernel, r.at.n);
-        T* scratch = w.scratch.get(chunks.count * kernel.rows * r.p.stride);
-        const T* source = in.segment_x != nullptr ? v + r.at.point_y * width : v + q * v_batch;
-        parallel_for(chunks.count, inner, [&](int64_t c) {
-          const Apply<T> io{r.h,
-                            r.f,
-                            source,
-                            width,
-                            out + r.at.first_f * width,
-                            mass + r.at.first_f,
-                            scratch + c * kernel.rows * r.p.stride};
-          kernel.apply_rows(r.p, io, c * chunks.rows, std::min((c + 1) * chunks.rows, r.at.n));
-        });
-      });
-}
-
-template <class T>
-void gradient(const Batch<T>& in, const T* f, const T* g, T* out_x, T* out_y, int64_t threads) {
-  const int64_t products = (out_x != nullptr) + (out_y != nullptr);
-  for_each_problem<Workspace<T>>(in.count * in.temperatures, work_of(in, in.d * (1.0 + products) + 16), threads,
-                                 [&](int64_t q, Workspace<T>& w, int64_t inner) {
-                                   if (Place<T>(in, q).n == 0) return;
-                                   const Solved<T> r(in, q, f, g, w);
-                                   gradients(in, r.p, r.at, r.h, r.f, false,
-                                             out_x == nullptr ? nullptr : out_x + r.at.first_f * in.d,
-                                             out_y == nullptr ? nullptr : out_y + r.at.first_g * in.d, w, inner);
-                                 });
-}
-
-#define FEWSTEP_INSTANTIATE(T)                                                                               \
-  template void solve(const Batch<T>&, const Solve<T>&, int64_t);                                            \
-  template void transport(const Batch<T>&, const T*, const T*, const T*, int64_t, int64_t, T*, T*, int64_t); \
-  template void gradient(const Batch<T>&, const T*, const T*, T*, T*, int64_t);
-FEWSTEP_INSTANTIATE(float)
-FEWSTEP_INSTANTIATE(double)
+template void solve(const Batch<float>&, const Solve<float>&, int64_t);
+template void solve(const Batch<double>&, const Solve<double>&, int64_t);
 
 }  // namespace fewstep::cpu

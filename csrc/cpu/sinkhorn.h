@@ -5,9 +5,10 @@
 
 #include <cstdint>
 
-namespace fewstep::cpu {
+#include "cpu/isa.h"
+#include "shared/cost.h"
 
-enum class Cost : int64_t { sqeuclidean = 0, half_sqeuclidean = 1, euclidean = 2, dot = 3, l1 = 4, matrix = 5 };
+namespace fewstep::cpu {
 
 constexpr int64_t kNoDiagonal = INT64_MIN;
 
@@ -164,22 +165,8 @@ struct SinkhornKernels {
   void (*combine)(const T* weights, int64_t stride, int64_t n, int64_t m, const T* v, int64_t width, T* out, bool add);
 };
 
-namespace base {
-extern const SinkhornKernels<float> kFloat;
-extern const SinkhornKernels<double> kDouble;
-}  // namespace base
-namespace avx2 {
-extern const SinkhornKernels<float> kFloat;
-extern const SinkhornKernels<double> kDouble;
-}  // namespace avx2
-namespace avx512 {
-extern const SinkhornKernels<float> kFloat;
-extern const SinkhornKernels<double> kDouble;
-}  // namespace avx512
-
-// The kernels of the instruction set in use.
-template <class T>
-const SinkhornKernels<T>& kernels();
+FEWSTEP_KERNELS(SinkhornKernels<float>)
+FEWSTEP_KERNELS(SinkhornKernels<double>)
 
 // Problems that share a shape and are found by strides, or by segments of flat points. `temperatures` problems in a row
 // share their points and weights. Potentials are contiguous: [problems, points], or [temperatures, points] where

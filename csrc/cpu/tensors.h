@@ -1,49 +1,15 @@
-// What the CPU ops share of reading and writing tensors.
+// What the CPU ops share besides: checks of inputs, and bfloat16.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <cstring>
 #include <optional>
-#include <vector>
+
+#include "shared/tensors.h"
 
 namespace fewstep::tensors {
 
-using torch::headeronly::ScalarType;
-using torch::headeronly::toString;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
-
 constexpr int64_t kGrain = 16384;  // elements worth a thread's waking up
-
-template <class F>
-auto dispatch(const Tensor& x, F&& body) {
-  if (x.scalar_type() == ScalarType::Float) return body(float{});
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "fewstep: float32 or float64 expected");
-  return body(double{});
-}
-
-template <class T>
-const T* read(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
-}
-
-template <class T>
-const T* read_if(const Maybe& t) {
-  return t.has_value() ? read<T>(*t) : nullptr;
-}
-
-template <class T>
-T* write(Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-inline Maybe contiguous_if(const Maybe& t) { return t.has_value() ? Maybe(contiguous(*t)) : std::nullopt; }
-
-// A call of contiguous goes through the dispatcher: as long as a whole pass over a small tensor.
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : contiguous(t); }
 
 // Whether all elements are in memory: a storage may have been freed, or made smaller, under its tensors.
 inline bool is_held(const Tensor& t) {
@@ -67,7 +33,12 @@ inline Maybe expect_if(const Maybe& t, const char* name, ScalarType dtype, int64
   return t.has_value() ? Maybe(expect(*t, name, dtype, elements)) : std::nullopt;
 }
 
-inline std::vector<int64_t> sizes(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+// Elements of a sample of [B, ...].
+inline int64_t per_sample(const Tensor& t) {
+  int64_t own = 1;
+  for (int64_t i = 1; i < t.dim(); ++i) own *= t.size(i);
+  return own;
+}
 
 // bfloat16, by its bits.
 inline float widen(uint16_t v) {

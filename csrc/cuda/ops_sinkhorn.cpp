@@ -11,13 +11,14 @@
 #include "cuda/device.h"
 #include "cuda/sinkhorn.cuh"
 #include "cuda/sinkhorn_resident.cuh"
+#include "shared/tensors.h"
 
 namespace {
 
+using fewstep::Cost;
 using fewstep::cuda::check;
 using fewstep::cuda::Device;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace fewstep::tensors;
 
 // Sizes are ints inside a block, with room for the end of a tile.
 constexpr int64_t kMaxSize = int64_t{1} << 30;
@@ -43,28 +44,8 @@ void check_points(const Tensor& x, const Tensor& y, int64_t cost) {
   check_input(x, "x", x, {x.size(0), x.size(1), x.size(2)});
   check_input(y, "y", x, {x.size(0), y.size(1), x.size(2)});
   STD_TORCH_CHECK(x.size(1) > 0 && y.size(1) > 0 && x.size(2) > 0, "sinkhorn: x and y must have points and D > 0");
-  STD_TORCH_CHECK(0 <= cost && cost <= 2, "sinkhorn: cost must be 0, 1 or 2, got ", cost);
+  STD_TORCH_CHECK(fewstep::on_gpu(Cost(cost)), "sinkhorn: CUDA kernels have no cost ", cost);
 }
-
-template <typename T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <typename T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// Calls fn with a value of the tensor's dtype. Users get their errors from fewstep.ops; these checks are invariants.
-template <typename Fn>
-void dispatch(const Tensor& t, Fn fn) {
-  if (t.scalar_type() == ScalarType::Float) return fn(float{});
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "sinkhorn: x must be float32 or float64");
-  fn(double{});
-}
-
-using Maybe = std::optional<Tensor>;
 
 // What a problem that stays on chip may have besides; a float32 one.
 struct Options {
@@ -88,37 +69,34 @@ Solution solve_resident(const fewstep::cuda::ResidentPlan& plan, const Tensor& x
                         const Tensor& b, const Tensor& eps, int64_t cost, int64_t max_iter, std::optional<double> tol,
                         const Options& o, cudaStream_t stream) {
   const int64_t n = x.size(1), m = y.size(1), problems = eps.size(0), lead = o.segment_x ? o.temperatures : problems;
-  auto optional = [](const Maybe& t) { return t ? Maybe(contiguous(*t)) : Maybe(); };
-  auto pointer = [](const Maybe& t) { return t ? data<float>(*t) : nullptr; };
-  auto offsets = [](const Maybe& t) { return t ? data<int64_t>(*t) : nullptr; };
-  const Tensor xc = contiguous(x), yc = contiguous(y), ac = contiguous(a), bc = contiguous(b), ec = contiguous(eps);
-  const Maybe f0 = optional(o.f0), g0 = optional(o.g0), start = optional(o.start), schedule = optional(o.schedule);
-  const Maybe segment_x = optional(o.segment_x), segment_y = optional(o.segment_y);
+  const Tensor xc = dense(x), yc = dense(y), ac = dense(a), bc = dense(b), ec = dense(eps);
+  const Maybe f0 = dense_if(o.f0), g0 = dense_if(o.g0), start = dense_if(o.start), schedule = dense_if(o.schedule);
+  const Maybe segment_x = dense_if(o.segment_x), segment_y = dense_if(o.segment_y);
   Tensor f = new_empty(x, {lead, n}), g = new_empty(x, {lead, m});
   Tensor value = new_empty(x, {problems}), residual = new_empty(x, {problems});
   Tensor iterations = new_empty(x, {problems}, ScalarType::Long);
   Tensor converged = new_empty(x, {problems}, ScalarType::Bool);
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   fewstep::cuda::ResidentProblems in{};
-  in.x = data<float>(xc);
-  in.y = data<float>(yc);
-  in.a = data<float>(ac);
-  in.b = data<float>(bc);
-  in.eps = data<float>(ec);
-  in.start = pointer(start);
-  in.f0 = pointer(f0);
-  in.g0 = pointer(g0);
-  in.segment_x = offsets(segment_x);
-  in.segment_y = offsets(segment_y);
+  in.x = read<float>(xc);
+  in.y = read<float>(yc);
+  in.a = read<float>(ac);
+  in.b = read<float>(bc);
+  in.eps = read<float>(ec);
+  in.start = read_if<float>(start);
+  in.f0 = read_if<float>(f0);
+  in.g0 = read_if<float>(g0);
+  in.segment_x = read_if<int64_t>(segment_x);
+  in.segment_y = read_if<int64_t>(segment_y);
   in.count = problems / o.temperatures;
   in.temperatures = o.temperatures;
   in.n = n;
   in.m = m;
   in.d = x.size(2);
-  in.cost = cost;
+  in.cost = Cost(cost);
   in.precision = o.precision;
   in.diagonal = o.diagonal.value_or(fewstep::cuda::kNoDiagonal64);
-  in.schedule = pointer(schedule);
+  in.schedule = read_if<float>(schedule);
   in.scheduled = schedule ? schedule->size(0) : 0;
   in.max_iter = max_iter;
   in.factor = static_cast<float>(o.factor);
@@ -129,14 +107,14 @@ Solution solve_resident(const fewstep::cuda::ResidentPlan& plan, const Tensor& x
   in.relax = static_cast<float>(o.relax);
   in.simultaneous = o.simultaneous;
   in.single = o.single;
-  in.f = mutable_data<float>(f);
-  in.g = mutable_data<float>(g);
-  in.value = mutable_data<float>(value);
-  in.residual = mutable_data<float>(residual);
-  in.iterations = mutable_data<int64_t>(iterations);
-  in.converged = mutable_data<bool>(converged);
+  in.f = write<float>(f);
+  in.g = write<float>(g);
+  in.value = write<float>(value);
+  in.residual = write<float>(residual);
+  in.iterations = write<int64_t>(iterations);
+  in.converged = write<bool>(converged);
   const Tensor queue = new_empty(x, {2}, ScalarType::Int), workspace = new_empty(x, {o.segment_x ? n : 0});
-  check(fewstep::cuda::solve_resident(plan, in, mutable_data<int>(queue), mutable_data<float>(workspace), stream));
+  check(fewstep::cuda::solve_resident(plan, in, write<int>(queue), write<float>(workspace), stream));
   return {f, g, value, residual, iterations, converged};
 }
 
@@ -184,19 +162,35 @@ Solution sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tenso
   Tensor iterations = new_empty(x, {batch}, ScalarType::Long), converged = new_empty(x, {batch}, ScalarType::Bool);
   if (batch > 0) {
     const Device device(x);
-    const Tensor xc = contiguous(x), yc = contiguous(y), ac = contiguous(a), bc = contiguous(b), ec = contiguous(eps);
-    const Tensor gc = g0 ? contiguous(*g0) : g;
+    const Tensor xc = dense(x), yc = dense(y), ac = dense(a), bc = dense(b), ec = dense(eps);
+    const Tensor gc = g0 ? dense(*g0) : g;
     dispatch(x, [&](auto zero) {
       using T = decltype(zero);
       fewstep::cuda::SinkhornPlan plan;
       check(fewstep::cuda::plan_sinkhorn(batch, n, m, sizeof(T), &plan));
       // Freed on return; torch hands it out again in stream order, after the kernel.
       const Tensor workspace = new_empty(x, {plan.workspace_elements()});
-      check(fewstep::cuda::sinkhorn(plan, data<T>(xc), data<T>(yc), data<T>(ac), data<T>(bc), data<T>(ec),
-                                    g0 ? data<T>(gc) : nullptr, batch, n, m, d, cost, max_iter, tol.value_or(-1),
-                                    tol.value_or(kDefaultTol), mutable_data<T>(workspace), mutable_data<T>(f),
-                                    mutable_data<T>(g), mutable_data<T>(value), mutable_data<T>(residual),
-                                    mutable_data<int64_t>(iterations), mutable_data<bool>(converged), device.stream));
+      const fewstep::cuda::SinkhornProblems<T> in{read<T>(xc),
+                                                  read<T>(yc),
+                                                  read<T>(ac),
+                                                  read<T>(bc),
+                                                  read<T>(ec),
+                                                  g0 ? read<T>(gc) : nullptr,
+                                                  batch,
+                                                  n,
+                                                  m,
+                                                  d,
+                                                  Cost(cost),
+                                                  max_iter,
+                                                  tol.value_or(-1),
+                                                  tol.value_or(kDefaultTol),
+                                                  write<T>(f),
+                                                  write<T>(g),
+                                                  write<T>(value),
+                                                  write<T>(residual),
+                                                  write<int64_t>(iterations),
+                                                  write<bool>(converged)};
+      check(fewstep::cuda::sinkhorn(plan, in, write<T>(workspace), device.stream));
     });
   }
   return {f, g, value, residual, iterations, converged};
@@ -226,10 +220,10 @@ fewstep::cuda::Clouds clouds_of(const Tensor& x, const Tensor& y, const Tensor& 
           n,
           m,
           x.size(2),
-          segment_x ? data<int64_t>(*segment_x) : nullptr,
-          segment_y ? data<int64_t>(*segment_y) : nullptr,
-          cost,
-          diagonal.value_or(INT64_MIN)};
+          read_if<int64_t>(segment_x),
+          read_if<int64_t>(segment_y),
+          diagonal.value_or(INT64_MIN),
+          Cost(cost)};
 }
 
 std::tuple<Tensor, Tensor> sinkhorn_transport(const Tensor& x, const Tensor& y, const Tensor& f, const Tensor& g,
@@ -237,8 +231,8 @@ std::tuple<Tensor, Tensor> sinkhorn_transport(const Tensor& x, const Tensor& y, 
                                               const Maybe& segment_x, const Maybe& segment_y, const Maybe& label_x,
                                               const Maybe& label_y, const Maybe& label_cost, int64_t cost,
                                               std::optional<int64_t> diagonal) {
-  const Maybe cut_x = segment_x ? Maybe(contiguous(*segment_x)) : Maybe();
-  const Maybe cut_y = segment_y ? Maybe(contiguous(*segment_y)) : Maybe();
+  const Maybe cut_x = dense_if(segment_x);
+  const Maybe cut_y = dense_if(segment_y);
   const auto clouds = clouds_of(x, y, f, g, eps, matrix, cut_x, cut_y, label_x, label_y, label_cost, cost, diagonal);
   STD_TORCH_CHECK(v.dim() == 3, "sinkhorn: v must have 3 dimensions, got ", v.dim());
   const int64_t k = v.size(2), lead = f.size(0);
@@ -248,12 +242,12 @@ std::tuple<Tensor, Tensor> sinkhorn_transport(const Tensor& x, const Tensor& y, 
   Tensor out = new_empty(x, {lead, clouds.n, k}), mass = new_empty(x, {lead, clouds.n});
   if (clouds.batch > 0) {
     const Device device(x);
-    const Tensor xc = contiguous(x), yc = contiguous(y), fc = contiguous(f), gc = contiguous(g);
-    const Tensor bc = contiguous(b), ec = contiguous(eps), vc = contiguous(v);
+    const Tensor xc = dense(x), yc = dense(y), fc = dense(f), gc = dense(g);
+    const Tensor bc = dense(b), ec = dense(eps), vc = dense(v);
     dispatch(x, [&](auto zero) {
       using T = decltype(zero);
-      check(fewstep::cuda::sinkhorn_transport(clouds, data<T>(xc), data<T>(yc), data<T>(fc), data<T>(gc), data<T>(bc),
-                                              data<T>(ec), data<T>(vc), k, mutable_data<T>(out), mutable_data<T>(mass),
+      check(fewstep::cuda::sinkhorn_transport(clouds, read<T>(xc), read<T>(yc), read<T>(fc), read<T>(gc), read<T>(bc),
+                                              read<T>(ec), read<T>(vc), k, write<T>(out), write<T>(mass),
                                               device.stream));
     });
   }
@@ -264,8 +258,8 @@ Tensor sinkhorn_grad(const Tensor& x, const Tensor& y, const Tensor& f, const Te
                      const Tensor& b, const Tensor& eps, const Maybe& matrix, const Maybe& segment_x,
                      const Maybe& segment_y, const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost,
                      int64_t cost, std::optional<int64_t> diagonal) {
-  const Maybe cut_x = segment_x ? Maybe(contiguous(*segment_x)) : Maybe();
-  const Maybe cut_y = segment_y ? Maybe(contiguous(*segment_y)) : Maybe();
+  const Maybe cut_x = dense_if(segment_x);
+  const Maybe cut_y = dense_if(segment_y);
   const auto clouds = clouds_of(x, y, f, g, eps, matrix, cut_x, cut_y, label_x, label_y, label_cost, cost, diagonal);
   check_input(a, "a", x, {x.size(0), clouds.n});
   check_input(b, "b", x, {x.size(0), clouds.m});
@@ -273,12 +267,12 @@ Tensor sinkhorn_grad(const Tensor& x, const Tensor& y, const Tensor& f, const Te
   Tensor grad_x = new_empty(x, {f.size(0), clouds.n, clouds.d});
   if (clouds.batch > 0) {
     const Device device(x);
-    const Tensor xc = contiguous(x), yc = contiguous(y), fc = contiguous(f), gc = contiguous(g);
-    const Tensor ac = contiguous(a), bc = contiguous(b), ec = contiguous(eps);
+    const Tensor xc = dense(x), yc = dense(y), fc = dense(f), gc = dense(g);
+    const Tensor ac = dense(a), bc = dense(b), ec = dense(eps);
     dispatch(x, [&](auto zero) {
       using T = decltype(zero);
-      check(fewstep::cuda::sinkhorn_grad(clouds, data<T>(xc), data<T>(yc), data<T>(fc), data<T>(gc), data<T>(ac),
-                                         data<T>(bc), data<T>(ec), mutable_data<T>(grad_x), device.stream));
+      check(fewstep::cuda::sinkhorn_grad(clouds, read<T>(xc), read<T>(yc), read<T>(fc), read<T>(gc), read<T>(ac),
+                                         read<T>(bc), read<T>(ec), write<T>(grad_x), device.stream));
     });
   }
   return grad_x;
@@ -305,7 +299,7 @@ Solution sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, 
   in.temperatures = count;
   in.n = n;
   in.d = d;
-  in.cost = cost;
+  in.cost = Cost(cost);
   in.precision = precision;
   in.max_iter = max_iter;
   in.diagonal = diagonal.value_or(fewstep::cuda::kNoDiagonal64);
@@ -323,26 +317,25 @@ Solution sinkhorn_drift(const Tensor& x, const Tensor& y, const Tensor& x_self, 
   STD_TORCH_CHECK(fewstep::cuda::drift_fits(in), "sinkhorn_drift: CUDA kernels have groups of up to ",
                   fewstep::cuda::kMaxDriftRows, " points and plans of up to ", fewstep::cuda::kMaxDriftColumns,
                   ", got ", n, " and ", columns);
-  const Tensor xc = contiguous(x), yc = contiguous(y), sc = contiguous(x_self), wc = contiguous(weights);
-  const Tensor uc = uncond ? contiguous(*uncond) : sc, gc = contiguous(guidance), ec = contiguous(eps);
-  in.x = data<float>(xc);
-  in.clouds[0] = data<float>(yc);
-  in.clouds[1] = data<float>(sc);
-  in.clouds[2] = data<float>(uc);
-  in.weights = data<float>(wc);
-  in.guidance = data<float>(gc);
-  in.eps = data<float>(ec);
-  in.velocity = mutable_data<float>(velocity);
-  in.scale = mutable_data<float>(scale);
-  in.rms = mutable_data<float>(rms);
-  in.residual = mutable_data<float>(residual);
-  in.entropy = mutable_data<float>(entropy);
-  in.peak = mutable_data<float>(peak);
+  const Tensor xc = dense(x), yc = dense(y), sc = dense(x_self), wc = dense(weights);
+  const Tensor uc = uncond ? dense(*uncond) : sc, gc = dense(guidance), ec = dense(eps);
+  in.x = read<float>(xc);
+  in.clouds[0] = read<float>(yc);
+  in.clouds[1] = read<float>(sc);
+  in.clouds[2] = read<float>(uc);
+  in.weights = read<float>(wc);
+  in.guidance = read<float>(gc);
+  in.eps = read<float>(ec);
+  in.velocity = write<float>(velocity);
+  in.scale = write<float>(scale);
+  in.rms = write<float>(rms);
+  in.residual = write<float>(residual);
+  in.entropy = write<float>(entropy);
+  in.peak = write<float>(peak);
   // Freed on return; torch hands them out again in stream order, after the kernels.
   const Tensor parts = new_empty(x, {in.parts_elements()}), sums = new_empty(x, {in.sums_elements()});
   const Tensor queue = new_empty(x, {1}, ScalarType::Int);
-  check(fewstep::cuda::drift(in, mutable_data<float>(parts), mutable_data<float>(sums), mutable_data<int>(queue),
-                             device.stream));
+  check(fewstep::cuda::drift(in, write<float>(parts), write<float>(sums), write<int>(queue), device.stream));
   return {velocity, scale, rms, residual, entropy, peak};
 }
 

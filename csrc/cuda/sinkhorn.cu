@@ -193,7 +193,7 @@ block::Application<T> application(const Clouds& clouds, const T* x, const T* y, 
           static_cast<int>(clouds.m),
           static_cast<int>(clouds.d),
           static_cast<int>(k),
-          static_cast<int>(clouds.cost),
+          clouds.cost,
           clouds.diagonal == INT64_MIN ? block::kNoDiagonal : static_cast<int>(clouds.diagonal),
           out,
           mass};
@@ -228,19 +228,16 @@ cudaError_t plan_sinkhorn(int64_t batch, int64_t n, int64_t m, int64_t element_b
 }
 
 template <typename T>
-cudaError_t sinkhorn(const SinkhornPlan& plan, const T* x, const T* y, const T* a, const T* b, const T* eps,
-                     const T* g0, int64_t batch, int64_t n, int64_t m, int64_t d, int64_t cost, int64_t max_iter,
-                     double tol, double converged_at, T* workspace, T* f, T* g, T* value, T* residual,
-                     int64_t* iterations, bool* converged, cudaStream_t stream) {
-  if (batch == 0) return cudaSuccess;
-  const SolveArguments<T> arguments{
-      {x, y, a, b, g0, T(1), static_cast<int>(n), static_cast<int>(m), static_cast<int>(d), static_cast<int>(cost)},
-      {f, g, value, residual, iterations, converged},
-      {static_cast<int>(max_iter), T(tol), T(converged_at)},
-      eps,
-      batch,
-      workspace,
-      plan.slot};
+cudaError_t sinkhorn(const SinkhornPlan& plan, const SinkhornProblems<T>& in, T* workspace, cudaStream_t stream) {
+  if (in.batch == 0) return cudaSuccess;
+  const SolveArguments<T> arguments{{in.x, in.y, in.a, in.b, in.g0, T(1), static_cast<int>(in.n),
+                                     static_cast<int>(in.m), static_cast<int>(in.d), in.cost},
+                                    {in.f, in.g, in.value, in.residual, in.iterations, in.converged},
+                                    {static_cast<int>(in.max_iter), T(in.tol), T(in.converged_at)},
+                                    in.eps,
+                                    in.batch,
+                                    workspace,
+                                    plan.slot};
   switch (plan.place) {
     case SinkhornPlan::kShared:
       return launch<T, SinkhornPlan::kShared>(plan, arguments, stream);
@@ -265,13 +262,11 @@ cudaError_t sinkhorn_grad(const Clouds& clouds, const T* x, const T* y, const T*
   return launch_apply<true>(first, clouds, eps, stream);
 }
 
-#define FEWSTEP_INSTANTIATE(T)                                                                                        \
-  template cudaError_t sinkhorn(const SinkhornPlan&, const T*, const T*, const T*, const T*, const T*, const T*,      \
-                                int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, T*, T*, T*, T*, \
-                                T*, int64_t*, bool*, cudaStream_t);                                                   \
-  template cudaError_t sinkhorn_transport(const Clouds&, const T*, const T*, const T*, const T*, const T*, const T*,  \
-                                          const T*, int64_t, T*, T*, cudaStream_t);                                   \
-  template cudaError_t sinkhorn_grad(const Clouds&, const T*, const T*, const T*, const T*, const T*, const T*,       \
+#define FEWSTEP_INSTANTIATE(T)                                                                                       \
+  template cudaError_t sinkhorn(const SinkhornPlan&, const SinkhornProblems<T>&, T*, cudaStream_t);                  \
+  template cudaError_t sinkhorn_transport(const Clouds&, const T*, const T*, const T*, const T*, const T*, const T*, \
+                                          const T*, int64_t, T*, T*, cudaStream_t);                                  \
+  template cudaError_t sinkhorn_grad(const Clouds&, const T*, const T*, const T*, const T*, const T*, const T*,      \
                                      const T*, T*, cudaStream_t);
 
 FEWSTEP_INSTANTIATE(float)

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../shared/cost.h"
+
 namespace fewstep::cuda {
 
 struct SinkhornPlan {
@@ -20,13 +22,30 @@ struct SinkhornPlan {
 // How to solve [batch, n, m] on the current device.
 cudaError_t plan_sinkhorn(int64_t batch, int64_t n, int64_t m, int64_t element_bytes, SinkhornPlan* plan);
 
-// x [batch, n, d], y [batch, m, d], a [batch, n], b [batch, m], eps [batch], g0 [batch, m] or null, workspace
-// [plan.workspace_elements()] -> f [batch, n], g [batch, m], the others [batch]. A negative tol is never reached.
 template <typename T>
-cudaError_t sinkhorn(const SinkhornPlan& plan, const T* x, const T* y, const T* a, const T* b, const T* eps,
-                     const T* g0, int64_t batch, int64_t n, int64_t m, int64_t d, int64_t cost, int64_t max_iter,
-                     double tol, double converged_at, T* workspace, T* f, T* g, T* value, T* residual,
-                     int64_t* iterations, bool* converged, cudaStream_t stream);
+struct SinkhornProblems {
+  const T* x;    // [batch, n, d]
+  const T* y;    // [batch, m, d]
+  const T* a;    // [batch, n]
+  const T* b;    // [batch, m]
+  const T* eps;  // [batch]
+  const T* g0;   // [batch, m] or null
+  int64_t batch, n, m, d;
+  Cost cost;
+  int64_t max_iter;
+  double tol;           // a negative one is never reached
+  double converged_at;  // largest residual that counts as converged
+  T* f;                 // [batch, n]
+  T* g;                 // [batch, m]
+  T* value;             // [batch]
+  T* residual;
+  int64_t* iterations;
+  bool* converged;
+};
+
+// workspace [plan.workspace_elements()] is scratch.
+template <typename T>
+cudaError_t sinkhorn(const SinkhornPlan& plan, const SinkhornProblems<T>& problems, T* workspace, cudaStream_t stream);
 
 // Which points a product is about: `temperatures` problems in a row share theirs, or, with segments [batch + 1], flat
 // points are cut at segment_x and segment_y (n and m are their numbers, and temperatures 1).
@@ -34,7 +53,8 @@ struct Clouds {
   int64_t batch, temperatures, n, m, d;  // batch counts problems
   const int64_t* segment_x;
   const int64_t* segment_y;
-  int64_t cost, diagonal;  // INT64_MIN: none
+  int64_t diagonal;  // INT64_MIN: none
+  Cost cost;
 };
 
 // v [batch, m, k] -> out [batch, n, k], mass [batch, n]; x [batch / temperatures, n, d], b likewise.

@@ -69,7 +69,7 @@ __device__ resident::Points<float> points_of(const ResidentProblems& in, const I
           item.n,
           item.m,
           static_cast<int>(in.d),
-          static_cast<int>(in.cost),
+          in.cost,
           diagonal,
           0,
           item.m,
@@ -355,7 +355,7 @@ __global__ void __launch_bounds__(kSumThreads)
   weight = block::team_sum(team, weight, scratch);
   if (team.rank() != 0) return;
   constexpr double kMinScale = 1e-3;
-  const double mean = distance / weight, scale = (in.cost == 2 ? mean : sqrt(mean)) / sqrt(double(in.d));
+  const double mean = distance / weight, scale = root(in.cost, mean) / sqrt(double(in.d));
   *in.scale = !in.scaled ? 1.0f : static_cast<float>(scale < kMinScale ? kMinScale : scale);  // NaN stays
 }
 
@@ -367,8 +367,8 @@ __global__ void __launch_bounds__(kDriftWarps* Block::kLanes, 1)
   const Block team{};
   const DriftProblems& in = arguments.in;
   const auto units = [&]() -> resident::DriftUnits<float> {
-    const double length = *in.scale, size = in.cost == 2 ? length : length * length;
-    return {size * (!in.scaled ? 1.0 : in.cost == 2 ? sqrt(double(in.d)) : double(in.d)), *in.scale};
+    const double d = in.d, dimension = !in.scaled ? 1.0 : is_squared(in.cost) ? d : sqrt(d);
+    return {power(in.cost, *in.scale) * dimension, *in.scale};
   };
   const auto group = [&] { return int64_t{next}; };
   while (take(team, arguments.queue, &next) < in.groups) {
@@ -466,9 +466,9 @@ cudaError_t drift(const DriftProblems& in, float* parts, float* sums, int* queue
       in.groups,
       static_cast<int>(in.n),
       static_cast<int>(in.d),
-      static_cast<int>(in.cost),
       in.diagonal == kNoDiagonal64 ? resident::kNoDiagonal : static_cast<int>(in.diagonal),
       static_cast<int>(in.precision),
+      in.cost,
       in.joint,
       in.eps,
       static_cast<int>(in.temperatures),

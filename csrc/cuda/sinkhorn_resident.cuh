@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../shared/cost.h"
+
 namespace fewstep::cuda {
 
 constexpr int64_t kNoDiagonal64 = INT64_MIN;
@@ -35,7 +37,8 @@ struct ResidentProblems {
   const float* g0;
   const int64_t* segment_x;
   const int64_t* segment_y;
-  int64_t count, temperatures, n, m, d, cost, diagonal, precision;  // fewstep::halves::Precision
+  int64_t count, temperatures, n, m, d, diagonal, precision;  // fewstep::halves::Precision
+  Cost cost;
   // See fewstep::resident::Schedule; an infinite rho is a constraint.
   const float* schedule;
   int64_t scheduled, max_iter;
@@ -62,7 +65,8 @@ struct DriftProblems {
   const float* weights;   // [groups, sum of counts]
   const float* guidance;  // [groups]
   const float* eps;       // [temperatures]
-  int64_t groups, temperatures, n, d, cost, max_iter, diagonal, precision;
+  int64_t groups, temperatures, n, d, max_iter, diagonal, precision;
+  Cost cost;
   bool joint, scaled, unit;
   float* velocity;                   // [temperatures, groups, n, d], or [groups, n, d] where `unit`
   float* scale;                      // []

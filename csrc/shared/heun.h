@@ -12,7 +12,9 @@ constexpr int kTerms = 2, kNoise = 3, kNet = 4, kScale = 7, kColumns = 8;
 // The noise of a sample with seed s at row k: apart from the probes of fewstep.divergence by the stage.
 constexpr uint32_t kStage = 15;
 
-FEWSTEP_HD philox::Stream noise(int64_t seed, int64_t row) { return {uint64_t(seed), 0, uint32_t(row), kStage}; }
+FEWSTEP_HD_INLINED philox::Stream noise(int64_t seed, int64_t row) {
+  return {uint64_t(seed), 0, uint32_t(row), kStage};
+}
 
 // A pass over states S and a network's numbers F. The state is x + low; outputs may be the inputs themselves.
 template <class S, class F>
@@ -41,7 +43,7 @@ struct alignas(kGroup * sizeof(T)) Four {
 
 // The first n of four numbers at p, or with kWhole all of them in one access.
 template <bool kWhole, class A, class T>
-FEWSTEP_HD void load_four(const T* p, int64_t n, A out[kGroup]) {
+FEWSTEP_HD_INLINED void load_four(const T* p, int64_t n, A out[kGroup]) {
   Four<T> four = {};
   if constexpr (kWhole) {
     four = *reinterpret_cast<const Four<T>*>(p);
@@ -52,7 +54,7 @@ FEWSTEP_HD void load_four(const T* p, int64_t n, A out[kGroup]) {
 }
 
 template <bool kWhole, class T, class A>
-FEWSTEP_HD void store_four(T* p, int64_t n, const A values[kGroup]) {
+FEWSTEP_HD_INLINED void store_four(T* p, int64_t n, const A values[kGroup]) {
   Four<T> four;
   for (int i = 0; i < kGroup; ++i) four.v[i] = static_cast<T>(values[i]);
   if constexpr (kWhole) {
@@ -64,7 +66,7 @@ FEWSTEP_HD void store_four(T* p, int64_t n, const A values[kGroup]) {
 
 // Group g of a sample, in arithmetic A. False where a result is not finite.
 template <class A, bool kWhole, bool kNoisy, class S, class F>
-FEWSTEP_HD bool combine_group(const Pass<S, F>& in, int64_t sample, int64_t g) {
+FEWSTEP_HD_INLINED bool combine_group(const Pass<S, F>& in, int64_t sample, int64_t g) {
   const int64_t at = sample * in.d + g * kGroup;
   const int64_t left = in.d - g * kGroup, n = left < kGroup ? left : kGroup;
   const double* c = in.coefficients + (in.per_sample ? sample * kColumns : 0);
@@ -107,7 +109,7 @@ FEWSTEP_HD bool combine_group(const Pass<S, F>& in, int64_t sample, int64_t g) {
 
 // In float32 for a float32 state with nothing kept of its rest, else in float64, which memory hides.
 template <bool kWhole, bool kNoisy, class S, class F>
-FEWSTEP_HD bool combine_at(const Pass<S, F>& in, int64_t sample, int64_t g) {
+FEWSTEP_HD_INLINED bool combine_at(const Pass<S, F>& in, int64_t sample, int64_t g) {
   if (sizeof(S) == 4 && in.low == nullptr && in.out_low == nullptr) {
     return combine_group<float, kWhole, kNoisy>(in, sample, g);
   }

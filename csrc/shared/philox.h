@@ -5,13 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifndef FEWSTEP_HD
-#ifdef __CUDACC__
-#define FEWSTEP_HD __host__ __device__ __forceinline__
-#else
-#define FEWSTEP_HD inline __attribute__((always_inline))  // never emitted for one instruction set alone
-#endif
-#endif
+#include "host_device.h"
 
 namespace fewstep::philox {
 
@@ -19,7 +13,7 @@ struct Words {
   uint32_t w[4];
 };
 
-FEWSTEP_HD Words philox(Words counter, uint32_t key0, uint32_t key1) {
+FEWSTEP_HD_INLINED Words philox(Words counter, uint32_t key0, uint32_t key1) {
   constexpr uint64_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
   constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
   for (int round = 0; round < 10; ++round) {
@@ -41,13 +35,13 @@ struct Stream {
 constexpr uint32_t kRow = 0xFFFF;  // the k of the numbers that choose Hadamard rows
 
 // 128 bits for block < 2^28 of probe k.
-FEWSTEP_HD Words draw(const Stream& s, uint32_t k, uint32_t block) {
+FEWSTEP_HD_INLINED Words draw(const Stream& s, uint32_t k, uint32_t block) {
   return philox({{block | s.stage << 28, s.step, k | uint32_t(s.sample >> 32) << 16, uint32_t(s.sample)}},
                 uint32_t(s.seed), uint32_t(s.seed >> 32));
 }
 
 // Standard normals by Box-Muller from words of a block, computed in float64 so that float32 is rounded but once.
-FEWSTEP_HD void normals(const Words& words, double out[4]) {
+FEWSTEP_HD_INLINED void normals(const Words& words, double out[4]) {
   constexpr double kUnit = 1.0 / 4294967296.0;
 #ifndef __CUDA_ARCH__
   constexpr double kTwoPi = 6.283185307179586476925;
@@ -67,7 +61,7 @@ FEWSTEP_HD void normals(const Words& words, double out[4]) {
 }
 
 // Row k of a random order of the 2^bits rows of the Hadamard matrix: two rounds of invertible affine maps and shifts.
-FEWSTEP_HD uint32_t hadamard_row(const Stream& s, uint32_t k, int bits) {
+FEWSTEP_HD_INLINED uint32_t hadamard_row(const Stream& s, uint32_t k, int bits) {
   const Words w = draw(s, kRow, 0);
   const uint32_t mask = (uint32_t(1) << bits) - 1;
   const int shift = (bits + 1) / 2;
@@ -78,7 +72,7 @@ FEWSTEP_HD uint32_t hadamard_row(const Stream& s, uint32_t k, int bits) {
 }
 
 // Whether H_ij of the Hadamard matrix is -1.
-FEWSTEP_HD uint32_t hadamard_sign(uint32_t i, uint32_t j) {
+FEWSTEP_HD_INLINED uint32_t hadamard_sign(uint32_t i, uint32_t j) {
   uint32_t v = i & j;
   v ^= v >> 16;
   v ^= v >> 8;

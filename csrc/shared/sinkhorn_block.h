@@ -11,16 +11,8 @@
 #include <cstdint>
 #include <limits>
 
-#ifdef __CUDACC__
-#define FEWSTEP_HD __host__ __device__ __forceinline__
-// Register arrays need indices known at compile time.
-#define FEWSTEP_UNROLL _Pragma("unroll")
-#define FEWSTEP_ROLLED _Pragma("unroll 1")
-#else
-#define FEWSTEP_HD inline
-#define FEWSTEP_UNROLL
-#define FEWSTEP_ROLLED
-#endif
+#include "cost.h"
+#include "host_device.h"
 
 namespace fewstep::block {
 
@@ -53,7 +45,8 @@ struct Problem {
   const T* b;   // [m]
   const T* g0;  // [m] or null
   T eps;
-  int n, m, d, cost;
+  int n, m, d;
+  Cost cost;
 };
 
 template <typename T>
@@ -118,12 +111,6 @@ FEWSTEP_HD bool beyond_digits(T potential, T rho) {
 template <typename T>
 FEWSTEP_HD T inverse_temperature(T eps) {
   return T(1.4426950408889634074) / eps;
-}
-
-// The cost of a pair from its squared distance; cost indexes sqeuclidean, half_sqeuclidean, euclidean.
-template <typename T>
-FEWSTEP_HD T finish_cost(T squared, int cost) {
-  return cost == 0 ? squared : cost == 1 ? squared / 2 : std::sqrt(squared);
 }
 
 template <typename T, typename Index>
@@ -265,8 +252,8 @@ FEWSTEP_HD T unsettled(const Team& team, const T* a, const T* f, const T* next, 
 }
 
 // -log2 sum_j 2^(h_j - c_ij) around its true maximum, by one warp.
-template <typename T, typename Cost, typename Team>
-FEWSTEP_HD T shifted_row(const Team& team, const Cost& cost, const T* h, int i, int m) {
+template <typename T, typename Costs, typename Team>
+FEWSTEP_HD T shifted_row(const Team& team, const Costs& cost, const T* h, int i, int m) {
   T top = kLowest<T>;
   for (int j = team.lane(); j < m; j += Team::kLanes) top = largest(h[j] - cost(i, j), top);
   top = team.lane_max(top);
@@ -276,8 +263,8 @@ FEWSTEP_HD T shifted_row(const Team& team, const Cost& cost, const T* h, int i, 
 }
 
 // The same for a column, by one thread.
-template <typename T, typename Cost>
-FEWSTEP_HD T shifted_column(const Cost& cost, const T* h, int j, int n) {
+template <typename T, typename Costs>
+FEWSTEP_HD T shifted_column(const Costs& cost, const T* h, int j, int n) {
   T top = kLowest<T>;
   for (int i = 0; i < n; ++i) top = largest(h[i] - cost(i, j), top);
   T sum = 0;
@@ -288,8 +275,8 @@ FEWSTEP_HD T shifted_column(const Cost& cost, const T* h, int j, int n) {
 // f-update: next_i = f_i - log2 s_i with s_i = sum_j 2^(f_i + h_j - c_ij), so that the old potential takes the place
 // of the maximum and one exponential per pair is enough; hx = next + log2 a. Returns this thread's share of
 // sum_i a_i |s_i - 1|, the L1 error of the row marginal at (f, g).
-template <typename T, typename Cost, typename Team>
-FEWSTEP_HD T update_rows(const Team& team, const Cost& cost, const T* a, const T* log_a, int n, int m, const T* f,
+template <typename T, typename Costs, typename Team>
+FEWSTEP_HD T update_rows(const Team& team, const Costs& cost, const T* a, const T* log_a, int n, int m, const T* f,
                          const T* h, T* next, T* hx) {
   T error = 0;
   for (int i0 = team.warp() * kRows; i0 < n; i0 += team.warps() * kRows) {
@@ -337,8 +324,8 @@ FEWSTEP_HD T update_rows(const Team& team, const Cost& cost, const T* a, const T
 }
 
 // g-update in place: lanes on neighbouring columns, spare warps on further slices of the rows. Ends with sync().
-template <typename T, typename Cost, typename Team>
-FEWSTEP_HD void update_columns(const Team& team, const Cost& cost, const T* log_b, int n, int m, const T* hx, T* g,
+template <typename T, typename Costs, typename Team>
+FEWSTEP_HD void update_columns(const Team& team, const Costs& cost, const T* log_b, int n, int m, const T* hx, T* g,
                                T* hy, T* partial) {
   const int groups = (m + Team::kLanes - 1) / Team::kLanes;
   const int slices = largest(1, team.warps() / groups);
@@ -368,8 +355,8 @@ FEWSTEP_HD void update_columns(const Team& team, const Cost& cost, const T* log_
 }
 
 // All iterations of one problem. vectors has vector_elements(), scratch one element per warp.
-template <typename T, typename Cost, typename Team>
-FEWSTEP_HD void solve(const Team& team, const Cost& cost, const Problem<T>& p, const Stop<T>& stop, T* vectors,
+template <typename T, typename Costs, typename Team>
+FEWSTEP_HD void solve(const Team& team, const Costs& cost, const Problem<T>& p, const Stop<T>& stop, T* vectors,
                       T* scratch, const Solution<T>& out) {
   const int n = p.n, m = p.m;
   T* f = vectors;
@@ -444,7 +431,8 @@ struct Application {
   const T* b;  // [m]
   const T* v;  // [m, k], or y where kGradient
   T eps;
-  int n, m, d, k, cost;
+  int n, m, d, k;
+  Cost cost;
   int diagonal;  // pairs j == i + diagonal are left out; kNoDiagonal
   T* out;        // [n, k]
   T* mass;       // [n], written unless kGradient
@@ -489,8 +477,8 @@ FEWSTEP_HD void apply(const Team& team, const Application<T>& p, int row_tile, i
         const T z = potential[r] + h - c * inverse;
         T w = inside && !left_out ? exp2(z > highest ? highest : z) : T(0);
         mass[r] += w;
-        if (kGradient && p.cost == 0) w *= 2;
-        if (kGradient && p.cost == 2) w = c == 0 ? T(0) : w / c;
+        if (kGradient && p.cost == Cost::sqeuclidean) w *= 2;
+        if (kGradient && p.cost == Cost::euclidean) w = c == 0 ? T(0) : w / c;
         own[r * kColumns + column] = w;
       }
     }

@@ -12,22 +12,18 @@ from .tiles import (
     LN2,
     LOG2E,
     RUN_TIME,
-    residual_of,
+    from_y,
+    one_pair,
     soft_transform,
+    stopped,
     store_row_error,
-    sum_of_pieces,
     updated,
 )
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_row_kernel(
-    X,
-    Y,
-    X_centred,
-    Y_centred,
-    X2,
-    Y2,
+    clouds,
     A,
     Light,
     Log_b,
@@ -40,9 +36,6 @@ def sinkhorn_row_kernel(
     Steps,
     Done,
     Settings,
-    N,
-    M,
-    D,
     temperatures,
     diagonal,
     cost_scale,
@@ -63,7 +56,7 @@ def sinkhorn_row_kernel(
     `temperatures` problems in a row share points and weights. Settings: tol, 1 / rho_x, 1 / rho_y,
     relax.
     """
-    blocks = N // BLOCK_M
+    blocks = clouds.n // BLOCK_M
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     if tl.load(Done + problem) > 0:
@@ -73,19 +66,11 @@ def sinkhorn_row_kernel(
     eps = tl.load(Eps + problem)
     scale = 1 / eps * LOG2E
     total = soft_transform(
-        X + cloud * N * D,
-        Y + cloud * M * D,
-        X_centred + cloud * N * D,
-        Y_centred + cloud * M * D,
-        X2 + cloud * N,
-        Y2 + cloud * M,
-        G + problem * M,
-        Log_b + cloud * M,
+        one_pair(clouds, cloud),
+        G + problem * clouds.m,
+        Log_b + cloud * clouds.m,
         scale,
         rows,
-        N,
-        M,
-        D,
         cost_scale,
         diagonal,
         DIAGONAL,
@@ -96,8 +81,8 @@ def sinkhorn_row_kernel(
         BLOCK_D,
     )
     soft = -total * (eps * LN2)  # [BM]
-    points = problem * N + rows
-    a = tl.load(A + cloud * N + rows)
+    points = problem * clouds.n + rows
+    a = tl.load(A + cloud * clouds.n + rows)
     old = tl.load(F_old + points)
     inverse_rho = tl.load(Settings + 1)
     # A point without weight has the transform of the last g alone.
@@ -110,12 +95,7 @@ def sinkhorn_row_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_column_kernel(
-    X,
-    Y,
-    X_centred,
-    Y_centred,
-    X2,
-    Y2,
+    clouds,
     Log_a,
     B,
     Eps,
@@ -131,9 +111,6 @@ def sinkhorn_column_kernel(
     Settings,
     step,
     max_iter,
-    N,
-    M,
-    D,
     temperatures,
     partials,
     diagonal,
@@ -147,47 +124,39 @@ def sinkhorn_column_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """`g_j = -eps log sum_i a_i exp((f_i - C_ij) / eps)`, damped and relaxed, unless the problem is
-    done: after `max_iter` iterations at its last temperature, which `Annealing` others come before,
-    or once the residual is at most the tolerance.
-
-    `Error` and `Steps [P, partials]` hold the residual of the previous iteration in pieces, and
-    every block of a problem adds them in the same order, so all decide alike. BLOCK_M counts points
-    of y.
+    `stopped`. BLOCK_M counts points of y.
     """
-    blocks = M // BLOCK_M
+    blocks = clouds.m // BLOCK_M
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     if tl.load(Done + problem) > 0:
         return
     cloud = problem // temperatures
-    at_eps = step - tl.load(Annealing + problem)  # iterations that have been made there
-    if at_eps > 0:
-        residual = residual_of(Error + problem * partials, Steps + problem * partials, partials)
-        if (residual <= tl.load(Settings)) | (at_eps >= max_iter):
-            if block == 0:
-                tl.store(Residual + problem, residual)
-                mass = sum_of_pieces(Mass + problem * partials, partials)
-                tl.store(Residual + problem + tl.num_programs(0) // blocks, mass)
-                tl.store(Done + problem, 1)
-            return
-    if block == 0:
-        tl.store(Iterations + problem, step + 1)
+    if stopped(
+        Error,
+        Mass,
+        Steps,
+        Residual,
+        Iterations,
+        Annealing,
+        Done,
+        Settings,
+        step,
+        max_iter,
+        problem,
+        block,
+        tl.num_programs(0) // blocks,
+        partials,
+    ):
+        return
     cols = block * BLOCK_M + tl.arange(0, BLOCK_M)
     eps = tl.load(Eps + problem)
     total = soft_transform(
-        Y + cloud * M * D,
-        X + cloud * N * D,
-        Y_centred + cloud * M * D,
-        X_centred + cloud * N * D,
-        Y2 + cloud * M,
-        X2 + cloud * N,
-        F + problem * N,
-        Log_a + cloud * N,
+        from_y(one_pair(clouds, cloud)),
+        F + problem * clouds.n,
+        Log_a + cloud * clouds.n,
         1 / eps * LOG2E,
         cols,
-        M,
-        N,
-        D,
         cost_scale,
         -diagonal,
         DIAGONAL,
@@ -197,9 +166,9 @@ def sinkhorn_column_kernel(
         BLOCK_N,
         BLOCK_D,
     )
-    points = problem * M + cols
+    points = problem * clouds.m + cols
     # A point without weight has the transform of the last f alone.
-    relax = tl.where(tl.load(B + cloud * M + cols) == 0, 1.0, tl.load(Settings + 3))
+    relax = tl.where(tl.load(B + cloud * clouds.m + cols) == 0, 1.0, tl.load(Settings + 3))
     soft = -total * (eps * LN2)
     g = updated(tl.load(G + points), soft, eps, tl.load(Settings + 2), relax)
     tl.store(G + points, g)
@@ -209,7 +178,7 @@ def alternate(s: Solve) -> Solved:
     """f from g, then g from f."""
     problems, partials = s.g.shape[0], s.blocks(0)
     # Step k (from 0) writes f[k % 2]; the infinities before it make its residual infinite.
-    f = s.g.new_full((2, problems, s.clouds.shape[0]), torch.inf)
+    f = s.g.new_full((2, problems, s.clouds.n), torch.inf)
     if s.f0 is not None:
         f[1] = s.f0
     g = s.g.clone()
@@ -220,18 +189,18 @@ def alternate(s: Solve) -> Solved:
 
     def update_rows(k: int) -> None:
         sinkhorn_row_kernel[(problems * partials,)](
-            *(*s.clouds.pointers, s.weights[0], s.light, s.logs[1], s.eps(k)),
+            *(s.clouds, s.weights[0], s.light, s.logs[1], s.eps(k)),
             *(g, f[(k + 1) % 2], f[k % 2], *pieces, done, s.setting(k)),
-            *(*s.clouds.shape, s.temperatures, *s.constants),
+            *(s.temperatures, *s.constants),
             **s.rows,
         )
 
     for k in range(s.steps):
         update_rows(k)
         sinkhorn_column_kernel[(problems * s.blocks(1),)](
-            *(*s.clouds.pointers, s.logs[0], s.weights[1], s.eps(k), f[k % 2], g, *pieces),
+            *(s.clouds, s.logs[0], s.weights[1], s.eps(k), f[k % 2], g, *pieces),
             *(measured, iterations, s.annealing, done, s.setting(k), k, s.max_iter),
-            *(*s.clouds.shape, s.temperatures, partials, *s.constants),
+            *(s.temperatures, partials, *s.constants),
             **s.cols,
         )
     update_rows(s.steps)

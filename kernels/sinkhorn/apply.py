@@ -9,18 +9,13 @@ from torch import Tensor
 
 from .. import config
 from ..launch import architecture, dtype_name, on
-from .layout import COST_SCALE, EUCLIDEAN, check_offsets, laid_out, log2, pad, padded
-from .tiles import LOG2E, NEAR, RUN_TIME, squared_distances
+from .layout import check_offsets, cost_flags, cost_numbers, laid_out, log2, pad, padded
+from .tiles import LOG2E, NEAR, RUN_TIME, left_out, one_pair, pair_cost, squared_distances
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_apply_kernel(
-    X,
-    Y,
-    X_centred,
-    Y_centred,
-    X2,
-    Y2,
+    clouds,
     F,
     G,
     A,
@@ -29,9 +24,6 @@ def sinkhorn_apply_kernel(
     V,
     Out,
     Mass,
-    N,
-    M,
-    D,
     K,
     temperatures,
     diagonal,
@@ -58,55 +50,44 @@ def sinkhorn_apply_kernel(
     REDUCE: tl.constexpr = 1 if DOT else 0
     OUT_REDUCE: tl.constexpr = 1 if DOT or DOT_V else 0
     SPLIT: tl.constexpr = GRADIENT and EUCLIDEAN and DOT
+    N, M, D = clouds.n, clouds.m, clouds.d
     blocks = N // BLOCK_M
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * BLOCK_K
     ks = first + tl.arange(0, BLOCK_K)
     cloud = problem // temperatures
-    X += cloud * N * D
-    Y += cloud * M * D
-    X_centred += cloud * N * D
-    Y_centred += cloud * M * D
+    pair = one_pair(clouds, cloud)
     V += (cloud if GRADIENT else problem) * M * K
-    Y2 += cloud * M
     G += problem * M
     Log_b += cloud * M
     points = problem * N + rows
     scale = 1 / tl.load(Eps + problem) * LOG2E
-    x2 = tl.expand_dims(tl.load(X2 + cloud * N + rows), REDUCE)
+    x2 = tl.expand_dims(tl.load(pair.x2 + rows), REDUCE)
     f = tl.expand_dims(tl.load(F + points), REDUCE)
     # Beyond it only without weight or partner: 0 times an entry, or times their sum, is to be 0.
-    highest = (126 if X.dtype.element_ty == tl.float32 else 1022) - tl.log2(M.to(tl.float32))
-    mass = tl.full([BLOCK_M], 0.0, X.dtype.element_ty)
-    out = tl.zeros([BLOCK_M, BLOCK_K] if OUT_REDUCE else [BLOCK_K, BLOCK_M], X.dtype.element_ty)
+    highest = (126 if F.dtype.element_ty == tl.float32 else 1022) - tl.log2(M.to(tl.float32))
+    mass = tl.full([BLOCK_M], 0.0, F.dtype.element_ty)
+    out = tl.zeros([BLOCK_M, BLOCK_K] if OUT_REDUCE else [BLOCK_K, BLOCK_M], F.dtype.element_ty)
     for start in range(0, M, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         g = tl.expand_dims(tl.load(G + cols), 1 - REDUCE)
         log_b = tl.expand_dims(tl.load(Log_b + cols), 1 - REDUCE)
-        norms = x2 + tl.expand_dims(tl.load(Y2 + cols), 1 - REDUCE)
+        norms = x2 + tl.expand_dims(tl.load(pair.y2 + cols), 1 - REDUCE)
         squared = squared_distances(
-            X,
-            Y,
-            X_centred,
-            Y_centred,
+            pair,
             rows,
             cols,
             norms,
-            N,
-            M,
-            D,
             EUCLIDEAN and (NEAR_ONLY or not SPLIT),
             DOT,
             PRECISION,
             BLOCK_D,
         )
-        cost = tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale
+        cost = pair_cost(squared, cost_scale, EUCLIDEAN)
         score = (f + g - cost) * scale + log_b
         p = tl.exp2(tl.where(score > highest, highest, score))  # NaN stays
-        if DIAGONAL:
-            own = tl.expand_dims(rows + diagonal, REDUCE)
-            p = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, 0.0, p)
+        p = left_out(p, 0.0, rows, cols, diagonal, DIAGONAL, REDUCE)
         if GRADIENT and EUCLIDEAN:
             p = tl.where(cost == 0, 0.0, p / tl.where(cost == 0, 1.0, cost))
         if SPLIT:
@@ -122,7 +103,7 @@ def sinkhorn_apply_kernel(
                 v = tl.load(V + (cols * K + k if DOT or not GRADIENT else k * M + cols))
                 v = tl.expand_dims(v, 1 - REDUCE)
                 if GRADIENT:
-                    x = tl.load(X + (rows * D + k if DOT else k * N + rows))
+                    x = tl.load(pair.x + (rows * D + k if DOT else k * N + rows))
                     v = tl.expand_dims(x, REDUCE) - v
                 part = tl.sum(p * v, REDUCE)
                 here = tl.expand_dims(ks == k, 1 - OUT_REDUCE)
@@ -130,7 +111,7 @@ def sinkhorn_apply_kernel(
     if GRADIENT:
         if DOT_V:
             offsets = rows[:, None] * D + ks[None, :]
-            x = tl.load(X_centred + offsets, mask=ks[None, :] < K, other=0.0)
+            x = tl.load(pair.x_centred + offsets, mask=ks[None, :] < K, other=0.0)
             out = mass[:, None] * x - out
         a = tl.expand_dims(tl.load(A + cloud * N + rows), OUT_REDUCE)
         out *= a if EUCLIDEAN else (2 * cost_scale) * a
@@ -169,7 +150,7 @@ def _apply(
     clouds = laid_out(x, y, b, n_padded, m_padded, launch)
     if v is None:
         values = clouds.y_centred if launch["DOT_V"] else clouds.y
-        width = clouds.shape[2]
+        width = clouds.d
     else:
         check_offsets("v", v, m_padded, launch)
         values = torch.nn.functional.pad(v, (0, 0, 0, m_padded - m)).contiguous()
@@ -183,13 +164,11 @@ def _apply(
     grid = (problems * (n_padded // launch["BLOCK_M"]), -(-width // launch["BLOCK_K"]))
     with on(x.device):
         sinkhorn_apply_kernel[grid](
-            *(*clouds.pointers, f, g, weights, log2(b, m_padded), eps.contiguous()),
-            *(values, out, mass, *clouds.shape, width, problems // batch),
-            *(0 if diagonal is None else diagonal, COST_SCALE[cost]),
-            DIAGONAL=diagonal is not None,
+            *(clouds, f, g, weights, log2(b, m_padded), eps.contiguous()),
+            *(values, out, mass, width, problems // batch, *cost_numbers(cost, diagonal)),
             GRADIENT=gradient,
-            EUCLIDEAN=cost == EUCLIDEAN,
             **launch,
+            **cost_flags(cost, diagonal),
         )
     return out[:, :n], mass[:, :n]
 
@@ -242,6 +221,7 @@ def sinkhorn_grad(
     dim, how = x.shape[2], (cost, diagonal, precision)
     out, _ = _apply(x, y, f, g, a, b, eps, None, *how, False)
     dtype = dtype_name("sinkhorn", x)
-    if cost == EUCLIDEAN and config.uses_dot(dim, dtype, config.PRECISIONS[precision]):
+    by_dots = config.uses_dot(dim, dtype, config.PRECISIONS[precision])
+    if by_dots and cost_flags(cost, diagonal)["EUCLIDEAN"]:
         out = out + _apply(x, y, f, g, a, b, eps, None, *how, True)[0]
     return out[..., :dim].contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import config
 from ..launch import architecture, on
-from .layout import COST_SCALE, EUCLIDEAN, pad, padded
+from .layout import cost_flags, cost_numbers, pad, padded
 from .tiles import LOG2E, RUN_TIME
 
 # Two points without weight may have any e; it must not be infinite, 0 times it has to be 0.
@@ -160,18 +160,16 @@ def sinkhorn_hessian(
 
     out = x.new_empty((problems, rows) if sums else (problems, rows, dim))
     chunks = 1 if sums else -(-dim // launch["BLOCK_K"])
-    constants: tuple[Any, ...] = (0 if diagonal is None else diagonal, COST_SCALE[cost])
     with on(x.device):
         sinkhorn_hessian_kernel[(problems * (rows // launch["BLOCK_M"]), chunks)](
             *(points(x, rows), points(y, cols), points(ux, rows), points(uy, cols)),
             # Padded rows have no plan, and padded columns no weight and no change of it.
             *(pad(f, rows, -torch.inf), pad(g, cols), pad(a, rows), pad(b, cols)),
             *(pad(left, rows), pad(right, cols), pad(da, rows), pad(db, cols)),
-            *(eps.contiguous(), out, rows, cols, dim, *constants),
-            DIAGONAL=diagonal is not None,
-            EUCLIDEAN=cost == EUCLIDEAN,
+            *(eps.contiguous(), out, rows, cols, dim, *cost_numbers(cost, diagonal)),
             SUMS=sums,
             **launch,
+            **cost_flags(cost, diagonal),
         )
     return out[:, :n].contiguous()
 

@@ -18,27 +18,21 @@ from .tiles import (
     SAFE_HIGH,
     SAFE_LOW,
     accumulated,
+    left_out,
     log2_total,
-    residual_of,
+    one_pair,
+    pair_cost,
     squared_distances,
+    stopped,
     store_row_error,
-    sum_of_pieces,
     updated,
 )
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_cost_kernel(
-    X,
-    Y,
-    X_centred,
-    Y_centred,
-    X2,
-    Y2,
+    clouds,
     C,
-    N,
-    M,
-    D,
     diagonal,
     cost_scale,
     DIAGONAL: tl.constexpr,
@@ -51,32 +45,18 @@ def sinkhorn_cost_kernel(
 ):
     """Costs `C [B, N, M]`, infinite for pairs that are left out; a tile each."""
     REDUCE: tl.constexpr = 1 if DOT else 0
+    N, M = clouds.n, clouds.m
     blocks, tiles = N // BLOCK_M, M // BLOCK_N
     block = tl.program_id(0) // tiles  # the other axes of a grid end at 65535
     cloud = (block // blocks).to(tl.int64)
     rows = block % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    x2 = tl.expand_dims(tl.load(X2 + cloud * N + rows), REDUCE)
-    squared = squared_distances(
-        X + cloud * N * D,
-        Y + cloud * M * D,
-        X_centred + cloud * N * D,
-        Y_centred + cloud * M * D,
-        rows,
-        cols,
-        x2 + tl.expand_dims(tl.load(Y2 + cloud * M + cols), 1 - REDUCE),
-        N,
-        M,
-        D,
-        EUCLIDEAN,
-        DOT,
-        PRECISION,
-        BLOCK_D,
-    )
-    cost = tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale
-    if DIAGONAL:
-        own = tl.expand_dims(rows + diagonal, REDUCE)
-        cost = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("inf"), cost)
+    pair = one_pair(clouds, cloud)
+    norms = tl.expand_dims(tl.load(pair.x2 + rows), REDUCE)
+    norms += tl.expand_dims(tl.load(pair.y2 + cols), 1 - REDUCE)
+    squared = squared_distances(pair, rows, cols, norms, EUCLIDEAN, DOT, PRECISION, BLOCK_D)
+    cost = pair_cost(squared, cost_scale, EUCLIDEAN)
+    cost = left_out(cost, float("inf"), rows, cols, diagonal, DIAGONAL, REDUCE)
     first = tl.expand_dims((cloud * N + rows) * M, REDUCE)
     tl.store(C + first + tl.expand_dims(cols, 1 - REDUCE), cost)
 
@@ -206,18 +186,23 @@ def sinkhorn_kept_merge_kernel(
     if tl.load(Done + problem) > 0:
         return
     cloud = problem // temperatures
-    at_eps = step - tl.load(Annealing + problem)  # iterations that have been made there
-    if at_eps > 0:
-        residual = residual_of(Error + problem * partials, Steps + problem * partials, partials)
-        if (residual <= tl.load(Settings)) | (at_eps >= max_iter):
-            if block == 0:
-                tl.store(Residual + problem, residual)
-                mass = sum_of_pieces(Mass + problem * partials, partials)
-                tl.store(Residual + problem + tl.num_programs(0) // blocks, mass)
-                tl.store(Done + problem, 1)
-            return
-    if block == 0:
-        tl.store(Iterations + problem, step + 1)
+    if stopped(
+        Error,
+        Mass,
+        Steps,
+        Residual,
+        Iterations,
+        Annealing,
+        Done,
+        Settings,
+        step,
+        max_iter,
+        problem,
+        block,
+        tl.num_programs(0) // blocks,
+        partials,
+    ):
+        return
     cols = block * BLOCK + tl.arange(0, BLOCK)
     inside = cols < M
     eps = tl.load(Eps + problem)
@@ -253,7 +238,7 @@ def sinkhorn_kept_merge_kernel(
 
 def alternate_kept(s: Solve) -> Solved:
     """The same from costs in memory."""
-    problems, (n, m, _) = s.g.shape[0], s.clouds.shape
+    problems, n, m = s.g.shape[0], s.clouds.n, s.clouds.m
     launch, merge = (
         config.sinkhorn_kept(dtype_name("sinkhorn", s.g), architecture(s.g.device)),
         config.sinkhorn_kept_merge(),
@@ -261,7 +246,7 @@ def alternate_kept(s: Solve) -> Solved:
     count, partials, columns = s.clouds.x.shape[0], n // launch["BLOCK_M"], -(-m // merge["BLOCK"])
     C = s.g.new_empty((count, n, m))
     tiles = count * (n // s.rows["BLOCK_M"]) * (m // s.rows["BLOCK_N"])
-    sinkhorn_cost_kernel[(tiles,)](*s.clouds.pointers, C, *s.clouds.shape, *s.constants, **s.rows)
+    sinkhorn_cost_kernel[(tiles,)](s.clouds, C, *s.constants, **s.rows)
     f = s.g.new_full((2, problems, n), torch.inf)
     if s.f0 is not None:
         f[1] = s.f0

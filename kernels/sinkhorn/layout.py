@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-EUCLIDEAN = 2
-COST_SCALE = (1.0, 0.5, 1.0)
+from fewstep.reference.costs import of_index
+
+
+def cost_numbers(cost: int, diagonal: int | None) -> tuple[int, float]:
+    """`diagonal` and `cost_scale` of the kernels, for a cost by its index."""
+    scale = of_index(cost).scale
+    assert scale is not None
+    return 0 if diagonal is None else diagonal, scale
+
+
+def cost_flags(cost: int, diagonal: int | None) -> dict[str, bool]:
+    """What kernels are compiled for: costs are distances, pairs are left out."""
+    return {"DIAGONAL": diagonal is not None, "EUCLIDEAN": not of_index(cost).squared}
 
 
 def padded(points: int, launch: dict[str, Any]) -> int:
@@ -27,9 +37,8 @@ def log2(weights: Tensor, points: int) -> Tensor:
     return pad(weights, points).log2()
 
 
-@dataclass(frozen=True)
-class Clouds:
-    """Points as the kernels read them; padding is 0.
+class Clouds(NamedTuple):
+    """Points as the kernels read them, by pointers there; padding is 0.
 
     `[B, points, D]` with D padded too for dots, which want rows; `[B, D, points]` for differences.
     """
@@ -40,11 +49,9 @@ class Clouds:
     y_centred: Tensor
     x2: Tensor  # [B, points] squared norms of the centred points
     y2: Tensor
-    shape: tuple[int, int, int]  # points of x, points of y, D
-
-    @property
-    def pointers(self) -> tuple[Tensor, ...]:
-        return self.x, self.y, self.x_centred, self.y_centred, self.x2, self.y2
+    n: int  # points of x
+    m: int  # points of y
+    d: int  # coordinates
 
 
 def check_offsets(name: str, t: Tensor, points: int, launch: dict[str, Any]) -> None:
@@ -67,7 +74,7 @@ def laid_out(x: Tensor, y: Tensor, b: Tensor, n: int, m: int, launch: dict[str, 
             for p, points in ((x, n), (y, m))
         )
         # Differences use neither centred points nor norms.
-        return Clouds(xs, ys, xs, ys, xs, ys, (n, m, x.shape[2]))
+        return Clouds(xs, ys, xs, ys, xs, ys, n, m, x.shape[2])
     extra = -x.shape[2] % launch["BLOCK_D"]
     total = b.sum(1, keepdim=True)
     centre = ((b / torch.where(total > 0, total, 1.0))[..., None] * y).sum(1, keepdim=True)
@@ -75,5 +82,4 @@ def laid_out(x: Tensor, y: Tensor, b: Tensor, n: int, m: int, launch: dict[str, 
         torch.nn.functional.pad(p, (0, extra, 0, points - p.shape[1])).contiguous()
         for p, points in ((x, n), (y, m), (x - centre, n), (y - centre, m))
     )
-    shape = (n, m, xs.shape[2])
-    return Clouds(xs, ys, xc, yc, xc.square().sum(2), yc.square().sum(2), shape)
+    return Clouds(xs, ys, xc, yc, xc.square().sum(2), yc.square().sum(2), n, m, xs.shape[2])

@@ -45,7 +45,7 @@ class Solve:
 
     def blocks(self, side: int) -> int:
         block: int = (self.rows, self.cols)[side]["BLOCK_M"]
-        return self.clouds.shape[side] // block
+        return (self.clouds.n, self.clouds.m)[side] // block
 
 
 Solved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # f, g, residual, mass, iterations

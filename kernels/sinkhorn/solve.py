@@ -10,20 +10,20 @@ import math
 import torch
 from torch import Tensor
 
+from fewstep.reference.sinkhorn import DEFAULT_TOL, LAST_STEPS, LIGHT, phi
+
 from .. import config
 from ..launch import architecture, dtype_name, on
 from .alternating import alternate
 from .kept import alternate_kept
-from .layout import COST_SCALE, EUCLIDEAN, laid_out, log2, pad, padded
+from .layout import cost_flags, cost_numbers, laid_out, log2, pad, padded
 from .problem import Solve
-from .symmetric import LAST_STEPS, symmetric
+from .symmetric import symmetric
 from .tiles import FAR
 
 # Annealing by a factor begins at most so many times above eps: the number of launches must not
 # depend on the data. Beyond it float32 has no digit of a cost left.
 _MOST_ANNEALING = 2.0**40
-# Weights below this share of the largest are light, as in `fewstep.reference.sinkhorn`.
-_LIGHT = 1e-3
 
 
 def _temperatures(
@@ -114,7 +114,7 @@ def sinkhorn(
     problem = Solve(
         clouds=laid_out(x, y, b, n_padded, m_padded, rows),
         weights=(pad(a / mass_a, n_padded), pad(b / mass_a, m_padded)),
-        light=_LIGHT * (a / mass_a).amax(1),
+        light=LIGHT * (a / mass_a).amax(1),
         logs=(log2(a, n_padded), log2(b, m_padded)),
         f0=None if f0 is None else pad(f0, n_padded),
         g=x.new_zeros((problems, m_padded)) if g0 is None else pad(g0, m_padded),
@@ -126,9 +126,9 @@ def sinkhorn(
         kept=kept,
         max_iter=max_iter,
         temperatures=temperatures,
-        constants=(0 if diagonal is None else diagonal, COST_SCALE[cost]),
-        rows=rows | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == EUCLIDEAN},
-        cols=cols | {"DIAGONAL": diagonal is not None, "EUCLIDEAN": cost == EUCLIDEAN},
+        constants=cost_numbers(cost, diagonal),
+        rows=rows | cost_flags(cost, diagonal),
+        cols=cols | cost_flags(cost, diagonal),
     )
     iterate = symmetric if simultaneous else alternate_kept if kept else alternate
     with on(x.device):
@@ -141,7 +141,7 @@ def sinkhorn(
     if (rho_x, rho_y) != (None, None) or relax != 1 or simultaneous:
         moved = eps * mass_a[:, 0] * (mass - mass_b[:, 0])
         value = torch.where(value == torch.inf, value, value - moved)
-    converged = (residual <= (1e-3 if tol is None else tol)) & value.isfinite()
+    converged = (residual <= (DEFAULT_TOL if tol is None else tol)) & value.isfinite()
     return f, g, value, residual, iterations, converged
 
 
@@ -154,7 +154,7 @@ def _settled(
     A constraint cannot be met at a point without a partner, unless it has no weight: its potential
     is then 0.
     """
-    part, unit = weight * _penalised(t, rho), eps[:, None] * math.log(2)
+    part, unit = weight * phi(t, rho), eps[:, None] * math.log(2)
     nowhere = t > FAR.value * unit
     digits = 2 / torch.finfo(t.dtype).eps
     beyond = (t.abs() > digits * unit) & ~nowhere & (weight > 0)
@@ -164,8 +164,3 @@ def _settled(
         part = torch.where(nowhere, torch.inf, part)
         t = torch.where(nowhere & (weight == 0), 0.0, t)
     return t, torch.where(weight == 0, 0.0, part).sum(1), beyond.any(1)
-
-
-def _penalised(potential: Tensor, rho: float | None) -> Tensor:
-    """`rho (1 - exp(-f / rho))`, what a potential adds to the dual; f for a constraint."""
-    return potential if rho is None else -rho * torch.expm1(-potential / rho)

@@ -18,8 +18,11 @@ from .tiles import (
     LOG2E,
     RUN_TIME,
     accumulated,
+    left_out,
     log2_total,
     marginals,
+    one_pair,
+    pair_cost,
     residual_of,
     squared_distances,
     store_row_error,
@@ -27,18 +30,10 @@ from .tiles import (
     updated,
 )
 
-# Alternating iterations at most after symmetric ones, as in `fewstep.reference.sinkhorn`.
-LAST_STEPS = 10
-
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def sinkhorn_symmetric_kernel(
-    X,
-    Y,
-    X_centred,
-    Y_centred,
-    X2,
-    Y2,
+    clouds,
     A,
     Light,
     Log_a,
@@ -59,9 +54,6 @@ def sinkhorn_symmetric_kernel(
     Settings,
     step,
     max_iter,
-    N,
-    M,
-    D,
     temperatures,
     row_pieces,
     column_pieces,
@@ -84,6 +76,7 @@ def sinkhorn_symmetric_kernel(
     of the step before were at most the tolerance, or after max_iter iterations at eps.
     """
     REDUCE: tl.constexpr = 1 if DOT else 0
+    N, M = clouds.n, clouds.m
     blocks = N // BLOCK_M
     problems = tl.num_programs(0) // blocks
     problem = (tl.program_id(0) // blocks).to(tl.int64)
@@ -115,41 +108,20 @@ def sinkhorn_symmetric_kernel(
     scale = 1 / eps * LOG2E
     f = tl.load(F + points)
     f_score = tl.expand_dims(f * scale + tl.load(Log_a + cloud * N + rows), REDUCE)
-    X += cloud * N * D
-    Y += cloud * M * D
-    X_centred += cloud * N * D
-    Y_centred += cloud * M * D
-    Y2 += cloud * M
+    pair = one_pair(clouds, cloud)
     Log_b += cloud * M
     G += problem * M
     Tops += (problem * blocks + block) * M
     Sums += (problem * blocks + block) * M
-    x2 = tl.expand_dims(tl.load(X2 + cloud * N + rows), REDUCE)
-    top = tl.full([BLOCK_M], float("-inf"), X.dtype.element_ty)
-    total = tl.full([BLOCK_M], 0.0, X.dtype.element_ty)
+    x2 = tl.expand_dims(tl.load(pair.x2 + rows), REDUCE)
+    top = tl.full([BLOCK_M], float("-inf"), F.dtype.element_ty)
+    total = tl.full([BLOCK_M], 0.0, F.dtype.element_ty)
     for start in range(0, M, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        norms = x2 + tl.expand_dims(tl.load(Y2 + cols), 1 - REDUCE)
-        squared = squared_distances(
-            X,
-            Y,
-            X_centred,
-            Y_centred,
-            rows,
-            cols,
-            norms,
-            N,
-            M,
-            D,
-            EUCLIDEAN,
-            DOT,
-            PRECISION,
-            BLOCK_D,
-        )
-        cost = (tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale) * scale
-        if DIAGONAL:
-            own = tl.expand_dims(rows + diagonal, REDUCE)
-            cost = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("inf"), cost)
+        norms = x2 + tl.expand_dims(tl.load(pair.y2 + cols), 1 - REDUCE)
+        squared = squared_distances(pair, rows, cols, norms, EUCLIDEAN, DOT, PRECISION, BLOCK_D)
+        cost = pair_cost(squared, cost_scale, EUCLIDEAN) * scale
+        cost = left_out(cost, float("inf"), rows, cols, diagonal, DIAGONAL, REDUCE)
         g_score = tl.load(G + cols) * scale + tl.load(Log_b + cols)
         score = tl.expand_dims(g_score, 1 - REDUCE) - cost
         top, total = accumulated(top, total, score, REDUCE)
@@ -219,7 +191,7 @@ def sinkhorn_merge_kernel(
 
 def symmetric(s: Solve) -> Solved:
     """Both potentials from the last two, mixed with them, and alternating steps at the end."""
-    problems, (n, m, _) = s.g.shape[0], s.clouds.shape
+    problems, n, m = s.g.shape[0], s.clouds.n, s.clouds.m
     launch = config.sinkhorn_symmetric(s.rows, architecture(s.g.device))
     merge = config.sinkhorn_merge()
     row_pieces, column_pieces = s.blocks(0), -(-m // merge["BLOCK"])
@@ -236,10 +208,10 @@ def symmetric(s: Solve) -> Solved:
     def step(k: int, source: int, eps: Tensor, setting: Tensor, done: Tensor) -> None:
         pieces = (s.temperatures, row_pieces, column_pieces)
         sinkhorn_symmetric_kernel[(problems * row_pieces,)](
-            *(*s.clouds.pointers, s.weights[0], s.light, *s.logs, eps),
+            *(s.clouds, s.weights[0], s.light, *s.logs, eps),
             *(f[source], g[source], f[1 - source], tops, sums, row_error, column_error, mass),
             *(steps, iterations, s.annealing, done, setting, k, s.max_iter),
-            *(*s.clouds.shape, *pieces, *s.constants),
+            *(*pieces, *s.constants),
             **launch,
         )
         sinkhorn_merge_kernel[(problems * column_pieces,)](

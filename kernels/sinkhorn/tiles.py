@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .layout import Clouds
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # A pair is near where |x - y|^2 < NEAR (|x|^2 + |y|^2): cancellation in the expanded square has
@@ -25,15 +27,30 @@ RUN_TIME = (
 
 
 @triton.jit
+def one_pair(clouds, cloud):
+    """The clouds of one number, by pointers to their first points."""
+    n, m, d = clouds.n, clouds.m, clouds.d
+    x, y = clouds.x + cloud * n * d, clouds.y + cloud * m * d
+    x_centred, y_centred = clouds.x_centred + cloud * n * d, clouds.y_centred + cloud * m * d
+    return Clouds(x, y, x_centred, y_centred, clouds.x2 + cloud * n, clouds.y2 + cloud * m, n, m, d)
+
+
+@triton.jit
+def from_y(c):
+    """The same clouds seen from y."""
+    return Clouds(c.y, c.x, c.y_centred, c.x_centred, c.y2, c.x2, c.m, c.n, c.d)
+
+
+@triton.jit
 def _squared_differences(
-    X, Y, rows, cols, zeros, N, M, D, POINT_MAJOR: tl.constexpr, REDUCE: tl.constexpr
+    clouds, rows, cols, zeros, POINT_MAJOR: tl.constexpr, REDUCE: tl.constexpr
 ):
-    x_first = X + (rows * D if POINT_MAJOR else rows)
-    y_first = Y + (cols * D if POINT_MAJOR else cols)
+    x_first = clouds.x + (rows * clouds.d if POINT_MAJOR else rows)
+    y_first = clouds.y + (cols * clouds.d if POINT_MAJOR else cols)
     squared = zeros
-    for d in tl.range(0, D, loop_unroll_factor=1 if POINT_MAJOR else 2):
-        x = tl.load(x_first + (d if POINT_MAJOR else d * N))  # [BM]
-        y = tl.load(y_first + (d if POINT_MAJOR else d * M))  # [BN]
+    for d in tl.range(0, clouds.d, loop_unroll_factor=1 if POINT_MAJOR else 2):
+        x = tl.load(x_first + (d if POINT_MAJOR else d * clouds.n))  # [BM]
+        y = tl.load(y_first + (d if POINT_MAJOR else d * clouds.m))  # [BN]
         difference = tl.expand_dims(x, REDUCE) - tl.expand_dims(y, 1 - REDUCE)
         squared += difference * difference
     return squared
@@ -41,16 +58,10 @@ def _squared_differences(
 
 @triton.jit
 def squared_distances(
-    X,
-    Y,
-    X_centred,
-    Y_centred,
+    clouds,
     rows,
     cols,
     norms,
-    N,
-    M,
-    D,
     REFINE: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -63,20 +74,35 @@ def squared_distances(
     zeros = tl.full(norms.shape, 0.0, norms.dtype)
     if DOT:
         product = zeros
-        for start in range(0, D, BLOCK_D):
+        for start in range(0, clouds.d, BLOCK_D):
             ds = start + tl.arange(0, BLOCK_D)
-            x = tl.load(X_centred + rows[:, None] * D + ds[None, :])  # [BM, BD]
-            y = tl.load(Y_centred + cols[:, None] * D + ds[None, :])  # [BN, BD]
+            x = tl.load(clouds.x_centred + rows[:, None] * clouds.d + ds[None, :])  # [BM, BD]
+            y = tl.load(clouds.y_centred + cols[:, None] * clouds.d + ds[None, :])  # [BN, BD]
             product = tl.dot(x, tl.trans(y), product, input_precision=PRECISION)
         squared = norms - 2 * product
         if REFINE:
             if tl.max((squared < norms * NEAR).to(tl.int32)) > 0:
-                squared = _squared_differences(X, Y, rows, cols, zeros, N, M, D, True, 1)
+                squared = _squared_differences(clouds, rows, cols, zeros, True, 1)
         else:
             squared = tl.where(squared < 0, 0.0, squared)
     else:
-        squared = _squared_differences(X, Y, rows, cols, zeros, N, M, D, False, 0)
+        squared = _squared_differences(clouds, rows, cols, zeros, False, 0)
     return squared
+
+
+@triton.jit
+def pair_cost(squared, cost_scale, EUCLIDEAN: tl.constexpr):
+    """Costs from `|x - y|^2`."""
+    return tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale
+
+
+@triton.jit
+def left_out(t, value, rows, cols, diagonal, DIAGONAL: tl.constexpr, REDUCE: tl.constexpr):
+    """A tile, with DIAGONAL `value` at its pairs `j == i + diagonal`."""
+    if DIAGONAL:
+        own = tl.expand_dims(rows + diagonal, REDUCE)
+        t = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, value, t)
+    return t
 
 
 @triton.jit
@@ -98,19 +124,11 @@ def log2_total(top, total):
 
 @triton.jit
 def soft_transform(
-    X,
-    Y,
-    X_centred,
-    Y_centred,
-    X2,
-    Y2,
+    clouds,
     G,
     Log_w,
     scale,
     rows,
-    N,
-    M,
-    D,
     cost_scale,
     diagonal,
     DIAGONAL: tl.constexpr,
@@ -127,42 +145,28 @@ def soft_transform(
     # Columns go along axis REDUCE of a tile. Without a dot they go along axis 0, which the default
     # layout keeps inside one thread, so that no reduction crosses threads.
     REDUCE: tl.constexpr = 1 if DOT else 0
-    x2 = tl.expand_dims(tl.load(X2 + rows), REDUCE)
-    top = tl.full([rows.shape[0]], float("-inf"), X.dtype.element_ty)
-    total = tl.full([rows.shape[0]], 0.0, X.dtype.element_ty)
-    for start in range(0, M, BLOCK_N):
+    x2 = tl.expand_dims(tl.load(clouds.x2 + rows), REDUCE)
+    top = tl.full([rows.shape[0]], float("-inf"), clouds.x.dtype.element_ty)
+    total = tl.full([rows.shape[0]], 0.0, clouds.x.dtype.element_ty)
+    for start in range(0, clouds.m, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         g = tl.expand_dims(tl.load(G + cols), 1 - REDUCE)
         log_w = tl.expand_dims(tl.load(Log_w + cols), 1 - REDUCE)
-        norms = x2 + tl.expand_dims(tl.load(Y2 + cols), 1 - REDUCE)
-        squared = squared_distances(
-            X,
-            Y,
-            X_centred,
-            Y_centred,
-            rows,
-            cols,
-            norms,
-            N,
-            M,
-            D,
-            EUCLIDEAN,
-            DOT,
-            PRECISION,
-            BLOCK_D,
-        )
-        cost = tl.sqrt(squared) if EUCLIDEAN else squared * cost_scale
-        score = (g - cost) * scale + log_w
-        if DIAGONAL:
-            own = tl.expand_dims(rows + diagonal, REDUCE)
-            score = tl.where(tl.expand_dims(cols, 1 - REDUCE) == own, float("-inf"), score)
+        norms = x2 + tl.expand_dims(tl.load(clouds.y2 + cols), 1 - REDUCE)
+        squared = squared_distances(clouds, rows, cols, norms, EUCLIDEAN, DOT, PRECISION, BLOCK_D)
+        score = (g - pair_cost(squared, cost_scale, EUCLIDEAN)) * scale + log_w
+        score = left_out(score, float("-inf"), rows, cols, diagonal, DIAGONAL, REDUCE)
         top, total = accumulated(top, total, score, REDUCE)
     return log2_total(top, total)
 
 
 @triton.jit
 def updated(old, soft, eps, inverse_rho, relax):
-    """A potential from its soft c-transform: damped by `rho / (rho + eps)`, then over-relaxed."""
+    """A potential from its soft c-transform: damped by `rho / (rho + eps)`, then over-relaxed.
+
+    One without partners is not: it is another infinity at another temperature.
+    """
+    relax = tl.where(soft > FAR * (eps * LN2), 1.0, relax)
     damped = soft / (1 + eps * inverse_rho)
     base = tl.where(relax == 1, damped, old)  # the old one may be infinite
     return base + relax * (damped - base)
@@ -215,3 +219,42 @@ def residual_of(Error, Steps, count):
         step = tl.maximum(step, tl.load(Steps + piece, mask=piece < count, other=0.0))
     unseen = tl.max(step, 0) * tl.max(step, 0)
     return tl.where(unseen > error, unseen, error)
+
+
+@triton.jit
+def stopped(
+    Error,
+    Mass,
+    Steps,
+    Residual,
+    Iterations,
+    Annealing,
+    Done,
+    Settings,
+    step,
+    max_iter,
+    problem,
+    block,
+    problems,
+    partials,
+):
+    """Whether a problem of alternating updates is done before this step: after `max_iter` ones at
+    its last temperature, which `Annealing` others come before, or once the residual is at most the
+    tolerance. Its first block notes what it ended with, or that it makes the step.
+
+    `Error` and `Steps [P, partials]` hold the residual of the previous iteration in pieces, and
+    every block of a problem adds them in the same order, so all decide alike.
+    """
+    at_eps = step - tl.load(Annealing + problem)  # iterations that have been made there
+    stop = at_eps >= max_iter
+    if at_eps > 0:
+        residual = residual_of(Error + problem * partials, Steps + problem * partials, partials)
+        stop = stop | (residual <= tl.load(Settings))
+        if stop & (block == 0):
+            tl.store(Residual + problem, residual)
+            mass = sum_of_pieces(Mass + problem * partials, partials)
+            tl.store(Residual + problem + problems, mass)
+            tl.store(Done + problem, 1)
+    if (block == 0) & (stop == 0):
+        tl.store(Iterations + problem, step + 1)
+    return stop

@@ -16,13 +16,18 @@ from torch import Tensor
 _MOST = {"depth": 1000}
 
 
+# Numbers and integers are those of Python and NumPy, and arrays and tensors without a dimension.
 def is_number(value: object) -> bool:
-    """Of Python or of NumPy. A bool is none."""
-    return isinstance(value, int | float | Real) and not isinstance(value, bool)
+    """A bool is none."""
+    if isinstance(value, float):
+        return True
+    if isinstance(value, np.ndarray | Tensor):
+        return value.ndim == 0
+    return isinstance(value, int | Real) and not isinstance(value, bool)
 
 
 def number(who: str, name: str, value: Any) -> float:
-    """A number as one of Python, also of an array or tensor that has no dimension."""
+    """A number as one of Python."""
     if isinstance(value, float):
         return value
     if isinstance(value, np.ndarray | Tensor):
@@ -53,8 +58,12 @@ def check_real(who: str, name: str, value: np.ndarray[Any, Any] | Tensor) -> Non
 
 
 def integer(who: str, name: str, value: Any) -> int:
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     try:
-        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        if isinstance(value, bool):
+            raise TypeError
+        if isinstance(value, np.ndarray | Tensor) and (value.ndim or value.dtype == torch.bool):
             raise TypeError
         whole = value if isinstance(value, int) else operator.index(value)
     except (TypeError, RuntimeError):  # torch raises both
@@ -66,10 +75,13 @@ def integer(who: str, name: str, value: Any) -> int:
 
 def count(who: str, name: str, value: Any, low: int = 1) -> int:
     """An integer of at least `low`."""
-    whole = type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
-    if not whole or value < low:
+    try:
+        whole = integer(who, name, value)
+    except TypeError:
+        whole = low - 1
+    if whole < low:
         raise ValueError(f"{who}: {name} must be an integer of at least {low}, got {value!r}")
-    return integer(who, name, value)
+    return whole
 
 
 def one_of(who: str, name: str, value: Any, choices: Sequence[str]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,50 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def readable(t: Tensor) -> bool:
+def readable(*tensors: Tensor) -> bool:
     """Whether values can be looked at without waiting for a device or breaking a graph."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+    if torch.compiler.is_compiling() or any(t.device.type != "cpu" for t in tensors):
+        return False
+    return not is_transformed() or not any(map(_is_mapped, tensors))
+
+
+def _is_mapped(t: Tensor) -> bool:
+    """Whether a tensor stands for many, at any level of functorch's transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
+
+
+def exactly(device: torch.device) -> AbstractContextManager[Any]:
+    """Outside of autocast, which is for the products of networks."""
+    # A compiled graph is told always: where a backward pass runs in it is not known yet.
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def without_autocast(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The same of a function, on whichever device; not for what is compiled."""
+
+    @functools.wraps(rule)
+    def exact(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return rule(*args)
+
+    return exact
+
+
+def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
+    """An op past autograd where it has nothing to refuse: a rule in Python takes some 20 us."""
+    if torch.compiler.is_compiling() or any(
+        isinstance(t, Tensor) and t.requires_grad for t in args
+    ):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def to_random_state(x: Tensor) -> Callable[[], None]:

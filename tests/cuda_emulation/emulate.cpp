@@ -41,7 +41,7 @@ void solve_all(const Request& q) {
   for (int64_t i = 0; i < q.batch; ++i) {
     const Problem<T> p{
         &x[i * n * d], &y[i * m * d],       &a[i * n],           &b[i * m],           q.k ? &g0[i * m] : nullptr,
-        eps[i],        static_cast<int>(n), static_cast<int>(m), static_cast<int>(d), static_cast<int>(q.cost)};
+        eps[i],        static_cast<int>(n), static_cast<int>(m), static_cast<int>(d), fewstep::Cost(q.cost)};
     const Solution<T> out{&f[i * n],    &g[i * m],      &value[i],
                           &residual[i], &iterations[i], reinterpret_cast<bool*>(&converged[i])};
     const Stop<T> stop{static_cast<int>(q.max_iter), static_cast<T>(q.tol), static_cast<T>(q.converged_at)};
@@ -90,7 +90,7 @@ void apply_all(const Request& q) {
                            static_cast<int>(m),
                            static_cast<int>(d),
                            static_cast<int>(k),
-                           static_cast<int>(q.cost),
+                           fewstep::Cost(q.cost),
                            q.max_iter < 0 ? static_cast<int>(q.max_iter) + 3 : kNoDiagonal,
                            out.data() + i * n * k,
                            mass.data() + (kGradient ? 0 : i * n)};

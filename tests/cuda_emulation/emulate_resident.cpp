@@ -82,7 +82,7 @@ void solve_all(const Request& q) {
                         static_cast<int>(n),
                         static_cast<int>(m),
                         static_cast<int>(d),
-                        static_cast<int>(q.cost),
+                        fewstep::Cost(q.cost),
                         q.diagonal == INT64_MIN ? kNoDiagonal : static_cast<int>(q.diagonal),
                         0,
                         static_cast<int>(m),
@@ -149,7 +149,7 @@ void drift_all(const Request& q) {
   in.groups = q.batch;
   in.n = static_cast<int>(n);
   in.d = static_cast<int>(d);
-  in.cost = static_cast<int>(q.cost);
+  in.cost = fewstep::Cost(q.cost);
   in.diagonal = q.diagonal == INT64_MIN ? kNoDiagonal : static_cast<int>(q.diagonal);
   in.precision = static_cast<int>(q.precision);
   in.joint = q.has_g0 != 0;

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.reference.sinkhorn import cost_matrix
+from fewstep.reference import costs
+from fewstep.reference.costs import cost_matrix
 
-DISTANCES = ("sqeuclidean", "half_sqeuclidean", "euclidean", "l1")
-COSTS = (*DISTANCES, "cosine", "dot")
+ROWS = costs.COSTS
+DISTANCES = tuple(n for n in costs.OF_POINTS if ROWS[n].centred)
+COSTS = (*DISTANCES, *(n for n in costs.NAMES if n not in DISTANCES))
 FORMULAS = {
     "sqeuclidean": lambda x, y: ((x - y) ** 2).sum(-1),
     "half_sqeuclidean": lambda x, y: ((x - y) ** 2).sum(-1) / 2,
@@ -72,7 +74,7 @@ class Problem:
     def penalised(self) -> tuple[float | None, float | None]:
         """rho of x and y."""
         reach = self.options.get("reach")
-        power = 2 if self.cost in DISTANCES[:2] else 1
+        power = 2 if ROWS[self.cost].squared else 1
         pair = reach if isinstance(reach, tuple) else (reach, reach)
         return tuple(None if r is None else r**power for r in pair)  # type: ignore[return-value]
 
@@ -313,7 +315,7 @@ def draw(seed: int) -> Problem:
 
     if not matrix and d(0.12):
         L, K = d.of(1, 2, 3), d.of(1, 2, 3)
-        W = d.rng.random((L, K)) * (size**2 if cost in DISTANCES[:2] else size) * d.of(0.3, 3, -1)
+        W = d.rng.random((L, K)) * (size**2 if ROWS[cost].squared else size) * d.of(0.3, 3, -1)
         if d(0.3) and min(L, K) > 1 and form != "ragged":
             W[d.rng.integers(L), d.rng.integers(K)] = np.inf
         lead = problem.tensors["x"].shape[:-1], problem.tensors["y"].shape[:-1]
@@ -411,7 +413,7 @@ def _schedule(d: _Draw, p: Problem) -> None:
         o["max_iter"] = d.of(10, 30, 60)
     if d(0.2):
         o["reach"] = d.of(1.0, (1.0, None), (None, 1.0), (0.5, 2.0))
-        unit = mean if p.cost not in DISTANCES[:2] else math.sqrt(mean)
+        unit = math.sqrt(mean) if ROWS[p.cost].squared else mean
         unit = float(np.float32(unit * d.power(-1, 1)))
         reach = o["reach"]
         o["reach"] = (

@@ -203,3 +203,30 @@ def differences(call: Call, found: Found, exact: Found, probes: Tensor | None) -
         eager = errors(by_autograd(call, probes, torch.float32), exact)
         off = {k: e for k, e in off.items() if not e <= bounds[k] + 2 * rounding * eager[k]}
     return [f"{k}: off by {e:.3g} of its scale" for k, e in off.items()]
+
+
+def trace(velocity: Velocity, x: Tensor, t: Any = 0.0) -> Tensor:
+    """By plain autograd in float64."""
+    x = x.detach().double().requires_grad_()
+    _, jacobian = rows(lambda a: velocity(a, t), x)
+    return jacobian.detach().diagonal(dim1=1, dim2=2).sum(1)
+
+
+def assert_right(
+    velocity: Velocity, x: Tensor, t: Any = 0.0, expected: Tensor | None = None
+) -> Any:
+    """Velocity as eager's, the exact trace, and all Hadamard probes."""
+    expected = trace(velocity, x, t) if expected is None else expected
+    v = velocity(x.clone(), t)
+    scale = expected.abs().max().clamp_min(float(v.detach().abs().max()))
+    d = x.shape[1:].numel()
+    for options in ({"estimator": "exact"}, {"probes": d, "probe": "hadamard"}):
+        out = fewstep.divergence(velocity, x, t, **options)
+        assert out.velocity.dtype == v.dtype
+        low = x.dtype == torch.float32 or v.dtype == torch.float32
+        bound = CONTRACT["value"] if low else CONTRACT64["value"]
+        assert float((out.velocity - v).detach().abs().max()) <= bound * float(
+            v.detach().abs().max()
+        )
+        assert float((out.value - expected).detach().abs().max()) <= bound * float(scale)
+    return out

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tests.support.agreement import problem_failures
+from tests.support.laws import problem_failures
 from tests.support.problems import Problem, draw
 
 CHUNK = 100

@@ -1,23 +1,4 @@
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include <cmath>
-
-#include "cpu/dual.h"
-#include "shared/philox.h"
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#endif
-#define FEWSTEP_ISA avx512
-#define FEWSTEP_VECTOR_BYTES 64
+#ifdef __x86_64__
+#define FEWSTEP_AVX512
 #include "cpu/dual.inl"
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
 #endif

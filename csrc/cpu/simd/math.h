@@ -1,8 +1,11 @@
 // Vectors of one instruction set and the two transcendental functions that Sinkhorn needs, in base 2.
-// Include inside the namespace of an instruction set, after FEWSTEP_VECTOR_BYTES is defined: no std headers here.
+// Include after FEWSTEP_BEGIN_ISA of unit.h; what is included here would be compiled for the instruction set too.
 #pragma once
 
 #define FEWSTEP_INLINE inline __attribute__((always_inline))
+
+namespace fewstep::cpu::FEWSTEP_ISA {
+namespace {
 
 template <class T>
 struct Simd;
@@ -277,3 +280,6 @@ FEWSTEP_INLINE void for_each_vector(int64_t n, const Body& body) {
   for (; j + kLanes<T> <= n; j += kLanes<T>) body(Whole{}, j, int64_t(kLanes<T>));
   if (j < n) body(Part{}, j, n - j);
 }
+
+}  // namespace
+}  // namespace fewstep::cpu::FEWSTEP_ISA

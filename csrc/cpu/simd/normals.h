@@ -1,5 +1,8 @@
-// Standard normals, kLanes<double> Philox blocks at a time. Include after math.h, where shared/philox.h is known.
+// Standard normals, kLanes<double> Philox blocks at a time. Include after math.h; shared/philox.h must be known.
 #pragma once
+
+namespace fewstep::cpu::FEWSTEP_ISA {
+namespace {
 
 // The low 32 bits of each lane of a times those of b, 64 bits each.
 FEWSTEP_INLINE IntVec<double> multiply_low(IntVec<double> a, IntVec<double> b) {
@@ -78,3 +81,6 @@ FEWSTEP_INLINE void normals(const philox::Stream& s, uint32_t k, uint32_t first,
     }
   }
 }
+
+}  // namespace
+}  // namespace fewstep::cpu::FEWSTEP_ISA

@@ -27,11 +27,11 @@ struct PairCost {
 
 // The same iterations for a problem of any size by one block that keeps nothing but potentials: each update is a
 // log-sum-exp around its maximum, and a pair's distance is computed wherever it is needed. out.f, out.g and next [n]
-// hold potentials in units of eps ln 2 meanwhile; scratch has one element per warp.
+// hold potentials in units of eps ln 2 meanwhile; scratch has one element per warp. One loop, though it is long: all
+// its parts read and write the same dozen numbers, which stay in registers.
 template <typename T, typename Team>
 FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Schedule<T>& s, const Marginals<T>& w, T eps,
                                T start, T* next, T* scratch, const block::Solution<T>& out) {
-  const bool plain = std::isinf(s.rho_x) && std::isinf(s.rho_y) && s.relax == 1;
   T* f = out.f;
   T* const g = out.g;
   T relax = w.f0 == nullptr ? T(1) : s.relax, k = 1;
@@ -46,26 +46,17 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
   for (int j = team.rank(); j < p.m; j += team.size()) b_part += w.b[j];
   const T a_total = block::team_sum(team, a_part, scratch), b_total = block::team_sum(team, b_part, scratch);
   const T light = block::light_weight(team, w.a, p.n, scratch);
-  int step = 0, at_eps = 0, iterations = 0;
-  T annealed = start, residual = 0, mass = 0;
-  bool final = false, measured = false, closing = false, averaged = s.simultaneous;
+  int at_eps = 0, iterations = 0;
+  T residual = 0, mass = 0;
+  Temperatures<T> temperatures{start};
+  bool measured = false, closing = false, averaged = s.simultaneous;
   const auto accept = [&] {
     FEWSTEP_ROLLED
     for (int i = team.rank(); i < p.n; i += team.size()) f[i] = next[i];
     team.sync();
   };
   while (true) {
-    T temperature = eps;
-    if (!final) {
-      if (step < s.scheduled) {
-        temperature = s.temperatures[step++];
-      } else if (annealed > eps) {
-        temperature = annealed;
-        annealed *= s.factor;
-      } else {
-        final = true;
-      }
-    }
+    const T temperature = temperatures.next(s, eps);
     const T k_next = block::inverse_temperature(temperature), ratio = k_next / k;
     k = k_next;
     FEWSTEP_ROLLED
@@ -73,8 +64,7 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
     FEWSTEP_ROLLED
     for (int j = team.rank(); j < p.m; j += team.size()) g[j] = at_most_nowhere(g[j] * ratio);
     team.sync();
-    const T damping_x = std::isinf(s.rho_x) ? T(1) : s.rho_x / (s.rho_x + temperature);
-    const T damping_y = std::isinf(s.rho_y) ? T(1) : s.rho_y / (s.rho_y + temperature);
+    const T damping_x = damping(s.rho_x, temperature), damping_y = damping(s.rho_y, temperature);
     const PairCost<T> cost{p, k};
     T error = 0, moved = 0;
     FEWSTEP_ROLLED
@@ -140,7 +130,7 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
     }
     team.sync();
     if (averaged) accept();
-    measured = final;
+    measured = temperatures.final;
     if (closing) continue;
     ++iterations;
     relax = s.relax;
@@ -151,29 +141,15 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
     if (s.single) g[i] = f[i];
   }
   team.sync();
-  const T unit = 1 / k;
-  T value = 0, beyond = 0;
-  // A constraint cannot be met at a point without a partner, unless it has no weight: its potential is then 0.
-  const auto settled = [&](T potential, T weight, T rho) {
-    const bool nowhere = std::isinf(rho) && potential > kFar<T>;
-    if (weight == 0) return nowhere ? T(0) : potential * unit;
-    if (beyond_digits(potential, rho * k)) beyond = 1;
-    value += nowhere ? kInfinity<T> : weight * penalised(potential * unit, rho);
-    return potential * unit;
-  };
+  Value<T> dual{k};
   FEWSTEP_ROLLED
-  for (int i = team.rank(); i < p.n; i += team.size()) f[i] = settled(f[i], w.a[i], s.rho_x);
+  for (int i = team.rank(); i < p.n; i += team.size()) f[i] = dual.add(f[i], w.a[i], s.rho_x);
   FEWSTEP_ROLLED
-  for (int j = team.rank(); j < p.m; j += team.size()) g[j] = settled(g[j], w.b[j], s.rho_y);
-  value = block::team_sum(team, value, scratch);
-  if (block::team_sum(team, beyond, scratch) > 0) residual = kInfinity<T>;
-  if (!plain && value != kInfinity<T>) value -= eps * (mass - a_total * b_total);
-  if (team.rank() == 0) {
-    *out.value = value;
-    *out.residual = residual;
-    *out.iterations = iterations;
-    *out.converged = residual <= s.converged_at && std::isfinite(value);
-  }
+  for (int j = team.rank(); j < p.m; j += team.size()) g[j] = dual.add(g[j], w.b[j], s.rho_y);
+  T value = block::team_sum(team, dual.sum, scratch);
+  if (block::team_sum(team, dual.beyond, scratch) > 0) residual = kInfinity<T>;
+  if (!s.plain() && value != kInfinity<T>) value -= eps * (mass - a_total * b_total);
+  if (team.rank() == 0) write_numbers(out, value, residual, iterations, s.converged_at);
   team.sync();
 }
 

@@ -279,7 +279,7 @@ FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::measure_by_products() {
     const int i = e / p_.m, j = e % p_.m;
     const T norms = norm_x[i] + norm_y[j];
     T squared = norms - 2 * at(At::kCost)[e];
-    if (p_.cost == 2 && squared < kNear * norms) squared = squared_distance(i, j);
+    if (p_.cost == Cost::euclidean && squared < kNear * norms) squared = squared_distance(i, j);
     if (squared < 0) squared = 0;  // NaN stays
     at(At::kCost)[e] = p_.excluded(first_ + i, j) ? kInfinity<T> : finish_cost(squared, p_.cost);
   }

@@ -24,7 +24,8 @@ struct Drift {
   const T* weights;   // [groups, sum of counts], relative
   const T* guidance;  // [groups]
   int64_t groups;
-  int n, d, cost, diagonal, precision;
+  int n, d, diagonal, precision;
+  Cost cost;
   bool joint;
   const T* eps;  // [temperatures], in units of `unit`
   int temperatures, max_iter;
@@ -57,7 +58,7 @@ FEWSTEP_HD double distances_from(const Team& team, const Drift<T>& in, int64_t g
     double total = 0;
     for (int j = 0; j < count; ++j) total += c < 0 ? 1.0 : double(w[j]);
     *weight += total * in.n;
-    if (in.cost == 2) {
+    if (in.cost == Cost::euclidean) {
       for (int64_t pair = team.warp(); pair < static_cast<int64_t>(in.n) * count; pair += team.warps()) {
         const T* const from = x + pair / count * in.d;
         const T* const to = points + pair % count * in.d;

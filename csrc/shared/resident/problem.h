@@ -13,7 +13,6 @@ namespace fewstep::resident {
 using block::at_most_nowhere;
 using block::beyond_digits;
 using block::exp2;
-using block::finish_cost;
 using block::kFar;
 using block::kLowest;
 using block::kNoDiagonal;
@@ -100,7 +99,8 @@ template <typename T>
 struct Points {
   const T* x;  // [n, d]
   Columns<T> y;
-  int n, m, d, cost;
+  int n, m, d;
+  Cost cost;
   // The pair of row i and column diagonal_begin + i + diagonal is left out if that column is below diagonal_end.
   int diagonal, diagonal_begin, diagonal_end;
   int precision;  // halves::Precision
@@ -130,7 +130,35 @@ struct Schedule {
   bool simultaneous;  // both potentials from the last two, and alternating iterations at the end
   bool single;        // x is y, with the same weights: of simultaneous updates, with one potential
   FEWSTEP_HD int last_steps() const { return tol < 0 || single ? 1 : kLastSteps; }
+  // Whether a soft c-transform is the next potential, without a penalty or an average.
+  FEWSTEP_HD bool plain() const { return std::isinf(rho_x) && std::isinf(rho_y) && relax == 1; }
 };
+
+// The temperatures of a schedule, one a call, and from then on eps, which is `final`.
+template <typename T>
+struct Temperatures {
+  T annealed;  // where annealing begins
+  int step = 0;
+  bool final = false;
+
+  FEWSTEP_HD T next(const Schedule<T>& s, T eps) {
+    if (final) return eps;
+    if (step < s.scheduled) return s.temperatures[step++];
+    if (annealed > eps) {
+      const T now = annealed;
+      annealed *= s.factor;
+      return now;
+    }
+    final = true;
+    return eps;
+  }
+};
+
+// What a soft c-transform is multiplied by under a penalty rho.
+template <typename T>
+FEWSTEP_HD T damping(T rho, T temperature) {
+  return std::isinf(rho) ? T(1) : rho / (rho + temperature);
+}
 
 template <typename T>
 struct Marginals {
@@ -159,6 +187,34 @@ struct Largest {
 template <typename T>
 FEWSTEP_HD T penalised(T f, T rho) {
   return std::isinf(rho) ? f : -rho * std::expm1(-f / rho);
+}
+
+// A thread's share of the dual value of a solution.
+template <typename T>
+struct Value {
+  T k;  // 1 / (eps ln 2)
+  T unit = 1 / k;
+  T sum = 0;
+  T beyond = 0;  // 1 where a potential has no digit left
+
+  // Adds a potential in units of eps ln 2 and returns it as it is written. A constraint cannot be met at a point
+  // without a partner, unless it has no weight: its potential is then 0.
+  FEWSTEP_HD T add(T potential, T weight, T rho) {
+    const bool nowhere = std::isinf(rho) && potential > kFar<T>;
+    if (weight == 0) return nowhere ? T(0) : potential * unit;
+    if (beyond_digits(potential, rho * k)) beyond = 1;
+    sum += nowhere ? kInfinity<T> : weight * penalised(potential * unit, rho);
+    return potential * unit;
+  }
+};
+
+// The numbers of a solution, by one thread.
+template <typename T>
+FEWSTEP_HD void write_numbers(const block::Solution<T>& out, T value, T residual, int iterations, T converged_at) {
+  *out.value = value;
+  *out.residual = residual;
+  *out.iterations = iterations;
+  *out.converged = residual <= converged_at && std::isfinite(value);
 }
 
 }  // namespace fewstep::resident

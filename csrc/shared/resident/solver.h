@@ -67,13 +67,12 @@ class Solver {
   // none. The state stays for write() and weigh().
   FEWSTEP_HD void solve(T (&k)[R][Q], const Schedule<T>& s, const Marginals<T>& w, T eps, T start) {
     s_ = s;
-    plain_ = std::isinf(s.rho_x) && std::isinf(s.rho_y) && s.relax == 1;
+    plain_ = s.plain();
     averaged_ = s.simultaneous;
     relax_ = w.f0 == nullptr ? T(1) : s.relax;  // an iteration without a potential before it is taken in full
-    step_ = iterations_ = 0;
-    annealed_ = start;
-    final_ = false;
-    temperature_ = next_temperature(eps);
+    iterations_ = 0;
+    temperatures_ = {start};
+    temperature_ = temperatures_.next(s_, eps);
     set_temperature();
     begin(w);
     bool absorb = true, measured = false, closing = false;
@@ -102,12 +101,12 @@ class Solver {
       absorb = far || !usable;
       if (averaged_) accept();
       if (absorb) fold();
-      measured = final_;
+      measured = temperatures_.final;
       if (closing) continue;
       ++iterations_;
       relax_ = s.relax;
-      if (final_) continue;
-      const T next = next_temperature(eps);
+      if (temperatures_.final) continue;
+      const T next = temperatures_.next(s_, eps);
       if (next == temperature_) continue;
       change_temperature(next, absorb);
       absorb = true;
@@ -116,23 +115,15 @@ class Solver {
 
   // f, g, value and the rest of a problem that has been solved. Ends with sync_all().
   FEWSTEP_HD void write(T eps, const block::Solution<T>& out) {
-    const T unit = 1 / k_, mass = total(1);
-    T value = 0, beyond = 0;
-    // A constraint cannot be met at a point without a partner, unless it has no weight: its potential is then 0.
-    const auto settled = [&](T potential, T weight, T rho) {
-      const bool nowhere = std::isinf(rho) && potential > kFar<T>;
-      if (weight == 0) return nowhere ? T(0) : potential * unit;
-      if (beyond_digits(potential, rho * k_)) beyond = 1;
-      value += nowhere ? kInfinity<T> : weight * penalised(potential * unit, rho);
-      return potential * unit;
-    };
+    const T mass = total(1);
+    Value<T> dual{k_};
     FEWSTEP_ROLLED
     for (int i = team_.rank(); i < rows_; i += team_.size()) {
-      const T a = at(At::kA)[i], f = settled(a != 0 ? potential(i) : soft_of_row(i), a, s_.rho_x);
+      const T a = at(At::kA)[i], f = dual.add(a != 0 ? potential(i) : soft_of_row(i), a, s_.rho_x);
       out.f[first_ + i] = f;
       if (s_.single) out.g[first_ + i] = f;
     }
-    if (s_.single) value *= 2;
+    if (s_.single) dual.sum *= 2;
     team_.sync();  // v changes now
     if (!s_.single) soft_of_massless_columns();
     FEWSTEP_ROLLED
@@ -140,21 +131,16 @@ class Solver {
       if (team_.block() != 0) continue;
       const T b = at(At::kB)[j];
       const T g = b > 0 ? at(At::kH)[j] + log2(at(At::kV)[j]) - log2(b) : -damping_y_ * at(At::kLse)[j];
-      out.g[j] = settled(g, b, s_.rho_y);
+      out.g[j] = dual.add(g, b, s_.rho_y);
     }
     parity_ = 1 - parity_;
-    hand_over(0, value);
-    hand_over(1, beyond);
+    hand_over(0, dual.sum);
+    hand_over(1, dual.beyond);
     team_.sync_all();
-    value = total(0);
+    T value = total(0);
     if (total(1) > 0) residual_ = kInfinity<T>;
     if (!plain_ && value != kInfinity<T>) value -= eps * (mass - a_total_ * b_total_);
-    if (team_.block() == 0 && team_.rank() == 0) {
-      *out.value = value;
-      *out.residual = residual_;
-      *out.iterations = iterations_;
-      *out.converged = residual_ <= s_.converged_at && std::isfinite(value);
-    }
+    if (team_.block() == 0 && team_.rank() == 0) write_numbers(out, value, residual_, iterations_, s_.converged_at);
     team_.sync_all();
   }
 
@@ -172,21 +158,10 @@ class Solver {
   FEWSTEP_HD T* at(int offset) const { return memory_ + offset; }
   FEWSTEP_HD const T* row(int i) const { return p_.x + static_cast<int64_t>(first_ + i) * p_.d; }
 
-  FEWSTEP_HD T next_temperature(T eps) {
-    if (step_ < s_.scheduled) return s_.temperatures[step_++];
-    if (annealed_ > eps) {
-      const T now = annealed_;
-      annealed_ *= s_.factor;
-      return now;
-    }
-    final_ = true;
-    return eps;
-  }
-
   FEWSTEP_HD void set_temperature() {
     k_ = block::inverse_temperature(temperature_);
-    damping_x_ = std::isinf(s_.rho_x) ? T(1) : s_.rho_x / (s_.rho_x + temperature_);
-    damping_y_ = std::isinf(s_.rho_y) ? T(1) : s_.rho_y / (s_.rho_y + temperature_);
+    damping_x_ = damping(s_.rho_x, temperature_);
+    damping_y_ = damping(s_.rho_y, temperature_);
     target_x_ = std::isinf(s_.rho_x) ? T(0) : temperature_ / s_.rho_x;
     target_y_ = std::isinf(s_.rho_y) ? T(0) : temperature_ / s_.rho_y;
   }
@@ -705,10 +680,11 @@ class Solver {
   Schedule<T> s_;
   int first_, rows_;
   int f_ = 0, u_ = 0;  // which of two
-  int parity_ = 0, step_ = 0, iterations_ = 0;
+  int parity_ = 0, iterations_ = 0;
+  Temperatures<T> temperatures_{T(0)};
   bool plain_ = true, averaged_ = false;  // column sums are those with the u before
-  bool final_ = false, absorbed_ = false, massless_ = false;
-  T k_ = 0, temperature_ = 0, annealed_ = 0, relax_ = 1;
+  bool absorbed_ = false, massless_ = false;
+  T k_ = 0, temperature_ = 0, relax_ = 1;
   T damping_x_ = 1, damping_y_ = 1, target_x_ = 0, target_y_ = 0;
   T a_total_ = 1, b_total_ = 1, residual_ = 0, light_ = 0;
 };

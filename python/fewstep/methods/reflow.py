@@ -29,6 +29,7 @@ from fewstep.ops.trace.inputs import (
     check_problem,
 )
 from fewstep.ops.trace.log_density import METHODS, TRACKERS, Path, standard_normal
+from fewstep.ops.trace.steps import nodes, walked
 
 Field = Callable[[Tensor, Tensor], Tensor]
 WEIGHTS = ("one", "t^2")
@@ -204,7 +205,7 @@ class MarginalReflow:
         a, b = edges[k], edges[k + 1]
         with torch.no_grad():
             xs = self._starts(student, data, eps, k, edges)
-            xe = heun(teacher, xs, a, b, self.solver_steps)
+            xe = walked(teacher, xs, nodes(a, b, self.solver_steps), method="heun")
             target = (xe - xs) / per_sample(b - a, xs)
             xt = xs + (xe - xs) * per_sample(u, xs)
         trajectory = (student(xt, a + (b - a) * u) - target).square().mean()
@@ -371,10 +372,8 @@ class MarginalReflow:
         tracker: str | None = None,
         ids: Tensor | None = None,
     ) -> Path:
-        nodes = [a + (b - a) * (j / self.steps) for j in range(self.steps + 1)]
-        times = torch.stack(nodes, 1)
         return densities.track(
-            *(student, x, times, options),
+            *(student, x, nodes(a, b, self.steps), options),
             method=self.method,
             tracker=tracker or self.tracker,
             seed=seed,
@@ -383,12 +382,7 @@ class MarginalReflow:
 
     def _steps(self, student: Field, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The student's steps from a to b `[B]`, the same that `_track` takes."""
-        if self.method == "heun":
-            return heun(student, x, a, b, self.steps)
-        h = (b - a) / self.steps
-        for j in range(self.steps):
-            x = x + per_sample(h, x) * student(x, a + (b - a) * (j / self.steps))
-        return x
+        return walked(student, x, nodes(a, b, self.steps), method=self.method)
 
     def _starts(
         self, student: Field, data: Tensor, eps: Tensor, k: Tensor, edges: Tensor
@@ -454,14 +448,3 @@ def log_prob_of(teacher: Field, *, steps: int = 40) -> Field:
         return torch.where(done, standard_normal(x), out.log_prob)
 
     return log_prob
-
-
-def heun(velocity: Field, x: Tensor, a: Tensor, b: Tensor, steps: int) -> Tensor:
-    """The end of Heun's method from a to b `[B]`, in steps of equal length."""
-    h = (b - a) / steps
-    for j in range(steps):
-        t, wide = a + (b - a) * (j / steps), per_sample(h, x)
-        v1 = velocity(x, t).to(x.dtype)
-        v2 = velocity(x + wide * v1, t + h).to(x.dtype)
-        x = x + wide / 2 * (v1 + v2)
-    return x

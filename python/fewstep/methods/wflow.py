@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep._checks import check_types, integer, number, one_of
 from fewstep._library import BACKENDS
-from fewstep._torch import wide
+from fewstep._torch import exactly, wide
 from fewstep.ops.sinkhorn.drift import FORMS, sinkhorn_drift
 
 
@@ -145,7 +145,7 @@ class WFlow:
         x = generate(noise[0])
         with torch.no_grad():
             x2 = generate(noise[1])
-        with torch.autocast(x.device.type, enabled=False):
+        with exactly(x.device):
             dtype = wide(x.dtype)
             x, x2, real = x.to(dtype), x2.to(dtype), real.detach().to(dtype)
             drift = sinkhorn_drift(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fewstep._torch import one_thread
+from fewstep._torch import exactly, one_thread
 from fewstep.metrics.distances import frechet_distance
 from fewstep.metrics.samples import check_labels, flattened, generator_of, pair
 
@@ -63,7 +63,7 @@ def classifier_features(
     # Callers may be inside no_grad or autocast.
     with (
         torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
+        exactly(device),
         torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False),
     ):
         for _ in range(_CLASSIFIER_STEPS):
@@ -75,7 +75,7 @@ def classifier_features(
 
     @one_thread()
     def features(x: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), exactly(device):
             return torch.cat([body(prepare(part)) for part in torch.split(x, 1024)])
 
     return features

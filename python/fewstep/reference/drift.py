@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.reference import sinkhorn
+from fewstep._torch import exactly
+from fewstep.reference.costs import COSTS, Cost, distances
 
-COSTS = sinkhorn.COSTS[:3]
 MIN_SCALE = 1e-3
 MIN_RMS = 1e-4
 
@@ -24,20 +24,13 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Couple = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _costs(x: Tensor, z: Tensor, cost: str) -> Tensor:
-    """`C [G, N, C]`, by differences as in `sinkhorn.cost_matrix`, which has gradients besides."""
-    distances = torch.cdist(x, z, compute_mode="donot_use_mm_for_euclid_dist")
-    if cost == "euclidean":
-        return distances
-    return distances.square() / (2 if cost == "half_sqeuclidean" else 1)
-
-
-def _scale(x: Tensor, points: Tensor, w: Tensor, cost: str) -> Tensor:
+def _scale(x: Tensor, points: Tensor, w: Tensor, cost: Cost) -> Tensor:
     """The mean distance from x to the points, weighted, over sqrt(D): one number."""
     n, d = x.shape[1:]
-    distances = _costs(x, points, "euclidean" if cost == "euclidean" else "sqeuclidean")
-    mean = (w[:, None] * distances).sum() / (n * w.sum())
-    mean = mean if cost == "euclidean" else mean.sqrt()
+    lengths = distances(x, points)
+    lengths = lengths.square() if cost.squared else lengths
+    mean = (w[:, None] * lengths).sum() / (n * w.sum())
+    mean = mean.sqrt() if cost.squared else mean
     return (mean / math.sqrt(d)).clamp(min=MIN_SCALE)
 
 
@@ -97,7 +90,8 @@ def drift(
     """
     if couple is None:
         couple = lambda x, z, C, b, e: coupling(-C / e, b, max_iter)  # noqa: E731
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    of_pair = COSTS[cost]
+    with torch.no_grad(), exactly(x.device):
         n, d = x.shape[1:]
         clouds = [y, x_self] if uncond is None else [y, x_self, uncond]
         sizes = [cloud.shape[1] for cloud in clouds]
@@ -108,11 +102,11 @@ def drift(
             points, w = torch.cat(clouds, 1)[:, :counted], weights[:, :counted]
             if diagonal is None:
                 points, w = torch.cat([x, points], 1), torch.cat([torch.ones_like(x[..., 0]), w], 1)
-            scale = _scale(x, points, w, cost)
-            eps = eps * (math.sqrt(d) if cost == "euclidean" else d)
+            scale = _scale(x, points, w, of_pair)
+            eps = eps * (d if of_pair.squared else math.sqrt(d))
         x, *clouds = ((points - centre) / scale for points in (x, *clouds))
 
-        costs = [_costs(x, cloud, cost) for cloud in clouds]
+        costs = [of_pair.of_distance(distances(x, cloud)) for cloud in clouds]
         if diagonal is not None:
             i, j = (torch.arange(count, device=x.device) for count in (n, sizes[1]))
             costs[1] = costs[1].masked_fill(j == i[:, None] + diagonal, math.inf)

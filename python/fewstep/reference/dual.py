@@ -37,8 +37,10 @@ def derivative(z: Tensor, kind: str, beta: float, threshold: float) -> tuple[Ten
         return F.softplus(z, beta, threshold), slope
     if kind == "relu":
         return z.relu(), (z > 0).to(z.dtype)
-    s = z.sigmoid()
-    return s, s * (1 - s)
+    if kind == "sigmoid":
+        s = z.sigmoid()
+        return s, s * (1 - s)
+    raise ValueError(f"kind must be one of {ACTIVATIONS}, got {kind!r}")
 
 
 def _shifted(z: Tensor, shift: Tensor | None, inner: int) -> Tensor:

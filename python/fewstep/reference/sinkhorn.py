@@ -10,15 +10,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep._torch import readable
+from fewstep._torch import exactly, readable
+from fewstep.reference.costs import COSTS, cost_matrix
 
-COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "dot", "l1", "matrix", "formula")
+# How GPU kernels multiply float32; the numbers of fewstep::halves::Precision in csrc/shared.
+PRECISIONS = ("tf32x3", "tf32", "float32")
 DEFAULT_TOL = 1e-3
 # Alternating iterations at most after symmetric ones, whose error they may at first double.
 LAST_STEPS = 10
@@ -37,7 +39,7 @@ class Points:
     Attributes:
         x: `[B, N, D]`; all points `[1, N, D]` where ragged.
         y: `[B, M, D]`, likewise.
-        cost: one of `COSTS`; "matrix" reads `matrix` and looks at no point, "formula" calls.
+        cost: a row of `COSTS`; "matrix" reads `matrix` and looks at no point, "formula" calls.
         matrix: costs `[B, N, M]`.
         segments: `(cu_x [B + 1], cu_y [B + 1])`: problem i has points `cu[i]` to `cu[i + 1] - 1`.
         labels: classes `(lx [B, N], ly [B, M])`, int64.
@@ -109,10 +111,9 @@ class Points:
 
     def costs(self) -> Tensor:
         """`C [B, N, M]`; infinite for pairs that are left out."""
-        if self.cost == "matrix":
-            assert self.matrix is not None
+        if self.matrix is not None:
             C = self.matrix
-        elif self.cost == "formula":
+        elif self.formula is not None:
             C = self._formula_costs()
         else:
             C = cost_matrix(self.x, self.y, self.cost)
@@ -156,95 +157,42 @@ class Schedule:
     memory_limit: int = 2**27
 
 
-class _Distance(torch.autograd.Function):
-    """Euclidean distance by differences, so that it is exact for near points far from the origin.
+@dataclass(frozen=True)
+class Inputs:
+    """What is solved.
 
-    `torch.cdist` has no second derivative; this backward is made of differentiable ops.
-    The derivative at coinciding points is taken as 0.
+    Attributes:
+        points: what pairs cost.
+        a: weights `[B, N]`; `[1, N]` where ragged.
+        b: weights `[B, M]`, likewise.
+        eps: temperatures `[P]`.
+        f0: potential to start from, `[P, N]`, or `[T, N]` where ragged; None is 0.
+        g0: likewise on y.
+        schedule: how to iterate.
     """
 
-    generate_vmap_rule = True
+    points: Points
+    a: Tensor
+    b: Tensor
+    eps: Tensor
+    f0: Tensor | None = None
+    g0: Tensor | None = None
+    schedule: Schedule = field(default_factory=Schedule)
 
-    @staticmethod
-    def forward(x: Tensor, y: Tensor) -> Tensor:
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    def by_temperature(self) -> Inputs:
+        """The same with an axis for temperatures: `a [B, 1, N]`, `eps [B, T]`, `f0 [B, T, N]`."""
+        count, s = self.points.count, self.schedule
+        T = self.eps.shape[0] // count if count else 1
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        def split(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.reshape(count, T, *t.shape[1:])
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = ctx.saved_tensors
-        d = _distance(x, y)
-        near = d == 0
-        w = torch.where(near, 0.0, grad / torch.where(near, 1.0, d))
-        return _pull(w, x, y), _pull(w.mT, y, x)
-
-
-class _SquaredDistance(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, y: Tensor) -> Tensor:
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = ctx.saved_tensors
-        return 2 * _pull(grad, x, y), 2 * _pull(grad.mT, y, x)
+        schedule = replace(s, start=split(s.start))
+        weights, eps = (self.a[:, None], self.b[:, None]), self.eps.reshape(count, T)
+        return Inputs(self.points, *weights, eps, split(self.f0), split(self.g0), schedule)
 
 
-class _Product(torch.autograd.Function):
-    """`x @ y` in their own dtype, whatever autocast says, and so are its derivatives."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return x @ y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = ctx.saved_tensors
-        return _product(grad, y.mT), _product(x.mT, grad)
-
-
-_distance: Callable[[Tensor, Tensor], Tensor] = _Distance.apply
-_squared_distance: Callable[[Tensor, Tensor], Tensor] = _SquaredDistance.apply
-_product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
-
-
-def _pull(w: Tensor, x: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
-    """`sum_j w_ij (x_i - y_j)`, centred so that a large common offset does not cancel.
-
-    The centre is weighted, by b or what w sums to: points without weight may be far away.
-    """
-    mass = w.detach().abs().sum(-2, keepdim=True) if b is None else b[..., None, :]
-    total = mass.sum(-1, keepdim=True)
-    centre = _product(mass / torch.where(total > 0, total, 1.0), y.detach())
-    return w.sum(-1, keepdim=True) * (x - centre) - _product(w, y - centre)
-
-
-def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
-    """`C [B, N, M]` of one of `COSTS` that looks at the points."""
-    if cost == "dot":
-        return -_product(x, y.mT)
-    if cost == "l1":
-        return (x[..., :, None, :] - y[..., None, :, :]).abs().sum(-1)
-    if cost == "euclidean":
-        return _distance(x, y)
-    c = _squared_distance(x, y)
-    return c / 2 if cost == "half_sqeuclidean" else c
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _soft_transform(C: Tensor, g: Tensor, b: Tensor, log_b: Tensor, eps: Tensor) -> Tensor:
@@ -281,8 +229,14 @@ def beyond_digits(f: Tensor, a: Tensor, eps: Tensor, rho: float | None) -> Tenso
 
 def check_digits(f: Tensor, a: Tensor, eps: Tensor, rho: float | None) -> None:
     """An error instead of a plan that is rounding, as far as looking costs nothing."""
-    if not readable(eps):
+    if not readable(f, a, eps) or f.numel() == 0:
         return
+    low, high = f.aminmax()
+    if (
+        max(-low.item(), high.item()) * torch.finfo(f.dtype).eps
+        < 2 * math.log(2) * eps.min().item()
+    ):
+        return  # almost always
     beyond = beyond_digits(f, a, eps, rho)
     if bool(beyond.any()):
         largest = f.abs()[beyond].max().item()
@@ -352,15 +306,7 @@ def weight_gradient(
     return (phi(f, rho) - eps * (own - mass_b)).clamp(min=torch.finfo(f.dtype).min / 4)
 
 
-def solve(
-    points: Points,
-    a: Tensor,
-    b: Tensor,
-    eps: Tensor,
-    f0: Tensor | None,
-    g0: Tensor | None,
-    schedule: Schedule,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def solve(inputs: Inputs) -> Outputs:
     """Sinkhorn iterations: returns `f, g, value, residual, iterations, converged`.
 
     With `P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)` an alternating iteration is the f-update
@@ -373,16 +319,13 @@ def solve(
     where no finite cost joins them to a weight and their marginal is a constraint. A problem with
     weight at such a point is infeasible: its value is inf.
     """
+    points, schedule = inputs.points, inputs.schedule
     if points.segments is not None:
-        return _solve_ragged(points, a, b, eps, f0, g0, schedule)
-    count = a.shape[0]
-    T = eps.shape[0] // count if count else 1
-
-    def split(t: Tensor) -> Tensor:  # [B T, ..] -> [B, T, ..]
-        return t.reshape(count, T, *t.shape[1:])
-
-    with torch.autocast(a.device.type, enabled=False):
-        C, a, b, e = points.costs()[:, None], a[:, None], b[:, None], split(eps)
+        return _solve_ragged(inputs)
+    split = inputs.by_temperature()
+    a, b, e = split.a, split.b, split.eps
+    with exactly(a.device):
+        C = points.costs()[:, None]
         # Where all of a row is inf, logsumexp has no derivative.
         largest = (1e5 * NOWHERE * e.amin(1)).clamp(max=torch.finfo(C.dtype).max / 4)
         finite = torch.minimum(C, largest[:, None, None, None])
@@ -390,129 +333,124 @@ def solve(
         f, g, value, *rest = iterate(
             lambda g, e: _soft_transform(finite, g, b, log_b, e),
             lambda f, e: _soft_transform(finite.mT, f, a, log_a, e),
-            a,
-            b,
-            e,
-            None if f0 is None else split(f0),
-            None if g0 is None else split(g0),
-            replace(schedule, start=None if schedule.start is None else split(schedule.start)),
+            split,
         )
         value = _envelope_value(value.detach(), C, a, b, f, g, e, schedule.rho)
     residual, iterations, converged = (t.flatten() for t in rest)
     return f.flatten(0, 1), g.flatten(0, 1), value.flatten(), residual, iterations, converged
 
 
-def _solve_ragged(
-    points: Points,
-    a: Tensor,
-    b: Tensor,
-    eps: Tensor,
-    f0: Tensor | None,
-    g0: Tensor | None,
-    schedule: Schedule,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T = eps.shape[0] // points.count
-    parts = []
+def _solve_ragged(inputs: Inputs) -> Outputs:
+    points, s = inputs.points, inputs.schedule
+    T = inputs.eps.shape[0] // points.count
+    parts: list[Outputs] = []
     for i in range(points.count):
         alone, rows, columns = points.problem(i)
         here = slice(i * T, (i + 1) * T)
-        start = None if schedule.start is None else schedule.start[here]
         if rows.start == rows.stop:
-            zero = eps.new_zeros(T)
+            zero = inputs.eps.new_zeros(T)
             nothing = (zero.new_zeros(T, 0), zero.new_zeros(T, 0))
             parts.append((*nothing, zero, zero, zero.long(), zero == 0))
             continue
-        parts.append(
-            solve(
-                alone,
-                a[:, rows],
-                b[:, columns],
-                eps[here],
-                None if f0 is None else f0[:, rows],
-                None if g0 is None else g0[:, columns],
-                replace(schedule, start=start),
-            )
+        one = Inputs(
+            alone,
+            inputs.a[:, rows],
+            inputs.b[:, columns],
+            inputs.eps[here],
+            None if inputs.f0 is None else inputs.f0[:, rows],
+            None if inputs.g0 is None else inputs.g0[:, columns],
+            replace(s, start=None if s.start is None else s.start[here]),
         )
+        parts.append(solve(one))
     f, g, *rest = zip(*parts, strict=True)
     value, residual, iterations, converged = (torch.cat(r) for r in rest)
     return torch.cat(f, 1), torch.cat(g, 1), value, residual, iterations, converged
 
 
-def iterate(
-    transform_of_g: Callable[[Tensor, Tensor], Tensor],
-    transform_of_f: Callable[[Tensor, Tensor], Tensor],
-    a: Tensor,
-    b: Tensor,
-    eps: Tensor,
-    f0: Tensor | None,
-    g0: Tensor | None,
-    schedule: Schedule,
-) -> tuple[Tensor, ...]:
-    """The iterations of `solve`, given the soft c-transforms as functions of a potential and eps.
+Transform = Callable[[Tensor, Tensor], Tensor]
+Rho = float | None
 
-    `a [B, 1, N]`, `b [B, 1, M]`, `eps [B, T]`; the functions get eps `[B, T, 1]`.
-    """
-    s = schedule
+
+def _relaxed(old: Tensor, soft: Tensor, e: Tensor, rho: Rho, relax: float) -> Tensor:
+    """A potential from its soft c-transform: damped, then over-relaxed, unless it is infinite."""
+    new = soft if rho is None else rho / (rho + e) * soft
+    if relax == 1:
+        return new
+    return torch.where(new > FARTHEST * e, new, old + relax * (new - old))
+
+
+def _unsettled(f: Tensor, soft: Tensor, a: Tensor, e: Tensor, rho: Rho) -> Tensor:
+    """Square of the largest step of a light point to its transform, more than rounding, over e."""
+    a, step = a.detach(), (_relaxed(f, soft, e, rho, 1.0) - f).abs()
+    light = (a > 0) & (a < LIGHT * a.amax(-1, keepdim=True))
+    left = light & (step > 8 * torch.finfo(f.dtype).eps * f.abs()) & ~(soft > _far(e))
+    return (torch.where(left, step, 0.0).amax(-1) / e[..., 0]).square()
+
+
+def _marginal_error(f: Tensor, soft: Tensor, a: Tensor, e: Tensor, rho: Rho) -> Tensor:
+    if rho is None:
+        off = torch.where(soft > _far(e), 1.0, torch.expm1((f - soft) / e).abs())
+    else:
+        off = (torch.exp((f - soft) / e) - torch.exp(-f / rho)).abs()
+    return torch.where(a > 0, a * off, 0 * a).sum(-1)  # off may be inf where a is 0
+
+
+def _far(e: Tensor) -> Tensor:
+    """Transforms beyond it are of points that may go nowhere."""
+    return NOWHERE * e / 2
+
+
+def _measured(
+    of_g: Transform, of_f: Transform, inputs: Inputs, f: Tensor, g: Tensor, f_soft: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Residual, and the mass of the plan, from the transform of g."""
+    a, b, e, s = inputs.a, inputs.b, inputs.eps[..., None], inputs.schedule
     rho_x, rho_y = s.rho
-    far = NOWHERE * eps[..., None] / 2
-    shape = eps.shape
-    f = a.new_zeros(*shape, a.shape[-1]) if f0 is None else f0
-    g = b.new_zeros(*shape, b.shape[-1]) if g0 is None else g0
-    fresh = f0 is None
+    f_soft = (of_g(g, e) if f_soft is None else f_soft).detach()
+    error = _marginal_error(f.detach(), f_soft, a, e, rho_x)
+    left = _unsettled(f.detach(), f_soft, a, e, rho_x)
+    if s.relax != 1:  # else columns are exact
+        g_soft = of_f(f, e).detach()
+        if s.simultaneous:
+            error = torch.maximum(error, _marginal_error(g.detach(), g_soft, b, e, rho_y))
+        else:
+            left = torch.maximum(left, _unsettled(g.detach(), g_soft, b, e, rho_y))
+    mass = a * torch.exp((f.detach() - f_soft) / e)
+    error = torch.maximum(error / a.sum(-1), left)
+    return error, torch.where((a > 0) & ~(f_soft > _far(e)), mass, 0 * a).sum(-1)
+
+
+def _settled(f: Tensor, a: Tensor, e: Tensor, rho: Rho) -> tuple[Tensor, Tensor]:
+    """f, and its part of the value, with what `solve` says of points that may go nowhere."""
+    part = a * phi(f, rho)
+    if rho is None:
+        nowhere = f > FARTHEST * e
+        part = torch.where(nowhere, torch.inf, part)
+        f = torch.where(nowhere & (a == 0), 0.0, f)
+    return f, torch.where(a > 0, part, 0 * a).sum(-1)
+
+
+def iterate(of_g: Transform, of_f: Transform, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The iterations of `solve` on `Inputs.by_temperature`, whose points nothing here looks at.
+
+    `of_g` and `of_f` are the soft c-transforms as functions of a potential and of eps `[B, T, 1]`.
+    """
+    a, b, eps, s = inputs.a, inputs.b, inputs.eps, inputs.schedule
+    rho_x, rho_y = s.rho
+    f = a.new_zeros(*eps.shape, a.shape[-1]) if inputs.f0 is None else inputs.f0
+    g = b.new_zeros(*eps.shape, b.shape[-1]) if inputs.g0 is None else inputs.g0
+    fresh = inputs.f0 is None
     iterations = torch.zeros_like(eps, dtype=torch.int64)
 
-    def relaxed(old: Tensor, soft: Tensor, e: Tensor, rho: float | None, relax: float) -> Tensor:
-        new = soft if rho is None else rho / (rho + e) * soft
-        return new if relax == 1 else old + relax * (new - old)
-
-    def step(f: Tensor, g: Tensor, e: Tensor, relax: float) -> tuple[Tensor, Tensor]:
-        f_next = relaxed(f, transform_of_g(g, e), e, rho_x, relax)
-        g_soft = transform_of_f(f if s.simultaneous else f_next, e)
-        return f_next, relaxed(g, g_soft, e, rho_y, relax)
-
-    def unsettled(f: Tensor, soft: Tensor, a: Tensor, rho: float | None) -> Tensor:
-        """Square of the largest step of a light point to its transform, more than rounding."""
-        a, step = a.detach(), (relaxed(f, soft, eps[..., None], rho, 1.0) - f).abs()
-        light = (a > 0) & (a < LIGHT * a.amax(-1, keepdim=True))
-        left = light & (step > 8 * torch.finfo(f.dtype).eps * f.abs()) & ~(soft > far)
-        return (torch.where(left, step, 0.0).amax(-1) / eps).square()
-
-    def marginal_error(f: Tensor, soft: Tensor, a: Tensor, rho: float | None) -> Tensor:
-        e = eps[..., None]
-        if rho is None:
-            off = torch.where(soft > far, 1.0, torch.expm1((f - soft) / e).abs())
-        else:
-            off = (torch.exp((f - soft) / e) - torch.exp(-f / rho)).abs()
-        return torch.where(a > 0, a * off, 0 * a).sum(-1)  # off may be inf where a is 0
-
     def measure(f: Tensor, g: Tensor, f_soft: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Residual, and the mass of the plan, from the transform of g."""
-        e = eps[..., None]
-        f_soft = (transform_of_g(g, e) if f_soft is None else f_soft).detach()
-        error = marginal_error(f.detach(), f_soft, a, rho_x)
-        left = unsettled(f.detach(), f_soft, a, rho_x)
-        if s.relax != 1:  # else columns are exact
-            g_soft = transform_of_f(f, e).detach()
-            if s.simultaneous:
-                error = torch.maximum(error, marginal_error(g.detach(), g_soft, b, rho_y))
-            else:
-                left = torch.maximum(left, unsettled(g.detach(), g_soft, b, rho_y))
-        mass = a * torch.exp((f.detach() - f_soft) / e)
-        error = torch.maximum(error / a.sum(-1), left)
-        return error, torch.where((a > 0) & ~(f_soft > far), mass, 0 * a).sum(-1)
-
-    def settled(f: Tensor, a: Tensor, rho: float | None) -> tuple[Tensor, Tensor]:
-        """f, and its part of the value, with what `solve` says of points that may go nowhere."""
-        part = a * phi(f, rho)
-        if rho is None:
-            nowhere = f > FARTHEST * eps[..., None]
-            part = torch.where(nowhere, torch.inf, part)
-            f = torch.where(nowhere & (a == 0), 0.0, f)
-        return f, torch.where(a > 0, part, 0 * a).sum(-1)
+        return _measured(of_g, of_f, inputs, f, g, f_soft)
 
     def update(active: Tensor, e: Tensor) -> None:
         nonlocal f, g, fresh, iterations
-        f_next, g_next = step(f, g, e[..., None], 1.0 if fresh else s.relax)
+        e, relax = e[..., None], 1.0 if fresh else s.relax
+        f_next = _relaxed(f, of_g(g, e), e, rho_x, relax)
+        g_soft = of_f(f if s.simultaneous else f_next, e)
+        g_next = _relaxed(g, g_soft, e, rho_y, relax)
         f = torch.where(active[..., None], f_next, f)
         g = torch.where(active[..., None], g_next, g)
         iterations = iterations + active
@@ -536,26 +474,24 @@ def iterate(
             error, _ = measure(f, g)
             residual = torch.where(active & ~annealing, error, residual)
             left = torch.where(residual <= s.tol, 0, left)
-    active = everywhere
+    active, e = everywhere, eps[..., None]
     for _ in range(LAST_STEPS if s.simultaneous else 0):
-        e = eps[..., None]
-        f_next = relaxed(f, transform_of_g(g, e), e, rho_x, 1.0)
-        g_next = relaxed(g, transform_of_f(f if s.single else f_next, e), e, rho_y, 1.0)
+        f_next = _relaxed(f, of_g(g, e), e, rho_x, 1.0)
+        g_next = _relaxed(g, of_f(f if s.single else f_next, e), e, rho_y, 1.0)
         f = torch.where(active[..., None], f_next, f)
         g = torch.where(active[..., None], g_next, g)
         if s.tol is None or s.single:
             break
         active = measure(f, g)[0] > s.tol
-    e = eps[..., None]  # points without weight: the transforms of what came out
-    f_soft = transform_of_g(g, e)
-    f = torch.where(a > 0, f, relaxed(f, f_soft, e, rho_x, 1.0))
-    g = torch.where(b > 0, g, relaxed(g, transform_of_f(f, e), e, rho_y, 1.0))
+    f_soft = of_g(g, e)  # points without weight: the transforms of what came out
+    f = torch.where(a > 0, f, _relaxed(f, f_soft, e, rho_x, 1.0))
+    g = torch.where(b > 0, g, _relaxed(g, of_f(f, e), e, rho_y, 1.0))
     residual, mass = measure(f, g, f_soft)
     for t, weight, rho in ((f, a, rho_x), (g, b, rho_y)):
         lost = beyond_digits(t.detach(), weight, e, rho).any(-1)
         residual = torch.where(lost, torch.inf, residual)
-    f, of_x = settled(f, a, rho_x)
-    g, of_y = settled(g, b, rho_y)
+    f, of_x = _settled(f, a, e, rho_x)
+    g, of_y = _settled(g, b, e, rho_y)
     value = of_x + of_y
     if s.rho != (None, None) or s.simultaneous or s.relax != 1:
         value = value - eps * (mass - a.sum(-1) * b.sum(-1))
@@ -640,7 +576,7 @@ def transport(
         p = weighted(z - torch.where(f == torch.inf, top, 0.0)[..., None], b[..., None, :])
         return p @ v, p.sum(-1)
 
-    with torch.autocast(f.device.type, enabled=False):
+    with exactly(f.device):
         out, mass = _each_problem(apply, points, f, g, b, eps, v, of_x=False)
         return out, mass
 
@@ -652,24 +588,14 @@ def gradient(points: Points, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: Te
         points: Points, C: Tensor, f: Tensor, g: Tensor, b: Tensor, eps: Tensor, _: None
     ) -> tuple[Tensor]:
         w, x, y = _conditional(C, f, g, b, eps), points.x, points.y
-        if points.formula is not None:
-            moved = x.detach().requires_grad_()
-            with torch.enable_grad():
-                C = replace(points, x=moved, y=y.detach(), labels=None, diagonal=None).costs()
-            return (torch.autograd.grad(C, moved, w)[0],)
-        if points.cost == "dot":
-            return (-(w @ y),)
-        if points.cost == "l1":
-            return ((w[..., None] * (x[..., :, None, :] - y[..., None, :, :]).sign()).sum(-2),)
-        if points.cost == "euclidean":
-            distance = _distance(x, y)
-            near = distance == 0
-            w = torch.where(near, 0.0, w / torch.where(near, 1.0, distance))
-        elif points.cost == "sqeuclidean":
-            w = 2 * w
-        return (_pull(w, x, y, b),)
+        if (of_cost := COSTS[points.cost].gradient) is not None:
+            return (of_cost(w, x, y, b),)
+        moved = x.detach().requires_grad_()
+        with torch.enable_grad():
+            C = replace(points, x=moved, y=y.detach(), labels=None, diagonal=None).costs()
+        return (torch.autograd.grad(C, moved, w)[0],)
 
-    with torch.autocast(f.device.type, enabled=False):
+    with exactly(f.device):
         (out,) = _each_problem(apply, points, f, g, b, eps, None, of_x=False)
         T = 1 if points.segments is not None else eps.shape[0] // max(points.count, 1)
         return a.repeat_interleave(T, 0)[..., None] * out

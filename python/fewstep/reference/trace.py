@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep._torch import to_random_state, wide
+from fewstep._torch import exactly, to_random_state, wide
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Product = Callable[[Tensor], Tensor]
@@ -142,13 +142,6 @@ def standard_error(estimates: Tensor, population: float = float("inf")) -> Tenso
         return estimates.new_full(estimates.shape[1:], float("nan"))
     error: Tensor = estimates.detach().std(0) * ((1 / count - 1 / population) ** 0.5)
     return error
-
-
-def exactly(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Outside of autocast, which is for the network's products."""
-    if not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def hutchpp(product: Product, sketch: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

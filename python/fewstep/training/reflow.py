@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from fewstep._torch import seeded
 from fewstep.data.generate import Teacher
 from fewstep.methods import MarginalReflow
-from fewstep.methods.reflow import Field, ReflowReport, heun, log_prob_of, score_of
+from fewstep.methods.reflow import Field, ReflowReport, log_prob_of, score_of
 from fewstep.metrics.summary import MetricRow, report
 from fewstep.metrics.tables import aligned
 from fewstep.networks import LinePrecond, VelocityMLP
+from fewstep.ops.trace.steps import nodes, walked
 from fewstep.training import plots
 from fewstep.training.loop import Stage
 from fewstep.training.runs import (
@@ -183,7 +184,7 @@ def evaluate(
     columns, shown = 10, 30
     noise = torch.randn(shown, *images.shape[1:], generator=seeded(seed, 3))
     t = torch.ones(shown)
-    of_teacher = heun(velocity, noise, t, 0 * t + flow.t_min, 40)
+    of_teacher = walked(velocity, noise, nodes(t, 0 * t + flow.t_min, 40), method="heun")
     of_teacher = of_teacher - flow.t_min * velocity(of_teacher, 0 * t + flow.t_min)
     own = [flow.sample(networks[name], noise) for name in STUDENTS]
     picture = session.out / PICTURE

@@ -15,12 +15,13 @@ import torch
 
 import fewstep
 from fewstep.reference import sinkhorn as reference
+from fewstep.reference.costs import served
 from ptx import benign, sim
 from tolerances import CONTRACT, CONTRACT64, error
 
 torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)
-COSTS = reference.COSTS[:3]
+COSTS = served("triton")
 largest: dict[tuple[str, str], tuple[float, str]] = collections.defaultdict(lambda: (0.0, ""))
 R = random.Random()
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fewstep
+from fewstep.reference import costs
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.sinkhorn import Points
 from ptx import project, sim
@@ -233,7 +234,7 @@ def places() -> None:
     value, residual = torch.empty(batch, dtype=dtype), torch.empty(batch, dtype=dtype)
     its, conv = torch.empty(batch, dtype=torch.int64), torch.empty(batch, dtype=torch.bool)
     call = project.function(f"sinkhorn<{'float' if dtype == torch.float32 else 'double'}>")
-    sizes = (batch, n, m, d, COSTS.index(cost), max_iter)
+    sizes = (batch, n, m, d, costs.COSTS[cost].index, max_iter)
     rc = call(
         ctypes.byref(plan),
         *map(pointer, (x, y, a, b, eps, g0)),
@@ -249,13 +250,10 @@ def places() -> None:
         print("FAILED:", what, sim.lib.ptx_error().decode())
         return
     wide = [None if t is None else t.double() for t in (x, y, a, b, eps, g0)]
-    ef, eg, ev, er, ei, _ = reference.solve(
-        Points(wide[0], wide[1], cost),
-        *wide[2:5],
-        None,
-        wide[5],
-        reference.Schedule(max_iter=max_iter, tol=None if tol < 0 else tol),
-    )
+    schedule = reference.Schedule(max_iter=max_iter, tol=None if tol < 0 else tol)
+    points = Points(wide[0], wide[1], cost)
+    exact = reference.Inputs(points, *wide[2:5], None, wide[5], schedule)
+    ef, eg, ev, er, ei, _ = reference.solve(exact)
     if not torch.equal(its, ei):
         print("iterations differ", what, its, ei, er)
         return
@@ -291,13 +289,13 @@ def apply() -> None:
         .flatten()
     )
     h = reference.solve(
-        exact,
-        a.double(),
-        b.double(),
-        eps.double(),
-        None,
-        None,
-        reference.Schedule(max_iter=3, tol=None),
+        reference.Inputs(
+            exact,
+            a.double(),
+            b.double(),
+            eps.double(),
+            schedule=reference.Schedule(max_iter=3, tol=None),
+        )
     )
     f, g = h[0].to(dtype), h[1].to(dtype)
     v = some((batch * temperatures, m, k), dtype)

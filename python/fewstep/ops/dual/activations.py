@@ -47,11 +47,15 @@ def activation_rules(apply: Apply) -> dict[Any, Rule]:
     def softplus(input: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
         return apply("softplus", input, float(beta), float(threshold), False)
 
-    table: dict[Any, Rule] = {F.silu: switched("silu"), F.gelu: gelu, F.softplus: softplus}
-    table.update(dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), switched("relu")))
-    for kind in ("relu", "tanh", "sigmoid"):
-        ends = getattr(torch, f"{kind}_"), getattr(torch.Tensor, f"{kind}_")
-        table.update(dict.fromkeys(ends, in_place(kind)))
-    table.update(dict.fromkeys((torch.tanh, torch.Tensor.tanh, F.tanh), plain("tanh")))
-    sigmoids = torch.sigmoid, torch.Tensor.sigmoid, F.sigmoid, torch.special.expit
-    return table | dict.fromkeys(sigmoids, plain("sigmoid"))
+    rules: list[tuple[Rule, tuple[Any, ...]]] = [
+        (switched("silu"), (F.silu,)),
+        (gelu, (F.gelu,)),
+        (softplus, (F.softplus,)),
+        (switched("relu"), (F.relu, torch.relu, torch.Tensor.relu)),
+        (plain("tanh"), (torch.tanh, torch.Tensor.tanh, F.tanh)),
+        (plain("sigmoid"), (torch.sigmoid, torch.Tensor.sigmoid, F.sigmoid, torch.special.expit)),
+        (in_place("relu"), (torch.relu_, torch.Tensor.relu_)),
+        (in_place("tanh"), (torch.tanh_, torch.Tensor.tanh_)),
+        (in_place("sigmoid"), (torch.sigmoid_, torch.Tensor.sigmoid_)),
+    ]
+    return {function: rule for rule, functions in rules for function in functions}

@@ -26,8 +26,8 @@ def _ops(backend: str) -> Any:
     """The ops of a compiled backend."""
     if backend == "cpp":
         return torch.ops.fewstep
-    importlib.import_module("fewstep.kernels.dual")
-    importlib.import_module("fewstep.kernels.probe")
+    for module in ("dual", "norms", "probe"):
+        importlib.import_module(f"fewstep.kernels.{module}")
     _register("fewstep_triton")
     return torch.ops.fewstep_triton
 

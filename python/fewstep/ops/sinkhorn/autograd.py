@@ -44,41 +44,33 @@ from fewstep.ops.sinkhorn.problem import (
     transposed,
 )
 from fewstep.ops.sinkhorn.problem import product as plan_product
-from fewstep.reference.sinkhorn import Points, Schedule
+from fewstep.reference.sinkhorn import Inputs, Outputs, Points
 
 
-def solve(
-    backend: str,
-    points: Points,
-    a: Tensor,
-    b: Tensor,
-    eps: Tensor,
-    f0: Tensor | None,
-    g0: Tensor | None,
-    schedule: Schedule,
-) -> dispatch.Outputs:
-    """`raw.solve` with a differentiable value, and functorch's transforms.
+def solve(backend: str, inputs: Inputs) -> Outputs:
+    """`dispatch.solve` with a differentiable value, and functorch's transforms.
 
     The reference stays as it is, differentiable through its iterations, except in forward mode
     and under transforms.
     """
     transformed = is_transformed()
-    inputs = [t for t in (points.x, points.y, a, b, points.matrix) if t is not None]
-    if not transformed and not any(is_dual(t) for t in inputs):
-        constant = not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
+    points, a, b, eps, schedule = inputs.points, inputs.a, inputs.b, inputs.eps, inputs.schedule
+    variables = [t for t in (points.x, points.y, a, b, points.matrix) if t is not None]
+    if not transformed and not any(is_dual(t) for t in variables):
+        constant = not torch.is_grad_enabled() or not any(t.requires_grad for t in variables)
         if constant or backend == "reference":
-            return dispatch.solve(backend, points, a, b, eps, f0, g0, schedule)
+            return dispatch.solve(backend, inputs)
     c = constants(backend, points, schedule.rho, schedule.single)
     fixed = points.detached()
     if transformed:
-        p = _problem(fixed, a.detach(), b.detach(), f0, g0, eps)
+        p = _problem(fixed, a.detach(), b.detach(), inputs.f0, inputs.g0, eps)
         bare = replace(schedule, start=None, temperatures=None)
         out = call(_Solve, schedule.start, *p, schedule.temperatures, c, bare)
         grads: tuple[Tensor | None, Tensor | None] = (None, None)
     else:
         need = (points.x.requires_grad, points.y.requires_grad and not c.symmetric)
-        args = (fixed, a.detach(), b.detach(), eps, f0, g0, schedule)
-        out, grads = dispatch.solve_with_gradient(backend, *args, need)
+        constant_inputs = Inputs(fixed, a.detach(), b.detach(), eps, inputs.f0, inputs.g0, schedule)
+        out, grads = dispatch.solve_with_gradient(backend, constant_inputs, need)
     f, g, value, residual, iterations, converged = out
     ps = problems(points, a, b, f, g, eps)
     if len(ps) == 1:
@@ -203,20 +195,20 @@ def product_through_plan(v: Tensor, problem: Problem, constants: Constants) -> T
 
 
 class _Solve(Batched):
-    """`raw.solve`, without derivatives; f and g of the Problem are where it starts."""
+    """`dispatch.solve`, without derivatives; f and g of the Problem are where it starts."""
 
     lead = 1
 
     @staticmethod
-    def forward(start: Tensor | None, *args: Any) -> dispatch.Outputs:
+    def forward(start: Tensor | None, *args: Any) -> Outputs:
         *tensors, temperatures, c, schedule = args
         p = Problem._make(tensors)
         schedule = replace(schedule, start=start, temperatures=temperatures)
-        points = points_of(p, c)
-        return dispatch.solve(c.backend, points, p.a, p.b, p.eps, p.f, p.g, schedule)
+        inputs = Inputs(points_of(p, c), p.a, p.b, p.eps, p.f, p.g, schedule)
+        return dispatch.solve(c.backend, inputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: dispatch.Outputs) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
         ctx.mark_non_differentiable(*output)
 
 

@@ -6,17 +6,17 @@ Shapes are those of `fewstep.reference.sinkhorn`.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep._library import is_cuda, shared_memory
-from fewstep.ops.sinkhorn.inputs import PRECISIONS
+from fewstep._torch import below_autograd
 from fewstep.reference import sinkhorn as reference
-from fewstep.reference.sinkhorn import Points, Schedule
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+from fewstep.reference.costs import COSTS
+from fewstep.reference.sinkhorn import PRECISIONS, Inputs, Outputs, Points
 
 
 def resident(points: Points) -> bool:
@@ -27,7 +27,7 @@ def resident(points: Points) -> bool:
     x, y = points.x, points.y
     if not is_cuda(x.device) or x.dtype != torch.float32:
         return False
-    if points.cost not in reference.COSTS[:3] or points.labels is not None:
+    if "cuda" not in COSTS[points.cost].backends or points.labels is not None:
         return False
     n, m = x.shape[1], y.shape[1]
     if points.segments is not None or (n <= 128 and m <= 128):
@@ -37,71 +37,43 @@ def resident(points: Points) -> bool:
     return m <= 256 and n <= rows and shared_memory(x.device) > 130 * 1024
 
 
-def solve(
-    backend: str,
-    points: Points,
-    a: Tensor,
-    b: Tensor,
-    eps: Tensor,
-    f0: Tensor | None,
-    g0: Tensor | None,
-    schedule: Schedule,
-) -> Outputs:
+def solve(backend: str, inputs: Inputs) -> Outputs:
     """`f, g, value, residual, iterations, converged` of `fewstep.reference.sinkhorn.solve`."""
-    s = schedule
+    out: Outputs
     if (python := _in_python(backend)) is not None:
-        return python.solve(points, a, b, eps, f0, g0, s)  # type: ignore[no-any-return]
-    if backend == "triton":
-        x, y, cost = points.x, points.y, reference.COSTS.index(points.cost)
-        out: Outputs = _triton().sinkhorn.default(
-            *(x, y, a, b, eps, f0, g0, cost, points.diagonal, s.max_iter, s.tol),
-            *(s.start, s.factor, s.temperatures, *s.rho, s.relax, s.simultaneous, s.single),
-            *(s.memory_limit, PRECISIONS.index(points.precision)),
-        )
-        return out
-    return _direct(  # type: ignore[no-any-return]
-        torch.ops.fewstep.sinkhorn.default, *_solve_arguments(points, a, b, eps, f0, g0, s)
-    )
+        out = python.solve(inputs)
+    elif backend == "triton":
+        out = _triton().sinkhorn.default(*_solve_arguments(inputs, _cost))
+    else:
+        op = torch.ops.fewstep.sinkhorn.default
+        out = below_autograd(op, *_solve_arguments(inputs, _geometry))
+    return out
 
 
 def solve_with_gradient(
-    backend: str,
-    points: Points,
-    a: Tensor,
-    b: Tensor,
-    eps: Tensor,
-    f0: Tensor | None,
-    g0: Tensor | None,
-    schedule: Schedule,
-    need: tuple[bool, bool],
+    backend: str, inputs: Inputs, need: tuple[bool, bool]
 ) -> tuple[Outputs, tuple[Tensor | None, Tensor | None]]:
     """`solve`, and the value's gradients for x and y where they are needed and cheaper now.
 
     Of a problem with itself, a single potential, that for x is the gradient for both its roles.
     """
-    args = (points, a, b, eps, f0, g0, schedule)
     if backend != "cpp" or not any(need):
-        return solve(backend, *args), (None, None)
+        return solve(backend, inputs), (None, None)
     op = torch.ops.fewstep.sinkhorn_with_grad.default
-    *out, grad_x, grad_y = _direct(op, *_solve_arguments(*args), *need)
+    *out, grad_x, grad_y = below_autograd(op, *_solve_arguments(inputs, _geometry), *need)
     f, g, value, residual, iterations, converged = out
     grads = (grad_x if need[0] else None, grad_y if need[1] else None)
     return (f, g, value, residual, iterations, converged), grads
 
 
 def _solve_arguments(
-    points: Points,
-    a: Tensor,
-    b: Tensor,
-    eps: Tensor,
-    f0: Tensor | None,
-    g0: Tensor | None,
-    s: Schedule,
+    inputs: Inputs, described: Callable[[Points], tuple[Any, ...]]
 ) -> tuple[Any, ...]:
-    tensors = (points.x, points.y, a, b, eps, f0, g0, *_geometry(points))
+    i, p, s = inputs, inputs.points, inputs.schedule
+    tensors = (p.x, p.y, i.a, i.b, i.eps, i.f0, i.g0)
     steps = (s.max_iter, s.tol, s.start, s.factor, s.temperatures)
-    how = (s.simultaneous, s.single, s.memory_limit, PRECISIONS.index(points.precision))
-    return *tensors, *steps, *s.rho, s.relax, *how
+    how = (s.simultaneous, s.single, s.memory_limit, PRECISIONS.index(p.precision))
+    return *tensors, *described(p), *steps, *s.rho, s.relax, *how
 
 
 def transport(
@@ -110,15 +82,14 @@ def transport(
     """`sum_j p_ij v_j` and `sum_j p_ij` of `fewstep.reference.sinkhorn.transport`."""
     if (python := _in_python(backend)) is not None:
         return python.transport(points, f, g, b, eps, v)  # type: ignore[no-any-return]
-    x, y = points.x, points.y
+    tensors = (points.x, points.y, f, g, b, eps, v)
     out: tuple[Tensor, Tensor]
     if backend == "triton":
-        how = (reference.COSTS.index(points.cost), points.diagonal)
-        precision = PRECISIONS.index(points.precision)
-        out = _triton().sinkhorn_transport.default(x, y, f, g, b, eps, v, *how, precision)
+        how = (*_cost(points), PRECISIONS.index(points.precision))
+        out = _triton().sinkhorn_transport.default(*tensors, *how)
     else:
         op = torch.ops.fewstep.sinkhorn_transport.default
-        out = _direct(op, x, y, f, g, b, eps, v, *_geometry(points))
+        out = below_autograd(op, *tensors, *_geometry(points))
     return out
 
 
@@ -128,15 +99,14 @@ def gradient(
     """`sum_j P_ij dC_ij/dx_i` of `fewstep.reference.sinkhorn.gradient`."""
     if (python := _in_python(backend)) is not None:
         return python.gradient(points, f, g, a, b, eps)  # type: ignore[no-any-return]
-    x, y = points.x, points.y
+    tensors = (points.x, points.y, f, g, a, b, eps)
     out: Tensor
     if backend == "triton":
-        how = (reference.COSTS.index(points.cost), points.diagonal)
-        precision = PRECISIONS.index(points.precision)
-        out = _triton().sinkhorn_grad.default(x, y, f, g, a, b, eps, *how, precision)
+        how = (*_cost(points), PRECISIONS.index(points.precision))
+        out = _triton().sinkhorn_grad.default(*tensors, *how)
     else:
         op = torch.ops.fewstep.sinkhorn_grad.default
-        out = _direct(op, x, y, f, g, a, b, eps, *_geometry(points))
+        out = below_autograd(op, *tensors, *_geometry(points))
     return out
 
 
@@ -156,27 +126,19 @@ def hessian(
     See `fewstep.kernels.sinkhorn.hessian`.
     """
     importlib.import_module("fewstep.kernels.sinkhorn.hessian")
-    how = (reference.COSTS.index(points.cost), points.diagonal, sums)
     op = torch.ops.fewstep_triton.sinkhorn_hessian.default
-    out: Tensor = op(points.x, points.y, *u, f, g, a, b, *change, eps, *how)
+    out: Tensor = op(points.x, points.y, *u, f, g, a, b, *change, eps, *_cost(points), sums)
     return out
+
+
+def _cost(points: Points) -> tuple[int, int | None]:
+    return COSTS[points.cost].index, points.diagonal
 
 
 def _geometry(points: Points) -> tuple[Any, ...]:
     cu_x, cu_y = (None, None) if points.segments is None else points.segments
     lx, ly = (None, None) if points.labels is None else points.labels
-    cost = reference.COSTS.index(points.cost)
-    return points.matrix, cu_x, cu_y, lx, ly, points.label_cost, cost, points.diagonal
-
-
-def _direct(op: Any, *args: Any) -> Any:
-    """An op past autograd where it has nothing to refuse: its rule, in Python, takes some 20 us."""
-    if torch.compiler.is_compiling() or any(
-        isinstance(t, Tensor) and t.requires_grad for t in args
-    ):
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    return points.matrix, cu_x, cu_y, lx, ly, points.label_cost, *_cost(points)
 
 
 def _in_python(backend: str) -> Any:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fewstep._library import is_cuda, shared_memory
 from fewstep.ops.sinkhorn import dispatch
-from fewstep.ops.sinkhorn.inputs import PRECISIONS
 from fewstep.reference import drift as reference
-from fewstep.reference.sinkhorn import Points, Schedule
+from fewstep.reference.costs import COSTS
+from fewstep.reference.sinkhorn import PRECISIONS, Inputs, Points, Schedule
 
 
 def resident(x: Tensor, counts: list[int], joint: bool) -> bool:
@@ -48,7 +48,7 @@ def drift(
     clouds = [t.shape[1] for t in (y, x_self, uncond) if t is not None]
     if backend == "cpp" or (backend == "cuda" and resident(x, clouds, joint)):
         out: reference.Outputs = torch.ops.fewstep.sinkhorn_drift.default(
-            *(x, y, x_self, uncond, weights, guidance, eps, reference.COSTS.index(cost)),
+            *(x, y, x_self, uncond, weights, guidance, eps, COSTS[cost].index),
             *(max_iter, joint, scaled, unit, diagonal, memory_limit),
             PRECISIONS.index(precision),
         )
@@ -59,9 +59,9 @@ def drift(
         a = torch.full_like(x[..., 0], 1 / x.shape[1])
         e = e.expand(x.shape[0])
         g0 = torch.where(b > 0, -e[:, None] * b.log(), 0.0)
-        schedule = Schedule(max_iter=max_iter)
         points = Points(x, z, cost, precision=precision)
-        f, g, *_ = dispatch.solve(backend, points, a, b, e, None, g0, schedule)
+        inputs = Inputs(points, a, b, e, None, g0, Schedule(max_iter=max_iter))
+        f, g, *_ = dispatch.solve(backend, inputs)
         k = ((f[:, :, None] + g[:, None, :] - C) / e[:, None, None]).exp()
         return torch.where(b[:, None, :] > 0, b[:, None, :] * k, 0.0)
 

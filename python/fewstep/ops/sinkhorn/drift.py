@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep._checks import integer
 from fewstep._library import choose_backend
+from fewstep._torch import readable, wide
 from fewstep.ops.sinkhorn import dispatch_drift
 from fewstep.ops.sinkhorn.inputs import (
     check_dense,
@@ -20,11 +21,10 @@ from fewstep.ops.sinkhorn.inputs import (
     from_numbers,
     given_numbers,
 )
-from fewstep.reference import drift as reference
+from fewstep.reference.costs import OF_DISTANCE
 
 FORMS = ("split", "joint")
 NORMALIZE = (True, False, "scale")
-_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ def sinkhorn_drift(
     clouds = {"x": x, "y": y, "x_self": x_self} | ({} if uncond is None else {"uncond": uncond})
     _check_points(clouds)
     for name, value, allowed in (
-        ("cost", cost, reference.COSTS),
+        ("cost", cost, OF_DISTANCE),
         ("form", form, FORMS),
         ("normalize", normalize, NORMALIZE),
     ):
@@ -186,7 +186,7 @@ def sinkhorn_drift(
     precision = checked_precision("sinkhorn_drift", precision)
     diagonal = _diagonal(exclude_diagonal, x, x_self, form)
     lead, n, d = x.shape[:-2], x.shape[-2], x.shape[-1]
-    dtype = torch.float32 if x.dtype in _HALF else x.dtype
+    dtype = wide(x.dtype)
     groups = math.prod(lead)
     flat = {name: t.detach().to(dtype).reshape(groups, *t.shape[-2:]) for name, t in clouds.items()}
     counts = [t.shape[1] for t in flat.values()][1:]
@@ -206,7 +206,7 @@ def sinkhorn_drift(
         n_self = x_self.shape[-2] - (diagonal is not None)
         factor = (w * (n_self / size))[:, None].expand(groups, size)
         columns = torch.cat([columns[:, :-size], columns[:, -size:] * factor], 1)
-    if _readable(x, columns):
+    if readable(x, columns):
         _check_weights(columns, counts, form)
         if diagonal is not None and form == "split":
             _check_partners(columns[:, counts[0] : counts[0] + counts[1]], diagonal, n)
@@ -288,14 +288,6 @@ def unsupported(backend: str, diagonal: int | None, resident: bool = False) -> s
     return None
 
 
-def _readable(*tensors: Tensor) -> bool:
-    """Whether looking at values is free: neither a synchronisation nor a break in a graph."""
-    batched = torch._C._functorch.is_batchedtensor
-    return not torch.compiler.is_compiling() and all(
-        t.device.type == "cpu" and not batched(t) for t in tensors
-    )
-
-
 def _numbers(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor argument in the compute dtype, on the device of x where it is a scalar."""
     if value.device != x.device and value.ndim > 0:
@@ -311,7 +303,7 @@ def _temperatures(
     if isinstance(eps, Tensor):
         if eps.ndim > 1 or eps.numel() == 0:
             raise ValueError(f"sinkhorn_drift: eps must be one or [T], got {tuple(eps.shape)}")
-        if _readable(eps):
+        if readable(eps):
             check_temperatures("sinkhorn_drift", "eps", eps, dtype)
         return _numbers("eps", eps, x, dtype).reshape(-1), eps.ndim == 1
     values = eps if isinstance(eps, list) else [eps]
@@ -346,7 +338,7 @@ def _guidance(
             f"sinkhorn_drift: guidance must have shape {tuple(x.shape[:-2])},"
             f" got {tuple(guidance.shape)}"
         )
-    if _readable(guidance) and not bool(((guidance >= 0) & guidance.isfinite()).all()):
+    if readable(guidance) and not bool(((guidance >= 0) & guidance.isfinite()).all()):
         raise ValueError(
             "sinkhorn_drift: guidance must be at least 0 and finite,"
             f" got {guidance.min().item()} to {guidance.max().item()}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fewstep._torch import is_transformed, unpack_dual
+from fewstep._torch import is_transformed, unpack_dual, without_autocast
 from fewstep.ops.sinkhorn.problem import (
     VARIABLES,
     Constants,
@@ -31,15 +30,6 @@ FIELDS = len(Problem._fields)
 Grads = tuple[Tensor | None, ...]
 
 
-def _without_autocast(rule: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(rule)
-    def exact(*args: Any) -> Any:
-        with torch._C._DisableAutocast():
-            return rule(*args)
-
-    return exact
-
-
 class Batched(torch.autograd.Function):
     """A Function of `lead` tensors and a Problem, whose vmap is a larger batch.
 
@@ -50,7 +40,7 @@ class Batched(torch.autograd.Function):
 
     def __init_subclass__(cls) -> None:
         for name in cls.__dict__.keys() & {"forward", "backward", "jvp"}:
-            setattr(cls, name, staticmethod(_without_autocast(getattr(cls, name))))
+            setattr(cls, name, staticmethod(without_autocast(getattr(cls, name))))
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -70,6 +60,7 @@ class Batched(torch.autograd.Function):
                 return t.reshape(len(t), count, t.shape[1] // count, *t.shape[2:]).movedim(1, 0)
             return t.reshape(count, t.shape[0] // count, *t.shape[1:])
 
+        # Problem i of the v-th call begins behind all points of the calls before.
         def join(cu: Tensor, points: int) -> Tensor:  # [V, B + 1] -> [V B + 1]
             starts = torch.arange(count, device=cu.device)[:, None] * points
             return torch.cat([cu[0, :1], (cu[:, 1:] + starts).flatten()])
@@ -95,6 +86,7 @@ class Batched(torch.autograd.Function):
 
 
 def save(ctx: Any, tensors: Any) -> None:
+    """For reverse and forward mode, which hand over None, not zeros, for what has no derivative."""
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)

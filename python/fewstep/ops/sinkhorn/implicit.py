@@ -42,7 +42,8 @@ from fewstep.ops.sinkhorn.problem import (
     total,
     transposed,
 )
-from fewstep.reference.sinkhorn import COSTS, weight_gradient
+from fewstep.reference.costs import COSTS
+from fewstep.reference.sinkhorn import weight_gradient
 
 # Pairs beyond which a kernel, where there is one, takes the place of blocks in torch.
 BLOCKS_PAIRS = 2**20
@@ -97,7 +98,7 @@ class _Direction:
             return self.matrix[block.index]
         if self.x is None or self.y is None:
             return None
-        return block.push(self.x[block.index], self.y[block.problems])
+        return block.derivatives.push(self.x[block.index], self.y[block.problems])
 
     def plan_change(self, block: Block, z: Tensor) -> Tensor:
         """The derivative of the plan where that of `f + g - C` is z."""
@@ -112,7 +113,8 @@ class _Direction:
 def _streams(p: Problem, c: Constants) -> bool:
     """Whether a kernel has the derivatives of the plan of this many pairs."""
     large = p.a.shape[0] * p.a.shape[1] * p.b.shape[1] > BLOCKS_PAIRS
-    plain = c.cost in COSTS[:3] and p.label_cost is None and p.segment_x is None
+    served = "triton" in COSTS[c.cost].backends
+    plain = served and p.label_cost is None and p.segment_x is None
     there = c.backend in ("triton", "cuda") and triton_unavailable(p.x.device.type) is None
     return large and plain and there
 
@@ -125,7 +127,7 @@ def _streamed(
     change: tuple[Tensor | None, ...] = (None,) * 4,
     sums: bool = False,
 ) -> Tensor:
-    """`raw.hessian` along u and `change` of f, g, a, b; None for zero."""
+    """`dispatch.hessian` along u and `change` of f, g, a, b; None for zero."""
     full = zip((*u, *change), (p.x, p.y, p.f, p.g, p.a, p.b), strict=True)
     ux, uy, df, dg, da, db = (torch.zeros_like(like) if t is None else t for t, like in full)
     points, of = points_of(p, c), (p.f, p.g, p.a, p.b)
@@ -175,6 +177,8 @@ def hessian_product(u: Directions, p: Problem, c: Constants, need: Flags) -> Ten
     p = system.p
     direction = _Direction(u, p, system.slopes)
     df, dg = system.solve(*_right_hand_sides(system, direction))
+    # Along u and with the potentials' answer, the derivative of the envelope gradient: P changes,
+    # and so do the dC_ij/dx_i that it weights.
     of_x, of_y, of_a, of_b, of_matrix = out = _zeros(p, need)
     streams = _streams(p, c)
     if streams:
@@ -190,16 +194,17 @@ def hessian_product(u: Directions, p: Problem, c: Constants, need: Flags) -> Ten
         _add(of_matrix, block.index, change)
         if of_x is None and of_y is None:
             continue
-        x, y = block.pull(change)
+        x, y = block.derivatives.pull(change)
         _add(of_x, block.index, x)
         _add(of_y, block.problems, y)
         if direction.x is not None and direction.y is not None and dC is not None:
             ux, uy = direction.x[block.index], direction.y[block.problems]
-            x, y = block.bend(block.plan, ux, uy, dC)
+            x, y = block.derivatives.bend(block.plan, ux, uy, dC)
             _add(of_x, block.index, x)
             _add(of_y, block.problems, y)
     _add(of_a, ..., system.slopes[0] * system.R * df)
     _add(of_b, ..., system.slopes[1] * system.S * dg)
+    # The term in eps (sum a)(sum b), which is 0 for directions that keep the mass.
     if u[3] is not None:
         _add(of_a, ..., p.eps[:, None] * u[3].double().sum(-1, keepdim=True))
     if u[2] is not None:
@@ -240,7 +245,7 @@ def potentials_adjoint(uf: Tensor, ug: Tensor, p: Problem, c: Constants, need: F
         _add(of_a, block.index, -(block.eps * block.e * right).sum(-1))
         _add(of_b, block.problems, -(block.eps * block.e * left).sum(-2))
         if of_x is not None or of_y is not None:
-            x, y = block.pull(w)
+            x, y = block.derivatives.pull(w)
             _add(of_x, block.index, x)
             _add(of_y, block.problems, y)
     for t, slope in zip((of_a, of_b), system.slopes, strict=True):
@@ -266,7 +271,7 @@ def conditional_pullback(u: Tensor, v: Tensor, p: Problem, c: Constants, need: F
         of_g[block.problems] += w.sum(-2)
         _add(of_matrix, block.index, -w)
         if of_x is not None or of_y is not None:
-            x, y = block.pull(w)
+            x, y = block.derivatives.pull(w)
             _add(of_x, block.index, -x)
             _add(of_y, block.problems, -y)
     return of_f, of_g, *(t for t in out if t is not None)

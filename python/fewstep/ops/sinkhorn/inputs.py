@@ -13,11 +13,9 @@ from torch import Tensor
 
 from fewstep import _checks
 from fewstep._checks import check_real, integer, is_number, strided
-from fewstep._torch import is_dual
-from fewstep.reference.sinkhorn import Points, Schedule
-
-# How GPU kernels multiply float32; the numbers of fewstep::halves::Precision in csrc/shared.
-PRECISIONS = ("tf32x3", "tf32", "float32")
+from fewstep._torch import is_dual, wide
+from fewstep.reference.costs import COSTS, NAMES, Cost
+from fewstep.reference.sinkhorn import PRECISIONS, Points, Schedule
 
 
 def checked_precision(op: str, precision: str | None) -> str:
@@ -69,7 +67,7 @@ def given_numbers(
             check_constant(op, name, value)
         check_real(op, name, value)
         return value if isinstance(value, Tensor) else torch.tensor(value)
-    if isinstance(value, np.ndarray) or is_number(value):
+    if is_number(value):
         return number(op, name, value)
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         kinds = "a number, a sequence of numbers or a Tensor"
@@ -103,11 +101,7 @@ def check_temperatures(
         raise ValueError(f"{op}: {name} must be positive and finite{where}, got {bad[0]}")
 
 
-# What a user may write for `cost`; cosine is half_sqeuclidean of normalised points.
-COSTS = ("sqeuclidean", "half_sqeuclidean", "euclidean", "cosine", "dot", "l1")
 UPDATES = ("alternating", "symmetric")
-_SQUARED = ("sqeuclidean", "half_sqeuclidean")
-_HALF = (torch.bfloat16, torch.float16)
 # Largest deviation of a weight vector's sum from 1 that is taken for rounding.
 _MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
@@ -154,16 +148,17 @@ def canonical_points(
             if not callable(formula):
                 raise TypeError(f"sinkhorn: cost must be a name or a function, got {cost!r}")
             cost = "formula"
-        elif cost not in COSTS:
-            raise ValueError(f"sinkhorn: cost must be one of {COSTS}, got {cost!r}")
+        elif cost not in NAMES:
+            raise ValueError(f"sinkhorn: cost must be one of {NAMES}, got {cost!r}")
         batch = x.shape[:-2]
-    dtype = torch.float32 if x.dtype in _HALF else x.dtype
+    dtype = wide(x.dtype)
     x, y, matrix = (None if t is None else t.to(dtype) for t in (x, y, matrix))
     assert x is not None
     assert y is not None
-    if cost == "cosine":
+    assert isinstance(cost, str)
+    if (of_directions := COSTS[cost].directions) is not None:
         x, y = _directions(x, y, read)
-        cost = "half_sqeuclidean"
+        cost = of_directions
     if x.ndim == 2:
         x, y = x[None], y[None]
     diagonal = excluded("sinkhorn", exclude_diagonal)
@@ -175,7 +170,6 @@ def canonical_points(
     segments = None
     if cu_seqlens is not None:
         segments = _segments(cu_seqlens, batch, x, y, diagonal, read)
-    assert isinstance(cost, str)
     points = Points(x, y, cost, matrix, segments, diagonal=diagonal, formula=formula)
     return points, tuple(batch), dtype
 
@@ -285,7 +279,7 @@ def labelled(
     if labels is None or label_cost is None:
         missing = "labels" if labels is None else "label_cost"
         raise ValueError(f"sinkhorn: {missing} must be given with its counterpart, got None")
-    if points.cost == "matrix":
+    if points.matrix is not None:
         raise ValueError("sinkhorn: labels need points, got a cost matrix C")
     if not isinstance(labels, tuple | list) or len(labels) != 2:
         raise TypeError(f"sinkhorn: labels must be a pair (lx, ly), got {type(labels).__name__}")
@@ -320,9 +314,12 @@ def labelled(
 
 
 def penalties(
-    reach: float | tuple[float | None, float | None] | None, cost: str, dtype: torch.dtype
+    reach: float | tuple[float | None, float | None] | None, cost: Cost, dtype: torch.dtype
 ) -> tuple[float | None, float | None]:
     """`rho` for a cost as named by the user; None for a constraint: so is what is too large."""
+    if isinstance(reach, np.ndarray | Tensor) and reach.ndim == 1:
+        given = given_numbers("sinkhorn", "reach", reach)
+        reach = given.tolist() if isinstance(given, Tensor) else given
     pair = reach if isinstance(reach, tuple | list) else (reach, reach)
     if len(pair) != 2:
         raise ValueError(f"sinkhorn: reach must be a number or a pair, got {reach}")
@@ -333,12 +330,50 @@ def penalties(
         r = number("sinkhorn", "reach", r)
         if not r > 0:
             raise ValueError(f"sinkhorn: reach must be positive, got {r}")
-        rho = float(r) * float(r) if cost in _SQUARED else float(r)
+        rho = float(r) * float(r) if cost.squared else float(r)
         if rho < torch.finfo(dtype).tiny:
             raise ValueError(f"sinkhorn: reach must be larger in {dtype}, got {r}")
         return rho if rho <= torch.finfo(dtype).max else None
 
     return penalty(pair[0]), penalty(pair[1])
+
+
+def checked_schedule(
+    max_iter: int,
+    tol: float | None,
+    rho: tuple[float | None, float | None],
+    relax: float,
+    update: str,
+    single: bool,
+    memory_limit: int,
+) -> Schedule:
+    """Without annealing; `single` where symmetric updates would keep one potential."""
+    max_iter = integer("sinkhorn", "max_iter", max_iter)
+    memory_limit = integer("sinkhorn", "memory_limit", memory_limit)
+    tol = None if tol is None else number("sinkhorn", "tol", tol)
+    relax = number("sinkhorn", "relax", relax)
+    if max_iter < 1:
+        raise ValueError(f"sinkhorn: max_iter must be at least 1, got {max_iter}")
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"sinkhorn: tol must be None or at least 0, got {tol}")
+    if memory_limit < 0:
+        raise ValueError(f"sinkhorn: memory_limit must not be negative, got {memory_limit}")
+    if update not in UPDATES:
+        raise ValueError(f"sinkhorn: update must be one of {UPDATES}, got {update!r}")
+    if not 0 < relax < 2:
+        raise ValueError(f"sinkhorn: relax must be above 0 and below 2, got {relax}")
+    simultaneous = update == "symmetric"
+    if simultaneous and relax != 1:
+        raise ValueError(f"sinkhorn: relax must be 1 with symmetric updates, got {relax}")
+    return Schedule(
+        max_iter=max_iter,
+        tol=tol,
+        rho=rho,
+        relax=0.5 if simultaneous else relax,
+        simultaneous=simultaneous,
+        single=simultaneous and single,
+        memory_limit=memory_limit,
+    )
 
 
 def annealed(
@@ -352,11 +387,13 @@ def annealed(
     if anneal is None:
         return schedule
     anneal = given_numbers("sinkhorn", "anneal", anneal)
+    if isinstance(anneal, Tensor) and anneal.ndim == 0:
+        anneal = number("sinkhorn", "anneal", anneal)
     if isinstance(anneal, int | float):
         # One that rounds to 1 would never end.
         if not 0 < anneal <= 1 - torch.finfo(eps.dtype).eps:
             raise ValueError(f"sinkhorn: anneal must be a factor in (0, 1), got {anneal}")
-        if points.cost == "formula":
+        if points.formula is not None:
             raise ValueError(
                 f"sinkhorn: anneal must be temperatures for a cost function, got {anneal}"
             )
@@ -385,8 +422,7 @@ def _largest_cost(points: Points, a: Tensor, b: Tensor) -> Tensor:
     weight.
     """
     p = points
-    if p.cost == "matrix":
-        assert p.matrix is not None
+    if p.matrix is not None:
         C = p.matrix.detach()
         finite = C.isfinite() & (a > 0)[..., :, None] & (b > 0)[..., None, :]
         high = torch.where(finite, C, -torch.inf).amax((1, 2))
@@ -402,19 +438,9 @@ def _largest_cost(points: Points, a: Tensor, b: Tensor) -> Tensor:
         return low, torch.segment_reduce(high[0], "max", lengths=lengths, axis=0)
 
     cu_x, cu_y = (None, None) if p.segments is None else p.segments
-    (low_x, high_x), (low_y, high_y) = bounds(p.x, a, cu_x), bounds(p.y, b, cu_y)
-    if p.cost == "dot":
-        largest = [
-            torch.maximum(low.abs(), high.abs()) for low, high in ((low_x, high_x), (low_y, high_y))
-        ]
-        out = 2 * (largest[0] * largest[1]).sum(-1)
-    else:
-        side = torch.maximum(high_x, high_y) - torch.minimum(low_x, low_y)
-        out = side.sum(-1) if p.cost == "l1" else side.square().sum(-1)
-        if p.cost == "euclidean":
-            out = out.sqrt()
-        if p.cost == "half_sqeuclidean":
-            out = out / 2
+    span = COSTS[p.cost].span
+    assert span is not None
+    out = span(*bounds(p.x, a, cu_x), *bounds(p.y, b, cu_y))
     if cu_x is not None:  # problems without points
         out = torch.where(cu_x.diff() > 0, out, 0.0)
     if p.label_cost is not None:

@@ -13,7 +13,7 @@ import torch
 from pykeops.torch import LazyTensor
 from torch import Tensor
 
-from fewstep.reference.sinkhorn import NOWHERE, Points, Schedule, iterate
+from fewstep.reference.sinkhorn import NOWHERE, Inputs, Outputs, Points, iterate
 
 
 def _lazy(points: Points, T: int) -> tuple[Any, Any, Any]:
@@ -44,19 +44,11 @@ def _split(t: Tensor, points: Points) -> Tensor:
     return t.reshape(points.count, -1, *t.shape[1:]).contiguous()
 
 
-def solve(
-    points: Points,
-    a: Tensor,
-    b: Tensor,
-    eps: Tensor,
-    f0: Tensor | None,
-    g0: Tensor | None,
-    schedule: Schedule,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def solve(inputs: Inputs) -> Outputs:
     """`f, g, value, residual, iterations, converged` of the reference's `solve`, detached."""
     with torch.no_grad():
-        e = _split(eps, points)
-        _, _, cost = _lazy(points.detached(), e.shape[1])
+        split = inputs.by_temperature()
+        _, _, cost = _lazy(inputs.points.detached(), split.eps.shape[1])
 
         def transform(potential: Tensor, weights: Tensor, e: Tensor, axis: int) -> Tensor:
             bias = potential / e + weights.log()
@@ -65,16 +57,10 @@ def solve(
             soft: Tensor = (lazy - cost * inverse).logsumexp(axis)[..., 0].clamp(min=-NOWHERE)
             return -e * soft
 
-        start = None if schedule.start is None else _split(schedule.start, points)
         out = iterate(
-            lambda g, e: transform(g, b[:, None], e, 3),
-            lambda f, e: transform(f, a[:, None], e, 2),
-            a[:, None],
-            b[:, None],
-            e,
-            None if f0 is None else _split(f0, points),
-            None if g0 is None else _split(g0, points),
-            replace(schedule, start=start),
+            lambda g, e: transform(g, split.b, e, 3),
+            lambda f, e: transform(f, split.a, e, 2),
+            split,
         )
     f, g, value, residual, iterations, converged = (t.flatten(0, 1) for t in out)
     return f, g, value, residual, iterations, converged

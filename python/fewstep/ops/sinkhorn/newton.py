@@ -15,6 +15,8 @@ from fewstep.ops.sinkhorn.problem import Constants, Problem, double, marginal_pr
 KEPT_PAIRS = 2**20
 # L1 error of both marginals, as a fraction of the mass, from which Newton's method may start.
 START_BOUND = 1e-2
+# A fraction of the mass, below which a plan that is off has been destroyed rather than not found.
+_LEAST_MASS = 1e-12
 # A step of Newton's method after which potentials are taken as converged: its decrement, which
 # bounds `sum_ij P_ij |df_i + dg_j| / eps` for mass 1, and its largest `df_i / eps` (without a
 # constant), which finds parts of the plan that hardly exchange mass.
@@ -37,6 +39,21 @@ _REMEDY = "solve with a smaller tol and a larger max_iter, or with a larger eps"
 
 def _remedy(worst: float) -> str:
     return _REMEDY if math.isfinite(worst) else "costs or potentials are NaN or infinite"
+
+
+def _too_far(error: Tensor, kept: Tensor) -> ConvergenceError:
+    """The error for problems of this L1 error whose plans keep this fraction of the mass."""
+    bad = ~(error <= START_BOUND)
+    worst, least = error[bad].max().item(), kept[bad].min().item()
+    if least < _LEAST_MASS:
+        return ConvergenceError(
+            "sinkhorn: an implicit derivative needs a plan with mass, of which reach leaves"
+            f" {least:.3g}; take a larger reach"
+        )
+    return ConvergenceError(
+        f"sinkhorn: an implicit derivative needs an L1 error of the marginals of at most"
+        f" {START_BOUND:g} of the mass, got {worst:.3g}; {_remedy(worst)}"
+    )
 
 
 def _slope(f: Tensor, rho: float | None) -> Tensor:
@@ -63,11 +80,7 @@ class System:
         f, g = given.f, given.g
         error = self._linearise(given, f, g)
         if not bool((error <= START_BOUND).all()):
-            worst = error.max().item()
-            raise ConvergenceError(
-                f"sinkhorn: an implicit derivative needs an L1 error of the marginals of at most"
-                f" {START_BOUND:g} of the mass, got {worst:.3g}; {_remedy(worst)}"
-            )
+            raise _too_far(error, self.kept)
         for _ in range(_NEWTON_STEPS):
             p, eps = self.p, self.p.eps[:, None]
             rows, columns = eps * self.excess_x, eps * self.excess_y
@@ -96,6 +109,7 @@ class System:
         """Takes potentials of the problem given; the L1 error of its marginals over the mass."""
         c, eps = self.c, given.eps[:, None]
         self.slopes = _slope(f, c.rho_x), _slope(g, c.rho_y)
+        # -eps phi'' / phi' = eps / rho, whatever f is: R over the slope is the row's mass and that.
         stiff_x, stiff_y = (0 if rho is None else eps / rho for rho in (c.rho_x, c.rho_y))
         a, b = (
             torch.where(w > 0, w * slope, 0.0)
@@ -104,6 +118,7 @@ class System:
         p = given._replace(a=a, b=b, f=f * (1 + stiff_x), g=g * (1 + stiff_y))
         self.p = p
         (count, n), m = p.a.shape, p.b.shape[1]
+        # A matrix is in memory anyway, and no kernel streams it.
         dense = count * n * m <= KEPT_PAIRS or p.matrix is not None
         self.e = Block(p, c, slice(0, count), slice(0, n)).e if dense else None
         row_mass, column_mass = self.rows(None, p.b), self.columns(None, p.a)
@@ -114,7 +129,9 @@ class System:
         self.inverse_R = torch.where(row_mass.gt(tiny), 1 / self.R, 0.0)
         self.inverse_S = torch.where(column_mass.gt(tiny), 1 / self.S, 0.0)
         error = (p.a * self.excess_x.abs()).sum(-1) + (p.b * self.excess_y.abs()).sum(-1)
-        return error / (p.a * row_mass).sum(-1)
+        mass = (p.a * row_mass).sum(-1)
+        self.kept = mass / given.a.sum(-1)
+        return error / mass
 
     def rows(self, v: Tensor | None, weights: Tensor) -> Tensor:
         """`sum_j e_ij weights_j v_j`, with v = 1 where None."""
@@ -136,6 +153,7 @@ class System:
         They are differences of terms of that size.
         """
         p = self.p
+        # Scaled by sqrt(a / R) on both sides the system is symmetric: 1 and a contraction.
         if self.c.symmetric:  # df = dg: R_i df_i + sum_j a_j e_ij df_j = r_i
             w = (p.a * self.inverse_R).sqrt()
             h = conjugate_gradient(lambda h: h + w * self.rows(h, w), w * r, self.tolerance)
@@ -161,7 +179,9 @@ class System:
         def columns(mf: Tensor) -> Tensor:
             return torch.where(p.b > 0, p.b * self.columns(mf, torch.ones_like(p.a)), 0.0)
 
-        # mg_j = ug_j / S_j is final where b_j = 0, and w_j = 0 there.
+        # The transpose of `solve`: mf is eliminated, as df is there, and the same Schur complement
+        # is left, with sqrt(b) on the other side. mg_j = ug_j / S_j is final where b_j = 0: w_j is
+        # 0 there.
         mg = torch.where(p.b > 0, 0.0, ug * self.inverse_S)
         of_uf = columns((uf - rows(mg)) * self.inverse_R)
         unit = torch.where(p.b > 0, 1 / p.b.sqrt(), 0.0) * self.inverse_S.sqrt()

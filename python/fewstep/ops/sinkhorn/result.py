@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import flags
+from fewstep._torch import exactly
 from fewstep.ops.sinkhorn import autograd
 from fewstep.ops.sinkhorn.inputs import check_dense
 from fewstep.ops.sinkhorn.problem import (
@@ -18,7 +19,7 @@ from fewstep.ops.sinkhorn.problem import (
     to_points,
     transposed,
 )
-from fewstep.reference.sinkhorn import Points, Schedule, exponent
+from fewstep.reference.sinkhorn import Inputs, exponent
 
 
 class Versions:
@@ -40,18 +41,11 @@ class Versions:
         return next((name for name, t, version in self._seen if t._version != version), None)
 
 
-@dataclass(frozen=True)
-class CanonicalProblem:
-    """The inputs in canonical form, as `fewstep.reference.sinkhorn` has them."""
+@dataclass(frozen=True, kw_only=True)
+class CanonicalProblem(Inputs):
+    """What a user gave, in canonical form, and what results take from it."""
 
-    points: Points
     targets: Tensor | None  # y as given, [B, M, D]; None with a cost matrix
-    a: Tensor  # [B, N], or [1, N] where ragged
-    b: Tensor  # [B, M]
-    eps: Tensor  # [P]
-    f0: Tensor | None  # [P, N], or [T, N] where ragged
-    g0: Tensor | None
-    schedule: Schedule
     backend: str
     batch: tuple[int, ...]  # leading shape of the caller's points
     temperatures: tuple[int, ...]  # (T,) where several were given
@@ -142,7 +136,7 @@ class SinkhornResult:
         return f.reshape(count, f.shape[-1]), g.reshape(count, g.shape[-1])
 
     def _solved(self, implicit: bool) -> tuple[list[Problem], Constants]:
-        """What `differentiable` needs; a constant plan, or one that depends on the inputs."""
+        """What `autograd` needs; a constant plan, or one that depends on the inputs."""
         p = self._problem
         points, a, b = p.points, p.a, p.b
         if not implicit:
@@ -268,7 +262,7 @@ class SinkhornResult:
         for problem in solved:
             check_digits(problem, constants)
         a, b = self._per_problem(p.a.detach()), self._per_problem(p.b.detach())
-        with torch.autocast(a.device.type, enabled=False):
+        with exactly(a.device):
             C = self._per_problem(p.points.detached().costs())
             z = exponent(C, *self._potentials(), p.eps)
         # Where both weights are tiny, or 0, the exponential may overflow before they multiply it.
@@ -302,8 +296,10 @@ class SinkhornResult:
         y = y[:, None].expand(-1, T, -1, -1).flatten(0, 1)
         product = self._apply(y, 0, implicit, rescale=normalize or not implicit)
         out, mass = product[..., :-1], product[..., -1:]
-        # A point that keeps no mass at all has NaN, but not in the gradients of others.
-        mean = torch.where(mass > 0, out / torch.where(mass > 0, mass, 1.0), torch.nan)
+        # A point that keeps no mass has NaN, but not in the gradients of others. Products with less
+        # mass than this one are among the numbers that lack digits.
+        kept = mass >= 2**16 * torch.finfo(mass.dtype).tiny
+        mean = torch.where(kept, out / torch.where(kept, mass, 1.0), torch.nan)
         if normalize:
             out = mean
         elif not implicit:  # without weight f is the transform of g, which says what mass there is
@@ -311,5 +307,5 @@ class SinkhornResult:
             if (rho := p.schedule.rho[0]) is not None:
                 own = torch.exp(-self._potentials()[0] / rho)[..., None]
             weightless = self._per_problem(p.a.detach())[..., None] == 0
-            out = torch.where(weightless, torch.where(mass > 0, own * mean, 0.0), out)
+            out = torch.where(weightless, torch.where(kept, own * mean, 0.0), out)
         return out.reshape(*p.lead, *out.shape[1:])

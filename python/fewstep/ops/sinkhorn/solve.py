@@ -11,25 +11,24 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from fewstep._checks import flags, integer
+from fewstep._checks import flags
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed
 from fewstep.ops.sinkhorn import autograd, dispatch
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
 from fewstep.ops.sinkhorn.inputs import (
-    UPDATES,
     annealed,
     canonical_eps,
     canonical_points,
     canonical_weights,
     checked_precision,
+    checked_schedule,
     initial_potential,
     labelled,
-    number,
     penalties,
 )
 from fewstep.ops.sinkhorn.result import CanonicalProblem, SinkhornResult, Versions
-from fewstep.reference import sinkhorn as reference
+from fewstep.reference.costs import COSTS
 from fewstep.reference.sinkhorn import Points, Schedule
 
 _warned = False
@@ -234,51 +233,25 @@ def sinkhorn(
     read = check_finite or device.type == "cpu"
     read = read and not torch.compiler.is_compiling() and not is_transformed()
     points, batch, dtype = canonical_points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
+    row = COSTS[cost] if y is not None and isinstance(cost, str) else COSTS[points.cost]
     targets = None if y is None else points.y
-    if cost == "cosine" and y is not None:
+    if row.directions is not None and y is not None:
         targets = y.to(dtype).reshape(*points.y.shape[:2], y.shape[-1])
     points = labelled(points, batch, labels, label_cost, dtype, read)
     points = replace(points, precision=checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
     e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
-    # Cosine's points are such that half their squared distances are it, but it is no squared cost.
-    rho = penalties(reach, cost if cost == "cosine" else points.cost, dtype)
+    rho = penalties(reach, row, dtype)
     free = rho != (None, None)
     weights = canonical_weights("a", a, batch, points, dtype, read, free=free)
     columns = canonical_weights("b", b, batch, points, dtype, read, free=free)
-    max_iter = integer("sinkhorn", "max_iter", max_iter)
-    memory_limit = integer("sinkhorn", "memory_limit", memory_limit)
-    tol = None if tol is None else number("sinkhorn", "tol", tol)
-    relax = number("sinkhorn", "relax", relax)
-    if max_iter < 1:
-        raise ValueError(f"sinkhorn: max_iter must be at least 1, got {max_iter}")
-    if tol is not None and not tol >= 0:
-        raise ValueError(f"sinkhorn: tol must be None or at least 0, got {tol}")
-    if memory_limit < 0:
-        raise ValueError(f"sinkhorn: memory_limit must not be negative, got {memory_limit}")
-    if update not in UPDATES:
-        raise ValueError(f"sinkhorn: update must be one of {UPDATES}, got {update!r}")
-    if not 0 < relax < 2:
-        raise ValueError(f"sinkhorn: relax must be above 0 and below 2, got {relax}")
-    simultaneous = update == "symmetric"
-    if simultaneous and relax != 1:
-        raise ValueError(f"sinkhorn: relax must be 1 with symmetric updates, got {relax}")
-    same_segments = cu_seqlens is None or cu_seqlens[0] is cu_seqlens[1]
-    single = simultaneous and x is y and x is not None and a is b and init is None
     # Label costs need not be symmetric, and looking would cost a synchronisation on a GPU.
-    single = single and labels is None and same_segments
+    single = x is y and x is not None and a is b and init is None and labels is None
+    single = single and (cu_seqlens is None or cu_seqlens[0] is cu_seqlens[1])
     single = single and not points.diagonal and rho[0] == rho[1]
     # Coordinates that tell zero vectors of x from those of y make clouds that are not the same.
     single = single and (x is None or points.x.shape[-1] == x.shape[-1])
-    schedule = Schedule(
-        max_iter=max_iter,
-        tol=tol,
-        rho=rho,
-        relax=0.5 if simultaneous else relax,
-        simultaneous=simultaneous,
-        single=single,
-        memory_limit=memory_limit,
-    )
+    schedule = checked_schedule(max_iter, tol, rho, relax, update, single, memory_limit)
     schedule = annealed(schedule, anneal, points, (weights, columns), e, read)
     f0, g0 = (
         (None, None)
@@ -300,9 +273,13 @@ def sinkhorn(
             if bad:
                 raise ValueError(f"sinkhorn: {name} must be finite, got {bad} NaN or inf values")
     problem = CanonicalProblem(
-        points, targets, weights, columns, e, f0, g0, schedule, chosen, batch, temperatures
+        *(points, weights, columns, e, f0, g0, schedule),
+        targets=targets,
+        backend=chosen,
+        batch=batch,
+        temperatures=temperatures,
     )
-    f, g, *numbers = autograd.solve(chosen, points, weights, columns, e, f0, g0, schedule)
+    f, g, *numbers = autograd.solve(chosen, problem)
     f, g = (t.reshape(*problem.lead, t.shape[-1]) for t in (f, g))
     value, residual, iterations, converged = (t.reshape(problem.values) for t in numbers)
     plain = not torch.compiler.is_compiling() and not is_transformed()
@@ -343,19 +320,20 @@ def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) 
     s = schedule
     if backend == "reference":
         return None
-    if backend == "keops" and points.cost != "formula":
+    served = backend in COSTS[points.cost].backends
+    if backend == "keops" and not served:
         return "it serves costs given as functions, and the others have kernels of their own"
+    cost = "costs given as functions" if points.formula is not None else f"cost {points.cost!r}"
     full = backend == "cpp"
     kept = backend == "triton" or (backend == "cuda" and dispatch.resident(points))
     asked = {
-        "costs given as functions": backend != "keops" and points.cost == "formula",
+        cost: not served,
         "cu_seqlens": not (full or (backend == "cuda" and kept)) and points.segments is not None,
         "labels": not full and points.labels is not None,
         "exclude_diagonal": not (full or kept) and points.diagonal is not None,
     }
     if backend in ("triton", "cuda"):
         asked |= {
-            f"cost {points.cost!r}": points.cost not in reference.COSTS[:3],
             "several eps": not kept and eps.shape[0] != points.count,
             "anneal": not kept and (s.start is not None or s.temperatures is not None),
             "reach": not kept and s.rho != (None, None),

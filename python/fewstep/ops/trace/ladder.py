@@ -347,8 +347,8 @@ def _sample(
         leaves = leaves_of(own)
         try:
             pairs = list(zip(leaves, gradients(own, leaves), strict=True))
-        except RuntimeError:  # some functions of torch have no second derivative
-            if dots is None:
+        except RuntimeError as error:  # some functions of torch have no second derivative
+            if dots is None and "use_reentrant=True" not in str(error):
                 raise
             twice = False
             continue

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._torch import to_random_state, wide
+from fewstep._torch import exactly, to_random_state, wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.trace import replicas
 from fewstep.ops.trace.estimator import Divergence, Solver, population
@@ -21,6 +21,7 @@ from fewstep.ops.trace.inputs import (
     check_times,
     make_keys,
 )
+from fewstep.ops.trace.steps import euler, heun
 from fewstep.reference import trace as reference
 
 METHODS = ("euler", "heun")
@@ -204,38 +205,35 @@ def _track(
     variance = torch.zeros_like(change)
     crossed: Tensor | None = None
     name = tracker
-    heun = method == "heun"
+    twice = method == "heun"
     nodes = times.expand(x.shape[0], -1).T
     lengths = nodes.diff(dim=0).to(x.dtype).contiguous()
     nodes = nodes.to(x.dtype).contiguous()
     steps = lengths.shape[0]
-    long = lengths.reshape(steps, -1, *(1,) * (x.ndim - 1))
     keys = make_keys(seed, steps, fresh=fresh)
-    rows = zip(nodes[:-1], nodes[1:], lengths, lengths / 2, long, long / 2, strict=True)
-    for step, (t, following, h, half, h_wide, half_wide) in enumerate(rows):
+    for step, (t, following, h) in enumerate(zip(nodes[:-1], nodes[1:], lengths, strict=True)):
         if tracker == "trace":
             first = solver(x, t, keys[2 * step])
             name = first.estimator
-            if heun:
-                middle = torch.addcmul(x, h_wide, first.velocity)
+            if twice:
+                middle = euler(x, first.velocity, h)
                 second = solver(middle, following, keys[2 * step + 1])
-                x = torch.addcmul(x, half_wide, first.velocity + second.velocity)
-                change = torch.addcmul(change, half, first.value + second.value, value=-1)
+                x = heun(x, first.velocity, second.velocity, h)
+                change = heun(change, first.value, second.value, -h)
             else:
-                x = torch.addcmul(x, h_wide, first.velocity)
-                change = torch.addcmul(change, h, first.value, value=-1)
+                x, change = euler(x, first.velocity, h), euler(change, first.value, -h)
             if options.probes > 1 and not name.startswith("exact"):
                 spread = first.stderr.square()
-                if heun:
+                if twice:
                     spread = (spread + second.stderr.square()) / 4
                 variance = variance + h.square() * spread
             continue
         if tracker == "logdet":
-            x, log_det, sign = _determinant(solver, x, t, following, h, heun)
+            x, log_det, sign = _determinant(solver, x, t, following, h, twice)
             below = (sign <= 0).to(x.dtype)
             crossed = below if crossed is None else crossed + below
         else:
-            x, log_det, spread = _series(solver, x, t, following, h, heun, keys[2 * step])
+            x, log_det, spread = _series(solver, x, t, following, h, twice, keys[2 * step])
             variance = variance + spread
         change = change - log_det
     if tracker == "trace" and options.probes == 1 and not name.startswith("exact"):
@@ -303,37 +301,36 @@ def jacobian(solver: Solver, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _determinant(
-    solver: _Wide, x: Tensor, t: Tensor, following: Tensor, h: Tensor, heun: bool
+    solver: _Wide, x: Tensor, t: Tensor, following: Tensor, h: Tensor, twice: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next x, and `log |det M|` and the determinant's sign, `[B]`."""
-    long, hm = h.reshape(-1, *(1,) * (x.ndim - 1)), h.reshape(-1, 1, 1)
+    hm = h.reshape(-1, 1, 1)
     v1, j1 = solver.jacobian(x, t)
     eye = torch.eye(j1.shape[-1], dtype=x.dtype, device=x.device)
-    if heun:
-        v2, j2 = solver.jacobian(x + long * v1, following)
-        x = x + long / 2 * (v1 + v2)
-        with reference.exactly(x.device):
+    if twice:
+        v2, j2 = solver.jacobian(euler(x, v1, h), following)
+        x = heun(x, v1, v2, h)
+        with exactly(x.device):
             m = eye + hm / 2 * (j1 + j2 @ (eye + hm * j1))
     else:
-        x = x + long * v1
+        x = euler(x, v1, h)
         m = eye + hm * j1
     sign, log_det = torch.linalg.slogdet(m)
     return x, log_det, sign.detach()
 
 
 def _series(
-    solver: _Wide, x: Tensor, t: Tensor, following: Tensor, h: Tensor, heun: bool, key: Tensor
+    solver: _Wide, x: Tensor, t: Tensor, following: Tensor, h: Tensor, twice: bool, key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next x, and `log det(I + A)` and its variance over probes, `[B]`."""
     long = h.reshape(-1, *(1,) * (x.ndim - 1))
     v, count = solver.probes(x, key)
     to_first = to_random_state(x)
     k1 = solver.velocity(x, t)
-    middle = x + long * k1
-    end = middle
+    end = middle = euler(x, k1, h)
     to_second = to_random_state(x)
-    if heun:
-        end = x + long / 2 * (k1 + solver.velocity(middle, following))
+    if twice:
+        end = heun(x, k1, solver.velocity(middle, following), h)
     to_end = to_random_state(x)
 
     def first(u: Tensor) -> tuple[Tensor, bool]:
@@ -347,10 +344,10 @@ def _series(
     w, total = v, x.new_zeros(v.shape[:2])
     for n in range(1, _TERMS + 1):
         own, transposed = first(w)
-        if heun and transposed:  # A' = h/2 (J1' + (I + h J1') J2')
+        if twice and transposed:  # A' = h/2 (J1' + (I + h J1') J2')
             u = second(w)
             own = (first(w + long * u)[0] + u) / 2
-        elif heun:
+        elif twice:
             own = (own + second(w + long * own)) / 2
         w = long * own
         total = total + (-1) ** (n + 1) / n * (v * w).flatten(2).sum(2)
