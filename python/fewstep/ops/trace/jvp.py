@@ -106,15 +106,7 @@ class _Problem:
             x if u is None else next(given) for x, u in zip(own.inputs, self.tangents, strict=True)
         ]
         out = self.network(*inputs, **own.kwargs)
-        found: list[Tensor] = []
-
-        def take(z: Tensor) -> Tensor:
-            if z.is_floating_point():
-                found.append(z)
-            return z
-
-        mapped(out, take)
-        return found, out
+        return [z for z in _tensors(out) if z.is_floating_point()], out
 
     def few(self, rows: int) -> _Problem:
         """The first samples, with Gaussian tangents, K = 2."""
@@ -137,6 +129,17 @@ class _Problem:
         )
         kwargs = {name: cut(value) for name, value in self.kwargs.items()}
         return replace(self, inputs=inputs, tangents=tangents, kwargs=kwargs)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def take(z: Tensor) -> Tensor:
+        found.append(z)
+        return z
+
+    mapped(tree, take)
+    return found
 
 
 def _copy(value: Any) -> Any:
@@ -326,6 +329,8 @@ class _Solver:
                     self._refuse(way, _first_line(error), known)
                     if back is not None:
                         back()
+                    if way == "duals" and known.checked:  # on another branch than was compared
+                        self._compare(known)
                     continue
                 known.worked.add(way)
                 known.take_notes(who="jvp")
@@ -370,19 +375,16 @@ class _Solver:
         def run(*live: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             found, out = problem.run(*live)
             self.tree = out
-            others: list[Tensor] = []
-            mapped(out, lambda z: None if z.is_floating_point() else others.append(z))
             if not found:
                 raise ValueError(_NOTHING)
-            return found, others
+            return found, [z for z in _tensors(out) if not z.is_floating_point()]
 
         values, moved, others = mode(run, problem.live, problem.moved, through=problem.through)
         floats, rest = iter(zip(values, moved, strict=True)), iter(others)
-        pairs: list[tuple[Tensor, Tensor | None]] = []
-        mapped(
-            self.tree,
-            lambda z: pairs.append(next(floats) if z.is_floating_point() else (next(rest), None)),
-        )
+        pairs: list[tuple[Tensor, Tensor | None]] = [
+            next(floats) if z.is_floating_point() else (next(rest), None)
+            for z in _tensors(self.tree)
+        ]
         return _Pairs(tuple(v for v, _ in pairs), tuple(t for _, t in pairs))
 
     def _duals(self, problem: _Problem) -> _Pairs:

@@ -25,35 +25,36 @@ from fewstep.ops.dual.rules.plain import (
 )
 from fewstep.ops.dual.rules.shapes import chunk, spread
 from fewstep.ops.dual.source import plain
+from fewstep.reference import dual as reference
 
 Scalar = Callable[..., Tensor]
 
 _aten = torch.ops.aten
-# Torch's own functions, and their tangents: slopes times u, of z and the result.
+# Torch's own functions, and tangents u times their slopes, of z, the result a and options.
 _SLOPES: dict[str, tuple[Scalar, Scalar]] = {
-    "silu": (F.silu, lambda u, z, a: _aten.silu_backward(u, z)),
-    "gelu": (F.gelu, lambda u, z, a: _aten.gelu_backward(u, z)),
+    "silu": (lambda z, *_: F.silu(z), lambda u, z, a, *_: _aten.silu_backward(u, z)),
+    "gelu": (lambda z, *_: F.gelu(z), lambda u, z, a, *_: _aten.gelu_backward(u, z)),
     "gelu_tanh": (
-        lambda z: F.gelu(z, approximate="tanh"),
-        lambda u, z, a: _aten.gelu_backward(u, z, approximate="tanh"),
+        lambda z, *_: F.gelu(z, approximate="tanh"),
+        lambda u, z, a, *_: _aten.gelu_backward(u, z, approximate="tanh"),
     ),
-    "tanh": (torch.tanh, lambda u, z, a: _aten.tanh_backward(u, a)),
-    "relu": (torch.relu, lambda u, z, a: _aten.threshold_backward(u, z, 0)),
-    "sigmoid": (torch.sigmoid, lambda u, z, a: _aten.sigmoid_backward(u, a)),
+    "tanh": (lambda z, *_: z.tanh(), lambda u, z, a, *_: _aten.tanh_backward(u, a)),
+    "softplus": (F.softplus, lambda u, z, a, *own: _aten.softplus_backward(u, z, *own)),
+    "relu": (lambda z, *_: z.relu(), lambda u, z, a, *_: _aten.threshold_backward(u, z, 0)),
+    "sigmoid": (lambda z, *_: z.sigmoid(), lambda u, z, a, *_: _aten.sigmoid_backward(u, a)),
 }
 
 
 def _as_plain(kind: str, h: Dual, beta: float, threshold: float) -> Dual:
     """The primal as in a plain call, with constant tangents beside it."""
-    if kind == "softplus":
-        f: Scalar = lambda z: F.softplus(z, beta, threshold)  # noqa: E731
-        slope: Scalar = lambda u, z, a: _aten.softplus_backward(u, z, beta, threshold)  # noqa: E731
-    else:
-        f, slope = _SLOPES[kind]
     z, u = h.pieces()
-    a = f(z)
+    if kind not in _SLOPES:
+        a, s = reference.derivative(z, kind, beta, threshold)
+        return h.like(a, (s.detach() * u.reshape(-1, *z.shape)).flatten(0, 1))
+    f, slope = _SLOPES[kind]
+    a = f(z, beta, threshold)
     with torch.no_grad():  # torch's own functions take tensors of one shape
-        parts = [slope(v, z, a) for v in u.reshape(-1, *z.shape)]
+        parts = [slope(v, z, a, beta, threshold) for v in u.reshape(-1, *z.shape)]
         t = parts[0] if len(parts) == 1 else torch.cat(parts)
     return h.like(a, t)
 
