@@ -746,3 +746,46 @@ def test_the_average_velocity_is_its_own_target() -> None:
             fewstep.meanflow_target(average, *given)
     with pytest.raises(ValueError, match="network must return"):
         fewstep.meanflow_target(lambda x, t, r: x[:, 0], x, t, r, v)
+
+
+def test_a_consistency_function_is_its_own_target() -> None:
+    """For Gaussian data the consistency function is known; for others g is `cos(t) df/dt`."""
+    s, own = 0.5, 0.8
+
+    def sigma(t: Tensor) -> Tensor:
+        return ((t.cos() * own) ** 2 + (t.sin() * s) ** 2).sqrt()
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        t = t[:, None]
+        return (t.cos() - own / sigma(t)) * x / t.sin()
+
+    t, x = torch.rand(8, dtype=F64) + 0.2, rows(8, 3)
+    up = t[:, None]
+    v = (s**2 - own**2) * up.sin() * up.cos() / sigma(up) ** 2 * x
+    out = fewstep.scm_target(network, x, t, v)
+    assert out.engine == "duals"
+    assert_contract("gradient", out.target, out.value)
+
+    net = net_of(3, 8)
+
+    def other(x: Tensor, t: Tensor) -> Tensor:
+        return net(x * t[:, None])  # type: ignore[no-any-return]
+
+    def consistency(x: Tensor, t: Tensor) -> Tensor:
+        return t.cos()[:, None] * x - t.sin()[:, None] * s * other(x / s, t)
+
+    found = fewstep.scm_target(other, x, t, v, c=0.3)
+    g = up.cos() * torch.func.jvp(consistency, (x, t), (v, torch.ones_like(t)))[1]
+    exact = other(x / s, t) + g / (g.norm(dim=1, keepdim=True) + 0.3)
+    assert_contract("gradient", found.target, exact.detach())
+    none = fewstep.scm_target(other, x, t, v, c=0.3, warmup=0.0)
+    g = -(up.cos() ** 2) * (s * none.value - v)
+    exact = none.value + g / (g.norm(dim=1, keepdim=True) + 0.3)
+    assert_contract("gradient", none.target, exact.detach())
+    for options, text in (
+        ({"data_std": 0.0}, "data_std"),
+        ({"warmup": 2.0}, "warmup"),
+        ({"c": 0.0}, "c "),
+    ):
+        with pytest.raises(ValueError, match=text):
+            fewstep.scm_target(other, x, t, v, **options)

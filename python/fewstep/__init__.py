@@ -22,7 +22,7 @@ from fewstep.ops.trace.estimator import Divergence
 from fewstep.ops.trace.explain import Explanation, explain
 from fewstep.ops.trace.jvp import Jvp, jvp
 from fewstep.ops.trace.log_density import LogDensity, log_density
-from fewstep.ops.trace.targets import Target, meanflow_target
+from fewstep.ops.trace.targets import Target, meanflow_target, scm_target
 from fewstep.samplers.edm import edm_sample
 from fewstep.samplers.flow import flow_sample
 from fewstep.samplers.multistep import multistep_sample
@@ -56,6 +56,7 @@ __all__ = [
     "meanflow_target",
     "multistep_sample",
     "register_rule",
+    "scm_target",
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_drift",

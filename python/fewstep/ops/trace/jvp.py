@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._checks import is_number, one_of, strided
+from fewstep._checks import flags, function, is_number, one_of, strided
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed, to_random_state
 from fewstep._tree import mapped
@@ -189,8 +189,8 @@ def jvp(
             input that is no floating tensor; no tangent at all, or K = 0; a network that returns no
             floating tensor, or changes along the tangents by steps without a derivative; an unknown
             engine or check, or one that cannot serve.
-        TypeError: inputs or tangents that are no tuples; a tangent that is neither a tensor nor a
-            number.
+        TypeError: a network that cannot be called; inputs or tangents that are no tuples; a tangent
+            that is neither a tensor nor a number; a `through` that is no bool.
 
     Source: Geng et al., Mean Flows for One-step Generative Modeling, 2025 (arXiv 2505.13447),
     algorithm 1; Lu and Song, Simplifying, Stabilizing and Scaling Continuous-Time Consistency
@@ -206,6 +206,8 @@ def jvp(
     >>> out.tangent.requires_grad, loss.requires_grad, out.engine
     (False, True, 'duals')
     """
+    function("jvp", "network", network)
+    flags("jvp", through=through)
     if engine is not None:
         one_of("jvp", "engine", engine, ENGINES)
     one_of("jvp", "check", check, CHECKS)
