@@ -17,6 +17,7 @@ from fewstep.ops.dual.rules.elementwise import add, clamp, div, mul
 from fewstep.ops.dual.rules.plain import matched
 from fewstep.ops.dual.rules.resampling import norm
 from fewstep.ops.dual.rules.shapes import spread
+from fewstep.ops.dual.source import plain
 
 Scalar = Callable[[Tensor], Tensor]
 
@@ -36,7 +37,8 @@ def _beside(
     with torch.no_grad():
         parts = [tangent(v) for v in u.reshape(-1, *z.shape)]
         t = parts[0] if len(parts) == 1 else torch.cat(parts)
-        t = t if weight is None else t * weight
+        if weight is not None:
+            t = t * weight if plain() else t.mul_(weight)  # nobody else has it yet
     return h.like(out, t)
 
 
