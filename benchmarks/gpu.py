@@ -33,7 +33,7 @@ from benchmarks.gpu_cases import GPU_CASES, OURS, ceilings, definition_of, measu
 from benchmarks.registry import Case
 from benchmarks.run import ROOT, commit, installed, say
 
-SMALL_TESTS = ("tests/test_cuda_build.py", "tests/test_cuda_resident.py")
+SMALL_TESTS = ("tests/test_cuda_build.py", "tests/test_cuda_resident_device.py")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 # Apart from imports and compilation, a first call takes less.
 FIRST_CALL_SECONDS = 0.3

@@ -260,7 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("op", choices=FAMILIES)
-    parser.add_argument("--peers", action="store_true", help="other libraries too (fewstep[bench])")
+    parser.add_argument("--peers", action="store_true", help="other libraries too (extra bench)")
     parser.add_argument("--quick", action="store_true", help="small cases, half a second each")
     parser.add_argument(
         "--case", action="append", choices=ALL_CASES, help="only this one; repeatable"
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     contenders = [contender for contender in wanted if installed(contender.package)]
     for contender in wanted:
         if contender not in contenders:
-            say(f"{contender.label}: not installed (pip install 'fewstep[bench]')")
+            say(f"{contender.label}: not installed (pip install '.[bench]')")
     start = time.monotonic()
     # A terminated run ends its worker too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
             plot.draw(table.read(args.out), picture)
             say(f"wrote {picture}")
         else:
-            say("no picture: matplotlib is not installed (pip install 'fewstep[bench]')")
+            say("no picture: matplotlib is not installed (pip install '.[bench]')")
 
 
 if __name__ == "__main__":

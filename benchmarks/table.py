@@ -21,7 +21,7 @@ from benchmarks.registry import ALL_CASES, CASES, FAMILIES, Case
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, str]
 SINKHORN = "sinkhorn"
-# What the README's claim is about.
+# What the README's claim is about, two clouds of one size.
 CLAIMED = "n2048_d64"
 # The README's table; "wflow" is where the lead is smallest.
 SHORT_CASES = ("n512_d64_grad", CLAIMED, "n4096_d3", "wflow", "divergence_n1024_d64")
@@ -92,7 +92,7 @@ def over_network(row: Row | None, otherwise: str) -> str:
 
 
 def title(case: Case, row: Row) -> str:
-    kinds = {"solve": "", "divergence": "divergence, ", "drift": f"{case.form} drift, "}
+    kinds = {"solve": "", "divergence": "Sinkhorn divergence, ", "drift": f"{case.form} drift, "}
     temperatures = f"{len(case.eps_of_mean)} x " if len(case.eps_of_mean) > 1 else ""
     iterations = row["iterations"] or case.iterations or ""
     return (
@@ -113,17 +113,12 @@ def claim(rows: list[Row]) -> str:
     if ours not in timed or not any(CONTENDERS[name].kind == "peer" for _, name in rivals):
         return ""
     case, own = CASES[CLAIMED], float(timed[ours]["median_s"])
-    # The two fastest by name, and the range of the rest.
-    listing = [f"{ratio(s / own)} faster than {CONTENDERS[name].label}" for s, name in rivals[:2]]
-    if len(rivals) > 2:
-        slow = [f"{s / own:.0f}" for s, _ in (rivals[2], rivals[-1])]
-        names = _enumerated([CONTENDERS[name].label for _, name in rivals[2:]])
-        listing.append(f"{' to '.join(dict.fromkeys(slow))}x faster than {names}")
+    listing = [f"{CONTENDERS[name].label} {ratio(s / own)}" for s, name in rivals]
     kind = "CPU" if timed[ours]["device"] == "cpu" else "GPU"
     return (
-        f"{case.iterations} Sinkhorn iterations between {case.n} and {case.m} points in "
-        f"{case.d} dimensions take {duration(own)} on a {kind} ({_machine(timed[ours])}). "
-        f"That is {_enumerated(listing)} ([benchmarks](#benchmarks))."
+        f"A {kind} ({_machine(timed[ours])}) runs {case.iterations} Sinkhorn iterations between "
+        f"two clouds of {case.n} points in {case.d} dimensions in {duration(own)}. Others "
+        f"take a multiple of that time: {_enumerated(listing)} ([benchmarks](#benchmarks))."
     )
 
 
@@ -143,8 +138,9 @@ def short(rows: list[Row]) -> str:
         [
             *sinkhorn_table(kept),
             "",
-            f"Medians on {listed(timed, _machine)}. In parentheses: how many times longer than "
-            "fewstep. [All cases, and what differs](benchmarks/README.md).",
+            f"Times are medians on {listed(timed, _machine)}. A figure in parentheses is the time "
+            "divided by that of fewstep. [benchmarks/README.md](benchmarks/README.md) has all "
+            "cases and says what differs.",
         ]
     )
 
@@ -178,7 +174,7 @@ def footer(rows: list[Row], columns: list[str], more: list[str]) -> list[str]:
     first = rows[0]
     busy = listed(
         [row for row in timed if float(row["other_cores"]) > BUSY_CORES],
-        lambda r: f"{_label(r)} {r['case']}",
+        lambda r: f"{_label(r)} ({_title(r)})",
     )
     items = [
         f"Command: `{command(family_of(rows))}`{_device(first)}, at commit {first['commit']}, "
@@ -187,7 +183,7 @@ def footer(rows: list[Row], columns: list[str], more: list[str]) -> list[str]:
         f"Versions: {versions}.",
         "Correctness: each contender agreed with its float64 definition before it was timed.",
         *more,
-        *([f"Longest first call, not counted: {'; '.join(slow)}."] if slow else []),
+        *([f"Longest first call, which is not counted: {'; '.join(slow)}."] if slow else []),
         *([f"Timed on a machine busy with other work: {busy}."] if busy else []),
     ]
     differ = [f"  - {whose}: {'; '.join(parts)}." for whose, parts in notes.items()]
@@ -203,7 +199,7 @@ def render_family(rows: list[Row]) -> str:
     columns = [ours, *(c for c in CONTENDERS if c in present - {ours, "reference"})]
     by_key = {(row["case"], row["contender"]): row for row in rows}
     lines = heading("case", columns)
-    for name, case in cases.items():
+    for name in cases:
         own = by_key.get((name, ours))
         if own is None:
             continue
@@ -215,12 +211,12 @@ def render_family(rows: list[Row]) -> str:
                 over_network(by_key.get((name, c)), text)
                 for c, text in zip(columns, cells, strict=True)
             ]
-        lines.append(f"| {_what(own)}; {case.shape} | " + " | ".join(cells) + " |")
-    more = ["Same networks, inputs and probes in every column."]
+        lines.append(f"| {_title(own)} | " + " | ".join(cells) + " |")
+    probes = any(row.get("probes") for row in rows)
+    same = "networks, inputs and probes, except as said below" if probes else "networks and inputs"
+    more = [f"Every column has the same {same}."]
     if any(row.get("over_network") for row in rows):
-        more.append(
-            "Times the network: measured against the network alone, called in turn in one process."
-        )
+        more.append("Ratios to the network alone: both were called in turn in one process.")
     lines += ["", *footer(rows, columns, more)]
     for column, what in (
         ("saved_mb", "Saved for backward, MB"),
@@ -235,7 +231,7 @@ def render_family(rows: list[Row]) -> str:
         for name in dict.fromkeys(r["case"] for r in shown):
             row = next(r for r in shown if r["case"] == name)
             cells = [by.get((name, c), "") for c in own_columns]
-            lines.append(f"| {_what(row)}; {cases[name].shape} | " + " | ".join(cells) + " |")
+            lines.append(f"| {_title(row)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -243,6 +239,13 @@ def heading(first: str, columns: list[str]) -> list[str]:
     """The first two lines of a table of contenders."""
     labels = " | ".join(CONTENDERS[c].label for c in columns)
     return [f"| {first} | {labels} |", "|---|" + "---:|" * len(columns)]
+
+
+def _title(row: Row) -> str:
+    """The first cell of a row's line."""
+    if row["case"] in CASES:
+        return title(CASES[row["case"]], row)
+    return f"{_what(row)}; {ALL_CASES[row['case']].shape}"
 
 
 def _what(row: Row) -> str:
@@ -283,7 +286,10 @@ def columns_of(rows: list[Row]) -> list[str]:
 def render(rows: list[Row]) -> str:
     """The section of Sinkhorn's: table, footer and picture."""
     columns = columns_of(rows)
-    more = ["Same points, eps and number of iterations in every column.", *memory(rows, columns)]
+    more = [
+        "Every column has the same points, eps and number of iterations.",
+        *memory(rows, columns),
+    ]
     lines = [*sinkhorn_table(rows), "", *footer(rows, columns, more)]
     if any(row["median_s"] and CASES[row["case"]].sweep for row in rows):
         picture = f"results/sinkhorn_{rows[0]['device']}.png"

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import fewstep
 from fewstep import _C, _library, info
@@ -83,13 +84,18 @@ def test_cpu_capability_is_detected_and_overridden() -> None:
         _C.set_cpu_capability("sse9")
 
 
-def test_info_names_the_default_and_the_reasons() -> None:
+@pytest.mark.parametrize("devices", [("cpu",), ("cpu", "cuda")], ids=" ".join)
+def test_info_names_the_default_and_the_reasons(
+    devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in devices)
     page = info.report()
+    assert ("torch finds no CUDA device" in page) == ("cuda" not in devices)
     rows = [line.split(maxsplit=3) for line in page.splitlines() if line.startswith("sinkhorn")]
     assert ["sinkhorn", "cpu", "cpp", "yes, default"] in rows
     assert all(row[3].startswith(("yes", "no: ")) for row in rows)
     assert {(row[1], row[2]) for row in rows} == {
-        (device, backend) for device in ("cpu", "cuda") for backend in _library.BACKENDS
+        (device, backend) for device in devices for backend in _library.BACKENDS
     }
 
 

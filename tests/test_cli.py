@@ -390,7 +390,8 @@ def test_a_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, name, None)
     assert main(["train", "wflow", "--data", "digits", "--out", str(tmp_path / "run")]) == 2
     line = error_line(capsys)
-    assert line == f"fewstep: {name} is not installed: pip install 'fewstep[train]'"
+    assert line.startswith(f"fewstep: {name} is not installed: pip install ")
+    assert "'.[train]'" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -76,7 +76,7 @@ def test_commands_are_logged_and_limited(tmp_path: Path) -> None:
 
 
 def test_first_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = gpu.Runner(tmp_path, tmp_path, minutes=1)
+    runner = gpu.Runner(tmp_path, tmp_path, minutes=5)
     monkeypatch.setattr(gpu, "FIRST_CALL_SECONDS", 60.0)
     stage = gpu.stage_first_call(runner, "cpu", ["cpp"])
     assert stage.ok, (tmp_path / "first_call.log").read_text()

@@ -88,7 +88,7 @@ def test_exact_w2_without_pot(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ImportError, match=r"exact_w2: needs POT: pip install 'fewstep\[train\]'"):
+    with pytest.raises(ImportError, match=r"exact_w2: needs POT: pip install pot"):
         exact_w2(normal(3, 2), normal(3, 2))
 
 

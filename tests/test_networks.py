@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
+from support.functions import Rounded, Sine
 from support.networks import (
     IMAGE,
     ROW,
@@ -19,8 +20,6 @@ from support.networks import (
     WAYS,
     DropPath,
     Of,
-    Rounded,
-    Sine,
     assert_right,
     inner,
     linear,

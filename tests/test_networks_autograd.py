@@ -17,23 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fewstep
 from fewstep.methods import MarginalReflow
+from support.functions import Rounded, Swish
 from support.rows import Velocity, assert_right, rows
 from tolerances import assert_contract
-
-
-class Swish(torch.autograd.Function):
-    """Saves its input."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        ctx.save_for_backward(a)
-        return a * torch.sigmoid(a)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (a,) = ctx.saved_tensors
-        s = torch.sigmoid(a)
-        return g * (s * (1 + a * (1 - s)))
 
 
 class SetupSwish(torch.autograd.Function):
@@ -60,18 +46,6 @@ class Double(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return 3 * g
-
-
-class Rounded(torch.autograd.Function):
-    """Straight-through, with a function that has no rule."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        return (a * 4).round() / 4
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
 
 
 def reentrant(h: Tensor) -> Tensor:

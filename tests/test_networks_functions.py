@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fewstep
 from support import rows
-from support.networks import ROW, WAYS, Of, Rounded, Sine, assert_right, call, inner, options_of
+from support.functions import Rounded, Sine
+from support.networks import ROW, WAYS, Of, assert_right, call, inner, options_of
 
 
 def between(f: Callable[[Tensor], Tensor], width: int = 6) -> Callable[[], nn.Module]:

@@ -507,11 +507,14 @@ def test_command(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for teacher, message in (
         (f"{__name__}:nothing", "cannot be imported"),
         (f"{__name__}:CONFIG", "not callable"),
-        ("json:dumps", "teacher: json:dumps must be a fewstep.pairs.Teacher, or return one"),
+        (
+            "json:dumps",
+            "teacher: json:dumps must be a fewstep.data.generate.Teacher, or return one",
+        ),
         (":x", "teacher: must be a folder, a checkpoint or MODULE:NAME, got ':x'"),
         ("", "teacher: must be a folder, a checkpoint or MODULE:NAME, got ''"),
         (".x:y", "teacher: .x:y cannot be imported"),
-        (f"{__name__}:Denoiser", "must be a fewstep.pairs.Teacher, got Denoiser"),
+        (f"{__name__}:Denoiser", "must be a fewstep.data.generate.Teacher, got Denoiser"),
         (str(tmp_path), "holds no run of fewstep"),
     ):
         assert cli.main(["pairs", "--teacher", teacher, "--out", out]) == 2

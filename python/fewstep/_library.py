@@ -61,7 +61,7 @@ CUDA_UNAVAILABLE = load_cuda()
 def triton_unavailable(device_type: str) -> str | None:
     """Why Triton kernels cannot run on this device type, or None if they can."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'fewstep[triton]')"
+        return "triton is not installed (pip install 'triton>=3.6')"
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton needs a GPU, not {device_type} (TRITON_INTERPRET=1 runs its interpreter)"
     return None
@@ -78,7 +78,7 @@ def unavailable(backend: str, device_type: str) -> str | None:
     if backend == "triton":
         return triton_unavailable(device_type)
     if backend == "keops" and importlib.util.find_spec("pykeops") is None:
-        return "pykeops is not installed (pip install 'fewstep[keops]')"
+        return "pykeops is not installed (pip install 'pykeops>=2.3')"
     return None
 
 

@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("fewstep"):
             raise
-        return _fail(f"{error.name} is not installed: pip install 'fewstep[train]'", 2)
+        hint = "pip install --no-build-isolation '.[train]' in the source tree of fewstep"
+        return _fail(f"{error.name} is not installed: {hint}", 2)
     except (OSError, TypeError, ValueError) as error:
         return _fail(str(error), 2)
     except (MemoryError, RuntimeError) as error:

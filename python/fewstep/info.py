@@ -16,12 +16,12 @@ from fewstep.ops.sinkhorn import drift
 from fewstep.ops.trace import inputs as trace_inputs
 
 # Why a backend cannot serve an op at all, or None; "sinkhorn" has transport and barycenters too,
-# "heun" all samplers.
+# "heun_solve" all samplers.
 OPS: dict[str, Callable[[str], str | None]] = {
     "sinkhorn": lambda _: None,
     "sinkhorn_drift": lambda backend: drift.unsupported(backend, None),
     "divergence": trace_inputs.unsupported,
-    "heun": inputs.unsupported,
+    "heun_solve": inputs.unsupported,
 }
 
 
@@ -44,19 +44,20 @@ def report() -> str:
         "",
         f"{'op':<16}{'device':<8}{'backend':<11}status",
     ]
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for op, unsupported in OPS.items():
-        for device in ("cpu", "cuda"):
+        for device in devices:
             # KeOps is the default for cost functions alone.
             order = [b for b in DEFAULT_ORDER[device] if b != "keops" and unsupported(b) is None]
             default = next(b for b in order if unavailable(b, device) is None)
             for backend in BACKENDS:
                 reason = unavailable(backend, device) or unsupported(backend)
-                if reason is None and device == "cuda" and not torch.cuda.is_available():
-                    reason = "no CUDA device"
                 status = f"no: {reason}" if reason else "yes"
                 if backend == default and not reason:
                     status = "yes, default"
                 lines.append(f"{op:<16}{device:<8}{backend:<11}{status}")
+    if "cuda" not in devices:
+        lines += ["", "No backend serves the device cuda here: torch finds no CUDA device."]
     return "\n".join(lines)
 
 

@@ -51,30 +51,6 @@ def linear(a: int, b: int, **options: Any) -> Callable[[], nn.Module]:
     return partial(nn.Linear, a, b, **options)
 
 
-class Rounded(torch.autograd.Function):
-    """Straight-through."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        return (a * 4).round() / 4
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
-class Sine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        ctx.save_for_backward(a)
-        return a.sin()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (a,) = ctx.saved_tensors
-        return g * a.cos()
-
-
 class DropPath(nn.Module):
     """As timm's: nothing in evaluation."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tests.support import rows
+from tests.support.functions import Reversed, Saved, Stair, Swish
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,61 +29,6 @@ def const(shape: Sequence[int], dtype: torch.dtype, k: int) -> Tensor:
     v = (n * (2 * k + 1) + k) % 17 - 8
     out = v > 0 if dtype == torch.bool else v % 3 if dtype == torch.int64 else v / 8
     return out.to(dtype).view(tuple(shape))
-
-
-class Swish(torch.autograd.Function):
-    """With what it saves."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        ctx.save_for_backward(a)
-        return a * torch.sigmoid(a)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (a,) = ctx.saved_tensors
-        s = torch.sigmoid(a)
-        return g * (s * (1 + a * (1 - s)))
-
-
-class Saved(torch.autograd.Function):
-    """With `setup_context`."""
-
-    @staticmethod
-    def forward(a: Tensor) -> Tensor:
-        return a.sin()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * ctx.saved_tensors[0].cos()
-
-
-class Stair(torch.autograd.Function):
-    """Straight-through: rounds, and is differentiated as the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        return a.round()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
-class Reversed(torch.autograd.Function):
-    """Its gradient has the other sign."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        return a.view_as(a)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return -g
 
 
 def gated(a: Tensor) -> Tensor:

@@ -66,12 +66,14 @@ class LinesMatching:
             c is 0.00054 D. "lpips" takes images `[B, 1 or 3, H, W]` in [-1, 1], enlarged to 224
             pixels, and needs the package `lpips`.
         start: training step from which the discriminator counts. Train it for some steps before:
-            lam makes up for the small slopes of an untrained one.
-        warmup: number of training steps over which lam then rises to its value.
+            lam, the weight of the adversarial term, makes up for the small slopes of an untrained
+            one.
+        warmup: number of training steps over which lam, the weight of the adversarial term, then
+            rises to its value.
         r1: weight gamma of the term `gamma / 2 E |dD/dx|^2` in the discriminator's loss, on real
             samples.
         augment: augmentations of the images that the discriminator sees, see
-            `fewstep.methods.augment.diff_augment`. An empty tuple is none.
+            `fewstep.methods.augment.diff_augment`. No value, an empty tuple, is none.
 
     Raises:
         ValueError: a number is outside its range, or a name is unknown.

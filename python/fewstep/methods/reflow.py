@@ -64,15 +64,17 @@ class MarginalReflow:
         solver_steps: number of Heun steps of the teacher in a window.
         lam: weight of the alignment, at least 0.
         warmup: number of training steps over which the weight rises to lam.
-        tracker: way to compute Dl, see `fewstep.log_density`. "logdet" is exact for any number of
+        tracker: way to compute Dl, the change of log-density along the student's steps, see
+            `fewstep.log_density`. "logdet" is exact for any number of
             steps and affordable up to about 64 dimensions. "series" is for more dimensions.
             "trace" is cheap but needs several steps per window. With one step it learns the ratio
             of variances in place of the ratio of deviations.
         estimator: estimator of traces, see `fewstep.divergence`.
         probes: number of probes of a trace.
         probe: law of the probes, see `fewstep.divergence`.
-        start: start of a window, "teacher" or "student". The teacher's marginal is what the bound
-            of `evaluate` needs. The student's start is where its own steps lead, held fixed.
+        start: law from which a window starts, "teacher" or "student". "teacher" draws from the
+            teacher's marginal, as the bound on the total variation in the report assumes. "student"
+            starts where the student's own steps lead, held fixed.
         weight: weight w_k of a window, "one" or "t^2". The latter tames the scores of late windows.
         t_min: last edge of the windows, above 0 and below 1.
         tangent_dtype: dtype of the tangents, see `fewstep.divergence`.

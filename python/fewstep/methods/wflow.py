@@ -47,10 +47,10 @@ class WFlow:
         max_iter: number of Sinkhorn iterations. All of them are done.
         step_size: length of the step along the flow, in units of the rms of V. Without `normalize`
             it is a multiple of V.
-        normalize: whether V is divided by its rms over the whole call. If it is, the loss stays at
+        normalize: division of V by its rms over the whole call. With it the loss stays at
             `step_size^2` for one temperature, and `metrics["drift"]` shows the progress.
         form: form of the drift, "split" or "joint". See `fewstep.sinkhorn_drift`.
-        backend: backend of `fewstep.sinkhorn_drift`. None chooses the fastest one for the device.
+        backend: backend of `fewstep.sinkhorn_drift`. None takes the default of the device.
 
     Raises:
         ValueError: eps, step_size or max_iter is not positive and finite, or a name is unknown.

@@ -93,7 +93,7 @@ def exact_w2(x: Tensor, y: Tensor, *, max_points: int = 2000, seed: int = 0) -> 
     try:
         ot = importlib.import_module("ot")
     except ImportError:
-        raise ImportError("exact_w2: needs POT: pip install 'fewstep[train]'") from None
+        raise ImportError("exact_w2: needs POT: pip install pot") from None
     generator = generator_of(seed)
     x, y = (reduced(t, torch.zeros(len(t)), max_points, generator)[0] for t in (x, y))
     cost = torch.cat([block for _, block in squared_distances(x, y)]).cpu().numpy()

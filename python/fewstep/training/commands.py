@@ -66,7 +66,7 @@ class Train:
     """Train a generator of images, then compare its samples with the real images.
 
     Attributes:
-        method: training method.
+        method: Training method.
     """
 
     method: TrainMethod
@@ -114,9 +114,9 @@ class Pairs:
 
     Attributes:
         teacher: teacher of the images. It is the folder of a run, or its checkpoint, or MODULE:NAME
-            of a `fewstep.pairs.Teacher` or of a function that returns one.
+            of a `fewstep.data.generate.Teacher` or of a function that returns one.
         out: folder of the pairs, made if need be.
-        pairs: which pairs to make, and how.
+        pairs: Which pairs to make, and how.
         shard: share of the files to make, as i/n with i from 0 to n - 1. The ranks of torchrun
             divide it between them.
         device: device of the teacher. "auto" takes a GPU where there is one.
@@ -155,12 +155,13 @@ def _teacher(source: str) -> Teacher:
             teacher = found if isinstance(found, Teacher) else found()
         except Exception as error:
             raise ValueError(
-                f"teacher: {source} must be a fewstep.pairs.Teacher, or return one when called"
-                f" without arguments: {type(error).__name__}: {error}"
+                f"teacher: {source} must be a fewstep.data.generate.Teacher, or return one when"
+                f" called without arguments: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(teacher, Teacher):
             raise ValueError(
-                f"teacher: {source} must be a fewstep.pairs.Teacher, got {type(teacher).__name__}"
+                f"teacher: {source} must be a fewstep.data.generate.Teacher,"
+                f" got {type(teacher).__name__}"
             )
         return teacher
     folder = path.parent if path.name == CHECKPOINT else path
@@ -183,10 +184,9 @@ class Sample:
         out: path of the PNG.
         n: number of samples.
         seed: seed of the noise, at least 0.
-        steps: number of evaluations of the network per sample, for methods that sample in several
-            steps. One by default.
-        sampler: way from one step to the next. "fresh" draws new noise and is the default, "line"
-            follows the line, and "reuse" adds the same noise again.
+        steps: number of evaluations of the network per sample, for runs of lines. 1 if not given.
+        sampler: way from one step to the next, for runs of lines. "fresh" draws new noise and is
+            taken if none is given, "line" follows the line, and "reuse" adds the same noise again.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -314,10 +314,20 @@ def _group(
     """A dataclass of some fields of another one, with its values as defaults."""
     kind = type(values)
     hints, texts = typing.get_type_hints(kind), _help(kind)
+
+    def explained(name: str) -> Any:
+        default = getattr(values, name)
+        # What is on by default gets the flag `--no-NAME`, so the docs of such a field are a noun.
+        text = "without " * (default is True) + texts.get(name, "")
+        hint = (
+            "(default: with)" if default is True else "(default: none)" if default == "" else None
+        )
+        return tyro.conf.arg(help=text, help_behavior_hint=hint)
+
     entries: list[Any] = [
         (
             name,
-            Annotated[hints[name], tyro.conf.arg(help=texts.get(name, ""))],
+            Annotated[hints[name], explained(name)],
             *(() if name in required else [field(default=getattr(values, name))]),
         )
         for name in names

@@ -57,7 +57,7 @@ class LinesConfig(RunConfig):
         student_steps: number of optimizer steps of the student.
         pairs: number of pairs of noise and the teacher's image that the student learns from.
         batch: number of images, or of pairs, per step.
-        conditional: whether the networks take the classes of the data, if it has any.
+        conditional: the classes of the data, if it has any, as an input of the networks.
         parameterisation: form of the student. "edm" starts from the teacher's weights; "unified",
             which is `fewstep.networks.LinePrecond`, starts from random ones.
         adversarial: whether the student is also trained against a discriminator, from step `start`

@@ -262,7 +262,7 @@ class Trainer(Generic[C, R]):
                 a checkpoint is damaged or of another run.
             FloatingPointError: a loss is no longer finite. The last good checkpoint stays.
             KeyboardInterrupt: Ctrl-C or SIGTERM came, and a checkpoint was written.
-            ModuleNotFoundError: a package of the extra `fewstep[train]` is missing.
+            ModuleNotFoundError: a package of the extra `train` is missing.
 
         >>> import tempfile
         >>> from fewstep.training import wflow
@@ -390,7 +390,7 @@ def _from_json(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_extra() -> None:
-    """Raise ModuleNotFoundError unless every package of `fewstep[train]` is installed."""
+    """Raise ModuleNotFoundError unless every package of the extra `train` is installed."""
     for name in EXTRA:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)

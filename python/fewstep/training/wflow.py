@@ -32,7 +32,8 @@ class WFlowConfig(RunConfig):
 
     Attributes:
         steps: number of optimizer steps.
-        batch: number of points of each class per step, in each of the three clouds.
+        batch: number of points of each class per step, in each of three clouds: the generated one
+            that moves, a second generated one, and the real one.
         groups: number of classes per step. They are drawn at random if the data has more.
         noise_dim: dimension of the noise that the generator takes.
         width: width of the hidden layers.

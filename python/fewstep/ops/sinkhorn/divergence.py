@@ -23,13 +23,13 @@ class DivergenceResult:
     """What `sinkhorn_divergence` returns, `[..]` as in `SinkhornResult`.
 
     Attributes:
-        value: the divergence, `[..]`; differentiable.
-        residual: the largest of the three problems' residuals, `[..]`.
-        iterations: the most iterations of the three, int64 `[..]`.
-        converged: whether all three have, bool `[..]`.
-        xy: the problem between x and y.
-        xx: that between x and itself.
-        yy: that between y and itself.
+        value: Sinkhorn divergence, `[..]`. It is differentiable.
+        residual: largest residual of the three problems, `[..]`.
+        iterations: largest number of iterations of the three, int64 `[..]`.
+        converged: whether all three have converged, bool `[..]`.
+        xy: solved problem between x and y.
+        xx: solved problem between x and itself.
+        yy: solved problem between y and itself.
     """
 
     value: Tensor

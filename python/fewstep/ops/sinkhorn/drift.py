@@ -31,18 +31,20 @@ NORMALIZE = (True, False, "scale")
 class Drift:
     """What `sinkhorn_drift` returns, without gradients.
 
-    `[..]` are the leading dimensions of x. `[T]` is there for several temperatures only. The P
-    plans are those of y, x_self and, where given, uncond in the split form, and one in the joint.
+    `[..]` are the leading dimensions of x. `[T]` is there only for several temperatures. P counts
+    the plans. The split form has one for y, one for x_self and one for uncond if it was given. The
+    joint form has a single plan.
 
     Attributes:
-        velocity: `[.., N, D]`; `[T, .., N, D]` for several temperatures without `normalize=True`.
-        scale: s, `[]`; 1 with `normalize=False`.
-        rms: root mean square of V before division by it, over the whole call, in the units of
-            `velocity`, `[T]`. It goes to zero as the generated law approaches the real one.
-        residual: L1 error of the row marginal, `[T, .., P]`; the columns are exact.
-        entropy: `-sum_j p_ij log p_ij` in nats, mean over i, of the plan with rows divided by their
-            sums, `[T, .., P]`. `exp(entropy)` is how many points each x_i is drawn to.
-        peak: `max_j p_ij`, mean over i, `[T, .., P]`.
+        velocity: V, `[.., N, D]`, or `[T, .., N, D]` for several temperatures with
+            `normalize=False`.
+        scale: s, `[]`. It is 1 with `normalize=False`.
+        rms: root mean square of V over the whole call, before V is divided by it, `[T]`, in the
+            units of `velocity`. It goes to zero as the generated law approaches the real one.
+        residual: L1 error of the row marginal, `[T, .., P]`. The columns are exact.
+        entropy: mean over i of `-sum_j p_ij log p_ij` in nats, `[T, .., P]`, where the rows of the
+            plan are divided by their sums. `exp(entropy)` is the number of points that attract x_i.
+        peak: mean over i of `max_j p_ij`, `[T, .., P]`.
     """
 
     velocity: Tensor

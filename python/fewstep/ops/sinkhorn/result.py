@@ -91,23 +91,24 @@ def _rescaled(p: Problem, c: Constants, implicit: bool) -> Tensor:
 class SinkhornResult:
     """What `sinkhorn` returns.
 
-    `[..]` is `[B]` for batched input and nothing otherwise, followed by `[T]` where T temperatures
-    were given. For ragged input potentials are flat, `[N]` or `[T, N]`, and the other tensors
-    `[B]` or `[B, T]`.
+    `[..]` is `[B]` for a batch of problems and nothing for a single one. `[T]` follows if T
+    temperatures were given. With `cu_seqlens` the potentials are flat, `[N]` or `[T, N]`, and the
+    other tensors are `[B]` or `[B, T]`.
 
     Attributes:
         f: potential on x, `[.., N]`.
         g: potential on y, `[.., M]`.
-        value: the entropic transport cost (the dual objective at f and g), `[..]`; differentiable.
-        residual: L1 error of the row marginal as a fraction of the mass, `[..]`; the columns are
-            exact, or with a single potential as far off. Of points of less than a thousandth of the
-            largest weight, the square of the step over eps to the transform, if that is larger.
-        iterations: iterations done, those of annealing included, int64 `[..]`.
-        converged: `residual <= tol` (1e-3 where `tol` is None), bool `[..]`.
+        value: entropic transport cost, the dual objective at f and g, `[..]`. It is differentiable.
+        residual: L1 error of the row marginal, as a fraction of the mass, `[..]`. The columns are
+            exact; with a single potential they are off by as much. A point lighter than a
+            thousandth of the heaviest raises it to `(step / eps)^2` at least, where step is how far
+            the next update would move the point's potential.
+        iterations: number of iterations done, those of annealing included, int64 `[..]`.
+        converged: whether `residual <= tol`, or 1e-3 without `tol`, bool `[..]`.
 
-    The methods read the tensors that `sinkhorn` was given, and raise RuntimeError where one of them
-    has changed in place since, as parameters do in an optimizer's step. Changes that torch does not
-    count (through `.data`, by numpy, by optimizers with `fused=True`) are not seen.
+    The methods read the tensors that `sinkhorn` was given. They raise RuntimeError if one of them
+    has changed in place since, as parameters do in an optimizer's step. Torch does not count
+    changes through `.data`, by numpy or by optimizers with `fused=True`, so these are not seen.
     """
 
     f: Tensor
@@ -173,8 +174,8 @@ class SinkhornResult:
     def potentials(self) -> tuple[Tensor, Tensor]:
         """f and g as functions of x, y, a, b and C, differentiable once.
 
-        By implicit differentiation at convergence, whatever the backend. Where both marginals are
-        fixed a constant is free, and here such that `<a, f> = <b, g>`.
+        The derivatives are implicit ones, at convergence, on every backend. If both marginals are
+        fixed, f and g are unique up to a constant. It is chosen such that `<a, f> = <b, g>`.
 
         Raises:
             ConvergenceError: in the backward pass or forward mode, far from convergence.
@@ -195,12 +196,12 @@ class SinkhornResult:
         """`P v` (axis 0: v lives on y) or `P' v` (axis 1: v lives on x), without forming P.
 
         Args:
-            v (Tensor): `[.., M, K]` for axis 0, `[.., N, K]` for axis 1; the trailing K may be
-                left out, and so may the T of several temperatures. Same dtype as the potentials.
-            axis (int): the axis of P that the result keeps.
-            implicit (bool): the plan is a function of x, y, a, b and C, with derivatives (first
-                ones) by implicit differentiation at convergence; otherwise it is a constant, and
-                gradients flow into `v` alone.
+            v (Tensor): `[.., M, K]` for axis 0, `[.., N, K]` for axis 1, of the potentials' dtype.
+                K may be left out, and so may T.
+            axis (int): axis of P that the result keeps. Default 0.
+            implicit (bool): treat the plan as a function of x, y, a, b and C, with implicit first
+                derivatives at convergence. Otherwise the plan is a constant, and gradients flow
+                into `v` alone. Default False.
 
         Returns:
             Tensor: `[.., N, K]` for axis 0, `[.., M, K]` for axis 1.
@@ -247,12 +248,12 @@ class SinkhornResult:
         return out[..., 0] if vector else out
 
     def plan(self) -> Tensor:
-        """The dense plan `P [.., N, M]`, detached; for looking at, not for large problems.
+        """The dense plan `P [.., N, M]`, without gradients. It takes memory for all pairs.
 
-        `transport(torch.eye(M), implicit=True)` is the same with derivatives.
+        `transport(torch.eye(M), implicit=True)` is the same plan with derivatives.
 
         Raises:
-            ValueError: ragged problems, which have no plans of one shape.
+            ValueError: problems of different sizes (`cu_seqlens`), whose plans have no one shape.
         """
         p = self._problem
         if p.points.segments is not None:
@@ -273,16 +274,17 @@ class SinkhornResult:
     def barycenter(self, normalize: bool = True, implicit: bool = False) -> Tensor:
         """The barycentric projection `T(x_i) = sum_j P_ij y_j / sum_j P_ij`, `[.., N, D]`.
 
-        The y_j are those given, for the cosine cost too. A point of which `reach` leaves no mass
-        has no average: its row is NaN. One without weight has the average of the plan's exponents.
+        The y_j are those given, for the cosine cost too. If `reach` leaves a point no mass, it has
+        no average, and its row is NaN. A point without weight has the average that the exponents of
+        the plan give.
 
         Args:
-            normalize (bool): divide by the row mass that the plan has, so that every `T(x_i)` is
-                a true average before convergence too; otherwise by its target a_i.
-            implicit (bool): differentiable once in x, y, a and b, as in `transport`.
+            normalize (bool): divide by the mass that the row has, so that every `T(x_i)` is an
+                average even before convergence. Otherwise divide by its target a_i. Default True.
+            implicit (bool): differentiable once in x, y, a and b, as in `transport`. Default False.
 
         Raises:
-            ValueError: a cost matrix was given, so there are no points to average.
+            ValueError: a cost matrix was given, which has no points to average.
         """
         p = self._problem
         if p.targets is None:

@@ -81,7 +81,8 @@ def divergence(
             and sums stay float32. Structural traces and what is left to `torch.func` ignore it.
             Default: that of x.
         backend (str | None): kernels of the duals: "cpp", "triton" or "reference". A backend that
-            is named raises where the network has a function without a rule. Default: the fastest.
+            is named raises where the network has a function without a rule. Default: as for
+            `fewstep.sinkhorn`, the fastest that has been tested on the device.
         engine (str | None): "duals", "func" or "reverse", which raises where it cannot serve.
             Default: the first that can.
         check (str): how often to compare with plain autograd, "first", "always" or "never". Nothing

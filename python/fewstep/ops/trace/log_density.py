@@ -110,7 +110,9 @@ def log_density(
         x (Tensor): `[B, ...]`, at the first time. For bfloat16 and float16 the state, times and
             densities are float32.
         times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` for nodes
-            of each sample. They increase, or decrease, at every step of a sample.
+            of each sample. They increase, or decrease, at every step of a sample. With the
+            default base and `base_at` they go from the data to the noise: from 1 to 0 where a flow
+            has its data at 1.
         base (Callable | None): log-density `[B]` of the known law. Default: that of N(0, I).
         base_at (str): "end" if the law at the last time is known; `log_prob` is then that of x.
             "start" if x was drawn from the known law; `log_prob` is then that of the samples at the
