@@ -628,6 +628,24 @@ def test_networks_of_few_bits(dtype: torch.dtype) -> None:
         assert (out.tangent.double() - exact).norm() < 0.03 * exact.norm()
 
 
+@pytest.mark.parametrize("through", [False, True])
+def test_autocast(through: bool) -> None:
+    """Duals have no rules under it; what serves has the value and the gradients of a plain call."""
+    net, x, v = net_of(4, 8, norm=nn.LayerNorm), rows(5, 4), rows(5, 4)
+    exact = torch.func.jvp(net, (x,), (v,))[1].detach()
+    net, x, v = net.float(), x.float(), v.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, plain = fewstep.jvp(net, (x,), (v,), through=through), net(x)
+    assert out.engine != "duals"
+    assert "autocast" in out.info
+    assert (out.tangent.double() - exact).norm() < 0.05 * exact.norm()
+    pair = [
+        flat(list(torch.autograd.grad(value.float().square().sum(), list(net.parameters()))))
+        for value in (out.value, plain)
+    ]
+    assert (pair[0] - pair[1]).norm() < 0.05 * pair[1].norm()
+
+
 def test_empty_batches_and_tangents_of_a_network() -> None:
     net, inputs, tangents = problem("mlp").to(F64)
     none = tuple(z[:0].detach() for z in inputs)
