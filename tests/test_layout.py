@@ -20,7 +20,7 @@ PYTHON = {
 }
 # A room, and the rooms below it that it may import; itself always. A module that stands in no
 # folder of its own is a room by its name.
-CORE = {"fewstep._checks", "fewstep._files", "fewstep._library", "fewstep._torch"}
+CORE = {"fewstep._checks", "fewstep._files", "fewstep._library", "fewstep._torch", "fewstep._tree"}
 OPS = {"fewstep.ops.dual", "fewstep.ops.heun", "fewstep.ops.sinkhorn", "fewstep.ops.trace"}
 BELOW_OPS = CORE | {"fewstep.reference", "fewstep.kernels"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.ops.heun": BELOW_OPS | {"fewstep.ops.dual", "fewstep.ops.trace"},
     "fewstep.samplers": CORE | OPS | {"fewstep.reference"},
     "fewstep": CORE | OPS | {"fewstep._aliases", "fewstep.samplers"},
+    "fewstep.func": CORE | OPS,
     "fewstep.metrics": CORE,
     "fewstep.data": CORE | {"fewstep", "fewstep.samplers", "fewstep.conversions"},
     "fewstep.methods": CORE | OPS | {"fewstep.samplers", "fewstep.conversions"},

@@ -210,7 +210,8 @@ def check(f: Function, shape: tuple[int, ...], rtol: float, right: Function | No
     weight = (torch.randn(d, d, dtype=F64) / d**0.5).requires_grad_()
     v, t = velocity_of(f, weight), torch.tensor(0.3, dtype=F64)
     known = v if right is None else velocity_of(right, weight)
-    exact = jacobians(known, x, t).diagonal(dim1=1, dim2=2).sum(1)
+    whole = jacobians(known, x, t)
+    exact = whole.diagonal(dim1=1, dim2=2).sum(1)
     expected = known(x, t)
     out = fewstep.divergence(v, x, t, estimator="exact")
     assert out.info == ""
@@ -221,7 +222,35 @@ def check(f: Function, shape: tuple[int, ...], rtol: float, right: Function | No
     torch.testing.assert_close(plain.value, out.value, rtol=1e-11, atol=1e-11)
     wanted = (exact.square().sum() + expected.square().sum(), (x, weight))
     found = (out.value.square().sum() + out.velocity.square().sum(), (x, weight))
-    for a, b in zip(torch.autograd.grad(*found), torch.autograd.grad(*wanted), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(*found), torch.autograd.grad(*wanted, retain_graph=True), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=100 * rtol, atol=100 * rtol)
+    check_constant(v, x, weight, whole.detach(), expected, rtol)
+
+
+def check_constant(
+    v: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    whole: Tensor,
+    expected: Tensor,
+    rtol: float,
+) -> None:
+    """Tangents beside the primal, which autograd does not see."""
+    t, u = torch.tensor(0.3, dtype=F64), torch.randn(2, *x.shape, dtype=F64)
+    options: Any = {"engine": "duals", "check": "never"}
+    out = fewstep.jvp(v, (x, t), (u, None), **options)
+    products = torch.einsum("bij,kbj->kbi", whole, u.flatten(2)).reshape(u.shape)
+    torch.testing.assert_close(out.value, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.tangent, products, rtol=rtol, atol=rtol)
+    one = fewstep.jvp(v, (x, t), (u[1], None), **options)
+    torch.testing.assert_close(one.tangent, out.tangent[1], rtol=1e-12, atol=1e-12)
+    pair = [
+        torch.autograd.grad(z.square().sum(), (x, weight), retain_graph=True)
+        for z in (out.value, expected)
+    ]
+    for a, b in zip(*pair, strict=True):
         torch.testing.assert_close(a, b, rtol=100 * rtol, atol=100 * rtol)
 
 

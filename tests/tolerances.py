@@ -41,7 +41,7 @@ def error(kind: str, actual: Tensor, exact: Tensor, scale: Tensor | None = None)
     """The error that `CONTRACT[kind]` bounds."""
     difference = actual.detach().double() - exact.detach().double()
     if kind == "gradient":
-        return float(difference.norm() / exact.norm().clamp_min(1e-300))
+        return float(difference.norm() / exact.detach().norm().clamp_min(1e-300))
     size = exact.detach().abs().max() if scale is None else scale.detach().abs().max()
     return float(difference.abs().max() / size.clamp_min(1e-300))
 

@@ -20,7 +20,9 @@ from fewstep.ops.sinkhorn.solve import sinkhorn, transport
 from fewstep.ops.trace.divergence import divergence
 from fewstep.ops.trace.estimator import Divergence
 from fewstep.ops.trace.explain import Explanation, explain
+from fewstep.ops.trace.jvp import Jvp, jvp
 from fewstep.ops.trace.log_density import LogDensity, log_density
+from fewstep.ops.trace.targets import Target, meanflow_target, scm_target
 from fewstep.samplers.edm import edm_sample
 from fewstep.samplers.flow import flow_sample
 from fewstep.samplers.multistep import multistep_sample
@@ -36,8 +38,10 @@ __all__ = [
     "Drift",
     "Explanation",
     "HeunResult",
+    "Jvp",
     "LogDensity",
     "SinkhornResult",
+    "Target",
     "divergence",
     "edm_sample",
     "explain",
@@ -45,11 +49,14 @@ __all__ = [
     "flow_sample",
     "heun_solve",
     "heun_step",
+    "jvp",
     "karras_sigmas",
     "latents",
     "log_density",
+    "meanflow_target",
     "multistep_sample",
     "register_rule",
+    "scm_target",
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_drift",
@@ -61,6 +68,7 @@ _SUBMODULES = (
     "cli",
     "conversions",
     "data",
+    "func",
     "info",
     "kernels",
     "methods",

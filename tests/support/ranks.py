@@ -89,6 +89,17 @@ def densities(**options: Any) -> Loss:
     return loss
 
 
+def derivatives(**options: Any) -> Loss:
+    """MeanFlow's, with gradients through the target if options say so."""
+
+    def loss(network: Callable[..., Tensor], x: Tensor) -> Tensor:
+        t, v = torch.full_like(x[:, 0], 0.3), x.flip(0).cos()
+        out = fewstep.jvp(network, (x, t), (v, 1.0), **options)
+        return (out.value - v + 0.2 * out.tangent).square().mean()  # type: ignore[no-any-return]
+
+    return loss
+
+
 def reflow(velocity: Callable[..., Tensor], x: Tensor) -> Tensor:
     method = MarginalReflow(windows=2, solver_steps=1, lam=0.5)
     generator = torch.Generator().manual_seed(1)
@@ -155,6 +166,15 @@ for _name, _options in DDP.items():
     CASES[f"ddp, {_name}, logdet"] = lambda rank, o=_options: trained(
         rank, densities(tracker="logdet"), lambda net: DistributedDataParallel(net, **o)
     )
+    for _engine in ("duals", "func", "reverse"):
+        for _through in (False, True):
+            CASES[f"ddp, {_name}, jvp by {_engine}, through {_through}"] = (
+                lambda rank, o=_options, e=_engine, g=_through: trained(
+                    rank,
+                    derivatives(engine=e, through=g),
+                    lambda net: DistributedDataParallel(net, **o),
+                )
+            )
     CASES[f"ddp, {_name}, MarginalReflow"] = lambda rank, o=_options: trained(
         rank, reflow, lambda net: DistributedDataParallel(net, **o)
     )
@@ -183,6 +203,13 @@ for _layers in (False, True):
         CASES[f"{_name}, log_density"] = lambda rank, a=_layers, b=_reshard: trained(
             rank, densities(estimator="exact"), sharded(a, b)
         )
+        for _engine in ("duals", "func", "reverse"):
+            for _through in (False, True):
+                CASES[f"{_name}, jvp by {_engine}, through {_through}"] = (
+                    lambda rank, a=_layers, b=_reshard, e=_engine, g=_through: trained(
+                        rank, derivatives(engine=e, through=g), sharded(a, b)
+                    )
+                )
         CASES[f"{_name}, MarginalReflow"] = lambda rank, a=_layers, b=_reshard: trained(
             rank, reflow, sharded(a, b)
         )

@@ -14,7 +14,8 @@ plain object, `isinstance(x, Tensor)` is False, and custom Functions go unseen.
 
 Tangents of x's own dtype are stacked below it, `[(K + 1) B, ...]`: one product for both. Those of
 bfloat16 stand apart, `[K B, ...]`: on a GPU products have bfloat16 copies of what they multiply
-with, all else is computed in float32 and rounded.
+with, all else is computed in float32 and rounded. Those that are constants for autograd stand apart
+too: the primal then has the graph of a plain call, and its tangents have none.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class _Current(threading.local):
 _CURRENT = _Current()
 
 
-def run_on(stand_in: Traced, forward: Callable[..., Any], t: Any) -> Any:
+def run_on(stand_in: Any, forward: Callable[..., Any], t: Any) -> Any:
     """`forward(stand_in, t)`, or what it was refused for.
 
     Raises:
@@ -391,7 +392,7 @@ class Dual(Traced):
     Attributes:
         source: where the tangents come from.
         flat: `[(K + 1) B, ...]`, or the primal alone where tangents are shared or apart.
-        apart: `[K B, ...]`, tangents of another dtype.
+        apart: `[K B, ...]`, tangents of another dtype, or without a graph.
         shared: `[K, ...]`, tangents that all samples share.
         shift: still to be added to the primal, which it broadcasts with; activations and norms
             take it along.
@@ -525,16 +526,16 @@ class Dual(Traced):
     ) -> Dual:
         """A dual of pieces, or of a stack."""
         source = self.source
-        if source.dtype is not None:
+        if source.apart:
             if apart is None:
                 batch = flat.shape[0] // (source.count + 1)
                 flat, apart = flat[:batch], flat[batch:]
-            apart = source.lower(apart)
+            apart = apart.detach().to(flat.dtype) if source.constant else source.lower(apart)
         return self.of_flat(flat, apart=apart, shift=shift, owned=owned)
 
     def of_halves(self, primal: Tensor, tangents: Tensor) -> Dual:
         """A dual of `[1, B, ...]` and `[K, B, ...]`."""
-        if self.source.dtype is not None:
+        if self.source.apart:
             return self.like(primal[0], tangents.flatten(0, 1))
         return self.like(torch.cat([primal, tangents]).flatten(0, 1), owned=True)
 

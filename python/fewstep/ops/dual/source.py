@@ -42,6 +42,8 @@ class Source:
         stacks: of tangents as they start, by their storage: backward makes them again.
         batch: B, once there is an input.
         prompt: weights are used within their own layer's forward, and not later.
+        constant: tangents stand apart, in the dtype of their primal, and autograd keeps nothing of
+            them: the primal is computed as in a plain call.
     """
 
     backend: str
@@ -56,6 +58,7 @@ class Source:
     stacks: dict[int, Stack] = field(default_factory=dict)
     batch: int = 0
     prompt: bool = False
+    constant: bool = False
 
     def draw(self, x: Tensor) -> Tensor:
         """The tangents of x `[B, ...]`: `[K, B, ...]`."""
@@ -66,9 +69,14 @@ class Source:
         return dispatch.probe(self.backend, like, self.key, self.ids, self.count, self.kind)
 
     @property
+    def apart(self) -> bool:
+        """Whether tangents stand apart from the primal."""
+        return self.constant or self.dtype is not None
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """How often the batch is in each of a dual's pieces."""
-        return (self.count + 1,) if self.dtype is None else (1, self.count)
+        return (1, self.count) if self.apart else (self.count + 1,)
 
     def lower(self, z: Tensor) -> Tensor:
         """As tangents are kept, and multiply."""

@@ -60,12 +60,12 @@ class Known:
     checked: int = 0
     called: list[weakref.ref[Any]] = field(default_factory=list)
 
-    def take_notes(self, *texts: str) -> None:
+    def take_notes(self, *texts: str, who: str = "divergence") -> None:
         """These, and those of the last forward, with a warning for each that is new."""
         for text in (*texts, *notes()):
             if text not in self.notes:
                 self.notes.append(text)
-                warnings.warn(f"divergence: {text}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"{who}: {text}", RuntimeWarning, stacklevel=2)
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Known]] = weakref.WeakKeyDictionary()
@@ -87,15 +87,18 @@ def _stored(velocity: Callable[..., Any]) -> dict[Any, Known]:
     return store
 
 
-def known(velocity: Callable[..., Any], *rest: Any) -> Known:
+def known(velocity: Callable[..., Any], *rest: Any, mixes: bool = False) -> Known:
     """What is known of a velocity, where all of `rest` is the same.
 
+    Args:
+        mixes: samples may depend on each other.
+
     Raises:
-        MixingError: one of its modules mixes samples.
+        MixingError: one of its modules mixes samples, and may not.
     """
     store = _stored(velocity)
     own, modules = velocities.signature(velocity, coarse=len(store) > _COARSE)
-    name = velocities.mixing(modules)
+    name = None if mixes else velocities.mixing(modules)
     if name is not None:
         raise MixingError(
             f"divergence: {name}: BatchNorm in training, or without running statistics, mixes"
@@ -216,23 +219,34 @@ class Sample:
         if not live or dots is None:  # of a way that has traces alone
             return None
         own = loss(velocity, self.weights, dots if self.twice else None)
-        ends = {id(leaf) for leaf in leaves_of(own)}
-        missing = [leaf for leaf, _ in live if id(leaf) not in ends]
-        if missing:
-            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in missing[:3])
-            return f"{len(missing)} of {len(live)} leaves get no gradient: {shapes}"
-        found = gradients(own, [leaf for leaf, _ in live])
-        pairs = [
-            (torch.zeros_like(g) if f is None else f, g)
-            for f, (_, g) in zip(found, live, strict=True)
-        ]
-        sizes = [float(g.norm()) for _, g in pairs]
-        least = 0.05 * max(sizes) + self.rounding / tolerance * float(self.weights.norm())
-        for (f, g), size in zip(pairs, sizes, strict=True):
-            off = float((f - g).norm()) / max(size, least, 1e-300)
-            if size == size and not off <= tolerance:  # NaN is nobody's
-                return f"a gradient {tuple(g.shape)} is off by {off:.2g} of its norm"
-        return None
+        least = self.rounding / tolerance * float(self.weights.norm())
+        return gradient_difference(own, live, tolerance, least)
+
+
+def gradient_difference(
+    own: Tensor, live: list[tuple[Tensor, Tensor]], tolerance: float, least: float
+) -> str | None:
+    """What the gradients of a loss have different from those of each leaf, or None.
+
+    Args:
+        least: errors are relative to a norm of this at least.
+    """
+    ends = {id(leaf) for leaf in leaves_of(own)}
+    missing = [leaf for leaf, _ in live if id(leaf) not in ends]
+    if missing:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in missing[:3])
+        return f"{len(missing)} of {len(live)} leaves get no gradient: {shapes}"
+    found = gradients(own, [leaf for leaf, _ in live])
+    pairs = [
+        (torch.zeros_like(g) if f is None else f, g) for f, (_, g) in zip(found, live, strict=True)
+    ]
+    sizes = [float(g.norm()) for _, g in pairs]
+    least = 0.05 * max(sizes) + least
+    for (f, g), size in zip(pairs, sizes, strict=True):
+        off = float((f - g).norm()) / max(size, least, 1e-300)
+        if size == size and not off <= tolerance:  # NaN is nobody's
+            return f"a gradient {tuple(g.shape)} is off by {off:.2g} of its norm"
+    return None
 
 
 def _error(actual: Tensor, exact: Tensor, size: Tensor | None = None) -> float:
@@ -406,10 +420,10 @@ def autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def warn(way: str, reason: str) -> None:
+def warn(way: str, reason: str, who: str = "divergence") -> None:
     warnings.warn(
-        f"divergence: {way} and plain autograd disagree on this velocity, {reason}; a slower way"
-        " is taken",
+        f"{who}: {way} and plain autograd disagree on this network, {reason}; a slower way is"
+        " taken",
         RuntimeWarning,
         stacklevel=2,
     )

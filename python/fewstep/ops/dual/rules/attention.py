@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,9 +137,26 @@ def _attention(
         raise UnsupportedError("no rule for attention that mixes samples")
     for m in plain:
         aligned(h, m)
-    (q, dq), (k, dk), (v, dv) = (
-        m.halves() if isinstance(m, Dual) else (m[None], None) for m in given
-    )
+    halves: list[Any] = [m.halves() if isinstance(m, Dual) else (m[None], None) for m in given]
+    if not h.source.constant:
+        p, moved = _attended(h, halves, attn_mask, is_causal, scale)
+        return h.of_halves(p @ halves[2][0], moved)
+    with torch.no_grad():
+        _, moved = _attended(h, halves, attn_mask, is_causal, scale)
+    q, k, v = (m[0] for m, _ in halves)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=scale)
+    return h.of_halves(out[None], moved)
+
+
+def _attended(
+    h: Dual,
+    halves: Sequence[tuple[Tensor, Tensor | None]],
+    attn_mask: Any,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The probabilities `[1, B, ...]` and the tangents of attention."""
+    (q, dq), (k, dk), (v, dv) = halves
     s = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = q @ k.mT * s
     if is_causal:
@@ -162,7 +180,7 @@ def _attention(
         moved = _times(h, lower(s * p * change), v[0])
     if dv is not None:
         moved = moved + _times(h, dv.mT, p[0].mT).mT
-    return h.of_halves(p @ v, moved)
+    return p, moved
 
 
 def _masked(h: Dual, scores: Tensor, mask: Any) -> Tensor:

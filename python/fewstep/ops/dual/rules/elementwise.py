@@ -24,11 +24,47 @@ from fewstep.ops.dual.rules.plain import (
     refuse,
 )
 from fewstep.ops.dual.rules.shapes import chunk, spread
+from fewstep.ops.dual.source import plain
+from fewstep.reference import dual as reference
+
+Scalar = Callable[..., Tensor]
+
+_aten = torch.ops.aten
+# Torch's own functions, and tangents u times their slopes, of z, the result a and options.
+_SLOPES: dict[str, tuple[Scalar, Scalar]] = {
+    "silu": (lambda z, *_: F.silu(z), lambda u, z, a, *_: _aten.silu_backward(u, z)),
+    "gelu": (lambda z, *_: F.gelu(z), lambda u, z, a, *_: _aten.gelu_backward(u, z)),
+    "gelu_tanh": (
+        lambda z, *_: F.gelu(z, approximate="tanh"),
+        lambda u, z, a, *_: _aten.gelu_backward(u, z, approximate="tanh"),
+    ),
+    "tanh": (lambda z, *_: z.tanh(), lambda u, z, a, *_: _aten.tanh_backward(u, a)),
+    "softplus": (F.softplus, lambda u, z, a, *own: _aten.softplus_backward(u, z, *own)),
+    "relu": (lambda z, *_: z.relu(), lambda u, z, a, *_: _aten.threshold_backward(u, z, 0)),
+    "sigmoid": (lambda z, *_: z.sigmoid(), lambda u, z, a, *_: _aten.sigmoid_backward(u, a)),
+}
+
+
+def _as_plain(kind: str, h: Dual, beta: float, threshold: float) -> Dual:
+    """The primal as in a plain call, with constant tangents beside it."""
+    z, u = h.pieces()
+    if kind not in _SLOPES:
+        a, s = reference.derivative(z, kind, beta, threshold)
+        return h.like(a, (s.detach() * u.reshape(-1, *z.shape)).flatten(0, 1))
+    f, slope = _SLOPES[kind]
+    a = f(z, beta, threshold)
+    with torch.no_grad():  # torch's own functions take tensors of one shape
+        parts = [slope(v, z, a, beta, threshold) for v in u.reshape(-1, *z.shape)]
+        t = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return h.like(a, t)
 
 
 def _activation(
     kind: str, h: Dual, beta: float = 1.0, threshold: float = 20.0, inplace: bool = False
 ) -> Dual:
+    if h.source.constant:
+        result = _as_plain(kind, h, beta, threshold)
+        return h.overwritten_by(result) if inplace else result
     if h.source.dtype is not None:
         shift, inner = kernel_shift(h.shift, h.primal_shape)
         z, u = h.pieces(shifted=False)
@@ -52,14 +88,15 @@ for _f, _rule in activation_rules(_activation).items():
     register(_f)(_rule)
 
 
-Scalar = Callable[..., Tensor]
-
-
 def _mapped(h: Dual, f: Scalar, slope: Scalar) -> Dual:
     """`f(z)` of each element, with `f'(z)` by `slope(z, f(z))`."""
     z, tangents = h.halves()
     a = f(z)
-    return h.of_halves(a, slope(z, a) * tangents)
+    if not h.source.constant:
+        return h.of_halves(a, slope(z, a) * tangents)
+    with torch.no_grad():
+        t = slope(z, a) * tangents
+    return h.of_halves(a, t)
 
 
 def _below(z: Tensor) -> Tensor:
@@ -254,8 +291,9 @@ def _neg(input: Dual, *, out: None = None) -> Dual:
 
 
 def _scaled(h: Dual, other: Any, function: Callable[[Tensor, Any], Tensor]) -> Dual:
-    """A product with, or quotient by, what is plain."""
-    h, other = _broadcast(h, other)
+    """A product with, or quotient by, what is plain, which may be larger, but for the batch."""
+    h = promoted(h, other)
+    other = operand(h, other)
     if not isinstance(other, Tensor) or other.ndim < h.ndim:
         return h.like(*(function(z, other) for z in h.pieces()), owned=True)
     return h.like(*(function(z, other).flatten(0, 1) for z in h.copies()), owned=True)
@@ -272,9 +310,21 @@ def mul(input: Any, other: Any, *, out: None = None) -> Dual:
         if a.ndim != b.ndim:
             raise UnsupportedError(f"no rule for {tuple(a.shape)} * {tuple(b.shape)}")
         (x, dx), (y, dy) = a.halves(), b.halves()
+        if a.source.constant and a.dtype == b.dtype and not plain():
+            with torch.no_grad():
+                t = (dx * y).addcmul_(x, dy)
+            return a.of_halves(x * y, t)
         return a.of_halves(x * y, dx * y + x * dy)
     h, other = (input, other) if isinstance(input, Dual) else (other, input)
     return _scaled(h, other, torch.mul)
+
+
+@register(torch.outer, torch.Tensor.outer, torch.ger, torch.Tensor.ger)
+def _outer(input: Any, vec2: Any, *, out: None = None) -> Dual:
+    refuse({"out": out})
+    if not isinstance(input, Dual) or isinstance(vec2, Dual) or input.ndim != 1:
+        raise UnsupportedError("no rule for an outer product that mixes samples")
+    return mul(input.unsqueeze(1), vec2[None])
 
 
 @register(
@@ -462,23 +512,29 @@ for _name in ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"):
     register(getattr(torch.Tensor, _name))(_step(getattr(torch.Tensor, _name)))
 
 
-def _dropout(rank: int) -> Rule:
-    def rule(
-        input: Dual, p: float = 0.5, training: bool = rank == 0, inplace: bool = False
-    ) -> Dual:
-        if training and p > 0:
-            raise UnsupportedError("no rule for dropout in training")
-        return input
+def _dropout(function: Callable[..., Tensor]) -> Rule:
+    def rule(input: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
+        """In training with the mask that a plain call draws."""
+        if not training or p == 0:
+            return input
+        ones = torch.ones(input.shape, dtype=input.dtype, device=input.device)
+        out = mul(input, function(ones, p, True))
+        return input.overwritten_by(out) if inplace else out
 
     return rule
 
 
 for _f in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
-    register(_f)(_dropout(0))
+    register(_f)(_dropout(_f))
 
 
-for _f in (F.alpha_dropout, F.feature_alpha_dropout):
-    register(_f)(_dropout(1))
+@register(F.alpha_dropout, F.feature_alpha_dropout)
+def _alpha_dropout(
+    input: Dual, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> Dual:
+    if training and p > 0:
+        raise UnsupportedError("no rule for alpha dropout in training")
+    return input
 
 
 @register(F.glu)

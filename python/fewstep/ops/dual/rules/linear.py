@@ -98,6 +98,11 @@ def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Dual:
     source = h.source
     if isinstance(h, Seed) and h.ndim == 2:
         return _first(h, weight, bias)
+    if source.constant:
+        z, u = h.pieces()
+        with torch.no_grad():
+            t = F.linear(u, weight)
+        return h.like(F.linear(z, weight, bias), t)
     if source.dtype is not None:
         return h.like(*_linear_pieces(source, h.pieces(), weight), shift=bias)
     lazy = (source.basis or source.cache is not None) and not source.prompt
@@ -158,6 +163,11 @@ def _convolution(function: Callable[..., Tensor], rank: int) -> Rule:
         def convolve(z: Tensor, w: Tensor) -> Tensor:
             return function(z, w, None, *args, **kwargs)
 
+        if h.source.constant:
+            z, u = h.pieces()
+            with torch.no_grad():
+                t = convolve(u, weight)
+            return h.like(function(z, weight, bias, *args, **kwargs), t)
         outs = [h.source.product(convolve, z, weight) for z in h.pieces()]
         if bias is not None:
             if bias.shape != outs[0].shape[1:2]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.dispatch import kernel_shift
 from fewstep.ops.dual.engine import Dual, MixingError, UnsupportedError, register
@@ -16,6 +17,29 @@ from fewstep.ops.dual.rules.elementwise import add, clamp, div, mul
 from fewstep.ops.dual.rules.plain import matched
 from fewstep.ops.dual.rules.resampling import norm
 from fewstep.ops.dual.rules.shapes import spread
+from fewstep.ops.dual.source import plain
+
+Scalar = Callable[[Tensor], Tensor]
+
+
+def _beside(
+    h: Dual, weight: Tensor | None, normalized: Callable[[Tensor], tuple[Tensor, Scalar]]
+) -> Dual:
+    """The primal as in a plain call, with constant tangents beside it.
+
+    Args:
+        weight: broadcasts with the primal.
+        normalized: the norm of z, and what has tangents of it without weights: its Jacobian, which
+            is symmetric, so that backward functions compute it.
+    """
+    z, u = h.pieces()
+    out, tangent = normalized(z)
+    with torch.no_grad():
+        parts = [tangent(v) for v in u.reshape(-1, *z.shape)]
+        t = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if weight is not None:
+            t = t * weight if plain() else t.mul_(weight)  # nobody else has it yet
+    return h.like(out, t)
 
 
 def _normed(
@@ -62,6 +86,16 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Dual:
     rows = _last(input.shape, normalized_shape)
+    if input.source.constant:
+        matched(input, weight, bias)
+        shape = list(normalized_shape)
+
+        def normalized(z: Tensor) -> tuple[Tensor, Scalar]:
+            out, mean, rstd = torch.native_layer_norm(z, shape, weight, bias, eps)
+            own = z, shape, mean, rstd, None, None, [True, False, False]
+            return out, lambda v: torch.ops.aten.native_layer_norm_backward(v, *own)[0]
+
+        return _beside(input, weight, normalized)
     weight, bias = (_per_row(w, normalized_shape, rows) for w in (weight, bias))
     return _normed(input, weight, bias, rows, True, eps)
 
@@ -75,6 +109,22 @@ def _rms_norm(
 ) -> Dual:
     rows = _last(input.shape, normalized_shape)
     eps = torch.finfo(input.dtype).eps if eps is None else eps
+    if input.source.constant:
+        matched(input, weight)
+        shape, dims = list(normalized_shape), tuple(range(-len(normalized_shape), 0))
+
+        def normalized(z: Tensor) -> tuple[Tensor, Scalar]:
+            dtype = wide(z.dtype)
+
+            def tangent(v: Tensor) -> Tensor:
+                y, own = z.to(dtype), v.to(dtype)
+                rstd = (y.square().mean(dims, keepdim=True) + eps).rsqrt()
+                y = y * rstd
+                return (rstd * (own - y * (y * own).mean(dims, keepdim=True))).to(z.dtype)
+
+            return F.rms_norm(z, shape, weight, eps), tangent
+
+        return _beside(input, weight, normalized)
     return _normed(input, _per_row(weight, normalized_shape, rows), None, rows, False, eps)
 
 
@@ -89,6 +139,25 @@ def _group_norm(
     if input.ndim < 2 or num_groups < 1 or input.shape[1] % num_groups:
         raise UnsupportedError(f"no rule for {num_groups} groups of {tuple(input.shape)}")
     inner = math.prod(input.shape[2:])
+    if input.source.constant:
+        matched(input, weight, bias)
+        per = (-1, *(1,) * (input.ndim - 2))
+
+        def normalized(z: Tensor) -> tuple[Tensor, Scalar]:
+            last = z.ndim == 4 and z.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if last else torch.contiguous_format
+            z = z.contiguous(memory_format=layout)
+            n, c = z.shape[:2]
+            out, mean, rstd = torch.native_group_norm(z, weight, bias, n, c, inner, num_groups, eps)
+
+            def tangent(v: Tensor) -> Tensor:
+                v = v.contiguous(memory_format=layout)
+                own = z, mean, rstd, None, n, c, inner, num_groups, [True, False, False]
+                return torch.ops.aten.native_group_norm_backward(v, *own)[0]  # type: ignore[no-any-return]
+
+            return out, tangent
+
+        return _beside(input, None if weight is None else weight.reshape(per), normalized)
 
     def spread(w: Tensor | None) -> Tensor | None:
         if w is not None and w.shape != input.shape[1:2]:

@@ -45,8 +45,10 @@ def cast(h: Dual, dtype: torch.dtype) -> Dual:
     """h in another dtype, where kernels know that."""
     if dtype == h.dtype:
         return h
-    known = dtype in (torch.float32, torch.float64) or h.source.backend == "reference"
-    if h.source.dtype is not None or not dtype.is_floating_point or not known:
+    source = h.source
+    known = dtype in (torch.float32, torch.float64) or source.backend == "reference"
+    known = (known and source.dtype is None) or source.constant
+    if not dtype.is_floating_point or not known:
         raise UnsupportedError(f"no rule for a change of {h.dtype} to {dtype}")
     return same(h, lambda z: z.to(dtype))  # type: ignore[no-any-return]
 
