@@ -128,7 +128,7 @@ def test_each_engine_is_right(engine: str) -> None:
 def test_a_disagreement_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     a = nn.Linear(4, 4).double()
     x = torch.randn(3, 4, dtype=F64)
-    rules = fewstep.ops.dual.engine.RULES
+    rules = fewstep.ops.dual.traced.RULES
     exact = rules[torch.sin]
     monkeypatch.setitem(rules, torch.sin, lambda h: exact(h) * 1.001)
     net = lambda x, t: torch.sin(a(x))  # noqa: E731
@@ -143,7 +143,7 @@ def test_a_disagreement_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_gradients_that_are_missing_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = fewstep.ops.dual.engine.RULES
+    rules = fewstep.ops.dual.traced.RULES
     exact = rules[torch.sin]
     monkeypatch.setitem(rules, torch.sin, lambda h: exact(h.of_flat(h.stack().detach())))
     a = nn.Linear(4, 4).double()

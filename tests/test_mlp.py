@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import fewstep
 from fewstep.ops.dual import mlp, structural
-from fewstep.ops.dual.engine import UnsupportedError
 from fewstep.ops.dual.program import Program, record
 from fewstep.ops.dual.source import Source
+from fewstep.ops.dual.traced import UnsupportedError
 from fewstep.ops.trace.inputs import make_key, make_keys
 from fewstep.reference import dual as reference
 from fewstep.reference.probe import probes

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fewstep
 from fewstep.ops.dual import heads
-from fewstep.ops.dual.engine import RULES, UnsupportedError
 from fewstep.ops.dual.source import Source
+from fewstep.ops.dual.traced import RULES, UnsupportedError
 from tolerances import assert_contract
 
 F64 = torch.float64

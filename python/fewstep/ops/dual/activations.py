@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fewstep.ops.dual.engine import Rule, UnsupportedError
 from fewstep.ops.dual.rules.plain import refuse
+from fewstep.ops.dual.traced import Rule, UnsupportedError
 
 # apply(kind, h, beta, threshold, inplace), kind one of `fewstep.reference.dual.ACTIVATIONS`.
 Apply = Callable[[str, Any, float, float, bool], Any]

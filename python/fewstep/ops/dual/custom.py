@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.ops.dual.engine import RULES, Dual, Rule, Traced, UnsupportedError
+from fewstep.ops.dual.engine import Dual
+from fewstep.ops.dual.traced import RULES, Rule, Traced, UnsupportedError
 
 Function = Callable[..., Tensor]
 # Steps of central differences: errors of cut h^2 and of rounding eps / h are alike.

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fewstep._torch import to_random_state, wide
 from fewstep.ops.dual import dispatch
-from fewstep.ops.dual.engine import Dual, UnsupportedError, run_on, seed
+from fewstep.ops.dual.engine import Dual, seed
 from fewstep.ops.dual.source import Source, kept_or_computed, plain
+from fewstep.ops.dual.traced import UnsupportedError, run_on
 
 
 class _Head(torch.autograd.Function):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fewstep._tree import mapped
-from fewstep.ops.dual.engine import Dual, DualTensor, UnsupportedError, run_on
+from fewstep.ops.dual.engine import Dual, DualTensor
 from fewstep.ops.dual.source import Source
+from fewstep.ops.dual.traced import UnsupportedError, run_on
 
 
 def _batch(inputs: Sequence[Any], tangents: Sequence[Tensor | None], *, expand: bool) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.activations import activation_rules
-from fewstep.ops.dual.engine import (
+from fewstep.ops.dual.rules.plain import matched, of_dtype, operand
+from fewstep.ops.dual.traced import (
     Opaque,
     Rule,
     Traced,
@@ -26,7 +27,6 @@ from fewstep.ops.dual.engine import (
     run_on,
     without_data,
 )
-from fewstep.ops.dual.rules.plain import matched, of_dtype, operand
 from fewstep.reference import dual as reference
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed, to_random_state, wide
 from fewstep.ops.dual import dispatch, heads, mlp, structural
-from fewstep.ops.dual.engine import AUTOCAST, RULES, UnsupportedError
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
 from fewstep.ops.dual.program import Program, record
 from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget
+from fewstep.ops.dual.traced import AUTOCAST, RULES, UnsupportedError
 from fewstep.ops.trace import ladder, replicas
 from fewstep.ops.trace import velocity as velocities
 from fewstep.ops.trace.inputs import Options, make_key, unsupported

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.ops.dual.engine import RULES, is_constant, name_of
+from fewstep.ops.dual.traced import RULES, is_constant, name_of
 from fewstep.ops.trace.divergence import divergence
 from fewstep.ops.trace.estimator import Solver
 from fewstep.ops.trace.inputs import Options, check_problem, check_time

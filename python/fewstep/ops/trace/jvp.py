@@ -16,9 +16,10 @@ from fewstep._library import choose_backend
 from fewstep._torch import is_transformed, to_random_state
 from fewstep._tree import mapped
 from fewstep.ops.dual import dispatch
-from fewstep.ops.dual.engine import RULES, Dual, UnsupportedError, notes
+from fewstep.ops.dual.engine import Dual
 from fewstep.ops.dual.jvp import by_duals
 from fewstep.ops.dual.source import Source
+from fewstep.ops.dual.traced import RULES, UnsupportedError, notes
 from fewstep.ops.trace import ladder, replicas
 from fewstep.ops.trace import velocity as velocities
 from fewstep.ops.trace.inputs import CHECKS, ENGINES, unsupported

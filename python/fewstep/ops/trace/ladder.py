@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
 from fewstep._torch import is_transformed
-from fewstep.ops.dual.engine import MixingError, notes
+from fewstep.ops.dual.traced import MixingError, notes
 from fewstep.ops.trace import velocity as velocities
 from fewstep.reference import trace as reference
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.ops.dual.engine import Dual, UnsupportedError, register
+from fewstep.ops.dual.engine import Dual
 from fewstep.ops.dual.rules.plain import aligned, axes, inside, matched, refuse
+from fewstep.ops.dual.traced import UnsupportedError, register
 
 
 def _softmaxed(h: Dual, dim: int | None, dtype: torch.dtype | None) -> tuple[int, Tensor, Tensor]:

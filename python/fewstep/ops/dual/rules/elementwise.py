@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.activations import activation_rules
 from fewstep.ops.dual.dispatch import kernel_shift
-from fewstep.ops.dual.engine import Dual, Rule, Seed, UnsupportedError, register, unchanged
+from fewstep.ops.dual.engine import Dual, Seed
 from fewstep.ops.dual.rules.plain import (
     aligned,
     is_number,
@@ -25,6 +25,7 @@ from fewstep.ops.dual.rules.plain import (
 )
 from fewstep.ops.dual.rules.shapes import chunk, spread
 from fewstep.ops.dual.source import plain
+from fewstep.ops.dual.traced import Rule, UnsupportedError, register, unchanged
 from fewstep.reference import dual as reference
 
 Scalar = Callable[..., Tensor]

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.ops.dual.engine import Dual, Rule, Seed, UnsupportedError, register
+from fewstep.ops.dual.engine import Dual, Seed
 from fewstep.ops.dual.rules.plain import matched
 from fewstep.ops.dual.source import Source, kept_or_computed, plain, widens
+from fewstep.ops.dual.traced import Rule, UnsupportedError, register
 
 
 class _ProbeLinear(torch.autograd.Function):

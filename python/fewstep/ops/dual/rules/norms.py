@@ -12,12 +12,13 @@ from torch import Tensor
 from fewstep._torch import wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.dispatch import kernel_shift
-from fewstep.ops.dual.engine import Dual, MixingError, UnsupportedError, register
+from fewstep.ops.dual.engine import Dual
 from fewstep.ops.dual.rules.elementwise import add, clamp, div, mul
 from fewstep.ops.dual.rules.plain import matched
 from fewstep.ops.dual.rules.resampling import norm
 from fewstep.ops.dual.rules.shapes import spread
 from fewstep.ops.dual.source import plain
+from fewstep.ops.dual.traced import MixingError, UnsupportedError, register
 
 Scalar = Callable[[Tensor], Tensor]
 

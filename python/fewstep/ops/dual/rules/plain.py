@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.ops.dual.engine import Dual, Opaque, Seed, Traced, UnsupportedError, same
+from fewstep.ops.dual.engine import Dual, Seed, same
+from fewstep.ops.dual.traced import Opaque, Traced, UnsupportedError
 
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 

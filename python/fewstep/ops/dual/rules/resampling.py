@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.ops.dual.engine import Dual, Rule, UnsupportedError, register, same
+from fewstep.ops.dual.engine import Dual, same
 from fewstep.ops.dual.rules.plain import axes, inside, is_number, primal, refuse
+from fewstep.ops.dual.traced import Rule, UnsupportedError, register
 
 
 def _reduced(name: str) -> Rule:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.ops.dual.engine import Dual, Seed, Traced, UnsupportedError, note, register, same
+from fewstep.ops.dual.engine import Dual, Seed, same
 from fewstep.ops.dual.rules.plain import cast, inside, of_dtype, primal, refuse
+from fewstep.ops.dual.traced import Traced, UnsupportedError, note, register
 
 
 def view(h: Dual, function: Callable[[Tensor], Any]) -> Any:
