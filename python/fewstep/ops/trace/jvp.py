@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._checks import flags, function, is_number, one_of, strided
+from fewstep._checks import flags, function, one_of
 from fewstep._library import choose_backend
 from fewstep._torch import is_transformed, to_random_state
 from fewstep._tree import mapped
@@ -23,6 +23,7 @@ from fewstep.ops.dual.traced import RULES, UnsupportedError, notes
 from fewstep.ops.trace import ladder, replicas
 from fewstep.ops.trace import velocity as velocities
 from fewstep.ops.trace.inputs import CHECKS, ENGINES, unsupported
+from fewstep.ops.trace.jvp_problem import Problem, checked, tensors_of
 from fewstep.ops.trace.ladder import Known
 from fewstep.reference import jvp as reference
 
@@ -60,91 +61,6 @@ class _Pairs:
 
     values: tuple[Tensor, ...]
     tangents: tuple[Tensor | None, ...]
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """What `jvp` was given, checked.
-
-    Attributes:
-        tangents: `[K, *shape]` of each input, or None.
-        kept: gradients flow through the tangents, if there are any.
-    """
-
-    network: Callable[..., Any]
-    inputs: tuple[Any, ...]
-    tangents: tuple[Tensor | None, ...]
-    kwargs: Mapping[str, Any]
-    through: bool
-
-    @property
-    def live(self) -> list[Tensor]:
-        """Inputs that have tangents."""
-        return [x for x, u in zip(self.inputs, self.tangents, strict=True) if u is not None]
-
-    @property
-    def moved(self) -> list[Tensor]:
-        return [u for u in self.tangents if u is not None]
-
-    @property
-    def batch(self) -> int | None:
-        """B of the first input with a tangent that is no scalar."""
-        return next((x.shape[0] for x in self.live if x.ndim), None)
-
-    def fresh(self) -> _Problem:
-        """With copies of what a network could change in place."""
-        inputs = [
-            _copy(x) if u is None else x for x, u in zip(self.inputs, self.tangents, strict=True)
-        ]
-        kwargs = {name: _copy(value) for name, value in self.kwargs.items()}
-        return replace(self, inputs=tuple(inputs), kwargs=kwargs)
-
-    def run(self, *live: Tensor) -> tuple[list[Tensor], Any]:
-        """The floating tensors of the result for other inputs with tangents, and the result."""
-        own = self.fresh()
-        given = iter(live)
-        inputs = [
-            x if u is None else next(given) for x, u in zip(own.inputs, self.tangents, strict=True)
-        ]
-        out = self.network(*inputs, **own.kwargs)
-        return [z for z in _tensors(out) if z.is_floating_point()], out
-
-    def few(self, rows: int) -> _Problem:
-        """The first samples, with Gaussian tangents, K = 2."""
-        batch = self.batch
-
-        def cut(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            whole = batch is None or value.ndim == 0 or value.shape[0] != batch
-            return (value if whole else value[:rows]).detach().clone()
-
-        inputs = tuple(map(cut, self.inputs))
-        tangents = tuple(
-            None if u is None else torch.randn_like(x.expand(2, *x.shape))
-            for x, u in zip(inputs, self.tangents, strict=True)
-        )
-        inputs = tuple(
-            x if u is None else x.requires_grad_(True)
-            for x, u in zip(inputs, tangents, strict=True)
-        )
-        kwargs = {name: cut(value) for name, value in self.kwargs.items()}
-        return replace(self, inputs=inputs, tangents=tangents, kwargs=kwargs)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def take(z: Tensor) -> Tensor:
-        found.append(z)
-        return z
-
-    mapped(tree, take)
-    return found
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def jvp(
@@ -212,7 +128,7 @@ def jvp(
     if engine is not None:
         one_of("jvp", "engine", engine, ENGINES)
     one_of("jvp", "check", check, CHECKS)
-    problem, many = _checked(network, inputs, tangents, through, kwargs or {})
+    problem, many = checked(network, inputs, tangents, through, kwargs or {})
     solver = _Solver(problem, engine, check)
     found = replicas.together(network, solver.found)
     if not any(t is not None for t in found.tangents):
@@ -229,71 +145,6 @@ def jvp(
     return Jvp(value, mapped(solver.tree, tangent, leaves), solver.engine, solver.info)
 
 
-def _checked(
-    network: Callable[..., Any],
-    inputs: Any,
-    tangents: Any,
-    through: bool,
-    kwargs: Mapping[str, Any],
-) -> tuple[_Problem, bool]:
-    """And whether tangents have an axis K."""
-    for name, given in (("inputs", inputs), ("tangents", tangents)):
-        if not isinstance(given, (tuple, list)):
-            raise TypeError(f"jvp: {name} must be a tuple, got {type(given).__name__}")
-    if len(inputs) != len(tangents):
-        raise ValueError(
-            f"jvp: tangents must be {len(inputs)}, one for each input, got {len(tangents)}"
-        )
-    counts: dict[int, int] = {}
-    for i, (x, u) in enumerate(zip(inputs, tangents, strict=True)):
-        if u is None:
-            continue
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"jvp: tangents[{i}] must be None, since inputs[{i}] is no floating tensor, got"
-                f" {kind}"
-            )
-        strided("jvp", f"inputs[{i}]", x)
-        if not isinstance(u, Tensor):
-            if not is_number(u):
-                raise TypeError(
-                    f"jvp: tangents[{i}] must be a tensor, a number or None, got {type(u).__name__}"
-                )
-            continue
-        strided("jvp", f"tangents[{i}]", u)
-        if u.dtype != x.dtype or u.device != x.device:
-            raise ValueError(
-                f"jvp: tangents[{i}] must be {x.dtype} on {x.device} like its input, got {u.dtype}"
-                f" on {u.device}"
-            )
-        if u.shape != x.shape and u.shape[1:] != x.shape:
-            shape = tuple(x.shape)
-            raise ValueError(
-                f"jvp: tangents[{i}] must be {shape} like its input, or K of them, got"
-                f" {tuple(u.shape)}"
-            )
-        counts[i] = 0 if u.shape == x.shape else u.shape[0]
-        if u.shape != x.shape and counts[i] == 0:
-            raise ValueError(f"jvp: tangents[{i}] must be one at least, got {tuple(u.shape)}")
-    if len(set(counts.values())) > 1:
-        raise ValueError(
-            f"jvp: all tangents must have the same axis K in front, or none, got {counts}"
-        )
-    count = max([0, *counts.values()])
-    many = count > 0
-    if all(u is None for u in tangents):
-        raise ValueError("jvp: tangents must be for one input at least, got None for each")
-
-    def whole(x: Any, u: Any) -> Tensor | None:
-        if u is None or isinstance(u, Tensor):
-            return u if u is None or many else u[None]
-        return x.new_full((max(count, 1), *x.shape), u)  # type: ignore[no-any-return]
-
-    moved = tuple(whole(x, u) for x, u in zip(inputs, tangents, strict=True))
-    return _Problem(network, tuple(inputs), moved, kwargs, through), many
-
-
 class _Solver:
     """The ways to one product, and which serves.
 
@@ -304,7 +155,7 @@ class _Solver:
 
     tree: Any = None
 
-    def __init__(self, problem: _Problem, engine: str | None, check: str) -> None:
+    def __init__(self, problem: Problem, engine: str | None, check: str) -> None:
         self.problem, self.asked, self.check = problem, engine, check
         self.engine, self.info = "", ""
         self.grad = torch.is_grad_enabled()
@@ -370,7 +221,7 @@ class _Solver:
         self._named(way, known)
         return out
 
-    def _by(self, way: str, problem: _Problem) -> _Pairs:
+    def _by(self, way: str, problem: Problem) -> _Pairs:
         if way == "duals":
             return self._duals(problem)
         mode = reference.forward_mode if way == "func" else reference.reverse_mode
@@ -380,17 +231,17 @@ class _Solver:
             self.tree = out
             if not found:
                 raise ValueError(_NOTHING)
-            return found, [z for z in _tensors(out) if not z.is_floating_point()]
+            return found, [z for z in tensors_of(out) if not z.is_floating_point()]
 
         values, moved, others = mode(run, problem.live, problem.moved, through=problem.through)
         floats, rest = iter(zip(values, moved, strict=True)), iter(others)
         pairs: list[tuple[Tensor, Tensor | None]] = [
             next(floats) if z.is_floating_point() else (next(rest), None)
-            for z in _tensors(self.tree)
+            for z in tensors_of(self.tree)
         ]
         return _Pairs(tuple(v for v, _ in pairs), tuple(t for _, t in pairs))
 
-    def _duals(self, problem: _Problem) -> _Pairs:
+    def _duals(self, problem: Problem) -> _Pairs:
         known = all(x.dtype in (torch.float32, torch.float64) for x in problem.live)
         backend = choose_backend("divergence", problem.live[0].device.type, None, unsupported)
         if not known or is_transformed() or backend not in dispatch.COMPILED:
@@ -549,7 +400,7 @@ class _Sample:
         tolerance: see `ladder.AGREEMENT`.
     """
 
-    problem: _Problem
+    problem: Problem
     values: list[Tensor]
     tangents: list[Tensor] | None
     weights: list[Tensor]
@@ -597,7 +448,7 @@ def _off(actual: Tensor, exact: Tensor, least: float) -> float:
     return float((a - e).norm() / max(float(e.norm()), least))
 
 
-def _sample(problem: _Problem, freed: bool) -> _Sample:
+def _sample(problem: Problem, freed: bool) -> _Sample:
     """A few samples through a plain call; all of them where a context has a row for each."""
     batch = problem.batch
     if batch is not None and batch > 2 * ladder.FEW:
@@ -610,7 +461,7 @@ def _sample(problem: _Problem, freed: bool) -> _Sample:
     return _sampled(problem.few(batch or 1), freed, problem)
 
 
-def _sampled(few: _Problem, freed: bool, problem: _Problem) -> _Sample:
+def _sampled(few: Problem, freed: bool, problem: Problem) -> _Sample:
     torch.manual_seed(0)
     ys = few.live
     values, _ = few.run(*(y.clone() for y in ys))
@@ -663,7 +514,7 @@ def _sampled(few: _Problem, freed: bool, problem: _Problem) -> _Sample:
 
 
 def _refuse_unseen(
-    few: _Problem, problem: _Problem, values: Sequence[Tensor], tolerance: float
+    few: Problem, problem: Problem, values: Sequence[Tensor], tolerance: float
 ) -> None:
     """Raise where a network without a derivative changes along the tangents."""
     moved = [
