@@ -6,195 +6,32 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fewstep
 import fewstep.func
-from support import velocity_nets
+from support.jvp import (
+    F32,
+    F64,
+    NETS,
+    filled,
+    flat,
+    net_of,
+    problem,
+    right,
+    rows,
+)
 from tolerances import assert_contract, assert_no_worse_than_eager
 
-F32, F64 = torch.float32, torch.float64
 ENGINES = ("duals", "func", "reverse")
 # Of torch.func.jvp, when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
-
-
-class Sinusoids(nn.Module):
-    """Of a time `[B]`, up to 1000 radians."""
-
-    def __init__(self, width: int, outer: bool) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
-        self.outer = outer
-
-    def forward(self, t: Tensor) -> Tensor:
-        rates = torch.exp(-math.log(1e4) * torch.arange(8, dtype=t.dtype) / 8)
-        angle = torch.outer(1000 * t, rates) if self.outer else 1000 * t[:, None] * rates[None]
-        return self.net(torch.cat([angle.sin(), angle.cos()], -1))  # type: ignore[no-any-return]
-
-
-class Mlp(nn.Module):
-    def __init__(self, d: int = 4, width: int = 16) -> None:
-        super().__init__()
-        self.time, self.span = Sinusoids(width, True), Sinusoids(width, False)
-        self.first, self.last = nn.Linear(d + 1, width), nn.Linear(width, d)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        c = self.time(t) + self.span(t - r)
-        h = F.silu(self.first(torch.cat([x, t[:, None]], 1)) + c)
-        return self.last(self.norm(h) * (1 + c)) * t.view(-1, 1)  # type: ignore[no-any-return]
-
-
-class Block(nn.Module):
-    def __init__(self, i: int, o: int, width: int) -> None:
-        super().__init__()
-        self.a, self.b = nn.GroupNorm(2, i), nn.GroupNorm(2, o)
-        self.c, self.d = nn.Conv2d(i, o, 3, padding=1), nn.Conv2d(o, o, 3, padding=1)
-        self.time, self.skip = nn.Linear(width, 2 * o), nn.Conv2d(i, o, 1)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        scale, shift = self.time(c)[:, :, None, None].chunk(2, 1)
-        h = self.b(self.c(F.silu(self.a(x)))) * (1 + scale) + shift
-        return self.skip(x) + self.d(F.silu(h))  # type: ignore[no-any-return]
-
-
-class UNet(nn.Module):
-    def __init__(self, channels: int = 2, width: int = 4) -> None:
-        super().__init__()
-        self.time, self.span = Sinusoids(8, True), Sinusoids(8, False)
-        self.first, self.last = (
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.Conv2d(width, channels, 3, padding=1),
-        )
-        self.down = nn.Conv2d(width, 2 * width, 3, 2, 1)
-        self.a, self.b = Block(width, width, 8), Block(2 * width, 2 * width, 8)
-        self.c, self.norm = Block(3 * width, width, 8), nn.GroupNorm(2, width)
-
-    def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        c = self.time(t) + self.span(t - r)
-        high = self.a(self.first(x), c)
-        low = F.interpolate(self.b(self.down(high), c), scale_factor=2)
-        h = self.c(torch.cat([low, high], 1), c)
-        return self.last(F.silu(self.norm(h)))  # type: ignore[no-any-return]
-
-
-class Transformer(nn.Module):
-    """A block with adaLN, QK norm, rotary embeddings and a context."""
-
-    def __init__(self, d: int = 3, width: int = 8) -> None:
-        super().__init__()
-        self.time, self.span = Sinusoids(width, False), Sinusoids(width, True)
-        self.first, self.last = nn.Linear(d, width), nn.Linear(width, d)
-        self.modulation, self.qkv = nn.Linear(width, 6 * width), nn.Linear(width, 3 * width)
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.second, self.heads = nn.RMSNorm(width), nn.RMSNorm(width // 2)
-        self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(approximate="tanh"), nn.Linear(2 * width, width)
-        )
-
-    def rotated(self, z: Tensor) -> Tensor:
-        pairs = z.shape[-1] // 2
-        places = torch.arange(z.shape[-2], dtype=z.dtype)[:, None]
-        angle = places * torch.exp(-torch.arange(pairs, dtype=z.dtype))
-        a, b = self.heads(z).chunk(2, -1)
-        return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
-
-    def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        h = self.first(x)
-        batch, tokens, width = h.shape
-        c = self.modulation(F.silu(self.time(t) + self.span(t - r)))[:, None].chunk(6, -1)
-        z = self.norm(h) * (1 + c[0]) + c[1]
-        q, k, v = self.qkv(z).view(batch, tokens, 3, 2, width // 2).permute(0, 2, 3, 1, 4).unbind(1)
-        a = F.scaled_dot_product_attention(self.rotated(q), self.rotated(k), v)
-        h = h + c[2] * self.out(a.transpose(1, 2).reshape(batch, tokens, width))
-        h = h + c[5] * self.mlp(self.second(h) * (1 + c[3]) + c[4])
-        return self.last(h)  # type: ignore[no-any-return]
-
-
-def no_span(net: Callable[[], nn.Module]) -> nn.Module:
-    """A network of (x, t), as one of (x, t, r)."""
-
-    class Ignoring(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net()
-
-        def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            return self.net(x, t)  # type: ignore[no-any-return]
-
-    return Ignoring()
-
-
-NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "mlp": (Mlp, (4,)),
-    "unet": (UNet, (2, 4, 4)),
-    "transformer": (Transformer, (5, 3)),
-    "time mlp": (partial(no_span, partial(velocity_nets.TimeMLP, 4, 8, 3, nn.Softplus)), (4,)),
-    "film": (partial(no_span, partial(velocity_nets.Film, 4, 8)), (4,)),
-    "convolutions": (partial(no_span, partial(velocity_nets.Convolutions, 2, 4)), (2, 4, 4)),
-    "attention": (partial(no_span, partial(velocity_nets.Attention, 4, 8, True)), (5, 4)),
-}
-
-
-@dataclass
-class Problem:
-    """A network, its inputs, tangents in all of them, and weights of a loss, in float64."""
-
-    net: nn.Module
-    inputs: tuple[Tensor, ...]
-    tangents: tuple[Any, ...]
-    w: Tensor
-
-    def to(self, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...], tuple[Any, ...]]:
-        own = [z.to(dtype).requires_grad_() for z in self.inputs]
-        tangents = [u.to(dtype) if isinstance(u, Tensor) else u for u in self.tangents]
-        return self.net.to(dtype), tuple(own), tuple(tangents)
-
-    def exact(self, through: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Value and tangent by forward mode, gradients by reverse mode twice."""
-        net, inputs, tangents = self.to(F64)
-        full = tuple(
-            u if isinstance(u, Tensor) else torch.full_like(x, u)
-            for x, u in zip(inputs, tangents, strict=True)
-        )
-        with sdpa_kernel(SDPBackend.MATH):
-            value, tangent = torch.func.jvp(net, inputs, full)
-            loss = (net(*inputs) * self.w).sum()
-            if through:
-                rows = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
-                pairs = zip(rows, full, strict=True)
-                loss = loss + sum((row * u).sum() for row, u in pairs if row is not None)
-            leaves = [*inputs, *net.parameters()]
-            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        return value.detach(), tangent.detach(), _filled(grads, leaves)
-
-
-def _filled(grads: Any, leaves: list[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(z) if g is None else g for g, z in zip(grads, leaves, strict=True)]
-
-
-def problem(name: str, batch: int = 6) -> Problem:
-    torch.manual_seed(0)
-    make, shape = NETS[name]
-    net = make().to(F64)
-    x, v, w = (torch.randn(batch, *shape, dtype=F64).to(F32).to(F64) for _ in range(3))
-    t = torch.rand(batch).to(F64)
-    r = t * torch.rand(batch).to(F64)
-    return Problem(net, (x, t, r), (v, 1.0, -0.5), w)
-
-
-def flat(grads: list[Tensor]) -> Tensor:
-    return torch.cat([g.flatten() for g in grads])
 
 
 @pytest.mark.parametrize("dtype", [F64, F32])
@@ -216,7 +53,7 @@ def test_values_tangents_and_gradients(name: str, through: bool, dtype: torch.dt
         loss = (out.value * own.w).sum()
         loss = loss + (out.tangent * own.w).sum() if through else loss
         leaves = [*inputs, *net.parameters()]
-        found = _filled(torch.autograd.grad(loss, leaves, allow_unused=True), leaves)
+        found = filled(torch.autograd.grad(loss, leaves, allow_unused=True), leaves)
         assert_contract("gradient", flat(found), flat(expected))
         with torch.no_grad():
             out = fewstep.jvp(net, inputs, tangents, through=through, engine=engine)
@@ -244,7 +81,7 @@ def test_many_tangents_are_each_alone(name: str, through: bool, engine: str) -> 
         pair = []
         for t in (out.tangent, torch.stack([a.tangent for a in alone])):
             found = torch.autograd.grad(t.sin().sum(), leaves, allow_unused=True)
-            pair.append(flat(_filled(found, leaves)))
+            pair.append(flat(filled(found, leaves)))
         assert_contract("gradient", *pair)
 
 
@@ -287,33 +124,6 @@ def test_embeddings_of_a_time_are_as_exact_as_eager_ones() -> None:
         out = fewstep.jvp(features, (t,), (1.0,), through=through)
         assert out.engine == "duals"
         assert_no_worse_than_eager(out.tangent, eager, exact, scale=exact)
-
-
-def net_of(*widths: int, norm: type[nn.Module] | None = None) -> nn.Sequential:
-    torch.manual_seed(1)
-    layers: list[nn.Module] = []
-    for i, o in pairwise(widths):
-        layers += [nn.Linear(i, o), *([norm(o)] if norm else []), nn.SiLU()]
-    return nn.Sequential(*layers[:-1], nn.Linear(widths[-1], widths[0])).double()
-
-
-def rows(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=F64)
-
-
-def right(
-    network: Callable[..., Tensor],
-    inputs: tuple[Tensor, ...],
-    tangents: tuple[Tensor, ...],
-    **options: Any,
-) -> fewstep.Jvp:
-    """What `jvp` returns, if it agrees with torch's forward mode."""
-    out = fewstep.jvp(network, inputs, tangents, **options)
-    with sdpa_kernel(SDPBackend.MATH):
-        value, tangent = torch.func.jvp(network, inputs, tangents)
-    assert_contract("gradient", out.value, value.detach())
-    assert_contract("gradient", out.tangent, tangent.detach())
-    return out
 
 
 def test_scalar_times_that_a_network_expands() -> None:
@@ -435,7 +245,7 @@ def test_gradients_through_tangents_of_norms(norm: type[nn.Module], engine: str)
     out = fewstep.jvp(net, (y,), (v,), through=True, engine=engine)
     found = torch.autograd.grad((out.tangent * w).sum(), [y, *net.parameters()], allow_unused=True)
     leaves = [y, *net.parameters()]
-    assert_contract("gradient", flat(_filled(found, leaves)), flat(_filled(exact, leaves)))
+    assert_contract("gradient", flat(filled(found, leaves)), flat(filled(exact, leaves)))
 
 
 @pytest.mark.parametrize("through", [False, True])
@@ -580,230 +390,3 @@ def test_values_have_second_derivatives() -> None:
         (row,) = torch.autograd.grad(value.square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(row.square().sum(), x)[0])
     assert_contract("gradient", *found)
-
-
-def test_tangents_of_a_context_by_position_and_plain_ones_by_name() -> None:
-    net, x, c, w = net_of(4, 8), rows(5, 4), rows(5, 3, 4), rows(5, 4)
-
-    def network(x: Tensor, c: Tensor, label: int, *, weight: Tensor) -> Tensor:
-        h = F.scaled_dot_product_attention(net(x)[:, None], c, c)[:, 0]
-        return h * weight * label
-
-    out = fewstep.jvp(network, (x, c, 2), (w, c.sin(), None), kwargs={"weight": w})
-    assert (out.engine, out.info) == ("duals", "")
-    with sdpa_kernel(SDPBackend.MATH):
-        exact = torch.func.jvp(lambda x, c: network(x, c, 2, weight=w), (x, c), (w, c.sin()))[1]
-    assert_contract("gradient", out.tangent, exact.detach())
-    only = fewstep.jvp(network, (x, c, 2), (None, c.sin(), None), kwargs={"weight": w})
-    with sdpa_kernel(SDPBackend.MATH):
-        exact = torch.func.jvp(lambda c: network(x, c, 2, weight=w), (c,), (c.sin(),))[1]
-    assert_contract("gradient", only.tangent, exact.detach())
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_inputs_are_not_changed(engine: str) -> None:
-    x, t, v = rows(5, 4), torch.rand(5, dtype=F64), rows(5, 4)
-    before = x.clone(), t.clone()
-
-    def network(x: Tensor, t: Tensor) -> Tensor:
-        t *= 1000
-        x.mul_(2)
-        return (x * t[:, None]).sin()
-
-    out = fewstep.jvp(network, (x, t), (v, None), engine=engine)
-    assert torch.equal(x, before[0])
-    assert torch.equal(t, before[1])
-    angle = 2000 * x * t[:, None]
-    assert_contract("gradient", out.tangent, angle.cos() * 2000 * t[:, None] * v)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_networks_of_few_bits(dtype: torch.dtype) -> None:
-    net, x, v = net_of(4, 8, norm=nn.LayerNorm), rows(5, 4), rows(5, 4)
-    exact = torch.func.jvp(net, (x,), (v,))[1].detach()
-    net = net.to(dtype)
-    for through in (False, True):
-        out = fewstep.jvp(lambda x: net(x.to(dtype)), (x.float(),), (v.float(),), through=through)
-        assert (out.engine, out.tangent.dtype) == ("func" if through else "duals", dtype)
-        assert (out.tangent.double() - exact).norm() < 0.03 * exact.norm()
-
-
-@pytest.mark.parametrize("through", [False, True])
-def test_autocast(through: bool) -> None:
-    """Duals have no rules under it; what serves has the value and the gradients of a plain call."""
-    net, x, v = net_of(4, 8, norm=nn.LayerNorm), rows(5, 4), rows(5, 4)
-    exact = torch.func.jvp(net, (x,), (v,))[1].detach()
-    net, x, v = net.float(), x.float(), v.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        out, plain = fewstep.jvp(net, (x,), (v,), through=through), net(x)
-    assert out.engine != "duals"
-    assert "autocast" in out.info
-    assert (out.tangent.double() - exact).norm() < 0.05 * exact.norm()
-    pair = [
-        flat(list(torch.autograd.grad(value.float().square().sum(), list(net.parameters()))))
-        for value in (out.value, plain)
-    ]
-    assert (pair[0] - pair[1]).norm() < 0.05 * pair[1].norm()
-
-
-def test_empty_batches_and_tangents_of_a_network() -> None:
-    net, inputs, tangents = problem("mlp").to(F64)
-    none = tuple(z[:0].detach() for z in inputs)
-    assert fewstep.jvp(net, none, (none[0], 1.0, None)).tangent.shape == (0, 4)
-    v = tangents[0].clone().requires_grad_()
-    assert not fewstep.jvp(net, inputs, (v, 1.0, None)).tangent.requires_grad
-    out = fewstep.jvp(net, inputs, (v, 1.0, None), through=True)
-    (found,) = torch.autograd.grad(out.tangent.sum(), v)
-    (row,) = torch.autograd.grad(net(*inputs).sum(), inputs[0])
-    assert_contract("gradient", found, row)
-
-
-X, T = torch.zeros(6, 4), torch.zeros(6)
-BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
-    "count": (((X, T), (X,)), {}, "tangents must be 2, one for each input, got 1"),
-    "shape": (((X, T), (X[:3], None)), {}, r"tangents\[0\] must be \(6, 4\).*got \(3, 4\)"),
-    "dtype": (((X,), (X.double(),)), {}, r"tangents\[0\] must be torch.float32"),
-    "integers": (((X, T.long()), (X, 1)), {}, r"inputs\[1\] is no floating tensor, got torch.int"),
-    "number": (((X, 0.5), (X, 1.0)), {}, r"inputs\[1\] is no floating tensor, got float"),
-    "no tangents": (((X, T), (None, None)), {}, "got None for each"),
-    "K = 0": (((X,), (X.expand(0, 6, 4),)), {}, r"one at least, got \(0, 6, 4\)"),
-    "axes": (((X, T), (X.expand(2, 6, 4), T)), {}, "the same axis K"),
-    "counts": (((X, T), (X.expand(2, 6, 4), T.expand(3, 6))), {}, "the same axis K"),
-    "engine": (((X,), (X,)), {"engine": "fast"}, "engine must be one of"),
-    "check": (((X,), (X,)), {"check": "once"}, "check must be one of"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str) -> None:
-    given, options, text = BAD[name]
-    with pytest.raises(ValueError, match=text):
-        fewstep.jvp(lambda *own: own[0], *given, **options)
-
-
-def test_bad_types() -> None:
-    with pytest.raises(TypeError, match="inputs must be a tuple, got Tensor"):
-        fewstep.jvp(torch.sin, X, (X,))
-    with pytest.raises(TypeError, match=r"tangents\[0\] must be a tensor, a number or None"):
-        fewstep.jvp(torch.sin, (X,), ("x",))
-
-
-@pytest.mark.parametrize(
-    "network",
-    [
-        lambda x: x.long(),
-        lambda x: None,
-        lambda x: x.detach() * 2,
-        lambda x: torch.no_grad()(torch.sin)(x + 1),
-        lambda x: torch.from_numpy(x.detach().numpy() + 1),
-        lambda x: object(),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:jvp")
-def test_networks_without_a_derivative(network: Callable[[Tensor], Any]) -> None:
-    with pytest.raises(ValueError, match="network must"):
-        fewstep.jvp(network, (rows(6, 4),), (rows(6, 4),))
-
-
-def test_a_network_that_does_not_see_an_input() -> None:
-    x, t = rows(6, 4), torch.rand(6, dtype=F64)
-    for engine in ENGINES:
-        out = fewstep.jvp(lambda x, t: x.sin(), (x, t), (None, 1.0), engine=engine)
-        assert torch.equal(out.tangent, torch.zeros_like(x))
-
-
-def test_with_the_signature_of_torch_func() -> None:
-    net, inputs, _ = problem("mlp").to(F64)
-    ones = tuple(map(torch.ones_like, inputs))
-    value, tangent = fewstep.func.jvp(net, inputs, ones)
-    expected = torch.func.jvp(net, inputs, ones)
-    assert_contract("gradient", value, expected[0].detach())
-    assert_contract("gradient", tangent, expected[1].detach())
-    assert tangent.requires_grad
-
-    def pair(*own: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        out = net(*own)
-        return out, {"twice": 2 * out, "name": "aux"}
-
-    value, tangent, aux = fewstep.func.jvp(pair, inputs, ones, has_aux=True)
-    assert_contract("gradient", tangent, expected[1].detach())
-    assert_contract("gradient", aux["twice"], 2 * value.detach())
-    assert aux["name"] == "aux"
-    with pytest.raises(RuntimeError):
-        fewstep.func.jvp(lambda x: torch.ones(2), (inputs[0],), (ones[0],), strict=True)
-    with pytest.raises(ValueError, match="must return a pair"):
-        fewstep.func.jvp(net, inputs, ones, has_aux=True)
-
-
-def test_the_average_velocity_is_its_own_target() -> None:
-    """For Gaussian data the flow map is known, and with it the average velocity."""
-    mean, deviation = 0.7, 0.6
-
-    def sigma(t: Tensor) -> Tensor:
-        return ((1 - t) ** 2 * deviation**2 + t**2).sqrt()
-
-    def average(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        t, r = t[:, None], r[:, None]
-        moved = (1 - r) * mean + sigma(r) / sigma(t) * (x - (1 - t) * mean)
-        return (x - moved) / (t - r)
-
-    t = torch.rand(8, dtype=F64) * 0.5 + 0.5
-    r, x = t * 0.4, rows(8, 3)
-    up = t[:, None]
-    v = -mean + (up - (1 - up) * deviation**2) / sigma(up) ** 2 * (x - (1 - up) * mean)
-    out = fewstep.meanflow_target(average, x, t, r, v)
-    assert (out.engine, out.info) == ("duals", "")
-    assert_contract("gradient", out.target, out.value)
-    same = fewstep.meanflow_target(lambda x, t, r: x.sin(), x, t, t, v)
-    assert torch.equal(same.target, v)
-    for given, text in (
-        ((x, t[:3], r, v), r"t must be a scalar or \(8,\), got \(3,\)"),
-        ((x, t, r, v[:3]), r"v must be \(8, 3\)"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            fewstep.meanflow_target(average, *given)
-    with pytest.raises(ValueError, match="network must return"):
-        fewstep.meanflow_target(lambda x, t, r: x[:, 0], x, t, r, v)
-
-
-def test_a_consistency_function_is_its_own_target() -> None:
-    """For Gaussian data the consistency function is known; for others g is `cos(t) df/dt`."""
-    s, own = 0.5, 0.8
-
-    def sigma(t: Tensor) -> Tensor:
-        return ((t.cos() * own) ** 2 + (t.sin() * s) ** 2).sqrt()
-
-    def network(x: Tensor, t: Tensor) -> Tensor:
-        t = t[:, None]
-        return (t.cos() - own / sigma(t)) * x / t.sin()
-
-    t, x = torch.rand(8, dtype=F64) + 0.2, rows(8, 3)
-    up = t[:, None]
-    v = (s**2 - own**2) * up.sin() * up.cos() / sigma(up) ** 2 * x
-    out = fewstep.scm_target(network, x, t, v)
-    assert out.engine == "duals"
-    assert_contract("gradient", out.target, out.value)
-
-    net = net_of(3, 8)
-
-    def other(x: Tensor, t: Tensor) -> Tensor:
-        return net(x * t[:, None])  # type: ignore[no-any-return]
-
-    def consistency(x: Tensor, t: Tensor) -> Tensor:
-        return t.cos()[:, None] * x - t.sin()[:, None] * s * other(x / s, t)
-
-    found = fewstep.scm_target(other, x, t, v, c=0.3)
-    g = up.cos() * torch.func.jvp(consistency, (x, t), (v, torch.ones_like(t)))[1]
-    exact = other(x / s, t) + g / (g.norm(dim=1, keepdim=True) + 0.3)
-    assert_contract("gradient", found.target, exact.detach())
-    none = fewstep.scm_target(other, x, t, v, c=0.3, warmup=0.0)
-    g = -(up.cos() ** 2) * (s * none.value - v)
-    exact = none.value + g / (g.norm(dim=1, keepdim=True) + 0.3)
-    assert_contract("gradient", none.target, exact.detach())
-    for options, text in (
-        ({"data_std": 0.0}, "data_std"),
-        ({"warmup": 2.0}, "warmup"),
-        ({"c": 0.0}, "c "),
-    ):
-        with pytest.raises(ValueError, match=text):
-            fewstep.scm_target(other, x, t, v, **options)
