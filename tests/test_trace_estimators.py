@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -111,12 +112,22 @@ def test_sketches_of_jacobians_of_low_rank(name: str, low: str) -> None:
     assert ((parts.mean(0) - want).abs() <= error).all()
 
 
-def test_xtrace_where_probes_are_equal_is_hutchinson() -> None:
-    J = torch.randn(4, 4, dtype=F64)
-    v = torch.ones(2, 1, 4, dtype=F64)
-    v[1] *= -1
-    found = reference.xtrace(lambda u: u @ J.T, v)
-    torch.testing.assert_close(found, J.sum().expand(2, 1))
+@pytest.mark.parametrize(("d", "count"), [(3, 2), (4, 2), (3, 3)])
+def test_xtrace_over_all_signs_is_the_trace(d: int, count: int) -> None:
+    """Parallel probes among them, alone and beside others."""
+    torch.manual_seed(0)
+    J = torch.randn(d, d, dtype=F64)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=d)), dtype=F64)
+    all_of_them = torch.cartesian_prod(*[torch.arange(len(signs))] * count)
+    v = signs[all_of_them].movedim(1, 0)
+
+    def estimates(v: Tensor) -> Tensor:
+        return reference.xtrace(lambda u: u @ J.T, v)
+
+    found = estimates(v)
+    torch.testing.assert_close(found.mean(), J.trace())
+    alone = torch.cat([estimates(v[:, k : k + 1]) for k in range(v.shape[1])], 1)
+    torch.testing.assert_close(alone, found)
 
 
 @pytest.mark.parametrize("name", SKETCHES)

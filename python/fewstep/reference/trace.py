@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep._torch import exactly, to_random_state, wide
+from fewstep._torch import exactly, readable, to_random_state, wide
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Product = Callable[[Tensor], Tensor]
@@ -180,8 +180,9 @@ def xtrace(product: Product, v: Tensor) -> Tensor:
 
         estimate_i = tr H - s_i' H s_i + mu_i' J mu_i,    H = Q' J Q.
 
-    Q, s_i and x_i are constants, as Q of `hutchpp`. Where R is nearly singular, s_i is not known,
-    and the estimates are Hutchinson's.
+    Q, s_i and x_i are constants, as Q of `hutchpp`. Where R is nearly singular, as for signs that
+    are parallel, `I - s_i s_i'` is the projection on the span of the other columns of R. To take
+    other estimates there, such as Hutchinson's, would move the mean.
 
     Source: Epperly, Tropp, Webber, XTrace: making the most of every sample in stochastic trace
     estimation, 2024.
@@ -200,14 +201,35 @@ def xtrace(product: Product, v: Tensor) -> Tensor:
     plain = (omega * y).sum(-2)
     with exactly(v.device):
         h, w = q.mT @ z, q.mT @ omega
-        eye = torch.eye(r.shape[-1], dtype=dtype, device=r.device).expand_as(r)
-        r = torch.where(regular[:, None, None], r, eye)
-        s = torch.linalg.solve_triangular(r.mT, eye, upper=False)
-        s = s / s.norm(dim=-2, keepdim=True)
-        inside = w - s * (s * w).sum(-2, keepdim=True)  # x_i
+        if readable(regular) and bool(regular.all()):
+            eye = torch.eye(r.shape[-1], dtype=dtype, device=r.device).expand_as(r)
+            s = torch.linalg.solve_triangular(r.mT, eye, upper=False)
+            s = s / s.norm(dim=-2, keepdim=True)
+            inside = w - s * (s * w).sum(-2, keepdim=True)  # x_i
+            trace = h.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) - (s * (h @ s)).sum(-2)
+        else:
+            others = _spans_of_others(r)  # [B, K, K, K]
+            inside = torch.einsum("bijk,bki->bji", others, w)
+            trace = (others * h.mT[:, None]).sum((-2, -1))
         cross = ((z.mT @ omega + q.mT @ y) * inside).sum(-2)
         outside = plain - cross + (inside * (h @ inside)).sum(-2)
-        trace = h.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-        sketched = trace - (s * (h @ s)).sum(-2) + outside
-    estimates: Tensor = torch.where(regular[:, None], sketched, plain).movedim(-1, 0)
+    estimates: Tensor = (trace + outside).movedim(-1, 0)
     return estimates
+
+
+def _spans_of_others(r: Tensor) -> Tensor:
+    """For each column i of r `[B, K, K]`, the projection on the span of the others, by Gram and
+    Schmidt: a column that is in the span of those before it adds nothing."""
+    count = r.shape[-1]
+    found = r.new_zeros(r.shape[0], count, count, count)  # orthonormal or zero columns, for each i
+    own = torch.eye(count, dtype=torch.bool, device=r.device)
+    for j in range(count):
+        column = torch.where(own[:, j, None], 0.0, r[:, None, :, j])  # [B, i, K]
+        rest = column[..., None]
+        for _ in range(2):  # once more, for what rounding left
+            rest = rest - found @ (found.mT @ rest)
+        size, whole = rest.norm(dim=-2, keepdim=True), column.norm(dim=-1)[..., None, None]
+        new = size > torch.finfo(r.dtype).eps ** 0.5 * whole
+        rest = torch.where(new, rest / torch.where(new, size, 1.0), 0.0)
+        found = torch.cat([found[..., :j], rest, found[..., j + 1 :]], -1)
+    return found @ found.mT
