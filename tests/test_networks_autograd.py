@@ -327,3 +327,23 @@ def test_a_reentrant_checkpoint_behind_what_is_constant_in_x() -> None:
     out.velocity.sum().backward()
     assert inner.weight.grad is not None
     assert inner.weight.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:divergence. duals and plain autograd disagree")
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_hooks_that_change_gradients(late: bool, gate: bool) -> None:
+    """Whether they were there from the first call on or not."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)), torch.randn(5, 6)
+
+    def velocity(x: Tensor, t: Any) -> Tensor:
+        return net(x) * x if gate else net(x)  # type: ignore[no-any-return]
+
+    if late:
+        fewstep.divergence(velocity, x, 0.3, estimator="exact")
+    net[2].register_full_backward_hook(lambda m, gi, go: (gi[0].clamp(-0.01, 0.01),))
+    out = fewstep.divergence(velocity, x, 0.3, estimator="exact")
+    (found,) = torch.autograd.grad(out.velocity.square().sum(), net[0].weight)
+    (plain,) = torch.autograd.grad(velocity(x, 0.3).square().sum(), net[0].weight)
+    torch.testing.assert_close(found, plain)

@@ -251,6 +251,8 @@ class Solver:
                     known.worked.add(way)
                     continue
                 self._refuse(way, f"plain autograd disagrees, {reason}", known)
+                if way == "duals":  # whose gradients stand for those of the structure
+                    known.refused["structural"] = known.refused["duals"]
                 if way in ("duals", "func"):
                     ladder.warn(way, reason)
         if s.unseen:

@@ -100,8 +100,7 @@ def _modes(m: Module, parts: list[Any], modules: list[Module], seen: set[int]) -
             continue
         seen.add(id(own))
         modules.append(own)
-        hooked = bool(own._forward_hooks or own._forward_pre_hooks)
-        parts.append(2 * own.training + hooked)
+        parts.append(2 * own.training + _is_hooked(own))
         if own._modules:
             waiting += reversed(own._modules.values())
 
@@ -115,8 +114,15 @@ def mixing(modules: list[Module]) -> str | None:
 
 
 def hooked(modules: list[Module]) -> bool:
-    """Whether weights may be others after their layer than within it: by hooks, or FSDP's."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    """Whether weights may be others after their layer than within it, by hooks, or FSDP's; or
+    gradients others than those of what the layer computes."""
+    return any(map(_is_hooked, modules))
+
+
+def _is_hooked(m: Module) -> bool:
+    return bool(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    )
 
 
 def freed(modules: list[Module]) -> bool:
