@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fewstep
@@ -306,3 +307,22 @@ def test_numpy_integers_are_taken() -> None:
     assert torch.equal(
         own, fewstep.divergence(gaussian(1.0), x, 0.5, **options | {"probes": 2, "seed": 5}).value
     )
+
+
+@pytest.mark.parametrize(
+    "network", [lambda x, t: x.mul_(0.5), lambda x, t: F.silu(x, inplace=True)]
+)
+def test_networks_that_change_their_input(network: Callable[..., Tensor]) -> None:
+    """It may be the state of the solver."""
+    x = torch.randn(3, 2)
+    calls: list[Callable[[], object]] = [
+        lambda: fewstep.edm_sample(network, x.clone(), steps=3),
+        lambda: fewstep.edm_sample(network, x.clone(), steps=3, guidance=2.0, uncond=network),
+        lambda: fewstep.flow_sample(network, x.clone(), steps=3),
+        lambda: fewstep.multistep_sample(network, x.clone(), sigmas=[80.0, 1.0]),
+        lambda: fewstep.heun_solve(network, x.clone(), [0.0, 0.5, 1.0]),
+        lambda: fewstep.heun_step(network, x.clone(), 0.0, 0.1),
+    ]
+    for call in calls:
+        with torch.no_grad(), pytest.raises(ValueError, match="changes its input in place"):
+            call()

@@ -485,3 +485,13 @@ def test_backend_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWSTEP_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         fewstep.sinkhorn(X, Y, eps=0.1)
+
+
+def test_transport_of_a_shape_with_two_meanings() -> None:
+    """As many temperatures as points of y, and as many vectors."""
+    x, y = torch.randn(5, 2), torch.randn(3, 2)
+    result = fewstep.sinkhorn(x, y, eps=[0.5, 1.0, 2.0])
+    with pytest.raises(ValueError, match=r"v must be \(3, 3, 'K'\) here"):
+        result.transport(torch.eye(3))
+    found = result.transport(torch.eye(3).expand(3, 3, 3))
+    torch.testing.assert_close(found, result.plan())

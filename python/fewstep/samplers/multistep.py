@@ -90,6 +90,6 @@ def multistep_sample(
     inputs = given.expand(-1, latents.shape[0]).contiguous().unbind()
     run.advance([], 1, 0)
     for k in range(len(levels)):
-        endpoint = run.accept(network(run.net, inputs[k]), k)
+        endpoint = run.call(network, inputs[k], k)
         run.advance([endpoint, latents] if mode == "reuse" else [endpoint], FIRST + k, k)
     return run.finish()

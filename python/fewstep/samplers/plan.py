@@ -201,7 +201,7 @@ def follow(
     def evaluate(net: Tensor, index: int, step: int) -> list[Tensor]:
         if tracked is not None:
             return [run.accept(out, step) for out in tracked.call(net, inputs[index], index)]
-        outs = [run.accept(network(net, inputs[index]), step) for network in networks]
+        outs = [run.call(network, inputs[index], step) for network in networks]
         if len(outs) == 2 and _share_memory(*outs):
             raise ValueError(
                 f"{run.who}: the networks must return tensors of their own, got one buffer from"
@@ -210,9 +210,9 @@ def follow(
         return outs
 
     def alone(net: Tensor, index: int, step: int) -> list[Tensor]:
-        return [accept(network(net, inputs[index]), step)]
+        return [run.call(network, inputs[index], step)]
 
-    network, accept, advance = networks[0], run.accept, run.advance
+    network, advance = networks[0], run.advance
     call = alone if tracked is None and len(networks) == 1 else evaluate
     advance([], 1, 0)
     for step in _steps(plan.steps, progress):

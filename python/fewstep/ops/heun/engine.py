@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,10 +65,25 @@ class Run:
         on_cpu = x.device.type == "cpu"
         default = on_cpu and not self.functional
         possible = not torch.compiler.is_compiling() and not is_transformed()
+        self.versioned = possible
         self.checked = (default if check_finite is None else check_finite) and possible
         fused = self.checked and not self.functional
         self.wrong = x.new_zeros(1, dtype=torch.int32) if fused else None
         self.flag = self.wrong.numpy() if self.wrong is not None and on_cpu else None
+
+    def call(self, network: Callable[..., Any], level: Tensor, step: int) -> Tensor:
+        """The network at its next input, which it must not change: that may be the state itself."""
+        net = self.net
+        if not self.versioned or net.is_inference():
+            return self.accept(network(net, level), step)
+        before = net._version
+        out = self.accept(network(net, level), step)
+        if net._version != before:
+            raise ValueError(
+                f"{self.who}: the network changes its input in place at step {step}; let it change"
+                " a clone"
+            )
+        return out
 
     def accept(self, out: Any, step: int) -> Tensor:
         """What the network returned, if it has the state's shape and device."""

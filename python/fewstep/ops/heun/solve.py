@@ -209,13 +209,11 @@ def _solve(
 
     def evaluate(net: Tensor, index: int) -> list[Tensor]:
         if traced is None:
-            out = velocity(net, levels[index])
-        else:
-            assert tracker is not None
-            found = traced(net, levels[index], keys[index])
-            out = found.velocity
-            tracker.advance([found], [h[index // 2] / 2], FIRST + index)
-        return [run.accept(out, index // 2)]
+            return [run.call(velocity, levels[index], index // 2)]
+        assert tracker is not None
+        found = traced(net, levels[index], keys[index])
+        tracker.advance([found], [h[index // 2] / 2], FIRST + index)
+        return [run.accept(found.velocity, index // 2)]
 
     for step in range(h.shape[0]):
         for index in (2 * step, 2 * step + 1):

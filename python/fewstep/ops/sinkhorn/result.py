@@ -197,7 +197,7 @@ class SinkhornResult:
 
         Args:
             v (Tensor): `[.., M, K]` for axis 0, `[.., N, K]` for axis 1, of the potentials' dtype.
-                K may be left out, and so may T.
+                K may be left out, and so may T, unless the shape could mean either.
             axis (int): axis of P that the result keeps. Default 0.
             implicit (bool): treat the plan as a function of x, y, a, b and C, with implicit first
                 derivatives at convergence. Otherwise the plan is a constant, and gradients flow
@@ -207,7 +207,7 @@ class SinkhornResult:
             Tensor: `[.., N, K]` for axis 0, `[.., M, K]` for axis 1.
 
         Raises:
-            ValueError: a shape or axis that does not fit.
+            ValueError: a shape or axis that does not fit, or a shape with two meanings.
             TypeError: another dtype.
 
         >>> import torch, fewstep
@@ -226,6 +226,11 @@ class SinkhornResult:
         count = (p.points.y if axis == 0 else p.points.x).shape[1]
         shared, own = (*p.batch, count), (*p.lead, count)
         vector = tuple(v.shape) in (shared, own)
+        if tuple(v.shape) == own != shared and tuple(v.shape[:-1]) == shared:
+            raise ValueError(
+                f"transport: v must be {(*own, 'K')} here, since {tuple(v.shape)} may be {own}"
+                f" without K or {(*shared, 'K')} without the temperatures"
+            )
         v = v[..., None] if vector else v
         if tuple(v.shape[:-1]) not in (shared, own) or v.ndim == 0:
             got = tuple(v.shape[:-1] if vector else v.shape)
