@@ -137,8 +137,8 @@ def sinkhorn(
         relax (float): over-relaxation of alternating updates, in (0, 2): `f <- f + relax (f' - f)`.
         reach (float | tuple | None): distance of unbalanced transport. Mass that would have to
             travel farther is dropped instead of moved. `rho` is `reach^2` for squared costs and
-            `reach` for the others. A pair holds the values for x and y, where None fixes that
-            marginal. Default: both are fixed.
+            `reach` for the others, matrices `C` among them. A pair holds the values for x and y,
+            where None fixes that marginal. Default: both are fixed.
         exclude_diagonal (bool | int): leaves out the pairs `j == i`, or `j == i + offset`.
         cu_seqlens (tuple | None): int64 `(cu_x [B + 1], cu_y [B + 1])` for B problems of different
             sizes. Problem i has the points `cu[i]` to `cu[i + 1] - 1`.
