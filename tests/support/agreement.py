@@ -88,6 +88,8 @@ def derived(p: Problem, s: Solved) -> dict[str, Tensor]:
     with torch.no_grad():
         out = {"f": r.f, "g": r.g, "value": r.value, "residual": r.residual}
         out |= {f"gradient {k}": t for k, t in s.grads.items()}
+        if v.ndim == r.f.ndim:  # there are temperatures, for which it may be left out
+            v, w = (t.unsqueeze(-3).expand(*r.f.shape[:-1], *t.shape[-2:]) for t in (v, w))
         out["P v"], out["P' v"] = r.transport(v), r.transport(w, axis=1)
         if not p.ragged:
             out["plan"] = r.plan()
