@@ -87,7 +87,7 @@ class Solver:
         backend = self.backend(x)
         if torch.compiler.is_compiling():
             compiled = self._compiled(x, t, key, backend)
-            return replace(compiled, info=_joined(compiled.info, _UNCOMPARED))
+            return replace(compiled, info=_joined(compiled.info, ladder.UNCOMPARED))
         known = self.known(x, t)
         recorded: list[Program] = []
 
@@ -168,7 +168,7 @@ class Solver:
                 for other, reason in others.items():
                     self._refuse(other, reason, known)
             elif options.check != "never" and not known.checked:
-                self.uncompared = _UNCOMPARED
+                self.uncompared = ladder.UNCOMPARED
             for way in (options.engine, options.backend and "duals"):
                 if way is not None and way in found.refused:
                     self._refuse(way, found.refused[way], found)
@@ -236,7 +236,7 @@ class Solver:
                     continue
                 torch.manual_seed(0)
                 try:
-                    with self._eagerly(known), warnings.catch_warnings(action="ignore"):
+                    with ladder.eagerly(known), warnings.catch_warnings(action="ignore"):
                         v, dots = attempt()
                     rough = way == "duals" and source.dtype is not None
                     rough = rough or known.refused.get("duals") == AUTOCAST
@@ -245,7 +245,7 @@ class Solver:
                 except ladder.FATAL:
                     raise
                 except Exception as error:
-                    self._refuse(way, _first_line(error), known)
+                    self._refuse(way, ladder.first_line(error), known)
                     continue
                 if reason is None:
                     known.worked.add(way)
@@ -278,22 +278,16 @@ class Solver:
             raise UnsupportedError("the structural trace is not that by tangents")
         return found[0], None
 
-    def _eagerly(self, known: Known) -> contextlib.AbstractContextManager[Any]:
-        """Stand-ins, and wrapped tensors, are not for compiled graphs."""
-        if not known.compiled:
-            return contextlib.nullcontext()
-        return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
-
     def _try(self, way: str, attempt: Callable[[], R], x: Tensor, known: Known) -> R | None:
         """None where a way does not serve; random states are then as before."""
         back = None if way in known.worked else to_random_state(x)
         try:
-            with self._eagerly(known):
+            with ladder.eagerly(known):
                 out = attempt()
         except ladder.FATAL:
             raise
         except Exception as error:
-            self._refuse(way, _first_line(error), known)
+            self._refuse(way, ladder.first_line(error), known)
             if back is not None:
                 back()
             return None
@@ -543,9 +537,6 @@ class Solver:
         return replace(found, info=self.info)
 
 
-_UNCOMPARED = "not compared with plain autograd"
-
-
 def _served(program: Program) -> Program:
     if not mlp.serves(program):
         raise UnsupportedError("one layer, or gates between layers")
@@ -569,11 +560,6 @@ def _info(way: str, known: Known) -> str:
     if way == reference.PLAIN and refused.get("func", reasons[0]) != reasons[0]:
         reasons.append(f"torch.func: {refused['func']}")
     return ": ".join([way, "; ".join(r for r in reasons if r)]).removesuffix(": ")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
-    return text if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {text}"
 
 
 def population(probe: str, d: int) -> float:

@@ -30,7 +30,6 @@ from fewstep.reference import jvp as reference
 # No other way helps.
 _FATAL = tuple(kind for kind in ladder.FATAL if not issubclass(kind, ValueError))
 _NAMES = {"func": "torch.func", "reverse": "torch.autograd"}
-UNCOMPARED = "not compared with plain autograd"
 # As those of norms would be, which `fewstep.reference.jvp` has by formulas.
 _WRONG = "torch's own gradients through tangents may be wrong, which only a comparison shows"
 _NOTHING = "jvp: network must return a floating tensor, or a structure that has one"
@@ -175,12 +174,12 @@ class _Solver:
                     continue
                 back = None if way in known.worked else to_random_state(device)
                 try:
-                    with _eagerly(known):
+                    with ladder.eagerly(known):
                         out = self._by(way, self.problem)
                 except _FATAL:
                     raise
                 except Exception as error:
-                    self._refuse(way, _first_line(error), known)
+                    self._refuse(way, ladder.first_line(error), known)
                     if back is not None:
                         back()
                     if way == "duals" and known.checked:  # on another branch than was compared
@@ -207,7 +206,7 @@ class _Solver:
             except UnsupportedError as error:
                 self._refuse("duals", str(error), known)
             else:
-                self.engine, self.info = "duals", UNCOMPARED
+                self.engine, self.info = "duals", ladder.UNCOMPARED
                 return out
         else:
             known.refused["duals"] = f"engine={self.asked!r}"
@@ -285,7 +284,7 @@ class _Solver:
             self.compared = known.checked > 0
             if problem.through and not known.checked and self.asked != "func":
                 known.refused["func"] = _WRONG
-            self.info = "" if known.checked or self.check == "never" else UNCOMPARED
+            self.info = "" if known.checked or self.check == "never" else ladder.UNCOMPARED
             return known
         always = self.check == "always"
         rows = problem.batch
@@ -327,7 +326,7 @@ class _Solver:
                 torch.manual_seed(0)
                 try:
                     with (
-                        _eagerly(known),
+                        ladder.eagerly(known),
                         warnings.catch_warnings(action="ignore"),
                         torch.set_grad_enabled(self.grad),
                     ):
@@ -338,7 +337,7 @@ class _Solver:
                 except Exception as error:
                     if way == "reverse":
                         raise
-                    self._refuse(way, _first_line(error), known)
+                    self._refuse(way, ladder.first_line(error), known)
                     continue
                 if reason is None:
                     known.worked.add(way)
@@ -369,20 +368,8 @@ class _Solver:
         if way != "duals":
             reasons = [f"{_NAMES[way]}: {'; '.join(r for r in reasons if r)}".removesuffix(": ")]
         compiling = torch.compiler.is_compiling()
-        texts = (*reasons, *known.notes, UNCOMPARED if compiling else self.info)
+        texts = (*reasons, *known.notes, ladder.UNCOMPARED if compiling else self.info)
         self.engine, self.info = way, "; ".join(text for text in texts if text)
-
-
-def _eagerly(known: Known) -> contextlib.AbstractContextManager[Any]:
-    """Stand-ins, and wrapped tensors, are not for compiled graphs."""
-    if not known.compiled:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
-    return text if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {text}"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
 from fewstep._torch import is_transformed
-from fewstep.ops.dual.traced import MixingError, notes
+from fewstep.ops.dual.traced import MixingError, UnsupportedError, notes
 from fewstep.ops.trace import velocity as velocities
 from fewstep.reference import trace as reference
 
@@ -68,6 +68,7 @@ class Known:
                 warnings.warn(f"{who}: {text}", RuntimeWarning, stacklevel=2)
 
 
+UNCOMPARED = "not compared with plain autograd"
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Known]] = weakref.WeakKeyDictionary()
 _MOST = 256  # signatures of one function that are kept
 _COARSE = 16  # from here on, counters and names among them are not looked at
@@ -121,6 +122,19 @@ def checkable(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or is_transformed():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def eagerly(known: Known) -> contextlib.AbstractContextManager[Any]:
+    """Stand-ins, and wrapped tensors, are not for compiled graphs."""
+    if not known.compiled:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
+def first_line(error: Exception) -> str:
+    """Why a way does not serve, in short."""
+    text = str(error).strip().split("\n")[0]
+    return text if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
