@@ -9,7 +9,7 @@ from typing import Literal
 from benchmarks.registry import GRAD_RTOL, STREAMED, AnyCase, Case, Workload
 
 # With bfloat16 in it, 8 bits: a value is the sum of products that are larger than itself.
-BFLOAT16_RTOL = 0.05
+LOW_RTOL = 0.05
 # A row says so where other processes kept more cores than this busy while it was timed: libraries
 # that wait at a barrier for every thread are then slower by orders of magnitude.
 BUSY_CORES = 0.2
@@ -27,7 +27,7 @@ class Contender:
             and the gradient through all iterations.
         devices: where it runs.
         note: what differs from the plain alternating iteration of a solve.
-        low: computes in bfloat16.
+        low: less exact than float32: bfloat16, or differences.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Contender:
 
     def allowed(self, case: AnyCase) -> tuple[float, float]:
         """Errors of values and gradients that it may have."""
-        return (BFLOAT16_RTOL, BFLOAT16_RTOL) if self.low else (case.value_rtol, GRAD_RTOL)
+        return (LOW_RTOL, LOW_RTOL) if self.low else (case.value_rtol, GRAD_RTOL)
 
     def note_for(self, case: AnyCase) -> str:
         if not isinstance(case, Case):
@@ -86,7 +86,9 @@ _TRACES: Mapping[Workload, str] = {w: w for w in ("trace", "trace-training", "lo
 _FIXED: Mapping[Workload, str] = {"trace": "trace", "log-density": "log-density-fixed"}
 _TRAINED: Mapping[Workload, str] = {"trace": "trace", "trace-training": "trace-training"}
 _FIXED_TRAINED: Mapping[Workload, str] = {**_FIXED, **_TRAINED}
-_PLAIN: Mapping[Workload, str] = {w: f"plain-{w}" for w in (*_TRACES, "edm")}
+_JVPS: Mapping[Workload, str] = {w: w for w in ("jvp", "meanflow", "jvp-training")}
+_STEP: Mapping[Workload, str] = {w: w for w in ("jvp", "meanflow")}
+_PLAIN: Mapping[Workload, str] = {w: f"plain-{w}" for w in (*_TRACES, "edm", *_JVPS)}
 _TORCH: Mapping[Workload, str] = {
     "solve": "unrolled",
     "divergence": "geomloss",
@@ -101,13 +103,15 @@ _AVERAGED: Mapping[Workload, str] = {"solve": "averaged", "divergence": "geomlos
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("cpp", "fewstep (cpp)", "fewstep", "fewstep", _FEWSTEP, ("cpu",)),
+        Contender("cpp", "fewstep (cpp)", "fewstep", "fewstep", {**_FEWSTEP, **_JVPS}, ("cpu",)),
         Contender(STREAMED, "fewstep (cpp), nothing kept", "fewstep", "fewstep", _KERNEL, ("cpu",)),
         Contender("triton", "fewstep (triton)", "fewstep", "fewstep", _KERNEL, ("cuda",)),
         Contender("cuda", "fewstep (cuda)", "fewstep", "fewstep", _KERNEL, ("cuda",)),
         Contender("reference", "fewstep (reference)", "fewstep", "fewstep", _FEWSTEP),
         Contender("eager", "eager torch", "torch", "torch", _TORCH),
-        Contender("compile", "torch.compile", "torch", "torch", {**_TORCH, "trace": "trace"}),
+        Contender(
+            "compile", "torch.compile", "torch", "torch", {**_TORCH, "trace": "trace", **_STEP}
+        ),
         Contender(
             "geomloss-tensorized",
             "geomloss tensorized",
@@ -179,7 +183,26 @@ CONTENDERS = {
             note="products of network and passes in bfloat16",
             low=True,
         ),
-        Contender("torch-func", "torch.func", "torch", "torch", {"trace": "trace"}),
+        Contender("torch-func", "torch.func", "torch", "torch", {"trace": "trace", **_JVPS}),
+        Contender("forward-ad", "forward_ad", "torch", "torch", {"jvp": "jvp"}),
+        Contender(
+            "separate",
+            "py-meanflow-style",
+            "torch",
+            "torch",
+            {"meanflow": "meanflow"},
+            note="torch.func.jvp without gradients, then a second forward pass; re-implemented",
+        ),
+        Contender(
+            "central",
+            "central differences",
+            "torch",
+            "torch",
+            _STEP,
+            note="tangents to 1 % or so",
+            low=True,
+        ),
+        Contender("double-backward", "double backward", "torch", "torch", _JVPS),
         Contender(
             "zuko",
             "zuko-style",

@@ -2,7 +2,8 @@
 
 A builder `Problem -> Run` converts the inputs and chooses the options, untimed; the `Run` that it
 returns computes everything from the points on: `(value [B],)` or `(value, grad_x, grad_y)` of a
-solve or a divergence, `(rms, velocity)` of a drift. Libraries solve `|x-y|^2` at `eps / scale`,
+solve or a divergence, `(rms, velocity)` of a drift. The other families say what theirs return in
+their own modules. Libraries solve `|x-y|^2` at `eps / scale`,
 which is the same problem in another unit.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import heuns, traces
+from benchmarks import heuns, jvps, traces
 from benchmarks.dense import (
     dense_drift,
     divergence_averaged,
@@ -342,12 +343,13 @@ BUILDERS: dict[tuple[str, str], Callable[[Any], Run]] = {
     ("drift", "compile"): partial(_torch_drift, compiled=True),
 }
 
-BUILDERS |= traces.BUILDERS | heuns.BUILDERS
+BUILDERS |= traces.BUILDERS | heuns.BUILDERS | jvps.BUILDERS
 
 # What contenders are held to, run on float64 points.
 DEFINITIONS: dict[str, Callable[[Any], Run]] = {
     **traces.DEFINITIONS,
     **heuns.DEFINITIONS,
+    **jvps.DEFINITIONS,
     "alternating": BUILDERS["solve", "reference"],
     "unrolled": BUILDERS["solve", "eager"],
     "averaged": _torch_averaged,

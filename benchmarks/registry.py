@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from benchmarks.jvp_cases import JVP_CASES, JvpCase, JvpWorkload
+
 Array = Any  # of NumPy, or a tensor where it was drawn on the device
 TraceWorkload = Literal["trace", "trace-training", "log-density"]
-Workload = Literal["solve", "divergence", "drift", "edm"] | TraceWorkload
+Workload = Literal["solve", "divergence", "drift", "edm"] | TraceWorkload | JvpWorkload
 
 
 @dataclass(frozen=True)
@@ -517,14 +519,17 @@ def draw_heun(case: HeunCase, device: str = "cpu") -> HeunProblem:
     return HeunProblem(case, x, device)
 
 
-AnyCase = Case | TraceCase | HeunCase
+AnyCase = Case | TraceCase | HeunCase | JvpCase
 # What `benchmarks.run` can be asked for.
 FAMILIES: Mapping[str, Mapping[str, AnyCase]] = {
     "sinkhorn": CASES,
     "trace": TRACE_CASES,
     "heun": HEUN_CASES,
+    "jvp": JVP_CASES,
 }
-ALL_CASES: Mapping[str, AnyCase] = {**CASES, **TRACE_CASES, **HEUN_CASES}
+ALL_CASES: Mapping[str, AnyCase] = {
+    name: case for family in FAMILIES.values() for name, case in family.items()
+}
 # Error allowed to value (largest over its mean) and gradients (relative norm), float32 against
 # float64. One iteration fewer is off by 1e-3 and more in the cases above.
 VALUE_RTOL = 1e-5

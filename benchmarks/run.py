@@ -3,6 +3,7 @@
     python -m benchmarks.run sinkhorn --peers
     python -m benchmarks.run trace --peers
     python -m benchmarks.run heun --peers
+    python -m benchmarks.run jvp --peers
 
 Every contender solves the same drawn points at the same eps with the same number of iterations,
 must agree with the float64 reference before it is timed, and runs alone on a fixed set of cores.
@@ -48,6 +49,10 @@ COLUMNS = {
         *(*_TIMED, "over_plain", "over_network", "saved_mb", "rmse", *_RUN),
     ),
     "heun": ("case", "workload", "state", "steps", *_TIMED, "over_plain", "over_network", *_RUN),
+    "jvp": (
+        *("case", "workload", "network", "state", *_TIMED),
+        *("over_plain", "over_network", "saved_mb", *_RUN),
+    ),
 }
 
 

@@ -64,6 +64,19 @@ HEUNS = (
     ("edm_64x3072", 1.10),
     ("edm_16x3x32x32", 1.03),
 )
+JVPS = (
+    ("jvp_unet", 1.9),
+    ("jvp_dit", 2.2),
+    ("meanflow_unet", 1.4),
+    ("meanflow_dit", 1.45),
+    ("through_unet", 2.15),
+)
+# (case, contender, at most this many times its column), in the same run
+BESIDE = (
+    ("jvp_unet", "central", "median_s", 1.0),
+    ("meanflow_unet", "plain", "saved_mb", 1.3),
+    ("meanflow_dit", "plain", "saved_mb", 1.3),
+)
 SAVED = 2.4  # times what plain training saves
 RMSE = 0.2  # of a fresh probe's log-density, times that of a fixed one
 
@@ -119,21 +132,27 @@ def compare_ratios(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
         own = (r.get(column) for r in rows if (r["case"], r["contender"]) == (case, contender))
         return next((float(v) for v in own if v), None)
 
-    heun = family_of(rows) == "heun"
-    alone = [(case, who, most) for case, who, other, most in TRACES if other == "plain"]
-    for case, contender, most in [(case, "cpp", most) for case, most in HEUNS] if heun else alone:
+    family = family_of(rows)
+    alone = {
+        "heun": [(case, "cpp", most) for case, most in HEUNS],
+        "jvp": [(case, "cpp", most) for case, most in JVPS],
+        "trace": [(case, who, most) for case, who, other, most in TRACES if other == "plain"],
+    }
+    for case, contender, most in alone[family]:
         own = number(case, contender, "over_network")
         text = "not measured" if own is None else f"{own:.3f}x, target at most {most:.2f}x"
         yield f"{case}, {contender} over the network alone", text, own is not None and own <= most
-    if heun:
-        return
-    wanted = [(*target[:3], "median_s", target[3]) for target in TRACES if target[2] != "plain"]
-    wanted += [
-        (case, "cpp", "plain", "saved_mb", SAVED)
-        for case, *_ in TRACES
-        if case.startswith("trace_training")
-    ]
-    wanted.append(("logp_1", "cpp", "cpp-solve", "rmse", RMSE))
+    wanted = []
+    if family == "jvp":
+        wanted = [(case, "cpp", other, column, most) for case, other, column, most in BESIDE]
+    elif family == "trace":
+        wanted = [(*target[:3], "median_s", target[3]) for target in TRACES if target[2] != "plain"]
+        wanted += [
+            (case, "cpp", "plain", "saved_mb", SAVED)
+            for case, *_ in TRACES
+            if case.startswith("trace_training")
+        ]
+        wanted.append(("logp_1", "cpp", "cpp-solve", "rmse", RMSE))
     for case, contender, other, column, most in wanted:
         what = f"{case}, {contender} over {other}" + f", {column}" * (column != "median_s")
         own, base = number(case, contender, column), number(case, other, column)

@@ -17,9 +17,11 @@ import torch
 from benchmarks import plot, run, table, targets
 from benchmarks.contenders import CONTENDERS
 from benchmarks.dense import divergence_averaged, sinkhorn_averaged
+from benchmarks.jvp_cases import JVP_CASES, JvpCase, draw_jvp
 from benchmarks.peers import BACKENDS, BUILDERS, DEFINITIONS, numpy_outputs
 from benchmarks.registry import (
     CASES,
+    FAMILIES,
     GRAD_RTOL,
     HEUN_CASES,
     TRACE_CASES,
@@ -242,7 +244,7 @@ def pages(tmp_path: Path) -> tuple[Path, Path]:
     """The README and the page of benchmarks, with old text between their markers."""
     readme, page = tmp_path / "README.md", tmp_path / "page.md"
     readme.write_text(marked("claim", "benchmarks"))
-    page.write_text(marked("sinkhorn", "trace", "heun"))
+    page.write_text(marked(*FAMILIES))
     return readme, page
 
 
@@ -383,6 +385,24 @@ def test_traces_agree(name: str, case: TraceCase) -> None:
     assert "times_s" in row, row
     assert ("saved_mb" in row) == (case.workload == "trace-training")
     assert ("over_network" in row) == name.startswith("cpp")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # inside torch.func
+@pytest.mark.parametrize(
+    "case", [c for c in JVP_CASES.values() if c.quick], ids=lambda case: case.name
+)
+def test_jvps_agree(case: JvpCase) -> None:
+    problem = draw_jvp(case)
+    for contender in CONTENDERS.values():
+        if case.workload not in contender.definitions or contender.name == "compile":
+            continue
+        exact = expect(problem, contender.definition_for(case))
+        row = measure(contender, problem, exact, budget=0.01)
+        if case.workload == "jvp-training" and case.network == "dit" and contender.kind == "torch":
+            assert contender.name == "plain" or row["grad_error"] > 0.01  # of LayerNorm
+            continue
+        assert "times_s" in row, (contender.name, row)
+        assert ("saved_mb" in row) == (case.workload != "jvp")
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside diffusers

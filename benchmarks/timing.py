@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 Run = Callable[[], tuple[Any, ...]]
 _COMPARED_S = 1.5
@@ -40,3 +43,24 @@ def compared(run: Run, network: Run) -> float:
             call()
             own.append(time.perf_counter() - start)
     return statistics.median(times[0]) / statistics.median(times[1])
+
+
+def saved_mb(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> float:
+    """What a forward pass keeps for its backward pass, parameters not counted."""
+    seen: dict[int, int] = {}
+
+    def pack(z: Tensor) -> Tensor:
+        own = z
+        while torch._C._functorch.is_functorch_wrapped_tensor(own):
+            own = torch._C._functorch.get_unwrapped(own)
+        if not own._is_zerotensor():
+            seen[own.untyped_storage().data_ptr()] = own.untyped_storage().nbytes()
+        return z
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda z: z):
+        out = forward()
+    for parameter in parameters:
+        seen.pop(parameter.untyped_storage().data_ptr(), None)
+    kept = sum(seen.values()) / 2**20
+    del out
+    return kept

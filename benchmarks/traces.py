@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.registry import TraceProblem
-from benchmarks.timing import Beside
+from benchmarks.timing import Beside, saved_mb
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 _SEED = 0
@@ -264,17 +264,7 @@ class Training:
         return first.detach(), grads[0], grads[2], grads[-2]
 
     def more(self) -> dict[str, float]:
-        seen: dict[int, int] = {}
-
-        def pack(z: Tensor) -> Tensor:
-            seen[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes()
-            return z
-
-        own = {p.untyped_storage().data_ptr() for p in self.parameters}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda z: z):
-            out = self.forward()
-        kept = sum(size for where, size in seen.items() if where not in own)
-        return {"saved_mb": kept / 2**20 if out is not None else 0.0}
+        return {"saved_mb": saved_mb(self.forward, self.parameters)}
 
 
 def heun(s: Setup, divergence: Sequence[Divergence] | None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks.jvp_cases import JvpCase, JvpProblem, draw_jvp
 from benchmarks.peers import BUILDERS, DEFINITIONS, Run, numpy_outputs
 from benchmarks.registry import (
     ALL_CASES,
@@ -38,12 +39,14 @@ from benchmarks.registry import (
 MIN_REPEATS, MAX_REPEATS = 3, 1000
 # Fewer calls than MIN_REPEATS where they take over this many budgets.
 SLOW_BUDGETS = 4
-AnyProblem = Problem | TraceProblem | HeunProblem
+AnyProblem = Problem | TraceProblem | HeunProblem | JvpProblem
 
 
 def drawn(case: AnyCase, device: str = "cpu") -> AnyProblem:
     if isinstance(case, HeunCase):
         return draw_heun(case, device)
+    if isinstance(case, JvpCase):
+        return draw_jvp(case, device)
     return draw(case, device) if isinstance(case, Case) else draw_trace(case, device)
 
 
