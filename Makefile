@@ -79,7 +79,7 @@ ptx-selftest ptx-fuzz:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) torch 'setuptools>=77' wheel pybind11 ninja numpy
-	$(INSTALL) --no-build-isolation --editable '.[dev,train,triton,keops]'
+	FEWSTEP_CUDA=$${FEWSTEP_CUDA:-auto} $(INSTALL) --no-build-isolation --editable '.[dev,train,triton,keops]'
 	touch $@
 
 clean:

@@ -1,11 +1,12 @@
-"""Two libraries: fewstep._C (C++, always) and fewstep._C_cuda (CUDA, where nvcc is found).
+"""Two libraries: fewstep._C (C++, always) and fewstep._C_cuda (CUDA, where it is asked for).
 
-FEWSTEP_CUDA=0 skips CUDA, 1 insists on it, auto (the default) builds it where nvcc is found.
+FEWSTEP_CUDA=1 builds the CUDA library too, which takes minutes; auto does so where nvcc is found.
 FEWSTEP_CUDA_ARCHITECTURES=90 (or 80,90,100: the default) says for which compute capabilities.
 FEWSTEP_SANITIZE=1 builds the C++ library with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ CXX = ["-O3", "-std=c++20", "-fvisibility=hidden", "-pthread", "-Wall", "-g0"]
 # What lets plain loops become vector code without giving up inf and NaN.
 SIMD = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=undefined"]
+STRIP = [] if sys.platform == "darwin" else ["-Wl,-s"]
 DEBUG = ["-O1", "-g", "-fno-omit-frame-pointer"]
 ARCHITECTURES = os.environ.get("FEWSTEP_CUDA_ARCHITECTURES", "80,90,100").split(",")
 
@@ -37,11 +39,34 @@ def find_toolkit() -> Path | None:
     return next((t for t in found if (t / "include/cuda_runtime_api.h").exists()), None)
 
 
+def compiler_fault() -> str | None:
+    """Why the C++ compiler that torch will call cannot build C++20 as it is written here."""
+    if sys.platform == "win32":
+        return "Windows is not supported: install it under WSL (wsl --install)"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "c++")
+    wanted = "GCC 11 or clang 14 or later is needed"
+    try:
+        command = [*compiler.split(), "-dM", "-E", "-x", "c++", os.devnull]
+        macros = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        how = "xcode-select --install" if sys.platform == "darwin" else "apt install g++"
+        return f"no C++ compiler: {compiler} cannot be run; {wanted} ({how}, or set CXX)"
+    found = dict(re.findall(r"#define (__clang_major__|__GNUC__) (\d+)", macros))
+    name, least = ("clang", 14) if "__clang_major__" in found else ("GCC", 11)
+    version = int(found.get("__clang_major__") or found.get("__GNUC__") or 0)
+    return f"{compiler} is {name} {version}: {wanted}" if version < least else None
+
+
 def sources(pattern: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
 
 
 class Build(BuildExtension):
+    def run(self) -> None:
+        if fault := compiler_fault():
+            sys.exit(f"fewstep: {fault}")
+        super().run()
+
     def build_extension(self, ext) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects += pool.map(self.compile_cuda, getattr(ext, "cuda_sources", []))
@@ -70,12 +95,12 @@ extensions = [
         ["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/cpu/**/*.cpp")],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         extra_compile_args=[*CXX, *SIMD, *STABLE, *((SANITIZE + DEBUG) * sanitized)],
-        extra_link_args=SANITIZE if sanitized else ["-Wl,-s"],
+        extra_link_args=SANITIZE if sanitized else STRIP,
         **common,
     )
 ]
 
-wanted = os.environ.get("FEWSTEP_CUDA", "auto")
+wanted = os.environ.get("FEWSTEP_CUDA", "0")
 if wanted not in ("0", "1", "auto"):
     sys.exit(f"fewstep: FEWSTEP_CUDA must be 0, 1 or auto, got {wanted!r}")
 CUDA = find_toolkit() if wanted != "0" else None
@@ -89,7 +114,13 @@ if CUDA is not None:
         include_dirs=[str(ROOT / "csrc"), str(CUDA / "include")],
         extra_compile_args=[*CXX, *STABLE],
         # libtorch brings libtorch_cuda, which has the current stream, where torch has CUDA.
-        extra_link_args=["-Wl,--no-as-needed,-s", "-ltorch", f"-L{library}", "-lcudart_static"],
+        extra_link_args=[
+            "-Wl,--no-as-needed",
+            *STRIP,
+            "-ltorch",
+            f"-L{library}",
+            "-lcudart_static",
+        ],
         **common,
     )
     extension.cuda_sources = sources("csrc/cuda/*.cu")

@@ -142,20 +142,39 @@ def test_insisting_on_cuda_without_nvcc_is_one_line(tmp_path: Path) -> None:
     assert "FEWSTEP_CUDA must be 0, 1 or auto, got 'yes'" in result.stderr
 
 
+def test_a_compiler_that_is_missing_or_old_is_one_line(tmp_path: Path) -> None:
+    build = ("-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
+    result = setup(*build, CXX="no-such-compiler")
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("fewstep: no C++ compiler: no-such-compiler cannot be run; GCC 11 or")
+    old = tmp_path / "old"
+    old.write_text("#!/bin/sh\necho '#define __GNUC__ 9'\n")
+    old.chmod(0o755)
+    result = setup(*build, CXX=str(old))
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last == f"fewstep: {old} is GCC 9: GCC 11 or clang 14 or later is needed"
+
+
 def test_sdist_has_every_source(tmp_path: Path) -> None:
     build = ("-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path))
     result = setup(*build, FEWSTEP_CUDA="0")
     assert result.returncode == 0, result.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    folders = ("csrc", "kernels", "python/fewstep")
-    suffixes = (".cpp", ".h", ".inl", ".cu", ".cuh", ".py", ".typed")
+    folders = ("benchmarks", "csrc", "kernels", "python/fewstep", "tests")
+    suffixes = (".cpp", ".h", ".inl", ".cu", ".cuh", ".py", ".typed", ".csv", ".png")
     expected = {
         str(path.relative_to(ROOT))
         for folder in folders
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in suffixes or path.name == "py.typed"
+        if path.suffix in suffixes
+        and "_subset" not in path.name
+        and not path.is_relative_to(ROOT / "tests" / "ptx" / "build")
+        and not path.is_relative_to(ROOT / "tests" / "ptx" / "out")
     }
     assert expected - names == set()
     pages = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")}
-    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE"} | pages <= names
+    single = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "Makefile", "constraints.txt"}
+    assert single | pages <= names

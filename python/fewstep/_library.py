@@ -45,7 +45,7 @@ def load_cuda() -> str | None:
     """Register the CUDA C++ ops if a device is there; returns the reason where that fails."""
     path = cuda_library()
     if path is None:
-        return "built without nvcc (FEWSTEP_CUDA=1 insists on it)"
+        return "built without it (install with FEWSTEP_CUDA=1, which needs nvcc)"
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
