@@ -1,6 +1,7 @@
 # make demo    train a one-step generator of MNIST digits on this CPU   (FAST=1: 8x8 digits, a minute)
 # make test    lint, format, types, tests   (make test-slow: the long ones)
 # make test-sanitized   the C++ library under AddressSanitizer and UndefinedBehaviorSanitizer (TESTS=file ARGS="-k drift")
+# make docs    the site, in build/site
 # make gpu     build, test, check and time all GPU kernels (OUT=runs/gpu, WHEELS=folder with wheels of peers)
 # make gpu-tests   the GPU tests: on a GPU, else on an interpreter where nvcc is found (tests/ptx/README.md)
 # make demo and the tests set up .venv the first time and whenever what they install from has changed.
@@ -26,7 +27,7 @@ OUT ?= runs/gpu
 PYTEST := $(BIN)/pytest --doctest-modules --numprocesses logical --dist loadscope
 NVCC := $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc $(CUDA_HOME)/bin/nvcc))
 
-.PHONY: demo test test-slow test-sanitized lint bench gpu gpu-tests ptx-selftest ptx-fuzz clean
+.PHONY: demo docs test test-slow test-sanitized lint bench gpu gpu-tests ptx-selftest ptx-fuzz clean
 
 demo: .venv/ready
 	$(BIN)/fewstep train wflow $(DEMO) --overwrite
@@ -51,6 +52,9 @@ lint: .venv/ready
 	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.table --check
+
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: .venv/ready
 	$(INSTALL) '.[bench]' --no-build-isolation
