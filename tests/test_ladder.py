@@ -492,7 +492,7 @@ def test_what_mixes_later_is_refused(late: str) -> None:
 
 
 def test_branches_by_chance_are_not_compared_for_ever() -> None:
-    calls = 0
+    calls = count = 0
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         nonlocal calls
@@ -503,7 +503,8 @@ def test_branches_by_chance_are_not_compared_for_ever() -> None:
 
     x = torch.randn(3, 2)
     infos = []
-    for count in range(40):
+    for _ in range(40):
+        count += 1
         fewstep.divergence(velocity, x, 0.0, estimator="hutchinson", check="first")
         before = calls
         infos.append(fewstep.divergence(velocity, x, 0.0, estimator="hutchinson").info)
