@@ -437,3 +437,88 @@ def test_what_a_network_keeps_from_a_trace_is_named() -> None:
     fewstep.divergence(velocity, torch.randn(3, 4), 0.0, estimator="hutchinson")
     with pytest.raises(AttributeError, match="stand-in for one, which a network kept"):
         kept[-1].mean()
+
+
+def _by_kind(x: Tensor, t: Tensor) -> Tensor:
+    if t.mean() > 0.5:
+        return 3 * x if type(x) is Tensor else 5 * x
+    return 2 * x
+
+
+def test_a_branch_that_is_met_later_is_compared() -> None:
+    x = torch.randn(20, 3, dtype=F64)
+    for value, served in ((0.0, ""), (1.0, "torch.func")):
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            out = fewstep.divergence(_by_kind, x, value, estimator="exact")
+            both = fewstep.jvp(_by_kind, (x, torch.full((20,), value)), (x, None))
+        slope = 3.0 if value else 2.0
+        torch.testing.assert_close(out.velocity, slope * x)
+        torch.testing.assert_close(out.value, torch.full((20,), 3 * slope, dtype=F64))
+        torch.testing.assert_close(both.tangent, slope * x)
+        assert out.info.startswith(served)
+        assert (both.engine == "duals") == (not served)
+
+
+def test_hooks_on_what_is_met_later_are_seen() -> None:
+    net = nn.Linear(3, 3).double()
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        h: Tensor = net(x)
+        if t.mean() > 0.5 and h.requires_grad:
+            h.register_hook(lambda g: 2 * g)
+        return h.tanh()
+
+    x = torch.randn(4, 3, dtype=F64)
+    slope = (1 - net(x).tanh() ** 2) @ net.weight.diagonal()
+    for value in (0.0, 1.0):
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            out = fewstep.divergence(velocity, x, value, estimator="exact")
+        torch.testing.assert_close(out.value, slope * (2 if value else 1))
+
+
+@pytest.mark.parametrize("late", ["time", "rows"])
+def test_what_mixes_later_is_refused(late: str) -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        x = x.cumsum(1)
+        mixes = t.mean() > 0.5 if late == "time" else x.shape[0] > 8
+        return x - x.mean(0) if mixes else x
+
+    x = torch.randn(40, 3, dtype=F64)
+    out = fewstep.divergence(velocity, x[:4], 0.0, estimator="exact")
+    torch.testing.assert_close(out.value, torch.full((4,), 3.0, dtype=F64))
+    with pytest.raises(ValueError, match="mixes samples"):
+        fewstep.divergence(velocity, x, 1.0 if late == "time" else 0.0, estimator="exact")
+
+
+def test_branches_by_chance_are_not_compared_for_ever() -> None:
+    calls = count = 0
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        for _ in range(count):
+            x = x.sin()
+        return x
+
+    x = torch.randn(3, 2)
+    infos = []
+    for _ in range(40):
+        count += 1
+        fewstep.divergence(velocity, x, 0.0, estimator="hutchinson", check="first")
+        before = calls
+        infos.append(fewstep.divergence(velocity, x, 0.0, estimator="hutchinson").info)
+    assert calls - before <= 2
+    assert ladder.BRANCH in infos[-1]
+    assert not any(ladder.BRANCH in info for info in infos[:10])
+
+
+def test_branches_on_requires_grad_are_those_of_a_plain_call() -> None:
+    net = nn.Linear(3, 3).double()
+    velocity = lambda x, t: net(x) * (2 if net(x).requires_grad else 1)  # noqa: E731
+    x = torch.randn(4, 3, dtype=F64)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            out = fewstep.divergence(velocity, x, 0.0, estimator="exact")
+            torch.testing.assert_close(out.velocity, velocity(x, None))

@@ -78,7 +78,13 @@ def check_sigmas(who: str, sigmas: Tensor | Sequence[float], latents: Tensor) ->
     levels = levels if levels.ndim == 2 else levels[None]
     last = levels[:, -1]
     fine = bool((levels.diff(dim=1) < 0).all() & levels.isfinite().all() & (last >= 0).all())
-    if not fine or (bool((last == 0).any()) and not bool((last == 0).all())):
+    if fine and bool((last == 0).any()) and not bool((last == 0).all()):
+        row = int((last > 0).nonzero()[0])
+        raise ValueError(
+            f"{who}: sigmas must end in 0 in all rows or in none, got {float(last[row])} at the end"
+            f" of row {row}"
+        )
+    if not fine:
         raise ValueError(
             f"{who}: sigmas must be finite, positive but for a last 0, and decreasing, got {sigmas}"
         )

@@ -129,6 +129,10 @@ class Dual(Traced):
         with redrawing(source):
             return super().call(func, rule, args, kwargs)
 
+    def parts(self) -> list[Tensor]:
+        """What the primal is computed from."""
+        return [z for z in (self.flat, self.shift, self.pending) if z is not None]
+
     def begins(self) -> bool:
         """Whether it is a view of the input's stack."""
         stacks = self.source.stacks
@@ -202,6 +206,9 @@ class Seed(Dual):
     def moved(self, primal: Tensor, low: int, width: int) -> Seed:
         """x elsewhere: in another shape, or beside other features."""
         return type(self)(self.source, primal, low, width)
+
+    def parts(self) -> list[Tensor]:
+        return [self.primal]
 
     @property
     def own(self) -> Tensor:

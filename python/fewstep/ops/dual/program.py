@@ -121,6 +121,12 @@ class Recorded(Traced):
         own.layers, own.steps = layers, steps
         return own
 
+    def parts(self) -> list[Tensor]:
+        """What it is computed from."""
+        inner = [z for layer in self.layers for z in layer]
+        inner += [step[3] for step in self.steps]
+        return [self.x, *(z for z in inner if isinstance(z, Tensor))]
+
     def complete(self) -> bool:
         """Whether a layer came last."""
         return len(self.layers) > len(self.steps)

@@ -10,6 +10,7 @@ unseen.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 
 
 class UnsupportedError(AttributeError, NotImplementedError):
@@ -59,17 +62,20 @@ class _Run:
         refused: the first refusal: a forward that catches it has taken another branch.
         notes: what its user should know.
         copies: plain tensors, with their versions, that share memory with x in a plain call.
+        path: functions that arrived, where they were called, and with which weight.
     """
 
     grad: bool
     refused: str | None = None
     notes: dict[str, None] = field(default_factory=dict)
     copies: list[tuple[Tensor, int]] = field(default_factory=list)
+    path: list[Any] = field(default_factory=list)
 
 
 class _Current(threading.local):
     run: _Run | None = None
     notes: tuple[str, ...] = ()
+    path: int = 0
 
 
 _CURRENT = _Current()
@@ -90,6 +96,7 @@ def run_on(stand_in: Any, forward: Callable[..., Any], t: Any) -> Any:
     finally:
         _CURRENT.run = before
     _CURRENT.notes = tuple(run.notes)
+    _CURRENT.path = hash(tuple(run.path))
     if any(copy._version != version for copy, version in run.copies):
         raise UnsupportedError("no rule for a change in place of x by what was detached from it")
     if run.refused is not None:
@@ -114,6 +121,42 @@ def notes() -> tuple[str, ...]:
     """Those of the last forward, once."""
     found, _CURRENT.notes = _CURRENT.notes, ()
     return found
+
+
+def path() -> int:
+    """What tells the branches of forwards apart: a hash of the last one's functions."""
+    return _CURRENT.path
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the functions of a forward on tensors that are no stand-ins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path: list[Any] = []
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        frame = _frame(1)
+        self.path += (func, frame.f_lasti, id(frame.f_code))
+        return func(*args, **(kwargs or {}))
+
+
+def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward whose `path` is known, on any tensors."""
+
+    def run(*inputs: Any) -> Any:
+        with _Watch() as watch:
+            out = forward(*inputs)
+        _CURRENT.path = hash(tuple(watch.path))
+        return out
+
+    return run
 
 
 class Traced:
@@ -302,6 +345,7 @@ def is_constant(func: Any) -> bool:
 
 without_data: Any = Tensor._make_wrapper_subclass
 _autocasts = torch._C._is_any_autocast_enabled
+_frame = sys._getframe
 
 
 class Opaque:
@@ -318,6 +362,11 @@ class Opaque:
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         run = _CURRENT.run
+        if run is not None:
+            frame = _frame(1)
+            run.path += (func, frame.f_lasti, id(frame.f_code))
+            if len(args) > 1 and type(args[1]) is Parameter:
+                run.path.append(id(args[1]))
         try:
             if run is not None and torch.is_grad_enabled() is not run.grad:
                 raise UnsupportedError(
@@ -342,6 +391,18 @@ class Opaque:
             if run.refused is None:
                 run.refused = str(reason)
             raise
+
+    @property
+    def requires_grad(self) -> bool:
+        """That of the tensor that a plain call has here."""
+        own: Any = self
+        return torch.is_grad_enabled() and any(z.requires_grad for z in own.parts())
+
+    def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        if _CURRENT.run is not None:
+            frame = _frame(2)  # of the operator
+            _CURRENT.run.path += (frame.f_lasti, id(frame.f_code))
+        return type(self).__torch_function__(func, (), args, kwargs)
 
     @classmethod
     def __torch_dispatch__(

@@ -41,6 +41,9 @@ def divergence(
         xtrace      probes / 2 probes, each of which is left out in turn of the sketch that the
                     others make.
 
+    Gradients of `value` by hutch++ and xtrace hold their sketch's basis Q constant. For hutch++
+    they are unbiased, and differ from those of the same sketch and probes.
+
     Three engines are tried in order. Each serves what the one before it cannot, and `info` has the
     reason:
 

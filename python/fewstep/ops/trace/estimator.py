@@ -19,7 +19,7 @@ from fewstep.ops.dual.heads import exact_by_tangents, probe_products
 from fewstep.ops.dual.program import Program, record
 from fewstep.ops.dual.source import Source, plain
 from fewstep.ops.dual.structural import Budget
-from fewstep.ops.dual.traced import AUTOCAST, RULES, UnsupportedError
+from fewstep.ops.dual.traced import AUTOCAST, RULES, UnsupportedError, watched
 from fewstep.ops.trace import ladder, replicas
 from fewstep.ops.trace import velocity as velocities
 from fewstep.ops.trace.inputs import Options, make_key, unsupported
@@ -107,8 +107,12 @@ class Solver:
         for way, attempt in (("mlp", whole), ("structural", structure)):
             if way not in known.refused:
                 found = self._try(way, attempt, x, known)
-                if found is not None:
-                    return self._noted(found, known)
+                if found is None:
+                    continue
+                found = self._noted(found, known)
+                found = self._met(way, found, x, t, known)
+                if way not in known.refused:
+                    return found
         ways = {
             "duals": lambda: self._noted(self._duals(x, t, key, backend), known),
             "func": lambda: self._fallback(x, t, key, known, reference.products),
@@ -138,6 +142,15 @@ class Solver:
         """Torch's own, while compiling."""
         reverse = self.options.engine == "reverse"
         return reference.reverse_products if reverse else reference.products
+
+    def _met(self, way: str, found: R, x: Tensor, t: Tensor, known: Known) -> R:
+        """What a way found, whose branch of the network is compared if it is new."""
+        if self.options.check == "never":
+            return found
+        text = known.met(way, x, lambda few: self._compare(x, t, known, few=few))
+        if text and text not in self.info:
+            self.info = _joined(self.info, text)
+        return replace(found, info=self.info) if text and isinstance(found, Divergence) else found
 
     def _noted(self, found: Divergence, known: Known) -> Divergence:
         known.take_notes()
@@ -189,7 +202,7 @@ class Solver:
         if ladder.autocast(x) and engine is None:
             refused.update(dict.fromkeys(("mlp", "structural", "duals"), AUTOCAST))
 
-    def _compare(self, x: Tensor, t: Tensor, known: Known) -> None:
+    def _compare(self, x: Tensor, t: Tensor, known: Known, *, few: bool = True) -> None:
         """Refuse the ways that plain autograd does not agree with."""
         if x.shape[0] == 0:
             replicas.meet(lambda: self.run(x, t))
@@ -198,6 +211,7 @@ class Solver:
         source = self._source(key, self.backend(x))
         source = replace(source, count=1, kind="gaussian", ids=None, cache=None)
         modules = velocities.signature(self.velocity)[1]
+        run = watched(self.run)
 
         def probe(y: Tensor) -> Tensor:
             return dispatch.probe("reference", y, key, None, 1, "gaussian")[0]
@@ -209,7 +223,8 @@ class Solver:
             torch.enable_grad(),
         ):
             with ladder.weights_at_hand():
-                s = ladder.sample(self.run, x, t, probe, velocities.freed(modules))
+                s = ladder.sample(run, x, t, probe, velocities.freed(modules), few)
+            known.agreed("reverse")
 
             def duals() -> tuple[Tensor, Tensor | None]:
                 return probe_products(self.run, s.x, s.t, source)
@@ -227,7 +242,7 @@ class Solver:
             def func() -> tuple[Tensor, Tensor | None]:
                 # Rules of torch for several products are other rules, some of them wrong.
                 several = torch.stack([-2 * s.probe.flip(0), s.probe])
-                v, u, _ = reference.products(self.run, s.x, s.t, several)
+                v, u, _ = reference.products(run, s.x, s.t, several)
                 return v, (u[1] * s.probe).flatten(1).sum(1)
 
             ways = {"mlp": whole, "structural": structure, "duals": duals, "func": func}
@@ -248,7 +263,7 @@ class Solver:
                     self._refuse(way, ladder.first_line(error), known)
                     continue
                 if reason is None:
-                    known.worked.add(way)
+                    known.agreed(way)
                     continue
                 self._refuse(way, f"plain autograd disagrees, {reason}", known)
                 if way == "duals":  # whose gradients stand for those of the structure
@@ -314,11 +329,15 @@ class Solver:
                     break
                 found = self._try(way, attempt, x, known)
                 if found is not None:
-                    return found
+                    found = self._met(way, found, x, t, known)
+                    if way not in known.refused:
+                        return found
+                    continue
                 if way == "duals" and known.checked:  # on another branch than was compared
                     self._compare(x, t, known)
             with ladder.weights_at_hand():
-                return ways["reverse"]()
+                found = ways["reverse"]()
+            return self._met("reverse", found, x, t, known)
         except Exception:
             known.refused = refused
             raise
@@ -353,6 +372,10 @@ class Solver:
         if forward is torch.nn.Sequential.forward:
             return self.velocity(h)
         return self.velocity(h, t.clone())
+
+    def _watched(self) -> Callable[..., Any]:
+        """`run`, whose branches are told apart where values can be compared."""
+        return self.run if torch.compiler.is_compiling() else watched(self.run)
 
     def _whole(self, backend: str) -> bool:
         """Whether one compiled op, which runs a network whole, has these options."""
@@ -413,7 +436,7 @@ class Solver:
         known = Known() if torch.compiler.is_compiling() else self.known(x, t)
 
         def autograd(products: Products) -> tuple[Tensor, Tensor, bool]:
-            out, found, way = products(self.run, x, t, v.expand(v.shape[0], *x.shape))
+            out, found, way = products(self._watched(), x, t, v.expand(v.shape[0], *x.shape))
             self.info = _info(way, known)
             return out, found, way != reference.FORWARD
 
@@ -517,7 +540,7 @@ class Solver:
         ways: list[str] = []
 
         def product(u: Tensor) -> tuple[Tensor, Tensor]:
-            v, ju, way = products(self.run, x, t, u.reshape(u.shape[0], *x.shape))
+            v, ju, way = products(self._watched(), x, t, u.reshape(u.shape[0], *x.shape))
             ways.append(way)
             return v, ju
 

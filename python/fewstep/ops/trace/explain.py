@@ -15,6 +15,7 @@ from fewstep.ops.dual.traced import RULES, is_constant, name_of
 from fewstep.ops.trace.divergence import divergence
 from fewstep.ops.trace.estimator import Solver
 from fewstep.ops.trace.inputs import Options, check_problem, check_time
+from fewstep.reference.trace import FORWARD, PLAIN, REVERSE
 
 _RUNS = 5
 
@@ -118,7 +119,9 @@ def explain(
     out = trace()
     known = solver.known(x, times)
     way = out.info.split(":")[0]
-    name = {"": "duals", "torch.autograd": "reverse"}.get(way, "func")
+    names = {PLAIN: "reverse", REVERSE: "func", FORWARD: "func"}
+    way = way if way in names else ""  # duals have no reason, but remarks
+    name = names.get(way, "duals")
     result = Explanation(
         name,
         out.estimator,

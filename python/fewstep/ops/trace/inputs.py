@@ -143,6 +143,11 @@ def check_ids(ids: Tensor | None, x: Tensor, who: str = "divergence") -> Tensor 
 
 def check_time(t: float | Tensor, x: Tensor) -> Tensor:
     if not isinstance(t, Tensor):
+        if getattr(t, "ndim", 0):
+            raise TypeError(
+                f"divergence: t must be a number or a tensor, got {type(t).__name__}"
+                f" {getattr(t, 'shape', '')}: torch.as_tensor(t) makes it one"
+            )
         t = number("divergence", "t", t)
         dtype = wide(x.dtype)
         if not abs(t) <= torch.finfo(dtype).max:

@@ -19,7 +19,7 @@ from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.engine import Dual
 from fewstep.ops.dual.jvp import by_duals
 from fewstep.ops.dual.source import Source
-from fewstep.ops.dual.traced import RULES, UnsupportedError, notes
+from fewstep.ops.dual.traced import RULES, UnsupportedError, notes, watched
 from fewstep.ops.trace import ladder, replicas
 from fewstep.ops.trace import velocity as velocities
 from fewstep.ops.trace.inputs import CHECKS, ENGINES, unsupported
@@ -187,15 +187,26 @@ class _Solver:
                     continue
                 known.worked.add(way)
                 known.take_notes(who="jvp")
-                self._named(way, known)
+                text = self._met(way, known)
+                if way in known.refused:
+                    continue
+                self._named(way, known, text)
                 return out
             with ladder.weights_at_hand():
                 out = self._by("reverse", self.problem)
+            text = self._met("reverse", known)
         except Exception:
             known.refused = before
             raise
-        self._named("reverse", known)
+        self._named("reverse", known, text)
         return out
+
+    def _met(self, way: str, known: Known) -> str:
+        """As `Known.met`."""
+        if self.check == "never":
+            return ""
+        first = self.problem.live[0]
+        return known.met(way, first, lambda few: self._compare(known, few=few))
 
     def _compiled(self) -> _Pairs:
         """While compiling, which remembers and compares nothing."""
@@ -223,10 +234,11 @@ class _Solver:
     def _by(self, way: str, problem: Problem) -> _Pairs:
         if way == "duals":
             return self._duals(problem)
+        network = problem.run if torch.compiler.is_compiling() else watched(problem.run)
         mode = reference.forward_mode if way == "func" else reference.reverse_mode
 
         def run(*live: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-            found, out = problem.run(*live)
+            found, out = network(*live)
             self.tree = out
             if not found:
                 raise ValueError(_NOTHING)
@@ -302,7 +314,7 @@ class _Solver:
             self._refuse(self.asked, known.refused[self.asked], known)
         return known
 
-    def _compare(self, known: Known) -> None:
+    def _compare(self, known: Known, *, few: bool = True) -> None:
         """Refuse the ways that plain autograd does not agree with."""
         problem = self.problem
         first = problem.live[0]
@@ -318,7 +330,8 @@ class _Solver:
             torch.enable_grad(),
         ):
             with ladder.weights_at_hand():
-                s = _sample(problem, velocities.freed(modules))
+                s = _sample(problem, velocities.freed(modules), few)
+            known.agreed("reverse")
             for way in ENGINES[: 3 if problem.through and self.grad else 2]:
                 before = ENGINES[: ENGINES.index(way)]
                 if way in known.refused or not all(faster in known.refused for faster in before):
@@ -340,7 +353,7 @@ class _Solver:
                     self._refuse(way, ladder.first_line(error), known)
                     continue
                 if reason is None:
-                    known.worked.add(way)
+                    known.agreed(way)
                     continue
                 if way == "reverse":
                     raise ValueError(f"jvp: no engine has the right derivatives here: {reason}")
@@ -358,7 +371,7 @@ class _Solver:
                 " fastest that can"
             )
 
-    def _named(self, way: str, known: Known) -> None:
+    def _named(self, way: str, known: Known, text: str = "") -> None:
         """The engine, and why."""
         reasons = []
         if way != "duals":
@@ -368,7 +381,7 @@ class _Solver:
         if way != "duals":
             reasons = [f"{_NAMES[way]}: {'; '.join(r for r in reasons if r)}".removesuffix(": ")]
         compiling = torch.compiler.is_compiling()
-        texts = (*reasons, *known.notes, ladder.UNCOMPARED if compiling else self.info)
+        texts = (*reasons, *known.notes, ladder.UNCOMPARED if compiling else self.info, text)
         self.engine, self.info = way, "; ".join(text for text in texts if text)
 
 
@@ -435,10 +448,10 @@ def _off(actual: Tensor, exact: Tensor, least: float) -> float:
     return float((a - e).norm() / max(float(e.norm()), least))
 
 
-def _sample(problem: Problem, freed: bool) -> _Sample:
+def _sample(problem: Problem, freed: bool, few: bool) -> _Sample:
     """A few samples through a plain call; all of them where a context has a row for each."""
     batch = problem.batch
-    if batch is not None and batch > 2 * ladder.FEW:
+    if few and batch is not None and batch > 2 * ladder.FEW:
         try:
             return _sampled(problem.few(ladder.FEW), freed, problem)
         except _FATAL:
@@ -451,7 +464,8 @@ def _sample(problem: Problem, freed: bool) -> _Sample:
 def _sampled(few: Problem, freed: bool, problem: Problem) -> _Sample:
     torch.manual_seed(0)
     ys = few.live
-    values, _ = few.run(*(y.clone() for y in ys))
+    run = watched(few.run)
+    values, _ = run(*(y.clone() for y in ys))
     if not values:
         raise ValueError(_NOTHING)
     weights = [torch.randn_like(v) for v in values]
@@ -478,7 +492,7 @@ def _sampled(few: Problem, freed: bool, problem: Problem) -> _Sample:
     with contextlib.suppress(RuntimeError):  # some functions of torch have no second derivative
         torch.manual_seed(0)
         _, tangents, _ = reference.reverse_mode(
-            lambda *live: (few.run(*live)[0], []), ys, few.moved, through=False
+            lambda *live: (run(*live)[0], []), ys, few.moved, through=False
         )
     for twice in (few.through and dots is not None and dots.requires_grad, False):
         loss = own if dots is None or not twice else own + dots

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
 from fewstep._torch import is_transformed
-from fewstep.ops.dual.traced import MixingError, UnsupportedError, notes
+from fewstep.ops.dual.traced import MixingError, UnsupportedError, notes, path
+from fewstep.ops.trace import replicas
 from fewstep.ops.trace import velocity as velocities
 from fewstep.reference import trace as reference
 
@@ -47,6 +48,8 @@ class Known:
         worked: ways that have.
         notes: what the user should know of the forward, and was warned of.
         checked: samples that were compared.
+        paths: ways, and the branches of the forward that were compared with each.
+        again: comparisons for the sake of other branches.
         called: see `replicas.agree`.
         hooked, compiled, scripted: see `velocities`.
     """
@@ -58,7 +61,40 @@ class Known:
     worked: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     checked: int = 0
+    paths: set[tuple[str, int]] = field(default_factory=set)
+    again: int = 0
     called: list[weakref.ref[Any]] = field(default_factory=list)
+
+    def agreed(self, way: str) -> None:
+        """The last forward was compared, and is right."""
+        self.worked.add(way)
+        self.paths.add((way, path()))
+
+    def met(self, way: str, x: Tensor, compare: Callable[[bool], None]) -> str:
+        """Compare the branch that the last forward took, if that has not been done.
+
+        A few samples may take another one than all of them do, and so may any by chance.
+
+        Args:
+            way (str): which served it.
+            compare (Callable): of a few samples, or of all.
+
+        Returns:
+            str: what `info` should say of it. The way may be refused since.
+        """
+        own = (way, path())
+        if not self.checked or own in self.paths or not checkable(x):
+            return ""
+        if self.again < _BRANCHES and replicas.alone():
+            self.again += 1
+            for few in (True, False):
+                try:
+                    compare(few)
+                except (torch.OutOfMemoryError, MemoryError):
+                    break
+                if own in self.paths or way in self.refused:
+                    return ""
+        return BRANCH
 
     def take_notes(self, *texts: str, who: str = "divergence") -> None:
         """These, and those of the last forward, with a warning for each that is new."""
@@ -69,6 +105,8 @@ class Known:
 
 
 UNCOMPARED = "not compared with plain autograd"
+BRANCH = f"this branch of the network is {UNCOMPARED}"
+_BRANCHES = 16  # other branches of a forward for which it is compared again
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Known]] = weakref.WeakKeyDictionary()
 _MOST = 256  # signatures of one function that are kept
 _COARSE = 16  # from here on, counters and names among them are not looked at
@@ -303,17 +341,17 @@ def sample(
     t: Tensor,
     probe: Callable[[Tensor], Tensor],
     freed: bool,
+    few: bool = True,
 ) -> Sample:
     """A few samples through a plain call; all of them where a context has a row for each.
 
     Raises:
         MixingError: the velocity of one sample depends on others.
     """
-    few = x[:FEW].detach().clone()
-    times = t[:FEW].clone() if t.ndim else t
-    if x.shape[0] > 2 * FEW:
+    if few and x.shape[0] > 2 * FEW:
+        times = t[:FEW].clone() if t.ndim else t
         try:
-            return _sample(run, few, times, probe, freed)
+            return _sample(run, x[:FEW].detach().clone(), times, probe, freed)
         except FATAL:
             raise
         except Exception:  # of this many rows only
@@ -403,10 +441,10 @@ def _tolerance(x: Tensor, leaves: list[Tensor]) -> float:
 def _refuse_mixing(out: Tensor, x: Tensor, v: Tensor) -> None:
     """By the gradients of some samples' velocities, which must be 0 at all others.
 
-    Two samples are apart in one of the sets at least, if there are no more than 16.
+    Two samples are apart in one of the sets at least.
     """
     rows = torch.arange(x.shape[0], device=x.device)
-    for bit in range(min(4, (x.shape[0] - 1).bit_length())):
+    for bit in range((x.shape[0] - 1).bit_length()):
         for own in ((rows >> bit) % 2 == 0, (rows >> bit) % 2 == 1):
             mask = own.view(-1, *(1,) * (v.ndim - 1))
             pulled = reference.pulled_back(out, x, v * mask, twice=False).detach()

@@ -140,6 +140,11 @@ def bare() -> Iterator[None]:
         whole.bare = before
 
 
+def alone() -> bool:
+    """Whether other ranks need not take part in a call of the velocity that is `bare`."""
+    return _CURRENT.whole is None or not _CURRENT.whole.shards
+
+
 def meet(call: Callable[[], Any]) -> None:
     """Call a velocity on no samples, if it can be, for the wrappers that it reaches."""
     if _CURRENT.whole is not None:
