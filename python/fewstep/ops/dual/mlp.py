@@ -45,10 +45,11 @@ class _Probes(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             return None, None, *_by_reference(program, source, wanted, (gv, gd))
-        grads = torch.ops.fewstep.mlp_backward.default(
-            *(gv, gd, *program.arguments(), source.key, source.ids),
-            *(dispatch.probe_index(source.kind), last, kept, wanted),
-        )
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = torch.ops.fewstep.mlp_backward.default(
+                *(gv, gd, *program.arguments(), source.key, source.ids),
+                *(dispatch.probe_index(source.kind), last, kept, wanted),
+            )
         return None, None, *(g if want else None for g, want in zip(grads, wanted, strict=True))
 
 

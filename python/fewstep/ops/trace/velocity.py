@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._library import load_cpp
+
+_C = load_cpp()
 Module = torch.nn.Module
 _BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 _FUNCTIONS = (types.FunctionType, functools.partial, types.MethodType)
@@ -51,7 +54,7 @@ def signature(
 def _value(value: Any, parts: list[Any], modules: list[Module], seen: set[int], depth: int) -> None:
     if isinstance(value, Module):
         parts.append(weakref.ref(value))
-        _modes(value, parts, modules, seen)
+        _C.modes(value, parts, modules, seen)
     elif isinstance(value, Tensor):
         parts.append((value.dtype, value.ndim, value.requires_grad))
     elif isinstance(value, _PLAIN):
@@ -92,19 +95,6 @@ def _filled(cell: types.CellType) -> bool:
         return False
 
 
-def _modes(m: Module, parts: list[Any], modules: list[Module], seen: set[int]) -> None:
-    waiting: list[Module | None] = [m]
-    while waiting:
-        own = waiting.pop()
-        if own is None or id(own) in seen:
-            continue
-        seen.add(id(own))
-        modules.append(own)
-        parts.append(2 * own.training + _is_hooked(own))
-        if own._modules:
-            waiting += reversed(own._modules.values())
-
-
 def mixing(modules: list[Module]) -> str | None:
     """The module whose outputs depend on other samples, or None."""
     for m in modules:
@@ -116,13 +106,7 @@ def mixing(modules: list[Module]) -> str | None:
 def hooked(modules: list[Module]) -> bool:
     """Whether weights may be others after their layer than within it, by hooks, or FSDP's; or
     gradients others than those of what the layer computes."""
-    return any(map(_is_hooked, modules))
-
-
-def _is_hooked(m: Module) -> bool:
-    return bool(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    )
+    return any(map(_C.is_hooked, modules))
 
 
 def freed(modules: list[Module]) -> bool:
