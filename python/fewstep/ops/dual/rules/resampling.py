@@ -31,6 +31,55 @@ for _name in ("sum", "mean"):
     register(getattr(torch, _name), getattr(torch.Tensor, _name))(_reduced(_name))
 
 
+@register(torch.cumsum, torch.Tensor.cumsum)
+def _cumsum(input: Dual, dim: int, *, dtype: Any = None, out: Any = None) -> Dual:
+    if dtype not in (None, input.dtype) or out is not None:
+        raise UnsupportedError(f"no rule for cumsum as {dtype}")
+    (own,) = inside(input, dim)
+    return same(input, lambda z: z.cumsum(own))  # type: ignore[no-any-return]
+
+
+def _summed_at(name: str) -> Rule:
+    """`index_add` or `scatter_add`: sums at places that do not depend on x."""
+
+    def rule(input: Any, dim: int, index: Tensor, source: Any, alpha: Any) -> Any:
+        h: Dual = source if isinstance(source, Dual) else input
+        if isinstance(index, Dual) or not isinstance(source, Dual) or input.ndim != source.ndim:
+            raise UnsupportedError(f"no rule for {name} but of what depends on x")
+        if input.shape[0] != source.shape[0] or input.dtype != source.dtype:
+            raise UnsupportedError(f"no rule for {name} into {tuple(input.shape)}")
+        (own,) = inside(h, dim)
+        shape = tuple(input.shape)
+
+        def summed(z: Tensor) -> Tensor:
+            zeros = z.new_zeros((z.shape[0], *shape[1:]))
+            if name == "index_add":
+                return zeros.index_add(own, index, z)
+            at = index.repeat(z.shape[0] // shape[0], *(1,) * (index.ndim - 1))
+            return zeros.scatter_add(own, at, z)
+
+        out = same(source if alpha == 1 else source * alpha, summed)
+        return input + out
+
+    return rule
+
+
+@register(torch.index_add, torch.Tensor.index_add)
+def _index_add(
+    input: Any, dim: int, index: Tensor, source: Any, *, alpha: Any = 1, out: Any = None
+) -> Any:
+    refuse({"out": out})
+    return _summed_at("index_add")(input, dim, index, source, alpha)
+
+
+@register(torch.scatter_add, torch.Tensor.scatter_add)
+def _scatter_add(input: Any, dim: int, index: Tensor, src: Any, **rest: Any) -> Any:
+    refuse(rest)
+    if not isinstance(src, Dual) or index.shape != src.shape:
+        raise UnsupportedError("no rule for scatter_add of parts")
+    return _summed_at("scatter_add")(input, dim, index, src, 1)
+
+
 def _each(function: Callable[..., Tensor], least: int, most: int) -> Rule:
     """Of a function that is linear in each channel of each sample, for so many axes."""
 
@@ -110,6 +159,25 @@ for _name in ("max", "min"):
     register(getattr(torch, _name), getattr(torch.Tensor, _name))(_largest(_name))
 
 
+def _extreme(name: str) -> Rule:
+    """`amax` or `amin`: equal ones share the derivative, as in torch."""
+
+    def rule(input: Dual, dim: Any = (), keepdim: bool = False, *, out: Any = None) -> Dual:
+        refuse({"out": out})
+        dims = tuple(d + 1 for d in axes(input, dim))
+        x, t = input.halves()
+        y = getattr(x, name)(dims, keepdim=True)
+        there = (x == y).to(x.dtype)
+        change = (t * there).sum(dims, keepdim=True) / there.sum(dims, keepdim=True)
+        return _kept(input, y, change, dims, keepdim)
+
+    return rule
+
+
+for _name in ("amax", "amin"):
+    register(getattr(torch, _name), getattr(torch.Tensor, _name))(_extreme(_name))
+
+
 @register(torch.topk, torch.Tensor.topk)
 def _topk(
     input: Dual, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **rest: Any
@@ -175,6 +243,25 @@ def _var(
     return _kept(input, y, change, dims, keepdim)
 
 
+def _with_mean(spread: Rule) -> Rule:
+    def rule(
+        input: Dual,
+        dim: Any = None,
+        unbiased: Any = None,
+        keepdim: bool = False,
+        *,
+        correction: Any = 1,
+        out: Any = None,
+    ) -> Any:
+        own = spread(input, dim, unbiased, keepdim, correction=correction, out=out)
+        return own, input.mean(dim, keepdim)
+
+    return rule
+
+
+register(torch.var_mean)(_with_mean(_var))
+
+
 def _centred(
     h: Dual, dim: Any, unbiased: Any, correction: Any, out: Any
 ) -> tuple[Tensor, tuple[int, ...], float]:
@@ -212,6 +299,9 @@ def _std(
     t = input.halves()[1]
     change = ((x - x.mean(dims, keepdim=True)) * t).sum(dims, keepdim=True)
     return _kept(input, y, change * _inverse(y) / left, dims, keepdim)
+
+
+register(torch.std_mean)(_with_mean(_std))
 
 
 def norm(h: Dual, p: Any, dim: Any, keepdim: bool, dtype: Any, out: Any) -> Dual:
