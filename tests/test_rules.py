@@ -133,7 +133,6 @@ REDUCED: dict[str, Function] = {
     ),
     "amax": lambda h: h * h.amax(1, keepdim=True) + torch.amin(h, dim=-1)[:, None],
     "amax of equal ones": lambda h: h * torch.stack([h, h, h * 0 - 9], 1).amax((1, 2))[:, None],
-    "cumsum": lambda h: h.cumsum(1) * h + torch.cumsum(h, dim=-1),
     "index_add": lambda h: torch.zeros_like(h).index_add(1, INDEX[:2], h[:, 1:3], alpha=2) + h,
     "scatter_add": lambda h: h.scatter_add(1, OWN, h * h),
     "bilinear": lambda h: F.bilinear(h, h.sin(), torch.stack([W, W.T]), V[:2]).repeat(1, 2),
@@ -163,6 +162,21 @@ REDUCED: dict[str, Function] = {
     "layer_norm": lambda h: F.layer_norm(1 - h, (4,)) + F.rms_norm(2 * h - 1, (4,)),
     "group_norm": lambda h: F.group_norm(1 + h.view(3, 4), 2) + F.group_norm(h + V, 2, V, V),
     "instance_norm": lambda h: F.instance_norm(1 - h.view(3, 2, 2)).flatten(1),
+    "rotary": lambda h: torch.view_as_real(
+        torch.view_as_complex(h.view(3, 2, 2)) * torch.polar(V[:2], V[2:]) * 1j
+    ).flatten(1),
+    "complex of each": lambda h: (
+        (torch.view_as_complex(h.view(3, 1, 2, 2)).flatten(1) * torch.polar(S + 2, S) / (1 + 2j))
+        .conj()
+        .reshape(3, 2, 1)
+        .transpose(1, 2)
+        .imag.repeat(1, 1, 2)[:, 0]
+        * (2 if torch.view_as_complex(h.view(3, 2, 2)).is_complex() else 1)
+    ),
+    "fft": lambda h: torch.fft.irfft(torch.fft.rfft(h * h, dim=1) * (1 + 2j), n=4, dim=1),
+    "fft of complex": lambda h: torch.fft.ifft(
+        torch.fft.fft(torch.view_as_complex(h.view(3, 2, 2)), norm="ortho") * (V[:2] + 1j)
+    ).real.repeat(1, 2),
     "positions": lambda h: F.group_norm(h.view(3, 2, 2) + V[:2], 1).flatten(1),
 }
 PICTURES: dict[str, Function] = {
@@ -175,6 +189,13 @@ PICTURES: dict[str, Function] = {
         :, 0, :, 1:5, 1:5
     ],
     "instance_norm": lambda h: F.instance_norm(1 - h, weight=V[:1], bias=V[1:2]),
+    "fft2": lambda h: torch.fft.irfft2(torch.fft.rfft2(h) * W[:, :3], s=(4, 4)) * h,
+    "fftn": lambda h: (
+        torch.fft.ifftn(
+            torch.fft.fftn(torch.view_as_complex(torch.stack([h, h * h], -1)), dim=(2, 3)) * W,
+            dim=(2, 3),
+        ).imag
+    ),
     "stats": lambda h: h - h.mean((2, 3), keepdim=True) / h.std(dim=(1, 2, 3))[:, None, None, None],
 }
 
@@ -474,6 +495,7 @@ MIXED: dict[str, Function] = {
     "batch by rows": lambda h: h.T * V,
     "parts of samples": lambda h: torch.stack(torch.cat([h, h]).chunk(4)).sum(0).repeat(2, 1),
     "einsum of rows": lambda h: torch.einsum("bi,jb->ij", h, h),
+    "Fourier transform of the batch": lambda h: torch.view_as_real(torch.fft.fft(h, dim=0))[..., 0],
     "index of the batch": lambda h: h.T[:, [0, 1, 2, 3]].T,
     "sorted batch": lambda h: h.T.sort(1)[0].T,
     "vector": lambda h: F.linear(h.flatten(), torch.ones(16, 16, dtype=F64)).view(4, 4),

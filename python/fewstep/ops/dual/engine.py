@@ -74,7 +74,7 @@ class Dual(Traced):
         self.primal_shape = torch.Size((lead, *inner, *last))
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        kind = next((type(a) for a in args if isinstance(a, Moved)), type(self))
+        kind = next((type(a) for a in args if isinstance(a, (Moved, Complex))), type(self))
         return kind.__torch_function__(func, (), args, kwargs)
 
     def of_flat(self, flat: Tensor, **fields: Any) -> Dual:
@@ -325,6 +325,47 @@ def placed(rows: Dual, at: int, pre: int = 1) -> Dual:
     if at == 0 and pre == 1:
         return rows
     return (MovedTensor if isinstance(rows, Opaque) else Moved)(rows, at, pre)
+
+
+COMPLEX: dict[Any, Rule] = {}
+
+
+class Complex(Dual):
+    """Complex numbers that depend on x, by their real and imaginary parts.
+
+    As of `Moved`, rules that do not know of it are refused.
+
+    Attributes:
+        pairs: both parts in the last axis, `[B, ..., 2]`.
+    """
+
+    rules = COMPLEX
+    aliased = True
+
+    def __init__(self, pairs: Dual) -> None:
+        self.pairs, self.source, self.own_device = pairs, pairs.source, pairs.own_device
+        self.primal_shape, self.own_dtype = pairs.shape[:-1], pairs.own_dtype.to_complex()
+
+    def begins(self) -> bool:
+        return self.pairs.begins()
+
+    def _refused(self, *_: Any, **__: Any) -> Any:
+        raise UnsupportedError("no rule for complex numbers here")
+
+    joined = stack = pieces = copies = halves = like = of_flat = of_halves = _refused
+
+
+class ComplexTensor(Complex, DualTensor):  # type: ignore[misc, override]
+    slots: tuple[str, ...] = ("pairs", "source", "own_dtype", "own_device", "primal_shape")
+    __slots__ = ("pairs",)
+
+    def __new__(cls, pairs: Dual) -> Any:
+        dtype = pairs.dtype.to_complex()
+        return without_data(cls, pairs.shape[:-1], dtype=dtype, device=pairs.device)
+
+
+def of_pairs(pairs: Dual) -> Complex:
+    return (ComplexTensor if isinstance(pairs, Opaque) else Complex)(pairs)
 
 
 def seed(source: Source, x: Tensor) -> Seed:

@@ -2,6 +2,7 @@
 
 from fewstep.ops.dual.rules import (
     attention,
+    complex,
     composite,
     elementwise,
     linear,
@@ -13,6 +14,7 @@ from fewstep.ops.dual.rules import (
 
 __all__ = [
     "attention",
+    "complex",
     "composite",
     "elementwise",
     "linear",

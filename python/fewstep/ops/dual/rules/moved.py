@@ -225,7 +225,7 @@ _add(
     _functions(
         "sum mean var std var_mean std_mean norm max min amax amin topk sort argmax argmin",
         "softmax log_softmax logsumexp chunk split split_with_sizes narrow select unbind",
-        "index_select cumsum glu normalize",
+        "index_select glu normalize",
     ),
 )
 _add(_along, (torch.linalg.vector_norm, torch.linalg.norm, torch.special.softmax))

@@ -31,14 +31,6 @@ for _name in ("sum", "mean"):
     register(getattr(torch, _name), getattr(torch.Tensor, _name))(_reduced(_name))
 
 
-@register(torch.cumsum, torch.Tensor.cumsum)
-def _cumsum(input: Dual, dim: int, *, dtype: Any = None, out: Any = None) -> Dual:
-    if dtype not in (None, input.dtype) or out is not None:
-        raise UnsupportedError(f"no rule for cumsum as {dtype}")
-    (own,) = inside(input, dim)
-    return same(input, lambda z: z.cumsum(own))  # type: ignore[no-any-return]
-
-
 def _summed_at(name: str) -> Rule:
     """`index_add` or `scatter_add`: sums at places that do not depend on x."""
 
