@@ -182,6 +182,10 @@ REDUCED: dict[str, Function] = {
 PICTURES: dict[str, Function] = {
     "max_pool2d": lambda h: F.interpolate(F.max_pool2d(h, 2, 1), size=(4, 4), mode="bilinear"),
     "adaptive": lambda h: F.interpolate(F.adaptive_avg_pool2d(h, 2), scale_factor=2),
+    "repeated": lambda h: F.avg_pool2d(
+        F.interpolate(h * h, scale_factor=(3, 2)) * torch.linspace(0, 1, 8, dtype=F64), (3, 2)
+    ),
+    "nearest of a size": lambda h: F.interpolate(h, size=(8, 6))[:, :, 2:6, 1:5] * h,
     "antialias": lambda h: F.interpolate(h, size=(4, 4), mode="bicubic", antialias=True) * h,
     "pad reflect": lambda h: F.pad(h, (1, 1, 1, 1), mode="reflect")[:, :, :4, 1:5] * h,
     "unfold": lambda h: F.fold(F.unfold(h * h, 2), (4, 4), 2),

@@ -315,7 +315,15 @@ def mul(input: Any, other: Any, *, out: None = None) -> Dual:
             with torch.no_grad():
                 t = (dx * y).addcmul_(x, dy)
             return a.of_halves(x * y, t)
-        return a.of_halves(x * y, dx * y + x * dy)
+        if a.source.apart or a.dtype != b.dtype:
+            return a.of_halves(x * y, dx * y + x * dy)
+        if plain() or torch.is_grad_enabled():
+            return a.of_halves(x * y, torch.addcmul(dx * y, x, dy))
+        shape = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
+        both = x.new_empty((a.source.count + 1, *shape[1:]))
+        torch.mul(x, y, out=both[:1])
+        torch.mul(dx, y, out=both[1:]).addcmul_(x, dy)
+        return a.like(both.flatten(0, 1), owned=True)
     h, other = (input, other) if isinstance(input, Dual) else (other, input)
     return _scaled(h, other, torch.mul)
 

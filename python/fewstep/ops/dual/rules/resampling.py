@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fewstep.ops.dual.engine import Dual, same
 from fewstep.ops.dual.rules.plain import axes, inside, is_number, primal, refuse
+from fewstep.ops.dual.source import plain
 from fewstep.ops.dual.traced import Rule, UnsupportedError, register
 
 
@@ -90,13 +92,67 @@ for _function, _least, _most in (
     (F.adaptive_avg_pool1d, 3, 3),
     (F.adaptive_avg_pool2d, 4, 4),
     (F.adaptive_avg_pool3d, 5, 5),
-    (F.interpolate, 3, 5),
     (F.pixel_shuffle, 4, 9),
     (F.pixel_unshuffle, 4, 9),
     (F.unfold, 4, 4),
     (F.fold, 3, 3),
 ):
     register(_function)(_each(_function, _least, _most))
+
+
+class _Repeated(torch.autograd.Function):
+    """Each pixel of `[N, C, H, W]` several times, as nearest neighbours: torch copies thrice."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, rows: int, columns: int) -> Tensor:
+        n, c, h, w = z.shape
+        ctx.shape = (n, c, h, rows, w, columns)
+        out = z.new_empty(ctx.shape)
+        for i in range(columns):
+            out[:, :, :, 0, :, i] = z
+        for i in range(1, rows):
+            out[:, :, :, i] = out[:, :, :, 0]
+        return out.view(n, c, h * rows, w * columns)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        own = g.reshape(ctx.shape)
+        lines = functools.reduce(torch.add, own.unbind(3))  # faster than a sum over both
+        return functools.reduce(torch.add, lines.unbind(4)), None, None
+
+
+@register(F.interpolate)
+def _interpolate(
+    input: Dual,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Dual:
+    if not 3 <= input.ndim <= 5:
+        raise UnsupportedError(f"no rule for interpolate of {input.ndim} axes")
+
+    def resized(z: Tensor) -> Tensor:
+        options = (mode, align_corners, recompute_scale_factor, antialias)
+        return F.interpolate(z, size, scale_factor, *options)
+
+    whole = mode == "nearest" and input.ndim == 4 and size is None and not plain()
+    factors = scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * 2
+    if not whole or any(not is_number(f) or f < 1 or f != int(f) for f in factors):
+        return same(input, resized)  # type: ignore[no-any-return]
+    own = [int(f) for f in factors]
+
+    def repeated(z: Tensor) -> Tensor:
+        if z.device.type != "cpu" or not z.is_contiguous():
+            return resized(z)
+        return _Repeated.apply(z, *own)  # type: ignore[no-any-return,no-untyped-call]
+
+    if not input.source.constant:
+        return same(input, repeated)  # type: ignore[no-any-return]
+    z, t = input.pieces()
+    return input.like(resized(z), repeated(t))
 
 
 def _gathered(h: Dual, values: Tensor, index: Tensor, dim: int, keepdim: bool = True) -> Dual:
