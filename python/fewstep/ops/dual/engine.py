@@ -328,6 +328,7 @@ def placed(rows: Dual, at: int, pre: int = 1) -> Dual:
 
 
 COMPLEX: dict[Any, Rule] = {}
+OF_PAIRS = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 class Complex(Dual):
@@ -344,7 +345,7 @@ class Complex(Dual):
 
     def __init__(self, pairs: Dual) -> None:
         self.pairs, self.source, self.own_device = pairs, pairs.source, pairs.own_device
-        self.primal_shape, self.own_dtype = pairs.shape[:-1], pairs.own_dtype.to_complex()
+        self.primal_shape, self.own_dtype = pairs.shape[:-1], OF_PAIRS[pairs.own_dtype]
 
     def begins(self) -> bool:
         return self.pairs.begins()
@@ -360,7 +361,7 @@ class ComplexTensor(Complex, DualTensor):  # type: ignore[misc, override]
     __slots__ = ("pairs",)
 
     def __new__(cls, pairs: Dual) -> Any:
-        dtype = pairs.dtype.to_complex()
+        dtype = OF_PAIRS[pairs.own_dtype]
         return without_data(cls, pairs.shape[:-1], dtype=dtype, device=pairs.device)
 
 

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.ops.dual.engine import COMPLEX, Complex, Dual, Moved, of_pairs, same
+from fewstep.ops.dual.engine import COMPLEX, OF_PAIRS, Complex, Dual, Moved, of_pairs, same
 from fewstep.ops.dual.rules.plain import inside, refuse
 from fewstep.ops.dual.rules.shapes import view
 from fewstep.ops.dual.traced import Rule, UnsupportedError, register
-
-_FULL = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 def _on(*functions: Any) -> Callable[[Rule], Rule]:
@@ -34,7 +32,7 @@ def _linear(h: Complex, function: Callable[[Tensor], Tensor]) -> Dual:
 
 
 def _known(h: Dual) -> None:
-    if isinstance(h, (Moved, Complex)) or h.dtype not in _FULL or h.source.dtype is not None:
+    if isinstance(h, (Moved, Complex)) or h.dtype not in OF_PAIRS or h.source.dtype is not None:
         raise UnsupportedError(f"no rule for complex numbers of {h.dtype}")
 
 
