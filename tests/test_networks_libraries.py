@@ -164,6 +164,7 @@ DIFFUSERS: dict[str, tuple[Callable[[Any], nn.Module], tuple[int, ...]]] = {
     "PixArtTransformer2DModel": (pixart, (2, 1, 4, 4)),
     "FluxTransformer2DModel": (Flux, (2, 3, 4)),
 }
+ROUNDED = ("FluxTransformer2DModel",)  # rotates positions in float32, whatever it is in
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -172,7 +173,8 @@ def test_diffusers(name: str, way: str) -> None:
     with rows.quiet():
         diffusers = pytest.importorskip("diffusers")
         make, shape = DIFFUSERS[name]
-        own = call(partial(make, diffusers), shape, options=options_of(way, shape))
+        dtype = torch.float32 if name in ROUNDED else torch.float64
+        own = call(partial(make, diffusers), shape, options=options_of(way, shape), dtype=dtype)
         assert rows.wrong(own) == []
 
 

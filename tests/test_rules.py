@@ -88,6 +88,11 @@ ARITHMETIC: dict[str, Function] = {
     "maximum": lambda h: torch.maximum(h, V) + torch.minimum(h * h, h),
     "abs": lambda h: abs(h) - torch.absolute(h * V),
     "detach": lambda h: h * h.detach() + torch.ones_like(h) * h.new_zeros(4) + h.sign() * h,
+    "clamp by tensors": lambda h: h.clamp(torch.tensor(-0.2), V) + torch.clamp(h, max=S),
+    "clip_": through(lambda h: h.clip_(-0.3, 0.5)),
+    "powers by tensors": lambda h: (1 + h * h) ** S + (1 + h * h).pow(V) + V**h,
+    "atan2": lambda h: torch.atan2(h, 1 + h * h) + torch.atan2(V, 2 + h) + h.atan2(V),
+    "nan_to_num": lambda h: torch.nan_to_num(h) * h,
     "glu": lambda h: F.glu(torch.cat([h, h * h], 1), 1),
     "clone in place": lambda h: _twice(h * 1),
 }
@@ -107,6 +112,9 @@ SHAPES: dict[str, Function] = {
     "movedim": lambda h: h.view(3, 2, 2, 1).movedim((1, 2), (2, 1)).flatten(1),
     "squeeze": lambda h: h[:, None].squeeze() + h[:, None, :, None].squeeze((1, 3)),
     "split": lambda h: torch.cat(h.split(split_size=2, dim=1)[::-1], axis=1),
+    "split_with_sizes": lambda h: torch.cat(h.split_with_sizes((1, 3), 1)[::-1], -1),
+    "tile": lambda h: h[:, :2].tile((1, 2)) * torch.tile(h, (1,)),
+    "repeat_interleave": lambda h: h[:, :2].repeat_interleave(2, 1) * h,
     "torch.split": lambda h: torch.cat(torch.split(h, [1, 3], 1)[::-1], -1),
     "narrow": lambda h: torch.cat([h.narrow(1, 1, 3), h.select(1, 0)[:, None]], 1),
     "indices": lambda h: h[:, INDEX] * h[..., INDEX[:2]].repeat(1, 2) + h[:, [0, 1, 1, 2]],
@@ -120,6 +128,19 @@ SHAPES: dict[str, Function] = {
 }
 REDUCED: dict[str, Function] = {
     "var": lambda h: h * torch.var(h, 1, keepdim=True) + h.var(1, False, True),
+    "var_mean": lambda h: (
+        h * torch.var_mean(h, 1, keepdim=True)[0] + torch.std_mean(h, 1)[0][:, None]
+    ),
+    "amax": lambda h: h * h.amax(1, keepdim=True) + torch.amin(h, dim=-1)[:, None],
+    "amax of equal ones": lambda h: h * torch.stack([h, h, h * 0 - 9], 1).amax((1, 2))[:, None],
+    "index_add": lambda h: torch.zeros_like(h).index_add(1, INDEX[:2], h[:, 1:3], alpha=2) + h,
+    "scatter_add": lambda h: h.scatter_add(1, OWN, h * h),
+    "bilinear": lambda h: F.bilinear(h, h.sin(), torch.stack([W, W.T]), V[:2]).repeat(1, 2),
+    "mm": lambda h: torch.mm(h, W).tanh() + torch.addmm(V, h, W, beta=0.5, alpha=2),
+    "baddbmm": lambda h: torch.baddbmm(h[:, None], h[:, None], h[:, :, None] * W)[:, 0],
+    "cross": lambda h: F.pad(torch.linalg.cross(h[:, 1:], h[:, :3]), (0, 1)) * h,
+    "einsum of dots": lambda h: torch.einsum("...i,ij", h, W) + torch.einsum("...,...->...", h, h),
+    "local_response_norm": lambda h: F.local_response_norm(h.view(3, 4, 1), 2).flatten(1),
     "var correction": lambda h: h * torch.var(h, dim=(1,), correction=0, keepdim=True),
     "std": lambda h: h * h.std(1, keepdim=True) + h.std(-1)[:, None],
     "norm": lambda h: h * h.norm(dim=1, keepdim=True) + torch.norm(h, p=1, dim=1)[:, None],
@@ -141,11 +162,30 @@ REDUCED: dict[str, Function] = {
     "layer_norm": lambda h: F.layer_norm(1 - h, (4,)) + F.rms_norm(2 * h - 1, (4,)),
     "group_norm": lambda h: F.group_norm(1 + h.view(3, 4), 2) + F.group_norm(h + V, 2, V, V),
     "instance_norm": lambda h: F.instance_norm(1 - h.view(3, 2, 2)).flatten(1),
+    "rotary": lambda h: torch.view_as_real(
+        torch.view_as_complex(h.view(3, 2, 2)) * torch.polar(V[:2], V[2:]) * 1j
+    ).flatten(1),
+    "complex of each": lambda h: (
+        (torch.view_as_complex(h.view(3, 1, 2, 2)).flatten(1) * torch.polar(S + 2, S) / (1 + 2j))
+        .conj()
+        .reshape(3, 2, 1)
+        .transpose(1, 2)
+        .imag.repeat(1, 1, 2)[:, 0]
+        * (2 if torch.view_as_complex(h.view(3, 2, 2)).is_complex() else 1)
+    ),
+    "fft": lambda h: torch.fft.irfft(torch.fft.rfft(h * h, dim=1) * (1 + 2j), n=4, dim=1),
+    "fft of complex": lambda h: torch.fft.ifft(
+        torch.fft.fft(torch.view_as_complex(h.view(3, 2, 2)), norm="ortho") * (V[:2] + 1j)
+    ).real.repeat(1, 2),
     "positions": lambda h: F.group_norm(h.view(3, 2, 2) + V[:2], 1).flatten(1),
 }
 PICTURES: dict[str, Function] = {
     "max_pool2d": lambda h: F.interpolate(F.max_pool2d(h, 2, 1), size=(4, 4), mode="bilinear"),
     "adaptive": lambda h: F.interpolate(F.adaptive_avg_pool2d(h, 2), scale_factor=2),
+    "repeated": lambda h: F.avg_pool2d(
+        F.interpolate(h * h, scale_factor=(3, 2)) * torch.linspace(0, 1, 8, dtype=F64), (3, 2)
+    ),
+    "nearest of a size": lambda h: F.interpolate(h, size=(8, 6))[:, :, 2:6, 1:5] * h,
     "antialias": lambda h: F.interpolate(h, size=(4, 4), mode="bicubic", antialias=True) * h,
     "pad reflect": lambda h: F.pad(h, (1, 1, 1, 1), mode="reflect")[:, :, :4, 1:5] * h,
     "unfold": lambda h: F.fold(F.unfold(h * h, 2), (4, 4), 2),
@@ -153,6 +193,13 @@ PICTURES: dict[str, Function] = {
         :, 0, :, 1:5, 1:5
     ],
     "instance_norm": lambda h: F.instance_norm(1 - h, weight=V[:1], bias=V[1:2]),
+    "fft2": lambda h: torch.fft.irfft2(torch.fft.rfft2(h) * W[:, :3], s=(4, 4)) * h,
+    "fftn": lambda h: (
+        torch.fft.ifftn(
+            torch.fft.fftn(torch.view_as_complex(torch.stack([h, h * h], -1)), dim=(2, 3)) * W,
+            dim=(2, 3),
+        ).imag
+    ),
     "stats": lambda h: h - h.mean((2, 3), keepdim=True) / h.std(dim=(1, 2, 3))[:, None, None, None],
 }
 
@@ -367,6 +414,7 @@ INVENTED = {
     *(("permute", "dim"), ("unsqueeze", "out"), ("squeeze", "out"), ("split", "tensor")),
     *(("split", "split_size_or_sections"), ("where", "x"), ("where", "y"), ("__getitem__", "idx")),
     *(("__rsub__", "out"), ("__rpow__", "out"), ("__rpow__", "exponent"), ("__rmatmul__", "out")),
+    *(("split_with_sizes", "tensor"), ("split_with_sizes", "split_size_or_sections")),
     *(("linalg_vector_norm", "input"), ("linalg_norm", "input"), ("logsumexp", "names")),
 }
 
@@ -443,8 +491,17 @@ MIXED: dict[str, Function] = {
     "a mask of each": lambda h: torch.einsum("bi,ci->bc", h, h),
     "transposed": lambda h: h.view(4, 4).T @ h,
     "expanded batch": lambda h: h.view(4, 1, 4).expand(4, 4, 4).transpose(0, 1)[:, 0],
-    "stacked batch": lambda h: torch.stack([h, h], 0).sum(0),
-    "squeezed batch": lambda h: h.unsqueeze(0).squeeze(0),
+    "mean of the batch": lambda h: h - h.T.mean(1),
+    "softmax over the batch": lambda h: h.T.softmax(-1).T,
+    "norm over the batch": lambda h: F.layer_norm(h.T, (4,)).T,
+    "linear over the batch": lambda h: F.linear(h.T, torch.ones(4, 4, dtype=F64)).T,
+    "batch beside itself": lambda h: h + h.T,
+    "batch by rows": lambda h: h.T * V,
+    "parts of samples": lambda h: torch.stack(torch.cat([h, h]).chunk(4)).sum(0).repeat(2, 1),
+    "einsum of rows": lambda h: torch.einsum("bi,jb->ij", h, h),
+    "Fourier transform of the batch": lambda h: torch.view_as_real(torch.fft.fft(h, dim=0))[..., 0],
+    "index of the batch": lambda h: h.T[:, [0, 1, 2, 3]].T,
+    "sorted batch": lambda h: h.T.sort(1)[0].T,
     "vector": lambda h: F.linear(h.flatten(), torch.ones(16, 16, dtype=F64)).view(4, 4),
 }
 

@@ -163,7 +163,10 @@ class Problem:
             for x, u in zip(inputs, tangents, strict=True)
         )
         with sdpa_kernel(SDPBackend.MATH):
-            value, tangent = torch.func.jvp(net, inputs, full)
+            try:
+                value, tangent = torch.func.jvp(net, inputs, full)
+            except RuntimeError:  # of views that its tensors have no strides for
+                value, tangent = reverse_twice(net, inputs, full)
             loss = (net(*inputs) * self.w).sum()
             if through:
                 rows = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
@@ -172,6 +175,17 @@ class Problem:
             leaves = [*inputs, *net.parameters()]
             grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         return value.detach(), tangent.detach(), filled(grads, leaves)
+
+
+def reverse_twice(
+    net: nn.Module, inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """J v as the derivative of `<w, J v>` in w."""
+    value = net(*inputs)
+    w = torch.zeros_like(value).requires_grad_()
+    rows = torch.autograd.grad(value, inputs, w, create_graph=True)
+    dot = torch.stack([(row * u).sum() for row, u in zip(rows, tangents, strict=True)]).sum()
+    return value, torch.autograd.grad(dot, w)[0]
 
 
 def filled(grads: Any, leaves: list[Tensor]) -> list[Tensor]:

@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fewstep.ops.dual.dispatch import present
 from fewstep.ops.dual.source import Source, Stack, plain, redrawing, stacked
-from fewstep.ops.dual.traced import Opaque, Rule, Traced
+from fewstep.ops.dual.traced import Opaque, Rule, Traced, UnsupportedError, without_data
 
 
 class Dual(Traced):
@@ -72,6 +72,10 @@ class Dual(Traced):
         last = () if pending is None else (pending.shape[0],)
         inner = flat.shape[1:] if pending is None else flat.shape[1:-1]
         self.primal_shape = torch.Size((lead, *inner, *last))
+
+    def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = next((type(a) for a in args if isinstance(a, (Moved, Complex))), type(self))
+        return kind.__torch_function__(func, (), args, kwargs)
 
     def of_flat(self, flat: Tensor, **fields: Any) -> Dual:
         """A dual of the same source, and as this one a tensor or none."""
@@ -243,10 +247,11 @@ class Seed(Dual):
 
 
 class DualTensor(Opaque, Dual, Tensor):  # type: ignore[misc, override]
-    slots = __slots__ = (
+    slots: tuple[str, ...] = (
         *("source", "flat", "apart", "shared", "shift", "pending", "owned", "spread", "whole"),
         *("own_dtype", "own_device", "primal_shape"),
     )
+    __slots__ = slots
 
 
 class SeedTensor(Opaque, Seed, Tensor):  # type: ignore[misc, override]
@@ -254,6 +259,121 @@ class SeedTensor(Opaque, Seed, Tensor):  # type: ignore[misc, override]
         *("source", "primal", "low", "width", "pending", "shared", "shift", "apart", "_made"),
         *("own_dtype", "own_device", "primal_shape"),
     )
+
+
+MOVED: dict[Any, Rule] = {}
+
+
+class Moved(Dual):
+    """A dual whose batch is not its first axis, or has other axes merged in front of it.
+
+    It has none of a dual's fields: a rule that reads them is refused, and those that know of it
+    stand in a table of their own.
+
+    Attributes:
+        rows: the same with its lead `(b, pre, post)` first, `[B pre post, ...]`.
+        at: the axis where that is here, as `(pre, b, post)`.
+        pre: the size of what is merged in front of the batch.
+    """
+
+    rules = MOVED
+    aliased = True
+
+    def __init__(self, rows: Dual, at: int, pre: int) -> None:
+        self.rows, self.at, self.pre = rows, at, pre
+        self.source, self.primal_shape = rows.source, _moved_shape(rows.shape, at)
+        self.own_dtype, self.own_device = rows.own_dtype, rows.own_device
+
+    def begins(self) -> bool:
+        return self.rows.begins()
+
+    def _refused(self, *_: Any, **__: Any) -> Any:
+        raise UnsupportedError("no rule along the batch")
+
+    joined = stack = pieces = copies = halves = like = of_flat = of_halves = _refused
+
+    def placed(self, z: Tensor, lead: int = 0) -> Tensor:
+        """What is as `rows`, behind `lead` axes, as this is."""
+        if self.pre > 1:
+            own = (self.source.batch, self.pre, -1)
+            z = torch.unflatten(z, lead, own).transpose(lead, lead + 1).flatten(lead, lead + 2)
+        return z.movedim(lead, lead + self.at)
+
+    def settled(self, z: Tensor) -> Tensor:
+        """What is as this, as `rows` is: the opposite of `placed`."""
+        z = z.movedim(self.at, 0)
+        if self.pre > 1:
+            z = (
+                torch.unflatten(z, 0, (self.pre, self.source.batch, -1))
+                .transpose(0, 1)
+                .flatten(0, 2)
+            )
+        return z
+
+
+def _moved_shape(shape: torch.Size, at: int) -> torch.Size:
+    return torch.Size((*shape[1 : at + 1], shape[0], *shape[at + 1 :]))
+
+
+class MovedTensor(Moved, DualTensor):  # type: ignore[misc, override]
+    slots: tuple[str, ...] = (
+        *("rows", "at", "pre", "source"),
+        *("own_dtype", "own_device", "primal_shape"),
+    )
+    __slots__ = ("at", "pre", "rows")
+
+    def __new__(cls, rows: Dual, at: int, pre: int) -> Any:
+        shape = _moved_shape(rows.shape, at)
+        return without_data(cls, shape, dtype=rows.dtype, device=rows.device)
+
+
+def placed(rows: Dual, at: int, pre: int = 1) -> Dual:
+    """A dual with its batch at an axis."""
+    if at == 0 and pre == 1:
+        return rows
+    return (MovedTensor if isinstance(rows, Opaque) else Moved)(rows, at, pre)
+
+
+COMPLEX: dict[Any, Rule] = {}
+OF_PAIRS = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+class Complex(Dual):
+    """Complex numbers that depend on x, by their real and imaginary parts.
+
+    As of `Moved`, rules that do not know of it are refused.
+
+    Attributes:
+        pairs: both parts in the last axis, `[B, ..., 2]`.
+    """
+
+    rules = COMPLEX
+    aliased = True
+
+    def __init__(self, pairs: Dual) -> None:
+        self.pairs, self.source, self.own_device = pairs, pairs.source, pairs.own_device
+        self.primal_shape, self.own_dtype = pairs.shape[:-1], OF_PAIRS[pairs.own_dtype]
+
+    def begins(self) -> bool:
+        return self.pairs.begins()
+
+    def _refused(self, *_: Any, **__: Any) -> Any:
+        raise UnsupportedError("no rule for complex numbers here")
+
+    joined = stack = pieces = copies = halves = like = of_flat = of_halves = _refused
+
+
+class ComplexTensor(Complex, DualTensor):  # type: ignore[misc, override]
+    slots: tuple[str, ...] = ("pairs", "source", "own_dtype", "own_device", "primal_shape")
+    __slots__ = ("pairs",)
+
+    def __new__(cls, pairs: Dual) -> Any:
+        dtype = OF_PAIRS[pairs.own_dtype]
+        return without_data(cls, pairs.shape[:-1], dtype=dtype, device=pairs.device)
+
+
+def of_pairs(pairs: Dual) -> Complex:
+    return (ComplexTensor if isinstance(pairs, Opaque) else Complex)(pairs)
 
 
 def seed(source: Source, x: Tensor) -> Seed:

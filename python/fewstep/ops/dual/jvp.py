@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep._tree import mapped
-from fewstep.ops.dual.engine import Dual, DualTensor
+from fewstep.ops.dual.engine import Dual, DualTensor, Moved
 from fewstep.ops.dual.source import Source
 from fewstep.ops.dual.traced import UnsupportedError, run_on
 
@@ -64,7 +64,10 @@ def by_duals(
     found: list[tuple[Tensor, Tensor | None]] = []
 
     def take(z: Any) -> Any:
-        if isinstance(z, Dual):
+        if isinstance(z, Moved):
+            primal, t = z.rows.halves()
+            found.append((z.placed(primal[0]), z.placed(t, 1)))
+        elif isinstance(z, Dual):
             primal, t = z.halves()
             found.append((primal[0], t))
         elif z.is_floating_point():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.ops.dual.engine import Dual
+from fewstep.ops.dual.engine import Dual, placed
 from fewstep.ops.dual.rules.plain import aligned, axes, inside, matched, refuse
+from fewstep.ops.dual.rules.shapes import laid_out
 from fewstep.ops.dual.traced import UnsupportedError, register
 
 
@@ -82,7 +84,7 @@ def _times(h: Dual, t: Tensor, other: Tensor) -> Tensor:
     return out.reshape(shape).movedim(-3, 0)
 
 
-@register(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+@register(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.linalg.matmul)
 def _matmul(input: Any, other: Any, *, out: None = None) -> Dual:
     refuse({"out": out})
     a, b = input, other
@@ -101,6 +103,81 @@ def _matmul(input: Any, other: Any, *, out: None = None) -> Dual:
     aligned(h, b if h is a else a)
     outs = (_times(h, z, b) if h is a else _times(h, z.mT, a.mT).mT for z in h.copies())
     return h.like(*(z.flatten(0, 1) for z in outs), owned=True)
+
+
+@register(torch.mm, torch.Tensor.mm)
+def _mm(input: Any, mat2: Any, out_dtype: Any = None, *, out: None = None) -> Dual:
+    refuse({"out_dtype": out_dtype})
+    if input.ndim != 2 or mat2.ndim != 2:
+        raise UnsupportedError("no rule for mm but of matrices")
+    return torch.matmul(input, mat2, out=out)  # type: ignore[return-value]
+
+
+def _with_term(product: Any) -> Any:
+    """`beta input + alpha (a @ b)`."""
+
+    def rule(
+        input: Any, first: Any, second: Any, beta: Any, alpha: Any, out: None, out_dtype: Any
+    ) -> Any:
+        refuse({"out": out, "out_dtype": out_dtype})
+        found = product(first, second)
+        found = found if alpha == 1 else found * alpha
+        return found if beta == 0 else found + (input if beta == 1 else input * beta)
+
+    return rule
+
+
+@register(torch.baddbmm, torch.Tensor.baddbmm)
+def _baddbmm(
+    input: Any,
+    batch1: Any,
+    batch2: Any,
+    out_dtype: Any = None,
+    *,
+    beta: Any = 1,
+    alpha: Any = 1,
+    out: None = None,
+) -> Any:
+    return _with_term(torch.bmm)(input, batch1, batch2, beta, alpha, out, out_dtype)
+
+
+@register(torch.addmm, torch.Tensor.addmm)
+def _addmm(
+    input: Any,
+    mat1: Any,
+    mat2: Any,
+    out_dtype: Any = None,
+    *,
+    beta: Any = 1,
+    alpha: Any = 1,
+    out: None = None,
+) -> Any:
+    return _with_term(torch.mm)(input, mat1, mat2, beta, alpha, out, out_dtype)
+
+
+@register(F.bilinear)
+def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    out = torch.einsum("...i,kij,...j->...k", input1, weight, input2)
+    return out if bias is None else out + bias
+
+
+@register(torch.cross, torch.Tensor.cross, torch.linalg.cross)
+def _cross(input: Any, other: Any, dim: int = -1, *, out: None = None) -> Dual:
+    refuse({"out": out})
+    h: Dual = next(m for m in (input, other) if isinstance(m, Dual))
+    if not isinstance(dim, int) or input.ndim != other.ndim or input.shape != other.shape:
+        raise UnsupportedError("no rule for cross but of one shape, along a given axis")
+    matched(h, *(m for m in (input, other) if not isinstance(m, Dual)))
+    axis = inside(h, dim)[0] + 1
+    (x, dx), (y, dy) = (
+        m.halves() if isinstance(m, Dual) else (m[None], None) for m in (input, other)
+    )
+    moved: Any = 0
+    if dx is not None:
+        moved = torch.linalg.cross(dx, y.expand_as(dx), dim=axis)
+    if dy is not None:
+        moved = moved + torch.linalg.cross(x.expand_as(dy), dy, dim=axis)
+    return h.of_halves(torch.linalg.cross(x, y, dim=axis), moved)
 
 
 @register(torch.Tensor.__rmatmul__)
@@ -198,30 +275,63 @@ def _masked(h: Dual, scores: Tensor, mask: Any) -> Tensor:
 _SPARE = "Z"  # the letter of tangents
 
 
+def _explicit(equation: Any, operands: Sequence[Any]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result, without an ellipsis."""
+    if not isinstance(equation, str) or _SPARE in equation:
+        raise UnsupportedError(f"no rule for einsum of {equation!r}")
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    letters = terms.split(",")
+    if len(letters) != len(operands):
+        raise UnsupportedError(f"no rule for einsum of {equation!r}")
+    spare = [c for c in string.ascii_letters if c not in equation and c != _SPARE]
+    widths = [
+        m.ndim - len(own.replace("...", "")) for own, m in zip(letters, operands, strict=True)
+    ]
+    dots = "".join(
+        spare[: max([w for o, w in zip(letters, widths, strict=True) if "..." in o] or [0])]
+    )
+    letters = [
+        own.replace("...", dots[len(dots) - w :]) for own, w in zip(letters, widths, strict=True)
+    ]
+    if not arrow:
+        found = "".join(letters)
+        once = sorted(c for c in set(found) if found.count(c) == 1 and c not in dots)
+        result = "..." + "".join(once)
+    return letters, result.replace("...", dots)
+
+
 @register(torch.einsum)
-def _einsum(equation: Any, *operands: Any) -> Dual:
-    """A sum over products in each sample: its letter is the first of each dual and the result."""
+def einsum(equation: Any, *operands: Any) -> Dual:
+    """A sum over products in each sample: duals have the batch at one letter, as the result has."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or "->" not in equation or _SPARE in equation:
-        raise UnsupportedError(f"no rule for einsum of {equation!r}")
-    terms, result = equation.replace(" ", "").split("->")
-    letters = terms.split(",")
+    letters, result = _explicit(equation, operands)
     duals = [i for i, m in enumerate(operands) if isinstance(m, Dual)]
-    h: Dual = operands[duals[0]]
+    inner = {i: laid_out(operands[i]) for i in duals}
+    h: Dual = inner[duals[0]][0]
     matched(h, *(m for m in operands if not isinstance(m, Dual)), low=True)
-    batch = letters[duals[0]][:1]
-    apart = all(letters[i][:1] == batch and letters[i].count(batch) == 1 for i in duals)
-    if len(letters) != len(operands) or not batch.isalpha() or not apart or result[:1] != batch:
+    batches = {letters[i][at] for i, (_, at, _) in inner.items()}
+    places = {(m.shape[0], pre) for m, _, pre in inner.values()}
+    (batch,) = batches if len(batches) == 1 else ("",)
+    apart = bool(batch) and all(letters[i].count(batch) == 1 for i in duals)
+    if not apart or len(places) != 1 or result.count(batch) != 1:
         raise UnsupportedError(f"no rule for einsum of {equation!r}: it mixes samples")
-    halves = [m.halves() if isinstance(m, Dual) else (m[None], m) for m in operands]
+    ((_, pre),) = places
+    plain_batch = any(batch in letters[i] for i in range(len(letters)) if i not in inner)
+    if pre > 1 and plain_batch:
+        raise UnsupportedError("no rule along the batch")
+    for i in duals:
+        letters[i] = batch + letters[i].replace(batch, "")
+    at, own_result = result.index(batch), batch + result.replace(batch, "")
+    halves = [inner[i][0].halves() if i in inner else (m[None], m) for i, m in enumerate(operands)]
     first = [own[0] for own, _ in halves]
     moved: Any = 0
     for i in duals:
         own, marked = list(first), list(letters)
         own[i], marked[i] = halves[i][1].to(h.dtype), _SPARE + letters[i]
-        moved = moved + torch.einsum(f"{','.join(marked)}->{_SPARE}{result}", own)
-    return h.of_halves(torch.einsum(equation, first)[None], moved)
+        moved = moved + torch.einsum(f"{','.join(marked)}->{_SPARE}{own_result}", own)
+    primal = torch.einsum(f"{','.join(letters)}->{own_result}", first)
+    return placed(h.of_halves(primal[None], moved), at, pre)
 
 
 @register(torch.cdist)

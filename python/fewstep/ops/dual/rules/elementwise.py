@@ -315,7 +315,15 @@ def mul(input: Any, other: Any, *, out: None = None) -> Dual:
             with torch.no_grad():
                 t = (dx * y).addcmul_(x, dy)
             return a.of_halves(x * y, t)
-        return a.of_halves(x * y, dx * y + x * dy)
+        if a.source.apart or a.dtype != b.dtype:
+            return a.of_halves(x * y, dx * y + x * dy)
+        if plain() or torch.is_grad_enabled():
+            return a.of_halves(x * y, torch.addcmul(dx * y, x, dy))
+        shape = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
+        both = x.new_empty((a.source.count + 1, *shape[1:]))
+        torch.mul(x, y, out=both[:1])
+        torch.mul(dx, y, out=both[1:]).addcmul_(x, dy)
+        return a.like(both.flatten(0, 1), owned=True)
     h, other = (input, other) if isinstance(input, Dual) else (other, input)
     return _scaled(h, other, torch.mul)
 
@@ -355,11 +363,19 @@ def _rdiv(input: Any, other: Any) -> Dual:
 def _pow(input: Any, exponent: Any, *, out: None = None) -> Dual:
     refuse({"out": out})
     if isinstance(exponent, Dual):
+        if isinstance(input, Tensor) and not isinstance(input, Dual):
+            h, base = _broadcast(exponent, input)
+            # As torch has it: the derivative is 0 where the base is.
+            slope = lambda z, a: torch.where(base == 0, 0.0, a * base.log())  # noqa: E731
+            return _mapped(h, lambda z: base**z, slope)
         if isinstance(input, Dual) or not is_number(input) or input <= 0:
             raise UnsupportedError("no rule for powers of what depends on x, or is not positive")
         return _mapped(exponent, lambda z: input**z, lambda z, a: a * math.log(input))
+    if isinstance(exponent, Tensor):
+        h, e = _broadcast(input, exponent)
+        return _mapped(h, lambda z: z**e, lambda z, a: torch.where(e == 0, 0.0, e * z ** (e - 1)))
     if not is_number(exponent):
-        raise UnsupportedError("no rule for powers that are tensors")
+        raise UnsupportedError("no rule for powers that are no numbers")
     if exponent == 0:
         return _mapped(input, lambda z: z**0, lambda z, a: torch.zeros_like(z))
     return _mapped(input, lambda z: z**exponent, lambda z, a: exponent * z ** (exponent - 1))
@@ -394,7 +410,12 @@ def clamp(input: Dual, min: Any = None, max: Any = None, *, out: None = None) ->
     refuse({"out": out})
     low, high = -math.inf if min is None else min, math.inf if max is None else max
     if not is_number(low) or not is_number(high):
-        raise UnsupportedError("no rule for clamp by tensors")
+        if isinstance(low, Dual) or isinstance(high, Dual):
+            raise UnsupportedError("no rule for clamp by what depends on x")
+        input, low = _broadcast(input, low)
+        input, high = _broadcast(input, high)
+        like = input.halves()[0].detach()
+        low, high = (torch.as_tensor(m, dtype=like.dtype, device=like.device) for m in (low, high))
     f = lambda z: z.clamp(low, high)  # noqa: E731
     return _mapped(input, f, lambda z, a: ((z >= low) & (z <= high)).to(z.dtype))
 
@@ -459,6 +480,28 @@ register(torch.maximum, torch.Tensor.maximum)(_extreme("maximum", 1))
 
 
 register(torch.minimum, torch.Tensor.minimum)(_extreme("minimum", -1))
+
+
+@register(torch.atan2, torch.Tensor.atan2, torch.arctan2, torch.Tensor.arctan2)
+def _atan2(input: Any, other: Any, *, out: None = None) -> Dual:
+    refuse({"out": out})
+    h: Dual = input if isinstance(input, Dual) else other
+    y, x = (m if isinstance(m, Dual) else operand(h, m) for m in (input, other))
+    if any(not isinstance(m, (Dual, Tensor)) or m.ndim > h.ndim for m in (y, x)) or (
+        isinstance(y, Dual) and isinstance(x, Dual) and y.ndim != x.ndim
+    ):
+        raise UnsupportedError("no rule for atan2 of duals of other axes")
+    (y, dy), (x, dx) = (m.halves() if isinstance(m, Dual) else (m, 0.0) for m in (y, x))
+    return h.of_halves(torch.atan2(y, x), (dy * x - dx * y) / (x * x + y * y))
+
+
+@register(torch.nan_to_num, torch.Tensor.nan_to_num)
+def _nan_to_num(
+    input: Dual, nan: Any = None, posinf: Any = None, neginf: Any = None, *, out: None = None
+) -> Dual:
+    refuse({"out": out})
+    f = lambda z: torch.nan_to_num(z, nan, posinf, neginf)  # noqa: E731
+    return _mapped(input, f, lambda z, a: z.isfinite().to(z.dtype))
 
 
 @register(torch.lerp, torch.Tensor.lerp)
@@ -572,6 +615,9 @@ IN_PLACE: dict[str, Rule] = {
     "pow_": _pow,
     "__ipow__": _pow,
     "clamp_": clamp,
+    "clip_": clamp,
+    "clamp_min_": _clamp_min,
+    "clamp_max_": _clamp_max,
     "masked_fill_": _masked_fill,
     **{f"{name}_": _unary(name) for name in UNARY},
 }

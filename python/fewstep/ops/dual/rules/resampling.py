@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fewstep.ops.dual.engine import Dual, same
 from fewstep.ops.dual.rules.plain import axes, inside, is_number, primal, refuse
+from fewstep.ops.dual.source import plain
 from fewstep.ops.dual.traced import Rule, UnsupportedError, register
 
 
@@ -29,6 +31,47 @@ def _reduced(name: str) -> Rule:
 
 for _name in ("sum", "mean"):
     register(getattr(torch, _name), getattr(torch.Tensor, _name))(_reduced(_name))
+
+
+def _summed_at(name: str) -> Rule:
+    """`index_add` or `scatter_add`: sums at places that do not depend on x."""
+
+    def rule(input: Any, dim: int, index: Tensor, source: Any, alpha: Any) -> Any:
+        h: Dual = source if isinstance(source, Dual) else input
+        if isinstance(index, Dual) or not isinstance(source, Dual) or input.ndim != source.ndim:
+            raise UnsupportedError(f"no rule for {name} but of what depends on x")
+        if input.shape[0] != source.shape[0] or input.dtype != source.dtype:
+            raise UnsupportedError(f"no rule for {name} into {tuple(input.shape)}")
+        (own,) = inside(h, dim)
+        shape = tuple(input.shape)
+
+        def summed(z: Tensor) -> Tensor:
+            zeros = z.new_zeros((z.shape[0], *shape[1:]))
+            if name == "index_add":
+                return zeros.index_add(own, index, z)
+            at = index.repeat(z.shape[0] // shape[0], *(1,) * (index.ndim - 1))
+            return zeros.scatter_add(own, at, z)
+
+        out = same(source if alpha == 1 else source * alpha, summed)
+        return input + out
+
+    return rule
+
+
+@register(torch.index_add, torch.Tensor.index_add)
+def _index_add(
+    input: Any, dim: int, index: Tensor, source: Any, *, alpha: Any = 1, out: Any = None
+) -> Any:
+    refuse({"out": out})
+    return _summed_at("index_add")(input, dim, index, source, alpha)
+
+
+@register(torch.scatter_add, torch.Tensor.scatter_add)
+def _scatter_add(input: Any, dim: int, index: Tensor, src: Any, **rest: Any) -> Any:
+    refuse(rest)
+    if not isinstance(src, Dual) or index.shape != src.shape:
+        raise UnsupportedError("no rule for scatter_add of parts")
+    return _summed_at("scatter_add")(input, dim, index, src, 1)
 
 
 def _each(function: Callable[..., Tensor], least: int, most: int) -> Rule:
@@ -49,13 +92,67 @@ for _function, _least, _most in (
     (F.adaptive_avg_pool1d, 3, 3),
     (F.adaptive_avg_pool2d, 4, 4),
     (F.adaptive_avg_pool3d, 5, 5),
-    (F.interpolate, 3, 5),
     (F.pixel_shuffle, 4, 9),
     (F.pixel_unshuffle, 4, 9),
     (F.unfold, 4, 4),
     (F.fold, 3, 3),
 ):
     register(_function)(_each(_function, _least, _most))
+
+
+class _Repeated(torch.autograd.Function):
+    """Each pixel of `[N, C, H, W]` several times, as nearest neighbours: torch copies thrice."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, rows: int, columns: int) -> Tensor:
+        n, c, h, w = z.shape
+        ctx.shape = (n, c, h, rows, w, columns)
+        out = z.new_empty(ctx.shape)
+        for i in range(columns):
+            out[:, :, :, 0, :, i] = z
+        for i in range(1, rows):
+            out[:, :, :, i] = out[:, :, :, 0]
+        return out.view(n, c, h * rows, w * columns)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        own = g.reshape(ctx.shape)
+        lines = functools.reduce(torch.add, own.unbind(3))  # faster than a sum over both
+        return functools.reduce(torch.add, lines.unbind(4)), None, None
+
+
+@register(F.interpolate)
+def _interpolate(
+    input: Dual,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Dual:
+    if not 3 <= input.ndim <= 5:
+        raise UnsupportedError(f"no rule for interpolate of {input.ndim} axes")
+
+    def resized(z: Tensor) -> Tensor:
+        options = (mode, align_corners, recompute_scale_factor, antialias)
+        return F.interpolate(z, size, scale_factor, *options)
+
+    whole = mode == "nearest" and input.ndim == 4 and size is None and not plain()
+    factors = scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * 2
+    if not whole or any(not is_number(f) or f < 1 or f != int(f) for f in factors):
+        return same(input, resized)  # type: ignore[no-any-return]
+    own = [int(f) for f in factors]
+
+    def repeated(z: Tensor) -> Tensor:
+        if z.device.type != "cpu" or not z.is_contiguous():
+            return resized(z)
+        return _Repeated.apply(z, *own)  # type: ignore[no-any-return,no-untyped-call]
+
+    if not input.source.constant:
+        return same(input, repeated)  # type: ignore[no-any-return]
+    z, t = input.pieces()
+    return input.like(resized(z), repeated(t))
 
 
 def _gathered(h: Dual, values: Tensor, index: Tensor, dim: int, keepdim: bool = True) -> Dual:
@@ -108,6 +205,25 @@ def _largest(name: str) -> Rule:
 
 for _name in ("max", "min"):
     register(getattr(torch, _name), getattr(torch.Tensor, _name))(_largest(_name))
+
+
+def _extreme(name: str) -> Rule:
+    """`amax` or `amin`: equal ones share the derivative, as in torch."""
+
+    def rule(input: Dual, dim: Any = (), keepdim: bool = False, *, out: Any = None) -> Dual:
+        refuse({"out": out})
+        dims = tuple(d + 1 for d in axes(input, dim))
+        x, t = input.halves()
+        y = getattr(x, name)(dims, keepdim=True)
+        there = (x == y).to(x.dtype)
+        change = (t * there).sum(dims, keepdim=True) / there.sum(dims, keepdim=True)
+        return _kept(input, y, change, dims, keepdim)
+
+    return rule
+
+
+for _name in ("amax", "amin"):
+    register(getattr(torch, _name), getattr(torch.Tensor, _name))(_extreme(_name))
 
 
 @register(torch.topk, torch.Tensor.topk)
@@ -175,6 +291,25 @@ def _var(
     return _kept(input, y, change, dims, keepdim)
 
 
+def _with_mean(spread: Rule) -> Rule:
+    def rule(
+        input: Dual,
+        dim: Any = None,
+        unbiased: Any = None,
+        keepdim: bool = False,
+        *,
+        correction: Any = 1,
+        out: Any = None,
+    ) -> Any:
+        own = spread(input, dim, unbiased, keepdim, correction=correction, out=out)
+        return own, input.mean(dim, keepdim)
+
+    return rule
+
+
+register(torch.var_mean)(_with_mean(_var))
+
+
 def _centred(
     h: Dual, dim: Any, unbiased: Any, correction: Any, out: Any
 ) -> tuple[Tensor, tuple[int, ...], float]:
@@ -212,6 +347,9 @@ def _std(
     t = input.halves()[1]
     change = ((x - x.mean(dims, keepdim=True)) * t).sum(dims, keepdim=True)
     return _kept(input, y, change * _inverse(y) / left, dims, keepdim)
+
+
+register(torch.std_mean)(_with_mean(_std))
 
 
 def norm(h: Dual, p: Any, dim: Any, keepdim: bool, dtype: Any, out: Any) -> Dual:

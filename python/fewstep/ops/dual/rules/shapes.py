@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.ops.dual.engine import Dual, Seed, same
+from fewstep.ops.dual.engine import Dual, Moved, Seed, placed, same
 from fewstep.ops.dual.rules.plain import cast, inside, of_dtype, primal, refuse
-from fewstep.ops.dual.traced import Traced, UnsupportedError, note, register
+from fewstep.ops.dual.traced import UnsupportedError, note, register
 
 
 def view(h: Dual, function: Callable[[Tensor], Any]) -> Any:
@@ -22,6 +22,86 @@ def view(h: Dual, function: Callable[[Tensor], Any]) -> Any:
     for out in (outs,) if isinstance(outs, Dual) else outs:
         out.aliased = True
     return outs
+
+
+def laid_out(h: Dual) -> tuple[Dual, int, int]:
+    """A dual with its batch first, the axis where that is in h, and what stands before it there."""
+    return (h.rows, h.at, h.pre) if isinstance(h, Moved) else (h, 0, 1)
+
+
+def _axis(h: Dual, dim: int, ndim: int | None = None) -> int:
+    """Counted from the first."""
+    n = h.ndim if ndim is None else ndim
+    if not isinstance(dim, (int, torch.SymInt)) or isinstance(dim, bool) or not -n <= dim < n:
+        raise UnsupportedError(f"axis {dim} of {n}")
+    return int(dim) % n
+
+
+def permuted(h: Dual, order: Sequence[int]) -> Dual:
+    inner, at, pre = laid_out(h)
+    own = [_axis(h, d) for d in order]
+    if sorted(own) != list(range(h.ndim)):
+        raise UnsupportedError(f"no rule for {tuple(order)} as an order of {h.ndim} axes")
+    of_inner = [0, *(d + (d < at) for d in own if d != at)]
+    if of_inner != list(range(h.ndim)):
+        inner = view(inner, lambda z: z.permute(of_inner))
+    inner.aliased = True
+    return placed(inner, own.index(at), pre)
+
+
+def unsqueezed(h: Dual, dim: int) -> Dual:
+    inner, at, pre = laid_out(h)
+    own = _axis(h, dim, h.ndim + 1)
+    place = own + (own <= at)
+    return placed(view(inner, lambda z: z.unsqueeze(place)), at + (own <= at), pre)
+
+
+def _whole_sizes(h: Dual, shape: Sequence[Any]) -> list[int]:
+    if len(shape) == 1 and not isinstance(shape[0], (int, torch.SymInt)):
+        shape = shape[0]
+        if isinstance(shape, torch.dtype):
+            raise UnsupportedError(f"no rule for a view as {shape}")
+    sizes = [int(s) for s in shape]
+    rest = math.prod([s for s in sizes if s != -1])
+    return [h.numel() // max(rest, 1) if s == -1 else s for s in sizes]
+
+
+def reshaped(h: Dual, sizes: Sequence[int]) -> Dual:
+    """A shape in which some axis has the batch as it is, `(pre, b, post)`."""
+    inner, at, pre = laid_out(h)
+    batch, shape = h.source.batch, tuple(h.shape)
+    before, after = shape[:at], shape[at + 1 :]
+    left = math.prod(before) * pre
+    edges = [1]
+    for s in sizes:
+        edges.append(edges[-1] * s)
+    found = [
+        (edges[j + 1] // edges[j], j == len(sizes) - 1, j)
+        for j in range(len(sizes))
+        if edges[j]
+        and left % edges[j] == 0
+        and edges[j] <= left
+        and edges[j + 1]
+        and edges[j + 1] % (left * batch) == 0
+    ]
+    if not found or not batch or edges[-1] != h.numel():
+        raise UnsupportedError(f"no rule for a view of {shape} as {tuple(sizes)}")
+    j = min(found, key=lambda f: (f[1], f[0], f[2]))[2]
+    own_pre, own_post = left // edges[j], edges[j + 1] // (left * batch)
+    nb, na, lefts, rights = at, len(after), list(sizes[:j]), list(sizes[j + 1 :])
+    # [m, b, pre, post, before, after] to [m, b, before, pre, post, after].
+    there = [0, 1, *range(4, 4 + nb), 2, 3, *range(4 + nb, 4 + nb + na)]
+    # [m, b, left, pre, post, right] to [m, b, pre, post, left, right].
+    back = [0, 1, 2 + j, 3 + j, *range(2, 2 + j), *range(4 + j, 4 + j + len(rights))]
+
+    def turn(z: Tensor) -> Tensor:
+        m = z.shape[0] // inner.shape[0]
+        z = z.reshape(m, batch, pre, -1, *before, *after).permute(there)
+        z = z.reshape(m, batch, *lefts, own_pre, own_post, *rights).permute(back)
+        return z.reshape(m * batch * own_pre * own_post, *lefts, *rights)
+
+    out = view(inner, turn)
+    return placed(out, j, own_pre)
 
 
 def _parts(tensors: Sequence[Any]) -> tuple[Dual, list[Any]]:
@@ -36,7 +116,11 @@ def _parts(tensors: Sequence[Any]) -> tuple[Dual, list[Any]]:
 @register(torch.cat, torch.concat, torch.concatenate)
 def cat(tensors: Sequence[Any], dim: int = 0, **rest: Any) -> Dual:
     refuse(rest)
+    if any(isinstance(h, Moved) for h in tensors):
+        return _joined(tensors, dim)
     first, parts = _parts(tensors)
+    if _axis(first, dim) == 0:
+        return _joined(tensors, dim)
     (dim,) = inside(first, dim)
     alone = sum(isinstance(h, Dual) for h in parts) == 1
     if alone and isinstance(first, Seed) and dim == first.ndim - 1:
@@ -61,30 +145,49 @@ def cat(tensors: Sequence[Any], dim: int = 0, **rest: Any) -> Dual:
     )
 
 
+def _joined(tensors: Sequence[Any], dim: int) -> Dual:
+    """Where the batch is not first, or is what grows."""
+    first = next(h for h in tensors if isinstance(h, Dual))
+    _, at, pre = laid_out(first)
+    own = _axis(first, dim)
+    for h in tensors:
+        same_place = not isinstance(h, Dual) or laid_out(h)[1:] == (at, pre)
+        if not same_place or h.ndim != first.ndim or h.shape[at] != first.shape[at]:
+            raise UnsupportedError(f"no rule for {tuple(first.shape)} beside {tuple(h.shape)}")
+    if own == at:
+        out = stacked(tensors, at)
+        shape = first.shape
+        return reshaped(out, (*shape[:at], len(tensors) * shape[at], *shape[at + 1 :]))
+    frame = first if isinstance(first, Moved) else None
+    parts = [
+        laid_out(h)[0] if isinstance(h, Dual) else h if frame is None else frame.settled(h)
+        for h in tensors
+    ]
+    return placed(cat(parts, own + (own < at)), at, pre)
+
+
+def stacked(tensors: Sequence[Any], dim: int) -> Dual:
+    first = next(h for h in tensors if isinstance(h, Dual))
+    own = _axis(first, dim, first.ndim + 1)
+    if any(tuple(h.shape) != tuple(first.shape) for h in tensors):
+        raise UnsupportedError("no rule for a stack of others than of one shape")
+    return cat([h.unsqueeze(own) for h in tensors], own)
+
+
 @register(torch.stack)
 def _stack(tensors: Sequence[Any], dim: int = 0, **rest: Any) -> Dual:
-    first, _ = _parts(tensors)
-    own = _new_axis(first, dim)
-    return cat([h.unsqueeze(own) for h in tensors], own, **rest)
-
-
-def _sizes(h: Dual, shape: Sequence[Any]) -> tuple[int, ...]:
-    """The shape that a view asks for: in both the first axis has whole samples, one by one."""
-    if len(shape) == 1 and not isinstance(shape[0], (int, torch.SymInt)):
-        shape = shape[0]
-        if isinstance(shape, torch.dtype):
-            raise UnsupportedError(f"no rule for a view as {shape}")
-    sizes = [int(s) for s in shape]
-    rest = math.prod([s for s in sizes if s != -1])
-    sizes = [h.numel() // max(rest, 1) if s == -1 else s for s in sizes]
-    batch = h.source.batch
-    if not sizes or (sizes[0] % batch if batch else sizes[0]) or math.prod(sizes) != h.numel():
-        raise UnsupportedError(f"no rule for a view of {tuple(h.shape)} as {tuple(sizes)}")
-    return tuple(sizes)
+    refuse(rest)
+    return stacked(tensors, dim)
 
 
 def _viewed(h: Dual, shape: Sequence[Any]) -> Dual:
-    first, *rest = sizes = _sizes(h, shape)
+    """Of whole samples one by one in the first axis, where both are so."""
+    first, *rest = sizes = _whole_sizes(h, shape) or [0]
+    batch = h.source.batch
+    if isinstance(h, Moved) or (first % batch if batch else first):
+        return reshaped(h, sizes)
+    if math.prod(sizes) != h.numel():
+        raise UnsupportedError(f"no rule for a view of {tuple(h.shape)} as {tuple(sizes)}")
     own = isinstance(h, Seed) and h.width == h.shape[-1] and h.source.tangents is None
     if isinstance(h, Seed) and own and first == h.shape[0]:
         return h.moved(h.primal.reshape(sizes), 0, sizes[-1])
@@ -132,8 +235,12 @@ def _unflatten(input: Dual, dim: int, sizes: Sequence[int]) -> Dual:
 
 
 def _transposed(h: Dual, first: int, second: int) -> Dual:
-    dims = inside(h, first, second)
-    return view(h, lambda z: z.transpose(*dims))  # type: ignore[no-any-return]
+    a, b = _axis(h, first), _axis(h, second)
+    if isinstance(h, Moved) or 0 in (a, b):
+        order = list(range(h.ndim))
+        order[a], order[b] = b, a
+        return permuted(h, order)
+    return view(h, lambda z: z.transpose(a, b))  # type: ignore[no-any-return]
 
 
 @register(torch.transpose, torch.Tensor.transpose, torch.swapdims, torch.Tensor.swapdims)
@@ -151,51 +258,52 @@ def _turned(input: Dual) -> Dual:
     return _transposed(input, -2, -1)
 
 
-def _permuted(h: Dual, order: Sequence[int]) -> Dual:
-    if len(order) != h.ndim or order[0] % h.ndim != 0:
-        raise UnsupportedError("no rule along the batch")
-    return view(h, lambda z: z.permute(*order))  # type: ignore[no-any-return]
+@register(torch.t, torch.Tensor.t, torch.Tensor.T.__get__)  # type: ignore[attr-defined]
+def _reversed(input: Dual) -> Dual:
+    if input.ndim > 2:
+        raise UnsupportedError("no rule for T of more than two axes")
+    return permuted(input, range(input.ndim)[::-1])
 
 
 @register(torch.permute)
 def _permute(input: Dual, dims: Sequence[int]) -> Dual:
-    return _permuted(input, dims)
+    return permuted(input, dims)
 
 
 @register(torch.Tensor.permute)
 def _permute_method(input: Dual, *order: Any, dims: Any = None) -> Dual:
     if order:
         dims = order if isinstance(order[0], (int, torch.SymInt)) else order[0]
-    return _permuted(input, dims)
+    return permuted(input, dims)
 
 
 @register(torch.movedim, torch.Tensor.movedim, torch.moveaxis, torch.Tensor.moveaxis)
 def _movedim(input: Dual, source: Any, destination: Any) -> Dual:
-    both = [inside(input, *((d,) if isinstance(d, int) else d)) for d in (source, destination)]
-    return view(input, lambda z: z.movedim(*both))  # type: ignore[no-any-return]
-
-
-def _new_axis(h: Traced, dim: int) -> int:
-    if not -h.ndim - 1 <= dim <= h.ndim:
-        raise UnsupportedError(f"axis {dim} of {h.ndim}")
-    own = dim % (h.ndim + 1)
-    if own == 0:
-        raise UnsupportedError("no rule along the batch")
-    return own
+    given = [[d] if isinstance(d, int) else list(d) for d in (source, destination)]
+    own, to = ([_axis(input, d) for d in dims] for dims in given)
+    left = iter(d for d in range(input.ndim) if d not in own)
+    if len(own) != len(to) or len(set(own)) != len(own) or len(set(to)) != len(to):
+        raise UnsupportedError(f"no rule for axes {own} at {to}")
+    placed_at = dict(zip(to, own, strict=True))
+    return permuted(
+        input, [placed_at[d] if d in placed_at else next(left) for d in range(input.ndim)]
+    )
 
 
 @register(torch.unsqueeze, torch.Tensor.unsqueeze)
 def _unsqueeze(input: Dual, dim: int) -> Dual:
-    own = _new_axis(input, dim)
-    return view(input, lambda z: z.unsqueeze(own))  # type: ignore[no-any-return]
+    return unsqueezed(input, dim)
 
 
 @register(torch.squeeze, torch.Tensor.squeeze)
 def _squeeze(input: Dual, dim: int | Sequence[int] | None = None) -> Dual:
     dims = range(input.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
-    wanted = [d % input.ndim for d in dims if input.shape[d] == 1]
-    own = inside(input, *wanted)
-    return view(input, lambda z: z.squeeze(own))  # type: ignore[no-any-return]
+    inner, at, pre = laid_out(input)
+    wanted = [own for own in (_axis(input, d) for d in dims) if input.shape[own] == 1]
+    if at in wanted:
+        raise UnsupportedError("no rule along the batch")
+    own = tuple(d + (d < at) for d in wanted)
+    return placed(view(inner, lambda z: z.squeeze(own)), at - sum(d < at for d in wanted), pre)
 
 
 @register(torch.chunk, torch.Tensor.chunk)
@@ -209,9 +317,14 @@ def _cut(h: Dual, sizes: Any, dim: int) -> Any:
     return view(h, lambda z: torch.split(z, sizes, own))
 
 
-@register(torch.split)
+@register(torch.split, torch.functional.split)
 def _split(tensor: Dual, split_size_or_sections: Any, dim: int = 0) -> Any:
     return _cut(tensor, split_size_or_sections, dim)
+
+
+@register(torch.split_with_sizes, torch.Tensor.split_with_sizes)
+def _split_with_sizes(input: Dual, split_sizes: Any, dim: int = 0) -> Any:
+    return _cut(input, split_sizes, dim)
 
 
 @register(torch.Tensor.split)
@@ -254,6 +367,8 @@ def _used(index: Any) -> int:
 @register(torch.Tensor.__getitem__)
 def _getitem(input: Dual, index: Any) -> Dual:
     own = index if isinstance(index, tuple) else (index,)
+    if isinstance(input, Moved) or own[0] is None:
+        return _indexed(input, own)
     whole = isinstance(own[0], slice) and own[0] == slice(None)
     if not (whole or own[0] is Ellipsis) or sum(map(_used, own)) >= input.ndim + whole:
         raise UnsupportedError("no rule for indexing the batch")
@@ -269,13 +384,60 @@ def _getitem(input: Dual, index: Any) -> Dual:
     return view(input, lambda z: z[index])  # type: ignore[no-any-return]
 
 
+def _indexed(h: Dual, index: tuple[Any, ...]) -> Dual:
+    """Of a batch that is not first, or that comes to be so."""
+    inner, at, pre = laid_out(h)
+    index = tuple(torch.tensor(i) if isinstance(i, list) else i for i in index)
+    if sum(i is Ellipsis for i in index) > 1 or any(
+        isinstance(i, bool) or (isinstance(i, Tensor) and i.dtype == torch.bool) for i in index
+    ):
+        raise UnsupportedError("no rule for indexing the batch")
+    whole = slice(None)
+    missing = h.ndim - sum(i is not None and i is not Ellipsis for i in index)
+    if missing < 0:
+        raise UnsupportedError("no rule for so many indices")
+    if Ellipsis not in [i for i in index if not isinstance(i, Tensor)]:
+        index = (*index, Ellipsis)
+    where = next(n for n, i in enumerate(index) if i is Ellipsis)
+    index = (*index[:where], *(whole,) * missing, *index[where + 1 :])
+    advanced = [i for i in index if isinstance(i, Tensor)]
+    known = (int, slice, Tensor, type(None), torch.SymInt)
+    numbers = [i for i in index if isinstance(i, (int, torch.SymInt))]
+    if any(not isinstance(i, known) or isinstance(i, Dual) for i in index) or (
+        advanced and (len(advanced) > 1 or numbers)
+    ):
+        raise UnsupportedError("no rule for indexing by what depends on x")
+    own: list[Any] = [whole]
+    axis = new_at = 0
+    for i in index:
+        if i is not None:
+            axis += 1
+        if i is not None and axis - 1 == at:
+            if not isinstance(i, slice) or i != whole:
+                raise UnsupportedError("no rule for indexing the batch")
+            continue
+        own.append(i)
+        if axis <= at:
+            width = i.ndim if isinstance(i, Tensor) else 0 if i in numbers else 1
+            new_at += width
+    picked = (
+        same(inner, lambda z: z[tuple(own)]) if advanced else view(inner, lambda z: z[tuple(own)])
+    )
+    return placed(picked, new_at, pre)
+
+
 def spread(h: Dual, shape: Sequence[int]) -> Dual:
     """h broadcast to a shape with its batch."""
     if tuple(shape) == tuple(h.shape):
         return h
-    if len(shape) != h.ndim or shape[0] not in (-1, h.shape[0]):
+    inner, at, pre = laid_out(h)
+    new = len(shape) - h.ndim
+    if new < 0 or shape[at + new] not in (-1, h.shape[at]):
         raise UnsupportedError(f"no rule for {tuple(h.shape)} as {tuple(shape)}")
-    return view(h, lambda z: z.expand(-1, *shape[1:]))  # type: ignore[no-any-return]
+    sizes = (*shape[: at + new], *shape[at + new + 1 :])
+    for _ in range(new):
+        inner = unsqueezed(inner, 1)
+    return placed(view(inner, lambda z: z.expand(-1, *sizes)), at + new, pre)
 
 
 def _listed(sizes: Sequence[Any], named: Any) -> Sequence[int]:
@@ -301,10 +463,45 @@ def _broadcast_to(input: Dual, size: Sequence[int]) -> Dual:
 
 @register(torch.Tensor.repeat)
 def _repeat(input: Dual, *sizes: Any, repeats: Any = None) -> Dual:
-    own = _listed(sizes, repeats)
-    if len(own) != input.ndim or own[0] != 1:
-        raise UnsupportedError("no rule for repeating the batch")
-    return same(input, lambda z: z.repeat(*own))  # type: ignore[no-any-return]
+    return _repeated(input, _listed(sizes, repeats))
+
+
+@register(torch.tile)
+def _tile(input: Dual, dims: Sequence[int]) -> Dual:
+    return _repeated(input, (*(1,) * (input.ndim - len(dims)), *dims))
+
+
+@register(torch.Tensor.tile)
+def _tile_method(input: Dual, *sizes: Any, dims: Any = None) -> Dual:
+    return _tile(input, _listed(sizes, dims))
+
+
+def _repeated(h: Dual, sizes: Sequence[int]) -> Dual:
+    if len(sizes) < h.ndim or min(sizes) < 1:
+        raise UnsupportedError(f"no rule for repeating {tuple(sizes)} times")
+    for _ in range(len(sizes) - h.ndim):
+        h = unsqueezed(h, 0)
+    inner, at, pre = laid_out(h)
+    own = (1, *sizes[:at], *sizes[at + 1 :])
+    out = placed(same(inner, lambda z: z.repeat(own)) if max(own) > 1 else inner, at, pre)
+    if sizes[at] == 1:
+        return out
+    whole = unsqueezed(out, at)
+    shape = out.shape
+    whole = spread(whole, (*shape[:at], sizes[at], *shape[at:]))
+    return reshaped(whole, (*shape[:at], sizes[at] * shape[at], *shape[at + 1 :]))
+
+
+@register(torch.repeat_interleave, torch.Tensor.repeat_interleave)
+def _repeat_interleave(
+    input: Dual, repeats: Any, dim: int | None = None, *, output_size: int | None = None
+) -> Dual:
+    if not isinstance(repeats, int) or dim is None:
+        raise UnsupportedError("no rule for repeats that are tensors")
+    own = _axis(input, dim)
+    shape = tuple(input.shape)
+    whole = spread(unsqueezed(input, own + 1), (*shape[: own + 1], repeats, *shape[own + 1 :]))
+    return _viewed(whole, (*shape[:own], repeats * shape[own], *shape[own + 1 :]))
 
 
 @register(torch.roll, torch.Tensor.roll)

@@ -1,0 +1,82 @@
+"""Jacobian-vector products of networks as people have them: by duals, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fewstep
+from support import rows
+from support.jvp import F32, F64, Problem, filled, flat
+from support.networks import IMAGE
+from support.zoo import ZOO
+from test_networks import ViT
+from test_networks_libraries import DIFFUSERS
+from tolerances import assert_contract
+
+# Of torch.func.jvp, when it is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+WHOLE = "Tensor.long to torch.int64 has no derivative"  # of a time that is a number of steps
+
+
+def assert_served(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype, info: str = ""
+) -> None:
+    """Value, tangent and gradients of both kinds; and the divergence by duals as well."""
+    torch.manual_seed(0)
+    net = make().to(F64).eval()
+    x, v, w = (torch.randn(shape, dtype=F64).to(F32).to(F64) for _ in range(3))
+    t = torch.rand(shape[0]).to(F64)
+    own = Problem(net, (x, t), (v, 0.5), w)
+    for through in (False, True):
+        value, tangent, expected = own.exact(through)
+        net, inputs, tangents = own.to(dtype)
+        with rows.quiet():
+            out = fewstep.jvp(net, inputs, tangents, through=through)
+        assert (out.engine, out.info) == ("duals", info)
+        assert_contract("gradient", out.value, value)
+        assert_contract("gradient", out.tangent, tangent)
+        assert out.tangent.requires_grad is through
+        loss = (out.value * own.w).sum() + ((out.tangent * own.w).sum() if through else 0)
+        leaves = [*inputs, *net.parameters()]
+        found = filled(torch.autograd.grad(loss, leaves, allow_unused=True), leaves)
+        assert_contract("gradient", flat(found), flat(expected))
+    with rows.quiet():
+        assert fewstep.divergence(net, inputs[0], inputs[1]).info == ""
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+@pytest.mark.parametrize("name", [*ZOO, "ViT"])
+def test_networks(name: str, dtype: torch.dtype) -> None:
+    assert_served(*(ZOO | {"ViT": (ViT, IMAGE)})[name], dtype)
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_diffusers(name: str) -> None:
+    """In float32, in which all of them compute embeddings of times."""
+    diffusers = pytest.importorskip("diffusers")
+    make, shape = DIFFUSERS[name]
+    whole = name.startswith(("UNet2DCondition", "DiT"))
+    assert_served(partial(make, diffusers), shape, F32, WHOLE if whole else "")
+
+
+def test_one_sample() -> None:
+    for name in ("attention, sequence first", "DiT, guided", "encoder, batch first, norm last"):
+        make, shape = ZOO[name]
+        assert_served(make, (1, *shape[1:]), F64)
+
+
+def test_several_tangents_where_the_batch_moves() -> None:
+    make, shape = ZOO["attention, sequence first"]
+    net, x = make().double(), torch.randn(shape, dtype=F64)
+    several = torch.randn(3, *shape, dtype=F64)
+    t = torch.rand(shape[0], dtype=F64)
+    out: Any = fewstep.jvp(net, (x, t), (several, None))
+    alone: list[Tensor] = [fewstep.jvp(net, (x, t), (v, None)).tangent for v in several]
+    assert out.engine == "duals"
+    assert_contract("gradient", out.tangent, torch.stack(alone))
