@@ -151,7 +151,7 @@ def test_a_finished_folder_is_refused(
 BAD_ARGUMENTS = [
     ("", "Expected one of"),
     ("fly", "fly"),
-    ("train", "Expected one of {wflow, reflow, lines}"),
+    ("train", "Expected one of {wflow, reflow, lines, meanflow}"),
     ("train dance --data digits --out RUN", "dance"),
     ("train wflow --out RUN", "--data"),
     ("train wflow --data digits", "--out"),
@@ -178,6 +178,8 @@ BAD_ARGUMENTS = [
     ("train reflow --data digits --out RUN --windows 9999999999999999999", "windows must fit"),
     ("train wflow --data digits --out RUN --max-iter 9999999999999999999", "max_iter must fit"),
     ("train lines --out RUN --resume", "holds no run"),
+    ("train meanflow --data digits --out RUN --ratio 2", "ratio must be in [0, 1]"),
+    ("train meanflow --data digits --out RUN --width 0", "width must be"),
     (
         "train wflow --data digits --out RUN --seed 99999999999999999999",
         "seed must be an integer of",
@@ -264,7 +266,7 @@ def test_resuming_a_run_of_another_method(
     finished: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     path = finished / CONFIG
-    other = {"wflow": "lines", "reflow": "wflow", "lines": "reflow"}[method]
+    other = {"wflow": "lines", "reflow": "wflow", "lines": "reflow", "meanflow": "lines"}[method]
     path.write_text(json.dumps({**json.loads(path.read_text()), "method": other}))
     assert main(["train", method, "--out", str(finished), "--resume"]) == 2
     assert f"its method is {other}: name it in place of {method}" in error_line(capsys)

@@ -162,11 +162,18 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Map x `[B, ...]`, t `[B]` and labels int64 `[B]` (with classes only) to `[B, ...]`."""
+        return self._blocks(x, self._condition(self._features(t), x, labels))
+
+    def _features(self, t: Tensor) -> Tensor:
+        """Features of times `[B]`, `[B, 1 + 2 frequencies]`."""
         angles = t[:, None] * self.frequencies
-        features = torch.cat([t[:, None], angles.cos(), angles.sin()], 1)
-        condition = self.level(_like(features, x))
-        if self.embedding is not None:
-            condition = condition + self.embedding(labels)
+        return torch.cat([t[:, None], angles.cos(), angles.sin()], 1)
+
+    def _condition(self, features: Tensor, x: Tensor, labels: Tensor | None) -> Tensor:
+        condition: Tensor = self.level(_like(features, x))
+        return condition if self.embedding is None else condition + self.embedding(labels)
+
+    def _blocks(self, x: Tensor, condition: Tensor) -> Tensor:
         flat = x.flatten(1)
         hidden = self.first(flat)
         for block, modulation in zip(self.blocks, self.modulations, strict=True):
@@ -174,6 +181,53 @@ class ResidualMLP(nn.Module):
             hidden = hidden + block(self.norm(hidden) * (1 + scale) + shift)
         out: Tensor = self.last(self.norm(hidden)) + self.gain(condition) * flat
         return out.view(x.shape)
+
+
+class AverageVelocityMLP(ResidualMLP):
+    """A network `u(z, t, r, labels)` for MeanFlow, a `ResidualMLP` of two times.
+
+    It has the features of t and of t - r. Their frequencies are few, for the derivative along t
+    grows with the highest.
+
+    Args:
+        image_shape (tuple): shape `(C, H, W)` of an image, or `(D,)` for vectors.
+        classes (int): number of classes to condition on; 0 for none. Label `classes`, one past the
+            last, stands for no class.
+        width (int): width of the residual stream. Blocks are twice as wide inside.
+        depth (int): number of blocks, at least 1.
+        frequencies (int): number of frequencies of t and of t - r.
+
+    >>> import torch
+    >>> network = AverageVelocityMLP((1, 8, 8), classes=10)
+    >>> t = torch.ones(5)
+    >>> network(torch.randn(5, 1, 8, 8), t, 0 * t, torch.tensor([0, 1, 2, 3, 10])).shape
+    torch.Size([5, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, ...],
+        *,
+        classes: int = 0,
+        width: int = 256,
+        depth: int = 3,
+        frequencies: int = 2,
+    ) -> None:
+        super().__init__(
+            image_shape,
+            classes=classes + 1 if classes else 0,
+            width=width,
+            depth=depth,
+            frequencies=frequencies,
+        )
+        self.level = nn.Sequential(nn.Linear(2 * (1 + 2 * frequencies), width), nn.SiLU())
+
+    def forward(  # type: ignore[override]
+        self, z: Tensor, t: Tensor, r: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        """Map z `[B, ...]`, times `[B]` and labels int64 `[B]` (if any) to `[B, ...]`."""
+        features = torch.cat([self._features(t), self._features(t - r)], 1)
+        return self._blocks(z, self._condition(features, z, labels))
 
 
 class EDMPrecond(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fewstep.training import lines, reflow, wflow
+from fewstep.training import lines, meanflow, reflow, wflow
 from fewstep.training.runs import Trainer, method_in, read_config
 
 TRAINERS: dict[str, Trainer[Any, Any]] = {
@@ -14,6 +14,7 @@ TRAINERS: dict[str, Trainer[Any, Any]] = {
         wflow.TRAINER,
         reflow.TRAINER,
         lines.TRAINER,
+        meanflow.TRAINER,
     )
 }
 
