@@ -22,7 +22,9 @@ PYTHON = {
 # folder of its own is a room by its name.
 CORE = {"fewstep._checks", "fewstep._files", "fewstep._library", "fewstep._torch", "fewstep._tree"}
 OPS = {"fewstep.ops.dual", "fewstep.ops.heun", "fewstep.ops.sinkhorn", "fewstep.ops.trace"}
-BELOW_OPS = CORE | {"fewstep.reference", "fewstep.kernels"}
+# What of the verification is below the ops: the choice of a backend, the record it is made by.
+CHOICE = {f"fewstep.verification.{name}" for name in ("choice", "record", "supervisor")}
+BELOW_OPS = CORE | {"fewstep.reference", "fewstep.kernels", "fewstep.verification.choice"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{module: set() for module in CORE},
     "fewstep._aliases": set(),
@@ -30,6 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.kernels": CORE | {"fewstep.reference"},
     "fewstep.conversions": CORE,
     "fewstep.networks": CORE,
+    "fewstep.verification.record": CORE,
+    "fewstep.verification.supervisor": {"fewstep.verification.record"},
+    "fewstep.verification.choice": CORE
+    | {f"fewstep.verification.{n}" for n in ("record", "supervisor")},
     "fewstep.ops": set(),
     "fewstep.ops.sinkhorn": BELOW_OPS,
     "fewstep.ops.dual": BELOW_OPS,
@@ -41,12 +47,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.metrics": CORE,
     "fewstep.data": CORE | {"fewstep", "fewstep.samplers", "fewstep.conversions"},
     "fewstep.methods": CORE | OPS | {"fewstep.samplers", "fewstep.conversions"},
-    "fewstep.info": CORE | OPS | {"fewstep"},
+    "fewstep.verification": CORE | OPS | CHOICE | {"fewstep", "fewstep.reference"},
+    "fewstep.info": CORE | OPS | {"fewstep", "fewstep.verification.choice"},
     "fewstep.training": CORE
     | OPS
     | {"fewstep", "fewstep.data", "fewstep.metrics", "fewstep.methods", "fewstep.networks"}
-    | {"fewstep.samplers"},
-    "fewstep.cli": {"fewstep.training"},
+    | {"fewstep.samplers", "fewstep.verification"},
+    "fewstep.cli": {"fewstep.training", "fewstep.verification"},
 }
 # Headers and sources of C++ and CUDA, by folder. The units of csrc/cpu/simd compile bodies of
 # csrc/cpu, which compute by its math.h and normals.h.

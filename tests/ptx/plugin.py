@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
+os.environ["FEWSTEP_VERIFY"] = "off"  # kernels run where they are named
 
 import pytest
 import torch
@@ -60,13 +61,11 @@ def _patch_torch() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from fewstep import _library
-
+    os.environ["FEWSTEP_CACHE"] = str(sim.OUT / "cache")
     sim.options_of_environment()
     project.use_cuda()
     if importlib.util.find_spec("triton") is not None:
         project.use_triton()
-    _library.DEFAULT_ORDER["cpu"] = _library.DEFAULT_ORDER["cuda"]
     _patch_torch()
     config.stash[_mode] = OnCpu()
     config.stash[_mode].__enter__()

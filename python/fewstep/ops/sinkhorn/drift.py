@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import integer
-from fewstep._library import choose_backend
 from fewstep._torch import readable, wide
 from fewstep.ops.sinkhorn import dispatch_drift
 from fewstep.ops.sinkhorn.inputs import (
@@ -22,6 +21,7 @@ from fewstep.ops.sinkhorn.inputs import (
     given_numbers,
 )
 from fewstep.reference.costs import OF_DISTANCE
+from fewstep.verification.choice import choose_backend
 
 FORMS = ("split", "joint")
 NORMALIZE = (True, False, "scale")
@@ -195,10 +195,10 @@ def sinkhorn_drift(
     kept = dispatch_drift.resident(flat["x"], counts, form == "joint")
     chosen = choose_backend(
         "sinkhorn_drift",
-        x.device.type,
+        x.device,
         backend,
         lambda name: unsupported(name, diagonal, kept),
-        first="cuda" if kept else None,
+        lambda: dispatch_drift.group(flat["x"], counts, form == "joint", precision),
     )
     temperatures, several = _temperatures(eps, x, dtype)
     w = _guidance(guidance, x, uncond, dtype).reshape(-1).expand(groups)

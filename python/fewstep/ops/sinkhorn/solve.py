@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import flags
-from fewstep._library import choose_backend
 from fewstep._torch import is_transformed
 from fewstep.ops.sinkhorn import autograd, dispatch
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
@@ -30,6 +29,7 @@ from fewstep.ops.sinkhorn.inputs import (
 from fewstep.ops.sinkhorn.result import CanonicalProblem, SinkhornResult, Versions
 from fewstep.reference.costs import COSTS
 from fewstep.reference.sinkhorn import Points, Schedule
+from fewstep.verification.choice import choose_backend
 
 _warned = False
 P = ParamSpec("P")
@@ -260,11 +260,10 @@ def sinkhorn(
     )
     chosen = choose_backend(
         "sinkhorn",
-        device.type,
+        device,
         backend,
         lambda name: _unsupported(name, points, e, schedule),
-        # A launch for all problems, rather than two per iteration.
-        first="cuda" if dispatch.resident(points) else None,
+        lambda: dispatch.group(points),
     )
     if check_finite:
         checked = {"x": x, "y": y, "C": C, "init f": f0, "init g": g0}
