@@ -22,8 +22,6 @@ PYTHON = {
 # folder of its own is a room by its name.
 CORE = {"fewstep._checks", "fewstep._files", "fewstep._library", "fewstep._torch", "fewstep._tree"}
 OPS = {"fewstep.ops.dual", "fewstep.ops.heun", "fewstep.ops.sinkhorn", "fewstep.ops.trace"}
-# What of the verification is below the ops: the choice of a backend, the record it is made by.
-CHOICE = {f"fewstep.verification.{name}" for name in ("choice", "record", "supervisor")}
 BELOW_OPS = CORE | {"fewstep.reference", "fewstep.kernels", "fewstep.verification.choice"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{module: set() for module in CORE},
@@ -32,10 +30,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.kernels": CORE | {"fewstep.reference"},
     "fewstep.conversions": CORE,
     "fewstep.networks": CORE,
-    "fewstep.verification.record": CORE,
+    # Of the verification only the choice of a backend is below the ops.
+    "fewstep.verification.choice": CORE | {"fewstep.verification.decision"},
+    "fewstep.verification.decision": CORE
+    | {f"fewstep.verification.{name}" for name in ("record", "supervisor")},
     "fewstep.verification.supervisor": {"fewstep.verification.record"},
-    "fewstep.verification.choice": CORE
-    | {f"fewstep.verification.{n}" for n in ("record", "supervisor")},
+    "fewstep.verification.record": CORE,
     "fewstep.ops": set(),
     "fewstep.ops.sinkhorn": BELOW_OPS,
     "fewstep.ops.dual": BELOW_OPS,
@@ -47,8 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.metrics": CORE,
     "fewstep.data": CORE | {"fewstep", "fewstep.samplers", "fewstep.conversions"},
     "fewstep.methods": CORE | OPS | {"fewstep.samplers", "fewstep.conversions"},
-    "fewstep.verification": CORE | OPS | CHOICE | {"fewstep", "fewstep.reference"},
-    "fewstep.info": CORE | OPS | {"fewstep", "fewstep.verification.choice"},
+    "fewstep.verification": CORE
+    | OPS
+    | {"fewstep", "fewstep.reference"}
+    | {f"fewstep.verification.{name}" for name in ("decision", "record")},
+    "fewstep.info": CORE | OPS | {"fewstep", "fewstep.verification.decision"},
     "fewstep.training": CORE
     | OPS
     | {"fewstep", "fewstep.data", "fewstep.metrics", "fewstep.methods", "fewstep.networks"}

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import fewstep
 from fewstep._files import locked
 from fewstep.cli import main
-from fewstep.verification import catalogue, choice, record, report, supervisor
+from fewstep.verification import catalogue, choice, decision, record, report, supervisor
 from fewstep.verification.choice import PLAIN, choose_backend, default_order
 from fewstep.verification.record import Entry
 from support.verify_worker import GROUP, NAMES, TABLE
@@ -36,8 +36,9 @@ class Device:
         self.folder, self.monkeypatch = folder, monkeypatch
         self.starts = folder / "starts"
         self.properties = SimpleNamespace(name="Planted", major=9, minor=0)
-        monkeypatch.setattr(choice, "is_cuda", lambda device: True)
-        for module in (choice, report):
+        for module in (choice, decision):
+            monkeypatch.setattr(module, "is_cuda", lambda device: True)
+        for module in (choice, decision, report):
             monkeypatch.setattr(module, "unavailable", lambda backend, device: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: self.properties)
@@ -106,7 +107,7 @@ def test_what_matched_serves_by_its_speed(
         assert device.order() == ("triton", "cuda", *PLAIN)
     assert device.started() == 1
     assert capsys.readouterr().err == ""
-    summary = "\n".join(choice.summary(CPU))
+    summary = "\n".join(decision.summary(CPU))
     assert f"  {TITLE}" in summary
     assert "x plain torch; cuda" in summary
 
@@ -130,7 +131,7 @@ def test_wrong_and_slow_kernels_do_not_serve(
 def test_a_crash_and_a_hang_cost_no_other_kernel(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "CASE_SECONDS", 1.0)
+    monkeypatch.setattr(decision, "CASE_SECONDS", 1.0)
     device.plant({"triton": ["crash", 0.1]})
     assert device.order() == ("cuda", *PLAIN)
     (failed,) = record.failures(device.entry, "triton").values()
@@ -139,7 +140,7 @@ def test_a_crash_and_a_hang_cost_no_other_kernel(
     assert device.started() == 2
     device.plant({"triton": ["hang", 0.1]})
     monkeypatch.setenv("FEWSTEP_VERIFY", "force")
-    monkeypatch.setattr(choice, "_STARTED", time.time())
+    monkeypatch.setattr(decision, "_STARTED", time.time())
     device.forget()
     assert device.order() == ("cuda", *PLAIN)
     (failed,) = record.failures(device.entry, "triton").values()
@@ -167,7 +168,7 @@ def test_without_memory_nothing_is_said_of_a_kernel(device: Device) -> None:
 def test_out_of_time_is_plain_torch_and_goes_on_later(
     device: Device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(choice, "SECONDS", 4.0)
+    monkeypatch.setattr(decision, "SECONDS", 4.0)
     device.plant({"triton": ["hang", 0.1]})
     assert device.order() == PLAIN
     assert "plain torch in this process: out of time" in capsys.readouterr().err
@@ -192,7 +193,7 @@ def test_no_process_is_plain_torch(
     last = capsys.readouterr().err.splitlines()[-1]
     assert "is plain torch in this process: " in last
     assert "no process can be started" in last or "exit code 1: no device" in last
-    assert "not verified to the end" in "\n".join(choice.summary(CPU))
+    assert "not verified to the end" in "\n".join(decision.summary(CPU))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_off_and_force(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWSTEP_VERIFY", "off")  # a record counts all the same
     assert device.order() == ("triton", "cuda", *PLAIN)
     monkeypatch.setenv("FEWSTEP_VERIFY", "force")
-    monkeypatch.setattr(choice, "_STARTED", time.time())
+    monkeypatch.setattr(decision, "_STARTED", time.time())
     for _ in range(2):  # once in a process, and what another has done since counts
         device.forget()
         device.order()
@@ -294,7 +295,7 @@ def test_a_capture_takes_plain_torch_and_decides_nothing(
 def test_another_process_that_verifies_too_long_is_not_waited_for(
     device: Device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(choice, "SECONDS", 0.2)
+    monkeypatch.setattr(decision, "SECONDS", 0.2)
     with locked(record.path(device.identity).with_suffix(".lock"), 0.0) as held:
         assert held
         assert device.order() == PLAIN
@@ -327,7 +328,7 @@ def test_a_compiled_graph_has_the_choice_as_a_constant(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(choice, "is_cuda", lambda device: True)
     monkeypatch.setattr(choice, "unavailable", lambda backend, device: None)
-    monkeypatch.setattr(choice, "_decide", decide)
+    monkeypatch.setattr(decision, "decide", decide)
     monkeypatch.setattr(choice, "_CHOSEN", {})
 
     @torch.compile(fullgraph=True, backend="eager")
@@ -374,11 +375,12 @@ def test_no_rank_takes_what_did_not_match_here(device: Device, store: Any) -> No
 PROCESS = """
 import sys, torch
 from types import SimpleNamespace
-from fewstep.verification import choice, supervisor
+from fewstep.verification import choice, decision, supervisor
 from support.verify_worker import GROUP
 
-choice.is_cuda = lambda device: True
-choice.unavailable = lambda backend, device: None
+for module in (choice, decision):
+    module.is_cuda = lambda device: True
+    module.unavailable = lambda backend, device: None
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_properties = lambda _: SimpleNamespace(name="Planted", major=9, minor=0)
 torch.cuda.is_current_stream_capturing = lambda: False

@@ -14,7 +14,7 @@ from fewstep._library import BACKENDS, DEFAULT_ORDER, KERNELS, cuda_library, loa
 from fewstep.ops.heun import inputs
 from fewstep.ops.sinkhorn import drift
 from fewstep.ops.trace import inputs as trace_inputs
-from fewstep.verification import choice
+from fewstep.verification import decision
 
 # Why a backend cannot serve an op at all, or None; "sinkhorn" has transport and barycenters too,
 # "heun_solve" all samplers.
@@ -60,7 +60,7 @@ def report() -> str:
                     status = "yes, default where it has been verified and is faster"
                 lines.append(f"{op:<16}{device:<8}{backend:<11}{status}")
     if "cuda" in devices:
-        lines += ["", *choice.summary(torch.device("cuda"))]
+        lines += ["", *decision.summary(torch.device("cuda"))]
     else:
         lines += ["", "No backend serves the device cuda here: torch finds no CUDA device."]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from fewstep import __version__
 from fewstep._files import locked
 from fewstep._library import KERNELS, unavailable
 from fewstep.verification import cases, catalogue, record
-from fewstep.verification.choice import verify_groups
+from fewstep.verification.decision import verify_groups
 from fewstep.verification.record import Entry, Group
 
 CASE_SECONDS = 120.0
