@@ -51,7 +51,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | OPS
     | {"fewstep", "fewstep.reference"}
     | {f"fewstep.verification.{name}" for name in ("decision", "record")},
-    "fewstep.info": CORE | OPS | {"fewstep", "fewstep.verification.decision"},
+    "fewstep.info": CORE
+    | OPS
+    | {"fewstep", "fewstep.verification.decision", "fewstep.verification.record"},
     "fewstep.training": CORE
     | OPS
     | {"fewstep", "fewstep.data", "fewstep.metrics", "fewstep.methods", "fewstep.networks"}

@@ -19,6 +19,7 @@ DEFAULT_ORDER = {
 KERNELS = ("cuda", "triton")
 BACKENDS = ("reference", "cpp", "cuda", "triton", "keops")
 
+_INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("triton", "pykeops")}
 _BUILD_HINT = "build it with `pip install --no-build-isolation -e .` in the source tree"
 
 
@@ -58,7 +59,7 @@ CUDA_UNAVAILABLE = load_cuda()
 
 def triton_unavailable(device_type: str) -> str | None:
     """Why Triton kernels cannot run on this device type, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED["triton"]:
         return "triton is not installed (pip install 'triton>=3.6')"
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton needs a GPU, not {device_type} (TRITON_INTERPRET=1 runs its interpreter)"
@@ -75,7 +76,7 @@ def unavailable(backend: str, device_type: str) -> str | None:
         return CUDA_UNAVAILABLE
     if backend == "triton":
         return triton_unavailable(device_type)
-    if backend == "keops" and importlib.util.find_spec("pykeops") is None:
+    if backend == "keops" and not _INSTALLED["pykeops"]:
         return "pykeops is not installed (pip install 'pykeops>=2.3')"
     return None
 

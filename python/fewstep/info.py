@@ -14,7 +14,7 @@ from fewstep._library import BACKENDS, DEFAULT_ORDER, KERNELS, cuda_library, loa
 from fewstep.ops.heun import inputs
 from fewstep.ops.sinkhorn import drift
 from fewstep.ops.trace import inputs as trace_inputs
-from fewstep.verification import decision
+from fewstep.verification import decision, record
 
 # Why a backend cannot serve an op at all, or None; "sinkhorn" has transport and barycenters too,
 # "heun_solve" all samplers.
@@ -60,7 +60,11 @@ def report() -> str:
                     status = "yes, default where it has been verified and is faster"
                 lines.append(f"{op:<16}{device:<8}{backend:<11}{status}")
     if "cuda" in devices:
-        lines += ["", *decision.summary(torch.device("cuda"))]
+        known = {}
+        for i in range(torch.cuda.device_count()):
+            known[str(record.identity(torch.device("cuda", i)))] = torch.device("cuda", i)
+        for one in known.values():
+            lines += ["", *decision.summary(one)]
     else:
         lines += ["", "No backend serves the device cuda here: torch finds no CUDA device."]
     return "\n".join(lines)

@@ -38,18 +38,21 @@ def choose_backend(
     Raises:
         ValueError: an unknown backend, or one that cannot serve the call (with the reason).
     """
+    kind = device.type
 
     def reason(name: str) -> str | None:
-        return unavailable(name, device.type) or unsupported(name)
+        return unavailable(name, kind) or unsupported(name)
 
     name = requested if requested is not None else os.environ.get("FEWSTEP_BACKEND") or None
     if name is None:
-        cuda = is_cuda(device)
-        order = PLAIN if cuda else DEFAULT_ORDER.get(device.type, ("reference",))
-        if cuda and group is not None:
-            served = tuple(b for b in KERNELS if reason(b) is None)
-            order = default_order(device, group()) if served else order
-        return next(b for b in order if reason(b) is None)
+        if not is_cuda(device):
+            order = DEFAULT_ORDER.get(kind, ("reference",))
+        else:
+            order = PLAIN if group is None else _order(device, group(), reason)
+        for own in order:  # a generator would cost a microsecond
+            if reason(own) is None:
+                return own
+        raise AssertionError(f"{op}: the reference serves everything")
     if not isinstance(name, str) or name not in BACKENDS:
         offered = tuple(b for b in BACKENDS if unsupported(b) is None)
         raise ValueError(f"{op}: backend must be one of {offered}, got {name!r}")
@@ -58,12 +61,22 @@ def choose_backend(
     return name
 
 
+def _order(
+    device: torch.device, group: tuple[str, ...], reason: Callable[[str], str | None]
+) -> tuple[str, ...]:
+    """Backends by preference; nothing is decided for a call that no kernel serves."""
+    if not torch.compiler.is_compiling():
+        found = _CHOSEN.get((device.index, group))
+        if found is not None:
+            return found
+    if all(reason(name) is not None for name in KERNELS):
+        return PLAIN
+    return default_order(device, group)
+
+
 @constant
 def default_order(device: torch.device, group: tuple[str, ...]) -> tuple[str, ...]:
     """Backends by preference for calls of a group: the same for a whole process."""
-    found = _CHOSEN.get((device.index, group))
-    if found is not None:
-        return found
     from fewstep.verification import decision  # imported where there is something to decide
 
     with _LOCK:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from fewstep._files import locked
-from fewstep._library import KERNELS, is_cuda, unavailable
+from fewstep._library import KERNELS, unavailable
 from fewstep._torch import compare_set
 from fewstep.verification import record, supervisor
 from fewstep.verification.record import Entry, Group
@@ -53,7 +53,7 @@ def decide(device: torch.device, group: Group) -> tuple[str, ...] | None:
     if entry is None:
         if how == "off":
             return ()
-        if is_cuda(device) and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_current_stream_capturing():
             _say(f"{_named(group, of)} is plain torch in this graph: call it once before capture")
             return None
         entry = _verified(device, group, of, how)
