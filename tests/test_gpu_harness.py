@@ -225,3 +225,18 @@ def test_compiled_source_has_bounds_and_no_spills(tmp_path: Path) -> None:
     source.write_text("broken")
     with pytest.raises(RuntimeError, match=r"occupancy: k\.cu for sm_90"):
         occupancy.compile_cuda(source, "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "ok"), [(0, "yes yes", True), (1, "yes NO", False), (1, "yes not", None)]
+)
+def test_the_verification_is_a_stage(
+    code: int, words: str, ok: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f"heun float{32 << i}  cuda {w} 48\n" for i, w in enumerate(words.split()))
+    runner = gpu.Runner(tmp_path, tmp_path, 1.0)
+    monkeypatch.setattr(runner, "run", lambda *_: (code, "calls\n" + text))
+    stage = gpu.stage_verify(runner)
+    assert stage.ok is ok
+    assert stage.summary.startswith(f"{words.count('yes')} matched, {words.count('NO')} did not")
+    assert runner.env["FEWSTEP_CACHE"] == str(tmp_path)

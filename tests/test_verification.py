@@ -19,7 +19,17 @@ import torch.distributed as dist
 import fewstep
 from fewstep._files import locked
 from fewstep.cli import main
-from fewstep.verification import catalogue, choice, decision, record, report, supervisor
+from fewstep.verification import (
+    catalogue,
+    choice,
+    decision,
+    networks,
+    record,
+    report,
+    supervisor,
+    transport,
+    worker,
+)
 from fewstep.verification.choice import PLAIN, choose_backend, default_order
 from fewstep.verification.record import Entry
 from support.verify_worker import GROUP, NAMES, TABLE
@@ -49,6 +59,7 @@ class Device:
         monkeypatch.delenv("FEWSTEP_VERIFY", raising=False)
         monkeypatch.delenv("FEWSTEP_BACKEND", raising=False)
         monkeypatch.setattr(choice, "_CHOSEN", {})
+        monkeypatch.setattr(decision, "_UNABLE", {})
         self.plant(BOTH)
 
     def plant(self, what: dict[str, Any]) -> None:
@@ -194,6 +205,8 @@ def test_no_process_is_plain_torch(
     assert "is plain torch in this process: " in last
     assert "no process can be started" in last or "exit code 1: no device" in last
     assert "not verified to the end" in "\n".join(decision.summary(CPU))
+    assert default_order(CPU, ("heun", "float32")) == PLAIN  # and is not tried again
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -435,3 +448,21 @@ def test_cases_have_names_of_their_own() -> None:
     for group, (cases, timing) in catalogue.table().items():
         assert len({case.name for case in cases}) == len(cases)
         assert {case.group for case in cases} == {group} == {timing.group}
+
+
+@pytest.mark.parametrize(
+    "run", [transport._large_transport, transport._large_drift, networks._large_pass]
+)
+def test_cases_of_large_indices_are_right_where_they_are_small(run: Callable[..., Any]) -> None:
+    found, exact = (run("cpp", CPU, wide, elements=2**18) for wide in (False, True))
+    assert 0 < worker.compare(found, exact, tf32=False)[0] < 1
+
+
+@pytest.mark.parametrize("group", catalogue.table(), ids=record.title)
+def test_cases_hold_the_cpu_to_the_contract(group: record.Group) -> None:
+    """A few of every group, by the kernels of the CPU, which have all options."""
+    some = [case for case in catalogue.table()[group][0] if not case.elements]
+    for case in some[:: max(len(some) // 3, 1)][:3]:
+        exact = case.run("reference", CPU, True)
+        verdict = worker.judge(case, "cpp", CPU, lambda exact=exact: exact)
+        assert verdict["status"] in (record.MATCH, record.UNSERVED), (case.name, verdict)

@@ -29,6 +29,7 @@ CASE_SECONDS = 30.0
 ENDED = ("crash", "hang", "error")  # after which no more of a kernel is run
 
 _STARTED = time.time()
+_UNABLE: dict[str, str] = {}  # devices that no other process could use, and why
 
 
 def mode() -> str:
@@ -73,6 +74,8 @@ def _entry(of: dict[str, str], group: Group, how: str) -> Entry | None:
 
 def _verified(device: torch.device, group: Group, of: dict[str, str], how: str) -> Entry:
     """What a process of its own finds, or what another process has found meanwhile."""
+    if (why := _UNABLE.get(of["gpu"])) is not None:
+        return record.new_entry() | {"note": why}
     deadline = time.monotonic() + SECONDS
     lock = record.path(of).with_suffix(".lock")
     with locked(lock, SECONDS) as held:
@@ -136,6 +139,8 @@ def verify_groups(
             (group, b) for b, own in ended.items() if any(v["status"] in ENDED for v in own)
         ]
     note = supervisor.run(job, keep)
+    if note not in ("", supervisor.OUT_OF_TIME):
+        _UNABLE[of["gpu"]] = note
     for entry in entries.values():
         short = [
             own.pop(b) for own in entry["verdicts"].values() for b in list(own) if _short(own[b])

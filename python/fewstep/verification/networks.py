@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,10 +117,10 @@ def _not_finite(backend: str, device: torch.device, exact: bool) -> list[Output]
     return [Output("flag", "same", torch.cat(flags))]
 
 
-def _large_pass(backend: str, device: torch.device, exact: bool) -> list[Output]:
+def _large_pass(backend: str, device: torch.device, exact: bool, *, elements: int) -> list[Output]:
     """The end of a state of 2^31 elements, with noise."""
     rng, width, last = torch.Generator(device).manual_seed(3), 2**15, 3
-    rows = BEYOND // width + 2
+    rows = elements // width + 2
     x = torch.empty(rows, width, device=device).normal_(generator=rng)
     f = x.cos()
     seeds = torch.arange(rows, device=device)
@@ -154,7 +155,8 @@ def _steps(network: torch.dtype) -> Iterator[Case]:
     yield Case(group, "(3,), a log-density, seed 1", wide)
     yield Case(group, "(2, 1500) with NaN", _not_finite)
     if network == torch.float32:
-        yield Case(group, "a state of 2^31 elements", _large_pass, elements=BEYOND)
+        large = partial(_large_pass, elements=BEYOND)
+        yield Case(group, "a state of 2^31 elements", large, elements=BEYOND)
 
 
 def _timed_step(network: torch.dtype) -> Callable[[str, torch.device], Callable[[], object]]:
@@ -258,7 +260,7 @@ def _probes(
     kind: str, d: int, dtype: torch.dtype, low: bool
 ) -> Callable[[str, torch.device, bool], list[Output]]:
     def run(backend: str, device: torch.device, exact: bool) -> list[Output]:
-        key, ids, count = torch.tensor(KEY), torch.tensor(IDS), min(3, d)
+        key, ids, count = torch.tensor(KEY), torch.tensor(IDS, device=device), min(3, d)
         wide = torch.float64 if exact else dtype
         kept = torch.bfloat16 if low and not exact else wide
         v = duals.probe(

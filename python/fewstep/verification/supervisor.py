@@ -23,6 +23,7 @@ from typing import Any
 from fewstep.verification.record import Group
 
 COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "fewstep.verification.worker")
+OUT_OF_TIME = "out of time"
 START_SECONDS = 120.0  # until a worker has its device: imports and the context
 Message = dict[str, Any]
 
@@ -83,7 +84,7 @@ def _one_worker(job: Job, take: Callable[[Message], None]) -> str | None:
         for message in _messages(answers, job):
             if message is None:
                 if time.monotonic() >= job.deadline:
-                    return "out of time"
+                    return OUT_OF_TIME
                 if begun is None:
                     return "its process does not start in time"
                 note = f"no answer in {job.case_seconds:.0f} s"

@@ -170,11 +170,11 @@ def _large_drift(backend: str, device: torch.device, exact: bool, *, elements: i
     groups = elements // (n * d) + 2
     rng = torch.Generator(device).manual_seed(7)
     x = torch.empty(groups, n, d, device=device).normal_(generator=rng)
-    y = x.roll(1, -1)
+    y, z = x.roll(1, -1), x.roll(2, -1)
     if exact:
-        x, y, backend = x[-last:].double(), y[-last:].double(), "reference"
+        (x, y, z), backend = (t[-last:].double() for t in (x, y, z)), "reference"
     options: dict[str, Any] = {"normalize": False, "eps": 100.0, "max_iter": 5}
-    drift = fewstep.sinkhorn_drift(x, y, y, **options, backend=backend)
+    drift = fewstep.sinkhorn_drift(x, y, z, **options, backend=backend)
     return [Output("last groups", "gradient", drift.velocity[-last:].clone())]
 
 

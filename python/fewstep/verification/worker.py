@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -200,6 +201,7 @@ def main() -> None:
         sys.stdin.buffer.read()
         os._exit(1)
 
+    warnings.simplefilter("ignore")  # one that the user has made an error is none of a kernel's
     threading.Thread(target=end_with_parent, daemon=True).start()
     serve(request, lambda message: (answers.write(json.dumps(message) + "\n"), None)[1])
     answers.flush()

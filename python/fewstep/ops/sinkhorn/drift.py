@@ -144,8 +144,8 @@ def sinkhorn_drift(
         backend (str | None): "reference", "cpp", "cuda" or "triton". "cuda" keeps groups of up to
             64 points and plans of up to 256 columns on chip, in float32. Beyond that, "cuda" and
             "triton" run the iterations by the kernels of `sinkhorn` and then form the plans.
-            Default: the environment variable FEWSTEP_BACKEND, else the fastest backend that has
-            been tested on the device. On GPUs that is "reference"; see `sinkhorn`.
+            Default: the environment variable FEWSTEP_BACKEND, else the fastest backend, on a
+            GPU of those that have matched float64 there; see `sinkhorn`.
 
     Returns:
         Drift: velocity, scale, rms, residual, entropy, peak. No gradient flows through any.

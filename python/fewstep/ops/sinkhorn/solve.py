@@ -158,9 +158,9 @@ def sinkhorn(
             points. "float32" does not use tensor cores. Other backends and float64 ignore it.
             Default: "tf32x3".
         backend (str | None): "reference", "cpp", "triton", "cuda" or "keops" (for a cost function).
-            Default: the environment variable FEWSTEP_BACKEND, else the fastest backend that has
-            been tested on the device and serves the options. On GPUs that is "reference", which
-            forms C: "triton" and "cuda" have run in an emulator only.
+            Default: the environment variable FEWSTEP_BACKEND, else the fastest backend that
+            serves the options and, on a GPU, has matched float64 there (see docs/gpu.md);
+            "reference", which forms C, where none has.
         check_finite (bool): raises on NaN and inf in the inputs (and in C, where inf may be meant).
             On a GPU it also checks the signs and sums of weights and the sign of eps, which costs a
             synchronisation.
