@@ -36,7 +36,7 @@ from support.verify_worker import GROUP, NAMES, TABLE
 
 CPU = torch.device("cpu")
 TITLE = record.title(GROUP)
-BOTH = {"cuda": ["match", 3.0], "triton": ["match", 1.0], "reference": ["", 9.0]}
+BOTH = {"cuda": ["match", 10.0], "triton": ["match", 1.0], "reference": ["", 40.0]}
 
 
 class Device:
@@ -46,8 +46,7 @@ class Device:
         self.folder, self.monkeypatch = folder, monkeypatch
         self.starts = folder / "starts"
         self.properties = SimpleNamespace(name="Planted", major=9, minor=0)
-        for module in (choice, decision):
-            monkeypatch.setattr(module, "is_cuda", lambda device: True)
+        monkeypatch.setattr(choice, "is_cuda", lambda device: True)
         for module in (choice, decision, report):
             monkeypatch.setattr(module, "unavailable", lambda backend, device: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -130,7 +129,7 @@ def test_wrong_and_slow_kernels_do_not_serve(
     device: Device, triton: str, cuda: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slow = cuda == "slow"
-    device.plant({"triton": [triton, 0.1], "cuda": ["match", 30.0] if slow else [cuda, 1.0]})
+    device.plant({"triton": [triton, 0.1], "cuda": ["match", 150.0] if slow else [cuda, 1.0]})
     assert device.order() == (*(["cuda"] if cuda == "match" else []), *PLAIN)
     assert record.matched(device.entry, "cuda") == (cuda != "unserved")
     assert len(record.failures(device.entry, "triton")) == 2
@@ -142,7 +141,7 @@ def test_wrong_and_slow_kernels_do_not_serve(
 def test_a_crash_and_a_hang_cost_no_other_kernel(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decision, "CASE_SECONDS", 1.0)
+    monkeypatch.setattr(decision, "CASE_SECONDS", 3.0)
     device.plant({"triton": ["crash", 0.1]})
     assert device.order() == ("cuda", *PLAIN)
     (failed,) = record.failures(device.entry, "triton").values()
@@ -155,7 +154,7 @@ def test_a_crash_and_a_hang_cost_no_other_kernel(
     device.forget()
     assert device.order() == ("cuda", *PLAIN)
     (failed,) = record.failures(device.entry, "triton").values()
-    assert (failed["status"], failed["note"]) == ("hang", "no answer in 1 s")
+    assert (failed["status"], failed["note"]) == ("hang", "no answer in 3 s")
 
 
 def test_an_error_ends_its_process_and_another_one_goes_on(device: Device) -> None:
@@ -179,15 +178,26 @@ def test_without_memory_nothing_is_said_of_a_kernel(device: Device) -> None:
 def test_out_of_time_is_plain_torch_and_goes_on_later(
     device: Device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(decision, "SECONDS", 4.0)
-    device.plant({"triton": ["hang", 0.1]})
+    def run(job: supervisor.Job, take: Callable[[supervisor.Message], None]) -> str:
+        own = {"group": list(GROUP), "case": NAMES[0], "backend": "cuda"}
+        take(own | {"status": "match", "error": 0.1})
+        return supervisor.OUT_OF_TIME
+
+    monkeypatch.setattr(supervisor, "run", run)
     assert device.order() == PLAIN
     assert "plain torch in this process: out of time" in capsys.readouterr().err
-    assert device.entry["verdicts"][NAMES[0]]["cuda"]["status"] == "match"
     jobs = device.stub()
+    assert device.order() == PLAIN  # the choice is that of the process
     device.forget()
     assert device.order() == ("triton", "cuda", *PLAIN)
     assert (GROUP, NAMES[0], "cuda") in jobs[0].skip
+
+
+def test_a_deadline_ends_a_worker(device: Device) -> None:
+    started = time.monotonic()
+    job = supervisor.Job([GROUP], ["cuda"], "cpu", False, "", 60.0, started + 0.2)
+    assert supervisor.run(job, lambda message: None) == supervisor.OUT_OF_TIME
+    assert time.monotonic() < started + 5
 
 
 @pytest.mark.parametrize(
@@ -391,8 +401,8 @@ from types import SimpleNamespace
 from fewstep.verification import choice, decision, supervisor
 from support.verify_worker import GROUP
 
+choice.is_cuda = lambda device: True
 for module in (choice, decision):
-    module.is_cuda = lambda device: True
     module.unavailable = lambda backend, device: None
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_properties = lambda _: SimpleNamespace(name="Planted", major=9, minor=0)
