@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.verification": CORE
     | OPS
     | {"fewstep", "fewstep.reference"}
-    | {f"fewstep.verification.{name}" for name in ("decision", "record")},
+    | {f"fewstep.verification.{name}" for name in ("decision", "record", "supervisor")},
     "fewstep.info": CORE
     | OPS
     | {"fewstep", "fewstep.verification.decision", "fewstep.verification.record"},

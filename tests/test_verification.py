@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,11 @@ import torch.distributed as dist
 import fewstep
 from fewstep._files import locked
 from fewstep.cli import main
+from fewstep.ops.dual import dispatch as duals
+from fewstep.ops.heun import dispatch as heun
+from fewstep.ops.sinkhorn import dispatch as sinkhorn
+from fewstep.ops.sinkhorn import dispatch_drift as drift
+from fewstep.reference.sinkhorn import PRECISIONS, Points
 from fewstep.verification import (
     catalogue,
     choice,
@@ -167,7 +173,7 @@ def test_an_error_ends_its_process_and_another_one_goes_on(device: Device) -> No
 
 
 def test_without_memory_nothing_is_said_of_a_kernel(device: Device) -> None:
-    device.plant({"triton": ["memory", 0.1], "cuda": ["unserved", 0.1]})
+    device.plant({"triton": ["memory", 0.1], "cuda": ["killed", 0.1]})
     assert device.order() == PLAIN
     assert not device.entry["done"]
     device.plant({"cuda": ["unserved", 0.1]})
@@ -476,3 +482,26 @@ def test_cases_hold_the_cpu_to_the_contract(group: record.Group) -> None:
         exact = case.run("reference", CPU, True)
         verdict = worker.judge(case, "cpp", CPU, lambda exact=exact: exact)
         assert verdict["status"] in (record.MATCH, record.UNSERVED), (case.name, verdict)
+
+
+def test_calls_are_of_groups_with_cases() -> None:
+    known = set(catalogue.table())
+    sizes = [(1, 1), (128, 128), (129, 128), (512, 256), (100, 257), (600, 3)]
+    dtypes, dims = (torch.float32, torch.float64), (1, 16, 17, 300)
+    for (n, m), d, dtype, how in itertools.product(sizes, dims, dtypes, PRECISIONS):
+        x, y = torch.empty(2, n, d, dtype=dtype), torch.empty(2, m, d, dtype=dtype)
+        assert sinkhorn.group(Points(x, y, precision=how)) in known
+        for joint in (False, True):
+            assert drift.group(x, [m, m], joint, how) in known
+        if dtype == torch.float32:  # the kernels have no other
+            ends = torch.tensor([0, n])
+            ragged = Points(x[:1], y[:1], segments=(ends, ends), precision=how)
+            assert sinkhorn.group(ragged) in known
+    assert {heun.group(dtype) for dtype in networks.NETWORKS} <= known
+    assert {duals.group(dtype) for dtype in dtypes} <= known
+    assert duals.group(torch.float32, torch.bfloat16) in known
+
+
+def test_a_group_without_cases_is_plain_torch(device: Device) -> None:
+    assert default_order(CPU, ("heun", "float8_e4m3fn")) == PLAIN
+    assert not decision._UNABLE

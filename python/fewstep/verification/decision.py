@@ -166,8 +166,8 @@ def summary(device: torch.device) -> list[str]:
         " groups are verified when one is made, or by `fewstep verify`:"
     ]
     for name, entry in sorted(entries.items()):
-        own = record.order(entry)
-        says = [f"{b} {entry['ms']['reference'] / entry['ms'][b]:.1f}x plain torch" for b in own]
+        own, plain = record.order(entry), entry["ms"].get("reference", float("inf"))
+        says = [f"{b} {plain / entry['ms'][b]:.1f}x plain torch" for b in own]
         for backend in KERNELS:
             if failed := record.failures(entry, backend):
                 case, verdict = next(iter(failed.items()))

@@ -14,7 +14,7 @@ import torch
 from fewstep import __version__
 from fewstep._files import locked
 from fewstep._library import KERNELS, unavailable
-from fewstep.verification import cases, catalogue, record
+from fewstep.verification import cases, catalogue, record, supervisor
 from fewstep.verification.decision import verify_groups
 from fewstep.verification.record import Entry, Group
 
@@ -95,7 +95,7 @@ def verify(
             raise ValueError("verify: another process is verifying this device")
         for group in wanted:
             entry = record.new_entry()
-            verify_groups(
+            note = verify_groups(
                 *(device, {group: entry}, of),
                 deadline=deadline,
                 case_seconds=CASE_SECONDS,
@@ -105,9 +105,10 @@ def verify(
             for backend in (b for b in cases.backends(group) if b in available):
                 state, line = row(group, backend, entry, bool(only))
                 add(line)
-                failed += (
-                    problems(group, backend, entry) if state not in ("yes", "unserved") else []
-                )
+                if state not in ("yes", "unserved"):
+                    failed += problems(group, backend, entry)
+            if note not in ("", supervisor.OUT_OF_TIME):
+                break  # the next group would not get a process either
     for line in ["", *failed] if failed else []:
         add(line)
     return Verification(not failed, "\n".join(lines), record.path(of))
@@ -136,9 +137,8 @@ def problems(group: Group, backend: str, entry: Entry) -> list[str]:
     """Each case that did not match, as the options of the command that runs it again."""
     found = []
     for case, verdict in record.failures(entry, backend).items():
-        again = f"{record.title(group)}: {case}".replace('"', "'")
         found.append(f"{backend}, {verdict['status']}: {verdict.get('note', '')}")
-        found.append(f'    fewstep verify --only "{again}"')
+        found.append(f'    fewstep verify --only "{record.title(group)}: {case}"')
     if not found:
         found.append(f"{backend}, not run: {record.title(group)}: {entry['note']}")
     return found

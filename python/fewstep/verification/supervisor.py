@@ -107,7 +107,9 @@ def _one_worker(job: Job, take: Callable[[Message], None]) -> str | None:
         code = process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if begun is not None:
-            take(_lost(job, begun, "crash", f"{how}: {_last_line(log)}"))
+            # Where the host is short of memory, that is said of no kernel.
+            status = "memory" if code == -signal.SIGKILL else "crash"
+            take(_lost(job, begun, status, f"{how}: {_last_line(log)}"))
             return None
         return None if ready and code == 0 else f"its process ended by {how}: {_last_line(log)}"
 

@@ -117,7 +117,7 @@ def serve(request: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> Non
         say({"cannot": f"the device is not to be had by another process: {_line(error)}"})
         sys.exit(_NO_DEVICE)
     say({"ready": True})
-    groups = [tuple(group) for group in request["groups"]]
+    groups = [g for g in map(tuple, request["groups"]) if g in catalogue.table()]
     skip = {tuple(map(_hashable, entry)) for entry in request["skip"]}
     lost = {tuple(map(_hashable, entry)) for entry in request["lost"]}
     known: dict[str, list[Output]] = {}
