@@ -220,9 +220,11 @@ def _solves(dtype: torch.dtype, size: str, how: str) -> Iterator[Case]:
         itertools.product(SHAPES[size], COSTS), itertools.cycle(DIMENSIONS[how])
     ):
         yield case(sizes, d, {"cost": cost})
+    # A block has 96 rows of 256 columns, and a cluster of blocks more.
     common = {"small": (3, 9, 13), "medium": (2, 90, 140), "large": (2, 261, 300)}[size]
-    for options, d in zip(OPTIONS, itertools.cycle(DIMENSIONS[how])):
-        yield case(common, d, options)
+    of_options = itertools.cycle((common, (2, 150, 140)) if size == "medium" else (common,))
+    for options, sizes, d in zip(OPTIONS, of_options, itertools.cycle(DIMENSIONS[how])):
+        yield case(sizes, d, options)
     plain = {"precision": "float32"} if how == "differences" else {}
     for d in (40, 96):  # costs that are kept, and those that are not
         yield case(common, d, {"memory_limit": 2**27} | plain)
@@ -278,7 +280,13 @@ def _drifts(dtype: torch.dtype, size: str, how: str) -> Iterator[Case]:
     group = _group("sinkhorn_drift", dtype, size, how)
     tf32 = {"precision": "tf32"} if how == "tf32" else {}
     shapes = {
-        "small": [(2, 5, 6, 5, 0), (3, 60, 64, 64, 16), (20, 64, 100, 40, 0), (1, 1, 3, 2, 0)],
+        "small": [
+            (2, 5, 6, 5, 0),
+            (3, 60, 64, 64, 16),
+            (20, 64, 100, 40, 0),
+            (2, 63, 130, 101, 0),
+            (1, 1, 3, 2, 0),
+        ],
         "large": [(2, 70, 90, 75, 0), (1, 130, 301, 140, 9)],
     }[size]
     hows: list[dict[str, Any]] = [
