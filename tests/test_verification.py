@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import fewstep
+from fewstep import info
 from fewstep._files import locked
 from fewstep.cli import main
 from fewstep.ops.dual import dispatch as duals
@@ -448,6 +449,17 @@ def test_the_command(
     assert record.path(device.identity).read_text() == before
     assert main(["verify", "--device", "cpu", "--only", "no such case"]) == 2
     assert device.order() == ("triton", "cuda", *PLAIN)
+
+
+def test_the_page_of_info_has_the_record(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Planted")
+    assert "none yet" in info.report()
+    device.stub()
+    device.order()
+    page = info.report()
+    assert f"  {TITLE}" in page
+    assert "triton 9.0x plain torch; cuda 3.0x plain torch" in page
 
 
 def test_without_a_device_the_command_is_one_line(
