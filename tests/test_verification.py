@@ -288,6 +288,17 @@ def test_a_cache_that_takes_no_files_is_one_line(
     assert "counts for this process alone" in lines[1]
 
 
+def test_where_the_record_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_CACHE", "/a/b")
+    assert record.folder() == Path("/a/b")
+    monkeypatch.delenv("FEWSTEP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+    assert record.folder() == Path("/c/fewstep")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/d")
+    assert record.folder() == Path("/d/.cache/fewstep")
+
+
 def test_off_and_force(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = device.stub()
     monkeypatch.setenv("FEWSTEP_VERIFY", "off")

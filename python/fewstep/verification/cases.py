@@ -45,8 +45,7 @@ class Case:
     Attributes:
         name: what it is called with, and the seed of its inputs.
         bits: whether a second run has to have the same bits.
-        elements: how many it has, where it is one of large indices; about 40 bytes are needed of
-            each.
+        elements: how many it has, where it is one of large indices, for memory that has them.
     """
 
     group: Group

@@ -49,8 +49,12 @@ def folder() -> Path:
     """`FEWSTEP_CACHE`, else `fewstep` in `XDG_CACHE_HOME` or `~/.cache`."""
     if own := os.environ.get("FEWSTEP_CACHE"):
         return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "fewstep"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "fewstep"
+    try:
+        return Path.home() / ".cache" / "fewstep"
+    except RuntimeError:  # nobody's: where nothing can be written
+        return Path(os.devnull) / "fewstep"
 
 
 def identity(device: torch.device) -> dict[str, str]:
@@ -114,7 +118,7 @@ def read(of: dict[str, str]) -> dict[str, Entry]:
         if content["format"] != FORMAT or content["identity"] != of:
             return {}
         return {str(group): _checked(entry) for group, entry in content["groups"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 

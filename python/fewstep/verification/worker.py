@@ -20,7 +20,7 @@ from fewstep.verification.record import MATCH, UNSERVED
 
 _NO_DEVICE = 3
 _SECONDS = 0.2  # of timed calls
-_BYTES = 40  # of memory for each element of a case of large indices
+_BYTES = 24  # of memory for each element of a case of large indices
 
 
 def compare(found: Sequence[Output], exact: Sequence[Output], tf32: bool) -> tuple[float, str]:
@@ -166,7 +166,8 @@ def _one(
     try:
         say(found | judge(case, backend, device, exact))
     except torch.OutOfMemoryError as error:
-        say(found | {"status": "memory", "note": _line(error)})
+        status = UNSERVED if case.elements else "memory"
+        say(found | {"status": status, "note": _line(error)})
     except Exception as error:
         _ended(
             found | {"status": "error", "note": f"{type(error).__name__}: {_line(error)}"},
@@ -195,6 +196,7 @@ def _hashable(value: Any) -> Any:
 def main() -> None:
     """Answer one request on the standard input, and end when that is closed."""
     request = json.loads(sys.stdin.buffer.readline())
+    os.set_inheritable(request["answers"], False)  # what this starts may outlive it
     answers = os.fdopen(request["answers"], "w", buffering=1)
 
     def end_with_parent() -> None:
