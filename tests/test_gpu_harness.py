@@ -27,8 +27,10 @@ from benchmarks.gpu_cases import (
 )
 from benchmarks.occupancy import Kernel
 from benchmarks.peers import BUILDERS, numpy_outputs
-from benchmarks.registry import CASES
+from benchmarks.registry import CASES, GRAD_RTOL, VALUE_RTOL
 from benchmarks.worker import errors
+
+from fewstep.verification.contract import CONTRACT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -240,3 +242,7 @@ def test_the_verification_is_a_stage(
     assert stage.ok is ok
     assert stage.summary.startswith(f"{words.count('yes')} matched, {words.count('NO')} did not")
     assert runner.env["FEWSTEP_CACHE"] == str(tmp_path)
+
+
+def test_bounds_are_those_of_the_contract() -> None:
+    assert (CONTRACT["value"], CONTRACT["gradient"]) == (VALUE_RTOL, GRAD_RTOL)

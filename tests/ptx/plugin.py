@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
-os.environ["FEWSTEP_VERIFY"] = "off"  # kernels run where they are named
 
 import pytest
 import torch
