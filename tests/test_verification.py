@@ -414,7 +414,8 @@ def test_no_rank_takes_what_did_not_match_here(device: Device, store: Any) -> No
 
 
 PROCESS = """
-import sys, torch
+import os, sys, torch
+import torch.distributed as dist
 from types import SimpleNamespace
 from fewstep.verification import choice, decision, supervisor
 from support.verify_worker import GROUP
@@ -426,18 +427,44 @@ torch.cuda.is_available = lambda: True
 torch.cuda.get_device_properties = lambda _: SimpleNamespace(name="Planted", major=9, minor=0)
 torch.cuda.is_current_stream_capturing = lambda: False
 supervisor.COMMAND = (sys.executable, "-m", "support.verify_worker")
+if rank := sys.argv[1:]:
+    store = f"file://{os.environ['STARTS']}-store"
+    dist.init_process_group("gloo", init_method=store, rank=int(rank[0]), world_size=2)
 print(*choice.default_order(torch.device("cpu"), GROUP))
+if rank:
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 
-def test_processes_at_once_share_one_verification(device: Device) -> None:
+def processes(*own: tuple[dict[str, str], list[str]]) -> list[tuple[str, str]]:
+    """What processes that run at once print, each with its environment and arguments."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    own: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([sys.executable, "-c", PROCESS], env=env, **own) for _ in range(2)]
-    said = [process.communicate(timeout=60) for process in both]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    begun = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, *arguments], env=env | more, **pipes)
+        for more, arguments in own
+    ]
+    return [process.communicate(timeout=120) for process in begun]
+
+
+def test_processes_at_once_share_one_verification(device: Device) -> None:
+    said = processes(({}, []), ({}, []))
     assert [out.split() for out, _ in said] == [["triton", "cuda", *PLAIN]] * 2
     assert sum("verifying" in err for _, err in said) == 1
     assert device.started() == 1
+
+
+def test_ranks_of_two_machines_agree(device: Device, tmp_path: Path) -> None:
+    """Each has a record of its own, and finds another kernel faster."""
+    other = json.dumps(BOTH | {"cuda": ["match", 0.1]})
+    said = processes(
+        ({}, ["0"]), ({"PLANTED": other, "FEWSTEP_CACHE": str(tmp_path / "other")}, ["1"])
+    )
+    orders = [out.split() for out, _ in said]
+    assert orders[0] == orders[1]
+    assert set(orders[0]) == {"triton", "cuda", *PLAIN}
+    assert device.started() == 2
 
 
 def test_the_command(
