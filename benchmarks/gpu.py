@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu --out DIR [--wheels DIR]
 
-Builds the CUDA library, runs `pytest -m gpu` and compute-sanitizer, and times the kernels beside
-the peers that are installed. DIR gets `gpu.md`, `gpu.csv` and a log of each stage. A stage that
-fails is reported and does not stop the others; all of it takes at most `--minutes`.
+Builds the CUDA library, runs `pytest -m gpu`, compute-sanitizer and `fewstep verify`, and times the
+kernels beside the peers that are installed. DIR gets `gpu.md`, `gpu.csv` and a log of each stage. A
+stage that fails is reported and does not stop the others; all of it takes at most `--minutes`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from benchmarks.run import ROOT, commit, installed, say
 
 SMALL_TESTS = ("tests/test_cuda_build.py", "tests/test_cuda_resident_device.py")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
+VERIFIED = ("sinkhorn", "heun", "divergence")  # what rows of its table begin with
 # Apart from imports and compilation, a first call takes less.
 FIRST_CALL_SECONDS = 0.3
 # Prints the seconds of the imports, of the first call and of the second, forward and backward.
@@ -199,6 +200,21 @@ def stage_sanitizer(runner: Runner, tool: str) -> Stage:
     code, text = runner.run(f"{tool}.log", command, 75)
     summary = [line for line in text.splitlines() if "ERROR SUMMARY" in line or "passed" in line]
     return Stage(name, code == 0, "; ".join(s.strip("= ") for s in summary) or last_line(text))
+
+
+def stage_verify(runner: Runner) -> Stage:
+    """`fewstep verify` in the time that is left; its record goes to the folder of the logs."""
+    minutes = max(runner.left() / 60 - 0.25, 0.1)
+    run = f"cli.main(['verify', '--minutes', '{minutes:.2f}'])"
+    command = f"import sys; from fewstep import cli; sys.exit({run})"
+    runner.env["FEWSTEP_CACHE"] = str(runner.out.resolve())
+    code, text = runner.run("verify.log", [sys.executable, "-c", command], runner.left())
+    rows = [line.split() for line in text.splitlines() if line.startswith(VERIFIED)]
+    states = [next((word for word in row if word in ("yes", "NO", "not")), "") for row in rows]
+    count = {state: states.count(state) for state in ("yes", "NO", "not")}
+    summary = f"{count['yes']} matched, {count['NO']} did not, {count['not']} not run"
+    ok = True if code == 0 else None if rows and not count["NO"] else False
+    return Stage("fewstep verify", ok, summary if rows else last_line(text))
 
 
 def stage_occupancy(runner: Runner) -> Stage:
@@ -412,6 +428,7 @@ def main(argv: list[str] | None = None) -> int:
         for tool in SANITIZERS:
             stages.append((tool, partial(stage_sanitizer, runner, tool)))
         stages.append(("occupancy", lambda: stage_occupancy(runner)))
+        stages.append(("fewstep verify", lambda: stage_verify(runner)))
         done = run_stages(stages, report)
     say(f"wrote {args.out / 'gpu.md'} and gpu.csv")
     return int(any(stage.ok is False for stage in done))

@@ -99,22 +99,6 @@ def test_info_names_the_default_and_the_reasons(
     }
 
 
-def test_gpu_kernels_that_have_not_run_are_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FEWSTEP_BACKEND", raising=False)
-    monkeypatch.setattr(_library, "unavailable", lambda backend, device: None)
-    status = (ROOT / "benchmarks/results/GPU_STATUS.md").read_text()
-    kernels = [line for line in status.splitlines() if line.startswith(("| CUDA `", "| Triton `"))]
-    assert kernels
-    never = all(line.endswith("| not yet |") for line in kernels)
-    assert never == (_library.DEVICE_TESTED == ())
-    for first in ("cuda", None):
-        chosen = _library.choose_backend(
-            "sinkhorn", "cuda", None, lambda b: "no" if b == "keops" else None, first
-        )
-        assert (chosen == "reference") == never
-    assert _library.choose_backend("sinkhorn", "cuda", "triton") == "triton"
-
-
 def test_missing_library_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fewstep._C", None)
     with pytest.raises(ImportError, match="pip install --no-build-isolation"):

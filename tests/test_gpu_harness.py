@@ -27,8 +27,10 @@ from benchmarks.gpu_cases import (
 )
 from benchmarks.occupancy import Kernel
 from benchmarks.peers import BUILDERS, numpy_outputs
-from benchmarks.registry import CASES
+from benchmarks.registry import CASES, GRAD_RTOL, VALUE_RTOL
 from benchmarks.worker import errors
+
+from fewstep.verification.contract import CONTRACT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -225,3 +227,22 @@ def test_compiled_source_has_bounds_and_no_spills(tmp_path: Path) -> None:
     source.write_text("broken")
     with pytest.raises(RuntimeError, match=r"occupancy: k\.cu for sm_90"):
         occupancy.compile_cuda(source, "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "ok"), [(0, "yes yes", True), (1, "yes NO", False), (1, "yes not", None)]
+)
+def test_the_verification_is_a_stage(
+    code: int, words: str, ok: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f"heun float{32 << i}  cuda {w} 48\n" for i, w in enumerate(words.split()))
+    runner = gpu.Runner(tmp_path, tmp_path, 1.0)
+    monkeypatch.setattr(runner, "run", lambda *_: (code, "calls\n" + text))
+    stage = gpu.stage_verify(runner)
+    assert stage.ok is ok
+    assert stage.summary.startswith(f"{words.count('yes')} matched, {words.count('NO')} did not")
+    assert runner.env["FEWSTEP_CACHE"] == str(tmp_path)
+
+
+def test_bounds_are_those_of_the_contract() -> None:
+    assert (CONTRACT["value"], CONTRACT["gradient"]) == (VALUE_RTOL, GRAD_RTOL)

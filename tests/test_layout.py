@@ -22,7 +22,7 @@ PYTHON = {
 # folder of its own is a room by its name.
 CORE = {"fewstep._checks", "fewstep._files", "fewstep._library", "fewstep._torch", "fewstep._tree"}
 OPS = {"fewstep.ops.dual", "fewstep.ops.heun", "fewstep.ops.sinkhorn", "fewstep.ops.trace"}
-BELOW_OPS = CORE | {"fewstep.reference", "fewstep.kernels"}
+BELOW_OPS = CORE | {"fewstep.reference", "fewstep.kernels", "fewstep.verification.choice"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{module: set() for module in CORE},
     "fewstep._aliases": set(),
@@ -30,6 +30,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.kernels": CORE | {"fewstep.reference"},
     "fewstep.conversions": CORE,
     "fewstep.networks": CORE,
+    # Of the verification only the choice of a backend is below the ops.
+    "fewstep.verification.choice": CORE | {"fewstep.verification.decision"},
+    "fewstep.verification.decision": CORE
+    | {f"fewstep.verification.{name}" for name in ("record", "supervisor")},
+    "fewstep.verification.supervisor": {"fewstep.verification.record"},
+    "fewstep.verification.record": CORE,
     "fewstep.ops": set(),
     "fewstep.ops.sinkhorn": BELOW_OPS,
     "fewstep.ops.dual": BELOW_OPS,
@@ -41,12 +47,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.metrics": CORE,
     "fewstep.data": CORE | {"fewstep", "fewstep.samplers", "fewstep.conversions"},
     "fewstep.methods": CORE | OPS | {"fewstep.samplers", "fewstep.conversions"},
-    "fewstep.info": CORE | OPS | {"fewstep"},
+    "fewstep.verification": CORE
+    | OPS
+    | {"fewstep", "fewstep.reference"}
+    | {f"fewstep.verification.{name}" for name in ("decision", "record", "supervisor")},
+    "fewstep.info": CORE
+    | OPS
+    | {"fewstep", "fewstep.verification.decision", "fewstep.verification.record"},
     "fewstep.training": CORE
     | OPS
     | {"fewstep", "fewstep.data", "fewstep.metrics", "fewstep.methods", "fewstep.networks"}
-    | {"fewstep.samplers"},
-    "fewstep.cli": {"fewstep.training"},
+    | {"fewstep.samplers", "fewstep.verification"},
+    "fewstep.cli": {"fewstep.training", "fewstep.verification"},
 }
 # Headers and sources of C++ and CUDA, by folder. The units of csrc/cpu/simd compile bodies of
 # csrc/cpu, which compute by its math.h and normals.h.

@@ -2,7 +2,7 @@
 
 import importlib
 from importlib.metadata import version
-from types import ModuleType
+from typing import Any
 
 from fewstep import _aliases, _library
 
@@ -61,6 +61,7 @@ __all__ = [
     "sinkhorn_divergence",
     "sinkhorn_drift",
     "transport",
+    "verify",
 ]
 
 # Imported when first asked for.
@@ -75,14 +76,18 @@ _SUBMODULES = (
     "metrics",
     "networks",
     "training",
+    "verification",
 )
+_FUNCTIONS = {"verify": "verification.report"}
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"fewstep.{_FUNCTIONS[name]}"), name)
     if name in _SUBMODULES or f"fewstep.{name}" in _aliases.ALIASES:
         return importlib.import_module(f"fewstep.{name}")
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES})
+    return sorted({*globals(), *_SUBMODULES, *_FUNCTIONS})

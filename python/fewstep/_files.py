@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -96,6 +97,28 @@ def one_writer(folder: Path, share: tuple[int, int] = (0, 1)) -> Iterator[None]:
         yield
     finally:
         _unlock(path, held)
+
+
+@contextmanager
+def locked(path: Path, seconds: float) -> Iterator[bool]:
+    """Hold a lock that is waited for; False where another process has it all the time.
+
+    True without one where the folder takes no files or its file system has no locks.
+    """
+    deadline = time.monotonic() + seconds
+    held = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while (held := _lock(path)) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except OSError:
+        yield True
+        return
+    try:
+        yield held is not None
+    finally:
+        if held is not None:
+            _unlock(path, held)
 
 
 def _lock(path: Path) -> int | None:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-# Kernels that have passed `pytest -m gpu` on a device, in order of preference. None has yet, see
-# benchmarks/results/GPU_STATUS.md: until then they run where they are named.
-DEVICE_TESTED: tuple[str, ...] = ()
-# Order of preference per device type; the first one available is the default.
+# Order of preference per device type; the first one available is the default. On a GPU the kernels
+# that have proven themselves there go first: see `fewstep.verification.choice`.
 DEFAULT_ORDER = {
     "cpu": ("cpp", "keops", "reference"),
-    "cuda": (*DEVICE_TESTED, "keops", "reference"),
+    "cuda": ("keops", "reference"),
 }
+KERNELS = ("cuda", "triton")
 BACKENDS = ("reference", "cpp", "cuda", "triton", "keops")
 
+_INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("triton", "pykeops")}
 _BUILD_HINT = "build it with `pip install --no-build-isolation -e .` in the source tree"
 
 
@@ -60,7 +59,7 @@ CUDA_UNAVAILABLE = load_cuda()
 
 def triton_unavailable(device_type: str) -> str | None:
     """Why Triton kernels cannot run on this device type, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED["triton"]:
         return "triton is not installed (pip install 'triton>=3.6')"
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton needs a GPU, not {device_type} (TRITON_INTERPRET=1 runs its interpreter)"
@@ -77,7 +76,7 @@ def unavailable(backend: str, device_type: str) -> str | None:
         return CUDA_UNAVAILABLE
     if backend == "triton":
         return triton_unavailable(device_type)
-    if backend == "keops" and importlib.util.find_spec("pykeops") is None:
+    if backend == "keops" and not _INSTALLED["pykeops"]:
         return "pykeops is not installed (pip install 'pykeops>=2.3')"
     return None
 
@@ -94,35 +93,3 @@ def shared_memory(device: torch.device) -> int:
     """
     p = torch.cuda.get_device_properties(device)
     return (163 if (p.major, p.minor) == (8, 0) or p.major in (9, 10) else 99) * 1024
-
-
-def choose_backend(
-    op: str,
-    device_type: str,
-    requested: str | None,
-    unsupported: Callable[[str], str | None] = lambda _: None,
-    first: str | None = None,
-) -> str:
-    """The backend that serves `op`: the requested one, `FEWSTEP_BACKEND`, or the first available.
-
-    `unsupported` says why a backend cannot do what the call asks for, or None. `first` goes before
-    the others that may be the default on the device.
-
-    Raises:
-        ValueError: an unknown backend, or one that cannot serve the call (with the reason).
-    """
-
-    def reason(name: str) -> str | None:
-        return unavailable(name, device_type) or unsupported(name)
-
-    name = requested if requested is not None else os.environ.get("FEWSTEP_BACKEND") or None
-    if name is None:
-        order = DEFAULT_ORDER.get(device_type, ("reference",))
-        order = (first, *order) if first in order else order
-        return next(b for b in order if reason(b) is None)
-    if not isinstance(name, str) or name not in BACKENDS:
-        offered = tuple(b for b in BACKENDS if unsupported(b) is None)
-        raise ValueError(f"{op}: backend must be one of {offered}, got {name!r}")
-    if why := reason(name):
-        raise ValueError(f"{op}: backend {name!r} cannot serve this call: {why}")
-    return name

@@ -10,15 +10,22 @@ _OUT_OF_MEMORY = re.compile("allocate memory|out of memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command, and return 0, 1 (training diverged), 2 (bad input) or 130 (stopped).
+    """Run the command, and return 0, 2 (bad input) or 130 (stopped).
+
+    1 says that training diverged, or that a kernel did not match.
 
     >>> main(["sample", "no-such-run", "--out", "grid.png"])
     2
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if arguments[:1] == ["verify"]:  # needs nothing of the extra that trains
+            from fewstep.verification import report
+
+            return report.main(arguments[1:])
         from fewstep.training import commands
 
-        commands.parse(list(sys.argv[1:] if argv is None else argv)).execute()
+        commands.parse(arguments).execute()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("fewstep"):
             raise

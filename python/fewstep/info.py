@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 
 from fewstep import __version__
-from fewstep._library import BACKENDS, DEFAULT_ORDER, cuda_library, load_cpp, unavailable
+from fewstep._library import BACKENDS, DEFAULT_ORDER, KERNELS, cuda_library, load_cpp, unavailable
 from fewstep.ops.heun import inputs
 from fewstep.ops.sinkhorn import drift
 from fewstep.ops.trace import inputs as trace_inputs
+from fewstep.verification import decision, record
 
 # Why a backend cannot serve an op at all, or None; "sinkhorn" has transport and barycenters too,
 # "heun_solve" all samplers.
@@ -55,8 +56,16 @@ def report() -> str:
                 status = f"no: {reason}" if reason else "yes"
                 if backend == default and not reason:
                     status = "yes, default"
+                elif device == "cuda" and backend in KERNELS and not reason:
+                    status = "yes, default where it has been verified and is faster"
                 lines.append(f"{op:<16}{device:<8}{backend:<11}{status}")
-    if "cuda" not in devices:
+    if "cuda" in devices:
+        known = {}
+        for i in range(torch.cuda.device_count()):
+            known[str(record.identity(torch.device("cuda", i)))] = torch.device("cuda", i)
+        for one in known.values():
+            lines += ["", *decision.summary(one)]
+    else:
         lines += ["", "No backend serves the device cuda here: torch finds no CUDA device."]
     return "\n".join(lines)
 

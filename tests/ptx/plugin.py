@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def _patch_torch() -> None:
     cuda.device = lambda *_: contextlib.nullcontext()
     cuda.synchronize = lambda *_: None
     cuda.current_device = lambda: 0
+    cuda.is_current_stream_capturing = lambda: False
     cuda.get_rng_state = lambda *_: torch.get_rng_state()
     cuda.set_rng_state = lambda *_: None
     to = torch.nn.Module.to
@@ -60,13 +62,14 @@ def _patch_torch() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from fewstep import _library
+    from fewstep.verification import supervisor
 
+    os.environ["FEWSTEP_CACHE"] = str(sim.OUT / "cache")
     sim.options_of_environment()
     project.use_cuda()
     if importlib.util.find_spec("triton") is not None:
         project.use_triton()
-    _library.DEFAULT_ORDER["cpu"] = _library.DEFAULT_ORDER["cuda"]
+    supervisor.COMMAND = (sys.executable, "-m", "ptx.verify_worker")
     _patch_torch()
     config.stash[_mode] = OnCpu()
     config.stash[_mode].__enter__()

@@ -34,6 +34,7 @@ from fewstep.training import plots
 from fewstep.training.loop import CHECKPOINT
 from fewstep.training.registry import TRAINERS, trainer_of
 from fewstep.training.runs import RunConfig, Trainer, nested
+from fewstep.verification import report
 
 _OF_THE_RUN = ("data", "seed", "device", "log_every", "checkpoint_every")
 _NOT_OPTIONS = (torch.dtype | None,)  # types without a spelling in a shell
@@ -217,6 +218,14 @@ class Sample:
         sys.stdout.write(f"{self.out}\n")
 
 
+@dataclass(frozen=True)
+class Verify:
+    """Run every GPU kernel here and compare it with float64; `fewstep verify --help` says more."""
+
+    def execute(self) -> None:
+        raise SystemExit(report.main([]))
+
+
 def parse(arguments: list[str]) -> Command:
     """The command that the arguments ask for.
 
@@ -235,7 +244,7 @@ def parse(arguments: list[str]) -> Command:
         bases=(Train,),
         namespace={"__doc__": Train.__doc__},
     )
-    kinds = (("train", train), ("pairs", Pairs), ("sample", Sample))
+    kinds = (("train", train), ("pairs", Pairs), ("sample", Sample), ("verify", Verify))
     command: Any = Annotated[
         Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds)],  # noqa: UP007
         tyro.conf.OmitArgPrefixes,

@@ -22,6 +22,12 @@ Maybe = Tensor | None
 COMPILED = ("cpp", "triton")
 
 
+def group(dtype: torch.dtype, tangents: torch.dtype | None = None) -> tuple[str, ...]:
+    """The kernels of a call, for `fewstep.verification`."""
+    low = () if tangents is None else (f"{tangents} tangents".removeprefix("torch."),)
+    return "divergence", str(dtype).removeprefix("torch."), *low
+
+
 def _ops(backend: str) -> Any:
     """The ops of a compiled backend."""
     if backend == "cpp":

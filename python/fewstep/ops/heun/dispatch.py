@@ -18,6 +18,11 @@ _LOW = (torch.float16, torch.bfloat16)
 _combine_out = torch.ops.fewstep.heun_combine_out.default
 
 
+def group(network: torch.dtype) -> tuple[str, ...]:
+    """The kernels of a call, for `fewstep.verification`."""
+    return "heun", str(network).removeprefix("torch.")
+
+
 def into(backend: str, network: torch.dtype) -> Callable[..., None]:
     """What makes one pass, without gradients, into buffers, which may be its inputs.
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from fewstep._checks import as_float64, floating, one_of, strided
-from fewstep._library import choose_backend
 from fewstep._torch import readable
 from fewstep.ops.heun import dispatch
+from fewstep.verification.choice import choose_backend
 
 STATES = dispatch.STATES
 
 
 def pick(who: str, x: Tensor, backend: str | None) -> str:
-    return choose_backend(who, x.device.type, backend, unsupported)
+    return choose_backend(who, x.device, backend, unsupported, lambda: dispatch.group(x.dtype))
 
 
 def unsupported(backend: str) -> str | None:

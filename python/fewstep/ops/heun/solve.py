@@ -135,8 +135,8 @@ def heun_solve(
             error names the step; elsewhere the check comes at the end and waits for the device.
             Default: on the CPU, outside of graphs of autograd and of `torch.compile`.
         backend (str | None): "cpp", "cuda", "triton" or "reference". Default: the environment
-            variable FEWSTEP_BACKEND, else the fastest backend that has been tested on the device.
-            On GPUs that is "reference"; see `fewstep.sinkhorn`.
+            variable FEWSTEP_BACKEND, else the fastest backend, on a GPU of those that have
+            matched float64 there; see `fewstep.sinkhorn`.
 
     Returns:
         HeunResult: differentiable with respect to x, parameters and log_density, and with respect

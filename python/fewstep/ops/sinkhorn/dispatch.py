@@ -37,6 +37,25 @@ def resident(points: Points) -> bool:
     return m <= 256 and n <= rows and shared_memory(x.device) > 130 * 1024
 
 
+def arithmetic(x: Tensor, precision: str) -> str:
+    """How the GPU kernels find the distances of points x `[.., D]`."""
+    dots = x.dtype == torch.float32 and x.shape[-1] > 16
+    return precision if dots and precision != "float32" else "differences"
+
+
+def group(points: Points) -> tuple[str, ...]:
+    """The kernels of a call, for `fewstep.verification`: problems of a block, a cluster, larger."""
+    x, y = points.x, points.y
+    n, m = x.shape[1], y.shape[1]
+    size = "large"
+    if points.segments is not None:
+        size = "segments"
+    elif n <= 512 and m <= 256:
+        size = "small" if n <= 128 and m <= 128 else "medium"
+    dtype = str(x.dtype).removeprefix("torch.")
+    return "sinkhorn", dtype, size, arithmetic(x, points.precision)
+
+
 def solve(backend: str, inputs: Inputs) -> Outputs:
     """`f, g, value, residual, iterations, converged` of `fewstep.reference.sinkhorn.solve`."""
     out: Outputs

@@ -25,6 +25,14 @@ def resident(x: Tensor, counts: list[int], joint: bool) -> bool:
     return columns <= (256 if shared_memory(x.device) >= 163 * 1024 else 128)
 
 
+def group(x: Tensor, counts: list[int], joint: bool, precision: str) -> tuple[str, ...]:
+    """The kernels of a call, for `fewstep.verification`."""
+    columns = sum(counts) if joint else max(counts)
+    size = "small" if x.shape[1] <= 64 and columns <= 256 else "large"
+    dtype = str(x.dtype).removeprefix("torch.")
+    return "sinkhorn_drift", dtype, size, dispatch.arithmetic(x, precision)
+
+
 def drift(
     backend: str,
     x: Tensor,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import integer
-from fewstep._library import choose_backend
 from fewstep._torch import readable, wide
 from fewstep.ops.sinkhorn import dispatch_drift
 from fewstep.ops.sinkhorn.inputs import (
@@ -22,6 +21,7 @@ from fewstep.ops.sinkhorn.inputs import (
     given_numbers,
 )
 from fewstep.reference.costs import OF_DISTANCE
+from fewstep.verification.choice import choose_backend
 
 FORMS = ("split", "joint")
 NORMALIZE = (True, False, "scale")
@@ -144,8 +144,8 @@ def sinkhorn_drift(
         backend (str | None): "reference", "cpp", "cuda" or "triton". "cuda" keeps groups of up to
             64 points and plans of up to 256 columns on chip, in float32. Beyond that, "cuda" and
             "triton" run the iterations by the kernels of `sinkhorn` and then form the plans.
-            Default: the environment variable FEWSTEP_BACKEND, else the fastest backend that has
-            been tested on the device. On GPUs that is "reference"; see `sinkhorn`.
+            Default: the environment variable FEWSTEP_BACKEND, else the fastest backend, on a
+            GPU of those that have matched float64 there; see `sinkhorn`.
 
     Returns:
         Drift: velocity, scale, rms, residual, entropy, peak. No gradient flows through any.
@@ -195,10 +195,10 @@ def sinkhorn_drift(
     kept = dispatch_drift.resident(flat["x"], counts, form == "joint")
     chosen = choose_backend(
         "sinkhorn_drift",
-        x.device.type,
+        x.device,
         backend,
         lambda name: unsupported(name, diagonal, kept),
-        first="cuda" if kept else None,
+        lambda: dispatch_drift.group(flat["x"], counts, form == "joint", precision),
     )
     temperatures, several = _temperatures(eps, x, dtype)
     w = _guidance(guidance, x, uncond, dtype).reshape(-1).expand(groups)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import flags
-from fewstep._library import choose_backend
 from fewstep._torch import is_transformed
 from fewstep.ops.sinkhorn import autograd, dispatch
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
@@ -30,6 +29,7 @@ from fewstep.ops.sinkhorn.inputs import (
 from fewstep.ops.sinkhorn.result import CanonicalProblem, SinkhornResult, Versions
 from fewstep.reference.costs import COSTS
 from fewstep.reference.sinkhorn import Points, Schedule
+from fewstep.verification.choice import choose_backend
 
 _warned = False
 P = ParamSpec("P")
@@ -158,9 +158,9 @@ def sinkhorn(
             points. "float32" does not use tensor cores. Other backends and float64 ignore it.
             Default: "tf32x3".
         backend (str | None): "reference", "cpp", "triton", "cuda" or "keops" (for a cost function).
-            Default: the environment variable FEWSTEP_BACKEND, else the fastest backend that has
-            been tested on the device and serves the options. On GPUs that is "reference", which
-            forms C: "triton" and "cuda" have run in an emulator only.
+            Default: the environment variable FEWSTEP_BACKEND, else the fastest backend that
+            serves the options and, on a GPU, has matched float64 there (see docs/gpu.md);
+            "reference", which forms C, where none has.
         check_finite (bool): raises on NaN and inf in the inputs (and in C, where inf may be meant).
             On a GPU it also checks the signs and sums of weights and the sign of eps, which costs a
             synchronisation.
@@ -260,11 +260,10 @@ def sinkhorn(
     )
     chosen = choose_backend(
         "sinkhorn",
-        device.type,
+        device,
         backend,
         lambda name: _unsupported(name, points, e, schedule),
-        # A launch for all problems, rather than two per iteration.
-        first="cuda" if dispatch.resident(points) else None,
+        lambda: dispatch.group(points),
     )
     if check_finite:
         checked = {"x": x, "y": y, "C": C, "init f": f0, "init g": g0}

@@ -85,7 +85,7 @@ def divergence(
             Default: that of x.
         backend (str | None): kernels of the duals: "cpp", "triton" or "reference". A backend that
             is named raises where the network has a function without a rule. Default: as for
-            `fewstep.sinkhorn`, the fastest that has been tested on the device.
+            `fewstep.sinkhorn`, the fastest, on a GPU of those that have matched float64 there.
         engine (str | None): "duals", "func" or "reverse", which raises where it cannot serve.
             Default: the first that can.
         check (str): how often to compare with plain autograd, "first", "always" or "never". Nothing

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fewstep._library import choose_backend
 from fewstep._torch import is_transformed, to_random_state, wide
 from fewstep.ops.dual import dispatch, heads, mlp, structural
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
@@ -25,6 +24,7 @@ from fewstep.ops.trace import velocity as velocities
 from fewstep.ops.trace.inputs import Options, make_key, unsupported
 from fewstep.ops.trace.ladder import Known, Sample
 from fewstep.reference import trace as reference
+from fewstep.verification.choice import choose_backend
 
 R = TypeVar("R")
 Products = Callable[..., tuple[Tensor, Tensor, str]]
@@ -345,8 +345,12 @@ class Solver:
     def backend(self, x: Tensor) -> str:
         """Of the kernels, for x: "cpp", "triton" or "reference"."""
         if self.chosen is None:
-            name = choose_backend("divergence", x.device.type, self.options.backend, unsupported)
             compiled = x.dtype in (torch.float32, torch.float64) and not is_transformed()
+            options = self.options
+            name = choose_backend(
+                *("divergence", x.device, options.backend, unsupported),
+                (lambda: dispatch.group(x.dtype, options.tangent_dtype)) if compiled else None,
+            )
             self.chosen = name if compiled and name in dispatch.COMPILED else "reference"
         return self.chosen
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import flags, function, one_of
-from fewstep._library import choose_backend
 from fewstep._torch import is_transformed, to_random_state
 from fewstep._tree import mapped
 from fewstep.ops.dual import dispatch
@@ -26,6 +25,7 @@ from fewstep.ops.trace.inputs import CHECKS, ENGINES, unsupported
 from fewstep.ops.trace.jvp_problem import Problem, checked, tensors_of
 from fewstep.ops.trace.ladder import Known
 from fewstep.reference import jvp as reference
+from fewstep.verification.choice import choose_backend
 
 # No other way helps.
 _FATAL = tuple(kind for kind in ladder.FATAL if not issubclass(kind, ValueError))
@@ -254,8 +254,11 @@ class _Solver:
 
     def _duals(self, problem: Problem) -> _Pairs:
         known = all(x.dtype in (torch.float32, torch.float64) for x in problem.live)
-        backend = choose_backend("divergence", problem.live[0].device.type, None, unsupported)
-        if not known or is_transformed() or backend not in dispatch.COMPILED:
+        known = known and not is_transformed()
+        first = problem.live[0]
+        group = (lambda: dispatch.group(first.dtype)) if known else None
+        backend = choose_backend("divergence", first.device, None, unsupported, group)
+        if not known or backend not in dispatch.COMPILED:
             backend = "reference"
         constant = not problem.through and torch.is_grad_enabled()
         source = Source(backend, problem.moved[0].shape[0], prompt=self.hooked, constant=constant)
