@@ -19,7 +19,7 @@ MODULES = {
     for path in (ROOT / folder).rglob("*.py")
     if ">>>" in path.read_text()
 }
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [
     *PAGES,
     *sorted((ROOT / "benchmarks").rglob("*.md")),

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import fewstep
 from support import rows
+from support.diffusers_networks import DIFFUSERS
 from support.jvp import F32, F64, Problem, filled, flat
 from support.networks import IMAGE
+from support.vit import ViT
 from support.zoo import ZOO
-from test_networks import ViT
-from test_networks_libraries import DIFFUSERS
 from tolerances import assert_contract
 
 # Of torch.func.jvp, when it is first used.

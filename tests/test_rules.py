@@ -16,15 +16,13 @@ import fewstep
 from fewstep.ops.dual import heads
 from fewstep.ops.dual.source import Source
 from fewstep.ops.dual.traced import RULES, UnsupportedError
+from support.rules import F64, V, W, check, jacobians
 from tolerances import assert_contract
 
-F64 = torch.float64
 Function = Callable[[Tensor], Any]
 MASK = torch.tensor([True, False, True, True])
 INDEX = torch.tensor([2, 0, 1, 3])
 OWN = torch.tensor([[2, 0, 1, 1], [3, 3, 1, 0], [0, 1, 2, 2]])
-W = torch.linspace(-1, 1, 16, dtype=F64).reshape(4, 4)
-V = torch.linspace(0.5, 2, 4, dtype=F64)
 S = torch.tensor([[0.3], [1.2], [-0.4]], dtype=F64)  # of each sample
 
 
@@ -220,25 +218,6 @@ CASES: dict[str, Function] = {
 }
 
 
-def velocity_of(f: Function, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A network that has f between two linear maps, and no f of which is known whole."""
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        h = x.flatten(1)
-        h = F.linear(h, weight).tanh() + 0.1 * h
-        return f(h.view(x.shape)).reshape(x.shape) + 0.1 * t
-
-    return velocity
-
-
-def jacobians(v: Callable[..., Tensor], x: Tensor, t: Tensor) -> Tensor:
-    """`[B, D, D]`, of each sample among all the others, differentiable."""
-    J = torch.autograd.functional.jacobian(lambda y: v(y, t).flatten(1), x, create_graph=True)
-    assert isinstance(J, Tensor)
-    B = x.shape[0]
-    return J.flatten(3).diagonal(dim1=0, dim2=2).movedim(-1, 0)[:B]
-
-
 def distances(x: Tensor, y: Tensor) -> Tensor:
     """`torch.cdist`, which has one derivative alone."""
     squares = (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
@@ -248,57 +227,6 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
 # Of what torch has one derivative of alone, or in float32.
 RIGHT: dict[str, Function] = {"hardsigmoid": lambda h: (3 * h + 3).clamp(0, 6) / 6}
 ROUNDED = {"celu": 1e-7, "hardsigmoid": 1e-7}
-
-
-def check(f: Function, shape: tuple[int, ...], rtol: float, right: Function | None = None) -> None:
-    torch.manual_seed(4)
-    x = torch.randn(shape, dtype=F64, requires_grad=True)
-    d = x[0].numel()
-    weight = (torch.randn(d, d, dtype=F64) / d**0.5).requires_grad_()
-    v, t = velocity_of(f, weight), torch.tensor(0.3, dtype=F64)
-    known = v if right is None else velocity_of(right, weight)
-    whole = jacobians(known, x, t)
-    exact = whole.diagonal(dim1=1, dim2=2).sum(1)
-    expected = known(x, t)
-    out = fewstep.divergence(v, x, t, estimator="exact")
-    assert out.info == ""
-    torch.testing.assert_close(out.velocity, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(out.value, exact, rtol=rtol, atol=rtol)
-    with torch.no_grad():
-        plain = fewstep.divergence(v, x, t, estimator="exact")
-    torch.testing.assert_close(plain.value, out.value, rtol=1e-11, atol=1e-11)
-    wanted = (exact.square().sum() + expected.square().sum(), (x, weight))
-    found = (out.value.square().sum() + out.velocity.square().sum(), (x, weight))
-    for a, b in zip(
-        torch.autograd.grad(*found), torch.autograd.grad(*wanted, retain_graph=True), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=100 * rtol, atol=100 * rtol)
-    check_constant(v, x, weight, whole.detach(), expected, rtol)
-
-
-def check_constant(
-    v: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    weight: Tensor,
-    whole: Tensor,
-    expected: Tensor,
-    rtol: float,
-) -> None:
-    """Tangents beside the primal, which autograd does not see."""
-    t, u = torch.tensor(0.3, dtype=F64), torch.randn(2, *x.shape, dtype=F64)
-    options: Any = {"engine": "duals", "check": "never"}
-    out = fewstep.jvp(v, (x, t), (u, None), **options)
-    products = torch.einsum("bij,kbj->kbi", whole, u.flatten(2)).reshape(u.shape)
-    torch.testing.assert_close(out.value, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(out.tangent, products, rtol=rtol, atol=rtol)
-    one = fewstep.jvp(v, (x, t), (u[1], None), **options)
-    torch.testing.assert_close(one.tangent, out.tangent[1], rtol=1e-12, atol=1e-12)
-    pair = [
-        torch.autograd.grad(z.square().sum(), (x, weight), retain_graph=True)
-        for z in (out.value, expected)
-    ]
-    for a, b in zip(*pair, strict=True):
-        torch.testing.assert_close(a, b, rtol=100 * rtol, atol=100 * rtol)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,7 +16,7 @@ from fewstep.ops.dual.jvp import by_duals
 from fewstep.ops.dual.source import Source
 from fewstep.ops.dual.traced import UnsupportedError
 from support.jvp import right
-from test_rules import F64, V, W, check
+from support.rules import F64, V, W, check
 
 # Of torch.func.jvp, when it is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")

@@ -261,19 +261,21 @@ def meanflow_sample(
     steps = count(who, "steps", steps)
     condition = () if labels is None else (labels,)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).to(noise.device, wide(noise.dtype))
-    z = noise.to(wide(noise.dtype))
+    z: Tensor = noise.to(wide(noise.dtype))
     for t, r in itertools.pairwise(times):
         both = (time.expand(len(noise)) for time in (t, r))
         u = _like(who, network(z.to(noise.dtype), *both, *condition), noise)
         z = z - (t - r) * u
     if z.device.type == "cpu" and not z.isfinite().all():
         raise FloatingPointError(f"{who}: samples are not finite after {steps} steps")
-    return z.to(noise.dtype)
+    samples: Tensor = z.to(noise.dtype)
+    return samples
 
 
 def _norm(x: Tensor) -> Tensor:
     """Norms of samples `[B]`."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return norms
 
 
 def _like(who: str, value: object, x: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Known:
 
 UNCOMPARED = "not compared with plain autograd"
 BRANCH = f"this branch of the network is {UNCOMPARED}"
-_BRANCHES = 16  # other branches of a forward for which it is compared again
+_BRANCHES = 64  # other branches of a forward for which it is compared again
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Known]] = weakref.WeakKeyDictionary()
 _MOST = 256  # signatures of one function that are kept
 _COARSE = 16  # from here on, counters and names among them are not looked at
