@@ -35,7 +35,7 @@ from fewstep.training.loop import CHECKPOINT
 from fewstep.training.registry import TRAINERS, trainer_of
 from fewstep.training.runs import RunConfig, Trainer, nested
 
-_OF_THE_RUN = ("data", "seed", "device", "log_every", "checkpoint_every")
+_OF_THE_RUN = ("data", "size", "seed", "device", "log_every", "checkpoint_every")
 _NOT_OPTIONS = (torch.dtype | None,)  # types without a spelling in a shell
 
 

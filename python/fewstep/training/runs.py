@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep._checks import check_config
+from fewstep._checks import check_config, count
 from fewstep._files import one_writer, read_json, replacing
 from fewstep._torch import torch_device
 from fewstep.data.generate import Teacher
@@ -39,6 +39,7 @@ class RunConfig:
 
     Attributes:
         data: images to train on: "digits", "mnist5k", a .npy file or a folder of images.
+        size: width and height that images of a folder are cropped and resized to. 0 leaves them.
         lr: peak learning rate of Adam. It rises over the first 50 steps and then falls to 0 along
             a cosine.
         ema: decay per step of the averaged weights, which draw the samples. At least 0, below 1.
@@ -54,6 +55,7 @@ class RunConfig:
     """
 
     data: str
+    size: int = 0
     lr: float = 2e-3
     ema: float = 0.995
     seed: int = 0
@@ -62,8 +64,13 @@ class RunConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        sizes = [f.name for f in dataclasses.fields(self) if f.type == "int" and f.name != "seed"]
+        sizes = [
+            f.name
+            for f in dataclasses.fields(self)
+            if f.type == "int" and f.name not in ("seed", "size")
+        ]
         check_config(self, *sizes)
+        object.__setattr__(self, "size", count(type(self).__name__, "size", self.size, 0))
 
 
 C = TypeVar("C", bound=RunConfig)
@@ -272,7 +279,7 @@ class Trainer(Generic[C, R]):
         'samples.png'
         """
         require_extra()
-        data = load_enough(config.data)
+        data = load_enough(config.data, size=config.size)
         device = torch_device(config.device)
         shape = tuple(data.images.shape[1:])
         names = data.names if self.conditional(config) else ()
@@ -396,13 +403,13 @@ def require_extra() -> None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def load_enough(source: str) -> Images:
+def load_enough(source: str, *, size: int = 0) -> Images:
     """Load images with `fewstep.data.images.load`, at least as many as the metrics need.
 
     Raises:
         ValueError: the data cannot be loaded, or there are fewer than 12 images.
     """
-    data = load(source)
+    data = load(source, size=size)
     if len(data.images) < 12:
         raise ValueError(f"data: must have at least 12 images, got {len(data.images)}")
     return data

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep._checks import integer
 from fewstep._library import choose_backend
+from fewstep._results import brief, takes_arrays
 from fewstep._torch import readable, wide
 from fewstep.ops.sinkhorn import dispatch_drift
 from fewstep.ops.sinkhorn.inputs import (
@@ -54,7 +55,10 @@ class Drift:
     entropy: Tensor
     peak: Tensor
 
+    __repr__ = brief
 
+
+@takes_arrays
 def sinkhorn_drift(
     x: Tensor,
     y: Tensor,
