@@ -1,8 +1,15 @@
 """Compiled kernels for training few-step and one-step generative models."""
 
 import importlib
+import os
+import sys
 from importlib.metadata import version
-from types import ModuleType
+from typing import Any
+
+# In the command, threads that wait for work sleep: those of torch, which spin, slow each other down
+# on a busy machine. OpenMP reads this once, when torch is imported.
+if os.path.basename(sys.argv[0] if sys.argv else "") == "fewstep":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from fewstep import _aliases, _library
 
@@ -78,11 +85,13 @@ _SUBMODULES = (
 )
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "load":  # which has the packages of the extra `train` behind it
+        return importlib.import_module("fewstep.training.registry").load
     if name in _SUBMODULES or f"fewstep.{name}" in _aliases.ALIASES:
         return importlib.import_module(f"fewstep.{name}")
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES})
+    return sorted({*globals(), *_SUBMODULES, "load"})

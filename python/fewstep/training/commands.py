@@ -147,6 +147,8 @@ def _teacher(source: str) -> Teacher:
     if not source or source.startswith(":"):
         raise ValueError(f"teacher: must be a folder, a checkpoint or MODULE:NAME, got {source!r}")
     if name and not path.exists():
+        if (here := str(Path.cwd())) not in sys.path:  # which a script does not have
+            sys.path.insert(0, here)
         try:
             found = getattr(importlib.import_module(module), name)
         except Exception as error:  # whatever the user's module raises
