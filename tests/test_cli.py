@@ -19,7 +19,7 @@ from fewstep import training
 from fewstep._files import one_writer
 from fewstep.cli import main
 from fewstep.training import plots, runs, wflow
-from fewstep.training.loop import CHECKPOINT, LOGS
+from fewstep.training.loop import CHECKPOINT, LOGS, NUMBERS
 from fewstep.training.registry import TRAINERS, trainer_of
 from fewstep.training.runs import CONFIG, EXTRA, PICTURE, Run, Trainer
 
@@ -116,7 +116,8 @@ def test_sample(finished: Path, tmp_path: Path, n: int, rows: int) -> None:
             return np.asarray(picture)
 
     first = draw("a.png")
-    assert first.shape[:2] == (rows * 64, min(n, 3) * 64)
+    width = min(n, 3)
+    assert first.shape[:2] == (rows * 68 - 4, width * 68 - 4)  # with 4 pixels between images
     assert np.array_equal(draw("b.png", "--seed", "0"), first)
     assert not np.array_equal(draw("c.png", "--seed", "1"), first)
 
@@ -291,7 +292,7 @@ def test_a_full_disk(
     captured = capfd.readouterr()
     assert "No space left" in captured.err.splitlines()[-1]
     assert "Traceback" not in captured.err
-    assert {path.name for path in out.iterdir()} == {CONFIG, LOGS}
+    assert {path.name for path in out.iterdir()} == {CONFIG, LOGS, NUMBERS}
 
 
 def test_too_little_memory_is_one_line(
