@@ -455,3 +455,16 @@ def test_importing_the_package_loads_no_extra() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # torch loads tqdm by itself where it is installed.
     assert not {*EXTRA, "tyro"} & set(done.stdout.split()) - {"tqdm"}
+
+
+def test_a_teacher_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "from fewstep.data.generate import Teacher\n"
+    code += 'teacher = Teacher(lambda x, sigma: x, (1, 4, 4), digest="x")\n'
+    (tmp_path / "teacher_of_this_folder.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    source = "teacher_of_this_folder:teacher"
+    assert main(["pairs", "--teacher", source, "--out", "pairs", "--n", "2", "--batch", "2"]) == 0
+    assert (tmp_path / "pairs" / "manifest.json").exists()
