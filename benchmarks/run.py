@@ -320,11 +320,11 @@ def show_cases(op: str) -> None:
     for case in family.values():
         iterations = f", {case.iterations} iterations" if case.iterations else ""
         gradient = " + backward" * case.backward
-        sys.stdout.write(f"{case.name:28s}{case.workload}, {case.shape}{iterations}{gradient}\n")
+        sys.stdout.write(f"{case.name:31s} {case.workload}, {case.shape}{iterations}{gradient}\n")
     for contender in CONTENDERS.values():
         if any(map(contender.enters, family.values())) and contender.kind == "peer":
             here = "installed" if installed(contender.package) else "not installed"
-            sys.stdout.write(f"--only {contender.name:21s}{contender.label}: {here}\n")
+            sys.stdout.write(f"--only {contender.name:24s} {contender.label}: {here}\n")
 
 
 def main(argv: list[str] | None = None) -> None:

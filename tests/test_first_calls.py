@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 import fewstep
+from fewstep import _names
+from fewstep._library import BACKENDS
+from fewstep.ops.sinkhorn import drift
+from fewstep.ops.sinkhorn.inputs import UPDATES
+from fewstep.ops.trace import inputs
+from fewstep.reference.costs import NAMES, OF_DISTANCE
+from fewstep.reference.sinkhorn import PRECISIONS
 
 rng = torch.Generator().manual_seed(0)
 X, Y = torch.randn(2, 6, 3, generator=rng), torch.randn(2, 7, 3, generator=rng) + 1
@@ -152,3 +159,21 @@ def test_networks_called_otherwise() -> None:
 
 def _raises(x: Tensor, t: Tensor) -> Tensor:
     raise TypeError("unrelated")
+
+
+@pytest.mark.parametrize(
+    ("known", "names"),
+    [
+        (_names.Backend, BACKENDS),
+        (_names.CostName, NAMES),
+        (_names.DistanceCost, OF_DISTANCE),
+        (_names.Update, UPDATES),
+        (_names.Precision, PRECISIONS),
+        (_names.Form, drift.FORMS),
+        (_names.Estimator, inputs.ESTIMATORS),
+        (_names.Engine, inputs.ENGINES),
+        (_names.Check, inputs.CHECKS),
+    ],
+)
+def test_types_have_the_names_that_are_checked(known: Any, names: tuple[str, ...]) -> None:
+    assert sorted(get_args(known)) == sorted(names)

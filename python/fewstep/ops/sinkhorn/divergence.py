@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fewstep._names import Backend, CostName, Precision, Update
 from fewstep._results import brief, takes_arrays
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
 from fewstep.ops.sinkhorn.problem import total
@@ -69,18 +70,18 @@ def sinkhorn_divergence(
     eps: float | Sequence[float] | Tensor | Literal["auto"],
     a: Tensor | None = None,
     b: Tensor | None = None,
-    cost: str = "sqeuclidean",
+    cost: CostName = "sqeuclidean",
     max_iter: int = 100,
     tol: float | None = None,
     anneal: float | Sequence[float] | Tensor | None = None,
-    update: str = "alternating",
+    update: Update = "alternating",
     reach: float | None = None,
     cu_seqlens: tuple[Tensor, Tensor] | None = None,
     labels: tuple[Tensor, Tensor] | None = None,
     label_cost: Tensor | None = None,
     memory_limit: int = 2**27,
-    precision: str | None = None,
-    backend: str | None = None,
+    precision: Precision | None = None,
+    backend: Backend | None = None,
     check_finite: bool = False,
 ) -> DivergenceResult:
     """Debiased entropic optimal transport between weighted point clouds.

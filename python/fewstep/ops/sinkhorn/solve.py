@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep._checks import flags
 from fewstep._library import choose_backend
+from fewstep._names import Backend, CostName, Precision, Update
 from fewstep._results import Arrays, on_arrays
 from fewstep._torch import is_transformed
 from fewstep.ops.sinkhorn import autograd, dispatch
@@ -75,12 +76,12 @@ def sinkhorn(
     eps: float | Sequence[float] | Tensor | Literal["auto"],
     a: Tensor | None = None,
     b: Tensor | None = None,
-    cost: str | Callable[[Any, Any], Any] = "sqeuclidean",
+    cost: CostName | Callable[[Any, Any], Any] = "sqeuclidean",
     max_iter: int = 100,
     tol: float | None = None,
     init: tuple[Tensor, Tensor] | None = None,
     anneal: float | Sequence[float] | Tensor | None = None,
-    update: str = "alternating",
+    update: Update = "alternating",
     relax: float = 1.0,
     reach: float | tuple[float | None, float | None] | None = None,
     exclude_diagonal: bool | int = False,
@@ -89,8 +90,8 @@ def sinkhorn(
     label_cost: Tensor | None = None,
     C: Tensor | None = None,
     memory_limit: int = 2**27,
-    precision: str | None = None,
-    backend: str | None = None,
+    precision: Precision | None = None,
+    backend: Backend | None = None,
     check_finite: bool = False,
 ) -> SinkhornResult:
     """Entropic optimal transport between weighted point clouds, in the log domain.
