@@ -83,15 +83,16 @@ _SUBMODULES = (
     "networks",
     "training",
 )
+_FUNCTIONS = {"load": "training.registry"}  # behind which are packages of the extra `train`
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":  # which has the packages of the extra `train` behind it
-        return importlib.import_module("fewstep.training.registry").load
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"fewstep.{_FUNCTIONS[name]}"), name)
     if name in _SUBMODULES or f"fewstep.{name}" in _aliases.ALIASES:
         return importlib.import_module(f"fewstep.{name}")
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES, "load"})
+    return sorted({*globals(), *_SUBMODULES, *_FUNCTIONS})
