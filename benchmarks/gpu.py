@@ -264,7 +264,7 @@ def stage_case(runner: Runner, case: Case, budget: float) -> Stage:
     summary = "nothing of ours was timed"
     if best is not None:
         ratio = best.get("speedup_vs_best_peer")
-        against = f", {ratio:.1f}x the best peer" if ratio else ""
+        against = f"; the best peer takes {ratio:.1f}x as long" if ratio else ""
         summary = f"{best['contender']} {best['median_ms']:.3g} ms{against}"
     seconds = time.monotonic() - start
     return Stage(case.name, best is not None and not todo, summary, seconds, rows)

@@ -28,6 +28,7 @@ from benchmarks.dense import (
     sinkhorn_eager,
 )
 from benchmarks.registry import STREAMED, Problem
+from fewstep._names import Backend
 
 Run = Callable[[], tuple[Any, ...]]
 Divergence = Callable[[Tensor, Tensor, Sequence[float], float], Tensor]
@@ -66,7 +67,7 @@ def _run_drift(
     return run
 
 
-def _fewstep(problem: Problem, backend: str, memory_limit: int = 2**27) -> Run:
+def _fewstep(problem: Problem, backend: Backend, memory_limit: int = 2**27) -> Run:
     import fewstep
 
     def solve(x: Tensor, y: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def _fewstep(problem: Problem, backend: str, memory_limit: int = 2**27) -> Run:
     return _run_torch(problem, solve)
 
 
-def _fewstep_divergence(problem: Problem, backend: str) -> Run:
+def _fewstep_divergence(problem: Problem, backend: Backend) -> Run:
     """The schedule less its last two sweeps, which `max_iter=1` adds: average, then in full.
 
     The last one is alternating between x and y, where geomloss's takes both from the old ones.
@@ -108,7 +109,7 @@ def _fewstep_divergence(problem: Problem, backend: str) -> Run:
     return _run_torch(problem, solve)
 
 
-def _fewstep_drift(problem: Problem, backend: str) -> Run:
+def _fewstep_drift(problem: Problem, backend: Backend) -> Run:
     import fewstep
 
     def drift(x: Tensor, y: Tensor, x_self: Tensor) -> tuple[Tensor, Tensor]:
@@ -315,7 +316,7 @@ def _run_jax(problem: Problem, value: Callable[[Any, Any], Any]) -> Run:
 
 
 _FEWSTEP = {"solve": _fewstep, "divergence": _fewstep_divergence, "drift": _fewstep_drift}
-BACKENDS = ("reference", "cpp", "triton", "cuda")
+BACKENDS: tuple[Backend, ...] = ("reference", "cpp", "triton", "cuda")
 
 # By workload and contender.
 BUILDERS: dict[tuple[str, str], Callable[[Any], Run]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -527,9 +528,31 @@ FAMILIES: Mapping[str, Mapping[str, AnyCase]] = {
     "heun": HEUN_CASES,
     "jvp": JVP_CASES,
 }
-ALL_CASES: Mapping[str, AnyCase] = {
-    name: case for family in FAMILIES.values() for name, case in family.items()
-}
+
+
+class _Cases(dict[str, AnyCase]):
+    """All cases by name, and those of a visitor's own size, whose names describe them."""
+
+    def __missing__(self, name: str) -> AnyCase:
+        found = re.fullmatch(r"own_n(\d+)_m(\d+)_d(\d+)_eps([\d.e-]+)", name)
+        if found is None:
+            raise KeyError(name)
+        n, m, d = map(int, found.groups()[:3])
+        return Case(name, 1, n, m, d, eps_of_mean=(float(found[4]),), quick=n * m <= 1 << 20)
+
+
+def own_case(n: int, m: int, d: int, eps: float) -> str:
+    """The name of 20 iterations at a size, with eps as a fraction of the mean cost.
+
+    >>> ALL_CASES[own_case(100, 200, 3, 0.05)].shape
+    '100 x 200, D 3'
+    """
+    return f"own_n{n}_m{m}_d{d}_eps{eps:g}"
+
+
+ALL_CASES: Mapping[str, AnyCase] = _Cases(
+    (name, case) for family in FAMILIES.values() for name, case in family.items()
+)
 # Error allowed to value (largest over its mean) and gradients (relative norm), float32 against
 # float64. One iteration fewer is off by 1e-3 and more in the cases above.
 VALUE_RTOL = 1e-5

@@ -4,6 +4,8 @@
     python -m benchmarks.run trace --peers
     python -m benchmarks.run heun --peers
     python -m benchmarks.run jvp --peers
+    python -m benchmarks.run sinkhorn --list
+    python -m benchmarks.run sinkhorn --n 3000 --m 5000 --d 16 --eps 0.05 --peers
 
 Every contender solves the same drawn points at the same eps with the same number of iterations,
 must agree with the float64 reference before it is timed, and runs alone on a fixed set of cores.
@@ -16,6 +18,7 @@ import csv
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import re
 import signal
@@ -30,7 +33,7 @@ import numpy as np
 
 from benchmarks import plot, table
 from benchmarks.contenders import BUSY_CORES, CONTENDERS, Contender
-from benchmarks.registry import ALL_CASES, FAMILIES, AnyCase, Case
+from benchmarks.registry import ALL_CASES, FAMILIES, AnyCase, Case, own_case
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -242,12 +245,12 @@ def run_case(
         if "over_plain" in row:
             label = CONTENDERS[row["contender"]].label
             over = row.get("over_network", row["over_plain"])
-            say(f"  {label}: {over:.2f}x the network alone")
+            say(f"  {label} takes {over:.2f}x as long as the network alone")
         elif "median_s" in row and CONTENDERS[row["contender"]].kind == "fewstep":
             speedup = row.get("speedup_vs_best_peer")
             say(
                 f"  {row['contender']}: {row['pair_iterations_per_s']:.2e} pair-iterations/s"
-                + (f", {speedup:.2f}x the best peer" if speedup else "")
+                + (f"; the best peer takes {speedup:.2f}x as long" if speedup else "")
             )
     return rows
 
@@ -268,9 +271,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="other libraries too (extra bench)")
     parser.add_argument("--quick", action="store_true", help="small cases, half a second each")
     parser.add_argument(
-        "--case", action="append", choices=ALL_CASES, help="only this one; repeatable"
+        "--case", action="append", metavar="NAME", help="only this one, of --list; repeatable"
     )
-    parser.add_argument("--only", action="append", choices=CONTENDERS, help="only this contender")
+    parser.add_argument("--list", action="store_true", help="the cases, and who can be timed here")
+    own = parser.add_argument_group("a case of your own", "20 iterations of sinkhorn, float32")
+    own.add_argument("--n", type=int, help="points of x")
+    own.add_argument("--m", type=int, help="points of y (default: as many)")
+    own.add_argument("--d", type=int, help="coordinates (default 64)")
+    own.add_argument("--eps", type=float, help="as a fraction of the mean cost (default 0.05)")
+    parser.add_argument(
+        "--only", action="append", choices=CONTENDERS, metavar="NAME", help="only this contender"
+    )
     parser.add_argument("--threads", type=int, default=2, help="cores of every process")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--budget", type=float, help="seconds of timed calls per row (default 3)")
@@ -282,7 +293,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
     if not 1 <= args.threads <= cores:
         parser.error(f"--threads must be from 1 to the {cores} cores here, got {args.threads}")
-    if unknown := [name for name in args.case or () if name not in FAMILIES[args.op]]:
+    if args.n is None and (args.m, args.d, args.eps) != (None, None, None):
+        parser.error("--n must be given with --m, --d or --eps")
+    if args.n is not None:
+        sizes = (args.n, args.m or args.n, args.d or 64)
+        eps = 0.05 if args.eps is None else args.eps
+        if args.op != "sinkhorn" or args.case:
+            parser.error("--n is for sinkhorn without --case")
+        if min(sizes) < 1 or not 0 < eps < math.inf:
+            parser.error("--n, --m and --d must be at least 1, and --eps positive")
+        args.case = [own_case(*sizes, eps)]
+    elif unknown := [name for name in args.case or () if name not in FAMILIES[args.op]]:
         parser.error(f"--case: {unknown[0]} is none of {args.op}")
     if args.budget is None:
         args.budget = 0.5 if args.quick else 3.0
@@ -294,10 +315,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def show_cases(op: str) -> None:
+    family = FAMILIES[op]
+    for case in family.values():
+        iterations = f", {case.iterations} iterations" if case.iterations else ""
+        gradient = " + backward" * case.backward
+        sys.stdout.write(f"{case.name:31s} {case.workload}, {case.shape}{iterations}{gradient}\n")
+    for contender in CONTENDERS.values():
+        if any(map(contender.enters, family.values())) and contender.kind == "peer":
+            here = "installed" if installed(contender.package) else "not installed"
+            sys.stdout.write(f"--only {contender.name:24s} {contender.label}: {here}\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.list:
+        show_cases(args.op)
+        return
     family = FAMILIES[args.op]
-    cases = [family[name] for name in args.case or family]
+    cases = [ALL_CASES[name] for name in args.case or family]
     if not args.case:
         cases = [case for case in cases if (case.quick if args.quick else case.default)]
     wanted = [
@@ -306,6 +342,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.device in contender.devices
         and (args.peers or contender.kind != "peer" or contender.name in (args.only or ()))
         and contender.name in (args.only or CONTENDERS)
+        and any(contender.enters(case) for case in cases)
     ]
     contenders = [contender for contender in wanted if installed(contender.package)]
     for contender in wanted:

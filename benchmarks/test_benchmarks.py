@@ -20,6 +20,7 @@ from benchmarks.dense import divergence_averaged, sinkhorn_averaged
 from benchmarks.jvp_cases import JVP_CASES, JvpCase, draw_jvp
 from benchmarks.peers import BACKENDS, BUILDERS, DEFINITIONS, numpy_outputs
 from benchmarks.registry import (
+    ALL_CASES,
     CASES,
     FAMILIES,
     GRAD_RTOL,
@@ -420,3 +421,21 @@ def test_samplers_agree(name: str) -> None:
         exact = expect(problem, contender.definition_for(case))
         assert errors(outputs, exact)[0] <= case.value_rtol
     assert sampler.more()["over_network"] > 0
+
+
+def test_a_case_of_ones_own_size(capsys: pytest.CaptureFixture[str]) -> None:
+    args = run.parse(["sinkhorn", "--n", "30", "--d", "5", "--eps", "0.1"])
+    (name,) = args.case
+    case = ALL_CASES[name]
+    assert isinstance(case, Case)
+    assert (case.n, case.m, case.d, case.eps_of_mean) == (30, 30, 5, (0.1,))
+    assert args.out.name.endswith("_subset.csv")
+    for options in (["--m", "3"], ["--n", "0"], ["--n", "3", "--eps", "-1"]):
+        with pytest.raises(SystemExit):
+            run.parse(["sinkhorn", *options])
+    with pytest.raises(KeyError):
+        ALL_CASES["own_n3"]
+    capsys.readouterr()
+    run.main(["jvp", "--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line[0] != "-"] == list(FAMILIES["jvp"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.registry import TraceProblem
 from benchmarks.timing import Beside, saved_mb
+from fewstep._names import Backend
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 _SEED = 0
@@ -172,7 +173,7 @@ def compiled(divergence: Divergence, net: MLP) -> Divergence:
 
 
 def fewstep_divergence(
-    problem: TraceProblem, backend: str, tangent_dtype: torch.dtype | None = None
+    problem: TraceProblem, backend: Backend, tangent_dtype: torch.dtype | None = None
 ) -> Divergence:
     import fewstep
 
@@ -194,8 +195,9 @@ def fewstep_divergence(
 
 def _divergence_of(problem: TraceProblem, who: str) -> Divergence:
     exact = problem.case.estimator == "exact"
-    if who in ("cpp", "reference"):
-        return fewstep_divergence(problem, who)
+    ours: dict[str, Backend] = {"cpp": "cpp", "reference": "reference"}
+    if who in ours:
+        return fewstep_divergence(problem, ours[who])
     if who == "cpp-bf16":
         return fewstep_divergence(problem, "cpp", torch.bfloat16)
     if who == "zuko":

@@ -173,14 +173,14 @@ def machine(device: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.worker", description=__doc__)
-    parser.add_argument("case", choices=ALL_CASES)
+    parser.add_argument("case", type=ALL_CASES.__getitem__)
     parser.add_argument("contender", choices=[*DEFINITIONS, *CONTENDERS])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=float, default=5.0)
     parser.add_argument("--expected", type=Path)
     parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args(argv)
-    case = ALL_CASES[args.case]
+    case: AnyCase = args.case
     if args.contender in DEFINITIONS:
         np.savez(args.result, *expect(drawn(case.without_copies), args.contender))
         return

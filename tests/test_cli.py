@@ -19,7 +19,7 @@ from fewstep import training
 from fewstep._files import one_writer
 from fewstep.cli import main
 from fewstep.training import plots, runs, wflow
-from fewstep.training.loop import CHECKPOINT, LOGS
+from fewstep.training.loop import CHECKPOINT, LOGS, NUMBERS
 from fewstep.training.registry import TRAINERS, trainer_of
 from fewstep.training.runs import CONFIG, EXTRA, PICTURE, Run, Trainer
 
@@ -116,7 +116,8 @@ def test_sample(finished: Path, tmp_path: Path, n: int, rows: int) -> None:
             return np.asarray(picture)
 
     first = draw("a.png")
-    assert first.shape[:2] == (rows * 64, min(n, 3) * 64)
+    width = min(n, 3)
+    assert first.shape[:2] == (rows * 68 - 4, width * 68 - 4)  # with 4 pixels between images
     assert np.array_equal(draw("b.png", "--seed", "0"), first)
     assert not np.array_equal(draw("c.png", "--seed", "1"), first)
 
@@ -293,7 +294,7 @@ def test_a_full_disk(
     captured = capfd.readouterr()
     assert "No space left" in captured.err.splitlines()[-1]
     assert "Traceback" not in captured.err
-    assert {path.name for path in out.iterdir()} == {CONFIG, LOGS}
+    assert {path.name for path in out.iterdir()} == {CONFIG, LOGS, NUMBERS}
 
 
 def test_too_little_memory_is_one_line(
@@ -456,3 +457,16 @@ def test_importing_the_package_loads_no_extra() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # torch loads tqdm by itself where it is installed.
     assert not {*EXTRA, "tyro"} & set(done.stdout.split()) - {"tqdm"}
+
+
+def test_a_teacher_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "from fewstep.data.generate import Teacher\n"
+    code += 'teacher = Teacher(lambda x, sigma: x, (1, 4, 4), digest="x")\n'
+    (tmp_path / "teacher_of_this_folder.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    source = "teacher_of_this_folder:teacher"
+    assert main(["pairs", "--teacher", source, "--out", "pairs", "--n", "2", "--batch", "2"]) == 0
+    assert (tmp_path / "pairs" / "manifest.json").exists()

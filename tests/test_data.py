@@ -230,3 +230,51 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
     data = load(str(tmp_path))
     assert data.images.shape[2:] == (4, 5)
     torch.testing.assert_close(data.images, torch.ones_like(data.images), rtol=0, atol=0.05)
+
+
+def test_arrays_with_channels_last(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", pixels)
+    expected = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(load(str(tmp_path / "a.npy")).images, expected)
+
+
+def test_floats_from_zero_to_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = np.linspace(0, 1, 4 * 16, dtype=np.float32).reshape(4, 4, 4)
+    np.save(tmp_path / "a.npy", pixels)
+    images = load(str(tmp_path / "a.npy")).images[:, 0]
+    torch.testing.assert_close(images, 2 * torch.from_numpy(pixels) - 1)
+    assert "a.npy is taken to lie in [0, 1]" in capsys.readouterr().err
+    np.save(tmp_path / "a.npy", 2 * pixels - 1)
+    torch.testing.assert_close(load(str(tmp_path / "a.npy")).images[:, 0], images)
+    assert capsys.readouterr().err == ""
+
+
+def test_size(tmp_path: Path) -> None:
+    wide = Image.new("L", (12, 6), 0)
+    wide.paste(255, (3, 0, 9, 6))  # white in the middle square
+    wide.save(tmp_path / "1.png")
+    save(tmp_path / "2.png", size=(5, 9), value=255)
+    turned = Image.new("L", (4, 8), 0)
+    turned.paste(255, (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "3.png", exif=exif)
+    images = load(str(tmp_path), size=4).images
+    assert images.shape == (3, 1, 4, 4)
+    assert images[:2].min() > 0.9
+    assert images[2, 0, 0].max() < -0.5
+    assert images[2, 0, 3].min() > 0.5
+    for source, size in (("digits", 4), (str(tmp_path), -1)):
+        with pytest.raises(ValueError, match="size"):
+            load(source, size=size)
+
+
+def test_folder_with_a_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i, name in enumerate(("train/cat/1.png", "train/dog/1.png", "val/cat/1.png")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        save(tmp_path / name, value=51 * i)
+    data = load(str(tmp_path))
+    assert data.names == ("cat", "dog")
+    assert len(data.images) == 2
+    assert "train is read" in capsys.readouterr().err

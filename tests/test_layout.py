@@ -20,7 +20,15 @@ PYTHON = {
 }
 # A room, and the rooms below it that it may import; itself always. A module that stands in no
 # folder of its own is a room by its name.
-CORE = {"fewstep._checks", "fewstep._files", "fewstep._library", "fewstep._torch", "fewstep._tree"}
+CORE = {
+    "fewstep._checks",
+    "fewstep._files",
+    "fewstep._library",
+    "fewstep._names",
+    "fewstep._results",
+    "fewstep._torch",
+    "fewstep._tree",
+}
 OPS = {"fewstep.ops.dual", "fewstep.ops.heun", "fewstep.ops.sinkhorn", "fewstep.ops.trace"}
 BELOW_OPS = CORE | {"fewstep.reference", "fewstep.kernels", "fewstep.verification.choice"}
 MAY_IMPORT: dict[str, set[str]] = {

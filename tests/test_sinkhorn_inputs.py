@@ -346,7 +346,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"a": [0.2] * 5}, TypeError, "a must be a floating Tensor, got list"),
     ({"a": torch.full((5,), 0.25).to(F8)}, TypeError, "a must be float32, .* got torch.float8"),
     ({"x": X.to(F8), "y": Y.to(F8)}, TypeError, "x must be float32, .* got torch.float8"),
-    ({"x": X.numpy(), "y": Y.numpy()}, TypeError, "x must be a Tensor, got ndarray"),
+    ({"y": Y.numpy()}, TypeError, "y must be a Tensor, got ndarray"),
     ({"x": X.to_sparse(), "y": Y.to_sparse()}, TypeError, "x must be dense .* torch.sparse_coo"),
     ({"x": X.to("meta"), "y": Y.to("meta")}, ValueError, "x must be on a device .* got meta"),
     ({"x": None, "y": None, "C": X.to("meta")}, ValueError, "C must be on a device .* got meta"),

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fewstep
 from fewstep.data.images import Images, load
 from fewstep.methods import WFlow
 from fewstep.networks import MLPGenerator
 from fewstep.training import checkpoint, plots, wflow
-from fewstep.training.loop import CHECKPOINT, LOGS
-from fewstep.training.runs import CONFIG, PICTURE, Run, Session, TrainResult
+from fewstep.training.loop import CHECKPOINT, GRIDS, LOGS, NUMBERS
+from fewstep.training.runs import CONFIG, PICTURE, REPORT, TABLE, Run, Session, TrainResult
 
 
 @pytest.fixture
@@ -128,7 +129,13 @@ def test_a_run_leaves_everything(config: wflow.WFlowConfig, tmp_path: Path) -> N
     out = tmp_path / "deep" / "run"
     result = run(config, out)
     names = {path.name for path in out.iterdir()}
-    assert names == {CHECKPOINT, CONFIG, LOGS, PICTURE}
+    assert names == {CHECKPOINT, CONFIG, LOGS, PICTURE, NUMBERS, GRIDS, TABLE, REPORT}
+    assert sorted(path.name for path in (out / GRIDS).iterdir()) == [
+        f"{step:06d}.png" for step in (10, 20, 24)
+    ]
+    rows = json.loads((out / REPORT).read_text())["rows"]
+    assert [row["value"] for row in rows] == [row.value for row in result.report.rows]
+    assert (out / TABLE).read_text() == result.report.table + "\n"
     assert result.report.picture == out / PICTURE
     assert picture_size(result.report.picture)[0] > 500
     assert {row.name for row in result.report.rows} >= {"sliced W2^2", "exact W2^2"}
@@ -399,7 +406,7 @@ def test_a_disk_that_is_full(config: wflow.WFlowConfig, tmp_path: Path, most: in
     assert "File too large" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left <= {CONFIG, LOGS}
+    assert left <= {CONFIG, LOGS, NUMBERS}
 
 
 BAD_CONFIG = [
@@ -439,3 +446,41 @@ def test_evaluation_shows_at_most_twenty_classes(tmp_path: Path) -> None:
     session = Session(its_run, data, {}, tmp_path, torch.device("cpu"), progress=False)
     picture = wflow.evaluate(session, {"": generator}).picture
     assert 20 * 60 < picture_size(picture)[1] < 25 * 60
+
+
+def test_numbers_in_a_file(
+    finished: tuple[wflow.WFlowConfig, Path], config: wflow.WFlowConfig
+) -> None:
+    """Also of a run that is trained longer, whose steps are there once."""
+    before, out = finished
+    run(replace(before, steps=30), out, resume=True)
+    assert wflow.read_run(out).config.steps == 30
+    assert checkpoint.load(out / CHECKPOINT)[1] == 30
+    head, *lines = (out / NUMBERS).read_text().splitlines()
+    assert head == "step,name,value"
+    rows = [line.split(",") for line in lines]
+    own = {int(step): float(value) for step, name, value in rows if name == "loss"}
+    assert [int(step) for step, name, _ in rows if name == "loss"] == list(range(30))
+    assert own == pytest.approx(dict(curves(out)["loss"]), rel=1e-5)
+    assert (out / GRIDS / "000030.png").exists()
+    with pytest.raises(ValueError, match="steps is 30, not 29"):
+        run(replace(before, steps=29), out, resume=True)
+
+
+def test_a_run_is_loaded(finished: tuple[wflow.WFlowConfig, Path]) -> None:
+    _, out = finished
+    trained = fewstep.load(str(out))
+    images = trained.sample(6, seed=3)
+    network, own = wflow.TRAINER.load(out)
+    assert torch.equal(images, wflow.sample(network, own, 6, seed=3))
+    assert trained.run.classes == ("3", "5")
+    one, several = trained.sample(2, labels=1), trained.sample(2, labels=[1, 1])
+    assert torch.equal(one, several)
+    assert not torch.equal(one, trained.sample(2, labels=torch.tensor([1, 0])))
+    for labels in (2, -1, [0], [0.0, 1.0]):
+        with pytest.raises(ValueError, match="sample: labels must be 2 from 0 to 1"):
+            trained.sample(2, labels=labels)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sample: steps is no option of wflow"):
+        trained.sample(2, steps=2)
+    with pytest.raises(ValueError, match="holds no run"):
+        fewstep.load(out / "none")

@@ -1,8 +1,15 @@
 """Compiled kernels for training few-step and one-step generative models."""
 
 import importlib
+import os
+import sys
 from importlib.metadata import version
 from typing import Any
+
+# In the command, threads that wait for work sleep: those of torch, which spin, slow each other down
+# on a busy machine. OpenMP reads this once, when torch is imported.
+if os.path.basename(sys.argv[0] if sys.argv else "") == "fewstep":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from fewstep import _aliases, _library
 
@@ -78,7 +85,8 @@ _SUBMODULES = (
     "training",
     "verification",
 )
-_FUNCTIONS = {"verify": "verification.report"}
+# What stands in modules that are imported when first asked for; `load` needs the extra `train`.
+_FUNCTIONS = {"load": "training.registry", "verify": "verification.report"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,13 +10,15 @@ from types import ModuleType
 
 import torch
 
+from fewstep._names import Backend
+
 # Order of preference per device type; the first one available is the default. On a GPU the kernels
 # that have proven themselves there go first: see `fewstep.verification.choice`.
 DEFAULT_ORDER = {
     "cpu": ("cpp", "keops", "reference"),
     "cuda": ("keops", "reference"),
 }
-KERNELS = ("cuda", "triton")
+KERNELS: tuple[Backend, ...] = ("cuda", "triton")
 BACKENDS = ("reference", "cpp", "cuda", "triton", "keops")
 
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("triton", "pykeops")}

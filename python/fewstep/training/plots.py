@@ -9,11 +9,14 @@ from torch import Tensor
 
 from fewstep._files import replacing
 
+_GAP = 4  # pixels between the images of a grid
 _LEAST_PIXELS = 64  # of one image's longer side in a picture
 
 
-def montage(images: Tensor, columns: int) -> Tensor:
+def montage(images: Tensor, columns: int, *, gap: int = 0) -> Tensor:
     """Images `[n, C, H, W]` in [-1, 1], row by row, as one `[rows H, columns W, 3]` in [0, 1].
+
+    With a gap, white lines of so many pixels are between them.
 
     >>> import torch
     >>> montage(torch.zeros(5, 1, 8, 8), columns=3).shape
@@ -21,10 +24,12 @@ def montage(images: Tensor, columns: int) -> Tensor:
     """
     n, (h, w) = len(images), images.shape[2:]
     rows = -(-n // columns)
-    tiles = images.new_ones(rows * columns, 3, h, w)
-    tiles[:n] = (images.clamp(-1, 1) + 1) / 2
+    tiles = images.new_ones(rows * columns, 3, h + gap, w + gap)
+    tiles[:n, :, :h, :w] = (images.clamp(-1, 1) + 1) / 2
+    h, w = h + gap, w + gap
     tiles = tiles.reshape(rows, columns, 3, h, w)
-    return tiles.permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)
+    whole = tiles.permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)
+    return whole[: rows * h - gap, : columns * w - gap]
 
 
 def save_grid(path: Path, images: Tensor, *, columns: int) -> None:
@@ -36,7 +41,8 @@ def save_grid(path: Path, images: Tensor, *, columns: int) -> None:
     from matplotlib.image import imsave
 
     factor = -(-_LEAST_PIXELS // max(images.shape[2:]))
-    picture = montage(images, columns).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    large = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    picture = montage(large, columns, gap=_GAP)
     with replacing(path) as temporary:
         imsave(temporary, picture.numpy(), format="png")
 

@@ -298,6 +298,7 @@ TRAINER = Trainer(
     stages=_stages,
     report=evaluate,
     sample=sample,
+    longer="",
     teacher=_as_teacher,
     conditional=lambda config: False,
 )

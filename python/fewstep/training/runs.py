@@ -17,15 +17,26 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep._checks import check_config
+from fewstep._checks import check_config, count
 from fewstep._files import one_writer, read_json, replacing
 from fewstep._torch import torch_device
 from fewstep.data.generate import Teacher
 from fewstep.data.images import Images, load
 from fewstep.training import checkpoint
-from fewstep.training.loop import CHECKPOINT, LOGS, Stage, TrainedNetwork, fit, prefix
+from fewstep.training.loop import (
+    CHECKPOINT,
+    GRIDS,
+    LOGS,
+    NUMBERS,
+    Stage,
+    TrainedNetwork,
+    fit,
+    prefix,
+)
 
 CONFIG, PAIRS, PICTURE = "config.json", "pairs", "samples.png"
+REPORT, TABLE = "report.json", "report.txt"
+_SHOWN = 64  # images of a grid
 EXTRA = ("matplotlib", "mlxtend", "ot", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm")
 _SAME_SPREAD = 1e-5  # relative: sums of the same pixels differ that little between machines
 T = TypeVar("T")
@@ -47,6 +58,7 @@ class RunConfig:
         checkpoint_every: number of steps between two checkpoints.
         device: device to train on, such as "cpu" or "cuda:0". "auto" takes a GPU where there is
             one.
+        size: width and height that images of a folder are cropped and resized to. 0 leaves them.
 
     Raises:
         ValueError: a number is outside its range.
@@ -60,10 +72,13 @@ class RunConfig:
     log_every: int = 10
     checkpoint_every: int = 250
     device: str = "auto"
+    size: int = 0
 
     def __post_init__(self) -> None:
-        sizes = [f.name for f in dataclasses.fields(self) if f.type == "int" and f.name != "seed"]
+        own = [f.name for f in dataclasses.fields(self) if f.type == "int"]
+        sizes = [name for name in own if name not in ("seed", "size")]
         check_config(self, *sizes)
+        object.__setattr__(self, "size", count(type(self).__name__, "size", self.size, 0))
 
 
 C = TypeVar("C", bound=RunConfig)
@@ -182,6 +197,8 @@ class Trainer(Generic[C, R]):
         teacher: function that makes a teacher for `fewstep pairs` of the network named "teacher";
             None where the method has none.
         conditional: function that says whether a run's networks take the classes of the data.
+        longer: name of the setting that may grow when a run is resumed: the number of steps of the
+            last stage. Empty where several stages have it.
     """
 
     name: str
@@ -195,6 +212,7 @@ class Trainer(Generic[C, R]):
     network: str = "student"
     teacher: Callable[[nn.Module, Run[C]], Teacher] | None = None
     conditional: Callable[[C], bool] = lambda config: True
+    longer: str = "steps"
 
     def preset(self, data: str) -> C:
         """The default settings for a data set."""
@@ -241,16 +259,18 @@ class Trainer(Generic[C, R]):
     ) -> TrainResult[R]:
         """Train the networks of a run, then measure and picture them.
 
-        The folder `out` gets `config.json`, `checkpoint.safetensors`, TensorBoard `logs` and
-        `samples.png`. Checkpoints are written every `checkpoint_every` steps, at the end of each
-        stage, and on Ctrl-C or SIGTERM. The random numbers of a step depend on the seed and the
-        step alone. A resumed run therefore repeats the uninterrupted one bit for bit on the same
-        machine with the same number of threads.
+        The folder `out` gets `config.json`, `checkpoint.safetensors`, TensorBoard `logs`, their
+        numbers in `metrics.csv`, `samples.png`, the table in `report.txt` and `report.json`, and in
+        `grids` a picture of samples at each checkpoint. Checkpoints are written every
+        `checkpoint_every` steps, at the end of each stage, and on Ctrl-C or SIGTERM. The random
+        numbers of a step depend on the seed and the step alone. A resumed run therefore repeats the
+        uninterrupted one bit for bit on the same machine with the same number of threads.
 
         Args:
             config (RunConfig): settings; `preset(data)` returns the defaults.
             out (Path): folder of the run, made if need be.
-            resume (bool): continue from the checkpoint in `out`, with the settings it began with.
+            resume (bool): continue from the checkpoint in `out`, with the settings it began with;
+                the steps of the last stage may be more.
             overwrite (bool): replace a run that is in `out`.
             progress (bool): show progress bars on stderr.
 
@@ -272,7 +292,7 @@ class Trainer(Generic[C, R]):
         'samples.png'
         """
         require_extra()
-        data = load_enough(config.data)
+        data = load_enough(config.data, size=config.size)
         device = torch_device(config.device)
         shape = tuple(data.images.shape[1:])
         names = data.names if self.conditional(config) else ()
@@ -282,8 +302,9 @@ class Trainer(Generic[C, R]):
             if began is None:
                 _begin(out, self.name, run, overwrite=overwrite)
             else:
-                _check_same(out, began, run)
-                run = began
+                run = _resumed(out, began, run, self.longer)
+                if run != began:
+                    _write_config(out, self.name, run)
             recipes, path = self.networks(run), out / CHECKPOINT
             if path.exists():
                 modules = {f"{prefix(name)}model.": r.module for name, r in recipes.items()}
@@ -301,6 +322,7 @@ class Trainer(Generic[C, R]):
                 log_every=config.log_every,
                 checkpoint_every=config.checkpoint_every,
                 progress=progress,
+                drawn=(self.network, lambda network: self.drawn(network, run)),
             )
             done = {
                 name: network.averaged.cpu().eval()
@@ -308,7 +330,13 @@ class Trainer(Generic[C, R]):
                 if network.average is not None
             }
             report = self.report(session, done)
+            _write_report(out, report)
         return TrainResult(done[self.network], done, report)
+
+    def drawn(self, network: nn.Module, run: Run[C]) -> tuple[Tensor, int]:
+        """Samples of a network in training, and in how many columns to show them."""
+        columns = min(len(run.classes) or 8, 16)
+        return self.sample(network, run, max(1, _SHOWN // columns) * columns, seed=0), columns
 
     def take_teacher(self, session: Session[C], folder: Path, *same: str) -> None:
         """Copy the averaged weights of another run's teacher into this one's.
@@ -396,13 +424,13 @@ def require_extra() -> None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def load_enough(source: str) -> Images:
+def load_enough(source: str, *, size: int = 0) -> Images:
     """Load images with `fewstep.data.images.load`, at least as many as the metrics need.
 
     Raises:
         ValueError: the data cannot be loaded, or there are fewer than 12 images.
     """
-    data = load(source)
+    data = load(source, size=size)
     if len(data.images) < 12:
         raise ValueError(f"data: must have at least 12 images, got {len(data.images)}")
     return data
@@ -420,15 +448,41 @@ def _agree(name: str, noted: Any, own: Any) -> bool:
     return math.isnan(noted) or math.isclose(noted, own, rel_tol=_SAME_SPREAD)
 
 
-def _check_same(out: Path, began: Run[C], asked: Run[C]) -> None:
-    """Raise ValueError unless a run that is resumed has the settings and data it began with."""
+def _resumed(out: Path, began: Run[C], asked: Run[C], longer: str) -> Run[C]:
+    """The run with the steps asked for.
+
+    Raises:
+        ValueError: other settings or data are not those it began with.
+    """
     before, after = _flat(began), _flat(asked)
     for name in sorted(after):
+        if name == longer and after[name] > before[name]:
+            continue
         if not _agree(name, before[name], after[name]):
             raise ValueError(
                 f"{out} holds a run of another configuration: {name} is {before[name]},"
                 f" not {after[name]}"
             )
+    if longer not in after:
+        return began
+    config = replace(began.config, **{longer: after[longer]})
+    return replace(began, config=config)
+
+
+def _write_report(out: Path, report: Report) -> None:
+    """The table as text, and all numbers of the report as JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.tolist()
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+    content = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
+    del content["table"], content["picture"]
+    numbers = json.dumps(content, indent=2, default=plain)
+    for name, text in ((TABLE, report.table), (REPORT, numbers)):
+        with replacing(out / name) as temporary:
+            temporary.write_text(text + "\n")
 
 
 def _begin(out: Path, method: str, run: Run[C], *, overwrite: bool) -> None:
@@ -442,11 +496,15 @@ def _begin(out: Path, method: str, run: Run[C], *, overwrite: bool) -> None:
         read_config(out, lambda content: content["fewstep"])
         if (out / CHECKPOINT).exists() and not overwrite:
             raise ValueError(f"{out} holds a run already: give --resume or --overwrite")
-        for file in (out / CHECKPOINT, out / PICTURE):
-            file.unlink(missing_ok=True)
-        for folder in (LOGS, PAIRS):
+        for file in (CHECKPOINT, PICTURE, NUMBERS, TABLE, REPORT):
+            (out / file).unlink(missing_ok=True)
+        for folder in (LOGS, PAIRS, GRIDS):
             shutil.rmtree(out / folder, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
+    _write_config(out, method, run)
+
+
+def _write_config(out: Path, method: str, run: Run[C]) -> None:
     content = {"fewstep": fewstep.__version__, "method": method, **asdict(run)}
-    with replacing(path) as temporary:
+    with replacing(out / CONFIG) as temporary:
         temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep._library import KERNELS
+from fewstep._names import Backend
 from fewstep.verification.record import Group
 
 # Elements from which indices need 64 bits.
@@ -35,7 +36,7 @@ class Output:
 
 
 # A backend, a device, and whether float64 is wanted: then the backend is the reference.
-Run = Callable[[str, torch.device, bool], list[Output]]
+Run = Callable[[Backend, torch.device, bool], list[Output]]
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class Timing:
     """Makes the call, forward and backward, whose time stands for a group."""
 
     group: Group
-    make: Callable[[str, torch.device], Callable[[], object]]
+    make: Callable[[Backend, torch.device], Callable[[], object]]
     repeats: int = 20
 
 
-def backends(group: Group) -> tuple[str, ...]:
+def backends(group: Group) -> tuple[Backend, ...]:
     """Those with kernels for a group."""
     if group[0] == "divergence":
         return ("triton",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 
+from fewstep._names import Backend
 from fewstep.verification import networks, transport
 from fewstep.verification.cases import Case, Timing, backends
 from fewstep.verification.record import Group
@@ -17,7 +18,7 @@ def table() -> dict[Group, tuple[list[Case], Timing]]:
     return {group: (cases, timing) for group, cases, timing in made}
 
 
-def of(groups: Sequence[Group], *, full: bool, only: str) -> Iterator[tuple[Case, str]]:
+def of(groups: Sequence[Group], *, full: bool, only: str) -> Iterator[tuple[Case, Backend]]:
     """Cases of groups and the backends that they are for."""
     for group in groups:
         for case in table()[group][0]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fewstep
+from fewstep._names import Backend
 from fewstep.ops.dual import dispatch as duals
 from fewstep.ops.heun import dispatch as heun
 from fewstep.reference.dual import ACTIVATIONS
@@ -57,10 +58,10 @@ def _passes(
     noisy: bool,
     count: int,
     seed: int,
-) -> Callable[[str, torch.device, bool], list[Output]]:
+) -> Callable[[Backend, torch.device, bool], list[Output]]:
     """A pass of a sampler into buffers, and its gradients where there is no noise."""
 
-    def run(backend: str, device: torch.device, exact: bool) -> list[Output]:
+    def run(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
         rng = torch.Generator().manual_seed(seed)
         rows = shape[0] if noisy else 1
         table = normal(rng, 3, rows, 8).to(device)
@@ -102,7 +103,7 @@ def _passes(
     return run
 
 
-def _not_finite(backend: str, device: torch.device, exact: bool) -> list[Output]:
+def _not_finite(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
     """A NaN at either end is flagged."""
     flags = []
     for place in (0, 1499):
@@ -117,7 +118,9 @@ def _not_finite(backend: str, device: torch.device, exact: bool) -> list[Output]
     return [Output("flag", "same", torch.cat(flags))]
 
 
-def _large_pass(backend: str, device: torch.device, exact: bool, *, elements: int) -> list[Output]:
+def _large_pass(
+    backend: Backend, device: torch.device, exact: bool, *, elements: int
+) -> list[Output]:
     """The end of a state of 2^31 elements, with noise."""
     rng, width, last = torch.Generator(device).manual_seed(3), 2**15, 3
     rows = elements // width + 2
@@ -159,8 +162,8 @@ def _steps(network: torch.dtype) -> Iterator[Case]:
         yield Case(group, "a state of 2^31 elements", large, elements=BEYOND)
 
 
-def _timed_step(network: torch.dtype) -> Callable[[str, torch.device], Callable[[], object]]:
-    def make(backend: str, device: torch.device) -> Callable[[], object]:
+def _timed_step(network: torch.dtype) -> Callable[[Backend, torch.device], Callable[[], object]]:
+    def make(backend: Backend, device: torch.device) -> Callable[[], object]:
         x = torch.randn(256, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         own = x.to(device, network)
         state = own.to(torch.promote_types(network, torch.float32))
@@ -177,8 +180,8 @@ def _timed_step(network: torch.dtype) -> Callable[[str, torch.device], Callable[
 
 def _activation(
     shape: tuple[int, int, int, int, str], kind: str, dtype: torch.dtype, seed: int
-) -> Callable[[str, torch.device, bool], list[Output]]:
-    def run(backend: str, device: torch.device, exact: bool) -> list[Output]:
+) -> Callable[[Backend, torch.device, bool], list[Output]]:
+    def run(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
         rng = torch.Generator().manual_seed(seed)
         batch, width, tangents, inner, shifted = shape
         alone = shifted == "shared"
@@ -198,8 +201,8 @@ def _activation(
 
 def _norm(
     shape: tuple[int, int, int, int, bool, int | None, bool], dtype: torch.dtype, seed: int
-) -> Callable[[str, torch.device, bool], list[Output]]:
-    def run(backend: str, device: torch.device, exact: bool) -> list[Output]:
+) -> Callable[[Backend, torch.device, bool], list[Output]]:
+    def run(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
         rng = torch.Generator().manual_seed(seed)
         batch, groups, n, tangents, centred, shifted, affine = shape
         tensors = [
@@ -234,10 +237,10 @@ def _with_gradients(
 
 def _pair(
     kind: str, shape: tuple[Any, ...], seed: int
-) -> Callable[[str, torch.device, bool], list[Output]]:
+) -> Callable[[Backend, torch.device, bool], list[Output]]:
     """A primal in float32 beside tangents in bfloat16."""
 
-    def run(backend: str, device: torch.device, exact: bool) -> list[Output]:
+    def run(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
         rng = torch.Generator().manual_seed(seed)
         batch, tangents = shape[0], shape[2] if kind in ACTIVATIONS else shape[3]
         width = shape[1] if kind in ACTIVATIONS else shape[1] * shape[2]
@@ -258,8 +261,8 @@ def _pair(
 
 def _probes(
     kind: str, d: int, dtype: torch.dtype, low: bool
-) -> Callable[[str, torch.device, bool], list[Output]]:
-    def run(backend: str, device: torch.device, exact: bool) -> list[Output]:
+) -> Callable[[Backend, torch.device, bool], list[Output]]:
+    def run(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
         key, ids, count = torch.tensor(KEY), torch.tensor(IDS, device=device), min(3, d)
         wide = torch.float64 if exact else dtype
         kept = torch.bfloat16 if low and not exact else wide
@@ -309,10 +312,10 @@ def _network(dtype: torch.dtype, d: int, width: int, device: torch.device) -> _N
 
 def _trace(
     dtype: torch.dtype, low: torch.dtype | None
-) -> Callable[[str, torch.device, bool], list[Output]]:
+) -> Callable[[Backend, torch.device, bool], list[Output]]:
     """A whole network. Its products are torch's, which may use TF32 if the user has said so."""
 
-    def run(backend: str, device: torch.device, exact: bool) -> list[Output]:
+    def run(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
         wide = torch.float64 if exact else dtype
         net = _network(wide, 5, 37, device)
         rng = torch.Generator().manual_seed(4)
@@ -366,8 +369,8 @@ def _pairs() -> Iterator[Case]:
 
 def _timed_trace(
     dtype: torch.dtype, low: torch.dtype | None
-) -> Callable[[str, torch.device], Callable[[], object]]:
-    def make(backend: str, device: torch.device) -> Callable[[], object]:
+) -> Callable[[Backend, torch.device], Callable[[], object]]:
+    def make(backend: Backend, device: torch.device) -> Callable[[], object]:
         net = _network(dtype, 64, 512, device)
         x, t = torch.randn(512, 64, device=device, dtype=dtype), torch.zeros(512, device=device)
         options: dict[str, Any] = {"estimator": "hutchinson", "tangent_dtype": low}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fewstep
+from fewstep._names import Backend, Precision
 from fewstep.ops.sinkhorn import implicit
 from fewstep.ops.sinkhorn.problem import Constants, Problem
 from fewstep.reference.costs import cost_matrix, served
@@ -60,7 +61,7 @@ def clouds(shape: Shape, seed: int) -> list[Tensor]:
 
 
 def _solved(
-    backend: str, inputs: list[Tensor], scale: Tensor, options: dict[str, Any]
+    backend: Backend, inputs: list[Tensor], scale: Tensor, options: dict[str, Any]
 ) -> list[Output]:
     """All that a problem has, with its derivatives and products."""
     x, y, a, b = (t.requires_grad_() for t in inputs)
@@ -91,8 +92,8 @@ def _solved(
 
 def _solve(
     shape: Shape, seed: int, options: dict[str, Any], dtype: torch.dtype
-) -> Callable[[str, torch.device, bool], list[Output]]:
-    def run(backend: str, device: torch.device, exact: bool) -> list[Output]:
+) -> Callable[[Backend, torch.device, bool], list[Output]]:
+    def run(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
         rounded = (t.to(device, dtype) for t in clouds(shape, seed))
         inputs = [t.double() if exact else t for t in rounded]
         own = {"eps": 0.3, "max_iter": 12} | options
@@ -104,8 +105,8 @@ def _solve(
 
 def _ragged(
     sizes: tuple[tuple[int, ...], tuple[int, ...]], d: int, seed: int, options: dict[str, Any]
-) -> Callable[[str, torch.device, bool], list[Output]]:
-    def run(backend: str, device: torch.device, exact: bool) -> list[Output]:
+) -> Callable[[Backend, torch.device, bool], list[Output]]:
+    def run(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
         dtype = torch.float64 if exact else torch.float32
         x, y, *_ = (t[0] for t in clouds((1, sum(sizes[0]), sum(sizes[1]), d), seed))
         weights = [torch.cat([torch.full((n,), 1 / max(n, 1)) for n in own]) for own in sizes]
@@ -121,10 +122,10 @@ def _ragged(
 
 def _second(
     shape: Shape, seed: int, cost: str
-) -> Callable[[str, torch.device, bool], list[Output]]:
+) -> Callable[[Backend, torch.device, bool], list[Output]]:
     """Second derivatives by the kernel that has them, against blocks of plain torch."""
 
-    def run(backend: str, device: torch.device, exact: bool) -> list[Output]:
+    def run(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
         data = [t.to(device) for t in clouds(shape, seed)]
         eps = torch.full((shape[0],), 0.5, dtype=torch.float64, device=device)
         options: dict[str, Any] = {"cost": cost, "max_iter": 40, "backend": "reference"}
@@ -149,7 +150,7 @@ def _second(
 
 
 def _large_transport(
-    backend: str, device: torch.device, exact: bool, *, elements: int
+    backend: Backend, device: torch.device, exact: bool, *, elements: int
 ) -> list[Output]:
     """The last rows of a product with a plan that has 2^31 elements."""
     n, m, d = 2**15 + 3, 8, 3
@@ -168,7 +169,9 @@ def _large_transport(
     return [Output("last rows", "plan", result.transport(v)[:, -7:].clone())]
 
 
-def _large_drift(backend: str, device: torch.device, exact: bool, *, elements: int) -> list[Output]:
+def _large_drift(
+    backend: Backend, device: torch.device, exact: bool, *, elements: int
+) -> list[Output]:
     """The last groups of clouds that have 2^31 elements."""
     n, d, last = 64, 512, 3
     groups = elements // (n * d) + 2
@@ -183,9 +186,9 @@ def _large_drift(backend: str, device: torch.device, exact: bool, *, elements: i
 
 
 def _timed_solve(
-    shape: Shape, dtype: torch.dtype, ragged: bool, precision: str
-) -> Callable[[str, torch.device], Callable[[], object]]:
-    def make(backend: str, device: torch.device) -> Callable[[], object]:
+    shape: Shape, dtype: torch.dtype, ragged: bool, precision: Precision
+) -> Callable[[Backend, torch.device], Callable[[], object]]:
+    def make(backend: Backend, device: torch.device) -> Callable[[], object]:
         x, y, *_ = (t.to(device, dtype) for t in clouds(shape, 1))
         cu: Any = None
         if ragged:
@@ -253,8 +256,8 @@ def _drift(
     seed: int,
     options: dict[str, Any],
     dtype: torch.dtype,
-) -> Callable[[str, torch.device, bool], list[Output]]:
-    def run(backend: str, device: torch.device, exact: bool) -> list[Output]:
+) -> Callable[[Backend, torch.device, bool], list[Output]]:
+    def run(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
         rng = torch.Generator().manual_seed(seed)
         groups, *counts = sizes
         x, y, x_self, uncond = (
@@ -314,8 +317,8 @@ def _drifts(dtype: torch.dtype, size: str, how: str) -> Iterator[Case]:
 
 def _timed_drift(
     size: str, d: int, dtype: torch.dtype, precision: str
-) -> Callable[[str, torch.device], Callable[[], object]]:
-    def make(backend: str, device: torch.device) -> Callable[[], object]:
+) -> Callable[[Backend, torch.device], Callable[[], object]]:
+    def make(backend: Backend, device: torch.device) -> Callable[[], object]:
         rng = torch.Generator().manual_seed(0)
         groups, n = (256, 64) if size == "small" else (16, 256)
         x, y, z = (normal(rng, groups, n, d).to(device, dtype) for _ in range(3))
@@ -334,7 +337,7 @@ def groups() -> Iterator[tuple[Group, list[Case], Timing]]:
     for dtype, hows in ((torch.float32, DIMENSIONS), (torch.float64, ("differences",))):
         for how in hows:
             deep = 16 if how == "differences" else 64
-            precision = "tf32" if how == "tf32" else "tf32x3"
+            precision: Precision = "tf32" if how == "tf32" else "tf32x3"
             for size, timed in TIMED.items():
                 group = _group("sinkhorn", dtype, size, how)
                 make = _timed_solve((*timed, deep), dtype, False, precision)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fewstep._names import Backend
 from fewstep.verification import cases, catalogue, contract
 from fewstep.verification.cases import Case, Output
 from fewstep.verification.record import MATCH, UNSERVED
@@ -50,7 +51,7 @@ def _part(mine: Output, true: Output, tf32: bool) -> float:
 
 
 def judge(
-    case: Case, backend: str, device: torch.device, exact: Callable[[], Any]
+    case: Case, backend: Backend, device: torch.device, exact: Callable[[], Any]
 ) -> dict[str, Any]:
     """A verdict: the status, and what it is about."""
     runs: list[list[Output]] = []
@@ -147,7 +148,7 @@ def serve(request: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> Non
 
 def _one(
     case: Case,
-    backend: str,
+    backend: Backend,
     device: torch.device,
     known: dict[str, list[Output]],
     say: Callable[[dict[str, Any]], None],

@@ -16,6 +16,28 @@ from fewstep.ops.trace.estimator import Divergence
 FIRST = 2  # row of the table for evaluation 0: row 0 draws latents, row 1 starts a sampler
 
 
+def _called(who: str, network: Callable[..., Any], x: Tensor, level: Tensor) -> Any:
+    """A network's output; errors say how it is called. `torch.nn.Sequential` takes no level."""
+    if getattr(type(network), "forward", None) is torch.nn.Sequential.forward:
+        return network(x)
+    try:
+        return network(x, level)
+    except TypeError as error:
+        if "positional argument" not in str(error):
+            raise
+        raise TypeError(
+            f"{who}: the network is called as network(x, t): {error}; a network without t is handed"
+            " over as lambda x, t: net(x)"
+        ) from error
+    except RuntimeError as error:
+        if "must match the size" in str(error):
+            error.add_note(
+                f"{who}: the network is called with {tuple(x.shape)} and a level for each sample,"
+                f" {tuple(level.shape)}, which is to be reshaped to multiply x"
+            )
+        raise
+
+
 class Run:
     """The state of a solve, and the passes over it that a table describes.
 
@@ -75,9 +97,10 @@ class Run:
         """The network at its next input, which it must not change: that may be the state itself."""
         net = self.net
         if not self.versioned or net.is_inference():
-            return self.accept(network(net, level), step)
+            sequential = getattr(type(network), "forward", None) is torch.nn.Sequential.forward
+            return self.accept(network(net) if sequential else network(net, level), step)
         before = net._version
-        out = self.accept(network(net, level), step)
+        out = self.accept(_called(self.who, network, net, level), step)
         if net._version != before:
             raise ValueError(
                 f"{self.who}: the network changes its input in place at step {step}; let it change"

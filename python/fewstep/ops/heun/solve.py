@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import flags, function
+from fewstep._results import brief
 from fewstep._torch import wide
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.inputs import as_vector, check_log_density, check_state, pick
@@ -49,6 +50,8 @@ class HeunResult:
     path: Tensor | None = None
     estimator: str = ""
     nonpositive: Tensor | None = None
+
+    __repr__ = brief
 
 
 def heun_step(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fewstep._names import Backend, CostName, Precision, Update
+from fewstep._results import brief, takes_arrays
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
 from fewstep.ops.sinkhorn.problem import total
 from fewstep.ops.sinkhorn.result import SinkhornResult
@@ -40,6 +44,13 @@ class DivergenceResult:
     xx: SinkhornResult
     yy: SinkhornResult
 
+    __repr__ = brief
+
+    @property
+    def eps(self) -> Tensor:
+        """Temperatures used, `[..]`."""
+        return self.xy.eps
+
     @property
     def f(self) -> Tensor:
         """Debiased potential on x, `[.., N]`: the divergence's derivative for a, where balanced."""
@@ -51,25 +62,26 @@ class DivergenceResult:
         return self.xy.g - self.yy.g
 
 
+@takes_arrays
 def sinkhorn_divergence(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float | Sequence[float] | Tensor,
+    eps: float | Sequence[float] | Tensor | Literal["auto"],
     a: Tensor | None = None,
     b: Tensor | None = None,
-    cost: str = "sqeuclidean",
+    cost: CostName = "sqeuclidean",
     max_iter: int = 100,
     tol: float | None = None,
     anneal: float | Sequence[float] | Tensor | None = None,
-    update: str = "alternating",
+    update: Update = "alternating",
     reach: float | None = None,
     cu_seqlens: tuple[Tensor, Tensor] | None = None,
     labels: tuple[Tensor, Tensor] | None = None,
     label_cost: Tensor | None = None,
     memory_limit: int = 2**27,
-    precision: str | None = None,
-    backend: str | None = None,
+    precision: Precision | None = None,
+    backend: Backend | None = None,
     check_finite: bool = False,
 ) -> DivergenceResult:
     """Debiased entropic optimal transport between weighted point clouds.
@@ -90,7 +102,8 @@ def sinkhorn_divergence(
     Args:
         x (Tensor): points `[N, D]` or `[B, N, D]`.
         y (Tensor): points `[M, D]` or `[B, M, D]`.
-        eps (float | Sequence | Tensor): temperature, in units of the cost, as for `sinkhorn`.
+        eps (float | Sequence | Tensor | "auto"): temperature, in units of the cost, as for
+            `sinkhorn`. "auto" is that of the problem between x and y, for all three.
         a (Tensor | None): weights `[.., N]` that sum to 1, or to any mass with `reach`. Zeros are
             allowed. Default: uniform.
         b (Tensor | None): weights `[.., M]`, likewise.
@@ -132,7 +145,7 @@ def sinkhorn_divergence(
         got = tuple(label_cost.shape)
         raise ValueError(f"sinkhorn_divergence: label_cost must be square, got {got}")
     solve = functools.partial(
-        sinkhorn.__wrapped__,  # without its warning
+        inspect.unwrap(sinkhorn),  # without its warning
         cost=cost,
         max_iter=max_iter,
         tol=tol,
@@ -162,7 +175,7 @@ def sinkhorn_divergence(
         solve(
             z,
             z,
-            eps=eps,
+            eps=xy.eps if isinstance(eps, str) else eps,
             a=w,
             b=w,
             cu_seqlens=None if cu is None else (cu, cu),
@@ -201,5 +214,5 @@ def _warn(converged: Tensor, residual: Tensor) -> None:
         " the divergence may even be negative; more iterations (max_iter with tol), anneal or"
         " a larger eps help; this is said once",
         ConvergenceWarning,
-        stacklevel=3,
+        stacklevel=4,
     )

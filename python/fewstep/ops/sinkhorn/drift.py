@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fewstep._checks import integer
+from fewstep._names import Backend, DistanceCost, Form, Precision
+from fewstep._results import brief, takes_arrays
 from fewstep._torch import readable, wide
 from fewstep.ops.sinkhorn import dispatch_drift
 from fewstep.ops.sinkhorn.inputs import (
@@ -54,7 +57,10 @@ class Drift:
     entropy: Tensor
     peak: Tensor
 
+    __repr__ = brief
 
+
+@takes_arrays
 def sinkhorn_drift(
     x: Tensor,
     y: Tensor,
@@ -62,16 +68,16 @@ def sinkhorn_drift(
     *,
     eps: float | Sequence[float] | Tensor,
     max_iter: int = 10,
-    cost: str = "half_sqeuclidean",
+    cost: DistanceCost = "half_sqeuclidean",
     uncond: Tensor | None = None,
     guidance: float | Tensor = 0.0,
-    form: str = "split",
+    form: Form = "split",
     weights: Tensor | None = None,
-    normalize: bool | str = True,
+    normalize: bool | Literal["scale"] = True,
     exclude_diagonal: bool | int = False,
     memory_limit: int = 2**26,
-    precision: str | None = None,
-    backend: str | None = None,
+    precision: Precision | None = None,
+    backend: Backend | None = None,
 ) -> Drift:
     """The velocity that carries generated points x to real ones y, for many groups in one call.
 
@@ -185,7 +191,7 @@ def sinkhorn_drift(
         raise ValueError(f"sinkhorn_drift: max_iter must be at least 1, got {max_iter}")
     if memory_limit < 0:
         raise ValueError(f"sinkhorn_drift: memory_limit must not be negative, got {memory_limit}")
-    precision = checked_precision("sinkhorn_drift", precision)
+    kept_precision = checked_precision("sinkhorn_drift", precision)
     diagonal = _diagonal(exclude_diagonal, x, x_self, form)
     lead, n, d = x.shape[:-2], x.shape[-2], x.shape[-1]
     dtype = wide(x.dtype)
@@ -198,7 +204,7 @@ def sinkhorn_drift(
         x.device,
         backend,
         lambda name: unsupported(name, diagonal, kept),
-        lambda: dispatch_drift.group(flat["x"], counts, form == "joint", precision),
+        lambda: dispatch_drift.group(flat["x"], counts, form == "joint", kept_precision),
     )
     temperatures, several = _temperatures(eps, x, dtype)
     w = _guidance(guidance, x, uncond, dtype).reshape(-1).expand(groups)
@@ -229,7 +235,7 @@ def sinkhorn_drift(
         unit=normalize is True,
         diagonal=diagonal,
         memory_limit=memory_limit,
-        precision=precision,
+        precision=kept_precision,
     )
     velocity = velocity.reshape(velocity.shape[0], *lead, n, d)
     plans = [t.reshape(t.shape[0], *lead, t.shape[2]) for t in plans]

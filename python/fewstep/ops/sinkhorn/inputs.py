@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep import _checks
 from fewstep._checks import check_real, integer, is_number, strided
-from fewstep._torch import is_dual, wide
+from fewstep._torch import is_dual, is_transformed, wide
 from fewstep.reference.costs import COSTS, NAMES, Cost
 from fewstep.reference.sinkhorn import PRECISIONS, Points, Schedule
 
@@ -102,6 +102,7 @@ def check_temperatures(
 
 
 UPDATES = ("alternating", "symmetric")
+_HALVES = {"sqeuclidean": 1.0, "half_sqeuclidean": 0.5}
 # Largest deviation of a weight vector's sum from 1 that is taken for rounding.
 _MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
@@ -535,6 +536,68 @@ def canonical_eps(
     temperatures = tuple(e.shape[len(lead) :])
     e = e.to(device=like.device, dtype=dtype)
     return e.expand((*lead, *temperatures)).reshape(-1), temperatures
+
+
+_OF_MEAN = 1 / 20  # the share of the mean cost that "auto" is
+_PAIRS = 2**22  # times coordinates, whose costs are formed at a time
+
+
+def automatic_eps(eps: str, points: Points, a: Tensor, b: Tensor) -> Tensor:
+    """`[B]`, a twentieth of the mean cost of each problem."""
+    if eps != "auto":
+        kinds = "a number, a sequence of numbers, a Tensor or 'auto'"
+        raise TypeError(f"sinkhorn: eps must be {kinds}, got str {eps!r}")
+    if torch.compiler.is_compiling() or is_transformed():
+        raise ValueError(
+            "sinkhorn: eps='auto' reads the costs, which a compiled graph or a transform does not"
+            " have: give a number, as a result's `eps` of an earlier call"
+        )
+    mean = mean_costs(points.detached(), a.detach(), b.detach())
+    bad = ~((mean > 0) & mean.isfinite())
+    if bool(bad.any()):
+        raise ValueError(
+            f"sinkhorn: eps='auto' needs a positive mean cost, got {mean[bad][0].item():g}:"
+            " give a number"
+        )
+    return (_OF_MEAN * mean).to(points.x.dtype)
+
+
+def mean_costs(points: Points, a: Tensor, b: Tensor) -> Tensor:
+    """`sum_ij a_i b_j C_ij / sum_ij a_i b_j` over the pairs of finite cost, float64 `[B]`."""
+    p = points
+    if p.segments is not None:
+        means = []
+        for i in range(p.count):
+            own, rows, columns = p.problem(i)
+            empty = rows.start == rows.stop  # whose eps is of no consequence
+            one = a.new_ones(1, dtype=torch.float64)
+            means.append(one if empty else mean_costs(own, a[:, rows], b[:, columns]))
+        return torch.cat(means) if means else a.new_zeros(0, dtype=torch.float64)
+    a, b = (w.double() / w.double().sum(1, keepdim=True) for w in (a, b))
+    if p.cost in _HALVES and p.labels is None and p.diagonal is None:
+        middle = p.y.double().mean(1, keepdim=True)
+        x, y = p.x.double() - middle, p.y.double() - middle
+        square = sum(torch.einsum("bn,bnd->b", w, t * t) for w, t in ((a, x), (b, y)))
+        cross = ((a[..., None] * x).sum(1) * (b[..., None] * y).sum(1)).sum(1)
+        return _HALVES[p.cost] * (square - 2 * cross)
+    count, n = p.x.shape[:2]
+    step = max(1, _PAIRS // max(count * p.y.shape[1] * max(p.x.shape[2], 1), 1))
+    total = mass = a.new_zeros(count)
+    for i in range(0, n, step):
+        part = slice(i, i + step)
+        own = replace(
+            p,
+            x=p.x[:, part],
+            matrix=None if p.matrix is None else p.matrix[:, part],
+            labels=p.labels and (p.labels[0][:, part], p.labels[1]),
+            diagonal=None if p.diagonal is None else p.diagonal + i,
+        )
+        C = own.costs().double()
+        w = a[:, part, None] * b[:, None]
+        w = torch.where(C.isfinite() | C.isnan(), w, 0.0)
+        total = total + torch.where(w > 0, w * C, 0.0).sum((1, 2))
+        mass = mass + w.sum((1, 2))
+    return total / mass
 
 
 def initial_potential(

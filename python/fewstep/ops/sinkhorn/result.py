@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import flags
+from fewstep._results import brief
 from fewstep._torch import exactly
 from fewstep.ops.sinkhorn import autograd
 from fewstep.ops.sinkhorn.inputs import check_dense
@@ -76,6 +77,10 @@ class CanonicalProblem(Inputs):
         return (*self.batch, *ragged, *self.temperatures)
 
 
+def _times_k(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))}, K)"
+
+
 def _rescaled(p: Problem, c: Constants, implicit: bool) -> Tensor:
     """f, and where x has no weight one whose row of the plan neither over- nor underflows."""
     if c.backend in ("cpp", "reference") and not implicit:  # which find it then
@@ -105,6 +110,7 @@ class SinkhornResult:
             the next update would move the point's potential.
         iterations: number of iterations done, those of annealing included, int64 `[..]`.
         converged: whether `residual <= tol`, or 1e-3 without `tol`, bool `[..]`.
+        eps: temperatures used, `[..]`.
 
     The methods read the tensors that `sinkhorn` was given. They raise RuntimeError if one of them
     has changed in place since, as parameters do in an optimizer's step. Torch does not count
@@ -119,6 +125,12 @@ class SinkhornResult:
     converged: Tensor
     _problem: CanonicalProblem = field(repr=False)
     _versions: Versions = field(default_factory=Versions, repr=False)
+
+    __repr__ = brief
+
+    @property
+    def eps(self) -> Tensor:
+        return self._problem.eps.reshape(self._problem.values)
 
     def _check_unchanged(self, what: str) -> None:
         if torch.compiler.is_compiling():
@@ -228,13 +240,13 @@ class SinkhornResult:
         vector = tuple(v.shape) in (shared, own)
         if tuple(v.shape) == own != shared and tuple(v.shape[:-1]) == shared:
             raise ValueError(
-                f"transport: v must be {(*own, 'K')} here, since {tuple(v.shape)} may be {own}"
-                f" without K or {(*shared, 'K')} without the temperatures"
+                f"transport: v must be {_times_k(own)} here, since {tuple(v.shape)} may be {own}"
+                f" without K or {_times_k(shared)} without the temperatures"
             )
         v = v[..., None] if vector else v
         if tuple(v.shape[:-1]) not in (shared, own) or v.ndim == 0:
             got = tuple(v.shape[:-1] if vector else v.shape)
-            raise ValueError(f"transport: v must be {(*own, 'K')} for axis {axis}, got {got}")
+            raise ValueError(f"transport: v must be {_times_k(own)} for axis {axis}, got {got}")
         if v.dtype != self.f.dtype:
             raise TypeError(f"transport: v must be {self.f.dtype}, got {v.dtype}")
         check_dense("transport", "v", v)

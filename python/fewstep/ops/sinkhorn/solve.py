@@ -6,17 +6,21 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep._checks import flags
+from fewstep._names import Backend, CostName, Precision, Update
+from fewstep._results import Arrays, on_arrays
 from fewstep._torch import is_transformed
 from fewstep.ops.sinkhorn import autograd, dispatch
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
 from fewstep.ops.sinkhorn.inputs import (
     annealed,
+    automatic_eps,
     canonical_eps,
     canonical_points,
     canonical_weights,
@@ -43,6 +47,9 @@ def _warns(
     @functools.wraps(solve)
     def warning(*args: P.args, **options: P.kwargs) -> SinkhornResult:
         global _warned
+        first = args[0] if args else options.get("x")
+        if isinstance(options.get("C") if first is None else first, np.ndarray):
+            return on_arrays(warning, args, options)
         result = solve(*args, **options)
         tol = result._problem.schedule.tol
         if tol is None or torch.compiler.is_compiling():
@@ -63,18 +70,18 @@ def _warns(
 
 @_warns
 def sinkhorn(
-    x: Tensor | None,
-    y: Tensor | None,
+    x: Tensor | None = None,
+    y: Tensor | None = None,
     *,
-    eps: float | Sequence[float] | Tensor,
+    eps: float | Sequence[float] | Tensor | Literal["auto"],
     a: Tensor | None = None,
     b: Tensor | None = None,
-    cost: str | Callable[[Any, Any], Any] = "sqeuclidean",
+    cost: CostName | Callable[[Any, Any], Any] = "sqeuclidean",
     max_iter: int = 100,
     tol: float | None = None,
     init: tuple[Tensor, Tensor] | None = None,
     anneal: float | Sequence[float] | Tensor | None = None,
-    update: str = "alternating",
+    update: Update = "alternating",
     relax: float = 1.0,
     reach: float | tuple[float | None, float | None] | None = None,
     exclude_diagonal: bool | int = False,
@@ -83,8 +90,8 @@ def sinkhorn(
     label_cost: Tensor | None = None,
     C: Tensor | None = None,
     memory_limit: int = 2**27,
-    precision: str | None = None,
-    backend: str | None = None,
+    precision: Precision | None = None,
+    backend: Backend | None = None,
     check_finite: bool = False,
 ) -> SinkhornResult:
     """Entropic optimal transport between weighted point clouds, in the log domain.
@@ -105,12 +112,15 @@ def sinkhorn(
 
     Args:
         x (Tensor | None): points `[N, D]`, or `[B, N, D]` for B independent problems. With
-            `cu_seqlens` the points of all problems are one tensor `[N, D]`. None with `C`.
+            `cu_seqlens` the points of all problems are one tensor `[N, D]`. None with `C`. For
+            arrays of NumPy the result's tensors are arrays, without gradients.
         y (Tensor | None): points `[M, D]` or `[B, M, D]`, likewise.
-        eps (float | Sequence | Tensor): temperature, in units of the cost. A sequence holds T
-            temperatures for every problem; results then have an axis T before the points, also
-            where T is 1. A tensor or numpy array has the shape `[]`, `[B]` (one temperature per
-            problem), `[T]` or `[B, T]`.
+        eps (float | Sequence | Tensor | "auto"): temperature, in units of the cost: how much
+            dearer than the cheapest a pair may be and still get mass. "auto" is a twentieth of each
+            problem's mean cost over the pairs with weight, a constant without a gradient; the
+            result's `eps` is what was used. A sequence holds T temperatures for every problem;
+            results then have an axis T before the points, also where T is 1. A tensor or numpy
+            array has the shape `[]`, `[B]` (one temperature per problem), `[T]` or `[B, T]`.
         a (Tensor | None): weights `[.., N]` that sum to 1, or to any mass with `reach`. Zeros are
             allowed. Default: uniform.
         b (Tensor | None): weights `[.., M]`, likewise.
@@ -240,11 +250,13 @@ def sinkhorn(
     points = labelled(points, batch, labels, label_cost, dtype, read)
     points = replace(points, precision=checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
-    e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
     rho = penalties(reach, row, dtype)
     free = rho != (None, None)
     weights = canonical_weights("a", a, batch, points, dtype, read, free=free)
     columns = canonical_weights("b", b, batch, points, dtype, read, free=free)
+    if isinstance(eps, str):
+        eps = automatic_eps(eps, points, weights, columns).reshape(lead)
+    e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
     # Label costs need not be symmetric, and looking would cost a synchronisation on a GPU.
     single = x is y and x is not None and a is b and init is None and labels is None
     single = single and (cu_seqlens is None or cu_seqlens[0] is cu_seqlens[1])
@@ -308,6 +320,8 @@ def transport(result: SinkhornResult, v: Tensor, axis: int = 0, implicit: bool =
     >>> fewstep.transport(fewstep.sinkhorn(x, y, eps=0.1), y).shape
     torch.Size([5, 2])
     """
+    if isinstance(result, Arrays):
+        return result.transport(v, axis, implicit)
     if not isinstance(result, SinkhornResult):
         got = type(result).__name__
         raise TypeError(f"transport: result must be what sinkhorn returned, got {got}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._names import Backend, Check, Engine, Estimator
 from fewstep.ops.trace.estimator import Divergence, Solver
 from fewstep.ops.trace.inputs import Options, check_ids, check_problem, check_time, make_key
 
@@ -17,15 +18,15 @@ def divergence(
     x: Tensor,
     t: float | Tensor,
     *,
-    estimator: str = "auto",
+    estimator: Estimator = "auto",
     probes: int = 1,
     probe: str = "rademacher",
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,
     tangent_dtype: torch.dtype | None = None,
-    backend: str | None = None,
-    engine: str | None = None,
-    check: str = "first",
+    backend: Backend | None = None,
+    engine: Engine | None = None,
+    check: Check = "first",
 ) -> Divergence:
     """Divergence of a velocity field, `tr(dv/dx)` for each sample.
 

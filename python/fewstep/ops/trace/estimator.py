@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fewstep._results import brief
 from fewstep._torch import is_transformed, to_random_state, wide
 from fewstep.ops.dual import dispatch, heads, mlp, structural
 from fewstep.ops.dual.heads import exact_by_tangents, probe_products
@@ -52,6 +53,8 @@ class Divergence:
     stderr: Tensor
     estimator: str
     info: str = ""
+
+    __repr__ = brief
 
 
 @dataclass

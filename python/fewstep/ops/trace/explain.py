@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._names import Engine, Estimator
 from fewstep.ops.dual.traced import RULES, is_constant, name_of
 from fewstep.ops.trace.divergence import divergence
 from fewstep.ops.trace.estimator import Solver
@@ -78,9 +79,9 @@ def explain(
     x: Tensor,
     t: float | Tensor,
     *,
-    estimator: str = "auto",
+    estimator: Estimator = "auto",
     probes: int = 1,
-    engine: str | None = None,
+    engine: Engine | None = None,
 ) -> Explanation:
     """Say which engine finds the traces of a network, why, and at what cost.
 

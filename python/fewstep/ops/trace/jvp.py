@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import flags, function, one_of
+from fewstep._results import brief
 from fewstep._torch import is_transformed, to_random_state
 from fewstep._tree import mapped
 from fewstep.ops.dual import dispatch
@@ -52,6 +53,8 @@ class Jvp:
     tangent: Any
     engine: str
     info: str = ""
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)

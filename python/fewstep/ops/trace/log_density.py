@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._results import brief
 from fewstep._torch import exactly, to_random_state, wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.trace import replicas
@@ -51,6 +52,8 @@ class LogDensity:
     nonpositive: Tensor | None
     estimator: str
     info: str = ""
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import floating, number
+from fewstep._results import brief
 from fewstep.ops.trace.jvp import jvp
 
 
@@ -30,6 +31,8 @@ class Target:
     tangent: Tensor
     engine: str
     info: str = ""
+
+    __repr__ = brief
 
 
 def meanflow_target(
