@@ -34,6 +34,12 @@ FEWSTEP_INLINE Vec<T> power(Vec<T> z) {
   return z < kLowest<T> ? Vec<T>{} : e;
 }
 
+// p v, and 0 where p is: what is masked out counts for nothing, NaN too.
+template <class T>
+FEWSTEP_INLINE Vec<T> weighed(Vec<T> p, Vec<T> v) {
+  return p == T(0) ? Vec<T>{} : p * v;
+}
+
 template <class T>
 FEWSTEP_INLINE T power_of(T z) {
   return power<T>(splat(z))[0];
@@ -320,7 +326,7 @@ void soften(const Attention<T>& in, const Rows<T>& own, bool moves, int64_t rows
       T* w = own.w + (k * kRows + i) * kRowStep<T>;
       Vec<T> mean = {};
       for (int64_t j = 0; j < wide; j += kLanes<T>) {
-        const Vec<T> v = load(w + j) * load(s + j);
+        const Vec<T> v = weighed<T>(load(s + j), load(w + j));
         mean += v;
         store(w + j, v);
       }
@@ -473,8 +479,8 @@ void backward(const Attention<T>& in, const AttentionPanels& p, const T* packed,
         for (int64_t j = at; j < at + width; j += kLanes<T>) {
           const Vec<T> e = load(own.p + j), x = load(own.x + j), a = load(own.a + j);
           store(own.b + j, load(own.b + j) + (x - mean) * a - x * along);
-          store(own.x + j, e * (x - mean));
-          store(own.a + j, e * (a - along));
+          store(own.x + j, weighed<T>(e, x - mean));
+          store(own.a + j, weighed<T>(e, a - along));
         }
       }
       turned(own.x, gt_panels, dv, gv);
@@ -491,7 +497,7 @@ void backward(const Attention<T>& in, const AttentionPanels& p, const T* packed,
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = i * kRowStep<T>;
       for (int64_t j = at; j < at + width; j += kLanes<T>) {
-        store(own.b + j, load(own.p + j) * (load(own.b + j) - own.delta[i]));
+        store(own.b + j, weighed<T>(load(own.p + j), load(own.b + j) - own.delta[i]));
       }
     }
     by_keys(own.b, p.key_rows, own.gq);

@@ -45,7 +45,8 @@ struct Inputs {
     if (!mask.has_value()) return;
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == dtype,
                     "dual_attention: mask must be bool or ", toString(dtype), ", got ", toString(mask->scalar_type()));
-    STD_TORCH_CHECK(mask->dim() == 4 && is_held(*mask), "dual_attention: mask must be [B, H, N, M]");
+    STD_TORCH_CHECK(mask->dim() == 4, "dual_attention: mask must be [B, H, N, M]");
+    STD_TORCH_CHECK(is_held(*mask), "dual_attention: the memory of mask has been freed");
     const int64_t whole[] = {q.size(0), q.size(1), q.size(2), k.size(2)};
     for (int64_t i = 0; i < 4; ++i) {
       STD_TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == whole[i], "dual_attention: axis ", i, " of mask has ",
