@@ -79,6 +79,7 @@ _FEWSTEP: Mapping[Workload, str] = {
     "trace-training": "trace-training",
     "log-density": "log-density",
     "edm": "edm",
+    "attention": "attention",
 }
 
 
@@ -86,12 +87,14 @@ _TRACES: Mapping[Workload, str] = {w: w for w in ("trace", "trace-training", "lo
 _FIXED: Mapping[Workload, str] = {"trace": "trace", "log-density": "log-density-fixed"}
 _TRAINED: Mapping[Workload, str] = {"trace": "trace", "trace-training": "trace-training"}
 _FIXED_TRAINED: Mapping[Workload, str] = {**_FIXED, **_TRAINED}
-_PLAIN: Mapping[Workload, str] = {w: f"plain-{w}" for w in (*_TRACES, "edm")}
+_FORWARD: Mapping[Workload, str] = {"trace": "trace", "attention": "attention"}
+_PLAIN: Mapping[Workload, str] = {w: f"plain-{w}" for w in (*_TRACES, "edm", "attention")}
 _TORCH: Mapping[Workload, str] = {
     "solve": "unrolled",
     "divergence": "geomloss",
     "drift": "drift",
     "edm": "edm",
+    "attention": "attention",
 }
 
 
@@ -179,7 +182,7 @@ CONTENDERS = {
             note="products of network and passes in bfloat16",
             low=True,
         ),
-        Contender("torch-func", "torch.func", "torch", "torch", {"trace": "trace"}),
+        Contender("torch-func", "torch.func", "torch", "torch", _FORWARD),
         Contender(
             "zuko",
             "zuko-style",

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import heuns, traces
+from benchmarks import attentions, heuns, traces
 from benchmarks.dense import (
     dense_drift,
     divergence_averaged,
@@ -342,12 +342,13 @@ BUILDERS: dict[tuple[str, str], Callable[[Any], Run]] = {
     ("drift", "compile"): partial(_torch_drift, compiled=True),
 }
 
-BUILDERS |= traces.BUILDERS | heuns.BUILDERS
+BUILDERS |= traces.BUILDERS | heuns.BUILDERS | attentions.BUILDERS
 
 # What contenders are held to, run on float64 points.
 DEFINITIONS: dict[str, Callable[[Any], Run]] = {
     **traces.DEFINITIONS,
     **heuns.DEFINITIONS,
+    **attentions.DEFINITIONS,
     "alternating": BUILDERS["solve", "reference"],
     "unrolled": BUILDERS["solve", "eager"],
     "averaged": _torch_averaged,

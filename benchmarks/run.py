@@ -3,6 +3,7 @@
     python -m benchmarks.run sinkhorn --peers
     python -m benchmarks.run trace --peers
     python -m benchmarks.run heun --peers
+    python -m benchmarks.run attention --peers
 
 Every contender solves the same drawn points at the same eps with the same number of iterations,
 must agree with the float64 reference before it is timed, and runs alone on a fixed set of cores.
@@ -47,6 +48,7 @@ COLUMNS = {
         *("case", "workload", "B", "D", "width", "layers", "norm", "estimator", "probes", "steps"),
         *(*_TIMED, "over_plain", "over_network", "saved_mb", "rmse", *_RUN),
     ),
+    "attention": ("case", "workload", "state", *_TIMED, "over_plain", "over_network", *_RUN),
     "heun": ("case", "workload", "state", "steps", *_TIMED, "over_plain", "over_network", *_RUN),
 }
 

@@ -64,6 +64,8 @@ HEUNS = (
     ("edm_64x3072", 1.10),
     ("edm_16x3x32x32", 1.03),
 )
+# The same of attention with a tangent and torch's own without.
+ATTENTIONS = (("attention_n1024_d64", 3.3), ("attention_n4096_d64", 3.3))
 SAVED = 2.4  # times what plain training saves
 RMSE = 0.2  # of a fresh probe's log-density, times that of a fixed one
 
@@ -119,13 +121,13 @@ def compare_ratios(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
         own = (r.get(column) for r in rows if (r["case"], r["contender"]) == (case, contender))
         return next((float(v) for v in own if v), None)
 
-    heun = family_of(rows) == "heun"
+    beside = {"heun": HEUNS, "attention": ATTENTIONS}.get(family_of(rows))
     alone = [(case, who, most) for case, who, other, most in TRACES if other == "plain"]
-    for case, contender, most in [(case, "cpp", most) for case, most in HEUNS] if heun else alone:
+    for case, contender, most in [(c, "cpp", m) for c, m in beside] if beside else alone:
         own = number(case, contender, "over_network")
         text = "not measured" if own is None else f"{own:.3f}x, target at most {most:.2f}x"
         yield f"{case}, {contender} over the network alone", text, own is not None and own <= most
-    if heun:
+    if beside:
         return
     wanted = [(*target[:3], "median_s", target[3]) for target in TRACES if target[2] != "plain"]
     wanted += [

@@ -19,6 +19,7 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.dense import divergence_averaged, sinkhorn_averaged
 from benchmarks.peers import BACKENDS, BUILDERS, DEFINITIONS, numpy_outputs
 from benchmarks.registry import (
+    ATTENTION_CASES,
     CASES,
     GRAD_RTOL,
     HEUN_CASES,
@@ -27,6 +28,7 @@ from benchmarks.registry import (
     Case,
     TraceCase,
     draw,
+    draw_attention,
     draw_heun,
     draw_trace,
     schedule,
@@ -242,7 +244,7 @@ def pages(tmp_path: Path) -> tuple[Path, Path]:
     """The README and the page of benchmarks, with old text between their markers."""
     readme, page = tmp_path / "README.md", tmp_path / "page.md"
     readme.write_text(marked("claim", "benchmarks"))
-    page.write_text(marked("sinkhorn", "trace", "heun"))
+    page.write_text(marked("sinkhorn", "trace", "heun", "attention"))
     return readme, page
 
 
@@ -383,6 +385,17 @@ def test_traces_agree(name: str, case: TraceCase) -> None:
     assert "times_s" in row, row
     assert ("saved_mb" in row) == (case.workload == "trace-training")
     assert ("over_network" in row) == name.startswith("cpp")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside torch.func.jvp
+@pytest.mark.parametrize("name", ["cpp", "reference", "eager", "torch-func", "plain"])
+def test_attentions_agree(name: str) -> None:
+    contender, case = CONTENDERS[name], ATTENTION_CASES["attention_small"]
+    problem = draw_attention(case)
+    run: Any = BUILDERS["attention", name](problem)
+    exact = expect(problem, contender.definition_for(case))
+    assert max(errors(numpy_outputs(run()), exact)) <= case.value_rtol
+    assert name == "plain" or run.more()["over_network"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside diffusers

@@ -25,12 +25,15 @@ from benchmarks.peers import BUILDERS, DEFINITIONS, Run, numpy_outputs
 from benchmarks.registry import (
     ALL_CASES,
     AnyCase,
+    AttentionCase,
+    AttentionProblem,
     Case,
     HeunCase,
     HeunProblem,
     Problem,
     TraceProblem,
     draw,
+    draw_attention,
     draw_heun,
     draw_trace,
 )
@@ -38,12 +41,14 @@ from benchmarks.registry import (
 MIN_REPEATS, MAX_REPEATS = 3, 1000
 # Fewer calls than MIN_REPEATS where they take over this many budgets.
 SLOW_BUDGETS = 4
-AnyProblem = Problem | TraceProblem | HeunProblem
+AnyProblem = Problem | TraceProblem | HeunProblem | AttentionProblem
 
 
 def drawn(case: AnyCase, device: str = "cpu") -> AnyProblem:
     if isinstance(case, HeunCase):
         return draw_heun(case, device)
+    if isinstance(case, AttentionCase):
+        return draw_attention(case, device)
     return draw(case, device) if isinstance(case, Case) else draw_trace(case, device)
 
 
