@@ -58,9 +58,9 @@ docs: .venv/ready
 
 bench: .venv/ready
 	$(INSTALL) '.[bench]' --no-build-isolation
-	for family in sinkhorn trace heun jvp; do $(BIN)/python -m benchmarks.run $$family --peers || exit 1; done
+	for family in sinkhorn trace heun jvp attention; do $(BIN)/python -m benchmarks.run $$family --peers || exit 1; done
 	$(BIN)/python -m benchmarks.table
-	for family in sinkhorn trace heun jvp; do \
+	for family in sinkhorn trace heun jvp attention; do \
 	  $(BIN)/python -m benchmarks.targets benchmarks/results/$${family}_cpu.csv || missed=1; \
 	done; exit $${missed:-0}
 

@@ -79,6 +79,7 @@ _FEWSTEP: Mapping[Workload, str] = {
     "trace-training": "trace-training",
     "log-density": "log-density",
     "edm": "edm",
+    "attention": "attention",
 }
 
 
@@ -88,12 +89,13 @@ _TRAINED: Mapping[Workload, str] = {"trace": "trace", "trace-training": "trace-t
 _FIXED_TRAINED: Mapping[Workload, str] = {**_FIXED, **_TRAINED}
 _JVPS: Mapping[Workload, str] = {w: w for w in ("jvp", "meanflow", "jvp-training")}
 _STEP: Mapping[Workload, str] = {w: w for w in ("jvp", "meanflow")}
-_PLAIN: Mapping[Workload, str] = {w: f"plain-{w}" for w in (*_TRACES, "edm", *_JVPS)}
+_PLAIN: Mapping[Workload, str] = {w: f"plain-{w}" for w in (*_TRACES, "edm", "attention", *_JVPS)}
 _TORCH: Mapping[Workload, str] = {
     "solve": "unrolled",
     "divergence": "geomloss",
     "drift": "drift",
     "edm": "edm",
+    "attention": "attention",
 }
 
 
@@ -183,7 +185,13 @@ CONTENDERS = {
             note="products of network and passes in bfloat16",
             low=True,
         ),
-        Contender("torch-func", "torch.func", "torch", "torch", {"trace": "trace", **_JVPS}),
+        Contender(
+            "torch-func",
+            "torch.func",
+            "torch",
+            "torch",
+            {"trace": "trace", "attention": "attention", **_JVPS},
+        ),
         Contender("forward-ad", "forward_ad", "torch", "torch", {"jvp": "jvp"}),
         Contender(
             "separate",

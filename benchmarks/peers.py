@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import heuns, jvps, traces
+from benchmarks import attentions, heuns, jvps, traces
 from benchmarks.dense import (
     dense_drift,
     divergence_averaged,
@@ -344,13 +344,14 @@ BUILDERS: dict[tuple[str, str], Callable[[Any], Run]] = {
     ("drift", "compile"): partial(_torch_drift, compiled=True),
 }
 
-BUILDERS |= traces.BUILDERS | heuns.BUILDERS | jvps.BUILDERS
+BUILDERS |= traces.BUILDERS | heuns.BUILDERS | jvps.BUILDERS | attentions.BUILDERS
 
 # What contenders are held to, run on float64 points.
 DEFINITIONS: dict[str, Callable[[Any], Run]] = {
     **traces.DEFINITIONS,
     **heuns.DEFINITIONS,
     **jvps.DEFINITIONS,
+    **attentions.DEFINITIONS,
     "alternating": BUILDERS["solve", "reference"],
     "unrolled": BUILDERS["solve", "eager"],
     "averaged": _torch_averaged,

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from benchmarks.attention_cases import ATTENTION_CASES, AttentionCase
 from benchmarks.jvp_cases import JVP_CASES, JvpCase, JvpWorkload
 
 Array = Any  # of NumPy, or a tensor where it was drawn on the device
 TraceWorkload = Literal["trace", "trace-training", "log-density"]
-Workload = Literal["solve", "divergence", "drift", "edm"] | TraceWorkload | JvpWorkload
+Workload = Literal["solve", "divergence", "drift", "edm", "attention"] | TraceWorkload | JvpWorkload
 
 
 @dataclass(frozen=True)
@@ -520,13 +521,14 @@ def draw_heun(case: HeunCase, device: str = "cpu") -> HeunProblem:
     return HeunProblem(case, x, device)
 
 
-AnyCase = Case | TraceCase | HeunCase | JvpCase
+AnyCase = Case | TraceCase | HeunCase | JvpCase | AttentionCase
 # What `benchmarks.run` can be asked for.
 FAMILIES: Mapping[str, Mapping[str, AnyCase]] = {
     "sinkhorn": CASES,
     "trace": TRACE_CASES,
     "heun": HEUN_CASES,
     "jvp": JVP_CASES,
+    "attention": ATTENTION_CASES,
 }
 
 

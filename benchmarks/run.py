@@ -4,6 +4,7 @@
     python -m benchmarks.run trace --peers
     python -m benchmarks.run heun --peers
     python -m benchmarks.run jvp --peers
+    python -m benchmarks.run attention --peers
     python -m benchmarks.run sinkhorn --list
     python -m benchmarks.run sinkhorn --n 3000 --m 5000 --d 16 --eps 0.05 --peers
 
@@ -51,6 +52,7 @@ COLUMNS = {
         *("case", "workload", "B", "D", "width", "layers", "norm", "estimator", "probes", "steps"),
         *(*_TIMED, "over_plain", "over_network", "saved_mb", "rmse", *_RUN),
     ),
+    "attention": ("case", "workload", "state", *_TIMED, "over_plain", "over_network", *_RUN),
     "heun": ("case", "workload", "state", "steps", *_TIMED, "over_plain", "over_network", *_RUN),
     "jvp": (
         *("case", "workload", "network", "state", *_TIMED),

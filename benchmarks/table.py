@@ -204,7 +204,7 @@ def render_family(rows: list[Row]) -> str:
         if own is None:
             continue
         seconds = float(own["median_s"]) if own["median_s"] else None
-        beside = family == "heun" and bool(own.get("over_network"))
+        beside = family in ("heun", "attention") and bool(own.get("over_network"))
         cells = [cell(by_key.get((name, c)), None if beside else seconds) for c in columns]
         if beside:
             cells = [

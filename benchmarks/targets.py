@@ -77,6 +77,8 @@ BESIDE = (
     ("meanflow_unet", "plain", "saved_mb", 1.3),
     ("meanflow_dit", "plain", "saved_mb", 1.3),
 )
+# The same of attention with a tangent and torch's own without.
+ATTENTIONS = (("attention_n1024_d64", 3.3), ("attention_n4096_d64", 3.3))
 SAVED = 2.4  # times what plain training saves
 RMSE = 0.2  # of a fresh probe's log-density, times that of a fixed one
 
@@ -136,6 +138,7 @@ def compare_ratios(rows: list[Row]) -> Iterator[tuple[str, str, bool | None]]:
     alone = {
         "heun": [(case, "cpp", most) for case, most in HEUNS],
         "jvp": [(case, "cpp", most) for case, most in JVPS],
+        "attention": [(case, "cpp", most) for case, most in ATTENTIONS],
         "trace": [(case, who, most) for case, who, other, most in TRACES if other == "plain"],
     }
     for case, contender, most in alone[family]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks import plot, run, table, targets
+from benchmarks.attention_cases import ATTENTION_CASES, draw_attention
 from benchmarks.contenders import CONTENDERS
 from benchmarks.dense import divergence_averaged, sinkhorn_averaged
 from benchmarks.jvp_cases import JVP_CASES, JvpCase, draw_jvp
@@ -404,6 +405,17 @@ def test_jvps_agree(case: JvpCase) -> None:
             continue
         assert "times_s" in row, (contender.name, row)
         assert ("saved_mb" in row) == (case.workload != "jvp")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside torch.func.jvp
+@pytest.mark.parametrize("name", ["cpp", "reference", "eager", "torch-func", "plain"])
+def test_attentions_agree(name: str) -> None:
+    contender, case = CONTENDERS[name], ATTENTION_CASES["attention_small"]
+    problem = draw_attention(case)
+    run: Any = BUILDERS["attention", name](problem)
+    exact = expect(problem, contender.definition_for(case))
+    assert max(errors(numpy_outputs(run()), exact)) <= case.value_rtol
+    assert name == "plain" or run.more()["over_network"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside diffusers

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.attention_cases import AttentionCase, AttentionProblem, draw_attention
 from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.jvp_cases import JvpCase, JvpProblem, draw_jvp
 from benchmarks.peers import BUILDERS, DEFINITIONS, Run, numpy_outputs
@@ -39,7 +40,7 @@ from benchmarks.registry import (
 MIN_REPEATS, MAX_REPEATS = 3, 1000
 # Fewer calls than MIN_REPEATS where they take over this many budgets.
 SLOW_BUDGETS = 4
-AnyProblem = Problem | TraceProblem | HeunProblem | JvpProblem
+AnyProblem = Problem | TraceProblem | HeunProblem | JvpProblem | AttentionProblem
 
 
 def drawn(case: AnyCase, device: str = "cpu") -> AnyProblem:
@@ -47,6 +48,8 @@ def drawn(case: AnyCase, device: str = "cpu") -> AnyProblem:
         return draw_heun(case, device)
     if isinstance(case, JvpCase):
         return draw_jvp(case, device)
+    if isinstance(case, AttentionCase):
+        return draw_attention(case, device)
     return draw(case, device) if isinstance(case, Case) else draw_trace(case, device)
 
 

@@ -15,6 +15,9 @@
 // options.
 #define MLP "Tensor x, int low, Tensor[] weights, Tensor?[] shifts, int[] kinds, float[] options"
 
+// Attention [B, H, N, D] with tangents [K, B, H, N, D], None where zero; the mask broadcasts.
+#define ATTENTION "Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? mask"
+
 #define SOLUTION "Tensor f, Tensor g, Tensor value, Tensor residual, Tensor iterations, Tensor converged"
 
 STABLE_TORCH_LIBRARY(fewstep, m) {
@@ -56,6 +59,13 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
   m.def(
       "dual_norm_pair_backward(Tensor ga, Tensor gt, Tensor z, Tensor u, Tensor? shift, Tensor? weight, int groups,"
       " bool centred, float eps) -> (Tensor gz, Tensor gu, Tensor gw, Tensor gb)");
+  // A constant's derivative is not asked for; backward has none of tangents where there are 0.
+  m.def("dual_attention(" ATTENTION
+        ", bool causal, float scale, int tangents, bool constant)"
+        " -> (Tensor out, Tensor moved, Tensor lse, Tensor mean)");
+  m.def("dual_attention_backward(Tensor go, Tensor? gt, " ATTENTION
+        ", Tensor out, Tensor? moved, Tensor lse, Tensor? mean, bool causal, float scale, int tangents)"
+        " -> (Tensor gq, Tensor gk, Tensor gv, Tensor gtq, Tensor gtk, Tensor gtv)");
   m.def("probe(Tensor like, Tensor key, Tensor? ids, int probes, int kind) -> Tensor");
   m.def("probe_dot(Tensor y, Tensor key, Tensor? ids, int probes, int kind) -> Tensor");
   m.def("mlp_probes(" MLP

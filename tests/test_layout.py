@@ -33,6 +33,7 @@ OPS = {"fewstep.ops.dual", "fewstep.ops.heun", "fewstep.ops.sinkhorn", "fewstep.
 BELOW_OPS = CORE | {"fewstep.reference", "fewstep.kernels", "fewstep.verification.choice"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{module: set() for module in CORE},
+    "fewstep._library": {"fewstep._names"},
     "fewstep._aliases": set(),
     "fewstep.reference": CORE,
     "fewstep.kernels": CORE | {"fewstep.reference"},

@@ -38,7 +38,7 @@ def _ops(backend: str) -> Any:
     return torch.ops.fewstep_triton
 
 
-def _call(op: Callable[..., Any], *arguments: Any) -> Any:
+def call_op(op: Callable[..., Any], *arguments: Any) -> Any:
     """Without gradients, past the Python that torch runs for them: half of a small call's time."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*arguments)
@@ -60,7 +60,7 @@ def activate(
     """`fewstep.reference.dual.activate` by a backend."""
     if backend in COMPILED:
         index = reference.ACTIVATIONS.index(kind)
-        return _call(  # type: ignore[no-any-return]
+        return call_op(  # type: ignore[no-any-return]
             *(_ops(backend).dual_activate.default, z, shared, shift),
             *(tangents, index, beta, threshold, inner),
         )
@@ -81,7 +81,7 @@ def activate_pair(
     if backend in COMPILED:
         index = reference.ACTIVATIONS.index(kind)
         op = _ops(backend).dual_activate_pair.default
-        return _call(op, z, u, shift, index, beta, threshold, inner)  # type: ignore[no-any-return]
+        return call_op(op, z, u, shift, index, beta, threshold, inner)  # type: ignore[no-any-return]
     return reference.activate_pair(z, u, shift, kind, beta, threshold, inner)
 
 
@@ -105,7 +105,7 @@ def norm(
 ) -> Tensor:
     """`fewstep.reference.dual.norm` by a backend."""
     if backend == "cpp" or (backend == "triton" and _fits(z, groups)):
-        return _call(  # type: ignore[no-any-return]
+        return call_op(  # type: ignore[no-any-return]
             *(_ops(backend).dual_norm.default, z, shift, weight, bias),
             *(tangents, groups, centred, eps),
         )
@@ -126,7 +126,7 @@ def norm_pair(
     """`fewstep.reference.dual.norm_pair` by a backend: z float32, u bfloat16."""
     if backend == "cpp" or (backend == "triton" and _fits(z, groups)):
         op = _ops(backend).dual_norm_pair.default
-        return _call(op, z, u, shift, weight, bias, groups, centred, eps)  # type: ignore[no-any-return]
+        return call_op(op, z, u, shift, weight, bias, groups, centred, eps)  # type: ignore[no-any-return]
     return reference.norm_pair(z, u, shift, weight, bias, groups, centred, eps)
 
 
@@ -139,7 +139,7 @@ def probe(backend: str, like: Tensor, key: Tensor, ids: Maybe, count: int, kind:
     """`count` probes for each sample of `like` `[B, ...]`: `[K, B, ...]`."""
     if backend in COMPILED:
         index = reference_probe.PROBES.index(kind)
-        return _call(_ops(backend).probe.default, like, key, ids, count, index)  # type: ignore[no-any-return]
+        return call_op(_ops(backend).probe.default, like, key, ids, count, index)  # type: ignore[no-any-return]
     shape, dtype = (count, *like.shape), wide(like.dtype)
     return reference_probe.probes(key.to(like.device), ids, shape, kind, dtype).to(like.dtype)
 
@@ -148,7 +148,7 @@ def probe_dot(backend: str, y: Tensor, key: Tensor, ids: Maybe, count: int, kind
     """`<v_k, y_k>` for y `[K B, ...]`: `[K, B]`; in float32 where y is less."""
     if backend in COMPILED:
         index = reference_probe.PROBES.index(kind)
-        return _call(_ops(backend).probe_dot.default, y, key, ids, count, index)  # type: ignore[no-any-return]
+        return call_op(_ops(backend).probe_dot.default, y, key, ids, count, index)  # type: ignore[no-any-return]
     like = y.detach().reshape(count, -1, *y.shape[1:])
     v = reference_probe.probes(key.to(y.device), ids, tuple(like.shape), kind, wide(y.dtype))
     return (v.flatten(2) * y.reshape(count, like.shape[1], -1)).sum(-1)
@@ -158,7 +158,7 @@ def probe_scale(backend: str, g: Tensor, key: Tensor, ids: Maybe, d: int, kind: 
     """`g_k v_k` for g `[K, B]`: `[K, B, D]`."""
     if backend in COMPILED:
         index = reference_probe.PROBES.index(kind)
-        return _call(_ops(backend).probe_scale.default, g, key, ids, d, index)  # type: ignore[no-any-return]
+        return call_op(_ops(backend).probe_scale.default, g, key, ids, d, index)  # type: ignore[no-any-return]
     v = reference_probe.probes(key.to(g.device), ids, (*g.shape, d), kind, g.dtype)
     return v * g[..., None]
 
@@ -276,7 +276,7 @@ def _backward_norm_pair(ops: Any, ctx: Any, ga: Tensor, gt: Tensor) -> tuple[Any
     )
 
 
-def _through_reference(
+def through_reference(
     function: Callable[..., Any], tensors: tuple[Maybe, ...], grads: tuple[Maybe, ...]
 ) -> list[Maybe]:
     """Gradients of `function(*tensors)` with respect to each tensor, by torch's own rules."""
@@ -299,7 +299,7 @@ def _backward_second_activate(_: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
         out = reference.activate(z, shared, shift, tangents, name, beta, threshold, inner)
         return torch.autograd.grad(out, (z,), up, create_graph=True)  # type: ignore[return-value]
 
-    return *_through_reference(gradient, ctx.saved_tensors, (g,)), *(None,) * 5
+    return *through_reference(gradient, ctx.saved_tensors, (g,)), *(None,) * 5
 
 
 def _backward_second_norm(_: Any, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -315,7 +315,7 @@ def _backward_second_norm(_: Any, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return torch.autograd.grad(out, (z, w, b), up, create_graph=True)
 
     shaped = (grads[0], grads[1] if weight is None else grads[1].reshape(weight.shape), grads[2])
-    return *_through_reference(gradient, ctx.saved_tensors, shaped), *(None,) * 4
+    return *through_reference(gradient, ctx.saved_tensors, shaped), *(None,) * 4
 
 
 def _backward_second_activate_pair(_: Any, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -325,7 +325,7 @@ def _backward_second_activate_pair(_: Any, ctx: Any, *grads: Tensor) -> tuple[An
         out = reference.activate_pair(z, u, s, reference.ACTIVATIONS[kind], *options)
         return torch.autograd.grad(out, (z, u), (ga, gt), create_graph=True)
 
-    return *_through_reference(gradient, ctx.saved_tensors, grads), *(None,) * 4
+    return *through_reference(gradient, ctx.saved_tensors, grads), *(None,) * 4
 
 
 def _backward_second_norm_pair(_: Any, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -342,7 +342,7 @@ def _backward_second_norm_pair(_: Any, ctx: Any, *grads: Tensor) -> tuple[Any, .
 
     gz, gu, gw, gb = grads
     shaped = (gz, gu, gw if weight is None else gw.reshape(weight.shape), gb)
-    return *_through_reference(gradient, ctx.saved_tensors, shaped), *(None,) * 3
+    return *through_reference(gradient, ctx.saved_tensors, shaped), *(None,) * 3
 
 
 def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -385,6 +385,13 @@ def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def attach(namespace: str, name: str, fake: Any, setup: Any, backward: Any) -> None:
+    """A fake kernel and derivative, called with the ops of the namespace, for one op."""
+    op, ops = f"{namespace}::{name}", getattr(torch.ops, namespace)
+    torch.library.register_fake(op, on_one_device(fake))
+    torch.library.register_autograd(op, functools.partial(backward, ops), setup_context=setup)
+
+
 _registered: set[str] = set()
 
 
@@ -393,7 +400,6 @@ def _register(namespace: str) -> None:
     if namespace in _registered:
         return
     _registered.add(namespace)
-    ops = getattr(torch.ops, namespace)
     pair = _setup_pair
     for name, fake, setup, backward in (
         ("dual_activate", _fake_activate, _setup_activate, _backward_activate),
@@ -414,10 +420,7 @@ def _register(namespace: str) -> None:
         ("probe_dot", _fake_probe_dot, _setup_dot, _backward_dot),
         ("probe_scale", _fake_probe_scale, _setup_scale, _backward_scale),
     ):
-        torch.library.register_fake(f"{namespace}::{name}", on_one_device(fake))
-        torch.library.register_autograd(
-            f"{namespace}::{name}", functools.partial(backward, ops), setup_context=setup
-        )
+        attach(namespace, name, fake, setup, backward)
 
 
 _register("fewstep")

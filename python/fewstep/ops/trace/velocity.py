@@ -63,9 +63,17 @@ def _value(value: Any, parts: list[Any], modules: list[Module], seen: set[int], 
         parts.append(type(value))
     else:
         seen.add(id(value))
-        parts.append(type(value))
+        parts.append(_kind(value))
         for own in _within(value):
             _value(own, parts, modules, seen, depth + 1)
+
+
+def _kind(value: Any) -> Hashable:
+    """Functions are known by their code, everything else by its type."""
+    if isinstance(value, types.FunctionType):
+        return weakref.ref(value.__code__)
+    own: Hashable = value if isinstance(value, types.BuiltinFunctionType) else type(value)
+    return own
 
 
 def _within(value: Any) -> list[Any]:

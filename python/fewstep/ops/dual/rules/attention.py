@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.ops.dual import attention
 from fewstep.ops.dual.engine import Dual, placed
 from fewstep.ops.dual.rules.plain import aligned, axes, inside, matched, refuse
 from fewstep.ops.dual.rules.shapes import laid_out
@@ -205,8 +206,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Dual:
     """`P = softmax(Q K' s)`, `dO = dP V + P dV`, `dP = P (dS - <P, dS>)`."""
-    if dropout_p > 0 or enable_gqa:
-        raise UnsupportedError("no rule for attention with dropout or grouped queries")
+    if dropout_p > 0:
+        raise UnsupportedError("no rule for attention with dropout")
     given = (query, key, value)
     h = next(m for m in given if isinstance(m, Dual))
     plain = [m for m in given if not isinstance(m, Dual)]
@@ -215,15 +216,78 @@ def _attention(
         raise UnsupportedError("no rule for attention that mixes samples")
     for m in plain:
         aligned(h, m)
+    if is_causal and attn_mask is not None:
+        raise UnsupportedError("no rule for attention with two masks")
     halves: list[Any] = [m.halves() if isinstance(m, Dual) else (m[None], None) for m in given]
+    s = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if (fused := _fused(h, halves, attn_mask, is_causal, s, enable_gqa)) is not None:
+        return h.of_halves(*fused)
+    if enable_gqa:
+        raise UnsupportedError("no rule for attention with grouped queries but of its kernels")
     if not h.source.constant:
-        p, moved = _attended(h, halves, attn_mask, is_causal, scale)
+        p, moved = _attended(h, halves, attn_mask, is_causal, s)
         return h.of_halves(p @ halves[2][0], moved)
     with torch.no_grad():
-        _, moved = _attended(h, halves, attn_mask, is_causal, scale)
+        _, moved = _attended(h, halves, attn_mask, is_causal, s)
     q, k, v = (m[0] for m, _ in halves)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=scale)
     return h.of_halves(out[None], moved)
+
+
+def _fused(
+    h: Dual,
+    halves: Sequence[tuple[Tensor, Tensor | None]],
+    mask: Any,
+    causal: bool,
+    scale: float,
+    grouped: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """The halves of the output by kernels, or None where they do not serve."""
+    primals, moves = [m[0] for m, _ in halves], [t for _, t in halves]
+    own, axes = h.shape, h.ndim
+    if not attention.serves(h.source.backend, *primals, *moves) or axes not in (3, 4):
+        return None
+    if any(m.ndim != axes or not m.is_floating_point() for m in primals):
+        return None
+    heads = [m.shape[1] if axes == 4 else 1 for m in primals]
+    lead = max(m.shape[0] for m in primals) if own[0] else 0
+    if {m.shape[0] for m in primals} - {1, lead} or heads[1] != heads[2]:
+        return None
+    if heads[0] != heads[1] and (not grouped or not heads[1] or heads[0] % heads[1]):
+        return None
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.ndim > axes or mask.device != h.device:
+            return None
+        if mask.dtype not in (torch.bool, h.dtype) or mask.requires_grad:
+            return None
+        mask = mask.reshape(*(1,) * (axes - mask.ndim), *mask.shape)
+        mask = mask if axes == 4 else mask[:, None]
+        whole = (lead, heads[0], primals[0].shape[-2], primals[1].shape[-2])
+        if any(m not in (1, n) for m, n in zip(mask.shape, whole, strict=True)):
+            return None
+
+    def apart(t: Tensor | None, front: int) -> Tensor | None:
+        """With an axis of heads, and all samples."""
+        if t is None:
+            return None
+        t = t if axes == 4 else t.unsqueeze(-3)
+        shape = list(t.shape)
+        shape[front] = lead
+        return t.expand(shape).to(h.dtype)
+
+    q, k, v = (apart(m, 0) for m in primals)
+    tq, tk, tv = (apart(t, 1) for t in moves)
+    out, moved = attention.attention(
+        h.source.backend,
+        *(q, k, v, tq, tk, tv, mask),  # type: ignore[arg-type]
+        causal=causal,
+        scale=scale,
+        tangents=h.source.count,
+        constant=h.source.constant,
+    )
+    if axes == 3:
+        out, moved = out[:, 0], moved[:, :, 0]
+    return out[None], h.source.lower(moved)
 
 
 def _attended(
@@ -231,15 +295,12 @@ def _attended(
     halves: Sequence[tuple[Tensor, Tensor | None]],
     attn_mask: Any,
     is_causal: bool,
-    scale: float | None,
+    s: float,
 ) -> tuple[Tensor, Tensor]:
     """The probabilities `[1, B, ...]` and the tangents of attention."""
     (q, dq), (k, dk), (v, dv) = halves
-    s = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = q @ k.mT * s
     if is_causal:
-        if attn_mask is not None:
-            raise UnsupportedError("no rule for attention with two masks")
         n, m = scores.shape[-2:]
         attn_mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
