@@ -72,8 +72,8 @@ def _kind(value: Any) -> Hashable:
     """Functions are known by their code, everything else by its type."""
     if isinstance(value, types.FunctionType):
         return weakref.ref(value.__code__)
-    own: Hashable = value if isinstance(value, types.BuiltinFunctionType) else type(value)
-    return own
+    own: Any = value if isinstance(value, types.BuiltinFunctionType) else type(value)
+    return own  # type: ignore[no-any-return]
 
 
 def _within(value: Any) -> list[Any]:
