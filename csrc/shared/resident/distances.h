@@ -269,8 +269,11 @@ FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::measure_by_products() {
   };
   const auto find_places = [&] {
     const int lane = team_.lane(), warp = team_.warp(), first_row = warp / kSet * kSet * R, tile = warp % kSet;
-    Places at = {tile, team_.opaque((tile * 16 + lane % 16) * kMmaStride + lane / 16 * 8),
-                 team_.opaque((tile * 16 + lane / 4) * kMmaStride + kUp), team_.opaque(first_row + 2 * (lane % 4))};
+    Places at;
+    at.tile = tile;
+    at.left = team_.opaque((tile * 16 + lane % 16) * kMmaStride + lane / 16 * 8);
+    at.up = team_.opaque((tile * 16 + lane / 4) * kMmaStride + kUp);
+    at.pair = team_.opaque(first_row + 2 * (lane % 4));
     FEWSTEP_UNROLL
     for (int w = 0; w < kSet; ++w) {
       const int i = tiled() + least(first_row + w * R + lane % 8, rows_ - 1);
