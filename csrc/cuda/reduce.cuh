@@ -8,6 +8,12 @@
 
 namespace fewstep::cuda {
 
+template <typename T>
+__device__ T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+}
+
 struct Block {
   static constexpr int kLanes = 32;
   static constexpr bool kTensor = true;
@@ -59,9 +65,15 @@ struct Block {
     __builtin_memcpy(&low, &rest, sizeof low);
   }
 
+  // An address that is computed once, and not anew for each instruction that begins there.
+  using Place = int;
+  __device__ Place place(const float* pointer) const {
+    return opaque(static_cast<int>(__cvta_generic_to_shared(pointer)));
+  }
+
   template <bool kTransposed>
-  __device__ void load(uint32_t (&to)[4], const float* row) const {
-    const auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  __device__ void load(uint32_t (&to)[4], Place base, int elements) const {
+    const int from = base + elements * static_cast<int>(sizeof(float));
     if constexpr (kTransposed) {
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                    : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -102,10 +114,11 @@ struct Block {
   template <typename T, int R, typename Combine>
   __device__ void combine_rows(T (&values)[R], T (&own)[1], Combine combine) const {
     static_assert(R == 8);
+    const int own_lane = lane();
     int offset = kLanes / 2;
 #pragma unroll
     for (int half = R / 2; half > 0; half /= 2, offset /= 2) {
-      const bool upper = lane() & offset;
+      const bool upper = own_lane & offset;
 #pragma unroll
       for (int i = 0; i < half; ++i) {
         const T sent = upper ? values[i] : values[i + half], kept = upper ? values[i + half] : values[i];

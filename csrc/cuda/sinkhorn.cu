@@ -40,12 +40,6 @@ struct ApplyArguments {
   int value_tiles;
 };
 
-template <typename T>
-__device__ T* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char memory[];
-  return reinterpret_cast<T*>(memory);
-}
-
 // Small problems share a multiprocessor.
 template <typename T, Place kPlace>
 constexpr int kMinBlocks = kPlace == SinkhornPlan::kShared && sizeof(T) == sizeof(float) ? 2 : 1;

@@ -129,7 +129,7 @@ __device__ bool fits(const Item& item, int ranks, int warps, int64_t capacity) {
 
 template <int Q, int kW, typename Team>
 __device__ void solve_items(const Arguments& arguments) {
-  extern __shared__ __align__(16) float memory[];
+  float* const memory = dynamic_shared<float>();
   __shared__ int next;
   const Team team{};
   const ResidentProblems& in = arguments.in;
@@ -326,14 +326,32 @@ struct DriftArguments {
   float* sums;        // [groups] weighted distances and [groups] weights, then squares [temperatures, groups]
 };
 
-// A group's weighted distances and the weights of its pairs.
+// A group's weighted squared distances and the weights of its pairs.
 __global__ void __launch_bounds__(kSumThreads) drift_scale_kernel(const __grid_constant__ DriftArguments arguments) {
   __shared__ double scratch[kSumThreads / Block::kLanes];
   const Block team{};
   const DriftProblems& in = arguments.in;
   for (int64_t group = blockIdx.x; group < in.groups; group += gridDim.x) {
     double weight;
-    const double distance = resident::distances_from(team, arguments.drift, group, scratch, &weight);
+    const double distance = resident::squares_from(team, arguments.drift, group, scratch, &weight);
+    if (team.rank() != 0) continue;
+    arguments.sums[group] = static_cast<float>(distance);
+    arguments.sums[in.groups + group] = static_cast<float>(weight);
+  }
+}
+
+// A group's weighted distances and the weights of its pairs.
+template <int Q>
+__global__ void __launch_bounds__(kDriftWarps* Block::kLanes, 1)
+    drift_length_kernel(const __grid_constant__ DriftArguments arguments) {
+  __shared__ double scratch[kDriftWarps];
+  float* const memory = dynamic_shared<float>();
+  const Block team{};
+  const DriftProblems& in = arguments.in;
+  for (int64_t group = blockIdx.x; group < in.groups; group += gridDim.x) {
+    double weight;
+    const double distance =
+        resident::lengths_from<kR, Q, kDriftWarps>(team, arguments.drift, group, memory, scratch, &weight);
     if (team.rank() != 0) continue;
     arguments.sums[group] = static_cast<float>(distance);
     arguments.sums[in.groups + group] = static_cast<float>(weight);
@@ -362,7 +380,7 @@ __global__ void __launch_bounds__(kSumThreads)
 template <int Q>
 __global__ void __launch_bounds__(kDriftWarps* Block::kLanes, 1)
     drift_kernel(const __grid_constant__ DriftArguments arguments) {
-  extern __shared__ __align__(16) float memory[];
+  float* const memory = dynamic_shared<float>();
   __shared__ int next;
   const Block team{};
   const DriftProblems& in = arguments.in;
@@ -432,6 +450,15 @@ auto for_columns(int64_t widest, Run run) {
   return run(std::integral_constant<int, 8>{});
 }
 
+int drift_threads(int64_t n) { return static_cast<int>((n + kR - 1) / kR) * Block::kLanes; }
+
+template <int Q>
+cudaError_t launch_lengths(const DriftArguments& arguments, int64_t widest, cudaStream_t stream) {
+  const int64_t n = arguments.in.n, bytes = drift_bytes<Q>(n, widest, 0);
+  return launch(drift_length_kernel<Q>, arguments.in.groups, drift_threads(n), static_cast<int>(bytes), 1, stream,
+                arguments);
+}
+
 template <int Q>
 cudaError_t launch_drift(DriftArguments arguments, int64_t widest, cudaStream_t stream) {
   Device device;
@@ -440,8 +467,7 @@ cudaError_t launch_drift(DriftArguments arguments, int64_t widest, cudaStream_t 
   const int64_t n = arguments.in.n;
   arguments.stacked = stacked_for<Q>(arguments.in, widest, device);
   const int64_t bytes = drift_bytes<Q>(n, widest, arguments.stacked);
-  const int threads = static_cast<int>((n + kR - 1) / kR) * Block::kLanes;
-  return launch(drift_kernel<Q>, arguments.in.groups, threads, static_cast<int>(bytes), 1, stream, arguments);
+  return launch(drift_kernel<Q>, arguments.in.groups, drift_threads(n), static_cast<int>(bytes), 1, stream, arguments);
 }
 
 }  // namespace
@@ -483,7 +509,11 @@ cudaError_t drift(const DriftProblems& in, float* parts, float* sums, int* queue
   const int64_t widest = widest_plan(in);
   cudaError_t error = cudaMemsetAsync(queue, 0, sizeof(int), stream);
   if (error != cudaSuccess) return error;
-  if (in.scaled && in.groups > 0) {
+  if (in.scaled && in.groups > 0 && !is_squared(in.cost)) {
+    const int64_t most = std::max(widest, in.n);  // x itself may count
+    error = for_columns(most, [&](auto q) { return launch_lengths<q.value>(arguments, most, stream); });
+    if (error != cudaSuccess) return error;
+  } else if (in.scaled && in.groups > 0) {
     drift_scale_kernel<<<static_cast<unsigned>(std::min(in.groups, kMaxGrid)), kSumThreads, 0, stream>>>(arguments);
     if ((error = cudaGetLastError()) != cudaSuccess) return error;
   }

@@ -4,11 +4,12 @@
 // the rest rounded, |r| <= 2^-24 |v|. The products high high + high low + low high leave out less than 2^-22 |a| |b|,
 // in sums of random sign far less. Halves end at 65504 and have no digit below 2^-24: what is split has been multiplied
 // by a power of 2 that makes the largest of its neighbours 2^13 to 2^14, so that r is at most 2^-38 of that one
-// besides.
+// besides. Where `size` is a norm of up to 16 of them it is 2^11 to 2^14, and r at most 2^-36 of it.
 //
 // On top of what resident/solver.h asks of a Team: kTensor (whether there are tensor cores), split(p, q, high, low)
-// (two floats as pairs of halves, p in the low bits), load<transposed>(to, row) (four matrices of 8 x 8 halves, of
-// which lane l hands over row l % 8 of matrix l / 8, in 4 words aligned to 16 bytes), multiply(c, a, b) (the
+// (two floats as pairs of halves, p in the low bits), place(pointer) (a Place, from where it loads),
+// load<transposed>(to, place, offset) (four matrices of 8 x 8 halves, of which lane l hands over row l % 8 of matrix
+// l / 8, in 4 words aligned to 16 bytes), multiply(c, a, b) (the
 // instruction, c += a b), copy<count>(to, from, inside) (an asynchronous copy of floats into shared memory, zeros where
 // not inside), commit() (closes a group of copies) and arrived<groups>() (waits for all but the latest groups of this
 // thread). With g = lane / 4 and t = lane % 4 a lane has, in pairs, of
@@ -41,12 +42,24 @@ FEWSTEP_HD To same_bits(From from) {
 struct Power {
   float down, up;
 
-  explicit FEWSTEP_HD Power(float size) {
-    const int exponent =
-        block::least(block::largest(static_cast<int>(same_bits<uint32_t>(size) >> 23 & 0xff), 14), 254);
-    down = same_bits<float>(static_cast<uint32_t>(267 - exponent) << 23);
-    up = same_bits<float>(static_cast<uint32_t>(exponent - 13) << 23);
+  explicit FEWSTEP_HD Power(float size) : Power(block::least(block::largest(exponent_of(size), 14), 254)) {}
+
+  // Of the root of a square: of what is below 2^-64 as of 2^-64.
+  static FEWSTEP_HD Power of_square(float square) {
+    const int exponent = exponent_of(square);
+    return Power(exponent == 255 ? 254 : (exponent + 127) >> 1);
   }
+
+  // `up` from `down`.
+  static FEWSTEP_HD float inverse(float down) {
+    return same_bits<float>((uint32_t{254} << 23) - same_bits<uint32_t>(down));
+  }
+
+ private:
+  explicit FEWSTEP_HD Power(int exponent)
+      : down(same_bits<float>(static_cast<uint32_t>(267 - exponent) << 23)),
+        up(same_bits<float>(static_cast<uint32_t>(exponent - 13) << 23)) {}
+  static FEWSTEP_HD int exponent_of(float value) { return static_cast<int>(same_bits<uint32_t>(value) >> 23 & 0xff); }
 };
 
 // A lane's share of a factor, in two parts.
@@ -56,10 +69,9 @@ struct Factor {
 };
 
 // c += a b, the small products into `small`, which may be c.
-template <typename Team>
-FEWSTEP_HD void multiply(const Team& team, float (&c)[4], float (&small)[4], const Factor<4>& a, const Factor<2>& b,
-                         bool three) {
-  if (three) {
+template <bool kAll, typename Team>
+FEWSTEP_HD void multiply(const Team& team, float (&c)[4], float (&small)[4], const Factor<4>& a, const Factor<2>& b) {
+  if constexpr (kAll) {
     team.multiply(small, a.low, b.high);
     team.multiply(small, a.high, b.low);
   }

@@ -41,46 +41,40 @@ struct alignas(kGroup * sizeof(T)) Four {
   T v[kGroup];
 };
 
-// The first n of four numbers at p, or with kWhole all of them in one access.
-template <bool kWhole, class A, class T>
-FEWSTEP_HD_INLINED void load_four(const T* p, int64_t n, A out[kGroup]) {
-  Four<T> four = {};
-  if constexpr (kWhole) {
-    four = *reinterpret_cast<const Four<T>*>(p);
-  } else {
-    for (int i = 0; i < n; ++i) four.v[i] = p[i];
-  }
-  for (int i = 0; i < kGroup; ++i) out[i] = static_cast<A>(four.v[i]);
-}
+// Four numbers from `at` on in one access: all of them are there, and aligned.
+struct Whole {
+  int64_t at;
 
-template <bool kWhole, class T, class A>
-FEWSTEP_HD_INLINED void store_four(T* p, int64_t n, const A values[kGroup]) {
-  Four<T> four;
-  for (int i = 0; i < kGroup; ++i) four.v[i] = static_cast<T>(values[i]);
-  if constexpr (kWhole) {
-    *reinterpret_cast<Four<T>*>(p) = four;
-  } else {
-    for (int i = 0; i < n; ++i) p[i] = four.v[i];
+  template <class A, class T>
+  FEWSTEP_HD_INLINED void load(const T* p, A out[kGroup]) const {
+    const Four<T> four = *reinterpret_cast<const Four<T>*>(p + at);
+    for (int i = 0; i < kGroup; ++i) out[i] = static_cast<A>(four.v[i]);
   }
-}
 
-// Group g of a sample, in arithmetic A. False where a result is not finite.
-template <class A, bool kWhole, bool kNoisy, class S, class F>
-FEWSTEP_HD_INLINED bool combine_group(const Pass<S, F>& in, int64_t sample, int64_t g) {
-  const int64_t at = sample * in.d + g * kGroup;
-  const int64_t left = in.d - g * kGroup, n = left < kGroup ? left : kGroup;
+  template <class T, class A>
+  FEWSTEP_HD_INLINED void store(T* p, const A values[kGroup]) const {
+    Four<T> four;
+    for (int i = 0; i < kGroup; ++i) four.v[i] = static_cast<T>(values[i]);
+    *reinterpret_cast<Four<T>*>(p + at) = four;
+  }
+};
+
+// The first n numbers of group g of a sample, in arithmetic A, by what reads and writes them. False where a result is
+// not finite.
+template <class A, bool kNoisy, class S, class F, class Access>
+FEWSTEP_HD_INLINED bool combine_group(const Pass<S, F>& in, int64_t sample, int64_t g, int n, const Access& access) {
   const double* c = in.coefficients + (in.per_sample ? sample * kColumns : 0);
   A x[kGroup], low[kGroup], term[kTerms][kGroup], y[kGroup], z[kGroup];
-  load_four<kWhole>(in.x + at, n, x);
+  access.load(in.x, x);
   if (in.low != nullptr) {
-    load_four<kWhole>(in.low + at, n, low);
+    access.load(in.low, low);
     for (int i = 0; i < kGroup; ++i) x[i] += low[i];
   }
   const A own = A(c[0]), scale = A(c[kScale]), before = A(c[kNet]);
   for (int i = 0; i < kGroup; ++i) y[i] = own * x[i];
   for (int j = 0; j < kTerms; ++j) {
     if (j >= in.count) break;
-    load_four<kWhole>(in.terms[j] + at, n, term[j]);
+    access.load(in.terms[j], term[j]);
     const A factor = A(c[1 + j]);
     for (int i = 0; i < kGroup; ++i) y[i] += factor * term[j][i];
   }
@@ -98,22 +92,22 @@ FEWSTEP_HD_INLINED bool combine_group(const Pass<S, F>& in, int64_t sample, int6
   }
   A wrong = 0;  // stays 0 while all results are finite
   for (int i = 0; i < kGroup; ++i) wrong += i < n ? y[i] * A(0) : A(0);
-  if (in.high != nullptr) store_four<kWhole>(in.high + at, n, y);
+  if (in.high != nullptr) access.store(in.high, y);
   if (in.out_low != nullptr) {
     for (int i = 0; i < kGroup; ++i) low[i] = y[i] - static_cast<A>(static_cast<S>(y[i]));
-    store_four<kWhole>(in.out_low + at, n, low);
+    access.store(in.out_low, low);
   }
-  if (in.net != nullptr) store_four<kWhole>(in.net + at, n, z);
+  if (in.net != nullptr) access.store(in.net, z);
   return wrong == 0;
 }
 
 // In float32 for a float32 state with nothing kept of its rest, else in float64, which memory hides.
-template <bool kWhole, bool kNoisy, class S, class F>
-FEWSTEP_HD_INLINED bool combine_at(const Pass<S, F>& in, int64_t sample, int64_t g) {
+template <bool kNoisy, class S, class F, class Access>
+FEWSTEP_HD_INLINED bool combine_at(const Pass<S, F>& in, int64_t sample, int64_t g, int n, const Access& access) {
   if (sizeof(S) == 4 && in.low == nullptr && in.out_low == nullptr) {
-    return combine_group<float, kWhole, kNoisy>(in, sample, g);
+    return combine_group<float, kNoisy>(in, sample, g, n, access);
   }
-  return combine_group<double, kWhole, kNoisy>(in, sample, g);
+  return combine_group<double, kNoisy>(in, sample, g, n, access);
 }
 
 }  // namespace fewstep::heun

@@ -91,6 +91,16 @@ FEWSTEP_HD T largest(T p, T q) {
   return p > q ? p : q;
 }
 
+// The larger of p and what was largest so far, which is no NaN; p may be, and is passed over.
+FEWSTEP_HD float raised(float p, float top) {
+#ifdef __CUDA_ARCH__
+  return ::fmaxf(p, top);
+#else
+  return p > top ? p : top;
+#endif
+}
+FEWSTEP_HD double raised(double p, double top) { return p > top ? p : top; }
+
 // Rows of less than this share of the largest weight are light; in Python LIGHT.
 constexpr double kLight = 1e-3;
 

@@ -164,20 +164,29 @@ void drift_all(const Request& q) {
   // The temperatures of the tests in one pass, or in two.
   const int stacked = q.has_g0 ? 1 : 2;
   const auto units = [&] { return DriftUnits<T>{q.factor, static_cast<T>(q.tol)}; };
-  run_team<T>(q.ranks, q.wide, n, widest, stacked, [&]<int R, int Q, int kWarps>(const auto& team, T* memory) {
-    for (int64_t i = 0; i < q.batch; ++i) {
-      drift_group<R, Q, kWarps, kMostStacked>(team, in, [&] { return i; }, units, stacked, memory);
-    }
-  });
-  std::vector<double> distances(q.batch), pairs(q.batch), scratch(kTeamWarps);
+  std::vector<double> distances(q.batch), pairs(q.batch), scratch(32);
+  const auto keep = [&](const auto& team, int64_t group, double distance, double weight) {
+    if (team.rank() == 0) distances[group] = distance, pairs[group] = weight;
+  };
+  run_team<T>(q.ranks, q.wide, n, std::max(widest, n), stacked,
+              [&]<int R, int Q, int kWarps>(const auto& team, T* memory) {
+                for (int64_t i = 0; i < q.batch; ++i) {
+                  drift_group<R, Q, kWarps, kMostStacked>(team, in, [&] { return i; }, units, stacked, memory);
+                  if (is_squared(in.cost)) continue;
+                  double weight;
+                  const double distance = lengths_from<R, Q, kWarps>(team, in, i, memory, scratch.data(), &weight);
+                  keep(team, i, distance, weight);
+                }
+              });
   auto measure = [&](const auto& team) {
     for (int64_t i = 0; i < q.batch; ++i) {
       double weight;
-      const double distance = distances_from(team, in, i, scratch.data(), &weight);
-      if (team.rank() == 0) distances[i] = distance, pairs[i] = weight;
+      const double distance = squares_from(team, in, i, scratch.data(), &weight);
+      keep(team, i, distance, weight);
     }
   };
-  if (q.ranks == 0 || q.wide > 0) {
+  if (!is_squared(in.cost)) {
+  } else if (q.ranks == 0 || q.wide > 0) {
     measure(Single{});
   } else {
     run_cluster<T>(1, 0, [&](const Threads& team, T*) { measure(team); });

@@ -282,10 +282,13 @@ struct ThreadsOf {
     low = to_half(p - from_half(first)) | uint32_t{to_half(q - from_half(second))} << 16;
   }
 
+  using Place = const float*;
+  Place place(const float* pointer) const { return pointer; }
+
   template <bool kTransposed>
-  void load(uint32_t (&to)[4], const float* row) const {
+  void load(uint32_t (&to)[4], Place base, int elements) const {
     Warp<kLanes>& w = own_warp();
-    w.row[lane()] = reinterpret_cast<const uint16_t*>(row);
+    w.row[lane()] = reinterpret_cast<const uint16_t*>(base + elements);
     w.barrier.arrive_and_wait();
     const int g = lane() / 4, t = lane() % 4;
     for (int m = 0; m < 4; ++m) {

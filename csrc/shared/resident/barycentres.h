@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../halves.h"
 #include "distances.h"
@@ -33,19 +34,29 @@ FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::weigh(T (&k)[R][Q], const Share<T
   T positive[R], negative[R], bits[R], peak[R];
   FEWSTEP_UNROLL
   for (int r = 0; r < R; ++r) positive[r] = negative[r] = bits[r] = peak[r] = 0;
+  const int lane = team_.lane(), warp = team_.warp(), first_own = warp * R + lane / kSharers * kOwn;
+  const bool first_sharer = lane % kSharers == 0;
+  const T* costs[R];
+  T shift[R];
+  FEWSTEP_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const int i = least(warp * R + r, rows_ - 1);
+    costs[r] = at(At::kCost) + (i * p_.m + lane);
+    shift[r] = at(At::kShift)[i];
+  }
+  const T* const column = at(0) + lane;
   FEWSTEP_UNROLL
   for (int q = 0; q < Q; ++q) {
-    const int j = column_of(q);
+    const int j = lane + q * kLanes;
     if (j >= p_.m) continue;
-    const T v = at(At::kV)[j], h = at(At::kH)[j] + log2(v);
+    const T v = column[At::kV + q * kLanes], h = column[At::kH + q * kLanes] + log2(v);
     const bool right = j >= io.positive;
     FEWSTEP_UNROLL
     for (int r = 0; r < R; ++r) {
-      const int i = least(row_of(r), rows_ - 1);
       const T e = k[r][q] * v;
       // Where a pair is left out its exponent is -inf and e is 0.
-      bits[r] += e * largest(at(At::kShift)[i] + h - k_ * at(At::kCost)[i * p_.m + j], T(-1000));
-      peak[r] = largest(e, peak[r]);
+      bits[r] += e * raised(shift[r] + h - k_ * costs[r][q * kLanes], T(-1000));
+      peak[r] = raised(e, peak[r]);
       (right ? negative[r] : positive[r]) += e;
       k[r][q] = e;
     }
@@ -57,9 +68,9 @@ FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::weigh(T (&k)[R][Q], const Share<T
   team_.combine_rows(peak, top, Largest());
   FEWSTEP_UNROLL
   for (int e = 0; e < kOwn; ++e) {
-    const int i = own_row(e);
+    const int i = first_own + e;
     const T total = plus[e] + minus[e], u = at(At::kU + u_)[least(i, rows_ - 1)];
-    if (i < rows_ && first_of_row()) {
+    if (i < rows_ && first_sharer) {
       part[0] += std::abs(u * total - 1);
       part[1] += (log2(total) - entropy[e] / total) * T(0.69314718055994530942);
       part[2] += top[e] / total;
@@ -74,13 +85,14 @@ FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::weigh(T (&k)[R][Q], const Share<T
   for (int r = 0; r < R; ++r) peak[r] = 0;
   FEWSTEP_UNROLL
   for (int q = 0; q < Q; ++q) {
-    const int j = column_of(q);
+    const int j = lane + q * kLanes;
     if (j >= p_.m) continue;
-    const T up = by_products() ? halves::Power(at(At::kScale)[j]).up : T(1);
+    const T up = by_products() ? halves::Power::inverse(column[At::kScale + q * kLanes]) : T(1);
+    const bool right = j >= io.positive;
     FEWSTEP_UNROLL
     for (int r = 0; r < R; ++r) {
-      k[r][q] *= (j >= io.positive ? negative[r] : positive[r]) * up;
-      peak[r] = largest(std::abs(k[r][q]), peak[r]);
+      k[r][q] *= (right ? negative[r] : positive[r]) * up;
+      peak[r] = raised(std::abs(k[r][q]), peak[r]);
     }
   }
   if constexpr (kTensor) {
@@ -90,7 +102,7 @@ FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::weigh(T (&k)[R][Q], const Share<T
       for (int e = 0; e < kOwn; ++e) {
         const halves::Power power(top[e]);
         top[e] = power.down;
-        if (own_row(e) < rows_ && first_of_row()) at(At::kBack + t * At::kRows)[own_row(e)] = power.up;
+        if (first_sharer) at(At::kBack + t * At::kRows)[first_own + e] = power.up;
       }
       team_.spread(top, peak);
       FEWSTEP_UNROLL
@@ -100,12 +112,16 @@ FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::weigh(T (&k)[R][Q], const Share<T
       }
     }
   }
+  T* to = weights(t, warp * R) + lane;
+  const int stride = static_cast<int>(At::weight_stride(p_.m));
   FEWSTEP_UNROLL
   for (int r = 0; r < R; ++r) {
+    if (warp * R + r >= rows_) break;
     FEWSTEP_UNROLL
     for (int q = 0; q < Q; ++q) {
-      if (row_of(r) < rows_ && column_of(q) < tiled()) weights(t, row_of(r))[column_of(q)] = k[r][q];
+      if (lane + q * kLanes < tiled()) to[q * kLanes] = k[r][q];
     }
+    to += stride;
   }
   parity_ = 1 - parity_;
   FEWSTEP_UNROLL
@@ -119,7 +135,20 @@ template <int R, int Q, int kWarps, typename T, typename Team>
 template <int kStacked>
 FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::combine(const Velocities<T>& out, int count, T (&squares)[kStacked]) {
   if constexpr (kTensor) {
-    if (p_.by_products()) return combine_by_products(out, count, squares);
+    if (p_.by_products()) {
+      const auto of = [&](auto some) {
+        if constexpr (some.value <= kStacked) {
+          p_.precision == halves::kThree ? combine_by_products<some.value, true>(out, squares)
+                                         : combine_by_products<some.value, false>(out, squares);
+        }
+      };
+      static_assert(kMostStacked == 3);
+      FEWSTEP_UNROLL
+      for (int t = 0; t < kStacked; ++t) squares[t] = 0;
+      if (count == 1) return of(std::integral_constant<int, 1>{});
+      if (count == 2) return of(std::integral_constant<int, 2>{});
+      return of(std::integral_constant<int, 3>{});
+    }
   }
   team_.sync();
   FEWSTEP_UNROLL
@@ -127,61 +156,64 @@ FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::combine(const Velocities<T>& out,
   team_.sync();
 }
 
-// combine() on tensor cores, coordinates along the long side of a tile: a warp keeps the weights of its rows, in
-// whose place the points then pass, once for all temperatures.
+// combine() of kCount matrices on tensor cores, coordinates along the long side of a tile: a warp keeps the weights of
+// its rows, in whose place the points then pass, once for all temperatures.
 template <int R, int Q, int kWarps, typename T, typename Team>
-template <int kStacked>
-FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::combine_by_products(const Velocities<T>& out, int count,
-                                                                   T (&squares)[kStacked]) {
-  static_assert(R == 8 && kLanes == 32 && At::kCost % 4 == 0 && kStacked <= kMostStacked);
+template <int kCount, bool kAll>
+FEWSTEP_HD void Solver<R, Q, kWarps, T, Team>::combine_by_products(const Velocities<T>& out, T* squares) {
+  static_assert(R == 8 && kLanes == 32 && At::kCost % 4 == 0 && At::kBack % 2 == 0);
   const int quad = team_.lane() % 4, i = team_.warp() * R + team_.lane() / 4;
-  halves::Factor<2> w[kStacked][kTiles];
+  halves::Factor<2> w[kCount][kTiles];
   team_.sync();
   FEWSTEP_UNROLL
-  for (int t = 0; t < kStacked; ++t) {
-    squares[t] = 0;
+  for (int t = 0; t < kCount; ++t) {
     FEWSTEP_UNROLL
     for (int s = 0; s < kTiles; ++s) {
       FEWSTEP_UNROLL
       for (int e = 0; e < 2; ++e) {
         alignas(8) T pair[2] = {};
-        if (t < count && i < rows_ && s * 16 < p_.m) move<2>(weights(t, i) + 2 * quad + s * 16 + e * 8, pair);
+        if (i < rows_ && s * 16 < p_.m) move<2>(weights(t, i) + 2 * quad + s * 16 + e * 8, pair);
         team_.split(pair[0], pair[1], w[t][s].high[e], w[t][s].low[e]);
       }
     }
   }
   team_.sync();
-  const auto down = [&](int e, T*, T, T) { return halves::Power(at(At::kScale)[e]).down; };
+  const auto down = [&](int e, T*, T) { return at(At::kScale)[e]; };
   stream<false>(static_cast<int>(At::behind_costs(rows_, p_.m)), tiled(), down, [&](const T* stage, int k0) {
-    const bool three = p_.precision == halves::kThree;
     const int lane = team_.lane();
-    T sum[kStacked][4] = {}, small[kStacked][4] = {};
+    const auto place = team_.place(stage + (lane % 8 + lane / 16 * 8) * kMmaStride + lane / 8 % 2 * 8);
+    T sum[kCount][4] = {}, small[kCount][4] = {};
     FEWSTEP_UNROLL
     for (int s = 0; s < kTiles; ++s) {
-      if (s * 16 >= p_.m) continue;
-      const T* const z = stage + (s * 16 + lane % 8 + lane / 16 * 8) * kMmaStride + lane / 8 % 2 * 8;
+      if (s * 16 >= p_.m) break;
       halves::Factor<4> left;
-      team_.template load<true>(left.high, z);
-      if (three) team_.template load<true>(left.low, z + 4);
+      team_.template load<true>(left.high, place, s * 16 * kMmaStride);
+      if constexpr (kAll) team_.template load<true>(left.low, place, s * 16 * kMmaStride + 4);
       FEWSTEP_UNROLL
-      for (int t = 0; t < kStacked; ++t) {
-        if (t < count) halves::multiply(team_, sum[t], small[t], left, w[t][s], three);
-      }
+      for (int t = 0; t < kCount; ++t) halves::multiply<kAll>(team_, sum[t], small[t], left, w[t][s]);
     }
-    const int own = team_.warp() * R;
+    const int i = team_.warp() * R + 2 * (lane % 4), k = k0 + lane / 4;  // of the first of two rows and of two columns
+    if (i >= rows_) return;
+    const bool second = i + 1 < rows_, near = k < p_.d, far = k + 8 < p_.d;
+    const T* const back = at(At::kBack) + team_.opaque(i);
+    T* to[2] = {out.first + (static_cast<int64_t>(i) * p_.d + k)};
+    to[1] = to[0] + p_.d;
     FEWSTEP_UNROLL
-    for (int t = 0; t < kStacked; ++t) {
+    for (int t = 0; t < kCount; ++t) {
+      alignas(8) T up[2];
+      move<2>(back + t * At::kRows, up);
       FEWSTEP_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const int to_row = own + 2 * (lane % 4) + e % 2, k = k0 + lane / 4 + e / 2 * 8;
-        if (t >= count || to_row >= rows_ || k >= p_.d) continue;
-        T value = (sum[t][e] + small[t][e]) * at(At::kBack + t * At::kRows)[to_row];
+        if (!(e % 2 == 0 || second) || !(e / 2 == 0 ? near : far)) continue;
+        T value = (sum[t][e] + small[t][e]) * up[e % 2];
         // The same thread wrote what is added to.
-        T* const to = out.first + t * out.step + static_cast<int64_t>(to_row) * p_.d + k;
-        if (out.add) value += *to;
-        *to = value;
+        T* const own = to[e % 2] + e / 2 * 8;
+        if (out.add) value += *own;
+        *own = value;
         squares[t] += value * value;
       }
+      to[0] += out.step;
+      to[1] += out.step;
     }
   });
 }

@@ -41,12 +41,12 @@ struct DriftUnits {
   T length;
 };
 
-// A group's share of the mean distance from x, sum_iu w_u |x_i - u|^2 (euclidean: |x_i - u|), and the weights of its
-// pairs. x counts as a cloud of weights 1 where x_self does not stand for it. Squares come from moments about a point c
-// of x, sum_u w_u sum_i |x_i - c|^2 + n sum_u w_u |u - c|^2 - 2 sum_i (x_i - c) . sum_u w_u (u - c), coordinate by
-// coordinate. scratch has one element per warp.
+// A group's share of the mean squared distance from x, sum_iu w_u |x_i - u|^2, and the weights of its pairs. x counts
+// as a cloud of weights 1 where x_self does not stand for it. It comes from moments about a point c of x, sum_u w_u
+// sum_i |x_i - c|^2 + n sum_u w_u |u - c|^2 - 2 sum_i (x_i - c) . sum_u w_u (u - c), coordinate by coordinate. scratch
+// has one element per warp.
 template <typename T, typename Team>
-FEWSTEP_HD double distances_from(const Team& team, const Drift<T>& in, int64_t group, double* scratch, double* weight) {
+FEWSTEP_HD double squares_from(const Team& team, const Drift<T>& in, int64_t group, double* scratch, double* weight) {
   const T* const x = in.x + group * in.n * in.d;
   const T* w = in.weights + group * (static_cast<int64_t>(in.counts[0]) + in.counts[1] + in.counts[2]);
   double distance = 0;
@@ -58,34 +58,93 @@ FEWSTEP_HD double distances_from(const Team& team, const Drift<T>& in, int64_t g
     double total = 0;
     for (int j = 0; j < count; ++j) total += c < 0 ? 1.0 : double(w[j]);
     *weight += total * in.n;
-    if (in.cost == Cost::euclidean) {
-      for (int64_t pair = team.warp(); pair < static_cast<int64_t>(in.n) * count; pair += team.warps()) {
-        const T* const from = x + pair / count * in.d;
-        const T* const to = points + pair % count * in.d;
-        T squared = 0;
-        for (int k = team.lane(); k < in.d; k += Team::kLanes) squared += (from[k] - to[k]) * (from[k] - to[k]);
-        squared = team.lane_sum(squared);
-        if (team.lane() == 0) distance += (c < 0 ? 1.0 : double(w[pair % count])) * std::sqrt(double(squared));
+    for (int k = team.rank(); k < in.d; k += team.size()) {
+      const T centre = x[k];
+      double first_x = 0, square_x = 0, first = 0, square = 0;
+      for (int i = 0; i < in.n; ++i) {
+        const double v = double(x[static_cast<int64_t>(i) * in.d + k] - centre);
+        first_x += v;
+        square_x += v * v;
       }
-    } else {
-      for (int k = team.rank(); k < in.d; k += team.size()) {
-        const T centre = x[k];
-        double first_x = 0, square_x = 0, first = 0, square = 0;
-        for (int i = 0; i < in.n; ++i) {
-          const double v = double(x[static_cast<int64_t>(i) * in.d + k] - centre);
-          first_x += v;
-          square_x += v * v;
-        }
-        for (int j = 0; j < count; ++j) {
-          const double v = double(points[static_cast<int64_t>(j) * in.d + k] - centre);
-          const double wj = c < 0 ? 1.0 : double(w[j]);
-          first += wj * v;
-          square += wj * v * v;
-        }
-        distance += total * square_x + in.n * square - 2 * first_x * first;
+      for (int j = 0; j < count; ++j) {
+        const double v = double(points[static_cast<int64_t>(j) * in.d + k] - centre);
+        const double wj = c < 0 ? 1.0 : double(w[j]);
+        first += wj * v;
+        square += wj * v * v;
       }
+      distance += total * square_x + in.n * square - 2 * first_x * first;
     }
     if (c >= 0) w += count;
+  }
+  return block::team_sum(team, distance, scratch);
+}
+
+// The pairs of a plan, and the weights of its columns.
+template <typename T>
+struct Plan {
+  Points<T> points;
+  const T* weights;
+};
+
+template <typename T>
+FEWSTEP_HD Plan<T> plan_of(const Drift<T>& in, int64_t group, int plan) {
+  const T* const x = in.x + group * in.n * in.d;
+  Points<T> p{x, {}, in.n, 0, in.d, in.cost, kNoDiagonal, 0, 0, in.precision, 0};
+  const T* weights = in.weights + group * (static_cast<int64_t>(in.counts[0]) + in.counts[1] + in.counts[2]);
+  FEWSTEP_UNROLL
+  for (int c = 0; c < kParts; ++c) {
+    p.y.data[c] = x;
+    p.y.end[c] = INT_MAX;
+  }
+  // Indices known at compile time keep all of this in registers.
+  FEWSTEP_UNROLL
+  for (int c = 0; c < kParts; ++c) {
+    if (c >= in.cloud_count) continue;
+    if (!in.joint && c < plan) weights += in.counts[c];
+    if (!in.joint && c != plan) continue;
+    if (c == 1 && in.diagonal != kNoDiagonal) {
+      p.diagonal = in.diagonal;
+      p.diagonal_begin = p.m;
+      p.diagonal_end = p.m + in.counts[c];
+    }
+    p.m += in.counts[c];
+    const T* const cloud = in.clouds[c] + group * in.counts[c] * in.d;
+    if (!in.joint) {
+      p.y.data[0] = cloud;
+      continue;
+    }
+    p.y.data[c] = cloud;
+    if (c + 1 < in.cloud_count) p.y.end[c] = p.m;
+  }
+  return {p, weights};
+}
+
+// squares_from() of the distances themselves: measured as for the plans, but without rounding to halves alone, which
+// all plans would feel.
+template <int R, int Q, int kWarps, typename T, typename Team>
+FEWSTEP_HD double lengths_from(const Team& team, const Drift<T>& in, int64_t group, T* memory, double* scratch,
+                               double* weight) {
+  T c[R][Q];
+  double distance = 0;
+  *weight = 0;
+  FEWSTEP_ROLLED
+  for (int plan = in.diagonal == kNoDiagonal ? -1 : 0; plan < (in.joint ? 1 : 2); ++plan) {
+    auto [p, weights] = plan_of(in, group, plan);
+    p.diagonal = kNoDiagonal;
+    if (plan < 0) {  // x itself, whose points are at no distance from themselves
+      p.diagonal_end = p.m = in.n;
+      p.y = {{p.x, p.x, p.x}, {INT_MAX, INT_MAX, INT_MAX}};
+      p.diagonal = p.diagonal_begin = 0;
+    }
+    if (p.precision == halves::kOne) p.precision = halves::kThree;
+    Solver<R, Q, kWarps, T, Team> solver(team, p, memory);
+    solver.measure(c);
+    double total = 0;
+    FEWSTEP_ROLLED
+    for (int j = team.lane(); j < p.m; j += Team::kLanes) total += plan < 0 ? 1.0 : double(weights[j]);
+    *weight += team.lane_sum(total) * in.n;
+    distance += solver.weighted_costs(plan < 0 ? nullptr : weights);
+    team.sync();
   }
   return block::team_sum(team, distance, scratch);
 }
@@ -100,34 +159,7 @@ FEWSTEP_HD void drift_group(const Team& team, const Drift<T>& in, Group group, U
   T k[R][Q];
   FEWSTEP_ROLLED
   for (int plan = 0; plan < plans; ++plan) {
-    const T* const x = in.x + group() * in.n * in.d;
-    Points<T> p{x, {}, in.n, 0, in.d, in.cost, kNoDiagonal, 0, 0, in.precision, 0};
-    const T* weights = in.weights + group() * (static_cast<int64_t>(in.counts[0]) + in.counts[1] + in.counts[2]);
-    FEWSTEP_UNROLL
-    for (int c = 0; c < kParts; ++c) {
-      p.y.data[c] = x;
-      p.y.end[c] = INT_MAX;
-    }
-    // Indices known at compile time keep all of this in registers.
-    FEWSTEP_UNROLL
-    for (int c = 0; c < kParts; ++c) {
-      if (c >= in.cloud_count) continue;
-      if (!in.joint && c < plan) weights += in.counts[c];
-      if (!in.joint && c != plan) continue;
-      if (c == 1 && in.diagonal != kNoDiagonal) {
-        p.diagonal = in.diagonal;
-        p.diagonal_begin = p.m;
-        p.diagonal_end = p.m + in.counts[c];
-      }
-      p.m += in.counts[c];
-      const T* const cloud = in.clouds[c] + group() * in.counts[c] * in.d;
-      if (!in.joint) {
-        p.y.data[0] = cloud;
-        continue;
-      }
-      p.y.data[c] = cloud;
-      if (c + 1 < in.cloud_count) p.y.end[c] = p.m;
-    }
+    const auto [p, weights] = plan_of(in, group(), plan);
     Solver<R, Q, kWarps, T, Team> solver(team, p, memory);
     solver.measure(k);
     T total = 0;

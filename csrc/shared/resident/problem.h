@@ -19,6 +19,7 @@ using block::kNoDiagonal;
 using block::kNowhere;
 using block::largest;
 using block::least;
+using block::raised;
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -179,7 +180,7 @@ struct Sum {
 struct Largest {
   template <typename T>
   FEWSTEP_HD T operator()(T p, T q) const {
-    return largest(p, q);
+    return raised(p, q);
   }
 };
 

@@ -57,8 +57,6 @@ class Solver {
   FEWSTEP_HD int tiled() const { return static_cast<int>(At::tiled(p_.m)); }
   FEWSTEP_HD int row_of(int r) const { return team_.warp() * R + r; }
   FEWSTEP_HD int column_of(int q) const { return team_.lane() + q * kLanes; }
-  FEWSTEP_HD int own_row(int e) const { return row_of(team_.lane() / kSharers * kOwn + e); }
-  FEWSTEP_HD bool first_of_row() const { return team_.lane() % kSharers == 0; }
 
   // Distances into shared memory; c is scratch. Begins and ends with sync(). In distances.h.
   FEWSTEP_HD void measure(T (&c)[R][Q]);
@@ -144,6 +142,23 @@ class Solver {
     team_.sync_all();
   }
 
+  // This thread's share of sum_ij w_j C_ij of what was measured, pairs that are left out counting as 0; null: all
+  // weights are 1.
+  FEWSTEP_HD double weighted_costs(const T* weights) const {
+    const int warp = team_.warp(), warps = team_.warps();
+    double sum = 0;
+    FEWSTEP_ROLLED
+    for (int j = team_.lane(); j < p_.m; j += kLanes) {
+      double column = 0;
+      FEWSTEP_ROLLED
+      for (int i = warp; i < rows_; i += warps) {
+        if (!p_.excluded(first_ + i, j)) column += double(at(At::kCost)[i * p_.m + j]);
+      }
+      sum += weights == nullptr ? column : double(weights[j]) * column;
+    }
+    return sum;
+  }
+
   // The weights of a plan's share of a drift, from the K of a solve of one rank, into matrix t, and three sums over the
   // rows, of |sum_j p_ij - 1|, of the entropy (in nats) and of the largest entry of the normalised plan, into `sums`.
   // In barycentres.h.
@@ -196,6 +211,8 @@ class Solver {
       part += b;
       massless = massless || b == 0;
     }
+    FEWSTEP_ROLLED
+    for (int j = p_.m + team_.rank(); j < At::kColumns; j += team_.size()) at(At::kV)[j] = 0;
     hand_over(0, part);
     massless_ = team_.any(massless);
     team_.sync_all();
@@ -259,21 +276,22 @@ class Solver {
 
   // In distances.h:
   FEWSTEP_HD void measure_by_differences(T (&c)[R][Q]);
-  FEWSTEP_HD T squared_distance(int i, int j) const;
+  FEWSTEP_HD T near_distance(int i, int first, bool asked) const;
   FEWSTEP_HD bool aligned() const;
-  FEWSTEP_HD void fetch(T* stage, int points, int k0, int wide) const;
+  FEWSTEP_HD void find(int points) const;
+  FEWSTEP_HD void fetch(T* stage, int points, int k0, bool wide) const;
   template <int kCount, typename From, typename To>
   static FEWSTEP_HD void move(const From* from, To* to);
   template <bool kNormed, typename Down>
   FEWSTEP_HD void halve(T* stage, int points, Down down) const;
   template <bool kNormed, typename Down, typename Use>
   FEWSTEP_HD void stream(int first, int points, Down down, Use use);
-  template <int kSet>
+  template <int kSet, bool kAll>
   FEWSTEP_HD void measure_by_products();
 
   // In barycentres.h:
-  template <int kStacked>
-  FEWSTEP_HD void combine_by_products(const Velocities<T>& out, int count, T (&squares)[kStacked]);
+  template <int kCount, bool kAll>
+  FEWSTEP_HD void combine_by_products(const Velocities<T>& out, T* squares);
   FEWSTEP_HD T combine_by_differences(const Velocities<T>& out, int t);
 
   FEWSTEP_HD void accept() {
@@ -322,6 +340,9 @@ class Solver {
   // too.
   template <bool kAbsorb>
   FEWSTEP_HD bool pass(T (&k)[R][Q], bool asked) {
+    // Once for the whole pass: the compiler does not keep what is opaque by itself.
+    const int lane = team_.lane(), warp = team_.warp(), first_own = warp * R + lane / kSharers * kOwn;
+    const bool first_sharer = lane % kSharers == 0;
     T s[R], own[kOwn];
     if constexpr (kAbsorb) {
       absorb(k);
@@ -330,11 +351,12 @@ class Solver {
     } else {
       FEWSTEP_UNROLL
       for (int r = 0; r < R; ++r) s[r] = 0;
+      const T* const v = at(At::kV) + lane;  // 0 behind the last column
       FEWSTEP_UNROLL
       for (int q = 0; q < Q; ++q) {
-        const T v = column_of(q) < p_.m ? at(At::kV)[column_of(q)] : T(0);
+        const T own_v = v[q * kLanes];
         FEWSTEP_UNROLL
-        for (int r = 0; r < R; ++r) s[r] += k[r][q] * v;
+        for (int r = 0; r < R; ++r) s[r] += k[r][q] * own_v;
       }
       team_.combine_rows(s, own, Sum());
     }
@@ -343,7 +365,7 @@ class Solver {
     bool safe = true;
     FEWSTEP_UNROLL
     for (int e = 0; e < kOwn; ++e) {
-      const int i = own_row(e);
+      const int i = first_own + e;
       if (i >= rows_) {
         own[e] = 0;
         continue;
@@ -367,7 +389,7 @@ class Solver {
       }
       safe = safe && within(next, 1 / Range<T>::kSafe, Range<T>::kSafe);
       // A row without mass may have any sum, also one that overflows.
-      if (asked && a != 0 && first_of_row()) {
+      if (asked && a != 0 && first_sharer) {
         error += a * std::abs(before * own[e] - wanted);
         mass += a * before * own[e];
       }
@@ -375,27 +397,27 @@ class Solver {
       // More than that in an entry of K that is 0 would be felt: all columns are to see it.
       if (kAbsorb && scaling > Range<T>::kTop) scaling = kInfinity<T>;
       own[e] = a == 0 ? T(0) : a * scaling;
-      if (!first_of_row()) continue;
+      if (!first_sharer) continue;
       at(At::kU + At::kRows - u_)[i] = next;
       if constexpr (kAbsorb) at(At::kF + At::kRows - f_)[i] = full;
       if (s_.single) partial(parity_, 0)[i] = full;
     }
     if (!s_.single) {
       team_.spread(own, s);
+      T* const sums = partial(parity_, warp) + lane;
       FEWSTEP_UNROLL
       for (int q = 0; q < Q; ++q) {
-        if (column_of(q) >= p_.m) continue;
         T sum = 0;
         FEWSTEP_UNROLL
         for (int r = 0; r < R; ++r) sum += s[r] * k[r][q];
-        partial(parity_, team_.warp())[column_of(q)] = sum;
+        sums[q * kLanes] = sum;
       }
     }
     if (asked) {
       hand_over(0, error);
       hand_over(1, mass);
     }
-    safe = !sync_any(!safe);
+    safe = !share(!safe);
     if (kAbsorb || safe) {
       absorbed_ = kAbsorb;
     } else {
@@ -404,18 +426,21 @@ class Solver {
     return safe;
   }
 
-  // sync_all(), and whether a flag is set in any thread of all ranks.
-  FEWSTEP_HD bool sync_any(bool flag) const {
-    if (team_.ranks() == 1) return team_.any(flag);
-    flag = team_.lane_any(flag);
-    if (team_.lane() == 0) scalars(parity_, 2)[team_.warp()] = flag ? T(1) : T(0);
-    team_.sync_all();
-    bool all = false;
-    FEWSTEP_ROLLED
-    for (int e = team_.lane(); e < team_.ranks() * team_.warps(); e += kLanes) {
-      all = all || team_.peer(scalars(parity_, 2), e / team_.warps())[e % team_.warps()] != 0;
+  // sync_all(), and whether a flag is set in any thread of all ranks. Several ranks share the column sums of their
+  // blocks, which take the place of those of warp 0.
+  FEWSTEP_HD bool share(bool flag) const {
+    flag = team_.any(flag);
+    const int ranks = team_.ranks();
+    if (ranks == 1) return flag;
+    const int rank = team_.rank(), lane = team_.lane();
+    if (!s_.single) {
+      T* const sums = partial(parity_, 0);
+      FEWSTEP_ROLLED
+      for (int j = rank; j < p_.m; j += team_.size()) sums[j] = sum_of_warps(j);
     }
-    return team_.lane_any(all);
+    if (rank == 0) *scalars(parity_, 2) = flag ? T(1) : T(0);
+    team_.sync_all();
+    return team_.lane_any(lane < ranks && *team_.peer(scalars(parity_, 2), lane) != 0);
   }
 
   // K with rows that sum to 1, and u of the potentials f.
@@ -428,17 +453,27 @@ class Solver {
       }
       return;
     }
+    const int lane = team_.lane(), warp = team_.warp(), first_own = warp * R + lane / kSharers * kOwn;
     T row[R], top[kOwn], own[kOwn];
+    const T* costs[R];
     FEWSTEP_UNROLL
-    for (int r = 0; r < R; ++r) row[r] = kLowest<T>;
+    for (int r = 0; r < R; ++r) {
+      row[r] = kLowest<T>;
+      costs[r] = at(At::kCost) + (least(warp * R + r, rows_ - 1) * p_.m + lane);
+    }
+    const T* const hs = at(At::kH) + lane;
     FEWSTEP_UNROLL
     for (int q = 0; q < Q; ++q) {
-      const int j = least(column_of(q), p_.m - 1);
-      const T h = column_of(q) < p_.m ? at(At::kH)[j] : -kInfinity<T>;
+      if (lane + q * kLanes >= p_.m) {
+        FEWSTEP_UNROLL
+        for (int r = 0; r < R; ++r) k[r][q] = -kInfinity<T>;
+        continue;
+      }
+      const T h = hs[q * kLanes];
       FEWSTEP_UNROLL
       for (int r = 0; r < R; ++r) {
-        k[r][q] = h - k_ * at(At::kCost)[least(row_of(r), rows_ - 1) * p_.m + j];
-        row[r] = largest(k[r][q], row[r]);
+        k[r][q] = h - k_ * costs[r][q * kLanes];
+        row[r] = raised(k[r][q], row[r]);
       }
     }
     team_.combine_rows(row, top, Largest());
@@ -456,11 +491,11 @@ class Solver {
     team_.combine_rows(row, own, Sum());
     FEWSTEP_UNROLL
     for (int e = 0; e < kOwn; ++e) {
-      const int i = own_row(e);
+      const int i = first_own + e;
       const T sum = own[e], shift = at_most_nowhere(-(top[e] + log2(sum)));
       const bool nowhere = shift == kNowhere<T>;
       own[e] = nowhere ? T(0) : reciprocal(sum);
-      if (i >= rows_ || !first_of_row()) continue;
+      if (i >= rows_ || lane % kSharers != 0) continue;
       at(At::kShift)[i] = shift;
       at(At::kU + u_)[i] = nowhere ? T(1) : exp2(at(At::kF + f_)[i] - shift);
     }
@@ -468,7 +503,7 @@ class Solver {
     FEWSTEP_UNROLL
     for (int r = 0; r < R; ++r) {
       FEWSTEP_UNROLL
-      for (int q = 0; q < Q; ++q) k[r][q] = row_of(r) < rows_ ? k[r][q] * row[r] : T(0);
+      for (int q = 0; q < Q; ++q) k[r][q] = warp * R + r < rows_ ? k[r][q] * row[r] : T(0);
     }
     team_.sync_lanes();
   }
@@ -531,15 +566,25 @@ class Solver {
     return target_y_ == 0 ? T(1) : exp2(-target_y_ * (at(At::kH)[j] + log2(v) - log2(at(At::kB)[j])));
   }
 
+  FEWSTEP_HD T sum_of_warps(int j) const {
+    const T* const sums = partial(parity_, 0) + j;
+    const int warps = team_.warps();
+    T sum = sums[0];
+    FEWSTEP_UNROLL
+    for (int w = 1; w < kWarps; ++w) {
+      if (w >= warps) break;
+      sum += sums[w * At::kColumns];
+    }
+    return sum;
+  }
+
+  // In the same order everywhere.
   FEWSTEP_HD T column_sum(int j) const {
+    const int ranks = team_.ranks();
+    if (ranks == 1) return sum_of_warps(j);
     T sum = 0;
     FEWSTEP_ROLLED
-    for (int rank = 0; rank < team_.ranks(); ++rank) {
-      FEWSTEP_UNROLL
-      for (int w = 0; w < kWarps; ++w) {
-        if (w < team_.warps()) sum += team_.peer(partial(parity_, w), rank)[j];
-      }
-    }
+    for (int rank = 0; rank < ranks; ++rank) sum += team_.peer(partial(parity_, 0), rank)[j];
     return sum;
   }
 

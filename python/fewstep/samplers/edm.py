@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -173,7 +174,7 @@ def edm_sample(
             raise ValueError("edm_sample: log_density needs two levels above 0")
     name = pick("edm_sample", latents, backend)
     if levels is None and weight is None and not torch.compiler.is_compiling():
-        plan = _known_plan(schedule, churn, precondition)
+        plan = _known_plan(schedule, churn, precondition, latents.device)
     else:
         own = levels_of(*schedule)[None] if levels is None else levels
         plan = edm_plan(own, churn, weight, precondition)
@@ -248,7 +249,14 @@ def edm_plan(
 
 @functools.lru_cache(maxsize=64)
 def _known_plan(
-    schedule: tuple[int, float, float, float], churn: Churn, precondition: float | None
+    schedule: tuple[int, float, float, float],
+    churn: Churn,
+    precondition: float | None,
+    device: torch.device,
 ) -> Plan:
-    """EDM's own schedules, whose tables take longer to make than a step of a small network."""
-    return edm_plan(levels_of(*schedule)[None], churn, None, precondition)
+    """EDM's own schedules, whose tables take longer to make than a step of a small network.
+
+    They are where the samples are: a graph of CUDA cannot capture copies from the host.
+    """
+    plan = edm_plan(levels_of(*schedule)[None], churn, None, precondition)
+    return replace(plan, table=plan.table.to(device), levels=plan.levels.to(device))
