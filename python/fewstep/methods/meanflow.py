@@ -156,7 +156,8 @@ class MeanFlow:
             ValueError: shapes do not fit, an id is out of range, or guidance lacks labels or
                 `null_label`.
             TypeError: x is not floating, or labels or ids are not int64.
-            FloatingPointError: every sample was left out.
+            FloatingPointError: every sample was left out. On a GPU, and under `torch.compile`, the
+                loss is NaN instead.
         """
         _check("MeanFlow", network, x, labels)
         if self.guided and (labels is None or null_label is None):
@@ -205,7 +206,9 @@ class MeanFlow:
             moved = torch.where(span > 0, span * tangent, 0)  # 0 at r = t, whatever the tangent
             largest = self.limit * (_norm(v.to(dtype)) + _norm(u.detach().to(dtype)))
             fine = _norm(moved) <= largest  # not where either is NaN
-            if not torch.compiler.is_compiling() and not fine.any():
+            # On a GPU, to look would wait for it: the loss is 0 / 0 there, and while compiling.
+            waits = fine.is_cuda or torch.compiler.is_compiling()
+            if not waits and not fine.any():
                 raise FloatingPointError(
                     f"MeanFlow: (t - r) |du/dt| is over {self.limit:g} (|v| + |u|), or not finite,"
                     " at every sample; lower lr, or the frequencies of the embeddings of time"
@@ -214,7 +217,7 @@ class MeanFlow:
         delta = torch.where(per_sample(fine, x), u.to(dtype) + shift, 0)
         square = delta.square().flatten(1).sum(1)
         weight = (square.detach() + self.offset) ** -self.power
-        share = fine.sum().clamp_min(1)
+        share = fine.sum()
         with torch.no_grad():
             apart = fine & (t > r)
             squares = torch.where(apart, tangent.flatten(1).square().mean(1), 0)
