@@ -439,10 +439,11 @@ def test_every_option_of_a_method_is_explained(
 def test_steps_and_samplers_are_of_methods_that_have_them(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in (("steps", "2"), ("sampler", "line")):
+    cases = (("steps", "2", "lines or meanflow"), ("sampler", "line", "lines"))
+    for name, value, methods in cases:
         command = ["sample", str(finished), "--out", "grid.png", f"--{name}", value]
         assert main(command) == 2
-        assert f"{name} is for runs of lines, got {value}" in error_line(capsys)
+        assert f"{name} is for runs of {methods}, got {value}" in error_line(capsys)
 
 
 def test_a_run_without_a_teacher(

@@ -181,7 +181,9 @@ def test_the_weight_evens_out_large_residuals() -> None:
 
 
 @pytest.mark.parametrize("bad", [1e9, math.inf, math.nan])
-def test_samples_whose_tangent_explodes_are_left_out(bad: float) -> None:
+def test_samples_whose_tangent_explodes_are_left_out(
+    bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.randn(16, 3, dtype=torch.float64)
     gain = torch.ones((), dtype=torch.float64, requires_grad=True)
 
@@ -204,6 +206,10 @@ def test_samples_whose_tangent_explodes_are_left_out(bad: float) -> None:
 
     with pytest.raises(FloatingPointError, match=r"at every sample; lower lr"):
         flow(everywhere, x, generator=generator(), engine="reverse")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    loss, metrics = flow(everywhere, x, generator=generator(), engine="reverse")
+    assert loss.isnan()
+    assert metrics["skipped"] == 1
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

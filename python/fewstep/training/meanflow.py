@@ -44,11 +44,13 @@ class MeanFlowConfig(RunConfig):
     batch: int = 256
     width: int = 384
     depth: int = 3
-    flow: MeanFlow = field(default_factory=lambda: MeanFlow(improved=True, ratio=0.5))
+    flow: MeanFlow = field(
+        default_factory=lambda: MeanFlow(improved=True, ratio=0.5, std=1.6, power=0.5)
+    )
 
 
 PRESETS = {
-    "digits": MeanFlowConfig("digits", steps=2500, batch=128, width=256),
+    "digits": MeanFlowConfig("digits", lr=4e-3, steps=3500, width=256),
     "mnist5k": MeanFlowConfig("mnist5k"),
 }
 
