@@ -276,21 +276,25 @@ struct Means {
   T plain, normal;  // of v and of x^ v
 };
 
-// Elements [begin, begin + count) of a row, with a weight and bias each, or one of both.
-template <class T>
+// Elements [begin, begin + count) of a row with a weight and bias for each, which may be null, or one that all share.
+template <bool kIsShared, class T>
 struct Block {
+  static constexpr bool kShared = kIsShared;
   int64_t begin, count;
-  const T *weights, *biases;  // or null: the constants
-  T weight, bias;
+  const T *weights, *biases;
 
   template <bool kWhole>
   FEWSTEP_INLINE Vec<T> weigh(Vec<T> v, int64_t j, int64_t m) const {
-    return weights != nullptr ? v * fetch<kWhole>(weights + j, m) : v * weight;
+    if (weights == nullptr) return v;
+    if constexpr (kShared) return v * *weights;
+    return v * fetch<kWhole>(weights + j, m);
   }
 
   template <bool kWhole>
   FEWSTEP_INLINE Vec<T> move(Vec<T> v, int64_t j, int64_t m) const {
-    return biases != nullptr ? v + fetch<kWhole>(biases + j, m) : v + bias;
+    if (biases == nullptr) return v;
+    if constexpr (kShared) return v + *biases;
+    return v + fetch<kWhole>(biases + j, m);
   }
 };
 
@@ -307,11 +311,10 @@ struct NormRow {
     shift = in.shift != nullptr ? in.shift + row % in.period * in.n : nullptr;
     T total[1];
     if (in.centred) {
-      add_up<1, T>(in.n, total,
-                   [&](auto w, int64_t j, int64_t m, Vec<T>(&acc)[1]) { acc[0] += primal<w.kWhole>(j, m); });
+      add_up(in.n, total, [&](auto w, int64_t j, int64_t m, auto& acc) { acc[0] += primal<w.kWhole>(j, m); });
       mean = total[0] / T(in.n);
     }
-    add_up<1, T>(in.n, total, [&](auto w, int64_t j, int64_t m, Vec<T>(&acc)[1]) {
+    add_up(in.n, total, [&](auto w, int64_t j, int64_t m, auto& acc) {
       const Vec<T> v = masked<w.kWhole>(primal<w.kWhole>(j, m) - mean, m);
       acc[0] += v * v;
     });
@@ -340,14 +343,11 @@ struct NormRow {
   // body(block, index of its first weight)
   template <class Body>
   FEWSTEP_INLINE void for_each_block(const Body& body) const {
-    if (in.inner == 1) {
-      const T* w = in.weight != nullptr ? in.weight + first : nullptr;
-      body(Block<T>{0, in.n, w, in.bias != nullptr ? in.bias + first : nullptr, T(1), T(0)}, first);
-      return;
-    }
-    for (int64_t i = first, j = 0; j < in.n; ++i, j += in.inner) {
-      const T w = in.weight != nullptr ? in.weight[i] : T(1), b = in.bias != nullptr ? in.bias[i] : T(0);
-      body(Block<T>{j, in.inner, nullptr, nullptr, w, b}, i);
+    const T *w = in.weight != nullptr ? in.weight + first : nullptr,
+            *b = in.bias != nullptr ? in.bias + first : nullptr;
+    if (in.inner == 1) return body(Block<false, T>{0, in.n, w, b}, first);
+    for (int64_t i = 0, j = 0; j < in.n; ++i, j += in.inner) {
+      body(Block<true, T>{j, in.inner, w != nullptr ? w + i : w, b != nullptr ? b + i : b}, first + i);
     }
   }
 
@@ -355,7 +355,7 @@ struct NormRow {
 
   Means<T> means(const T* v) const {
     T totals[2];
-    add_up<2, T>(in.n, totals, [&](auto w, int64_t j, int64_t m, Vec<T>(&acc)[2]) {
+    add_up(in.n, totals, [&](auto w, int64_t j, int64_t m, auto& acc) {
       const Vec<T> own = fetch<w.kWhole>(v + j, m);
       acc[0] += own;
       acc[1] += own * normal<w.kWhole>(j, m);
@@ -370,7 +370,7 @@ void normalize(const Norm<T>& in, T* out, T* tangents, int64_t begin, int64_t en
   for (int64_t row = begin; row < end; ++row) {
     const NormRow<T> x(in, row);
     if (out != nullptr) {
-      x.for_each_block([&](const Block<T>& block, int64_t) {
+      x.for_each_block([&](auto block, int64_t) {
         T* y = out + row * in.n + block.begin;
         for_each_vector<T>(block.count, [&](auto w, int64_t j, int64_t m) {
           const Vec<T> v = block.template weigh<w.kWhole>(x.template normal<w.kWhole>(block.begin + j, m), j, m);
@@ -382,7 +382,7 @@ void normalize(const Norm<T>& in, T* out, T* tangents, int64_t begin, int64_t en
       const T* u = in.u + k * size + row * in.n;
       T* yk = tangents + k * size + row * in.n;
       const Means<T> mu = x.means(u);
-      x.for_each_block([&](const Block<T>& block, int64_t) {
+      x.for_each_block([&](auto block, int64_t) {
         for_each_vector<T>(block.count, [&](auto w, int64_t j, int64_t m) {
           const int64_t at = block.begin + j;
           const Vec<T> v = fetch<w.kWhole>(u + at, m) - mu.plain - x.template normal<w.kWhole>(at, m) * mu.normal;
@@ -403,15 +403,16 @@ void normalize_backward(const Norm<T>& in, const T* g, T* gz, T* gw, T* gb, int6
     const T* g0 = g + row * in.n;
     T* out = gz + row * in.n;
     T plain = 0, product = 0;
-    x.for_each_block([&](const Block<T>& block, int64_t i) {
-      T totals[4];
-      add_up<4, T>(block.count, totals, [&](auto w, int64_t j, int64_t m, Vec<T>(&acc)[4]) {
+    x.for_each_block([&](auto block, int64_t i) {
+      constexpr bool kShared = block.kShared;
+      T totals[kShared ? 4 : 2];
+      add_up(block.count, totals, [&](auto w, int64_t j, int64_t m, auto& acc) {
         constexpr bool kWhole = w.kWhole;
         const int64_t at = block.begin + j;
         const Vec<T> own = fetch<kWhole>(g0 + at, m), along = own * x.template normal<kWhole>(at, m);
         acc[0] += block.template weigh<kWhole>(own, j, m);
         acc[1] += block.template weigh<kWhole>(along, j, m);
-        if (in.inner > 1) {
+        if constexpr (kShared) {
           acc[2] += along;
           acc[3] += own;
         } else {
@@ -421,13 +422,13 @@ void normalize_backward(const Norm<T>& in, const T* g, T* gz, T* gw, T* gb, int6
       });
       plain += totals[0];
       product += totals[1];
-      if (in.inner > 1) {
+      if constexpr (kShared) {
         gw[i] += totals[2];
         gb[i] += totals[3];
       }
     });
     const Means<T> m0 = x.centred(plain, product);
-    x.for_each_block([&](const Block<T>& block, int64_t) {
+    x.for_each_block([&](auto block, int64_t) {
       for_each_vector<T>(block.count, [&](auto w, int64_t j, int64_t m) {
         constexpr bool kWhole = w.kWhole;
         const int64_t at = block.begin + j;
@@ -440,9 +441,9 @@ void normalize_backward(const Norm<T>& in, const T* g, T* gz, T* gw, T* gb, int6
       T *out_k = out + (k + 1) * size, dot = 0;
       plain = product = 0;
       const Means<T> mu = x.means(u);
-      x.for_each_block([&](const Block<T>& block, int64_t) {
+      x.for_each_block([&](auto block, int64_t) {
         T totals[3];
-        add_up<3, T>(block.count, totals, [&](auto w, int64_t j, int64_t m, Vec<T>(&acc)[3]) {
+        add_up(block.count, totals, [&](auto w, int64_t j, int64_t m, auto& acc) {
           constexpr bool kWhole = w.kWhole;
           const int64_t at = block.begin + j;
           const Vec<T> own = block.template weigh<kWhole>(fetch<kWhole>(gk + at, m), j, m);
@@ -456,9 +457,10 @@ void normalize_backward(const Norm<T>& in, const T* g, T* gz, T* gw, T* gb, int6
       });
       const Means<T> mg = x.centred(plain, product);
       const T inner = dot / T(in.n) - mg.plain * mu.plain - mg.normal * mu.normal;
-      x.for_each_block([&](const Block<T>& block, int64_t i) {
-        T totals[1];
-        add_up<1, T>(block.count, totals, [&](auto w, int64_t j, int64_t m, Vec<T>(&acc)[1]) {
+      x.for_each_block([&](auto block, int64_t i) {
+        constexpr bool kShared = block.kShared;
+        Vec<T> sum_w = {};
+        for_each_vector<T>(block.count, [&](auto w, int64_t j, int64_t m) {
           constexpr bool kWhole = w.kWhole;
           const int64_t at = block.begin + j;
           const Vec<T> normal = x.template normal<kWhole>(at, m), own = fetch<kWhole>(gk + at, m);
@@ -467,13 +469,13 @@ void normalize_backward(const Norm<T>& in, const T* g, T* gz, T* gw, T* gb, int6
           put<kWhole>(out_k + at, pg, m);
           const Vec<T> gain = x.r * inner * normal + mu.normal * pg + mg.normal * pu;
           put<kWhole>(out + at, fetch<kWhole>(out + at, m) - x.r * gain, m);
-          if (in.inner > 1) {
-            acc[0] += own * pu;
+          if constexpr (kShared) {
+            sum_w += own * pu;
           } else {
             put<kWhole>(gw + i + j, fetch<kWhole>(gw + i + j, m) + own * pu, m);
           }
         });
-        if (in.inner > 1) gw[i] += totals[0];
+        if constexpr (kShared) gw[i] += sum<T>(sum_w);
       });
     }
   }

@@ -21,7 +21,8 @@ from fewstep.ops.dual.source import plain
 from fewstep.ops.dual.traced import MixingError, UnsupportedError, register
 
 Scalar = Callable[[Tensor], Tensor]
-_BLOCK = 64  # elements from which on the kernels are faster with one weight for them all
+# Elements of a channel from which on, or of which a multiple, one weight for them all is faster.
+_MANY, _VECTOR = 256, 16
 
 
 def _beside(
@@ -191,7 +192,9 @@ def _group_norm(
     def spread(w: Tensor | None) -> Tensor | None:
         if w is not None and w.shape != input.shape[1:2]:
             raise UnsupportedError(f"no rule for a group norm by {tuple(w.shape)}")
-        return w if w is None or inner == 1 or inner >= _BLOCK else w[:, None].expand(-1, inner)
+        if w is None or inner == 1 or inner >= _MANY or inner % _VECTOR == 0:
+            return w
+        return w[:, None].expand(-1, inner)
 
     if input.source.constant:
         matched(input, weight, bias)
