@@ -46,6 +46,10 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
   m.def(
       "dual_norm_backward(Tensor g, Tensor z, Tensor? shift, Tensor? weight, int tangents, int groups, bool centred,"
       " float eps) -> (Tensor gz, Tensor gw, Tensor gb)");
+  // The tangents alone of what a stack of z [B, ...] and u [K B, ...] would be.
+  m.def(
+      "dual_norm_tangents(Tensor z, Tensor u, Tensor? weight, int groups, bool centred,"
+      " float eps) -> Tensor");
   // The same with tangents u [K B, ...] in bfloat16 beside a float32 primal z [B, ...].
   m.def(
       "dual_activate_pair(Tensor z, Tensor u, Tensor? shift, int kind, float beta, float threshold, int inner)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,79 @@ def test_norm(
     assert_contract("value", outs[0], outs[1].detach())
     for actual, exact in zip(*grads, strict=True):
         assert_contract("gradient", actual, exact)
+
+
+BLOCKS = [
+    # batch, groups, n, weights of a row, tangents, centred
+    (2, 3, 35, 5, 1, True),
+    (3, 2, 192, 3, 2, True),
+    (2, 1, 130, 2, 3, False),
+    (3, 4, 67, 1, 0, True),
+    (1, 1, 1, 1, 1, True),
+    (2, 3, 2, 1, 2, True),
+    (0, 2, 6, 2, 1, True),
+]
+
+
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_weights_for_blocks(
+    capability: str, shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype
+) -> None:
+    batch, groups, n, own, tangents, centred = shape
+    z = torch.randn((tangents + 1) * batch, groups * n, dtype=dtype) + 2
+    w, b = (torch.randn(groups * own, dtype=dtype) for _ in range(2))
+    for weight, bias in ((w, b), (w, None), (None, b)):
+        outs, grads = [], []
+        for backend, cast in (("cpp", dtype), ("reference", torch.float64)):
+            given = [None if m is None else m.to(cast) for m in (z, None, weight, bias)]
+            live = [m.requires_grad_() for m in given if m is not None]
+            out = dispatch.norm(backend, *given, tangents, groups, centred, 1e-3)  # type: ignore[arg-type]
+            torch.manual_seed(1)
+            g = torch.randn(out.shape, dtype=torch.float64).to(cast)
+            grads.append(torch.autograd.grad(out, live, g))
+            outs.append(out)
+        assert outs[0].shape == outs[1].shape
+        for actual, exact in zip(*grads, strict=True):
+            assert actual.shape == exact.shape
+            if batch:
+                assert_contract("gradient", actual, exact)
+        if batch:
+            assert_contract("value", outs[0], outs[1].detach())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("laid", ["whole", "turned", "channels last"])
+def test_tangents_of_norms_alone(capability: str, dtype: torch.dtype, laid: str) -> None:
+    for batch, groups, n, own, tangents, centred in (*BLOCKS, (2, 2, 18, 18, 3, True)):
+        z = torch.randn(batch, groups * own, n // own, 1, dtype=dtype) + 2
+        u = torch.randn(tangents * batch, *z.shape[1:], dtype=dtype)
+        if laid == "turned":
+            z, u = (m.mT.contiguous().mT for m in (z, u))
+        elif laid == "channels last":
+            z, u = (m.contiguous(memory_format=torch.channels_last) for m in (z, u))
+        for w in (torch.randn(groups * own, dtype=dtype), None):
+            found = dispatch.norm_tangents(z, u, w, groups, centred, 1e-3)
+            wide = [None if m is None else m.double() for m in (z, u, None, w, None)]
+            exact = reference.norm_pair(*wide, groups, centred, 1e-3)[1]  # type: ignore[arg-type]
+            assert found.shape == u.shape
+            if u.numel():
+                assert_contract("value", found, exact)
+
+
+def test_weights_of_a_norm_fit_its_rows() -> None:
+    z, w = torch.randn(4, 12), torch.randn(12)
+    for weight, bias in ((w[:5], None), (w[:4], None), (w[:0], None), (w, w[:2]), (None, w[:8])):
+        with pytest.raises(RuntimeError, match="weight and bias"):
+            dispatch.norm("cpp", z, None, weight, bias, 1, 3, True, 1e-5)
+    with pytest.raises(RuntimeError, match="weight and bias"):
+        dispatch.norm("cpp", z[:, :0], None, w, None, 1, 1, True, 1e-5)
+    with pytest.raises(RuntimeError, match="u must have"):
+        dispatch.norm_tangents(z, torch.randn(4, 11), None, 3, True, 1e-5)
+    with pytest.raises(RuntimeError, match="copies of the batch"):
+        dispatch.norm_tangents(z, torch.randn(6, 12), None, 3, True, 1e-5)
+    with pytest.raises(RuntimeError, match="u must be Float"):
+        dispatch.norm_tangents(z, z.double(), None, 3, True, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +231,14 @@ def test_derivatives_of_norms_and_dots(backend: str) -> None:
     z, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((6, 4), 4, 4))
     for centred in (True, False):
 
-        def run(z: Tensor, w: Tensor, b: Tensor, centred: bool = centred) -> Tensor:
+        def run(z: Tensor, w: Tensor | None, b: Tensor, centred: bool = centred) -> Tensor:
             return dispatch.norm(backend, z, None, w, b, 2, 1, centred, 1e-2)
 
-        assert torch.autograd.gradcheck(run, (z, w, b))
-        assert torch.autograd.gradgradcheck(run, (z, w, b))
+        for weight, bias in ((w, b), (w[:2], b[:2]), (None, b[:2])):
+            assert torch.autograd.gradcheck(run, (z, weight, bias))
+            assert torch.autograd.gradgradcheck(run, (z, weight, bias))
+        tangents = partial(dispatch.norm_tangents, groups=1, centred=centred, eps=1e-2)
+        assert torch.autograd.gradcheck(tangents, (z[:2], z[2:], w))
     key = torch.tensor((1, 0, 0))
 
     def dot(y: Tensor) -> Tensor:
@@ -189,7 +266,10 @@ def test_opcheck() -> None:
         (ops.dual_activate, (z, None, s, 2, 0, 1.0, 20.0, 1)),
         (ops.dual_activate_backward, (torch.randn(6, 5), z, None, s, 2, 0, 1.0, 20.0, 1)),
         (ops.dual_norm, (z, None, s, s, 2, 1, True, 1e-5)),
+        (ops.dual_norm, (z, None, s[:1], s[:1], 2, 1, True, 1e-5)),
+        (ops.dual_norm_tangents, (z, torch.randn(12, 5), s, 1, True, 1e-5)),
         (ops.dual_norm_backward, (torch.randn(6, 5), z, None, s, 2, 1, True, 1e-5)),
+        (ops.dual_norm_backward, (torch.randn(6, 5), z, None, s[:1], 2, 1, True, 1e-5)),
         (ops.dual_activate_pair, (z, u, s, 0, 1.0, 20.0, 1)),
         (ops.dual_activate_pair_backward, (z, u, z, u, s, 0, 1.0, 20.0, 1)),
         (ops.dual_norm_pair, (z, u, None, s, s, 1, True, 1e-5)),

@@ -194,6 +194,15 @@ def test_ops() -> None:
         torch.library.opcheck(op, arguments, test_utils=tests)
 
 
+def test_weights_of_blocks_are_spread() -> None:
+    z, w = torch.randn(4, 12, device=DEVICE), torch.randn(3, 2, device=DEVICE).unbind(1)
+    actual = dispatch.norm("triton", z, None, *w, 1, 3, True, 1e-5)
+    torch.testing.assert_close(actual, reference.norm(z, None, *w, 1, 3, True, 1e-5))
+    u = z.bfloat16()
+    pairs = [dispatch.norm_pair(b, z, u, None, *w, 3, True, 1e-5) for b in ("triton", "reference")]
+    torch.testing.assert_close(*pairs)
+
+
 def test_long_rows_are_left_to_the_reference() -> None:
     z = torch.randn(2, 2049, device=DEVICE)
     actual = dispatch.norm("triton", z, None, None, None, 1, 1, True, 1e-5)

@@ -113,7 +113,7 @@ def test_a_crash_costs_one_contender(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [row["contender"] for row in stage.rows] == ["triton", "eager", "compile"]
     assert stage.rows[1]["note"] == "exit code 1: CUDA error"
     assert stage.rows[0]["speedup_vs_best_peer"] == 3.0
-    assert stage.summary == "triton 2 ms, 3.0x the best peer"
+    assert stage.summary == "triton 2 ms; the best peer takes 3.0x as long"
 
     device = dict.fromkeys(("device", "driver", "torch", "triton", "commit", "date"), "some")
     limits = {"copy_gb_per_s": 3000.0, "tf32_tflop_per_s": 400.0}

@@ -248,6 +248,60 @@ def test_gradients_through_tangents_of_norms(norm: type[nn.Module], engine: str)
     assert_contract("gradient", flat(filled(found, leaves)), flat(filled(exact, leaves)))
 
 
+class Normed(nn.Module):
+    """A norm of x `[B, 6, *inner]`, shifted by the time first."""
+
+    def __init__(self, kind: str, inner: tuple[int, ...], affine: bool) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"eps": 1e-2, "affine": affine}
+        own = {"eps": 1e-2, "elementwise_affine": affine}
+        self.norm = {
+            "group": lambda: nn.GroupNorm(2, 6, **options),
+            "instance": lambda: nn.InstanceNorm2d(6, **options),
+            "layer": lambda: nn.LayerNorm(inner, **own),
+            "last": lambda: nn.LayerNorm(inner[-1], **own),
+            "rms": lambda: nn.RMSNorm(inner[-1], **own),
+        }[kind]()
+        for w in self.norm.parameters():
+            nn.init.normal_(w)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.norm(x * x + t.sin()[:, None, None, None])
+        return torch.tanh(h)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("inner", [(8, 9), (3, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["group", "instance", "layer", "last", "rms"])
+def test_norms_of_any_layout(
+    kind: str, inner: tuple[int, ...], affine: bool, last: bool, capability: str
+) -> None:
+    if kind == "instance" and inner == (1, 1):
+        pytest.skip("torch refuses it")
+    torch.manual_seed(5)
+    net = Normed(kind, inner, affine).double()
+    x, t, v = torch.randn(3, 6, *inner), torch.rand(3), torch.randn(2, 3, 6, *inner)
+    w = torch.randn(3, 6, *inner)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+        v = v.movedim(2, -1).contiguous().movedim(-1, 2)
+    for through in (False, True):
+        found = []
+        for dtype in (F64, F32):
+            own = [z.to(dtype) for z in (x, t)]
+            leaf = own[0].requires_grad_()
+            moved = v.to(dtype), torch.ones(2, 3, dtype=dtype)
+            engine = "reverse" if dtype == F64 else "duals"
+            out = fewstep.jvp(net.to(dtype), tuple(own), moved, through=through, engine=engine)
+            loss = (out.value * w).sum()
+            loss = loss + (out.tangent * w).sum() if through else loss
+            leaves = [leaf, *net.parameters()]
+            found.append((out.value, out.tangent, flat(torch.autograd.grad(loss, leaves))))
+        for exact, actual in zip(*found, strict=True):
+            assert_contract("gradient", actual.detach(), exact.detach())
+
+
 @pytest.mark.parametrize("through", [False, True])
 def test_another_branch_for_stand_ins_is_seen(through: bool) -> None:
     x, v = rows(5, 4), rows(5, 4)

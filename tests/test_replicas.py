@@ -55,7 +55,7 @@ def test_gradients_in_mixed_precision(ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_ranks_agree_on_the_way(ranks: list[dict[str, Any]], kind: str) -> None:
     first, second = (found[f"says: {kind}, one rank refuses"] for found in ranks)
-    assert first == "torch.func: another rank refuses it"
+    assert first.startswith("torch.func: another rank refuses it")
     assert second.startswith("torch.func: no rule")
     first, second = (found[f"says: {kind}, one rank raises"] for found in ranks)
     assert first == "divergence: another rank could not compare; see its error"

@@ -460,7 +460,7 @@ def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
 
 def test_bad_transport_input() -> None:
     result = fewstep.sinkhorn(X, Y, eps=0.1)
-    with pytest.raises(ValueError, match=r"v must be \(3, 'K'\) for axis 0, got \(4, 1\)"):
+    with pytest.raises(ValueError, match=r"v must be \(3, K\) for axis 0, got \(4, 1\)"):
         result.transport(torch.zeros(4, 1))
     with pytest.raises(ValueError, match=r"axis must be 0 or 1, got 2"):
         result.transport(torch.zeros(3), axis=2)
@@ -491,7 +491,7 @@ def test_transport_of_a_shape_with_two_meanings() -> None:
     """As many temperatures as points of y, and as many vectors."""
     x, y = torch.randn(5, 2), torch.randn(3, 2)
     result = fewstep.sinkhorn(x, y, eps=[0.5, 1.0, 2.0])
-    with pytest.raises(ValueError, match=r"v must be \(3, 3, 'K'\) here"):
+    with pytest.raises(ValueError, match=r"v must be \(3, 3, K\) here"):
         result.transport(torch.eye(3))
     found = result.transport(torch.eye(3).expand(3, 3, 3))
     torch.testing.assert_close(found, result.plan())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -68,8 +69,8 @@ def test_operators_compile(velocity: Callable[..., Tensor]) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("velocity", [lambda x, t: +x, lambda x, t: x ** (2 + 0 * t[:, None])])
-def test_operators_without_a_rule_compile(velocity: Callable[..., Tensor]) -> None:
+def test_operators_without_a_rule_compile() -> None:
+    velocity = operator.pos
     x, t = torch.rand(2, 3, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
 
     def run(x: Tensor, t: Tensor) -> tuple[Tensor, str]:

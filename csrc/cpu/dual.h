@@ -40,10 +40,12 @@ struct Norm {
   int64_t rows, n, groups, tangents;
   bool centred;
   double eps;
-  const T* z;      // [K + 1, rows, n]
+  const T* z;      // [rows, n]
+  const T* u;      // [K, rows, n]
   const T* shift;  // [period, n] added to row i % period of the primal; or null
   int64_t period;
-  const T* weight;  // [groups, n] for row i % groups; or null
+  int64_t inner;    // elements of a row that share a weight
+  const T* weight;  // [groups, n / inner] for row i % groups; or null
   const T* bias;    // likewise
 };
 
@@ -73,8 +75,9 @@ struct DualKernels {
   void (*activate)(const Elementwise<T>&, T* out, int64_t begin, int64_t end);
   // gz = (g a' + a'' sum_k g_k t_k, g_k a'), of the shape of z.
   void (*activate_backward)(const Elementwise<T>&, const T* g, T* gz, int64_t begin, int64_t end);
-  // Rows [begin, end). Backward adds to the range's own gw, gb [groups, n].
-  void (*normalize)(const Norm<T>&, T* out, int64_t begin, int64_t end);
+  // Rows [begin, end) to out [rows, n], unless null, and to tangents [K, rows, n].
+  void (*normalize)(const Norm<T>&, T* out, T* tangents, int64_t begin, int64_t end);
+  // For g and gz [K + 1, rows, n]; adds to the range's own gw, gb [groups, n / inner].
   void (*normalize_backward)(const Norm<T>&, const T* g, T* gz, T* gw, T* gb, int64_t begin, int64_t end);
   // Items i + B k in [begin, end) of [K, B, d] to out [end - begin, d].
   void (*probe)(const Probes&, T* out, int64_t begin, int64_t end);

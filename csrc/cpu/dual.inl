@@ -258,33 +258,68 @@ void activate_backward(const Elementwise<T>& in, const T* g, T* gz, int64_t begi
   }
 }
 
+// totals[s] = the sum over a row of what body(Whole or Part, j, lanes, acc) adds to acc[s].
+template <int kSums, class T, class Body>
+FEWSTEP_INLINE void add_up(int64_t n, T (&totals)[kSums], const Body& body) {
+  constexpr int kChains = 4;  // additions that do not wait for one another
+  Vec<T> acc[kChains][kSums] = {};
+  int64_t j = 0;
+  for (; j + kChains * kLanes<T> <= n; j += kChains * kLanes<T>) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) body(Whole{}, j + c * kLanes<T>, int64_t(kLanes<T>), acc[c]);
+  }
+  for_each_vector<T>(n - j, [&](auto w, int64_t i, int64_t m) { body(w, j + i, m, acc[0]); });
+  for (int i = 0; i < kSums; ++i) totals[i] = sum<T>((acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]));
+}
+
 template <class T>
 struct Means {
   T plain, normal;  // of v and of x^ v
+};
+
+// Elements [begin, begin + count) of a row with a weight and bias for each, which may be null, or one that all share.
+template <bool kIsShared, class T>
+struct Block {
+  static constexpr bool kShared = kIsShared;
+  int64_t begin, count;
+  const T *weights, *biases;
+
+  template <bool kWhole>
+  FEWSTEP_INLINE Vec<T> weigh(Vec<T> v, int64_t j, int64_t m) const {
+    if (weights == nullptr) return v;
+    if constexpr (kShared) return v * *weights;
+    return v * fetch<kWhole>(weights + j, m);
+  }
+
+  template <bool kWhole>
+  FEWSTEP_INLINE Vec<T> move(Vec<T> v, int64_t j, int64_t m) const {
+    if (biases == nullptr) return v;
+    if constexpr (kShared) return v + *biases;
+    return v + fetch<kWhole>(biases + j, m);
+  }
 };
 
 // A row of the primal: x^ = (z + shift - mean) r, 0 beyond n.
 template <class T>
 struct NormRow {
   const Norm<T>& in;
-  const T *z, *shift, *weight, *bias;
+  const T *z, *shift;
+  int64_t first;  // weight
   T mean = 0, r = 0;
 
-  NormRow(const Norm<T>& norm, int64_t row) : in(norm), z(norm.z + row * norm.n) {
+  NormRow(const Norm<T>& norm, int64_t row)
+      : in(norm), z(norm.z + row * norm.n), first(row % norm.groups * (norm.n / norm.inner)) {
     shift = in.shift != nullptr ? in.shift + row % in.period * in.n : nullptr;
-    weight = in.weight != nullptr ? in.weight + row % in.groups * in.n : nullptr;
-    bias = in.bias != nullptr ? in.bias + row % in.groups * in.n : nullptr;
-    Vec<T> total = {};
+    T total[1];
     if (in.centred) {
-      for_each_vector<T>(in.n, [&](auto w, int64_t j, int64_t m) { total += primal<w.kWhole>(j, m); });
-      mean = sum<T>(total) / T(in.n);
+      add_up(in.n, total, [&](auto w, int64_t j, int64_t m, auto& acc) { acc[0] += primal<w.kWhole>(j, m); });
+      mean = total[0] / T(in.n);
     }
-    Vec<T> squares = {};
-    for_each_vector<T>(in.n, [&](auto w, int64_t j, int64_t m) {
+    add_up(in.n, total, [&](auto w, int64_t j, int64_t m, auto& acc) {
       const Vec<T> v = masked<w.kWhole>(primal<w.kWhole>(j, m) - mean, m);
-      squares += v * v;
+      acc[0] += v * v;
     });
-    r = T(1 / __builtin_sqrt(double(sum<T>(squares)) / double(in.n) + in.eps));
+    r = T(1 / __builtin_sqrt(double(total[0]) / double(in.n) + in.eps));
   }
 
   template <bool kWhole>
@@ -306,43 +341,54 @@ struct NormRow {
     return masked<kWhole>((primal<kWhole>(j, m) - mean) * r, m);
   }
 
-  template <bool kWhole>
-  FEWSTEP_INLINE Vec<T> weighted(const T* v, int64_t j, int64_t m) const {
-    const Vec<T> own = fetch<kWhole>(v + j, m);
-    return weight != nullptr ? own * fetch<kWhole>(weight + j, m) : own;
+  // body(block, index of its first weight)
+  template <class Body>
+  FEWSTEP_INLINE void for_each_block(const Body& body) const {
+    const T *w = in.weight != nullptr ? in.weight + first : nullptr,
+            *b = in.bias != nullptr ? in.bias + first : nullptr;
+    if (in.inner == 1) return body(Block<false, T>{0, in.n, w, b}, first);
+    for (int64_t i = 0, j = 0; j < in.n; ++i, j += in.inner) {
+      body(Block<true, T>{j, in.inner, w != nullptr ? w + i : w, b != nullptr ? b + i : b}, first + i);
+    }
   }
 
-  Means<T> means(const T* v, bool use_weight) const {
-    Vec<T> plain = {}, product = {};
-    for_each_vector<T>(in.n, [&](auto w, int64_t j, int64_t m) {
-      const Vec<T> own = use_weight ? weighted<w.kWhole>(v, j, m) : fetch<w.kWhole>(v + j, m);
-      plain += own;
-      product += own * normal<w.kWhole>(j, m);
+  Means<T> centred(T plain, T product) const { return {in.centred ? plain / T(in.n) : T(0), product / T(in.n)}; }
+
+  Means<T> means(const T* v) const {
+    T totals[2];
+    add_up(in.n, totals, [&](auto w, int64_t j, int64_t m, auto& acc) {
+      const Vec<T> own = fetch<w.kWhole>(v + j, m);
+      acc[0] += own;
+      acc[1] += own * normal<w.kWhole>(j, m);
     });
-    return {in.centred ? sum<T>(plain) / T(in.n) : T(0), sum<T>(product) / T(in.n)};
+    return centred(totals[0], totals[1]);
   }
 };
 
 template <class T>
-void normalize(const Norm<T>& in, T* out, int64_t begin, int64_t end) {
+void normalize(const Norm<T>& in, T* out, T* tangents, int64_t begin, int64_t end) {
   const int64_t size = in.rows * in.n;
   for (int64_t row = begin; row < end; ++row) {
     const NormRow<T> x(in, row);
-    T* y = out + row * in.n;
-    for_each_vector<T>(in.n, [&](auto w, int64_t j, int64_t m) {
-      Vec<T> v = x.template normal<w.kWhole>(j, m);
-      if (x.weight != nullptr) v = v * fetch<w.kWhole>(x.weight + j, m);
-      if (x.bias != nullptr) v = v + fetch<w.kWhole>(x.bias + j, m);
-      put<w.kWhole>(y + j, v, m);
-    });
-    for (int64_t k = 1; k <= in.tangents; ++k) {
-      const T* u = x.z + k * size;
-      T* yk = y + k * size;
-      const Means<T> mu = x.means(u, false);
-      for_each_vector<T>(in.n, [&](auto w, int64_t j, int64_t m) {
-        Vec<T> v = x.r * (fetch<w.kWhole>(u + j, m) - mu.plain - x.template normal<w.kWhole>(j, m) * mu.normal);
-        if (x.weight != nullptr) v = v * fetch<w.kWhole>(x.weight + j, m);
-        put<w.kWhole>(yk + j, v, m);
+    if (out != nullptr) {
+      x.for_each_block([&](auto block, int64_t) {
+        T* y = out + row * in.n + block.begin;
+        for_each_vector<T>(block.count, [&](auto w, int64_t j, int64_t m) {
+          const Vec<T> v = block.template weigh<w.kWhole>(x.template normal<w.kWhole>(block.begin + j, m), j, m);
+          put<w.kWhole>(y + j, block.template move<w.kWhole>(v, j, m), m);
+        });
+      });
+    }
+    for (int64_t k = 0; k < in.tangents; ++k) {
+      const T* u = in.u + k * size + row * in.n;
+      T* yk = tangents + k * size + row * in.n;
+      const Means<T> mu = x.means(u);
+      x.for_each_block([&](auto block, int64_t) {
+        for_each_vector<T>(block.count, [&](auto w, int64_t j, int64_t m) {
+          const int64_t at = block.begin + j;
+          const Vec<T> v = fetch<w.kWhole>(u + at, m) - mu.plain - x.template normal<w.kWhole>(at, m) * mu.normal;
+          put<w.kWhole>(yk + at, block.template weigh<w.kWhole>(x.r * v, j, m), m);
+        });
       });
     }
   }
@@ -356,32 +402,81 @@ void normalize_backward(const Norm<T>& in, const T* g, T* gz, T* gw, T* gb, int6
   for (int64_t row = begin; row < end; ++row) {
     const NormRow<T> x(in, row);
     const T* g0 = g + row * in.n;
-    T *out = gz + row * in.n, *sum_w = gw + row % in.groups * in.n, *sum_b = gb + row % in.groups * in.n;
-    const Means<T> m0 = x.means(g0, true);
-    for_each_vector<T>(in.n, [&](auto w, int64_t j, int64_t m) {
-      constexpr bool kWhole = w.kWhole;
-      const Vec<T> normal = x.template normal<kWhole>(j, m), own = fetch<kWhole>(g0 + j, m);
-      put<kWhole>(sum_w + j, fetch<kWhole>(sum_w + j, m) + own * normal, m);
-      put<kWhole>(sum_b + j, fetch<kWhole>(sum_b + j, m) + own, m);
-      put<kWhole>(out + j, x.r * (x.template weighted<kWhole>(g0, j, m) - m0.plain - normal * m0.normal), m);
-    });
-    for (int64_t k = 1; k <= in.tangents; ++k) {
-      const T *u = x.z + k * size, *gk = g0 + k * size;
-      const Means<T> mu = x.means(u, false), mg = x.means(gk, true);
-      Vec<T> dot = {};
-      for_each_vector<T>(in.n, [&](auto w, int64_t j, int64_t m) {
-        dot += x.template weighted<w.kWhole>(gk, j, m) * fetch<w.kWhole>(u + j, m);
-      });
-      const T inner = sum<T>(dot) / T(in.n) - mg.plain * mu.plain - mg.normal * mu.normal;
-      for_each_vector<T>(in.n, [&](auto w, int64_t j, int64_t m) {
+    T* out = gz + row * in.n;
+    T plain = 0, product = 0;
+    x.for_each_block([&](auto block, int64_t i) {
+      constexpr bool kShared = block.kShared;
+      T totals[kShared ? 4 : 2];
+      add_up(block.count, totals, [&](auto w, int64_t j, int64_t m, auto& acc) {
         constexpr bool kWhole = w.kWhole;
-        const Vec<T> normal = x.template normal<kWhole>(j, m);
-        const Vec<T> pu = x.r * (fetch<kWhole>(u + j, m) - mu.plain - normal * mu.normal);
-        const Vec<T> pg = x.r * (x.template weighted<kWhole>(gk, j, m) - mg.plain - normal * mg.normal);
-        put<kWhole>(out + k * size + j, pg, m);
-        put<kWhole>(sum_w + j, fetch<kWhole>(sum_w + j, m) + fetch<kWhole>(gk + j, m) * pu, m);
-        const Vec<T> gain = x.r * inner * normal + mu.normal * pg + mg.normal * pu;
-        put<kWhole>(out + j, fetch<kWhole>(out + j, m) - x.r * gain, m);
+        const int64_t at = block.begin + j;
+        const Vec<T> own = fetch<kWhole>(g0 + at, m), along = own * x.template normal<kWhole>(at, m);
+        acc[0] += block.template weigh<kWhole>(own, j, m);
+        acc[1] += block.template weigh<kWhole>(along, j, m);
+        if constexpr (kShared) {
+          acc[2] += along;
+          acc[3] += own;
+        } else {
+          put<kWhole>(gw + i + j, fetch<kWhole>(gw + i + j, m) + along, m);
+          put<kWhole>(gb + i + j, fetch<kWhole>(gb + i + j, m) + own, m);
+        }
+      });
+      plain += totals[0];
+      product += totals[1];
+      if constexpr (kShared) {
+        gw[i] += totals[2];
+        gb[i] += totals[3];
+      }
+    });
+    const Means<T> m0 = x.centred(plain, product);
+    x.for_each_block([&](auto block, int64_t) {
+      for_each_vector<T>(block.count, [&](auto w, int64_t j, int64_t m) {
+        constexpr bool kWhole = w.kWhole;
+        const int64_t at = block.begin + j;
+        const Vec<T> own = block.template weigh<kWhole>(fetch<kWhole>(g0 + at, m), j, m);
+        put<kWhole>(out + at, x.r * (own - m0.plain - x.template normal<kWhole>(at, m) * m0.normal), m);
+      });
+    });
+    for (int64_t k = 0; k < in.tangents; ++k) {
+      const T *u = in.u + k * size + row * in.n, *gk = g0 + (k + 1) * size;
+      T *out_k = out + (k + 1) * size, dot = 0;
+      plain = product = 0;
+      const Means<T> mu = x.means(u);
+      x.for_each_block([&](auto block, int64_t) {
+        T totals[3];
+        add_up(block.count, totals, [&](auto w, int64_t j, int64_t m, auto& acc) {
+          constexpr bool kWhole = w.kWhole;
+          const int64_t at = block.begin + j;
+          const Vec<T> own = block.template weigh<kWhole>(fetch<kWhole>(gk + at, m), j, m);
+          acc[0] += own;
+          acc[1] += own * x.template normal<kWhole>(at, m);
+          acc[2] += own * fetch<kWhole>(u + at, m);
+        });
+        plain += totals[0];
+        product += totals[1];
+        dot += totals[2];
+      });
+      const Means<T> mg = x.centred(plain, product);
+      const T inner = dot / T(in.n) - mg.plain * mu.plain - mg.normal * mu.normal;
+      x.for_each_block([&](auto block, int64_t i) {
+        constexpr bool kShared = block.kShared;
+        Vec<T> sum_w = {};
+        for_each_vector<T>(block.count, [&](auto w, int64_t j, int64_t m) {
+          constexpr bool kWhole = w.kWhole;
+          const int64_t at = block.begin + j;
+          const Vec<T> normal = x.template normal<kWhole>(at, m), own = fetch<kWhole>(gk + at, m);
+          const Vec<T> pu = x.r * (fetch<kWhole>(u + at, m) - mu.plain - normal * mu.normal);
+          const Vec<T> pg = x.r * (block.template weigh<kWhole>(own, j, m) - mg.plain - normal * mg.normal);
+          put<kWhole>(out_k + at, pg, m);
+          const Vec<T> gain = x.r * inner * normal + mu.normal * pg + mg.normal * pu;
+          put<kWhole>(out + at, fetch<kWhole>(out + at, m) - x.r * gain, m);
+          if constexpr (kShared) {
+            sum_w += own * pu;
+          } else {
+            put<kWhole>(gw + i + j, fetch<kWhole>(gw + i + j, m) + own * pu, m);
+          }
+        });
+        if constexpr (kShared) gw[i] += sum<T>(sum_w);
       });
     }
   }

@@ -127,28 +127,43 @@ Maybe shift_of_rows(const Maybe& shift, const Tensor& z, int64_t count, int64_t 
   return shift_of(shift, z, count, 1);
 }
 
+// How many elements of a row share a weight, where a sample has `width` elements in rows of n.
+int64_t inner_of(const Maybe& weight, const Maybe& bias, int64_t width, int64_t n) {
+  if (!weight.has_value() && !bias.has_value()) return 1;
+  const int64_t count = weight.has_value() ? weight->numel() : bias->numel();
+  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == count, "fewstep: weight and bias must have as many elements, ",
+                  count, " and ", bias.has_value() ? bias->numel() : 0);
+  if (count == width) return 1;
+  STD_TORCH_CHECK(n > 0 && count > 0 && width % count == 0 && n % (width / count) == 0, "fewstep: weight and bias of ",
+                  count, " elements are neither for ", width, " elements nor for equal blocks of rows of ", n);
+  return width / count;
+}
+
 struct NormInputs {
   Tensor z;
   Maybe shift, weight, bias;
-  int64_t tangents, groups, n, rows;
+  int64_t tangents, groups, n, rows, inner;
   bool centred;
   double eps;
 
+  // z is a stack, or the primal where its tangents stand apart.
   NormInputs(const Tensor& from, const Maybe& more, const Maybe& w, const Maybe& b, int64_t k, int64_t parts,
-             bool subtracts, double least)
+             bool subtracts, double least, bool apart = false)
       : z(expect(from, "z", from.scalar_type(), from.numel())),
         tangents(k),
         groups(parts),
         n(row_of(from, parts)),
-        rows(batch_of(from, k + 1) * parts),
+        rows(batch_of(from, apart ? 1 : k + 1) * parts),
+        inner(inner_of(w, b, groups * n, n)),
         centred(subtracts),
         eps(least) {
     shift = shift_of_rows(more, z, rows * n, n);
-    weight = expect_if(w, "weight", z.scalar_type(), groups * n);
-    bias = expect_if(b, "bias", z.scalar_type(), groups * n);
+    weight = expect_if(w, "weight", z.scalar_type(), weights());
+    bias = expect_if(b, "bias", z.scalar_type(), weights());
   }
 
   bool empty() const { return rows * n == 0; }
+  int64_t weights() const { return groups * n / inner; }
 
   template <class T>
   cpu::Norm<T> as() const {
@@ -159,10 +174,19 @@ struct NormInputs {
             centred,
             eps,
             read<T>(z),
+            read<T>(z) + rows * n,
             read_if<T>(shift),
             shift.has_value() ? shift->numel() / n : 1,
+            inner,
             read_if<T>(weight),
             read_if<T>(bias)};
+  }
+
+  template <class T>
+  void run(const cpu::Norm<T>& norm, T* out, T* t) const {
+    torch::stable::parallel_for(
+        0, rows, std::max<int64_t>(kGrain / (n * (tangents + 1)), 1),
+        [&](int64_t begin, int64_t end) { cpu::kernels<cpu::DualKernels, T>().normalize(norm, out, t, begin, end); });
   }
 };
 
@@ -173,11 +197,24 @@ Tensor dual_norm(const Tensor& z, const Maybe& shift, const Maybe& weight, const
   if (in.empty()) return out;
   dispatch(z, [&](auto zero) {
     using T = decltype(zero);
-    const cpu::Norm<T> norm = in.as<T>();
     T* to = write<T>(out);
-    torch::stable::parallel_for(
-        0, norm.rows, std::max<int64_t>(kGrain / (norm.n * (tangents + 1)), 1),
-        [&](int64_t begin, int64_t end) { cpu::kernels<cpu::DualKernels, T>().normalize(norm, to, begin, end); });
+    in.run<T>(in.as<T>(), to, to + in.rows * in.n);
+  });
+  return out;
+}
+
+Tensor dual_norm_tangents(const Tensor& z, const Tensor& u, const Maybe& weight, int64_t groups, bool centred,
+                          double eps) {
+  const int64_t batch = batch_of(z, 1), lead = batch_of(u, std::max<int64_t>(batch, 1));
+  const NormInputs in(z, std::nullopt, weight, std::nullopt, lead, groups, centred, eps, true);
+  const Tensor own = expect(u, "u", z.scalar_type(), batch == 0 ? 0 : lead * z.numel());
+  Tensor out = new_empty(own, sizes(u));
+  if (in.empty()) return out;
+  dispatch(z, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::Norm<T> norm = in.as<T>();
+    norm.u = read<T>(own);
+    in.run<T>(norm, nullptr, write<T>(out));
   });
   return out;
 }
@@ -200,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_norm_backward(const Tensor& g, const Ten
                                                       bool centred, double eps) {
   const NormInputs in(z, shift, weight, std::nullopt, tangents, groups, centred, eps);
   const Tensor gc = expect(g, "g", z.scalar_type(), z.numel());
-  const int64_t width = groups * in.n;
+  const int64_t width = in.weights();
   Tensor gz = new_empty(in.z, sizes(z)), gw = new_zeros(in.z, {width}), gb = new_zeros(in.z, {width});
   if (in.empty()) return {gz, gw, gb};
   dispatch(z, [&](auto zero) {
@@ -344,17 +381,24 @@ std::tuple<Tensor, Tensor> dual_activate_pair_backward(const Tensor& ga, const T
 struct PairNorm {
   Pair in;
   Maybe shift, weight, bias;
-  int64_t groups, width;
+  int64_t groups, width, inner;
   bool centred;
   double eps;
 
   PairNorm(const Tensor& z, const Tensor& u, const Maybe& more, const Maybe& w, const Maybe& b, int64_t parts,
            bool subtracts, double least)
-      : in(pair(z, u, "z", "u")), groups(parts), width(parts * row_of(z, parts)), centred(subtracts), eps(least) {
+      : in(pair(z, u, "z", "u")),
+        groups(parts),
+        width(parts * row_of(z, parts)),
+        inner(inner_of(w, b, width, width / parts)),
+        centred(subtracts),
+        eps(least) {
     shift = shift_of_rows(more, z, z.numel(), width / groups);
-    weight = expect_if(w, "weight", ScalarType::Float, width);
-    bias = expect_if(b, "bias", ScalarType::Float, width);
+    weight = expect_if(w, "weight", ScalarType::Float, weights());
+    bias = expect_if(b, "bias", ScalarType::Float, weights());
   }
+
+  int64_t weights() const { return width / inner; }
 
   bool empty() const { return in.primal.numel() == 0; }
   int64_t samples() const { return in.primal.size(0); }
@@ -367,7 +411,7 @@ struct PairNorm {
       in.gather(begin, n, z);
       add_shift(shift, 1, begin, n, z);
       const cpu::Norm<float> norm{
-          n / w * groups,         w / groups,          groups, in.k(), centred, eps, z, nullptr, 1,
+          n / w * groups,         w / groups,          groups, in.k(), centred, eps, z, z + n, nullptr, 1, inner,
           read_if<float>(weight), read_if<float>(bias)};
       body(norm, begin, n, out);
     });
@@ -383,7 +427,7 @@ std::tuple<Tensor, Tensor> dual_norm_pair(const Tensor& z, const Tensor& u, cons
       0, p.samples(), std::max<int64_t>(kGrain / std::max<int64_t>(p.width * (p.in.k() + 1), 1), 1),
       [&](int64_t first, int64_t last) {
         p.run(first, last, [&](const cpu::Norm<float>& norm, int64_t begin, int64_t n, float* made) {
-          cpu::kernels<cpu::DualKernels, float>().normalize(norm, made, 0, norm.rows);
+          cpu::kernels<cpu::DualKernels, float>().normalize(norm, made, made + n, 0, norm.rows);
           out.scatter(begin, n, made);
         });
       });
@@ -397,7 +441,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_norm_pair_backward(const Tensor&
   const PairNorm p(z, u, shift, weight, std::nullopt, groups, centred, eps);
   const Pair g = pair_like(ga, gt, p.in);
   Pair out = like(p.in);
-  const int64_t width = p.width;
+  const int64_t width = p.weights();
   Tensor gw = new_zeros(p.in.primal, {width}), gb = new_zeros(p.in.primal, {width});
   if (p.empty()) return {out.primal, out.tangents, gw, gb};
   const cpu::Chunks chunks = cpu::Chunks::of(p.samples(), 1);
@@ -425,6 +469,7 @@ STABLE_TORCH_LIBRARY_IMPL(fewstep, CPU, m) {
   m.impl("dual_activate", TORCH_BOX(&dual_activate));
   m.impl("dual_activate_backward", TORCH_BOX(&dual_activate_backward));
   m.impl("dual_norm", TORCH_BOX(&dual_norm));
+  m.impl("dual_norm_tangents", TORCH_BOX(&dual_norm_tangents));
   m.impl("dual_norm_backward", TORCH_BOX(&dual_norm_backward));
   m.impl("dual_activate_pair", TORCH_BOX(&dual_activate_pair));
   m.impl("dual_activate_pair_backward", TORCH_BOX(&dual_activate_pair_backward));

@@ -119,7 +119,8 @@ def norm(
     Args:
         z (Tensor): `[(K + 1) B, ...]`; each sample is `groups` rows.
         shift (Tensor | None): added to the primal, as many elements as its last rows or samples.
-        weight, bias (Tensor | None): `[groups n]`, for rows of n.
+        weight, bias (Tensor | None): `[groups n]`, for rows of n, or one for each of as many equal
+            blocks of a row.
         tangents (int): K.
         groups (int): rows of a sample.
         centred (bool): subtract means.
@@ -148,11 +149,19 @@ def norm_pair(
     r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     normal = x * r
     t = r * (t - normal * (normal * t).mean(-1, keepdim=True))
+    weight, bias = (per_element(w, x.shape[1:].numel()) for w in (weight, bias))
     if weight is not None:
         normal, t = normal * weight.reshape(groups, -1), t * weight.reshape(groups, -1)
     if bias is not None:
         normal = normal + bias.reshape(groups, -1)
     return normal.reshape(z.shape), t.to(u.dtype).reshape(u.shape)
+
+
+def per_element(w: Tensor | None, width: int) -> Tensor | None:
+    """Weights of a norm, each repeated for its block."""
+    if w is None or w.numel() == width:
+        return w
+    return w.reshape(-1, 1).expand(-1, width // w.numel()).flatten()
 
 
 def mlp_probes(

@@ -92,6 +92,13 @@ def _fits(z: Tensor, groups: int) -> bool:
     return 0 < z.shape[1:].numel() // groups <= most
 
 
+def _weights(backend: str, z: Tensor, *weights: Maybe) -> list[Maybe]:
+    """Of a norm, as a backend takes them: Triton's kernels know none of blocks."""
+    if backend != "triton":
+        return list(weights)
+    return [reference.per_element(w, z.shape[1:].numel()) for w in weights]
+
+
 def norm(
     backend: str,
     z: Tensor,
@@ -104,6 +111,7 @@ def norm(
     eps: float,
 ) -> Tensor:
     """`fewstep.reference.dual.norm` by a backend."""
+    weight, bias = _weights(backend, z, weight, bias)
     if backend == "cpp" or (backend == "triton" and _fits(z, groups)):
         return call_op(  # type: ignore[no-any-return]
             *(_ops(backend).dual_norm.default, z, shift, weight, bias),
@@ -124,10 +132,19 @@ def norm_pair(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """`fewstep.reference.dual.norm_pair` by a backend: z float32, u bfloat16."""
+    weight, bias = _weights(backend, z, weight, bias)
     if backend == "cpp" or (backend == "triton" and _fits(z, groups)):
         op = _ops(backend).dual_norm_pair.default
         return call_op(op, z, u, shift, weight, bias, groups, centred, eps)  # type: ignore[no-any-return]
     return reference.norm_pair(z, u, shift, weight, bias, groups, centred, eps)
+
+
+def norm_tangents(
+    z: Tensor, u: Tensor, weight: Maybe, groups: int, centred: bool, eps: float
+) -> Tensor:
+    """The tangents of `fewstep.reference.dual.norm_pair` alone, in C++: u of z's dtype."""
+    op = torch.ops.fewstep.dual_norm_tangents.default
+    return _call(op, z, u, weight, groups, centred, eps)  # type: ignore[no-any-return]
 
 
 def probe_index(kind: str) -> int:
@@ -180,18 +197,30 @@ def _fake_pair_backward(ga: Tensor, gt: Tensor, *rest: Any) -> tuple[Tensor, Ten
     return _fake_pair(*rest)
 
 
-def _fake_norm_pair_backward(ga: Tensor, gt: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    width = z.shape[1:].numel()
-    return *_fake_pair(z, *rest), z.new_empty((width,)), z.new_empty((width,))
+def _fake_weights(z: Tensor, weight: Maybe) -> tuple[Tensor, Tensor]:
+    """Their gradients and those of a bias."""
+    width = z.shape[1:].numel() if weight is None else weight.numel()
+    return z.new_empty((width,)), z.new_empty((width,))
+
+
+def _fake_norm_pair_backward(
+    ga: Tensor, gt: Tensor, z: Tensor, u: Tensor, shift: Maybe, weight: Maybe, *_: Any
+) -> tuple[Tensor, ...]:
+    return *_fake_pair(z, u), *_fake_weights(z, weight)
 
 
 def _fake_norm(z: Tensor, *_: Any) -> Tensor:
     return z.new_empty(z.shape)
 
 
-def _fake_norm_backward(g: Tensor, z: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    width = z.shape[1:].numel()
-    return z.new_empty(z.shape), z.new_empty((width,)), z.new_empty((width,))
+def _fake_norm_tangents(z: Tensor, u: Tensor, *_: Any) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+def _fake_norm_backward(
+    g: Tensor, z: Tensor, shift: Maybe, weight: Maybe, *_: Any
+) -> tuple[Tensor, ...]:
+    return z.new_empty(z.shape), *_fake_weights(z, weight)
 
 
 def _fake_probe(like: Tensor, key: Tensor, ids: Maybe, count: int, kind: int) -> Tensor:
@@ -230,6 +259,13 @@ def _backward_activate(ops: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return gz, None, gs, *(None,) * 5
 
 
+def _as_weight(g: Tensor, w: Maybe) -> Maybe:
+    """Of a weight, or of a bias without one beside it, whose gradient is by elements."""
+    if w is None or g.numel() == w.numel():
+        return w if w is None else g.reshape(w.shape)
+    return g.reshape(w.numel(), -1).sum(1).reshape(w.shape)
+
+
 def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     z, shift, weight, bias, *ctx.options = inputs
     ctx.save_for_backward(z, shift, weight, bias)
@@ -244,8 +280,7 @@ def _backward_norm(ops: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return (
         gz,
         gs,
-        None if weight is None else gw.reshape(weight.shape),
-        None if bias is None else gb.reshape(bias.shape),
+        *(_as_weight(g, w) for g, w in ((gw, weight), (gb, bias))),
         *(None,) * 4,
     )
 
@@ -270,8 +305,7 @@ def _backward_norm_pair(ops: Any, ctx: Any, ga: Tensor, gt: Tensor) -> tuple[Any
     return (
         *(gz, gu),
         _as_shift(gz, shift, 1) if ctx.needs_input_grad[2] else None,
-        None if weight is None else gw.reshape(weight.shape),
-        None if bias is None else gb.reshape(bias.shape),
+        *(_as_weight(g, w) for g, w in ((gw, weight), (gb, bias))),
         *(None,) * 3,
     )
 
@@ -310,7 +344,7 @@ def _backward_second_norm(_: Any, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
     def gradient(up: Tensor, z: Tensor, shift: Maybe, weight: Maybe) -> tuple[Tensor, ...]:
         w = z.new_ones(width).requires_grad_(True) if weight is None else weight
-        b = z.new_zeros(width).requires_grad_(True)
+        b = z.new_zeros(w.numel()).requires_grad_(True)
         out = reference.norm(z, shift, w, b, tangents, groups, centred, eps)
         return torch.autograd.grad(out, (z, w, b), up, create_graph=True)
 
@@ -336,13 +370,22 @@ def _backward_second_norm_pair(_: Any, ctx: Any, *grads: Tensor) -> tuple[Any, .
         ga: Tensor, gt: Tensor, z: Tensor, u: Tensor, shift: Maybe, weight: Maybe
     ) -> tuple[Tensor, ...]:
         w = z.new_ones(width).requires_grad_(True) if weight is None else weight
-        b = z.new_zeros(width).requires_grad_(True)
+        b = z.new_zeros(w.numel()).requires_grad_(True)
         out = reference.norm_pair(z, u, shift, w, b, *ctx.options)
         return torch.autograd.grad(out, (z, u, w, b), (ga, gt), create_graph=True)
 
     gz, gu, gw, gb = grads
     shaped = (gz, gu, gw if weight is None else gw.reshape(weight.shape), gb)
     return *through_reference(gradient, ctx.saved_tensors, shaped), *(None,) * 3
+
+
+def _backward_norm_tangents(_: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    """By the reference: once, and no further."""
+
+    def tangents(z: Tensor, u: Tensor, weight: Maybe) -> tuple[Tensor]:
+        return (reference.norm_pair(z, u, None, weight, None, *ctx.options)[1],)
+
+    return *through_reference(tangents, ctx.saved_tensors, (g,)), *(None,) * 3
 
 
 def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -405,6 +448,7 @@ def _register(namespace: str) -> None:
         ("dual_activate", _fake_activate, _setup_activate, _backward_activate),
         ("dual_activate_backward", _fake_activate_backward, pair, _backward_second_activate),
         ("dual_norm", _fake_norm, _setup_norm, _backward_norm),
+        ("dual_norm_tangents", _fake_norm_tangents, pair, _backward_norm_tangents),
         ("dual_norm_backward", _fake_norm_backward, pair, _backward_second_norm),
         ("dual_activate_pair", _fake_pair, pair, _backward_activate_pair),
         (
@@ -420,7 +464,8 @@ def _register(namespace: str) -> None:
         ("probe_dot", _fake_probe_dot, _setup_dot, _backward_dot),
         ("probe_scale", _fake_probe_scale, _setup_scale, _backward_scale),
     ):
-        attach(namespace, name, fake, setup, backward)
+        if hasattr(ops, name):
+            attach(namespace, name, fake, setup, backward)
 
 
 _register("fewstep")

@@ -21,6 +21,8 @@ from fewstep.ops.dual.source import plain
 from fewstep.ops.dual.traced import MixingError, UnsupportedError, register
 
 Scalar = Callable[[Tensor], Tensor]
+# Elements of a channel from which on, or of which a multiple, one weight for them all is faster.
+_MANY, _VECTOR = 256, 16
 
 
 def _beside(
@@ -43,6 +45,34 @@ def _beside(
     return h.like(out, t)
 
 
+def _has_kernel(h: Dual) -> bool:
+    """Whether a kernel has the tangents beside the primal of a plain call."""
+    return h.source.backend == "cpp" and h.dtype in (torch.float32, torch.float64) and not plain()
+
+
+def _by_kernel(
+    h: Dual,
+    primal: Callable[[Tensor], Tensor],
+    weight: Tensor | None,
+    groups: int,
+    centred: bool,
+    eps: float,
+    *,
+    rows: int = 1,
+) -> Dual:
+    """As `_beside`, in one pass; `rows` as of `_normed`."""
+    z, u = h.pieces()
+    out = primal(z)
+    with torch.no_grad():
+        own, t = _in_rows(z, rows), _in_rows(u, rows)
+        t = dispatch.norm_tangents(own, t, weight, groups, centred, eps)
+    return h.like(out, t.reshape(u.shape))
+
+
+def _in_rows(z: Tensor, rows: int) -> Tensor:
+    return z if rows == 1 else z.reshape(z.shape[0] * rows, z.shape[1:].numel() // rows)
+
+
 def _normed(
     h: Dual,
     weight: Tensor | None,
@@ -50,18 +80,28 @@ def _normed(
     groups: int,
     centred: bool,
     eps: float,
+    *,
+    rows: int = 1,
 ) -> Dual:
+    """By kernels.
+
+    Args:
+        weight, bias: as of `fewstep.reference.dual.norm`.
+        rows: of a sample, each of which the norm takes for one.
+    """
     matched(h, weight, bias)
-    shift, _ = kernel_shift(h.shift, h.primal_shape, row=h.primal_shape[1:].numel() // groups)
+    row = h.primal_shape[1:].numel() // (groups * rows)
+    shift, _ = kernel_shift(h.shift, h.primal_shape, row=row)
+    backend, options = h.source.backend, (groups, centred, eps)
     if h.source.dtype is not None:
         z, u = h.pieces(shifted=False)
-        options = (shift, weight, bias, groups, centred, eps)
-        return h.like(*dispatch.norm_pair(h.source.backend, z, u, *options))
+        own, low = _in_rows(z, rows), _in_rows(u, rows)
+        a, t = dispatch.norm_pair(backend, own, low, shift, weight, bias, *options)
+        return h.like(a.reshape(z.shape), t.reshape(u.shape))
     flat = h.joined()
-    out = dispatch.norm(
-        h.source.backend, flat, shift, weight, bias, h.source.count, groups, centred, eps
-    )
-    return h.like(out, owned=True)
+    own = _in_rows(flat, rows)
+    out = dispatch.norm(backend, own, shift, weight, bias, h.source.count, *options)
+    return h.like(out.reshape(flat.shape), owned=True)
 
 
 def _last(shape: torch.Size, normalized_shape: Sequence[int]) -> int:
@@ -72,10 +112,10 @@ def _last(shape: torch.Size, normalized_shape: Sequence[int]) -> int:
     return math.prod(shape[1 : len(shape) - len(own)])
 
 
-def _per_row(w: Tensor | None, shape: Sequence[int], rows: int) -> Tensor | None:
-    if w is not None and tuple(w.shape) != tuple(shape):
-        raise UnsupportedError(f"no rule for a norm over {tuple(shape)} by {tuple(w.shape)}")
-    return w if w is None or rows == 1 else w.flatten().expand(rows, -1)
+def _check_weights(shape: Sequence[int], *weights: Tensor | None) -> None:
+    for w in weights:
+        if w is not None and tuple(w.shape) != tuple(shape):
+            raise UnsupportedError(f"no rule for a norm over {tuple(shape)} by {tuple(w.shape)}")
 
 
 @register(F.layer_norm)
@@ -87,9 +127,12 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Dual:
     rows = _last(input.shape, normalized_shape)
+    shape = list(normalized_shape)
     if input.source.constant:
         matched(input, weight, bias)
-        shape = list(normalized_shape)
+        if _has_kernel(input):
+            own = lambda z: F.layer_norm(z, shape, weight, bias, eps)  # noqa: E731
+            return _by_kernel(input, own, weight, 1, True, eps, rows=rows)
 
         def normalized(z: Tensor) -> tuple[Tensor, Scalar]:
             out, mean, rstd = torch.native_layer_norm(z, shape, weight, bias, eps)
@@ -97,8 +140,8 @@ def _layer_norm(
             return out, lambda v: torch.ops.aten.native_layer_norm_backward(v, *own)[0]
 
         return _beside(input, weight, normalized)
-    weight, bias = (_per_row(w, normalized_shape, rows) for w in (weight, bias))
-    return _normed(input, weight, bias, rows, True, eps)
+    _check_weights(shape, weight, bias)
+    return _normed(input, weight, bias, 1, True, eps, rows=rows)
 
 
 @register(F.rms_norm)
@@ -110,9 +153,13 @@ def _rms_norm(
 ) -> Dual:
     rows = _last(input.shape, normalized_shape)
     eps = torch.finfo(input.dtype).eps if eps is None else eps
+    shape = list(normalized_shape)
     if input.source.constant:
         matched(input, weight)
-        shape, dims = list(normalized_shape), tuple(range(-len(normalized_shape), 0))
+        if _has_kernel(input):
+            own = lambda z: F.rms_norm(z, shape, weight, eps)  # noqa: E731
+            return _by_kernel(input, own, weight, 1, False, eps, rows=rows)
+        dims = tuple(range(-len(shape), 0))
 
         def normalized(z: Tensor) -> tuple[Tensor, Scalar]:
             dtype = wide(z.dtype)
@@ -126,7 +173,8 @@ def _rms_norm(
             return F.rms_norm(z, shape, weight, eps), tangent
 
         return _beside(input, weight, normalized)
-    return _normed(input, _per_row(weight, normalized_shape, rows), None, rows, False, eps)
+    _check_weights(shape, weight)
+    return _normed(input, weight, None, 1, False, eps, rows=rows)
 
 
 @register(F.group_norm)
@@ -140,8 +188,20 @@ def _group_norm(
     if input.ndim < 2 or num_groups < 1 or input.shape[1] % num_groups:
         raise UnsupportedError(f"no rule for {num_groups} groups of {tuple(input.shape)}")
     inner = math.prod(input.shape[2:])
+
+    def spread(w: Tensor | None) -> Tensor | None:
+        if w is not None and w.shape != input.shape[1:2]:
+            raise UnsupportedError(f"no rule for a group norm by {tuple(w.shape)}")
+        if w is None or inner == 1 or inner >= _MANY or inner % _VECTOR == 0:
+            return w
+        return w[:, None].expand(-1, inner)
+
     if input.source.constant:
         matched(input, weight, bias)
+        last = input.ndim == 4 and input.flat.is_contiguous(memory_format=torch.channels_last)
+        if _has_kernel(input) and (not last or input.flat.is_contiguous()):
+            own = lambda z: F.group_norm(z, num_groups, weight, bias, eps)  # noqa: E731
+            return _by_kernel(input, own, spread(weight), num_groups, True, eps)
         per = (-1, *(1,) * (input.ndim - 2))
 
         def normalized(z: Tensor) -> tuple[Tensor, Scalar]:
@@ -159,11 +219,6 @@ def _group_norm(
             return out, tangent
 
         return _beside(input, None if weight is None else weight.reshape(per), normalized)
-
-    def spread(w: Tensor | None) -> Tensor | None:
-        if w is not None and w.shape != input.shape[1:2]:
-            raise UnsupportedError(f"no rule for a group norm by {tuple(w.shape)}")
-        return w if w is None or inner == 1 else w[:, None].expand(-1, inner)
 
     return _normed(input, spread(weight), spread(bias), num_groups, True, eps)
 
