@@ -156,3 +156,21 @@ def test_networks_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(calls) == {"triton"}
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised inside torch 2.14's opcheck
+def test_opcheck() -> None:
+    tensors, options = _inputs(Case(1, 2, 1, 3, 4, 3, 2, "bool"))
+    attention._ops("triton")
+    own = [t if t is None or t.dtype != F64 else t.to(DEVICE, torch.float32) for t in tensors]
+    own[6] = None if own[6] is None else own[6].to(DEVICE)
+    ops, rest = torch.ops.fewstep_triton, tuple(options.values())
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    live = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in own]
+    torch.library.opcheck(ops.dual_attention.default, (*live, *rest, False), test_utils=tests)
+    with torch.no_grad():
+        kept = ops.dual_attention.default(*own, *rest, False)
+    ups = [torch.randn_like(t) for t in kept[:2]]
+    torch.library.opcheck(
+        ops.dual_attention_backward.default, (*ups, *live, *kept, *rest), test_utils=tests
+    )
