@@ -181,7 +181,7 @@ def dual_attention_kernel(
             *(SCALE, TQ, TK, False, PRECISION, BLOCK_D),
         )
         z = _masked(
-            *(z, Mask + start * stride_m, rows, cols, first, start),
+            *(z, Mask + (here - at_k) * stride_m, rows, cols, first, start),
             *(n, m, stride_n, stride_m, CAUSAL, MASK, 1),
         )
         new_top = tl.maximum(top, tl.max(z, 1))
@@ -362,7 +362,7 @@ def dual_attention_rows_kernel(
         here, here_t = at_k + start, at_tk + start
         _, _, b, a = _pulled(
             *(Queries + at * d, Keys + here * d, Values + here * dv),
-            *(Tq + at_t * d, Tk + here_t * d, Tv + here_t * dv, Mask + start * stride_m),
+            *(Tq + at_t * d, Tk + here_t * d, Tv + here_t * dv, Mask + (here - at_k) * stride_m),
             *(Grad + at * dv, Grad_t + at_t * dv, Lse + at, Mean + at_t),
             *(Delta + at_t, Along + at_t, rows, cols, first, start, own, n, m, d, dv),
             *(stride_n, stride_m, tl.zeros([BLOCK_M, BLOCK_N], dtype), SCALE, CAUSAL, MASK),
