@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from fewstep.reference.dual import ACTIVATIONS
 
-from . import config, dual, heun, norms
+from . import attention, config, dual, heun, norms
 from .probe import probe_kernel
 from .sinkhorn import hessian
 from .sinkhorn.alternating import sinkhorn_column_kernel, sinkhorn_row_kernel
@@ -63,13 +63,20 @@ _INTEGERS = (
     "channels",
     "count",
     "d",
+    "dv",
     "groups",
+    "heads",
     "inner",
+    "m",
     "n",
     "per_sample",
     "period",
     "row",
     "rows",
+    "stride_b",
+    "stride_h",
+    "stride_m",
+    "stride_n",
     "tangents",
 )
 
@@ -251,6 +258,16 @@ def _heun_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
         yield heun.heun_combine_kernel, dtype, launch | flags
 
 
+def _attention_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    for dtype, tangents in itertools.product(("float32", "float64"), (False, True)):
+        flags = {"SCALE": 0.125, "CAUSAL": True, "MASK": 2}
+        flags |= dict.fromkeys(("TANGENTS", "TQ", "TK", "TV"), tangents)
+        launch = config.dual_attention(64, dtype, arch) | flags
+        yield attention.dual_attention_kernel, dtype, launch
+        yield attention.dual_attention_rows_kernel, dtype, launch
+        yield attention.dual_attention_columns_kernel, dtype, launch
+
+
 def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
     # precision="float32" takes what few dimensions do.
     points = (
@@ -288,6 +305,7 @@ def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
                 launch |= cost | {"GRADIENT": gradient}
                 yield sinkhorn_apply_kernel, dtype, launch
     yield from _dual_launches(arch)
+    yield from _attention_launches(arch)
     yield from _heun_launches(arch)
 
 

@@ -263,6 +263,24 @@ def dual_norm_parts(batch: int) -> int:
     return min(batch, 64)
 
 
+def dual_attention(width: int, dtype: str, arch: str) -> dict[str, Any]:
+    """Launch parameters of attention: blocks of rows (M), of columns (N), of what products sum
+    over (D), and of the columns of results (W), of which there are `width`.
+
+    >>> dual_attention(72, "float32", "sm_90")["BLOCK_W"]
+    64
+    """
+    single = dtype == "float32"
+    launch = {
+        "PRECISION": _input_precision(arch, "tf32x3"),
+        "BLOCK_M": 32 if single else 16,
+        "BLOCK_N": 16,
+        "BLOCK_D": 16,
+        "BLOCK_W": min(max(1 << (width - 1).bit_length(), 16), 64 if single else 32),
+    }
+    return launch | _options(8 if single else 4, num_stages=1)
+
+
 def probe(dtype: str, arch: str) -> dict[str, Any]:
     """Launch parameters of the probes: a program draws one, 512 coordinates at a time.
 

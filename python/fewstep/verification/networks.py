@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep._names import Backend
+from fewstep.ops.dual import attention
 from fewstep.ops.dual import dispatch as duals
 from fewstep.ops.heun import dispatch as heun
 from fewstep.reference.dual import ACTIVATIONS
@@ -34,6 +35,12 @@ ACTIVATED = [
     (4, 33, 5, 1, "shared"),
     (3, 7, 0, 1, "channels"),
     (9, 1100, 2, 1, "none"),
+]
+# (tangents, heads, groups, n, m, d, dv), mask
+ATTENDED = [
+    ((1, 2, 1, 35, 20, 17, 9), "bool"),
+    ((2, 1, 1, 20, 35, 8, 70), "added"),
+    ((1, 2, 2, 40, 33, 64, 64), "causal"),
 ]
 # batch, groups, elements of a group, tangents, centred, elements of the shift, affine
 NORMED = [
@@ -288,6 +295,29 @@ def _probes(
     return run
 
 
+def _attention(
+    sizes: tuple[int, ...], mask: str, dtype: torch.dtype, seed: int
+) -> Callable[[Backend, torch.device, bool], list[Output]]:
+    def run(backend: Backend, device: torch.device, exact: bool) -> list[Output]:
+        rng = torch.Generator().manual_seed(seed)
+        tangents, heads, groups, n, m, d, dv = sizes
+        shapes = ((2, heads, n, d), (2, groups, m, d), (2, groups, m, dv))
+        own = [normal(rng, *lead, *shape) for lead in ((), (tangents,)) for shape in shapes]
+        live = [t.to(device, torch.float64 if exact else dtype).requires_grad_() for t in own]
+        scores = normal(rng, 1, heads, n, m).to(device, live[0].dtype)
+        masks = {"bool": scores > -1, "added": scores}
+        outs = attention.attention(
+            backend,
+            *(live[0], live[1], live[2], live[3], live[4], live[5], masks.get(mask)),
+            causal=mask == "causal",
+            scale=0.3,
+            tangents=tangents,
+        )
+        return _with_gradients(list(outs), live, rng)
+
+    return run
+
+
 class _Net(nn.Module):
     """Activations, norms, residuals and a shift by time."""
 
@@ -350,6 +380,11 @@ def _duals(dtype: torch.dtype) -> Iterator[Case]:
     for seed, normed in enumerate(NORMED):
         name = f"norm, batch, groups, n, tangents, centred, shift, affine = {normed}, seed {seed}"
         yield Case(group, name, _norm(normed, dtype, seed))
+    for seed, (sizes, mask) in enumerate(ATTENDED):
+        name = (
+            f"attention, tangents, heads, groups, n, m, d, dv = {sizes}, mask {mask}, seed {seed}"
+        )
+        yield Case(group, name, _attention(sizes, mask, dtype, seed))
     for kind, d in itertools.product(PROBES, (1, 3, 513)):
         yield Case(group, f"{kind} probes, D = {d}", _probes(kind, d, dtype, low=False))
     yield Case(group, "a network's trace, seed 4", _trace(dtype, None), bits=False)

@@ -22,7 +22,10 @@ def _ops(backend: str) -> Any:
 
 def serves(backend: str, *tensors: Maybe) -> bool:
     """Whether a backend has a kernel for such tensors."""
-    return backend == "cpp" and all(t is None or t.device.type == "cpu" for t in tensors)
+    devices = {t.device for t in tensors if t is not None}
+    if backend == "triton":
+        return len(devices) == 1
+    return backend == "cpp" and all(device.type == "cpu" for device in devices)
 
 
 def attention(
