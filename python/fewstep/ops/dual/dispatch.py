@@ -144,7 +144,7 @@ def norm_tangents(
 ) -> Tensor:
     """The tangents of `fewstep.reference.dual.norm_pair` alone, in C++: u of z's dtype."""
     op = torch.ops.fewstep.dual_norm_tangents.default
-    return _call(op, z, u, weight, groups, centred, eps)  # type: ignore[no-any-return]
+    return call_op(op, z, u, weight, groups, centred, eps)  # type: ignore[no-any-return]
 
 
 def probe_index(kind: str) -> int:
@@ -464,7 +464,7 @@ def _register(namespace: str) -> None:
         ("probe_dot", _fake_probe_dot, _setup_dot, _backward_dot),
         ("probe_scale", _fake_probe_scale, _setup_scale, _backward_scale),
     ):
-        if hasattr(ops, name):
+        if hasattr(getattr(torch.ops, namespace), name):
             attach(namespace, name, fake, setup, backward)
 
 
