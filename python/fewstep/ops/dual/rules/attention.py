@@ -249,9 +249,6 @@ def _fused(
         return None
     if any(m.ndim != axes or not m.is_floating_point() for m in primals):
         return None
-    low = any(t is not None and t.dtype != primals[0].dtype for t in moves)
-    if low and torch.is_grad_enabled() and not h.source.constant:
-        return None  # the kernels' backward would keep the tangents in float32
     heads = [m.shape[1] if axes == 4 else 1 for m in primals]
     lead = max(m.shape[0] for m in primals) if own[0] else 0
     if {m.shape[0] for m in primals} - {1, lead} or heads[1] != heads[2]:
