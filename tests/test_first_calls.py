@@ -177,3 +177,12 @@ def _raises(x: Tensor, t: Tensor) -> Tensor:
 )
 def test_types_have_the_names_that_are_checked(known: Any, names: tuple[str, ...]) -> None:
     assert sorted(get_args(known)) == sorted(names)
+
+
+def test_arrays_of_any_strides_and_byte_order_and_no_masks() -> None:
+    x, y = np.random.default_rng(0).standard_normal((2, 5, 3))
+    expected = fewstep.sinkhorn(x[::-1].copy(), y, eps=0.5).value
+    assert fewstep.sinkhorn(x[::-1], y, eps=0.5).value == expected
+    assert fewstep.sinkhorn(x[::-1].astype(">f8"), y, eps=0.5).value == expected
+    with pytest.raises(TypeError, match="masked arrays are not supported"):
+        fewstep.sinkhorn(np.ma.masked_array(x, mask=x > 0), y, eps=0.5)

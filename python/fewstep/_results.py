@@ -82,8 +82,10 @@ def _to_arrays(value: Any) -> Any:
 
 
 def _to_tensors(values: Any) -> Any:
-    if isinstance(values, np.ndarray):
-        return torch.tensor(values)
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError("masked arrays are not supported: leave masked points out, or weigh them 0")
+    if isinstance(values, np.ndarray):  # of any strides and byte order
+        return torch.tensor(np.ascontiguousarray(values, values.dtype.newbyteorder("=")))
     return tuple(map(_to_tensors, values)) if isinstance(values, tuple) else values
 
 
