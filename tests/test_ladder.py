@@ -522,3 +522,17 @@ def test_branches_on_requires_grad_are_those_of_a_plain_call() -> None:
         with torch.set_grad_enabled(grad):
             out = fewstep.divergence(velocity, x, 0.0, estimator="exact")
             torch.testing.assert_close(out.velocity, velocity(x, None))
+
+
+@pytest.mark.parametrize("engine", ["func", "reverse"])
+def test_second_derivatives_that_torch_has_wrong_raise(engine: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x = torch.randn(4, 3, dtype=F64, requires_grad=True)
+    found = []
+    for own in ("duals", engine):
+        value = fewstep.divergence(net, x, 0.5, engine=own).value.sum()
+        found.append(torch.autograd.grad(value, x)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+    value = fewstep.divergence(net, x, 0.5, engine=engine).value.sum()
+    with pytest.raises(NotImplementedError, match="ask for engine='duals'"):
+        torch.autograd.grad(value, x, create_graph=True)

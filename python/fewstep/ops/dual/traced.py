@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
@@ -76,6 +77,7 @@ class _Current(threading.local):
     run: _Run | None = None
     notes: tuple[str, ...] = ()
     path: int = 0
+    normed: bool = False
 
 
 _CURRENT = _Current()
@@ -128,6 +130,10 @@ def path() -> int:
     return _CURRENT.path
 
 
+# Of these torch 2.13 takes the saved statistics for constants in a third derivative.
+_NORMS = frozenset((F.layer_norm, torch.layer_norm, F.instance_norm, torch.instance_norm))
+
+
 class _Watch(TorchFunctionMode):
     """Notes the functions of a forward on tensors that are no stand-ins."""
 
@@ -154,9 +160,15 @@ def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
         with _Watch() as watch:
             out = forward(*inputs)
         _CURRENT.path = hash(tuple(watch.path))
+        _CURRENT.normed = not _NORMS.isdisjoint(watch.path)
         return out
 
     return run
+
+
+def normed() -> bool:
+    """Whether the last watched forward has norms whose third derivative by torch is wrong."""
+    return _CURRENT.normed
 
 
 class Traced:

@@ -117,7 +117,7 @@ def sinkhorn(
         y (Tensor | None): points `[M, D]` or `[B, M, D]`, likewise.
         eps (float | Sequence | Tensor | "auto"): temperature, in units of the cost: how much
             dearer than the cheapest a pair may be and still get mass. "auto" is a twentieth of each
-            problem's mean cost over the pairs with weight, a constant without a gradient; the
+            problem's mean cost, weighted by a and b, a constant without a gradient; the
             result's `eps` is what was used. A sequence holds T temperatures for every problem;
             results then have an axis T before the points, also where T is 1. A tensor or numpy
             array has the shape `[]`, `[B]` (one temperature per problem), `[T]` or `[B, T]`.

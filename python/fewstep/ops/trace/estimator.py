@@ -549,7 +549,7 @@ class Solver:
         def product(u: Tensor) -> tuple[Tensor, Tensor]:
             v, ju, way = products(self._watched(), x, t, u.reshape(u.shape[0], *x.shape))
             ways.append(way)
-            return v, ju
+            return v, ju if torch.compiler.is_compiling() else ladder.once(ju)
 
         if self._exact(d):
             basis = torch.eye(d, dtype=x.dtype, device=x.device)[:, None].expand(d, x.shape[0], d)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
 from fewstep._torch import is_transformed
-from fewstep.ops.dual.traced import MixingError, UnsupportedError, notes, path
+from fewstep.ops.dual.traced import MixingError, UnsupportedError, normed, notes, path
 from fewstep.ops.trace import replicas
 from fewstep.ops.trace import velocity as velocities
 from fewstep.reference import trace as reference
@@ -153,6 +153,32 @@ def known(velocity: Callable[..., Any], *rest: Any, mixes: bool = False) -> Know
             velocities.scripted(own, modules),
         )
     return found
+
+
+class _Once(torch.autograd.Function):
+    """A tensor whose gradient has none of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "divergence: second derivatives through layer_norm or instance_norm are wrong in"
+                " torch, by which this network is served: ask for engine='duals', or write the norm"
+                " out, by mean and rsqrt"
+            )
+        return g
+
+
+def once(products: Tensor) -> Tensor:
+    """Products of the last watched forward, whose second derivatives raise if they were wrong."""
+    if not normed() or is_transformed() or not products.requires_grad:
+        return products
+    out: Tensor = _Once.apply(products)  # type: ignore[no-untyped-call]
+    return out
 
 
 def checkable(x: Tensor) -> bool:
