@@ -1,15 +1,8 @@
 """Compiled kernels for training few-step and one-step generative models."""
 
 import importlib
-import os
-import sys
 from importlib.metadata import version
 from typing import Any
-
-# In the command, threads that wait for work sleep: those of torch, which spin, slow each other down
-# on a busy machine. OpenMP reads this once, when torch is imported.
-if os.path.basename(sys.argv[0] if sys.argv else "") == "fewstep":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from fewstep import _aliases, _library
 
