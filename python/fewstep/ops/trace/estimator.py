@@ -380,9 +380,14 @@ class Solver:
             return self.velocity(h)
         return self.velocity(h, t.clone())
 
-    def _watched(self) -> Callable[..., Any]:
-        """`run`, whose branches are told apart where values can be compared."""
-        return self.run if torch.compiler.is_compiling() else watched(self.run)
+    def _once(
+        self, products: Products, x: Tensor, t: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, str]:
+        """By torch's own derivatives; where values can be compared, branches are told apart."""
+        if torch.compiler.is_compiling():
+            return products(self.run, x, t, v)
+        out, found, way = products(watched(self.run), x, t, v)
+        return out, ladder.once(found), way
 
     def _whole(self, backend: str) -> bool:
         """Whether one compiled op, which runs a network whole, has these options."""
@@ -443,7 +448,7 @@ class Solver:
         known = Known() if torch.compiler.is_compiling() else self.known(x, t)
 
         def autograd(products: Products) -> tuple[Tensor, Tensor, bool]:
-            out, found, way = products(self._watched(), x, t, v.expand(v.shape[0], *x.shape))
+            out, found, way = self._once(products, x, t, v.expand(v.shape[0], *x.shape))
             self.info = _info(way, known)
             return out, found, way != reference.FORWARD
 
@@ -547,9 +552,9 @@ class Solver:
         ways: list[str] = []
 
         def product(u: Tensor) -> tuple[Tensor, Tensor]:
-            v, ju, way = products(self._watched(), x, t, u.reshape(u.shape[0], *x.shape))
+            v, ju, way = self._once(products, x, t, u.reshape(u.shape[0], *x.shape))
             ways.append(way)
-            return v, ju if torch.compiler.is_compiling() else ladder.once(ju)
+            return v, ju
 
         if self._exact(d):
             basis = torch.eye(d, dtype=x.dtype, device=x.device)[:, None].expand(d, x.shape[0], d)
