@@ -69,20 +69,19 @@ def test_networks_of_few_bits(dtype: torch.dtype) -> None:
     net = net.to(dtype)
     for through in (False, True):
         out = fewstep.jvp(lambda x: net(x.to(dtype)), (x.float(),), (v.float(),), through=through)
-        assert (out.engine, out.tangent.dtype) == ("func" if through else "duals", dtype)
+        assert (out.engine, out.tangent.dtype) == ("duals", dtype)
         assert (out.tangent.double() - exact).norm() < 0.03 * exact.norm()
 
 
 @pytest.mark.parametrize("through", [False, True])
 def test_autocast(through: bool) -> None:
-    """Duals have no rules under it; what serves has the value and the gradients of a plain call."""
+    """The value and the gradients are those of a plain call."""
     net, x, v = net_of(4, 8, norm=nn.LayerNorm), rows(5, 4), rows(5, 4)
     exact = torch.func.jvp(net, (x,), (v,))[1].detach()
     net, x, v = net.float(), x.float(), v.float()
     with torch.autocast("cpu", torch.bfloat16):
         out, plain = fewstep.jvp(net, (x,), (v,), through=through), net(x)
-    assert out.engine != "duals"
-    assert "autocast" in out.info
+    assert (out.engine, out.info) == ("duals", "")
     assert (out.tangent.double() - exact).norm() < 0.05 * exact.norm()
     pair = [
         flat(list(torch.autograd.grad(value.float().square().sum(), list(net.parameters()))))

@@ -238,9 +238,8 @@ def test_autocast(inside: bool) -> None:
         MarginalReflow()(velocity, GaussianMixture(torch.zeros(1, 4), torch.ones(1, 4)), x)[
             0
         ].backward()
-    assert out.info.startswith("torch.func")
-    assert "autocast" in out.info
-    torch.testing.assert_close(out.velocity, expected)
+    assert out.info == ""
+    torch.testing.assert_close(out.velocity, expected, rtol=0.02, atol=0.02)
     exact = fewstep.divergence(plain, x, 0.0, estimator="exact").value
     torch.testing.assert_close(out.value, exact, rtol=0.05, atol=0.05)
     assert a.weight.grad is not None

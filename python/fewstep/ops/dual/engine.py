@@ -23,9 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fewstep.ops.dual.autocasting import converted, result_dtype
 from fewstep.ops.dual.dispatch import present
 from fewstep.ops.dual.source import Source, Stack, plain, redrawing, stacked
 from fewstep.ops.dual.traced import Opaque, Rule, Traced, UnsupportedError, without_data
+
+# Functions whose rules call functions that have rules of their own.
+COMPOSED: set[Any] = set()
 
 
 class Dual(Traced):
@@ -133,6 +137,31 @@ class Dual(Traced):
         with redrawing(source):
             return super().call(func, rule, args, kwargs)
 
+    @classmethod
+    def under_autocast(
+        cls, func: Any, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The rule on arguments of the dtype that autocast gives them."""
+        if rule is None or func in COMPOSED:
+            return cls.call(func, rule, args, kwargs)
+        dtype = result_dtype(func, args, kwargs)
+        if dtype is not None:
+
+            def cast(z: Any) -> Any:
+                return z.cast(dtype) if isinstance(z, Dual) else z.to(dtype)
+
+            args, kwargs = converted(args, cast), converted(kwargs, cast)
+        with torch._C._DisableAutocast():
+            return cls.call(func, rule, args, kwargs)
+
+    def cast(self, dtype: torch.dtype) -> Dual:
+        """This in another dtype, as a network changes it."""
+        if dtype == self.own_dtype:
+            return self
+        if not dtype.is_floating_point or self.source.dtype is not None:
+            raise UnsupportedError(f"no rule for a change of {self.own_dtype} to {dtype}")
+        return same(self, lambda z: z.to(dtype))  # type: ignore[no-any-return]
+
     def parts(self) -> list[Tensor]:
         """What the primal is computed from."""
         return [z for z in (self.flat, self.shift, self.pending) if z is not None]
@@ -201,7 +230,7 @@ class Seed(Dual):
 
     def __init__(self, source: Source, primal: Tensor, low: int, width: int) -> None:
         self.source, self.primal, self.low, self.width = source, primal, low, width
-        source.batch = primal.shape[0]
+        source.batch, source.chosen = primal.shape[0], primal.dtype
         self.own_dtype, self.own_device = primal.dtype, primal.device
         self.primal_shape = primal.shape
         self.pending = self.shared = self.shift = self.apart = None
@@ -291,6 +320,9 @@ class Moved(Dual):
         raise UnsupportedError("no rule along the batch")
 
     joined = stack = pieces = copies = halves = like = of_flat = of_halves = _refused
+
+    def cast(self, dtype: torch.dtype) -> Dual:
+        return placed(self.rows.cast(dtype), self.at, self.pre)
 
     def placed(self, z: Tensor, lead: int = 0) -> Tensor:
         """What is as `rows`, behind `lead` axes, as this is."""

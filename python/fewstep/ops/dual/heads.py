@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep._torch import to_random_state, wide
+from fewstep._torch import exactly, to_random_state, wide
 from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.engine import Dual, seed
 from fewstep.ops.dual.source import Source, kept_or_computed, plain
@@ -35,7 +35,7 @@ class _Head(torch.autograd.Function):
         v = dispatch.probe_scale(
             source.backend, gd, source.key, source.ids, ctx.inner.numel(), source.kind
         )
-        g = torch.cat([gv, v.reshape(-1, *ctx.inner)])
+        g = torch.cat([gv, v.reshape(-1, *ctx.inner).to(gv.dtype)])
         gs = gv.sum_to_size(ctx.shape) if ctx.needs_input_grad[1] else None
         return g, gs, None
 
@@ -44,8 +44,9 @@ def _head(flat: Tensor, shift: Tensor | None, source: Source) -> tuple[Tensor, T
     batch = flat.shape[0] // (source.count + 1)
     velocity = flat[:batch].clone() if shift is None else flat[:batch] + shift
     assert source.key is not None
+    backend = source.kernels(flat.dtype)
     dots = dispatch.probe_dot(
-        source.backend, flat[batch:], source.key, source.ids, source.count, source.kind
+        backend, flat[batch:], source.key, source.ids, source.count, source.kind
     )
     return velocity, dots
 
@@ -77,6 +78,12 @@ def probe_products(
 ) -> tuple[Tensor, Tensor]:
     """Velocity `[B, ...]` and `<v_k, J v_k>`, `[K, B]`, for the probes of `source`."""
     out = _checked(run_on(seed(source, x), velocity, t), x)
+    with exactly(x.device):
+        return _read(out, x)
+
+
+def _read(out: Dual, x: Tensor) -> tuple[Tensor, Tensor]:
+    source = out.source
     if out.pending is not None and source.cache is not None:
         return _fixed_head(out, x)
     if source.dtype is not None:
@@ -96,7 +103,10 @@ def _fixed_head(out: Dual, x: Tensor) -> tuple[Tensor, Tensor]:
     source, weight, cache = out.source, out.pending, out.source.cache
     assert weight is not None
     assert cache is not None
-    kept = kept_or_computed(cache, "last", (weight,), lambda: source.draw(x).flatten(0, 1) @ weight)
+    kept = kept_or_computed(
+        *(cache, "last", (weight,)),
+        lambda: source.draw(x).flatten(0, 1).to(weight.dtype) @ weight,
+    )
     batch = x.shape[0]
     velocity = F.linear(out.flat[:batch], weight, out.shift)
     dots = torch.linalg.vecdot(kept, out.flat[batch:])
@@ -119,14 +129,18 @@ def exact_by_tangents(
         own = basis[first : first + chunk]
         part = replace(source, count=own.shape[0], tangents=own, stacks={})
         out = _checked(run_on(seed(part, x), velocity, t), x)
-        if out.pending is not None:
-            rows = out.pending[first : first + chunk, :, None]
-            batch = x.shape[0]
-            tangents = out.flat[batch:].reshape(own.shape[0], batch, -1)
-            total = total + (tangents @ rows)[..., 0].sum(0, dtype=summed)
-            primal = F.linear(out.flat[:batch], out.pending, out.shift)
-        else:
-            (primal,), columns = out.halves()
-            diagonal = columns.flatten(2)[:, :, first : first + chunk]
-            total = total + diagonal.diagonal(dim1=0, dim2=2).sum(-1, dtype=summed)
+        with exactly(x.device):
+            primal, diagonal = _diagonal(out, slice(first, first + chunk))
+            total = total + diagonal.sum(0, dtype=summed)
     return primal, total
+
+
+def _diagonal(out: Dual, own: slice) -> tuple[Tensor, Tensor]:
+    """The velocity, and the derivatives of its elements `own` by those of x, `[.., B]`."""
+    if out.pending is None:
+        (primal,), columns = out.halves()
+        return primal, columns.flatten(2)[:, :, own].diagonal(dim1=0, dim2=2).T
+    batch = out.primal_shape[0]
+    tangents = out.flat[batch:].reshape(out.source.count, batch, -1)
+    diagonal = (tangents @ out.pending[own, :, None])[..., 0]
+    return F.linear(out.flat[:batch], out.pending, out.shift), diagonal

@@ -46,6 +46,7 @@ def by_duals(
         UnsupportedError: the network asked for something that has no rule.
     """
     source.batch = _batch(inputs, tangents, expand=expand)
+    source.chosen = next(x.dtype for x, u in zip(inputs, tangents, strict=True) if u is not None)
     kind = Dual if torch.compiler.is_compiling() else DualTensor
 
     def stand_in(x: Any, u: Tensor | None) -> Any:

@@ -17,6 +17,7 @@ from fewstep.ops.dual import dispatch
 
 # Devices whose products of bfloat16 are slower than of float32: tangents are widened for them.
 WIDENED = ("cpu",)
+_COMPILED = (torch.float32, torch.float64)  # dtypes of the kernels in C++
 Remake = Callable[[Tensor], Tensor]
 
 
@@ -41,6 +42,7 @@ class Source:
         copies: of weights in that dtype, where products have them.
         stacks: of tangents as they start, by their storage: backward makes them again.
         batch: B, once there is an input.
+        chosen: the dtype of the input, for which the backend was chosen.
         prompt: weights are used within their own layer's forward, and not later.
         constant: tangents stand apart, in the dtype of their primal, and autograd keeps nothing of
             them: the primal is computed as in a plain call.
@@ -57,6 +59,7 @@ class Source:
     copies: dict[Any, Tensor] | None = None
     stacks: dict[int, Stack] = field(default_factory=dict)
     batch: int = 0
+    chosen: torch.dtype | None = None
     prompt: bool = False
     constant: bool = False
 
@@ -67,6 +70,11 @@ class Source:
         assert self.key is not None
         like = x if self.dtype is None else x.new_empty(x.shape, dtype=self.dtype)
         return dispatch.probe(self.backend, like, self.key, self.ids, self.count, self.kind)
+
+    def kernels(self, dtype: torch.dtype) -> str:
+        """The backend for what a network has in a dtype: those of a GPU are known for x's alone."""
+        known = _COMPILED if self.backend == "cpp" else (self.chosen,)
+        return self.backend if dtype in known else "reference"
 
     @property
     def apart(self) -> bool:

@@ -3,9 +3,8 @@
 To the network it is a tensor. PyTorch hands functions, methods and operators to the rule of each by
 `__torch_function__`. It has no data of its own. Code in C++ that would read it arrives in
 `__torch_dispatch__` and is refused, as is a forward that changes the grad mode (custom Functions
-and reentrant checkpoints run without it) or turns on autocast. Compilers cannot trace such tensors:
-for them a stand-in is a plain object, `isinstance(x, Tensor)` is False, and custom Functions go
-unseen.
+and reentrant checkpoints run without it). Compilers cannot trace such tensors: for them a stand-in
+is a plain object, `isinstance(x, Tensor)` is False, and custom Functions go unseen.
 """
 
 from __future__ import annotations
@@ -78,6 +77,7 @@ class _Current(threading.local):
     notes: tuple[str, ...] = ()
     path: int = 0
     normed: bool = False
+    autocast: bool = False
 
 
 _CURRENT = _Current()
@@ -130,6 +130,11 @@ def path() -> int:
     return _CURRENT.path
 
 
+def autocasts() -> bool:
+    """Whether the last watched forward called functions under autocast."""
+    return _CURRENT.autocast
+
+
 # Of these torch 2.13 takes the saved statistics for constants in a third derivative.
 _NORMS = frozenset((F.layer_norm, torch.layer_norm, F.instance_norm, torch.instance_norm))
 
@@ -140,6 +145,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.path: list[Any] = []
+        self.autocast = False
 
     def __torch_function__(
         self,
@@ -150,6 +156,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         frame = _frame(1)
         self.path += (func, frame.f_lasti, id(frame.f_code))
+        self.autocast = self.autocast or _autocasts()
         return func(*args, **(kwargs or {}))
 
 
@@ -160,6 +167,7 @@ def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
         with _Watch() as watch:
             out = forward(*inputs)
         _CURRENT.path = hash(tuple(watch.path))
+        _CURRENT.autocast = watch.autocast
         _CURRENT.normed = not _NORMS.isdisjoint(watch.path)
         return out
 
@@ -206,6 +214,12 @@ class Traced:
         if "axis" in kwargs or "keepdims" in kwargs:
             kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
         return rule(*args, **kwargs)
+
+    @classmethod
+    def under_autocast(
+        cls, func: Any, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        raise UnsupportedError(AUTOCAST)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -385,10 +399,10 @@ class Opaque:
                     f"{name_of(func)} is called in another grad mode than forward: by a custom"
                     " autograd.Function, a reentrant checkpoint or no_grad"
                 )
-            if _autocasts():
-                raise UnsupportedError(AUTOCAST)
             own: Any = cls
             rule = own.rules.get(func)
+            if _autocasts():
+                return own.under_autocast(func, rule, args, kwargs or {})
             if own.direct and rule is not None and not kwargs:
                 return rule(*args)
             return own.call(func, rule, args, kwargs)

@@ -203,7 +203,7 @@ class Solver:
         if known.scripted:
             refused["func"] = "TorchScript"
         if ladder.autocast(x) and engine is None:
-            refused.update(dict.fromkeys(("mlp", "structural", "duals"), AUTOCAST))
+            refused.update(dict.fromkeys(("mlp", "structural"), AUTOCAST))
 
     def _compare(self, x: Tensor, t: Tensor, known: Known, *, few: bool = True) -> None:
         """Refuse the ways that plain autograd does not agree with."""
@@ -257,7 +257,6 @@ class Solver:
                     with ladder.eagerly(known), warnings.catch_warnings(action="ignore"):
                         v, dots = attempt()
                     rough = way == "duals" and source.dtype is not None
-                    rough = rough or known.refused.get("duals") == AUTOCAST
                     same = v is s.velocity  # this way is not for such options
                     reason = None if same else s.difference(v, dots, rough=rough)
                 except ladder.FATAL:

@@ -19,7 +19,7 @@ from fewstep.ops.dual import dispatch
 from fewstep.ops.dual.engine import Dual
 from fewstep.ops.dual.jvp import by_duals
 from fewstep.ops.dual.source import Source
-from fewstep.ops.dual.traced import RULES, UnsupportedError, notes, watched
+from fewstep.ops.dual.traced import RULES, UnsupportedError, autocasts, notes, watched
 from fewstep.ops.trace import ladder, replicas
 from fewstep.ops.trace import velocity as velocities
 from fewstep.ops.trace.inputs import CHECKS, ENGINES, unsupported
@@ -476,7 +476,7 @@ def _sampled(few: Problem, freed: bool, problem: Problem) -> _Sample:
         raise ValueError(_NOTHING)
     weights = [torch.randn_like(v) for v in values]
     dtypes = {z.dtype for z in (*ys, *values)}
-    rough = ladder.autocast(ys[0]) or not dtypes <= ladder.AGREEMENT.keys()
+    rough = autocasts() or not dtypes <= ladder.AGREEMENT.keys()
     tolerance = ladder.ROUGH if rough else max(ladder.AGREEMENT[d] for d in dtypes)
     if ys[0].is_cuda and torch.backends.cudnn.allow_tf32:
         tolerance = max(tolerance, 1e-2)

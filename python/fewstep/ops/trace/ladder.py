@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
 from fewstep._torch import is_transformed
-from fewstep.ops.dual.traced import MixingError, UnsupportedError, normed, notes, path
+from fewstep.ops.dual.traced import MixingError, UnsupportedError, autocasts, normed, notes, path
 from fewstep.ops.trace import replicas
 from fewstep.ops.trace import velocity as velocities
 from fewstep.reference import trace as reference
@@ -458,7 +458,7 @@ def _one_argument() -> Iterator[None]:
 
 
 def _tolerance(x: Tensor, leaves: list[Tensor]) -> float:
-    if any(z.dtype not in AGREEMENT for z in (x, *leaves)) or autocast(x):
+    if any(z.dtype not in AGREEMENT for z in (x, *leaves)) or autocasts():
         return ROUGH
     rough = x.is_cuda and torch.backends.cudnn.allow_tf32
     return max(AGREEMENT[x.dtype], 1e-2 if rough else 0.0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from fewstep.ops.dual.engine import COMPOSED
 from fewstep.ops.dual.traced import RULES, Rule
 
 # How they ask whether an argument is a tensor of another kind: then they would be called as whole.
@@ -30,3 +31,4 @@ def _opened(function: types.FunctionType) -> Rule:
 
 for _f in COMPOSITE:
     RULES[_f] = _opened(_f)
+    COMPOSED.add(_f)

@@ -70,7 +70,7 @@ def _activation(
         shift, inner = kernel_shift(h.shift, h.primal_shape)
         z, u = h.pieces(shifted=False)
         options = (shift, kind, beta, threshold, inner)
-        result = h.like(*dispatch.activate_pair(h.source.backend, z, u, *options))
+        result = h.like(*dispatch.activate_pair(h.source.kernels(z.dtype), z, u, *options))
         return h.overwritten_by(result) if inplace else result
     flat, shared = (h.stack(), None) if isinstance(h, Seed) else (h.flat, h.shared)
     if h.pending is not None:
@@ -78,8 +78,9 @@ def _activation(
     if shared is not None and torch.is_grad_enabled() and shared.requires_grad:
         flat, shared = h.joined(), None
     shift, inner = kernel_shift(h.shift, h.primal_shape)
+    backend = h.source.kernels(flat.dtype)
     out = dispatch.activate(
-        h.source.backend, flat, shared, shift, h.source.count, kind, beta, threshold, inner
+        backend, flat, shared, shift, h.source.count, kind, beta, threshold, inner
     )
     result = h.like(out, owned=True)
     return h.overwritten_by(result) if inplace else result

@@ -47,7 +47,7 @@ def _beside(
 
 def _has_kernel(h: Dual) -> bool:
     """Whether a kernel has the tangents beside the primal of a plain call."""
-    return h.source.backend == "cpp" and h.dtype in (torch.float32, torch.float64) and not plain()
+    return h.source.kernels(h.dtype) == "cpp" and not plain()
 
 
 def _by_kernel(
@@ -92,7 +92,7 @@ def _normed(
     matched(h, weight, bias)
     row = h.primal_shape[1:].numel() // (groups * rows)
     shift, _ = kernel_shift(h.shift, h.primal_shape, row=row)
-    backend, options = h.source.backend, (groups, centred, eps)
+    backend, options = h.source.kernels(h.dtype), (groups, centred, eps)
     if h.source.dtype is not None:
         z, u = h.pieces(shifted=False)
         own, low = _in_rows(z, rows), _in_rows(u, rows)

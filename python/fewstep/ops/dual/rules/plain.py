@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.ops.dual.engine import Dual, Seed, same
+from fewstep.ops.dual.engine import Dual, Seed
 from fewstep.ops.dual.traced import Opaque, Traced, UnsupportedError
 
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
@@ -42,23 +42,11 @@ def of_dtype(h: Traced, other: Tensor) -> Tensor:
     return other.to(own) if other.device == h.device else other.to(h.device, own)
 
 
-def cast(h: Dual, dtype: torch.dtype) -> Dual:
-    """h in another dtype, where kernels know that."""
-    if dtype == h.dtype:
-        return h
-    source = h.source
-    known = dtype in (torch.float32, torch.float64) or source.backend == "reference"
-    known = (known and source.dtype is None) or source.constant
-    if not dtype.is_floating_point or not known:
-        raise UnsupportedError(f"no rule for a change of {h.dtype} to {dtype}")
-    return same(h, lambda z: z.to(dtype))  # type: ignore[no-any-return]
-
-
 def promoted(h: Dual, other: Any) -> Dual:
     """h in the dtype of its sum with a tensor, or with another dual."""
     if not isinstance(other, (Tensor, Dual)) or other.dtype == h.dtype or other.ndim == 0:
         return h
-    return cast(h, torch.promote_types(h.dtype, other.dtype))
+    return h.cast(torch.promote_types(h.dtype, other.dtype))
 
 
 def aligned(h: Traced, other: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.ops.dual.engine import Dual, Moved, Seed, placed, same
-from fewstep.ops.dual.rules.plain import cast, inside, of_dtype, primal, refuse
+from fewstep.ops.dual.rules.plain import inside, of_dtype, primal, refuse
 from fewstep.ops.dual.traced import UnsupportedError, note, register
 
 
@@ -568,7 +568,7 @@ def _moved(name: str) -> Callable[..., Any]:
                 note(f"Tensor.{name} to {moved.dtype} has no derivative")
             return primal(input).detach().to(moved.dtype)
         if moved.dtype != input.dtype:
-            return cast(input, moved.dtype)
+            return input.cast(moved.dtype)
         return clone(input) if copy or layout not in (None, torch.preserve_format) else input
 
     return rule
