@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import flags, function, one_of
+from fewstep._names import Check, Engine
 from fewstep._results import brief
 from fewstep._torch import is_transformed, to_random_state
 from fewstep._tree import mapped
@@ -71,8 +72,8 @@ def jvp(
     tangents: tuple[Any, ...],
     *,
     through: bool = False,
-    engine: str | None = None,
-    check: str = "first",
+    engine: Engine | None = None,
+    check: Check = "first",
     kwargs: Mapping[str, Any] | None = None,
 ) -> Jvp:
     """Value of a network and its derivative along tangents, `J v = sum_i (df / d input_i) v_i`.
@@ -157,7 +158,7 @@ class _Solver:
 
     tree: Any = None
 
-    def __init__(self, problem: Problem, engine: str | None, check: str) -> None:
+    def __init__(self, problem: Problem, engine: Engine | None, check: str) -> None:
         self.problem, self.asked, self.check = problem, engine, check
         self.engine, self.info = "", ""
         self.grad = torch.is_grad_enabled()
