@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ _FATAL = tuple(kind for kind in ladder.FATAL if not issubclass(kind, ValueError)
 _NAMES = {"func": "torch.func", "reverse": "torch.autograd"}
 # As those of norms would be, which `fewstep.reference.jvp` has by formulas.
 _WRONG = "torch's own gradients through tangents may be wrong, which only a comparison shows"
+_UNDERIVED = re.compile("derivative for .* is not implemented")  # what a backward of torch says
 _NOTHING = "jvp: network must return a floating tensor, or a structure that has one"
 
 
@@ -133,7 +135,15 @@ def jvp(
     one_of("jvp", "check", check, CHECKS)
     problem, many = checked(network, inputs, tangents, through, kwargs or {})
     solver = _Solver(problem, engine, check)
-    found = replicas.together(network, solver.found)
+    try:
+        found = replicas.together(network, solver.found)
+    except RuntimeError as error:
+        if not _UNDERIVED.search(str(error)):
+            raise
+        raise ValueError(
+            f"jvp: no engine serves this network: {str(error).rstrip('.')}: compute that function"
+            " by others of torch, or give it a rule by fewstep.register_rule"
+        ) from error
     if not any(t is not None for t in found.tangents):
         raise ValueError(_NOTHING)
     values = iter(found.values)
@@ -238,7 +248,7 @@ class _Solver:
     def _by(self, way: str, problem: Problem) -> _Pairs:
         if way == "duals":
             return self._duals(problem)
-        network = problem.run if torch.compiler.is_compiling() else watched(problem.run)
+        network = watched(problem.run)
         mode = reference.forward_mode if way == "func" else reference.reverse_mode
 
         def run(*live: Tensor) -> tuple[list[Tensor], list[Tensor]]:
