@@ -124,6 +124,14 @@ def test_copies_change_neither_eps_nor_value() -> None:
     assert expect(copied, "alternating")[0] == pytest.approx(expect(once, "alternating")[0])
 
 
+def test_a_peer_that_lacks_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "installed", lambda package: package != "pykeops")
+    lacks = {
+        name: run.missing(CONTENDERS[name]) for name in ("geomloss-online", "geomloss-tensorized")
+    }
+    assert lacks == {"geomloss-online": ["pykeops"], "geomloss-tensorized": []}
+
+
 def test_schedule_is_that_of_geomloss() -> None:
     divergence = pytest.importorskip("geomloss._legacy.sinkhorn_divergence")
     problem = draw(DIVERGENCE)
