@@ -187,8 +187,8 @@ class Sample:
 
     Attributes:
         folder: folder of the run.
-        out: path of the file. A .png is a picture, and a .npy holds the samples as an array
-            `[n, C, H, W]` of float32 in [-1, 1].
+        out: path of the file. A .png is a picture, and a .npy holds the samples as a float32 array
+            [n, C, H, W] in [-1, 1].
         n: number of samples. The first of them are the same for any number.
         seed: seed of the noise, at least 0.
         steps: number of evaluations of the network per sample, for runs of lines and meanflow. 1 if
