@@ -13,7 +13,6 @@ import importlib
 import inspect
 import io
 import itertools
-import math
 import os
 import re
 import sys
@@ -35,7 +34,7 @@ from fewstep.data.pairs import MANIFEST, PairsConfig
 from fewstep.training import plots
 from fewstep.training.loop import CHECKPOINT
 from fewstep.training.registry import TRAINERS, trainer_of
-from fewstep.training.runs import RunConfig, Trainer, nested
+from fewstep.training.runs import RunConfig, Trainer, grid_columns, nested
 from fewstep.verification import report
 
 _OF_THE_RUN = ("data", "size", "seed", "device", "log_every", "checkpoint_every")
@@ -183,7 +182,7 @@ def _teacher(source: str) -> Teacher:
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw samples from a trained generator into a picture, one class per column, or an array.
+    """Draw samples from a trained generator into a picture, a class per column, or an array.
 
     Attributes:
         folder: folder of the run.
@@ -225,9 +224,8 @@ class Sample:
             with replacing(self.out) as temporary, temporary.open("wb") as file:
                 np.save(file, images.numpy())
         else:
-            columns = min(self.n, len(run.classes) or math.ceil(math.sqrt(self.n)))
+            columns, names = grid_columns(self.n, run.classes)
             title = f"{self.folder.resolve().name}: {trainer.name}, seed {self.seed}"
-            names = run.classes[:columns]
             plots.save_grid(self.out, images, columns=columns, title=title, names=names)
         sys.stdout.write(f"{self.out}\n")
 

@@ -37,7 +37,7 @@ from fewstep.training.loop import (
 
 CONFIG, PAIRS, PICTURE = "config.json", "pairs", "samples.png"
 REPORT, TABLE = "report.json", "report.txt"
-_SHOWN = 64  # images of a grid
+_SHOWN, _MOST_COLUMNS = 64, 16  # images of a grid
 EXTRA = ("matplotlib", "mlxtend", "ot", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm")
 _SAME_SPREAD = 1e-5  # relative: sums of the same pixels differ that little between machines
 T = TypeVar("T")
@@ -337,9 +337,9 @@ class Trainer(Generic[C, R]):
 
     def drawn(self, network: nn.Module, run: Run[C]) -> tuple[Tensor, int, Sequence[str]]:
         """Samples of a network in training, in how many columns to show them, and their names."""
-        columns = min(len(run.classes) or 8, 16)
+        columns, names = grid_columns(_SHOWN, run.classes[:_MOST_COLUMNS])
         n = max(1, _SHOWN // columns) * columns
-        names = run.classes if len(run.classes) == columns else ()
+        names = names if len(run.classes) <= _MOST_COLUMNS else ()
         return self.sample(network, run, n, seed=0), columns, names
 
     def take_teacher(self, session: Session[C], folder: Path, *same: str) -> None:
@@ -360,6 +360,18 @@ class Trainer(Generic[C, R]):
         state = session.networks["teacher"].state()
         average = {f"teacher.{key}": t for key, t in state.items() if key.startswith("ema.")}
         checkpoint.restore(folder / CHECKPOINT, average)
+
+
+def grid_columns(n: int, classes: Sequence[str]) -> tuple[int, Sequence[str]]:
+    """Columns of a grid of n samples, about as many as rows, and their names.
+
+    Classes take turns, so a column is of one class.
+    """
+    side = math.ceil(math.sqrt(n))
+    if not classes:
+        return side, ()
+    names = [*classes] * max(1, round(side / len(classes)))
+    return min(n, len(names)), names[:n]
 
 
 def sample_noise(n: int, shape: Sequence[int], *, seed: int) -> Tensor:
