@@ -1,7 +1,7 @@
 """From eager torch to the C++ kernel with all that the CPU has, step by step, on one case.
 
 `python -m benchmarks.ladder CASE` prints a table in Markdown. Each step has a process of its own.
-They take turns, a call each, and the times are medians.
+They take turns, a call each. The fastest call is what a machine without other work would take.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def serve(case: str, contender: str) -> None:
         sys.stdout.flush()
 
 
-def measure(case: str, todo: list[Step], rounds: int) -> list[float]:
-    """Median seconds of a call at each step."""
+def measure(case: str, todo: list[Step], rounds: int) -> list[list[float]]:
+    """Seconds of each call at each step."""
 
     def started(step: Step) -> subprocess.Popen[str]:
         own = {"FEWSTEP_CPU_CAPABILITY": step.capability, "OMP_NUM_THREADS": str(step.threads)}
@@ -76,24 +76,27 @@ def measure(case: str, todo: list[Step], rounds: int) -> list[float]:
             own.append(float(worker.stdout.readline()))
     for worker in workers:
         worker.communicate()
-    return [statistics.median(own) for own in times]
+    return times
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.ladder", description=__doc__)
     parser.add_argument("case", nargs="?", default="n2048_d64", choices=CASES)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the last step")
-    parser.add_argument("--rounds", type=int, default=31, help="calls of each step")
+    parser.add_argument("--rounds", type=int, default=101, help="calls of each step")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve:
         serve(args.case, args.serve)
         return
     todo = steps(args.threads)
-    medians = measure(args.case, todo, args.rounds)
-    lines = ["| step | median | eager torch takes |", "|---|---:|---:|"]
-    for step, own in zip(todo, medians, strict=True):
-        lines.append(f"| {step.label} | {own * 1e3:.3g} ms | {medians[0] / own:.3g}x |")
+    times = measure(args.case, todo, args.rounds)
+    first = min(times[0])
+    lines = ["| step | fastest call | median call | speed |", "|---|---:|---:|---:|"]
+    for step, own in zip(todo, times, strict=True):
+        fastest, median = min(own), statistics.median(own)
+        figures = f"{fastest * 1e3:.3g} ms | {median * 1e3:.3g} ms | {first / fastest:.1f}x"
+        lines.append(f"| {step.label} | {figures} |")
     sys.stdout.write("\n".join([*lines, "", machine("cpu"), ""]))
 
 
