@@ -28,6 +28,7 @@ class Contender:
         devices: where it runs.
         note: what differs from the plain alternating iteration of a solve.
         low: less exact than float32: bfloat16, or differences.
+        also: packages that it needs beside its own.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Contender:
     devices: tuple[str, ...] = ("cpu", "cuda")
     note: str = ""
     low: bool = False
+    also: tuple[str, ...] = ()
 
     def enters(self, case: AnyCase) -> bool:
         """Whether it is timed on this case; the reference only where that is quick.
@@ -123,7 +125,13 @@ CONTENDERS = {
             note=_GEOMLOSS,
         ),
         Contender(
-            "geomloss-online", "geomloss online", "geomloss", "peer", _AVERAGED, note=_GEOMLOSS
+            "geomloss-online",
+            "geomloss online",
+            "geomloss",
+            "peer",
+            _AVERAGED,
+            note=_GEOMLOSS,
+            also=("pykeops",),
         ),
         Contender("pykeops", "KeOps", "pykeops", "peer", {"solve": "unrolled"}),
         Contender(

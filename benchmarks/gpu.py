@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_cases import GPU_CASES, OURS, ceilings, definition_of, measure_case, package_of
+from benchmarks.gpu_cases import GPU_CASES, OURS, ceilings, definition_of, measure_case, packages_of
 from benchmarks.registry import Case
 from benchmarks.run import ROOT, commit, installed, say
 
@@ -237,7 +237,7 @@ def read_rows(result: Path) -> tuple[list[dict[str, Any]], str | None]:
 def stage_case(runner: Runner, case: Case, budget: float) -> Stage:
     """One case; after a crash the contenders that were still to come have another process."""
     served = [c for c in case.contenders if definition_of(c, case) is not None]
-    todo = [c for c in served if installed(package_of(c)) or runner_has(runner, package_of(c))]
+    todo = [c for c in served if all(here(runner, name) for name in packages_of(c))]
     rows = [
         case.columns() | {"contender": c, "note": "not installed"} for c in served if c not in todo
     ]
@@ -268,6 +268,11 @@ def stage_case(runner: Runner, case: Case, budget: float) -> Stage:
         summary = f"{best['contender']} {best['median_ms']:.3g} ms{against}"
     seconds = time.monotonic() - start
     return Stage(case.name, best is not None and not todo, summary, seconds, rows)
+
+
+def here(runner: Runner, package: str) -> bool:
+    """Whether a package is installed, or came with a wheel of `--wheels`."""
+    return installed(package) or runner_has(runner, package)
 
 
 def runner_has(runner: Runner, package: str) -> bool:

@@ -230,8 +230,11 @@ def build(name: str, problem: Problem) -> Callable[[], tuple[Any, ...]]:
     return BUILDERS[problem.case.workload, name](problem)
 
 
-def package_of(name: str) -> str:
-    return "flash-sinkhorn" if name.startswith("flash-sinkhorn") else CONTENDERS[name].package
+def packages_of(name: str) -> tuple[str, ...]:
+    """The package of a contender, and those that it needs beside its own."""
+    if name.startswith("flash-sinkhorn"):
+        return ("flash-sinkhorn",)
+    return CONTENDERS[name].package, *CONTENDERS[name].also
 
 
 def definition_of(name: str, case: Case) -> str | None:
@@ -346,7 +349,7 @@ def measure_case(name: str, contenders: Sequence[str], result: Path, budget: flo
             row = {"note": f"{type(error).__name__}: {first[:160]}"}
         row |= {
             "contender": contender,
-            "version": importlib.metadata.version(package_of(contender)),
+            "version": importlib.metadata.version(packages_of(contender)[0]),
         }
         with result.open("a") as file:
             file.write(json.dumps(case.columns() | {"iterations": problems[0].iterations} | row))

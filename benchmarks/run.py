@@ -74,6 +74,11 @@ def installed(package: str) -> bool:
     return True
 
 
+def missing(contender: Contender) -> list[str]:
+    """The packages of a contender that are not installed."""
+    return [name for name in (contender.package, *contender.also) if not installed(name)]
+
+
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -325,7 +330,7 @@ def show_cases(op: str) -> None:
         sys.stdout.write(f"{case.name:31s} {case.workload}, {case.shape}{iterations}{gradient}\n")
     for contender in CONTENDERS.values():
         if any(map(contender.enters, family.values())) and contender.kind == "peer":
-            here = "installed" if installed(contender.package) else "not installed"
+            here = f"needs {' and '.join(lacks)}" if (lacks := missing(contender)) else "installed"
             sys.stdout.write(f"--only {contender.name:24s} {contender.label}: {here}\n")
 
 
@@ -346,10 +351,10 @@ def main(argv: list[str] | None = None) -> None:
         and contender.name in (args.only or CONTENDERS)
         and any(contender.enters(case) for case in cases)
     ]
-    contenders = [contender for contender in wanted if installed(contender.package)]
+    contenders = [contender for contender in wanted if not missing(contender)]
     for contender in wanted:
-        if contender not in contenders:
-            say(f"{contender.label}: not installed (pip install '.[bench]')")
+        if lacks := missing(contender):
+            say(f"{contender.label}: needs {' and '.join(lacks)} (pip install '.[bench]')")
     start = time.monotonic()
     # A terminated run ends its worker too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import plot, run, table, targets
+from benchmarks import ladder, plot, run, table, targets
 from benchmarks.attention_cases import ATTENTION_CASES, draw_attention
 from benchmarks.contenders import CONTENDERS
 from benchmarks.dense import divergence_averaged, sinkhorn_averaged
@@ -36,6 +36,7 @@ from benchmarks.registry import (
     schedule,
 )
 from benchmarks.worker import errors, expect, measure, timings
+from fewstep import _C
 from fewstep._library import unavailable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,6 +123,25 @@ def test_copies_change_neither_eps_nor_value() -> None:
     assert (np.unique(copied.x[0], axis=0) == np.unique(once.x[0], axis=0)).all()
     assert (copied.x[0, :40] != once.x[0]).any()
     assert expect(copied, "alternating")[0] == pytest.approx(expect(once, "alternating")[0])
+
+
+def test_a_peer_that_lacks_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "installed", lambda package: package != "pykeops")
+    lacks = {
+        name: run.missing(CONTENDERS[name]) for name in ("geomloss-online", "geomloss-tensorized")
+    }
+    assert lacks == {"geomloss-online": ["pykeops"], "geomloss-tensorized": []}
+
+
+def test_the_steps_of_the_ladder() -> None:
+    todo = ladder.steps(2)
+    own = [step for step in todo if step.contender == "cpp"]
+    assert [step.threads for step in own] == [1] * (len(own) - 1) + [2]
+    assert own[0].capability == "base"
+    assert own[-1].capability == own[-2].capability == _C.cpu_capability()
+    times = ladder.measure("n512_d64", own[:1], rounds=2)
+    assert [len(calls) for calls in times] == [2]
+    assert min(times[0]) > 0
 
 
 def test_schedule_is_that_of_geomloss() -> None:

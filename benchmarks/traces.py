@@ -312,13 +312,13 @@ class LogDensity:
     def ours(self, estimator: str, backend: str, fresh: bool = True) -> Tensor:
         import fewstep
 
-        options: dict[str, Any] = {"estimator": estimator, "probes": self.case.probes}
+        probes = self.case.probes
+        options: dict[str, Any] = {"estimator": estimator, "probes": probes, "backend": backend}
         return fewstep.log_density(
             *(self.s.net, self.s.x),
             times=self.times,
             fresh=fresh,
             seed=_SEED,
-            backend=backend,
             **options,
         ).log_prob
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+import fewstep
 from fewstep import training
 from fewstep._files import one_writer
 from fewstep.cli import main
@@ -107,8 +109,10 @@ def test_configurations_are_read_as_they_were_written(method: str, tmp_path: Pat
         assert trainer_of(tmp_path) is trainer
 
 
-@pytest.mark.parametrize(("n", "rows"), [(1, 1), (7, 3), (64, 22)])
+@pytest.mark.parametrize(("n", "rows"), [(1, 1), (7, 3), (64, 8)])
 def test_sample(finished: Path, tmp_path: Path, n: int, rows: int) -> None:
+    """A title and names of the columns are above the images, which are pixel for pixel."""
+
     def draw(name: str, *options: str) -> np.ndarray:
         out = tmp_path / name
         assert main(["sample", str(finished), "--n", str(n), "--out", str(out), *options]) == 0
@@ -116,10 +120,42 @@ def test_sample(finished: Path, tmp_path: Path, n: int, rows: int) -> None:
             return np.asarray(picture)
 
     first = draw("a.png")
-    width = min(n, 3)
-    assert first.shape[:2] == (rows * 68 - 4, width * 68 - 4)  # with 4 pixels between images
+    columns = {1: 1, 7: 3, 64: 9}[n]  # of three classes in turn
+    images = fewstep.load(finished).sample(n).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    whole = (plots.montage(images, columns, gap=4) * 255).round().byte().numpy()
+    height, width = rows * 68 - 4, columns * 68 - 4  # with 4 pixels between images
+    assert whole.shape[:2] == (height, width)
+    assert np.array_equal(first[48:-8, 8 : 8 + width, :3], whole)
+    assert all(first[line : line + 20].min() < 128 for line in (8, 28))
     assert np.array_equal(draw("b.png", "--seed", "0"), first)
     assert not np.array_equal(draw("c.png", "--seed", "1"), first)
+
+
+def test_sample_into_an_array(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.npy"
+    assert main(["sample", str(finished), "--n", "5", "--seed", "7", "--out", str(out)]) == 0
+    assert np.array_equal(np.load(out), fewstep.load(finished).sample(5, seed=7).numpy())
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_the_first_samples_do_not_depend_on_their_number(method: str) -> None:
+    trainer = TRAINERS[method]
+    config = replace(trainer.preset("digits"), width=8, depth=2)
+    run = Run(config, (1, 8, 8), ("a", "b"), 0.25)
+    network = trainer.networks(run)[trainer.network].module()
+    few, many = (trainer.sample(network, run, n, seed=2**31 - 1) for n in (5, 40))
+    torch.testing.assert_close(few, many[:5])
+    assert not torch.allclose(few[:2], few[2:4])
+    assert not torch.allclose(few, trainer.sample(network, run, 5, seed=0))
+
+
+@pytest.mark.parametrize("of_python", [False, True])
+def test_version(of_python: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    if of_python:
+        subprocess.run([sys.executable, "-m", "fewstep", "--version"], check=True)
+    else:
+        assert main(["--version"]) == 0
+    assert capfd.readouterr().out == f"fewstep {fewstep.__version__}\n"
 
 
 def test_resume_takes_the_settings_of_the_run(
@@ -159,9 +195,17 @@ BAD_ARGUMENTS = [
     ("train wflow --data digits --out RUN --steps many", "many"),
     ("train wflow --data digits --out RUN --steps 0", "steps must be"),
     ("train wflow --data digits --out RUN --eps -1", "eps must be positive"),
-    ("train wflow --data digits --out RUN --frobnicate", "--frobnicate"),
+    (
+        "train wflow --data digits --out RUN --frobnicate",
+        "fewstep: Unrecognized options: --frobnicate; see fewstep train wflow --help",
+    ),
+    ("train wflow --data digits --out RUN --step 3", "perhaps --step-size or --steps"),
+    ("train wflow --data digits --out RUN --device gpu", "device must be one of auto, cpu"),
     ("train wflow --data digits --out RUN --resume", "holds no run"),
-    ("train wflow --data digits --out RUN --backend magic", "backend must be one of"),
+    (
+        "train wflow --data digits --out RUN --backend magic",
+        "'--backend'. Expected one of",
+    ),
     ("train wflow --data digits --out RUN --device quantum", "quantum"),
     ("train wflow --data nowhere --out RUN", "nowhere"),
     ("train wflow --data digits --out FILE", "FILE"),
@@ -171,7 +215,10 @@ BAD_ARGUMENTS = [
     ("sample RUN --out grid.png --n 0", "n must be"),
     ("sample RUN --out grid.png --seed -1", "seed must be"),
     ("train lines --out RUN", "--data"),
-    ("train lines --data digits --out RUN --law cosine", "law must be one of"),
+    (
+        "train lines --data digits --out RUN --law cosine",
+        "'--law'. Expected one of",
+    ),
     ("train lines --data digits --out RUN --indices 5 3", "indices must increase"),
     ("train lines --data digits --out RUN --lr nan", "lr must be positive"),
     ("train lines --data digits --out RUN --rho 1e20", "rho must be one by which"),

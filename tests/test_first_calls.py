@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep import _names
+import fewstep.methods.lines
+import fewstep.methods.reflow
+import fewstep.training.lines
+from fewstep import _names, conversions, methods, training
 from fewstep._library import BACKENDS
+from fewstep.data import pairs
+from fewstep.ops.heun.inputs import STATES
 from fewstep.ops.sinkhorn import drift
 from fewstep.ops.sinkhorn.inputs import UPDATES
-from fewstep.ops.trace import inputs
+from fewstep.ops.trace import inputs, log_density
 from fewstep.reference.costs import NAMES, OF_DISTANCE
 from fewstep.reference.sinkhorn import PRECISIONS
+from fewstep.samplers import edm, multistep, schedules
 
 rng = torch.Generator().manual_seed(0)
 X, Y = torch.randn(2, 6, 3, generator=rng), torch.randn(2, 7, 3, generator=rng) + 1
@@ -70,6 +76,17 @@ def test_auto_of_other_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(both.eps, both.yy.eps)
 
 
+@pytest.mark.parametrize("options", [{}, {"exclude_diagonal": True}, {"a": A.double()}], ids=str)
+def test_auto_of_dot_does_not_depend_on_the_origin(options: Any) -> None:
+    x, y = X.double(), Y.double()
+    options = {"tol": 1e-9, "max_iter": 10000, **options}
+    halves = fewstep.sinkhorn(x, y, eps="auto", cost="half_sqeuclidean", **options)
+    for shift in (0.0, 5.0):
+        dot = fewstep.sinkhorn(x + shift, y + shift, eps="auto", cost="dot", **options)
+        torch.testing.assert_close(dot.eps, halves.eps)
+        torch.testing.assert_close(dot.plan(), halves.plan(), rtol=1e-5, atol=1e-8)
+
+
 def test_auto_is_a_constant() -> None:
     x = X.clone().requires_grad_()
     auto = fewstep.sinkhorn(x, Y, eps="auto")
@@ -80,7 +97,9 @@ def test_auto_is_a_constant() -> None:
 
 def test_auto_refuses() -> None:
     with pytest.raises(ValueError, match="needs a positive mean cost, got -"):
-        fewstep.sinkhorn(X[0].abs(), X[0].abs(), eps="auto", cost="dot")
+        fewstep.sinkhorn(C=-torch.ones(3, 4), eps="auto")
+    with pytest.raises(ValueError, match="or no pair has a finite cost and weight"):
+        fewstep.sinkhorn(C=torch.full((3, 4), torch.inf), eps="auto")
     with pytest.raises(ValueError, match="positive mean cost, got 0"):
         fewstep.sinkhorn(X[0] * 0, X[0] * 0, eps="auto")
     with pytest.raises(ValueError, match="positive mean cost, got nan"):
@@ -173,6 +192,21 @@ def _raises(x: Tensor, t: Tensor) -> Tensor:
         (_names.Estimator, inputs.ESTIMATORS),
         (_names.Engine, inputs.ENGINES),
         (_names.Check, inputs.CHECKS),
+        (_names.Probe, inputs.PROBES),
+        (_names.OdeMethod, log_density.METHODS),
+        (_names.Tracker, log_density.TRACKERS),
+        (_names.SamplerTracker, edm.TRACKERS),
+        (_names.State, STATES),
+        (_names.Reuse, multistep.MODES),
+        (_names.Grid, schedules.GRIDS),
+        (_names.Kind, conversions.KINDS),
+        (_names.TimePath, conversions.PATHS),
+        (_names.Law, methods.lines.LAWS),
+        (_names.Metric, methods.lines.METRICS),
+        (_names.Start, methods.reflow.STARTS),
+        (_names.WindowWeight, methods.reflow.WEIGHTS),
+        (_names.Parameterisation, training.lines.PARAMETERISATIONS),
+        (_names.PairsDtype, tuple(pairs.DTYPES)),
     ],
 )
 def test_types_have_the_names_that_are_checked(known: Any, names: tuple[str, ...]) -> None:

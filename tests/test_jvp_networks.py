@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -63,6 +64,34 @@ def test_diffusers(name: str) -> None:
     make, shape = DIFFUSERS[name]
     whole = name.startswith(("UNet2DCondition", "DiT"))
     assert_served(partial(make, diffusers), shape, F32, WHOLE if whole else "")
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("p", [0.0, 1.0, 1.5, 2.0, 3.0, math.inf])
+def test_distances_between_samples(p: float, through: bool) -> None:
+    """torch has no second derivative of cdist, and the duals no rule where samples are mixed."""
+
+    def network(x: Tensor) -> Tensor:
+        return torch.cdist(x, x, p=p).tanh() + x.square().sum(1)
+
+    x, v, w = torch.randn(3, 5, 3, dtype=F64)
+    x = x.requires_grad_()
+    steps = [network(x.detach() + h * v) for h in (1e-6, -1e-6)]
+    for engine in (None, "func", "reverse"):
+        out = fewstep.jvp(network, (x,), (v,), through=through, engine=engine)
+        torch.testing.assert_close(out.tangent, (steps[0] - steps[1]) / 2e-6, rtol=1e-6, atol=1e-8)
+        if through:
+            (g,) = torch.autograd.grad((out.tangent[:, :3] * w).sum(), x)
+            moved = [fewstep.jvp(network, (x.detach() + h * v,), (v,)) for h in (1e-6, -1e-6)]
+            slope = ((moved[0].tangent - moved[1].tangent)[:, :3] * w).sum() / 2e-6
+            torch.testing.assert_close((g * v).sum(), slope, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_a_function_without_a_second_derivative(through: bool) -> None:
+    x = torch.randn(6, 3)
+    with pytest.raises(ValueError, match=r"no engine serves this network: .*_pdist_backward"):
+        fewstep.jvp(lambda x: torch.pdist(x, p=3), (x,), (x,), through=through)
 
 
 def test_one_sample() -> None:

@@ -67,7 +67,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | OPS
     | {"fewstep", "fewstep.data", "fewstep.metrics", "fewstep.methods", "fewstep.networks"}
     | {"fewstep.samplers", "fewstep.verification"},
-    "fewstep.cli": {"fewstep.training", "fewstep.verification"},
+    "fewstep.__main__": {"fewstep.cli"},
+    "fewstep.cli": {"fewstep", "fewstep.training", "fewstep.verification"},
 }
 # Headers and sources of C++ and CUDA, by folder. The units of csrc/cpu/simd compile bodies of
 # csrc/cpu, which compute by its math.h and normals.h.

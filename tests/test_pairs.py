@@ -409,7 +409,7 @@ def test_other_pairs_in_the_folder(copy: Path, tmp_path: Path) -> None:
         ({"rho": 1e-320}, "PairsConfig: rho must be one by which .* got 1e-320"),
         ({"sigma_min": 0.0}, "sigma_min and sigma_max must be 0 < sigma_min"),
         ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
-        ({"dtype": None}, "PairsConfig: dtype must be a string, got None"),
+        ({"dtype": None}, "PairsConfig: dtype must be one of .* got None"),
         ({"sigma_max": "a"}, "PairsConfig: sigma_max must be a number, got 'a'"),
         ({"rho": True}, "PairsConfig: rho must be a number, got True"),
     ],

@@ -133,7 +133,12 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {error}") from error
+        known = "auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+        why = str(error).split("\n")[0].split(". ")[0]
+        why = "" if len(why) > 100 else f": {why}"  # torch lists all its types, or all its kernels
+        raise ValueError(
+            f"device must be one of {', '.join(known)} on this machine, got {name!r}{why}"
+        ) from error
     return device
 
 

@@ -19,6 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if arguments == ["--version"]:
+            from fewstep import __version__
+
+            sys.stdout.write(f"fewstep {__version__}\n")
+            return 0
         if arguments[:1] == ["verify"]:  # needs nothing of the extra that trains
             from fewstep.verification import report
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import as_times, floating, one_of, stands_for_tensor
+from fewstep._names import Kind, TimePath
 from fewstep._torch import wide
 
 KINDS = ("velocity", "denoiser", "noise", "score")
@@ -66,9 +67,9 @@ def convert(
     x: Tensor,
     t: float | Tensor,
     *,
-    source: str,
-    target: str,
-    path: str = "noise-at-1",
+    source: Kind,
+    target: Kind,
+    path: TimePath = "noise-at-1",
 ) -> Tensor:
     """Convert a prediction at x between velocity, denoiser, noise and score.
 

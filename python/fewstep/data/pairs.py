@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from fewstep._checks import check_integers, check_types, integer, one_of
 from fewstep._files import checksum, read_json, read_tensors
+from fewstep._names import PairsDtype
 from fewstep.samplers.inputs import check_schedule
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
@@ -39,7 +40,8 @@ class PairsConfig:
         steps: number N of sampler steps. The sampler evaluates the teacher 2 N - 1 times.
         sigma_min: lowest noise level of the sampler, in units of the data.
         sigma_max: highest noise level of the sampler, in units of the data.
-        rho: curvature of the sampler's schedule, see `fewstep.karras_sigmas`.
+        rho: exponent of the sampler's schedule, see `fewstep.karras_sigmas`. A larger one puts more
+            levels near sigma_min.
         batch: number of pairs per evaluation of the teacher.
         shard_size: number of pairs in a file, a multiple of `batch`.
         dtype: dtype of the files, "float32" or "float16". The latter has no values beyond 65504.
@@ -57,7 +59,7 @@ class PairsConfig:
     rho: float = 7.0
     batch: int = 256
     shard_size: int = 8192
-    dtype: str = "float32"
+    dtype: PairsDtype = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)

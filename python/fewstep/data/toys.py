@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep import conversions
 from fewstep._checks import as_times, count, floating, one_of, stands_for_tensor
+from fewstep._names import Kind, TimePath
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class GaussianMixture:
     means: Tensor
     variances: Tensor
     weights: Tensor | None = None
-    path: str = "noise-at-1"
+    path: TimePath = "noise-at-1"
 
     def __post_init__(self) -> None:
         for name in ("means", "variances", *(() if self.weights is None else ("weights",))):
@@ -81,7 +82,7 @@ class GaussianMixture:
         own = self.means.to(x) + a * self.variances.to(x) / variance * offset
         return (logs.softmax(-1)[..., None] * own).sum(1)
 
-    def _converted(self, x: Tensor, t: float | Tensor, target: str) -> Tensor:
+    def _converted(self, x: Tensor, t: float | Tensor, target: Kind) -> Tensor:
         denoiser = self.denoiser(x, t)
         return conversions.convert(denoiser, x, t, source="denoiser", target=target, path=self.path)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep._checks import check_types, count, integer
+from fewstep._names import Law, Metric
 from fewstep._torch import wide
 from fewstep.methods.augment import diff_augment
 from fewstep.methods.draws import Draws, per_sample
@@ -60,7 +61,7 @@ class LinesMatching:
         indices: levels of the sampler for "sot", as increasing indices into that schedule.
         sigma_min: lowest level of the schedule, in units of the data.
         sigma_max: highest level of the schedule, in units of the data.
-        rho: curvature of the schedule.
+        rho: exponent of the schedule. A larger one puts more levels near sigma_min.
         metric: distance between output and image, "l2", "pseudo_huber" or "lpips". "l2" is the mean
             squared error over coordinates. "pseudo_huber" is `(sqrt(|e|^2 + c^2) - c) / D`, where
             c is 0.00054 D. "lpips" takes images `[B, 1 or 3, H, W]` in [-1, 1], enlarged to 224
@@ -86,13 +87,13 @@ class LinesMatching:
     ['lines', 'output']
     """
 
-    law: str = "uniform"
+    law: Law = "uniform"
     levels: int = 18
     indices: tuple[int, ...] = (0,)
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
-    metric: str = "l2"
+    metric: Metric = "l2"
     start: int = 0
     warmup: int = 0
     r1: float = 0.0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import check_types, count, floating, function
+from fewstep._names import Engine
 from fewstep._torch import wide
 from fewstep.methods.draws import Draws, per_sample
 from fewstep.ops.trace.jvp import jvp
@@ -46,7 +47,7 @@ class MeanFlow:
     Sampling is `z_r = z_t - (t - r) u(z_t, t, r)`, in one step or several: `meanflow_sample`.
 
     Attributes:
-        improved: whether to train improved MeanFlow.
+        improved: the loss of improved MeanFlow, with less variance for a forward more.
         ratio: share of samples with r < t. The others have r = t, which is flow matching.
         mean: mean of the logistic normal law of times, before the logistic function.
         std: standard deviation of that law. t is the larger of two draws, and r the smaller. Times
@@ -131,7 +132,7 @@ class MeanFlow:
         labels: Tensor | None = None,
         *,
         null_label: int | None = None,
-        engine: str | None = None,
+        engine: Engine | None = None,
         generator: torch.Generator | None = None,
         sample_ids: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,6 +15,17 @@ from torch import Tensor
 
 from fewstep._checks import check_types, count
 from fewstep._library import BACKENDS
+from fewstep._names import (
+    Backend,
+    Check,
+    Engine,
+    Estimator,
+    OdeMethod,
+    Probe,
+    Start,
+    Tracker,
+    WindowWeight,
+)
 from fewstep._torch import wide
 from fewstep.conversions import convert
 from fewstep.methods.draws import Draws, per_sample
@@ -58,7 +69,7 @@ class MarginalReflow:
     `x - t_min v(x, t_min)`.
 
     Attributes:
-        windows: number K of windows, of equal length.
+        windows: number K of windows of equal length, from time 1 (noise) to `t_min`.
         steps: number of student steps in a window, in training and in sampling.
         method: solver of the student's steps, "euler" or "heun".
         solver_steps: number of Heun steps of the teacher in a window.
@@ -76,7 +87,7 @@ class MarginalReflow:
             teacher's marginal, as the bound on the total variation in the report assumes. "student"
             starts where the student's own steps lead, held fixed.
         weight: weight w_k of a window, "one" or "t^2". The latter tames the scores of late windows.
-        t_min: last edge of the windows, above 0 and below 1.
+        t_min: time of the last edge of the windows, above 0 (data) and below 1.
         tangent_dtype: dtype of the tangents, see `fewstep.divergence`.
         backend: backend of `fewstep.divergence`. None takes the default of the device.
         engine: engine of `fewstep.divergence`. None chooses the first one that serves the network.
@@ -96,21 +107,21 @@ class MarginalReflow:
 
     windows: int = 4
     steps: int = 1
-    method: str = "euler"
+    method: OdeMethod = "euler"
     solver_steps: int = 8
     lam: float = 0.1
     warmup: int = 0
-    tracker: str = "logdet"
-    estimator: str = "auto"
+    tracker: Tracker = "logdet"
+    estimator: Estimator = "auto"
     probes: int = 1
-    probe: str = "rademacher"
-    start: str = "teacher"
-    weight: str = "one"
+    probe: Probe = "rademacher"
+    start: Start = "teacher"
+    weight: WindowWeight = "one"
     t_min: float = 0.02
     tangent_dtype: torch.dtype | None = None
-    backend: str | None = None
-    engine: str | None = None
-    check: str = "first"
+    backend: Backend | None = None
+    engine: Engine | None = None
+    check: Check = "first"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -271,7 +282,7 @@ class MarginalReflow:
         *,
         log_prob: Field,
         score: Field,
-        tracker: str | None = None,
+        tracker: Tracker | None = None,
         tracker_error: float = 0.0,
         teacher_tv: float = 0.0,
         generator: torch.Generator | None = None,
@@ -371,7 +382,7 @@ class MarginalReflow:
         b: Tensor,
         options: Options,
         seed: int,
-        tracker: str | None = None,
+        tracker: Tracker | None = None,
         ids: Tensor | None = None,
     ) -> Path:
         return densities.track(

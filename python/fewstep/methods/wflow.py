@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -47,10 +46,10 @@ class WFlow:
         eps: temperature in units of the mean squared distance between samples. The velocities of
             several temperatures are added.
         max_iter: number of Sinkhorn iterations. All of them are done.
-        step_size: length of the step along the flow, in units of the rms of V. Without `normalize`
+        step_size: length of the step along the velocity V, in units of V's rms. Without `normalize`
             it is a multiple of V.
-        normalize: division of V by its rms over the whole call. With it the loss stays at
-            `step_size^2` for one temperature, and `metrics["drift"]` shows the progress.
+        normalize: division of the velocity V by its rms over the whole call. With it the loss stays
+            at `step_size^2` for one temperature, and `metrics["drift"]` shows the progress.
         form: form of the drift, "split" or "joint". See `fewstep.sinkhorn_drift`.
         backend: backend of `fewstep.sinkhorn_drift`. None takes the default of the device.
 
@@ -73,8 +72,8 @@ class WFlow:
     max_iter: int = 10
     step_size: float = 1.0
     normalize: bool = True
-    form: str = "split"
-    backend: str | None = None
+    form: Form = "split"
+    backend: Backend | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.eps, list):  # as JSON has it
@@ -158,9 +157,9 @@ class WFlow:
                 max_iter=self.max_iter,
                 uncond=None if uncond is None else uncond.to(dtype),
                 guidance=guidance,
-                form=cast(Form, self.form),
+                form=self.form,
                 normalize=True if self.normalize else "scale",
-                backend=cast(Backend | None, self.backend),
+                backend=self.backend,
             )
             v = drift.velocity
             if isinstance(self.eps, tuple) and not self.normalize:

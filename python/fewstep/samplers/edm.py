@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import count, flags, function, one_of
+from fewstep._names import Backend, Estimator, SamplerTracker, State
 from fewstep.ops.heun.engine import Run, rows
 from fewstep.ops.heun.inputs import check_log_density, check_state, pick
 from fewstep.ops.heun.solve import HeunResult
@@ -67,16 +68,16 @@ def edm_sample(
     uncond: Network | None = None,
     seeds: Tensor | None = None,
     precondition: float | None = None,
-    state: str = "compensated",
+    state: State = "compensated",
     cuda_graph: bool = False,
     log_density: Tensor | None = None,
-    tracker: str = "trace",
-    estimator: str = "auto",
+    tracker: SamplerTracker = "trace",
+    estimator: Estimator = "auto",
     probes: int = 1,
     sample_ids: Tensor | None = None,
     progress: bool = False,
     check_finite: bool | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | HeunResult:
     """Draw samples of a diffusion model by EDM's second-order sampler, in 2 N - 1 evaluations.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import count, flags, function
+from fewstep._names import Backend, State
 from fewstep.ops.heun.engine import Run, rows
 from fewstep.ops.heun.inputs import check_state, pick
 from fewstep.ops.trace.inputs import check_times
@@ -30,10 +31,10 @@ def flow_sample(
     guidance: float | Tensor | None = None,
     uncond: Network | None = None,
     seeds: Tensor | None = None,
-    state: str = "compensated",
+    state: State = "compensated",
     progress: bool = False,
     check_finite: bool | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Draw samples of a flow-matching model, noise at 1 and data at 0, by Heun steps with churn.
 

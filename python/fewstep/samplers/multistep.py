@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import as_float64, function, one_of
+from fewstep._names import Backend, Reuse
 from fewstep._torch import wide
 from fewstep.ops.heun.engine import FIRST, Run
 from fewstep.ops.heun.inputs import check_state, pick
@@ -15,7 +16,7 @@ from fewstep.reference.heun import COLUMNS, NOISE, SCALE
 from fewstep.samplers.plan import Network
 from fewstep.samplers.seeds import seeds_for
 
-MODES = ("fresh", "line", "reuse")
+MODES: tuple[Reuse, ...] = ("fresh", "line", "reuse")
 
 
 @torch.no_grad()
@@ -24,10 +25,10 @@ def multistep_sample(
     latents: Tensor,
     *,
     sigmas: Tensor | Sequence[float],
-    mode: str = "fresh",
+    mode: Reuse = "fresh",
     seeds: Tensor | None = None,
     check_finite: bool | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Draw samples of a few-step generator that predicts the clean endpoint at every level.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import count, integer, one_of
+from fewstep._names import Grid
 from fewstep.samplers.inputs import check_schedule
 
 GRIDS = ("edm_subset", "uniform_sigma", "uniform_s")
@@ -69,7 +70,7 @@ def levels_of(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Ten
 def few_step_sigmas(
     steps: int | Sequence[int],
     *,
-    grid: str = "edm_subset",
+    grid: Grid = "edm_subset",
     teacher_steps: int = 18,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,

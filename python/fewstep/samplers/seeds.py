@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import strided
+from fewstep._names import Backend
 from fewstep.ops.heun import dispatch
 from fewstep.ops.heun.inputs import pick
 from fewstep.reference.heun import COLUMNS, NOISE
@@ -19,7 +20,7 @@ def latents(
     shape: Sequence[int],
     *,
     dtype: torch.dtype = torch.float32,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Draw standard normal noise that depends on a sample's seed and nothing else.
 
@@ -56,7 +57,7 @@ def normals(
     *,
     dtype: torch.dtype,
     row: int = 0,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Standard normals `[B, *shape]` that a sampler would add at a row of its table."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -13,7 +13,6 @@ import importlib
 import inspect
 import io
 import itertools
-import math
 import os
 import re
 import sys
@@ -21,22 +20,25 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Union
+from typing import Annotated, Any, ClassVar, Protocol, Union
 
 import docstring_parser
+import numpy as np
 import torch
 import tyro
 
+from fewstep._files import replacing
+from fewstep._names import Reuse
 from fewstep.data.generate import Teacher, generate, worker
 from fewstep.data.pairs import MANIFEST, PairsConfig
-from fewstep.samplers.multistep import MODES
 from fewstep.training import plots
 from fewstep.training.loop import CHECKPOINT
 from fewstep.training.registry import TRAINERS, trainer_of
-from fewstep.training.runs import RunConfig, Trainer, nested
+from fewstep.training.runs import RunConfig, Trainer, grid_columns, nested
 from fewstep.verification import report
 
 _OF_THE_RUN = ("data", "size", "seed", "device", "log_every", "checkpoint_every")
+_COMMANDS = ("train", "pairs", "sample", "verify")
 _NOT_OPTIONS = (torch.dtype | None,)  # types without a spelling in a shell
 
 
@@ -180,14 +182,16 @@ def _teacher(source: str) -> Teacher:
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw samples from a trained generator into a picture, one class per column.
+    """Draw samples from a trained generator into a picture, a class per column, or an array.
 
     Attributes:
         folder: folder of the run.
-        out: path of the PNG.
-        n: number of samples.
+        out: path of the file. A .png is a picture, and a .npy holds the samples as a float32 array
+            [n, C, H, W] in [-1, 1].
+        n: number of samples. The first of them are the same for any number.
         seed: seed of the noise, at least 0.
-        steps: number of evaluations of the network per sample, for runs of lines. 1 if not given.
+        steps: number of evaluations of the network per sample, for runs of lines and meanflow. 1 if
+            not given.
         sampler: way from one step to the next, for runs of lines. "fresh" draws new noise and is
             taken if none is given, "line" follows the line, and "reuse" adds the same noise again.
     """
@@ -197,15 +201,16 @@ class Sample:
     n: int = 64
     seed: int = 0
     steps: int | None = None
-    sampler: Literal[MODES] | None = None  # type: ignore[valid-type]
+    sampler: Reuse | None = None
 
     def execute(self) -> None:
         if self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
-        if self.out.suffix.lower() != ".png":
-            raise ValueError(f"out must be a .png file, got {self.out}")
+        kind = self.out.suffix.lower()
+        if kind not in (".png", ".npy"):
+            raise ValueError(f"out must be a .png or .npy file, got {self.out}")
         trainer = trainer_of(self.folder)
         own = {name: getattr(self, name) for name in ("steps", "sampler")}
         own = {name: value for name, value in own.items() if value is not None}
@@ -215,8 +220,13 @@ class Sample:
                 raise ValueError(f"{name} is for runs of {' or '.join(able)}, got {value}")
         network, run = trainer.load(self.folder)
         images = trainer.sample(network, run, self.n, seed=self.seed, **own)
-        columns = len(run.classes) or math.ceil(math.sqrt(self.n))
-        plots.save_grid(self.out, images, columns=min(self.n, columns))
+        if kind == ".npy":
+            with replacing(self.out) as temporary, temporary.open("wb") as file:
+                np.save(file, images.numpy())
+        else:
+            columns, names = grid_columns(self.n, run.classes)
+            title = f"{self.folder.resolve().name}: {trainer.name}, seed {self.seed}"
+            plots.save_grid(self.out, images, columns=columns, title=title, names=names)
         sys.stdout.write(f"{self.out}\n")
 
 
@@ -246,7 +256,7 @@ def parse(arguments: list[str]) -> Command:
         bases=(Train,),
         namespace={"__doc__": Train.__doc__},
     )
-    kinds = (("train", train), ("pairs", Pairs), ("sample", Sample), ("verify", Verify))
+    kinds = zip(_COMMANDS, (train, Pairs, Sample, Verify), strict=True)
     command: Any = Annotated[
         Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds)],  # noqa: UP007
         tyro.conf.OmitArgPrefixes,
@@ -256,15 +266,35 @@ def parse(arguments: list[str]) -> Command:
     try:
         with contextlib.redirect_stderr(box):
             parsed: Command = tyro.cli(
-                command, prog="fewstep", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
+                command,
+                prog="fewstep",
+                description="Train few-step generators. `fewstep --version` prints the version.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
             )
             return parsed
     except SystemExit as error:
         if not error.code:
             raise
-        title, *lines = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()]
-        body = re.sub(r"Error parsing \S+: ", "", " ".join(filter(None, lines)))
-        raise ValueError(f"{title}: {body}") from error
+        raise ValueError(_one_line(box.getvalue(), arguments)) from error
+
+
+def _one_line(box: str, arguments: list[str]) -> str:
+    """What tyro's box says is wrong, without its helps, and the command that shows the options."""
+    text = "\n".join(line.strip("│ ") for line in box.splitlines() if line[:1] not in "╭╰")
+    parts = re.split("[─-]{10,}", text)
+    says = []
+    # Without a frame, where the terminal has ASCII alone, the title stands above a line.
+    for part in parts[not box.startswith("╭") :]:
+        line = " ".join(part.split()).rstrip(" .")
+        if line.startswith("Perhaps you meant"):
+            names = dict.fromkeys(re.findall(r"--[\w-]+", line.replace("--help", "")))
+            line = f"perhaps {' or '.join([*names][:3])}"
+        if not line.startswith(("Argument helptext", "For full helptext")):
+            says.append(line.removeprefix("Error parsing "))
+    words = itertools.takewhile(lambda word: not word.startswith("-"), arguments[:2])
+    known = [word for word in words if word in {*_COMMANDS, *TRAINERS}]
+    return f"{'; '.join(says)}; see {' '.join(['fewstep', *known, '--help'])}"
 
 
 def _subcommands(arguments: list[str]) -> Iterable[Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fewstep._names import Parameterisation, Reuse
 from fewstep._torch import seeded
 from fewstep.data import pairs
 from fewstep.data.generate import Teacher, generate
@@ -60,13 +61,13 @@ class LinesConfig(RunConfig):
         conditional: the classes of the data, if it has any, as an input of the networks.
         parameterisation: form of the student. "edm" starts from the teacher's weights; "unified",
             which is `fewstep.networks.LinePrecond`, starts from random ones.
-        adversarial: whether the student is also trained against a discriminator, from step `start`
-            on. The discriminator itself learns from the first step on.
+        adversarial: training of the student against a discriminator too, from step `start` on. The
+            discriminator itself learns from the first step on.
         lr: peak learning rate of Adam for the teacher; student and discriminator take half of it.
             It rises over the first 50 steps and then falls to 0 along a cosine.
         ema: decay per step of the averaged weights, which make pairs and samples. At least 0,
             below 1.
-        width: width of the networks.
+        width: number of units of a layer.
         depth: number of residual blocks.
         lines: settings of the loss. The teacher's sampler has the same schedule.
 
@@ -80,7 +81,7 @@ class LinesConfig(RunConfig):
     pairs: int = 20_000
     batch: int = 256
     conditional: bool = True
-    parameterisation: str = "edm"
+    parameterisation: Parameterisation = "edm"
     adversarial: bool = False
     width: int = 256
     depth: int = 3
@@ -140,7 +141,7 @@ def sample(
     labels: Tensor | None = None,
     seed: int = 0,
     steps: int = 1,
-    sampler: str = "fresh",
+    sampler: Reuse = "fresh",
 ) -> Tensor:
     """Draw n images `[n, C, H, W]` from seeded noise that no pair or evaluation has.
 
@@ -165,7 +166,7 @@ def sample_of(
     *,
     labels: Tensor | None = None,
     steps: int = 1,
-    sampler: str = "fresh",
+    sampler: Reuse = "fresh",
 ) -> Tensor:
     """Images `[n, C, H, W]` of int64 seeds `[n]`, in `steps` evaluations, clipped to [-1, 1].
 

@@ -142,14 +142,14 @@ def fit(
     log_every: int,
     checkpoint_every: int,
     progress: bool,
-    drawn: tuple[str, Callable[[nn.Module], tuple[Tensor, int]]] | None = None,
+    drawn: tuple[str, Callable[[nn.Module], tuple[Tensor, int, Sequence[str]]]] | None = None,
 ) -> None:
     """Take all steps, or those that the checkpoint in `out` leaves to do.
 
     A checkpoint is written every `checkpoint_every` steps, at the end of each stage, and on Ctrl-C
     or SIGTERM. TensorBoard's logs and `metrics.csv` are in the same folder. `drawn` is the name of
-    a network and a function that draws images of its average and gives their columns: at each
-    checkpoint of that network's stage they become a picture.
+    a network and a function that draws images of its average and gives their columns and the
+    columns' names: at each checkpoint of that network's stage they become a picture.
 
     Raises:
         ValueError: a checkpoint is damaged or of another run.
@@ -221,15 +221,16 @@ def _numbers(path: Path, done: int) -> Iterator[TextIO]:
 
 @torch.no_grad()
 def _show(
-    draw: Callable[[nn.Module], tuple[Tensor, int]],
+    draw: Callable[[nn.Module], tuple[Tensor, int, Sequence[str]]],
     network: TrainedNetwork,
     out: Path,
     step: int,
     writer: Any,
 ) -> None:
-    images, columns = draw(copy.deepcopy(network.averaged).cpu().eval())
+    images, columns, names = draw(copy.deepcopy(network.averaged).cpu().eval())
     (out / GRIDS).mkdir(exist_ok=True)
-    plots.save_grid(out / GRIDS / f"{step:06d}.png", images, columns=columns)
+    path, title = out / GRIDS / f"{step:06d}.png", f"{out.name}: samples after step {step}"
+    plots.save_grid(path, images, columns=columns, title=title, names=names)
     picture = plots.montage(images, columns, gap=1).numpy()
     writer.add_image("samples", picture, step, dataformats="HWC")
 

@@ -23,6 +23,7 @@ from fewstep.training.runs import (
     RunConfig,
     Session,
     Trainer,
+    sample_noise,
 )
 
 _COUNTS = (1, 2, 4)  # steps of the samplers in the report
@@ -35,7 +36,7 @@ class MeanFlowConfig(RunConfig):
     Attributes:
         steps: number of optimizer steps.
         batch: number of images per step.
-        width: width of the network's residual stream.
+        width: number of units of the network's residual stream.
         depth: number of residual blocks.
         flow: settings of the loss.
     """
@@ -136,7 +137,7 @@ def sample(
     Raises:
         ValueError: steps is below 1.
     """
-    noise = torch.randn(n, *run.image_shape, generator=seeded(seed, 0))
+    noise = sample_noise(n, run.image_shape, seed=seed)
     if labels is None and run.classes:
         labels = torch.arange(n) % len(run.classes)
     return meanflow_sample(network, noise, labels, steps=steps).clamp(-1, 1)

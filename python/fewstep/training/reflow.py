@@ -36,6 +36,7 @@ from fewstep.training.runs import (
     Session,
     Trainer,
     TrainResult,
+    sample_noise,
 )
 
 STUDENTS = ("student", "plain")
@@ -54,7 +55,7 @@ class ReflowConfig(RunConfig):
         batch: number of images per step of a student.
         lr: peak learning rate of Adam for the teacher; students take a quarter of it. It rises
             over the first 50 steps and then falls to 0 along a cosine.
-        width: width of the hidden layers.
+        width: number of units of a hidden layer.
         depth: number of hidden layers. The trace is exact and cheap with one or two.
         clip: largest norm of a network's gradient. A longer gradient is scaled down to it.
         flow: settings of the loss.
@@ -155,7 +156,7 @@ def train(
 @torch.no_grad()
 def sample(student: nn.Module, run: Run[ReflowConfig], n: int, *, seed: int = 0) -> Tensor:
     """Draw n images `[n, C, H, W]` from seeded noise, clipped to [-1, 1]."""
-    noise = torch.randn(n, *run.image_shape, generator=seeded(seed, 0))
+    noise = sample_noise(n, run.image_shape, seed=seed)
     return run.config.flow.sample(student, noise).clamp(-1, 1)
 
 

@@ -48,7 +48,7 @@ class Trained:
         seed: int = 0,
         **options: Any,
     ) -> Tensor:
-        """Draw n images `[n, C, H, W]` in [-1, 1].
+        """Draw n images `[n, C, H, W]` in [-1, 1]. The first k of them do not depend on n.
 
         Args:
             n (int): number of images.

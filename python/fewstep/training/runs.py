@@ -19,9 +19,10 @@ from torch import Tensor, nn
 import fewstep
 from fewstep._checks import check_config, count
 from fewstep._files import one_writer, read_json, replacing
-from fewstep._torch import torch_device
+from fewstep._torch import seeded, torch_device
 from fewstep.data.generate import Teacher
 from fewstep.data.images import Images, load
+from fewstep.samplers.seeds import latents
 from fewstep.training import checkpoint
 from fewstep.training.loop import (
     CHECKPOINT,
@@ -36,7 +37,7 @@ from fewstep.training.loop import (
 
 CONFIG, PAIRS, PICTURE = "config.json", "pairs", "samples.png"
 REPORT, TABLE = "report.json", "report.txt"
-_SHOWN = 64  # images of a grid
+_SHOWN, _MOST_COLUMNS = 64, 16  # images of a grid
 EXTRA = ("matplotlib", "mlxtend", "ot", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm")
 _SAME_SPREAD = 1e-5  # relative: sums of the same pixels differ that little between machines
 T = TypeVar("T")
@@ -58,7 +59,8 @@ class RunConfig:
         checkpoint_every: number of steps between two checkpoints.
         device: device to train on, such as "cpu" or "cuda:0". "auto" takes a GPU where there is
             one.
-        size: width and height that images of a folder are cropped and resized to. 0 leaves them.
+        size: width and height in pixels that images of a folder are cropped and resized to. 0
+            leaves them as they are.
 
     Raises:
         ValueError: a number is outside its range.
@@ -333,10 +335,12 @@ class Trainer(Generic[C, R]):
             _write_report(out, report)
         return TrainResult(done[self.network], done, report)
 
-    def drawn(self, network: nn.Module, run: Run[C]) -> tuple[Tensor, int]:
-        """Samples of a network in training, and in how many columns to show them."""
-        columns = min(len(run.classes) or 8, 16)
-        return self.sample(network, run, max(1, _SHOWN // columns) * columns, seed=0), columns
+    def drawn(self, network: nn.Module, run: Run[C]) -> tuple[Tensor, int, Sequence[str]]:
+        """Samples of a network in training, in how many columns to show them, and their names."""
+        columns, names = grid_columns(_SHOWN, run.classes[:_MOST_COLUMNS])
+        n = max(1, _SHOWN // columns) * columns
+        names = names if len(run.classes) <= _MOST_COLUMNS else ()
+        return self.sample(network, run, n, seed=0), columns, names
 
     def take_teacher(self, session: Session[C], folder: Path, *same: str) -> None:
         """Copy the averaged weights of another run's teacher into this one's.
@@ -356,6 +360,24 @@ class Trainer(Generic[C, R]):
         state = session.networks["teacher"].state()
         average = {f"teacher.{key}": t for key, t in state.items() if key.startswith("ema.")}
         checkpoint.restore(folder / CHECKPOINT, average)
+
+
+def grid_columns(n: int, classes: Sequence[str]) -> tuple[int, Sequence[str]]:
+    """Columns of a grid of n samples, about as many as rows, and their names.
+
+    Classes take turns, so a column is of one class.
+    """
+    side = math.ceil(math.sqrt(n))
+    if not classes:
+        return side, ()
+    names = [*classes] * max(1, round(side / len(classes)))
+    return min(n, len(names)), names[:n]
+
+
+def sample_noise(n: int, shape: Sequence[int], *, seed: int) -> Tensor:
+    """Standard normals `[n, *shape]` for samples. The first k do not depend on n."""
+    first = torch.randint(2**62, (), generator=seeded(seed, 0))
+    return latents(first + torch.arange(n), shape)
 
 
 def read_config(out: Path, parse: Callable[[dict[str, Any]], T], *, kind: str = "a run") -> T:

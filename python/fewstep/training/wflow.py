@@ -23,6 +23,7 @@ from fewstep.training.runs import (
     RunConfig,
     Session,
     Trainer,
+    sample_noise,
 )
 
 
@@ -36,7 +37,7 @@ class WFlowConfig(RunConfig):
             that moves, a second generated one, and the real one.
         groups: number of classes per step. They are drawn at random if the data has more.
         noise_dim: dimension of the noise that the generator takes.
-        width: width of the hidden layers.
+        width: number of units of a hidden layer.
         depth: number of hidden layers.
         flow: settings of the loss.
     """
@@ -106,9 +107,10 @@ def sample(
 ) -> Tensor:
     """Draw n images `[n, C, H, W]` in [-1, 1] from seeded noise, of classes `labels [n]`.
 
-    Without labels, the classes of a conditional generator take turns.
+    Without labels, the classes of a conditional generator take turns. The noise of the first k
+    samples does not depend on n.
     """
-    noise = torch.randn(n, run.config.noise_dim, generator=seeded(seed, 0))
+    noise = sample_noise(n, (run.config.noise_dim,), seed=seed)
     if labels is None and run.classes:
         labels = torch.arange(n) % len(run.classes)
     return cast(Tensor, generator(noise, labels))

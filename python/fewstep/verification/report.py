@@ -153,9 +153,15 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fewstep verify", description="Run every GPU kernel here and compare it with float64."
     )
-    parser.add_argument("--device", default="cuda", help="cuda (default), or cuda:1 and so on")
-    parser.add_argument("--only", default="", help="cases whose line has this text")
-    parser.add_argument("--minutes", type=float, default=60.0, help="at most (default 60)")
+    parser.add_argument(
+        "--device", default="cuda", help="device to verify, such as cuda:1 (default: cuda)"
+    )
+    parser.add_argument(
+        "--only", default="", help="text that the line of a case must have (default: all run)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="minutes that it may take (default: 60)"
+    )
     args = parser.parse_args(argv)
 
     def say(line: str) -> None:

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
+from fewstep.reference.trace import cdist
+
 
 class UnsupportedError(AttributeError, NotImplementedError):
     """A forward asked for something that duals have no rule for; the message says what."""
@@ -139,6 +141,10 @@ def autocasts() -> bool:
 _NORMS = frozenset((F.layer_norm, torch.layer_norm, F.instance_norm, torch.instance_norm))
 
 
+# In place of functions whose derivatives by torch are wrong under vmap, or missing.
+_DERIVABLE: dict[Any, Callable[..., Any]] = {torch.cdist: cdist}
+
+
 class _Watch(TorchFunctionMode):
     """Notes the functions of a forward on tensors that are no stand-ins."""
 
@@ -157,13 +163,32 @@ class _Watch(TorchFunctionMode):
         frame = _frame(1)
         self.path += (func, frame.f_lasti, id(frame.f_code))
         self.autocast = self.autocast or _autocasts()
-        return func(*args, **(kwargs or {}))
+        return _DERIVABLE.get(func, func)(*args, **(kwargs or {}))
+
+
+class _ByFormulas(TorchFunctionMode):
+    """As `_Watch` calls functions, where frames cannot be seen."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return _DERIVABLE.get(func, func)(*args, **(kwargs or {}))
 
 
 def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward whose `path` is known, on any tensors."""
+    """A forward whose `path` is known, on any tensors, and whose derivatives by torch are right.
+
+    While compiling it has no path.
+    """
 
     def run(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            with _ByFormulas():
+                return forward(*inputs)
         with _Watch() as watch:
             out = forward(*inputs)
         _CURRENT.path = hash(tuple(watch.path))

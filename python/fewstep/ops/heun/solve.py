@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import flags, function
+from fewstep._names import Backend, Check, Engine, Estimator, Probe, State
 from fewstep._results import brief
 from fewstep._torch import wide
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
@@ -60,7 +61,7 @@ def heun_step(
     t: float | Tensor,
     dt: float | Tensor,
     *,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """One step of Heun's method, second order in dt, by two evaluations of the velocity.
 
@@ -100,18 +101,18 @@ def heun_solve(
     times: Tensor | Sequence[float],
     *,
     log_density: Tensor | None = None,
-    estimator: str = "auto",
+    estimator: Estimator = "auto",
     probes: int = 1,
-    probe: str = "rademacher",
+    probe: Probe = "rademacher",
     fresh: bool = True,
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,
-    engine: str | None = None,
-    check: str = "first",
-    state: str = "float32",
+    engine: Engine | None = None,
+    check: Check = "first",
+    state: State = "float32",
     keep: bool = False,
     check_finite: bool | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> HeunResult:
     """Solve `dx/dt = v(x, t)` by Heun steps at given times, in either direction.
 
@@ -194,10 +195,10 @@ def _solve(
     *,
     log_density: Tensor | None = None,
     seed: int | Tensor = 0,
-    state: str = "float32",
+    state: State = "float32",
     keep: bool = False,
     check_finite: bool | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> HeunResult:
     """`heun_solve` at nodes float64 `[1 or B, S + 1]`, which may repeat."""
     name = pick(who, x, backend)

@@ -555,10 +555,11 @@ def automatic_eps(eps: str, points: Points, a: Tensor, b: Tensor) -> Tensor:
     mean = mean_costs(points.detached(), a.detach(), b.detach())
     bad = ~((mean > 0) & mean.isfinite())
     if bool(bad.any()):
-        raise ValueError(
-            f"sinkhorn: eps='auto' needs a positive mean cost, got {mean[bad][0].item():g}:"
-            " give a number"
-        )
+        found = mean[bad][0].item()
+        says = f"{found:g}: give a number"
+        if math.isnan(found):
+            says = "nan: inputs have NaN or inf, or no pair has a finite cost and weight"
+        raise ValueError(f"sinkhorn: eps='auto' needs a positive mean cost, got {says}")
     return (_OF_MEAN * mean).to(points.x.dtype)
 
 
@@ -574,6 +575,8 @@ def mean_costs(points: Points, a: Tensor, b: Tensor) -> Tensor:
             means.append(one if empty else mean_costs(own, a[:, rows], b[:, columns]))
         return torch.cat(means) if means else a.new_zeros(0, dtype=torch.float64)
     a, b = (w.double() / w.double().sum(1, keepdim=True) for w in (a, b))
+    if p.cost == "dot":  # whose own mean depends on the origin, as its plan does not
+        p = replace(p, cost="half_sqeuclidean")
     if p.cost in _HALVES and p.labels is None and p.diagonal is None:
         middle = p.y.double().mean(1, keepdim=True)
         x, y = p.x.double() - middle, p.y.double() - middle

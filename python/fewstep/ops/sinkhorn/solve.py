@@ -118,9 +118,11 @@ def sinkhorn(
         eps (float | Sequence | Tensor | "auto"): temperature, in units of the cost: how much
             dearer than the cheapest a pair may be and still get mass. "auto" is a twentieth of each
             problem's mean cost, weighted by a and b, a constant without a gradient; the
-            result's `eps` is what was used. A sequence holds T temperatures for every problem;
-            results then have an axis T before the points, also where T is 1. A tensor or numpy
-            array has the shape `[]`, `[B]` (one temperature per problem), `[T]` or `[B, T]`.
+            result's `eps` is what was used. With "dot" the mean is that of "half_sqeuclidean",
+            whose plan is the same and which does not depend on the origin. A sequence holds T
+            temperatures for every problem; results then have an axis T before the points, also
+            where T is 1. A tensor or numpy array has the shape `[]`, `[B]` (one temperature per
+            problem), `[T]` or `[B, T]`.
         a (Tensor | None): weights `[.., N]` that sum to 1, or to any mass with `reach`. Zeros are
             allowed. Default: uniform.
         b (Tensor | None): weights `[.., M]`, likewise.

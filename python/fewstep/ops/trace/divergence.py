@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._names import Backend, Check, Engine, Estimator
+from fewstep._names import Backend, Check, Engine, Estimator, Probe
 from fewstep.ops.trace.estimator import Divergence, Solver
 from fewstep.ops.trace.inputs import Options, check_ids, check_problem, check_time, make_key
 
@@ -20,7 +20,7 @@ def divergence(
     *,
     estimator: Estimator = "auto",
     probes: int = 1,
-    probe: str = "rademacher",
+    probe: Probe = "rademacher",
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,
     tangent_dtype: torch.dtype | None = None,

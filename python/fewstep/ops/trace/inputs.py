@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import as_float64, check_real, floating, number, one_of, strided
+from fewstep._names import Backend, Check, Engine, Estimator, Probe
 from fewstep._torch import readable, wide
 from fewstep.ops.dual import dispatch
 from fewstep.reference.probe import PROBES as PROBES
@@ -25,13 +26,13 @@ ESTIMATORS = ("auto", "exact", "hutchinson", "hutch++", "xtrace")
 class Options:
     """How a divergence is found; see `divergence`."""
 
-    estimator: str = "auto"
+    estimator: Estimator = "auto"
     probes: int = 1
-    probe: str = "rademacher"
-    backend: str | None = None
+    probe: Probe = "rademacher"
+    backend: Backend | None = None
     tangent_dtype: torch.dtype | None = None
-    engine: str | None = None
-    check: str = "first"
+    engine: Engine | None = None
+    check: Check = "first"
 
     def __post_init__(self) -> None:
         own = type(self.probes) in (int, bool)

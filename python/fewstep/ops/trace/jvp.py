@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import flags, function, one_of
+from fewstep._names import Check, Engine
 from fewstep._results import brief
 from fewstep._torch import is_transformed, to_random_state
 from fewstep._tree import mapped
@@ -33,6 +35,7 @@ _FATAL = tuple(kind for kind in ladder.FATAL if not issubclass(kind, ValueError)
 _NAMES = {"func": "torch.func", "reverse": "torch.autograd"}
 # As those of norms would be, which `fewstep.reference.jvp` has by formulas.
 _WRONG = "torch's own gradients through tangents may be wrong, which only a comparison shows"
+_UNDERIVED = re.compile("derivative for .* is not implemented")  # what a backward of torch says
 _NOTHING = "jvp: network must return a floating tensor, or a structure that has one"
 
 
@@ -71,8 +74,8 @@ def jvp(
     tangents: tuple[Any, ...],
     *,
     through: bool = False,
-    engine: str | None = None,
-    check: str = "first",
+    engine: Engine | None = None,
+    check: Check = "first",
     kwargs: Mapping[str, Any] | None = None,
 ) -> Jvp:
     """Value of a network and its derivative along tangents, `J v = sum_i (df / d input_i) v_i`.
@@ -132,7 +135,15 @@ def jvp(
     one_of("jvp", "check", check, CHECKS)
     problem, many = checked(network, inputs, tangents, through, kwargs or {})
     solver = _Solver(problem, engine, check)
-    found = replicas.together(network, solver.found)
+    try:
+        found = replicas.together(network, solver.found)
+    except RuntimeError as error:
+        if not _UNDERIVED.search(str(error)):
+            raise
+        raise ValueError(
+            f"jvp: no engine serves this network: {str(error).rstrip('.')}: compute that function"
+            " by others of torch, or give it a rule by fewstep.register_rule"
+        ) from error
     if not any(t is not None for t in found.tangents):
         raise ValueError(_NOTHING)
     values = iter(found.values)
@@ -157,7 +168,7 @@ class _Solver:
 
     tree: Any = None
 
-    def __init__(self, problem: Problem, engine: str | None, check: str) -> None:
+    def __init__(self, problem: Problem, engine: Engine | None, check: str) -> None:
         self.problem, self.asked, self.check = problem, engine, check
         self.engine, self.info = "", ""
         self.grad = torch.is_grad_enabled()
@@ -237,7 +248,7 @@ class _Solver:
     def _by(self, way: str, problem: Problem) -> _Pairs:
         if way == "duals":
             return self._duals(problem)
-        network = problem.run if torch.compiler.is_compiling() else watched(problem.run)
+        network = watched(problem.run)
         mode = reference.forward_mode if way == "func" else reference.reverse_mode
 
         def run(*live: Tensor) -> tuple[list[Tensor], list[Tensor]]:

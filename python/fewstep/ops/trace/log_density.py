@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._names import Backend, Check, Engine, Estimator, OdeMethod, Probe, Tracker
 from fewstep._results import brief
 from fewstep._torch import exactly, to_random_state, wide
 from fewstep.ops.dual import dispatch
@@ -81,18 +82,18 @@ def log_density(
     times: Tensor | Sequence[float],
     base: Callable[[Tensor], Tensor] | None = None,
     base_at: str = "end",
-    method: str = "heun",
-    tracker: str = "trace",
-    estimator: str = "auto",
+    method: OdeMethod = "heun",
+    tracker: Tracker = "trace",
+    estimator: Estimator = "auto",
     probes: int = 1,
-    probe: str = "rademacher",
+    probe: Probe = "rademacher",
     fresh: bool = True,
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,
     tangent_dtype: torch.dtype | None = None,
-    backend: str | None = None,
-    engine: str | None = None,
-    check: str = "first",
+    backend: Backend | None = None,
+    engine: Engine | None = None,
+    check: Check = "first",
 ) -> LogDensity:
     """Log-density of samples that a velocity field carries from or to a known law.
 
@@ -180,8 +181,8 @@ def track(
     times: Tensor,
     options: Options,
     *,
-    method: str = "euler",
-    tracker: str = "trace",
+    method: OdeMethod = "euler",
+    tracker: Tracker = "trace",
     fresh: bool = True,
     seed: int | Tensor = 0,
     ids: Tensor | None = None,
@@ -200,7 +201,7 @@ def _track(
     x: Tensor,
     times: Tensor,
     options: Options,
-    method: str,
+    method: OdeMethod,
     tracker: str,
     fresh: bool,
     seed: int | Tensor,
@@ -209,7 +210,7 @@ def _track(
     change = x.new_zeros(x.shape[0])
     variance = torch.zeros_like(change)
     crossed: Tensor | None = None
-    name = tracker
+    name: str = tracker
     twice = method == "heun"
     nodes = times.expand(x.shape[0], -1).T
     lengths = nodes.diff(dim=0).to(x.dtype).contiguous()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import floating, number
+from fewstep._names import Check, Engine
 from fewstep._results import brief
 from fewstep.ops.trace.jvp import jvp
 
@@ -43,8 +44,8 @@ def meanflow_target(
     v: Tensor,
     *,
     kwargs: Mapping[str, Any] | None = None,
-    engine: str | None = None,
-    check: str = "first",
+    engine: Engine | None = None,
+    check: Check = "first",
 ) -> Target:
     """MeanFlow's regression target, with the network's own value, in one pass.
 
@@ -103,8 +104,8 @@ def scm_target(
     warmup: float = 1.0,
     c: float = 0.1,
     kwargs: Mapping[str, Any] | None = None,
-    engine: str | None = None,
-    check: str = "first",
+    engine: Engine | None = None,
+    check: Check = "first",
 ) -> Target:
     """Regression target of a continuous-time consistency model, in one pass.
 
