@@ -127,8 +127,10 @@ def sinkhorn_symmetric(launch: dict[str, Any], arch: str) -> dict[str, Any]:
     >>> sinkhorn_symmetric(launch, "sm_100")["maxnreg"]
     168
     """
-    large = launch["DOT"] and launch["PRECISION"] == "tf32x3" and launch["BLOCK_M"] == 64
-    if arch == "sm_100" and large and launch["EUCLIDEAN"]:
+    heavy = launch["PRECISION"] == "tf32x3" and launch["EUCLIDEAN"]
+    if arch not in ARCHITECTURES[1:] and heavy and launch["WHOLE"]:
+        return launch | {"maxnreg": 255}  # as in `sinkhorn_update`
+    if arch == "sm_100" and heavy and launch["DOT"] and launch["BLOCK_M"] == 64:
         # The most for three blocks per processor; Triton 3.6's ptxas chooses fewer, and spills.
         return launch | {"maxnreg": 168}
     return launch
