@@ -114,7 +114,8 @@ def sinkhorn_update(
         "BLOCK_D": (32 if dim <= 32 else 64) if whole else 16,
     }
     launch |= _options(4 if dot else block // 32)
-    if launch["PRECISION"] == "tf32" or (not dot and not arch.startswith("gfx")):
+    streams = dot and not whole and block == small and arch not in ARCHITECTURES[1:]
+    if launch["PRECISION"] == "tf32" or streams or (not dot and not arch.startswith("gfx")):
         # Left to itself, ptxas spills a few bytes here for a block more per processor.
         launch["maxnreg"] = 255
     return launch
