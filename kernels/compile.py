@@ -204,6 +204,7 @@ def shipped(arch: str, *, heaviest: bool = False) -> Iterator[tuple[Any, str, di
         symmetric = kernel is sinkhorn_symmetric_kernel
         lightest = launch["PRECISION"] == "tf32" and not symmetric
         heavy = launch["EUCLIDEAN"] and large and (row or apply) and not lightest
+        heavy = heavy and launch["BLOCK_D"] != 32
         # Leaving out a diagonal takes registers, so that wide products have smaller tiles then.
         heavy = heavy and launch["DIAGONAL"] == (launch.get("BLOCK_K") != 64)
         if apply:
@@ -271,8 +272,7 @@ def _attention_launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
 def _launches(arch: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
     # precision="float32" takes what few dimensions do.
     points = (
-        ("float32", 64, "tf32x3"),
-        ("float32", 64, "tf32"),
+        *itertools.product(("float32",), (32, 64, 128), ("tf32x3", "tf32")),
         ("float32", 3, "float32"),
         ("float32", 3, "tf32x3"),
         ("float64", 64, "tf32x3"),

@@ -17,6 +17,8 @@ ARCHITECTURES = tuple(_PROCESSORS)
 # Up to this many coordinates, the least depth of a dot here, distances are sums of squared
 # differences, which lose nothing to cancellation.
 _DIFFERENCES = 16
+# Up to this many coordinates the rows of a tile stay in place while columns go past them.
+_WHOLE = 64
 # Columns per tile. More of them spill: in the dot, whose operands tf32x3 splits in two; in
 # float64; and beside the accumulators of a product. Fewer columns than lanes keep their loads free
 # of shared memory.
@@ -98,6 +100,7 @@ def sinkhorn_update(
         raise ValueError(f"sinkhorn: dtype must be 'float32' or 'float64', got {dtype!r}")
     dot = uses_dot(dim, dtype, precision)
     large, small = (64, 16) if dot else (128, 32)
+    whole = dot and dim <= _WHOLE
     columns = _COLUMNS_DOT if dot else _COLUMNS if dtype == "float32" else _COLUMNS_SMALL
     fills = batch * -(-rows // large) >= _PROCESSORS.get(arch, _PROCESSORS["sm_80"])
     block = large if fills and -rows % large <= rows // 4 else small
@@ -107,10 +110,12 @@ def sinkhorn_update(
         "PRECISION": _input_precision(arch, precision),
         "BLOCK_M": block,
         "BLOCK_N": columns,
-        "BLOCK_D": 16,
+        "WHOLE": whole,
+        "BLOCK_D": (32 if dim <= 32 else 64) if whole else 16,
     }
     launch |= _options(4 if dot else block // 32)
-    if launch["PRECISION"] == "tf32" or (not dot and not arch.startswith("gfx")):
+    streams = dot and not whole and block == small and arch not in ARCHITECTURES[1:]
+    if launch["PRECISION"] == "tf32" or streams or (not dot and not arch.startswith("gfx")):
         # Left to itself, ptxas spills a few bytes here for a block more per processor.
         launch["maxnreg"] = 255
     return launch
@@ -123,8 +128,10 @@ def sinkhorn_symmetric(launch: dict[str, Any], arch: str) -> dict[str, Any]:
     >>> sinkhorn_symmetric(launch, "sm_100")["maxnreg"]
     168
     """
-    large = launch["DOT"] and launch["PRECISION"] == "tf32x3" and launch["BLOCK_M"] == 64
-    if arch == "sm_100" and large and launch["EUCLIDEAN"]:
+    heavy = launch["PRECISION"] == "tf32x3" and launch["EUCLIDEAN"]
+    if arch not in ARCHITECTURES[1:] and heavy and launch["WHOLE"]:
+        return launch | {"maxnreg": 255}  # as in `sinkhorn_update`
+    if arch == "sm_100" and heavy and launch["DOT"] and launch["BLOCK_M"] == 64:
         # The most for three blocks per processor; Triton 3.6's ptxas chooses fewer, and spills.
         return launch | {"maxnreg": 168}
     return launch
@@ -153,6 +160,8 @@ def sinkhorn_apply(
     """
     launch = sinkhorn_update(batch, rows, dim, dtype, arch, precision)
     wide = width > 16 and dtype == "float32" and not gradient and precision != "float32"
+    del launch["WHOLE"]
+    launch["BLOCK_D"] = 16
     launch["DOT_V"] = (launch["DOT"] or wide) and not near_only
     launch["NEAR_ONLY"] = near_only
     if launch["DOT"]:
@@ -173,7 +182,7 @@ def sinkhorn_hessian(batch: int, rows: int, arch: str) -> dict[str, Any]:
     16
     """
     launch = sinkhorn_update(batch, rows, 1, "float64", arch)
-    unknown = ("DOT", "PRECISION", "BLOCK_D")
+    unknown = ("DOT", "PRECISION", "WHOLE", "BLOCK_D")
     return {k: v for k, v in launch.items() if k not in unknown} | {"BLOCK_K": 16}
 
 

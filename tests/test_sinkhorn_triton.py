@@ -90,6 +90,7 @@ def compare(data: dict[str, Tensor], *, kind: str = "potential", **options: obje
         ((1, 18, 37, 5), "euclidean", torch.float32),
         ((2, 18, 37, 35), "sqeuclidean", torch.float32),
         ((1, 37, 18, 20), "euclidean", torch.float32),
+        ((1, 18, 37, 70), "euclidean", torch.float32),
         ((2, 5, 19, 3), "sqeuclidean", torch.float64),
         ((1, 19, 5, 18), "euclidean", torch.float64),
     ],

@@ -43,6 +43,7 @@ def sinkhorn_row_kernel(
     EUCLIDEAN: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -77,6 +78,7 @@ def sinkhorn_row_kernel(
         EUCLIDEAN,
         DOT,
         PRECISION,
+        WHOLE,
         BLOCK_N,
         BLOCK_D,
     )
@@ -119,6 +121,7 @@ def sinkhorn_column_kernel(
     EUCLIDEAN: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -163,6 +166,7 @@ def sinkhorn_column_kernel(
         EUCLIDEAN,
         DOT,
         PRECISION,
+        WHOLE,
         BLOCK_N,
         BLOCK_D,
     )

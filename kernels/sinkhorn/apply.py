@@ -78,10 +78,12 @@ def sinkhorn_apply_kernel(
             pair,
             rows,
             cols,
+            (0.0, 0.0),
             norms,
             EUCLIDEAN and (NEAR_ONLY or not SPLIT),
             DOT,
             PRECISION,
+            False,
             BLOCK_D,
         )
         cost = pair_cost(squared, cost_scale, EUCLIDEAN)

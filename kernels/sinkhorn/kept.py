@@ -21,6 +21,7 @@ from .tiles import (
     left_out,
     log2_total,
     one_pair,
+    own_points,
     pair_cost,
     squared_distances,
     stopped,
@@ -39,6 +40,7 @@ def sinkhorn_cost_kernel(
     EUCLIDEAN: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -54,7 +56,10 @@ def sinkhorn_cost_kernel(
     pair = one_pair(clouds, cloud)
     norms = tl.expand_dims(tl.load(pair.x2 + rows), REDUCE)
     norms += tl.expand_dims(tl.load(pair.y2 + cols), 1 - REDUCE)
-    squared = squared_distances(pair, rows, cols, norms, EUCLIDEAN, DOT, PRECISION, BLOCK_D)
+    own = own_points(pair, rows, DOT, PRECISION, WHOLE, BLOCK_D)
+    squared = squared_distances(
+        pair, rows, cols, own, norms, EUCLIDEAN, DOT, PRECISION, WHOLE, BLOCK_D
+    )
     cost = pair_cost(squared, cost_scale, EUCLIDEAN)
     cost = left_out(cost, float("inf"), rows, cols, diagonal, DIAGONAL, REDUCE)
     first = tl.expand_dims((cloud * N + rows) * M, REDUCE)

@@ -22,6 +22,7 @@ from .tiles import (
     log2_total,
     marginals,
     one_pair,
+    own_points,
     pair_cost,
     residual_of,
     squared_distances,
@@ -63,6 +64,7 @@ def sinkhorn_symmetric_kernel(
     EUCLIDEAN: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -116,10 +118,13 @@ def sinkhorn_symmetric_kernel(
     x2 = tl.expand_dims(tl.load(pair.x2 + rows), REDUCE)
     top = tl.full([BLOCK_M], float("-inf"), F.dtype.element_ty)
     total = tl.full([BLOCK_M], 0.0, F.dtype.element_ty)
+    own = own_points(pair, rows, DOT, PRECISION, WHOLE, BLOCK_D)
     for start in range(0, M, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         norms = x2 + tl.expand_dims(tl.load(pair.y2 + cols), 1 - REDUCE)
-        squared = squared_distances(pair, rows, cols, norms, EUCLIDEAN, DOT, PRECISION, BLOCK_D)
+        squared = squared_distances(
+            pair, rows, cols, own, norms, EUCLIDEAN, DOT, PRECISION, WHOLE, BLOCK_D
+        )
         cost = pair_cost(squared, cost_scale, EUCLIDEAN) * scale
         cost = left_out(cost, float("inf"), rows, cols, diagonal, DIAGONAL, REDUCE)
         g_score = tl.load(G + cols) * scale + tl.load(Log_b + cols)

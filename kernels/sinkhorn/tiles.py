@@ -57,34 +57,82 @@ def _squared_differences(
 
 
 @triton.jit
+def _split(t, PRECISION: tl.constexpr):
+    """For tf32x3 the bits that TF32 keeps and the other ones; else twice t."""
+    high, low = t, t
+    if PRECISION == "tf32x3":
+        high = (t.to(tl.int32, bitcast=True) & -(2**13)).to(tl.float32, bitcast=True)
+        low = t - high
+    return high, low
+
+
+@triton.jit
+def _product(x, y, PRECISION: tl.constexpr):
+    """Inner products `[BM, BN]` of x, split, with y `[BN, BD]`. Triton's own tf32x3 also takes NaN
+    out of every part, which costs more than the product."""
+    high, low = _split(y, PRECISION)
+    if PRECISION == "tf32x3":
+        product = tl.dot(x[1], tl.trans(high), input_precision="tf32")
+        product = tl.dot(x[0], tl.trans(low), product, input_precision="tf32")
+        product = tl.dot(x[0], tl.trans(high), product, input_precision="tf32")
+    else:
+        product = tl.dot(x[0], tl.trans(high), input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def own_points(
+    clouds,
+    rows,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The points of some rows, split, for `squared_distances` to all columns; with WHOLE only."""
+    own = (0.0, 0.0)
+    if DOT and WHOLE:
+        at = rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+        own = _split(tl.load(clouds.x_centred + at), PRECISION)
+    return own
+
+
+@triton.jit
 def squared_distances(
     clouds,
     rows,
     cols,
+    own,
     norms,
     REFINE: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """`|x_i - y_j|^2`: by differences, `[BN, BM]`, or, where DOT, by the expanded square of centred
     points on tensor cores, `[BM, BN]`. With REFINE a tile with near pairs is taken again by
-    differences, of points as they came: centring rounds.
+    differences, of points as they came: centring rounds. WHOLE: BLOCK_D coordinates are all.
     """
     zeros = tl.full(norms.shape, 0.0, norms.dtype)
     if DOT:
-        product = zeros
-        for start in range(0, clouds.d, BLOCK_D):
-            ds = start + tl.arange(0, BLOCK_D)
-            x = tl.load(clouds.x_centred + rows[:, None] * clouds.d + ds[None, :])  # [BM, BD]
-            y = tl.load(clouds.y_centred + cols[:, None] * clouds.d + ds[None, :])  # [BN, BD]
-            product = tl.dot(x, tl.trans(y), product, input_precision=PRECISION)
+        if WHOLE:
+            at = cols[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+            product = _product(own, tl.load(clouds.y_centred + at), PRECISION)
+        else:
+            product = zeros
+            for start in range(0, clouds.d, BLOCK_D):
+                ds = start + tl.arange(0, BLOCK_D)
+                x = tl.load(clouds.x_centred + rows[:, None] * clouds.d + ds[None, :])  # [BM, BD]
+                y = tl.load(clouds.y_centred + cols[:, None] * clouds.d + ds[None, :])  # [BN, BD]
+                # Tensor cores cut a sum where an addition rounds it.
+                product += _product(_split(x, PRECISION), y, PRECISION)
         squared = norms - 2 * product
         if REFINE:
-            if tl.max((squared < norms * NEAR).to(tl.int32)) > 0:
+            if tl.min(squared - norms * NEAR) < 0:  # passes over NaN
                 squared = _squared_differences(clouds, rows, cols, zeros, True, 1)
         else:
-            squared = tl.where(squared < 0, 0.0, squared)
+            squared = tl.maximum(squared, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         squared = _squared_differences(clouds, rows, cols, zeros, False, 0)
     return squared
@@ -135,6 +183,7 @@ def soft_transform(
     EUCLIDEAN: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -148,12 +197,15 @@ def soft_transform(
     x2 = tl.expand_dims(tl.load(clouds.x2 + rows), REDUCE)
     top = tl.full([rows.shape[0]], float("-inf"), clouds.x.dtype.element_ty)
     total = tl.full([rows.shape[0]], 0.0, clouds.x.dtype.element_ty)
+    own = own_points(clouds, rows, DOT, PRECISION, WHOLE, BLOCK_D)
     for start in range(0, clouds.m, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         g = tl.expand_dims(tl.load(G + cols), 1 - REDUCE)
         log_w = tl.expand_dims(tl.load(Log_w + cols), 1 - REDUCE)
         norms = x2 + tl.expand_dims(tl.load(clouds.y2 + cols), 1 - REDUCE)
-        squared = squared_distances(clouds, rows, cols, norms, EUCLIDEAN, DOT, PRECISION, BLOCK_D)
+        squared = squared_distances(
+            clouds, rows, cols, own, norms, EUCLIDEAN, DOT, PRECISION, WHOLE, BLOCK_D
+        )
         score = (g - pair_cost(squared, cost_scale, EUCLIDEAN)) * scale + log_w
         score = left_out(score, float("-inf"), rows, cols, diagonal, DIAGONAL, REDUCE)
         top, total = accumulated(top, total, score, REDUCE)

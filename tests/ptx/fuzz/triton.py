@@ -26,7 +26,7 @@ def solve() -> None:
 
 def many() -> None:
     """So many problems that launches take their large tiles; on an H100 those are wgmma."""
-    batch, n, m, d = 136, R.choice([60, 64]), R.choice([5, 17, 33]), R.choice([17, 20, 32, 40])
+    batch, n, m, d = 136, R.choice([60, 64]), R.choice([5, 17, 33]), R.choice([17, 20, 32, 40, 70])
     x, y = some((batch, n, d)), some((batch, m, d), shift=0.3)
     a, b = weights((batch, n)), weights((batch, m))
     o = {

@@ -200,6 +200,15 @@ def test_products_of_halves() -> None:
     assert not findings()
 
 
+def test_extremes() -> None:
+    a = new([1.0, -2.0, np.nan, 3.0, np.nan, -0.0])
+    b = new([2.0, -3.0, 0.5, np.nan, np.nan, 0.0])
+    out = new(np.zeros((4, a.size)))
+    launch("extremes", (1,), (a.size,), (p(a), p(b), p(out)))
+    np.testing.assert_array_equal(out[:2], [np.fmin(a, b), np.fmax(a, b)])
+    np.testing.assert_array_equal(out[2:], [np.minimum(a, b), np.maximum(a, b)])
+
+
 def test_approximations() -> None:
     x = new(
         [

@@ -91,6 +91,10 @@ constexpr auto most = []<class T>(T a, T b) -> T {
     return a > b ? a : b;
   }
 };
+// A NaN wins.
+template <auto F>
+constexpr auto unless_nan =
+    []<class T>(T a, T b) -> T { return a != a || b != b ? std::numeric_limits<T>::quiet_NaN() : F(a, b); };
 constexpr auto and_ = [](auto a, auto b) { return static_cast<decltype(a)>(a & b); };
 constexpr auto or_ = [](auto a, auto b) { return static_cast<decltype(a)>(a | b); };
 constexpr auto xor_ = [](auto a, auto b) { return static_cast<decltype(a)>(a ^ b); };
@@ -599,7 +603,11 @@ Handler arithmetic(Builder& b, const Statement& s, Instruction& i) {
   }
   if (op == "min" || op == "max") {
     operands(2);
-    if (s.has("NaN") || s.has("xorsign")) return nullptr;
+    if (s.has("xorsign")) return nullptr;
+    if (s.has("NaN")) {
+      if (t != Type::f32) return nullptr;
+      return op == "min" ? two<unless_nan<least>>(s, t) : two<unless_nan<most>>(s, t);
+    }
     return op == "min" ? two<least>(s, t) : two<most>(s, t);
   }
   if (op == "copysign") {  // the sign of the first
