@@ -88,7 +88,8 @@ def sinkhorn_divergence(
 
         S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 + eps / 2 (sum a - sum b)^2
 
-    OT is the `value` of `fewstep.sinkhorn` at the same eps. The last term is 0 without `reach`. At
+    OT is the `value` of `fewstep.sinkhorn` at the same eps. The last term is 0 without `reach`,
+    where a and b have the same mass m; S is then m times that of `a / m` and `b / m`. At
     convergence S is at least 0, and 0 for equal clouds, for costs whose kernel `exp(-C / eps)` is
     positive definite. All named costs between points have such a kernel.
 
@@ -104,8 +105,7 @@ def sinkhorn_divergence(
         y (Tensor): points `[M, D]` or `[B, M, D]`.
         eps (float | Sequence | Tensor | "auto"): temperature, in units of the cost, as for
             `sinkhorn`. "auto" is that of the problem between x and y, for all three.
-        a (Tensor | None): weights `[.., N]` that sum to 1, or to any mass with `reach`. Zeros are
-            allowed. Default: uniform.
+        a (Tensor | None): weights `[.., N]`, as for `sinkhorn`. Default: uniform, with a sum of 1.
         b (Tensor | None): weights `[.., M]`, likewise.
         update (str): updates of the problem between x and y, as for `sinkhorn`.
         reach (float | None): distance of unbalanced transport, beyond which mass is dropped instead

@@ -60,8 +60,7 @@ def gradient(p: Problem, c: Constants, need: Flags) -> Tensors:
         if needed:
             mass = to_points(total(r.b, r.segment_y), r.f, r.segment_x)
             eps = to_points(r.eps, r.f, r.segment_x)
-            grad = weight_gradient(r.f, mass, eps, k.rho_x, (k.rho_x, k.rho_y))
-            out.append(grad.clone() if grad is r.f else grad)
+            out.append(weight_gradient(r.f, mass, eps, k.rho_x))
     if need[4]:
         assert p.matrix is not None
         out.append(torch.empty_like(p.matrix))

@@ -103,7 +103,7 @@ def check_temperatures(
 
 UPDATES = ("alternating", "symmetric")
 _HALVES = {"sqeuclidean": 1.0, "half_sqeuclidean": 0.5}
-# Largest deviation of a weight vector's sum from 1 that is taken for rounding.
+# Largest difference of the sums of a and b, as a fraction of them, that is taken for rounding.
 _MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
@@ -461,10 +461,8 @@ def canonical_weights(
     points: Points,
     dtype: torch.dtype,
     read: bool,
-    *,
-    free: bool,
 ) -> Tensor:
-    """Weights `[B, N]`, or flat `[1, N]`; of any mass where `free`."""
+    """Weights `[B, N]`, or flat `[1, N]`, of any mass."""
     own = points.x if name == "a" else points.y
     cu = None if points.segments is None else points.segments[0 if name == "a" else 1]
     shape = (*batch, own.shape[1])
@@ -484,21 +482,53 @@ def canonical_weights(
         low = w.detach().min().item()
         if low < 0:
             raise ValueError(f"sinkhorn: {name} must not be negative, got {low}")
-        total = w.detach().double()
-        if cu is None:
-            total = total.sum(-1)
-        else:
-            total = total.new_zeros(cu.shape[0] - 1).index_add(0, _problem_of(cu, len(w)), total)
-            total = total[cu.diff() > 0]
-        if free:
-            if not bool((total > 0).all()):
-                raise ValueError(f"sinkhorn: {name} must have mass, got a sum of {total.min()}")
-        else:
-            worst = total.flatten()[(total - 1).abs().argmax()].item()
-            if not abs(worst - 1) <= _MASS_TOLERANCE.get(w.dtype, 3e-2):
-                raise ValueError(f"sinkhorn: {name} must sum to 1, got a sum of {worst}")
+        total, (least, most) = _masses(w.detach(), cu), _mass_range(dtype)
+        bad = ~((total >= least) & (total <= most))
+        if bool(bad.any()):
+            raise ValueError(
+                f"sinkhorn: {name} must have a mass from {least:.0e} to {most:.0e} in {dtype},"
+                f" got a sum of {total[bad][0].item()}"
+            )
     w = w.to(dtype)
     return w if w.ndim == 2 else w[None]
+
+
+def _mass_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Between which gradients do not underflow, nor values, which have squares of it, overflow."""
+    info = torch.finfo(dtype)
+    return info.tiny * 2**48, info.max**0.5
+
+
+def _masses(w: Tensor, cu: Tensor | None) -> Tensor:
+    """Sums of weights, of problems that have points, in float64."""
+    w = w.double()
+    if cu is None:
+        return w.sum(-1, keepdim=True).flatten()
+    total = w.new_zeros(cu.shape[0] - 1).index_add(0, _problem_of(cu, w.shape[-1]), w.flatten())
+    return total[cu.diff() > 0]
+
+
+def check_same_mass(
+    given: tuple[Tensor | None, Tensor | None], a: Tensor, b: Tensor, points: Points
+) -> None:
+    """Raise ValueError unless a and b `[B, ..]` sum to the same, where some were `given`."""
+    dtypes = [w.dtype for w in given if w is not None]
+    if not dtypes:
+        return
+    cu_x, cu_y = points.segments or (None, None)
+    of_a, of_b = _masses(a.detach(), cu_x), _masses(b.detach(), cu_y)
+    allowed = max(_MASS_TOLERANCE.get(dtype, 3e-2) for dtype in dtypes)
+    bad = (of_a - of_b).abs() > allowed * torch.maximum(of_a, of_b)
+    if not bool(bad.any()):
+        return
+    sums = [
+        f"{total[bad][0].item():.7g}" + ("" if w is not None else " (the default)")
+        for w, total in zip(given, (of_a, of_b), strict=True)
+    ]
+    raise ValueError(
+        f"sinkhorn: a and b must have the same mass, got sums of {sums[0]} and {sums[1]};"
+        " scale one of them, or give reach, with which masses may differ"
+    )
 
 
 def _problem_of(cu: Tensor, count: int) -> Tensor:

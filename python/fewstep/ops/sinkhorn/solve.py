@@ -24,6 +24,7 @@ from fewstep.ops.sinkhorn.inputs import (
     canonical_eps,
     canonical_points,
     canonical_weights,
+    check_same_mass,
     checked_precision,
     checked_schedule,
     initial_potential,
@@ -96,11 +97,16 @@ def sinkhorn(
 ) -> SinkhornResult:
     """Entropic optimal transport between weighted point clouds, in the log domain.
 
-    Solves `min_P <P, C> + eps KL(P | a b')` over plans with marginals a and b. The plan is
+    Solves `min_P <P, C> + eps KL(P | a b')` over plans with marginals a and b, which have the same
+    mass. KL is `sum P log(P / a b') - sum P + sum a sum b`. The plan is
     `P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)`. One iteration is
 
         f_i = -eps log sum_j b_j exp((g_j - C_ij) / eps)        rows exact
         g_j = -eps log sum_i a_i exp((f_i - C_ij) / eps)        columns exact
+
+    With a mass of m the plan is m times that of `a / m` and `b / m`, and so are gradients for the
+    points. The value v becomes `m v - eps m (log m + 1 - m)`, as KL is not homogeneous. For `<P, C>`
+    and the Sinkhorn divergence that term is 0: they are m times those of mass 1.
 
     With `reach` the marginals are not fixed but penalised, by `rho_x KL(P 1 | a)` and
     `rho_y KL(P' 1 | b)`. The masses are then free, and each update is multiplied by
@@ -121,8 +127,8 @@ def sinkhorn(
             result's `eps` is what was used. A sequence holds T temperatures for every problem;
             results then have an axis T before the points, also where T is 1. A tensor or numpy
             array has the shape `[]`, `[B]` (one temperature per problem), `[T]` or `[B, T]`.
-        a (Tensor | None): weights `[.., N]` that sum to 1, or to any mass with `reach`. Zeros are
-            allowed. Default: uniform.
+        a (Tensor | None): weights `[.., N]` of any mass, that of b in each problem unless `reach`
+            frees it. Zeros are allowed. Default: uniform, with a sum of 1.
         b (Tensor | None): weights `[.., M]`, likewise.
         cost (str | Callable): "sqeuclidean" = `|x-y|^2`, "half_sqeuclidean" = `|x-y|^2 / 2`,
             "euclidean" = `|x-y|`, "cosine" = `1 - x.y / (|x| |y|)` (1, with gradient 0, for a zero
@@ -182,10 +188,10 @@ def sinkhorn(
     Value and derivatives: `value` is the dual objective
     `<a, phi(f)> + <b, phi(g)> - eps (sum P - sum a sum b)`, where `phi(f) = f`, or
     `rho (1 - exp(-f / rho))` with `reach`. Its gradient for x, y, a, b and C is that of the
-    envelope theorem: `sum_j P_ij dC_ij/dx_i` for x, and `f` for a, up to a constant where a sums to
-    1. Second derivatives are those of the converged value. They are computed in float64 by implicit
+    envelope theorem: `sum_j P_ij dC_ij/dx_i` for x, and `f + eps (sum b - 1)` for a, of which a
+    constant may go to b. With `reach` it is `phi(f) + eps (sum b - exp(-f / rho))`. Second derivatives are those of the converged value. They are computed in float64 by implicit
     differentiation (conjugate gradient with streamed products), in reverse and forward mode.
-    Directions along a and b must keep the mass where both marginals are fixed. Third derivatives
+    Directions along a and b must change the same mass where both marginals are fixed. Third derivatives
     raise. f and g have no gradient; `result.potentials()` and products with `implicit=True` do.
     "reference" is differentiated through its iterations instead, twice, and f and g with it.
 
@@ -221,7 +227,7 @@ def sinkhorn(
     raise.
 
     Raises:
-        ValueError: shapes, devices, eps, weights, options or a backend that do not fit; in
+        ValueError: shapes, devices, eps, weights, masses, options or a backend that do not fit; in
             gradients and methods, an eps too small for the digits of the dtype.
         TypeError: a dtype that is not floating, x and y of different dtypes, a sparse tensor, an
             option of another type.
@@ -251,9 +257,10 @@ def sinkhorn(
     points = replace(points, precision=checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
     rho = penalties(reach, row, dtype)
-    free = rho != (None, None)
-    weights = canonical_weights("a", a, batch, points, dtype, read, free=free)
-    columns = canonical_weights("b", b, batch, points, dtype, read, free=free)
+    weights = canonical_weights("a", a, batch, points, dtype, read)
+    columns = canonical_weights("b", b, batch, points, dtype, read)
+    if read and rho == (None, None):
+        check_same_mass((a, b), weights, columns, points)
     if isinstance(eps, str):
         eps = automatic_eps(eps, points, weights, columns).reshape(lead)
     e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
