@@ -105,8 +105,8 @@ def sinkhorn(
         g_j = -eps log sum_i a_i exp((f_i - C_ij) / eps)        columns exact
 
     With a mass of m the plan is m times that of `a / m` and `b / m`, and so are gradients for the
-    points. The value v becomes `m v - eps m (log m + 1 - m)`, as KL is not homogeneous. For `<P, C>`
-    and the Sinkhorn divergence that term is 0: they are m times those of mass 1.
+    points. The value v becomes `m v - eps m (log m + 1 - m)`, as KL is not homogeneous. For `<P,
+    C>` and the Sinkhorn divergence that term is 0: they are m times those of mass 1.
 
     With `reach` the marginals are not fixed but penalised, by `rho_x KL(P 1 | a)` and
     `rho_y KL(P' 1 | b)`. The masses are then free, and each update is multiplied by
@@ -185,15 +185,16 @@ def sinkhorn(
         SinkhornResult: potentials, value, residual, iterations and converged, with the methods
         `transport`, `plan`, `barycenter` and `potentials`.
 
-    Value and derivatives: `value` is the dual objective
-    `<a, phi(f)> + <b, phi(g)> - eps (sum P - sum a sum b)`, where `phi(f) = f`, or
-    `rho (1 - exp(-f / rho))` with `reach`. Its gradient for x, y, a, b and C is that of the
-    envelope theorem: `sum_j P_ij dC_ij/dx_i` for x, and `f + eps (sum b - 1)` for a, of which a
-    constant may go to b. With `reach` it is `phi(f) + eps (sum b - exp(-f / rho))`. Second derivatives are those of the converged value. They are computed in float64 by implicit
-    differentiation (conjugate gradient with streamed products), in reverse and forward mode.
-    Directions along a and b must change the same mass where both marginals are fixed. Third derivatives
-    raise. f and g have no gradient; `result.potentials()` and products with `implicit=True` do.
-    "reference" is differentiated through its iterations instead, twice, and f and g with it.
+    Value and derivatives: `value` is the dual objective `<a, phi(f)> + <b, phi(g)> - eps (sum P -
+    sum a sum b)`, where `phi(f) = f`, or `rho (1 - exp(-f / rho))` with `reach`. Its gradient for
+    x, y, a, b and C is that of the envelope theorem: `sum_j P_ij dC_ij/dx_i` for x, and `f + eps
+    (sum b - 1)` for a, of which a constant may go to b. With `reach` it is `phi(f) + eps (sum b -
+    exp(-f / rho))`. Second derivatives are those of the converged value. They are computed in
+    float64 by implicit differentiation (conjugate gradient with streamed products), in reverse and
+    forward mode. Directions along a and b must change the same mass where both marginals are fixed.
+    Third derivatives raise. f and g have no gradient; `result.potentials()` and products with
+    `implicit=True` do. "reference" is differentiated through its iterations instead, twice, and f
+    and g with it.
 
     Transforms: `torch.func.grad`, `jvp` and `vmap` work in any order. Under them and in a compiled
     graph the checks that read values are left out. A compiled graph has first derivatives of
