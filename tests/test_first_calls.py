@@ -13,7 +13,7 @@ import fewstep
 from fewstep import _names
 from fewstep._library import BACKENDS
 from fewstep.ops.sinkhorn import drift
-from fewstep.ops.sinkhorn.inputs import UPDATES
+from fewstep.ops.sinkhorn.schedule import UPDATES
 from fewstep.ops.trace import inputs
 from fewstep.reference.costs import NAMES, OF_DISTANCE
 from fewstep.reference.sinkhorn import PRECISIONS

@@ -409,10 +409,14 @@ def test_compiles_into_one_graph() -> None:
 
 X, Y = torch.zeros(4, 2), torch.zeros(3, 2)
 BAD = [
-    ({"x": torch.zeros(4)}, ValueError, r"x must be \[N, D\] or \[B, N, D\], got \(4,\)"),
+    ({"x": torch.zeros(4)}, ValueError, r"x must be \[.., N, D\], got \(4,\)"),
     ({"x": torch.zeros(0, 2)}, ValueError, r"x must have points and D > 0, got \(0, 2\)"),
     ({"y": torch.zeros(3, 5)}, ValueError, r"y must match x \(4, 2\).*got \(3, 5\)"),
-    ({"y": torch.zeros(1, 3, 2)}, ValueError, r"y must match x .*got \(1, 3, 2\)"),
+    (
+        {"x": torch.zeros(2, 4, 2), "y": torch.zeros(3, 3, 2)},
+        ValueError,
+        r"y must match x .*got \(3, 3, 2\)",
+    ),
     ({"y": Y.double()}, TypeError, r"y must have the dtype of x.*float64"),
     ({"x": X.long()}, TypeError, r"x must have a floating dtype, got torch.int64"),
     ({"x": [[0.0]]}, TypeError, r"x must be a Tensor, got list"),

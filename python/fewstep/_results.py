@@ -98,7 +98,10 @@ def takes_arrays(op: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(op)
     def given(*args: P.args, **options: P.kwargs) -> R:
-        if isinstance(args[0] if args else options.get("x"), np.ndarray):
+        first = args[0] if args else options.get("x")
+        if first is None and isinstance(costs := options.get("C"), tuple) and costs:
+            first = costs[0]
+        if isinstance(first, np.ndarray):
             return on_arrays(op, args, options)
         return op(*args, **options)
 

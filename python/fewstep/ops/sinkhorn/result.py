@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep._checks import count, flags
 from fewstep._results import brief
-from fewstep._torch import exactly
+from fewstep._torch import exactly, is_transformed
 from fewstep.ops.sinkhorn import autograd, plans
 from fewstep.ops.sinkhorn.inputs import check_dense
 from fewstep.ops.sinkhorn.problem import (
@@ -77,6 +77,23 @@ class CanonicalProblem(Inputs):
         ragged = () if self.points.segments is None else (self.points.count,)
         return (*self.batch, *ragged, *self.temperatures)
 
+    def result(
+        self,
+        f: Tensor,
+        g: Tensor,
+        value: Tensor,
+        residual: Tensor,
+        iterations: Tensor,
+        converged: Tensor,
+    ) -> SinkhornResult:
+        """What the kernels return, in the caller's shapes."""
+        f, g = (t.reshape(*self.lead, t.shape[-1]) for t in (f, g))
+        value, residual = value.reshape(self.values), residual.reshape(self.values)
+        iterations, converged = iterations.reshape(self.values), converged.reshape(self.values)
+        plain = not torch.compiler.is_compiling() and not is_transformed()
+        versions = self.versions(f, g) if plain else Versions()
+        return SinkhornResult(f, g, value, residual, iterations, converged, self, versions)
+
 
 def _times_k(shape: tuple[int, ...]) -> str:
     return f"({', '.join(map(str, shape))}, K)"
@@ -97,9 +114,9 @@ def _rescaled(p: Problem, c: Constants, implicit: bool) -> Tensor:
 class SinkhornResult:
     """What `sinkhorn` returns.
 
-    `[..]` is `[B]` for a batch of problems and nothing for a single one. `[T]` follows if T
-    temperatures were given. With `cu_seqlens` the potentials are flat, `[N]` or `[T, N]`, and the
-    other tensors are `[B]` or `[B, T]`.
+    `[..]` are the leading dimensions of x and y together, `[B]` for a batch and nothing for a
+    single problem. `[T]` follows if T temperatures were given. With `cu_seqlens` the potentials are
+    flat, `[N]` or `[T, N]`, and the other tensors are `[B]` or `[B, T]`.
 
     Attributes:
         f: potential on x, `[.., N]`.
