@@ -113,9 +113,10 @@ def entropy(p: Problem, c: Constants) -> Tensor:
     joint = mass.log() - logarithm / mass
     of_x, of_y = entropy_of(rows, p.segment_x), entropy_of(columns, p.segment_y)
     least = torch.minimum(of_x, of_y)
-    information = (of_x + of_y - joint) / torch.where(least > 0, least, 1.0)
-    # A marginal of a single point tells nothing of the other: the plan is the independent one.
-    out = torch.where(least > 0, 1 - information, torch.where(least.isnan(), least, 1.0))
+    # A marginal of a single point, of which rounding leaves this, tells nothing of the other.
+    several = least > 1e-9
+    information = (of_x + of_y - joint) / torch.where(several, least, 1.0)
+    out = torch.where(several, 1 - information, torch.where(least.isnan(), least, 1.0))
     return out.clamp(0, 1)
 
 

@@ -102,7 +102,7 @@ def annealed(
                 f"sinkhorn: anneal must be temperatures for a cost function, got {anneal}"
             )
         T = eps.shape[0] // max(points.count, 1)
-        start = _largest_cost(points, *(w.detach() for w in weights)).repeat_interleave(T)
+        start = largest_cost(points, *(w.detach() for w in weights)).repeat_interleave(T)
         # A temperature that is not positive, where that was not read, would never be reached.
         start = torch.where(eps > 0, start, -torch.inf)
         return replace(schedule, start=start, factor=float(anneal))
@@ -119,7 +119,7 @@ def annealed(
     return replace(schedule, temperatures=steps)
 
 
-def _largest_cost(points: Points, a: Tensor, b: Tensor) -> Tensor:
+def largest_cost(points: Points, a: Tensor, b: Tensor) -> Tensor:
     """An upper bound on what differences of costs can be, `[B]`: across the bounding box.
 
     Pairs at an infinite cost are left out, so that annealing ends, and so are points without
