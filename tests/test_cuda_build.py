@@ -172,6 +172,17 @@ def test_emulated_team_of_threads(
     assert_solved(actual, expected, largest_cost(inputs, "sqeuclidean"))
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_emulated_any_mass(emulators: dict[str, Emulator], place: str) -> None:
+    x, y, a, b, eps = make(2, 7, 13, 3, torch.float64)
+    mass = torch.tensor([7.0, 0.03], dtype=torch.float64)[:, None]
+    inputs = (x, y, mass * a, mass * b, eps)
+    actual = solve_emulated(emulators["single"], "single", place, inputs, None, COSTS[0], 300, 1e-3)
+    expected = exact_solve(*inputs, cost=COSTS[0], max_iter=300, tol=1e-3)
+    assert_solved(actual, expected, largest_cost(inputs, COSTS[0]))
+    assert torch.equal(actual[4], expected[4])
+
+
 def test_emulated_stop_is_per_problem(emulators: dict[str, Emulator]) -> None:
     *points, eps = make(3, 8, 11, 2, torch.float64)
     inputs = (*points, 5 * eps)

@@ -54,6 +54,14 @@ def test_solve(
         check(emulators[team], TEAMS[team], inputs, Schedule(max_iter=6), cost=cost)
 
 
+@pytest.mark.parametrize("op", ["solve", "direct"])
+def test_any_mass(emulators: dict[str, Emulator], op: str) -> None:
+    x, y, a, b, eps = make(2, 8, 11, 3, torch.float64)
+    mass = torch.tensor([7.0, 0.03], dtype=torch.float64)[:, None]
+    inputs = (x, y, mass * a, mass * b, eps)
+    check(emulators["alone"], TEAMS["alone"], inputs, Schedule(max_iter=6), op=op)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "anneal": {"start": torch.tensor([4.0, 0.1]), "factor": 0.4, "max_iter": 3},
     "temperatures": {"temperatures": torch.tensor([2.0, 0.5, 0.3]), "max_iter": 3, "tol": 1e-1},

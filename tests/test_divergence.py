@@ -245,7 +245,7 @@ X, Y = torch.zeros(4, 2), torch.zeros(3, 2)
     ("options", "kind", "message"),
     [
         ({"eps": -1.0}, ValueError, "eps must be positive and finite, got -1.0"),
-        ({"reach": (1.0, None)}, ValueError, r"reach must be one number, got \(1.0, None\)"),
+        ({"reach": (1.0, None, 2.0)}, ValueError, r"reach must be a number or a pair, got \(1.0,"),
         ({"reach": 0.0}, ValueError, "reach must be positive, got 0.0"),
         ({"y": torch.zeros(3, 5)}, ValueError, r"y must match x .* got \(3, 5\)"),
         ({"a": torch.ones(3) / 3}, ValueError, r"a must have shape \(4,\), got \(3,\)"),

@@ -18,7 +18,7 @@ from fewstep._library import BACKENDS
 from fewstep.data import pairs
 from fewstep.ops.heun.inputs import STATES
 from fewstep.ops.sinkhorn import drift
-from fewstep.ops.sinkhorn.inputs import UPDATES
+from fewstep.ops.sinkhorn.schedule import UPDATES
 from fewstep.ops.trace import inputs, log_density
 from fewstep.reference.costs import NAMES, OF_DISTANCE
 from fewstep.reference.sinkhorn import PRECISIONS

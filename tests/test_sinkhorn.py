@@ -409,10 +409,14 @@ def test_compiles_into_one_graph() -> None:
 
 X, Y = torch.zeros(4, 2), torch.zeros(3, 2)
 BAD = [
-    ({"x": torch.zeros(4)}, ValueError, r"x must be \[N, D\] or \[B, N, D\], got \(4,\)"),
+    ({"x": torch.zeros(4)}, ValueError, r"x must be \[.., N, D\], got \(4,\)"),
     ({"x": torch.zeros(0, 2)}, ValueError, r"x must have points and D > 0, got \(0, 2\)"),
     ({"y": torch.zeros(3, 5)}, ValueError, r"y must match x \(4, 2\).*got \(3, 5\)"),
-    ({"y": torch.zeros(1, 3, 2)}, ValueError, r"y must match x .*got \(1, 3, 2\)"),
+    (
+        {"x": torch.zeros(2, 4, 2), "y": torch.zeros(3, 3, 2)},
+        ValueError,
+        r"y must match x .*got \(3, 3, 2\)",
+    ),
     ({"y": Y.double()}, TypeError, r"y must have the dtype of x.*float64"),
     ({"x": X.long()}, TypeError, r"x must have a floating dtype, got torch.int64"),
     ({"x": [[0.0]]}, TypeError, r"x must be a Tensor, got list"),
@@ -433,8 +437,8 @@ BAD = [
     ({"eps": torch.ones((), requires_grad=True)}, ValueError, r"eps must not require a gradient"),
     ({"a": torch.ones(3) / 3}, ValueError, r"a must have shape \(4,\), got \(3,\)"),
     ({"a": torch.tensor([2.0, -1, 0, 0])}, ValueError, r"a must not be negative, got -1.0"),
-    ({"b": torch.ones(3)}, ValueError, r"b must sum to 1, got a sum of 3.0"),
-    ({"b": torch.full((3,), math.nan)}, ValueError, r"b must sum to 1, got a sum of nan"),
+    ({"b": torch.ones(3)}, ValueError, r"a and b .* sums of 1 \(the default\) and 3; scale"),
+    ({"b": torch.full((3,), math.nan)}, ValueError, r"b must have a mass .* got a sum of nan"),
     ({"b": torch.ones(3, dtype=torch.int64)}, TypeError, r"b must be a floating Tensor"),
     ({"a": torch.ones(4, device="meta")}, ValueError, r"a must be on cpu with x, got meta"),
     ({"cost": "manhattan"}, ValueError, r"cost must be one of .*got 'manhattan'"),

@@ -403,8 +403,8 @@ def test_messages_of_results_and_losses() -> None:
     ):
         with pytest.raises(TypeError, match=f"WFlow: {name} must be {message}"):
             WFlow(**{name: value})
-    with pytest.raises(ValueError, match=r"reach must be one number, got \[1.0, 2.0\]"):
-        fewstep.sinkhorn_divergence(X, Y, eps=0.5, reach=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"reach must be a number or a pair, got \[1.0, 2.0, 3.0"):
+        fewstep.sinkhorn_divergence(X, Y, eps=0.5, reach=[1.0, 2.0, 3.0])
 
 
 def broadcast_only(x: Tensor, y: Tensor) -> Tensor:

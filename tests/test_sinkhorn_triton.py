@@ -104,6 +104,12 @@ def test_agrees_with_reference(
     compare(data, eps=eps, cost=cost, max_iter=3)
 
 
+def test_any_mass() -> None:
+    data = problem((2, 5, 7, 3))
+    mass = torch.tensor([7.0, 0.03], device=DEVICE)[:, None]
+    compare(data | {s: mass * data[s] for s in "ab"}, eps=1.0, cost="sqeuclidean", max_iter=3)
+
+
 OPTIONS: dict[str, dict[str, object]] = {
     "anneal": {"anneal": 0.3, "max_iter": 2},
     "temperatures": {"anneal": [3.0, 1.0], "max_iter": 2, "tol": 0.3},

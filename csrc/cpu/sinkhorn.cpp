@@ -551,10 +551,13 @@ class Solver {
       column_lse(g);
     }
     double mass_b = 0, value = 0;
-    auto add = [&](double weight, double potential, double rho) {
+    const bool fixed = s_.rho_x == kInfinity<double> && s_.rho_y == kInfinity<double>;
+    // What the mass adds to the potentials is no cost.
+    const double of_mass = fixed ? std::log2(mass_a_) : 0;
+    auto add = [&](double weight, double potential, double rho, double offset) {
       if (weight == 0) return;
       const double exponent = std::abs(potential * scale_);
-      flat_ = flat_ && exponent < kFlat;
+      flat_ = flat_ && std::abs(potential * scale_ + offset) < kFlat;
       // Rounding brings no mass back to a point that has next to none.
       const bool destroyed = potential > 100 * rho && in_.eps[q_] * kDigits > 8 * rho;
       if (exponent > kDigits && exponent <= far() && !destroyed) beyond_ = true;
@@ -566,14 +569,13 @@ class Solver {
       const bool rows = feasible(f, a_, at_.n, s_.rho_x), columns = feasible(g, b_, at_.m, s_.rho_y);
       possible = rows && columns;
     }
-    for (int64_t i = 0; i < at_.n; ++i) add(a_[i], f[i], s_.rho_x);
+    for (int64_t i = 0; i < at_.n; ++i) add(a_[i], f[i], s_.rho_x, s_.self ? of_mass / 2 : of_mass);
     for (int64_t j = 0; j < at_.m; ++j) {
-      add(b_[j], g[j], s_.rho_y);
+      add(b_[j], g[j], s_.rho_y, s_.self ? of_mass / 2 : 0);
       mass_b += b_[j];
     }
-    const bool exact =
-        s_.rho_x == kInfinity<double> && s_.rho_y == kInfinity<double> && !s_.simultaneous && s_.relax == 1;
-    if (!exact) value -= in_.eps[q_] * (mass - mass_a_ * mass_b);
+    if (fixed && !s_.simultaneous && s_.relax == 1) mass = mass_b;  // columns are exact
+    value -= in_.eps[q_] * (mass - mass_a_ * mass_b);
     s_.value[q_] = possible ? static_cast<T>(value) : kInfinity<T>;  // whatever mass its plan has
   }
 
@@ -657,11 +659,15 @@ void solve_in_double(const Batch<float>& in, const Solve<float>& s, int64_t q, i
   Doubles start = widened(from(s.start, q), 1, 0, 1), schedule = widened(s.schedule, 1, 0, s.scheduled);
   Doubles f(at.n), g(at.m), grad_x(s.grad_x == nullptr ? 0 : at.n * in.d),
       grad_y(s.grad_y == nullptr ? 0 : at.m * in.d);
-  // Weights sum to 1 but for their roundings, of which eps feels the logarithm.
+  // Weights sum to 1, or to the same mass, but for their roundings, of which eps feels the logarithm.
+  double mass = 1;
   for (Doubles* w : {&a, &b}) {
     const double total = std::accumulate(w->begin(), w->end(), 0.0);
-    if (std::abs(total - 1) > 0x1p-20) continue;
-    for (double& t : *w) t /= total;
+    if (std::abs(total - mass) <= 0x1p-20 * mass) {
+      for (double& t : *w) t *= mass / total;
+    } else {
+      mass = total;
+    }
   }
   double value, residual;
   const Batch<double> one{1,

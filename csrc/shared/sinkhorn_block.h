@@ -378,16 +378,20 @@ FEWSTEP_HD void solve(const Team& team, const Costs& cost, const Problem<T>& p, 
   T* log_b = hy + m;
   T* partial = log_b + m;
   const T inverse = inverse_temperature(p.eps);
+  T a_total = 0, b_total = 0;
   for (int i = team.rank(); i < n; i += team.size()) {
     next[i] = 0;
     log_a[i] = log2(p.a[i]);
+    a_total += p.a[i];
   }
   for (int j = team.rank(); j < m; j += team.size()) {
     g[j] = p.g0 == nullptr ? T(0) : p.g0[j] * inverse;
     log_b[j] = log2(p.b[j]);
     hy[j] = g[j] + log_b[j];
+    b_total += p.b[j];
   }
-  team.sync();
+  a_total = team_sum(team, a_total, scratch);
+  b_total = team_sum(team, b_total, scratch);
   update_rows(team, cost, p.a, log_a, n, m, next, hy, f, hx);
   team.sync();
   T residual;
@@ -395,7 +399,7 @@ FEWSTEP_HD void solve(const Team& team, const Costs& cost, const Problem<T>& p, 
   int iteration = 0;
   while (true) {
     update_columns(team, cost, log_b, n, m, hx, g, hy, partial);
-    residual = team_sum(team, update_rows(team, cost, p.a, log_a, n, m, f, hy, next, hx), scratch);
+    residual = team_sum(team, update_rows(team, cost, p.a, log_a, n, m, f, hy, next, hx), scratch) / a_total;
     if (light > 0) {
       const T unseen = unsettled(team, p.a, f, next, n, light, T(1), scratch);
       if (unseen > residual) residual = unseen;  // NaN stays
@@ -421,7 +425,7 @@ FEWSTEP_HD void solve(const Team& team, const Costs& cost, const Problem<T>& p, 
     out.f[i] = settled(p.a[i] == 0 ? next[i] : f[i], p.a[i]);  // of a row without mass, from the g that came out
   }
   for (int j = team.rank(); j < m; j += team.size()) out.g[j] = settled(g[j], p.b[j]);
-  value = team_sum(team, value, scratch);
+  value = team_sum(team, value, scratch) + p.eps * b_total * (a_total - 1);
   beyond = team_sum(team, beyond, scratch);
   if (team.rank() == 0) {
     *out.value = value;

@@ -138,9 +138,10 @@ def sinkhorn(
     g, of_y, beyond_y = _settled(g[:, :m].contiguous(), b, eps, rho_y)
     value = of_x + of_y
     residual = torch.where(beyond_x | beyond_y, torch.inf, residual)
-    if (rho_x, rho_y) != (None, None) or relax != 1 or simultaneous:
-        moved = eps * mass_a[:, 0] * (mass - mass_b[:, 0])
-        value = torch.where(value == torch.inf, value, value - moved)
+    if (rho_x, rho_y) == (None, None) and relax == 1 and not simultaneous:
+        mass = (mass_b / mass_a)[:, 0]  # columns are exact
+    moved = eps * mass_a[:, 0] * (mass - mass_b[:, 0])
+    value = torch.where(value == torch.inf, value, value - moved)
     converged = (residual <= (DEFAULT_TOL if tol is None else tol)) & value.isfinite()
     return f, g, value, residual, iterations, converged
 

@@ -15,6 +15,7 @@ from fewstep.ops.sinkhorn.convergence import ConvergenceWarning
 from fewstep.ops.sinkhorn.divergence import DivergenceResult, sinkhorn_divergence
 from fewstep.ops.sinkhorn.drift import Drift, sinkhorn_drift
 from fewstep.ops.sinkhorn.newton import ConvergenceError
+from fewstep.ops.sinkhorn.potentials import eps_for_entropy, from_potentials
 from fewstep.ops.sinkhorn.result import SinkhornResult
 from fewstep.ops.sinkhorn.solve import sinkhorn, transport
 from fewstep.ops.trace.divergence import divergence
@@ -44,9 +45,11 @@ __all__ = [
     "Target",
     "divergence",
     "edm_sample",
+    "eps_for_entropy",
     "explain",
     "few_step_sigmas",
     "flow_sample",
+    "from_potentials",
     "heun_solve",
     "heun_step",
     "jvp",

@@ -98,7 +98,11 @@ def takes_arrays(op: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(op)
     def given(*args: P.args, **options: P.kwargs) -> R:
-        if isinstance(args[0] if args else options.get("x"), np.ndarray):
+        first = args[0] if args else options.get("x")
+        if first is None:
+            costs = options.get("C")
+            first = costs[0] if isinstance(costs, tuple) and costs else costs
+        if isinstance(first, np.ndarray):
             return on_arrays(op, args, options)
         return op(*args, **options)
 
@@ -112,4 +116,4 @@ def on_arrays(op: Callable[..., R], args: tuple[Any, ...], options: dict[str, An
             f"{op.__name__}: all must be tensors or all arrays, got an array beside a Tensor:"
             " torch.from_numpy makes one of the other"
         )
-    return cast(R, Arrays(op(*_to_tensors(args), **_of(options))))
+    return cast(R, _to_arrays(op(*_to_tensors(args), **_of(options))))

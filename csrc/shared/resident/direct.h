@@ -148,7 +148,8 @@ FEWSTEP_HD void solve_directly(const Team& team, const Points<T>& p, const Sched
   for (int j = team.rank(); j < p.m; j += team.size()) g[j] = dual.add(g[j], w.b[j], s.rho_y);
   T value = block::team_sum(team, dual.sum, scratch);
   if (block::team_sum(team, dual.beyond, scratch) > 0) residual = kInfinity<T>;
-  if (!s.plain() && value != kInfinity<T>) value -= eps * (mass - a_total * b_total);
+  if (s.plain()) mass = b_total;  // then columns are exact
+  if (value != kInfinity<T>) value -= eps * (mass - a_total * b_total);
   if (team.rank() == 0) write_numbers(out, value, residual, iterations, s.converged_at);
   team.sync();
 }

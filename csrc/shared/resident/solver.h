@@ -113,7 +113,7 @@ class Solver {
 
   // f, g, value and the rest of a problem that has been solved. Ends with sync_all().
   FEWSTEP_HD void write(T eps, const block::Solution<T>& out) {
-    const T mass = total(1);
+    const T mass = plain_ ? b_total_ : total(1);  // then columns are exact
     Value<T> dual{k_};
     FEWSTEP_ROLLED
     for (int i = team_.rank(); i < rows_; i += team_.size()) {
@@ -137,7 +137,7 @@ class Solver {
     team_.sync_all();
     T value = total(0);
     if (total(1) > 0) residual_ = kInfinity<T>;
-    if (!plain_ && value != kInfinity<T>) value -= eps * (mass - a_total_ * b_total_);
+    if (value != kInfinity<T>) value -= eps * (mass - a_total_ * b_total_);
     if (team_.block() == 0 && team_.rank() == 0) write_numbers(out, value, residual_, iterations_, s_.converged_at);
     team_.sync_all();
   }

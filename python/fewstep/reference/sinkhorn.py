@@ -280,28 +280,20 @@ class _EnvelopeValue(torch.autograd.Function):
         plan = weighted(exponent(C, f, g, eps), a[..., :, None], b[..., None, :])
         w = grad[..., None]
         e, rho = eps[..., None], ctx.rho
-        grad_a = w * weight_gradient(f, b.sum(-1, keepdim=True), e, rho[0], rho)
-        grad_b = w * weight_gradient(g, a.sum(-1, keepdim=True), e, rho[1], rho)
+        grad_a = w * weight_gradient(f, b.sum(-1, keepdim=True), e, rho[0])
+        grad_b = w * weight_gradient(g, a.sum(-1, keepdim=True), e, rho[1])
         return None, w[..., None] * plan, grad_a, grad_b, None, None, None, None
 
 
 _envelope_value: Callable[..., Tensor] = _EnvelopeValue.apply
 
 
-def weight_gradient(
-    f: Tensor,
-    mass_b: Tensor,
-    eps: Tensor,
-    rho: float | None,
-    both: tuple[float | None, float | None],
-) -> Tensor:
+def weight_gradient(f: Tensor, mass_b: Tensor, eps: Tensor, rho: float | None) -> Tensor:
     """d value / da_i = `phi(f_i) - eps (exp(-f_i / rho) - sum b)`; mass and eps broadcast with f.
 
-    The term in eps is 0 where `both` marginals are constraints and the masses 1. Of points without
-    weight `exp(-f_i / rho)` may overflow: finite all the same, 0 times it is 0.
+    The exponential is 1 for a constraint. Of points without weight it may overflow: finite all the
+    same, 0 times it is 0.
     """
-    if both == (None, None):
-        return f
     own = 1 if rho is None else torch.exp(-f / rho)
     return (phi(f, rho) - eps * (own - mass_b)).clamp(min=torch.finfo(f.dtype).min / 4)
 
@@ -492,9 +484,9 @@ def iterate(of_g: Transform, of_f: Transform, inputs: Inputs) -> tuple[Tensor, .
         residual = torch.where(lost, torch.inf, residual)
     f, of_x = _settled(f, a, e, rho_x)
     g, of_y = _settled(g, b, e, rho_y)
-    value = of_x + of_y
-    if s.rho != (None, None) or s.simultaneous or s.relax != 1:
-        value = value - eps * (mass - a.sum(-1) * b.sum(-1))
+    if s.rho == (None, None) and not s.simultaneous and s.relax == 1:
+        mass = b.sum(-1)  # columns are exact
+    value = of_x + of_y - eps * (mass - a.sum(-1) * b.sum(-1))
     converged = (residual <= (DEFAULT_TOL if s.tol is None else s.tol)) & value.isfinite()
     return f, g, value, residual, iterations, converged
 

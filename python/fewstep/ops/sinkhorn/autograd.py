@@ -30,6 +30,7 @@ from fewstep.ops.sinkhorn.function import (
     scaled,
     transpose,
 )
+from fewstep.ops.sinkhorn.plans import mean_cost
 from fewstep.ops.sinkhorn.problem import (
     VARIABLES,
     Constants,
@@ -191,6 +192,12 @@ def product(v: Tensor, problem: Problem, constants: Constants) -> Tensor:
 def product_through_plan(v: Tensor, problem: Problem, constants: Constants) -> Tensor:
     """The same, differentiable once in x, y, b, f, g, matrix and v."""
     out: Tensor = call(_ProductThroughPlan, v, *problem, constants)
+    return out
+
+
+def plan_cost(problem: Problem, constants: Constants) -> Tensor:
+    """`<P, C> [B]`, differentiable once in x, y, a, b, f, g and matrix."""
+    out: Tensor = call(_PlanCost, *problem, constants)
     return out
 
 
@@ -459,3 +466,45 @@ class _ConditionalTangent(Once):
         *tensors, constants = args
         (*u, df, dg, v), p = tensors[: VARIABLES + 3], Problem(*tensors[VARIABLES + 3 :])
         return implicit.conditional_tangent(tuple(u), df, dg, v, p, constants)
+
+
+class _PlanCost(Batched):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        *tensors, constants = args
+        p = Problem._make(tensors)
+        return mean_cost(p, constants).to(p.eps.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.constants = inputs
+        save(ctx, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None) -> Grads:
+        if u is None:
+            return (None,) * (FIELDS + 1)
+        p, need = Problem._make(ctx.saved_tensors), ctx.needs_input_grad[:VARIABLES]
+        f, g, *parts = call(_PlanCostGradient, *p, ctx.constants, need)
+        f, g = to_points(u, f, p.segment_x) * f, to_points(u, g, p.segment_y) * g
+        rest = (None,) * (FIELDS - VARIABLES - 1)
+        return *placed(scaled(u, tuple(parts), p, need), need), f, g, *rest
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        with InJvp() as here:
+            p = Problem._make(here.primals(ctx.saved_tensors))
+            u = Problem._make(here.primals(tangents[:FIELDS]))
+            need = tuple(t is not None for t in u[:VARIABLES])
+            f, g, *parts = call(_PlanCostGradient, *p, ctx.constants, need)
+            out = torch.zeros_like(p.eps)
+            for t, part, segment in ((u.f, f, p.segment_x), (u.g, g, p.segment_y)):
+                out = out if t is None else out + total(part * t, segment)
+            return out + inner(tuple(parts), u[:VARIABLES], p) if any(need) else out
+
+
+class _PlanCostGradient(Once):
+    @staticmethod
+    def forward(*args: Any) -> Tensors:
+        *tensors, constants, need = args
+        return implicit.cost_gradient(Problem._make(tensors), constants, need)

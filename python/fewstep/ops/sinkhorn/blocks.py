@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fewstep.ops.sinkhorn.problem import Constants, Problem
-from fewstep.reference.costs import COSTS
+from fewstep.reference.costs import COSTS, Derivatives
 from fewstep.reference.sinkhorn import Points, exponent, weighted
 
 # Pairs of points in a block of rows, which takes about ten arrays of that size. GPUs take more.
@@ -37,18 +38,27 @@ class Block:
             labels = (p.label_x[problems, rows], p.label_y[problems])
         diagonal = None if c.diagonal is None else c.diagonal + rows.start
         fixed = (bare_costs.detach(), None, labels, p.label_cost, diagonal)
-        C = Points(x, y, "matrix", *fixed).costs()
-        self.z = exponent(C, p.f[problems, rows], p.g[problems], p.eps[problems])
-        # Two points without weight may have any e; 0 times it has to be 0.
-        self.e = self.z.clamp(max=math.log(torch.finfo(self.z.dtype).max) / 2).exp()
-        if row.centred:  # a common offset would cancel in products of coordinates
-            centre = (self.b / self.b.sum(-1, keepdim=True)) @ y
-            x, y = x - centre, y - centre
-        self.derivatives = row.derivatives(x, y, bare_costs)
+        self.costs = Points(x, y, "matrix", *fixed).costs()
+        self.z = exponent(self.costs, p.f[problems, rows], p.g[problems], p.eps[problems])
+        self._bare = (x, y, bare_costs)
+        self._row = row
 
-    @property
+    @cached_property
+    def e(self) -> Tensor:
+        # Two points without weight may have any e; 0 times it has to be 0.
+        return self.z.clamp(max=math.log(torch.finfo(self.z.dtype).max) / 2).exp()
+
+    @cached_property
     def plan(self) -> Tensor:
         return weighted(self.z, self.a, self.b)
+
+    @cached_property
+    def derivatives(self) -> Derivatives:
+        x, y, bare_costs = self._bare
+        if self._row.centred:  # a common offset would cancel in products of coordinates
+            centre = (self.b / self.b.sum(-1, keepdim=True)) @ y
+            x, y = x - centre, y - centre
+        return self._row.derivatives(x, y, bare_costs)
 
 
 def blocks(p: Problem, c: Constants) -> Iterator[Block]:

@@ -30,6 +30,7 @@ from fewstep._library import triton_unavailable
 from fewstep.ops.sinkhorn import dispatch
 from fewstep.ops.sinkhorn.blocks import Block, blocks
 from fewstep.ops.sinkhorn.newton import System
+from fewstep.ops.sinkhorn.plans import times
 from fewstep.ops.sinkhorn.problem import (
     VARIABLES,
     Constants,
@@ -60,8 +61,7 @@ def gradient(p: Problem, c: Constants, need: Flags) -> Tensors:
         if needed:
             mass = to_points(total(r.b, r.segment_y), r.f, r.segment_x)
             eps = to_points(r.eps, r.f, r.segment_x)
-            grad = weight_gradient(r.f, mass, eps, k.rho_x, (k.rho_x, k.rho_y))
-            out.append(grad.clone() if grad is r.f else grad)
+            out.append(weight_gradient(r.f, mass, eps, k.rho_x))
     if need[4]:
         assert p.matrix is not None
         out.append(torch.empty_like(p.matrix))
@@ -297,6 +297,29 @@ def conditional_tangent(
             w = w + direction.b[block.problems, None]
         out[block.index] = (block.e * w) @ v[block.problems]
     return out
+
+
+def cost_gradient(p: Problem, c: Constants, need: Flags) -> Tensors:
+    """Gradients of `<P, C>` for f, g, and the variables needed, f and g held fixed in these."""
+    if p.segment_x is not None:
+        return _each(lambda u, p: cost_gradient(p, c, need), (), p)
+    of_f, of_g = torch.zeros_like(p.f), torch.zeros_like(p.g)
+    of_x, of_y, of_a, of_b, of_matrix = out = _zeros(p, need)
+    for block in blocks(p, c):
+        share = times(block.plan, block.costs) / block.eps  # what d log P is multiplied by
+        of_f[block.index] += share.sum(-1)
+        of_g[block.problems] += share.sum(-2)
+        if of_a is not None or of_b is not None:
+            costs = times(block.e, block.costs)
+            _add(of_a, block.index, (block.b * costs).sum(-1))
+            _add(of_b, block.problems, (block.a * costs).sum(-2))
+        w = block.plan - share
+        _add(of_matrix, block.index, w)
+        if of_x is not None or of_y is not None:
+            x, y = block.derivatives.pull(w)
+            _add(of_x, block.index, x)
+            _add(of_y, block.problems, y)
+    return of_f, of_g, *(t for t in out if t is not None)
 
 
 def _each(function: Callable[[Any, Problem], Tensors], u: Directions, p: Problem) -> Tensors:

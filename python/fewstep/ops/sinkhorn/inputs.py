@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,8 +15,8 @@ from torch import Tensor
 from fewstep import _checks
 from fewstep._checks import check_real, integer, is_number, strided
 from fewstep._torch import is_dual, is_transformed, wide
-from fewstep.reference.costs import COSTS, NAMES, Cost
-from fewstep.reference.sinkhorn import PRECISIONS, Points, Schedule
+from fewstep.reference.costs import COSTS, NAMES
+from fewstep.reference.sinkhorn import PRECISIONS, Points
 
 
 def checked_precision(op: str, precision: str | None) -> str:
@@ -101,9 +102,8 @@ def check_temperatures(
         raise ValueError(f"{op}: {name} must be positive and finite{where}, got {bad[0]}")
 
 
-UPDATES = ("alternating", "symmetric")
 _HALVES = {"sqeuclidean": 1.0, "half_sqeuclidean": 0.5}
-# Largest deviation of a weight vector's sum from 1 that is taken for rounding.
+# Largest difference of the sums of a and b, as a fraction of them, that is taken for rounding.
 _MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
@@ -116,7 +116,7 @@ def canonical_points(
     cu_seqlens: tuple[Tensor, Tensor] | None,
     read: bool,
 ) -> tuple[Points, tuple[int, ...], torch.dtype]:
-    """The points with a batch axis, the leading shape that they came with, and the dtype."""
+    """The points with a batch axis, the leading shape that they have together, and the dtype."""
     matrix = None
     formula = None if isinstance(cost, str) else cost
     if C is not None:
@@ -125,14 +125,15 @@ def canonical_points(
             raise ValueError(f"sinkhorn: {given} must be None with a cost matrix C, got a Tensor")
         if cu_seqlens is not None:
             raise ValueError("sinkhorn: cu_seqlens needs points, got a cost matrix C")
-        _check_tensor("C", C, "[N, M] or [B, N, M]")
+        _check_tensor("C", C, "[.., N, M]")
         _check_device("C", C)
-        matrix = C if C.ndim == 3 else C[None]
+        batch = tuple(C.shape[:-2])
+        matrix = spread(C, batch, 2)
         x, y = matrix.new_empty(*matrix.shape[:2], 0), matrix.new_empty(*matrix.mT.shape[:2], 0)
-        batch, cost = C.shape[:-2], "matrix"
+        cost = "matrix"
     else:
         for name, t in (("x", x), ("y", y)):
-            _check_tensor(name, t, "[N, D] or [B, N, D]")
+            _check_tensor(name, t, "[.., N, D]")
         assert x is not None
         assert y is not None
         if x.dtype != y.dtype:
@@ -140,18 +141,19 @@ def canonical_points(
         if y.device != x.device:
             raise ValueError(f"sinkhorn: y must be on {x.device} with x, got {y.device}")
         _check_device("x", x)
-        if y.ndim != x.ndim or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
+        shared = _broadcast(x.shape[:-2], y.shape[:-2])
+        if shared is None or y.shape[-1] != x.shape[-1]:
             raise ValueError(
-                f"sinkhorn: y must match x {tuple(x.shape)} except in its points,"
-                f" got {tuple(y.shape)}"
+                f"sinkhorn: y must match x {tuple(x.shape)} except in its points and in leading"
+                f" dimensions that broadcast, got {tuple(y.shape)}"
             )
+        batch = shared
         if formula is not None:
             if not callable(formula):
                 raise TypeError(f"sinkhorn: cost must be a name or a function, got {cost!r}")
             cost = "formula"
         elif cost not in NAMES:
             raise ValueError(f"sinkhorn: cost must be one of {NAMES}, got {cost!r}")
-        batch = x.shape[:-2]
     dtype = wide(x.dtype)
     x, y, matrix = (None if t is None else t.to(dtype) for t in (x, y, matrix))
     assert x is not None
@@ -160,8 +162,8 @@ def canonical_points(
     if (of_directions := COSTS[cost].directions) is not None:
         x, y = _directions(x, y, read)
         cost = of_directions
-    if x.ndim == 2:
-        x, y = x[None], y[None]
+    if C is None:
+        x, y = spread(x, batch, 2), spread(y, batch, 2)
     diagonal = excluded("sinkhorn", exclude_diagonal)
     if diagonal is not None and min(x.shape[1], y.shape[1]) < 2:
         raise ValueError(
@@ -172,7 +174,26 @@ def canonical_points(
     if cu_seqlens is not None:
         segments = _segments(cu_seqlens, batch, x, y, diagonal, read)
     points = Points(x, y, cost, matrix, segments, diagonal=diagonal, formula=formula)
-    return points, tuple(batch), dtype
+    return points, batch, dtype
+
+
+def _broadcast(p: Sequence[int], q: Sequence[int]) -> tuple[int, ...] | None:
+    """The shape that both broadcast to, or None."""
+    pairs = [*itertools.zip_longest(reversed(p), reversed(q), fillvalue=1)]
+    if any(i != j and 1 not in (i, j) for i, j in pairs):
+        return None
+    return tuple(j if i == 1 else i for i, j in reversed(pairs))
+
+
+def spread(t: Tensor, batch: tuple[int, ...], own: int) -> Tensor:
+    """`[prod batch, ..]` from `[.., ..]` that broadcasts to it, before the last `own` dimensions.
+
+    What is shared by all problems is not copied.
+    """
+    tail = t.shape[-own:]
+    if t.shape[:-own] == batch and len(batch) == 1:
+        return t
+    return t.expand(*batch, *tail).reshape(math.prod(batch), *tail)
 
 
 def excluded(op: str, exclude_diagonal: bool | int) -> int | None:
@@ -215,7 +236,7 @@ def _check_device(name: str, t: Tensor) -> None:
 def _check_tensor(name: str, t: object, shape: str) -> None:
     check_dense("sinkhorn", name, t)
     assert isinstance(t, Tensor)
-    if t.ndim not in (2, 3):
+    if t.ndim < 2:
         raise ValueError(f"sinkhorn: {name} must be {shape}, got {tuple(t.shape)}")
     if 0 in t.shape[-2:]:
         raise ValueError(f"sinkhorn: {name} must have points and D > 0, got {tuple(t.shape)}")
@@ -298,7 +319,7 @@ def labelled(
     check_constant("sinkhorn", "label_cost", label_cost)
     sides = zip(("lx", "ly"), labels, (points.x, points.y), label_cost.shape, strict=True)
     for name, classes, p, count in sides:
-        if tuple(classes.shape) != (*batch, p.shape[1]) or classes.dtype != torch.int64:
+        if not _fits(classes, batch, p.shape[1]) or classes.dtype != torch.int64:
             raise ValueError(
                 f"sinkhorn: labels {name} must be int64 {(*batch, p.shape[1])},"
                 f" got {classes.dtype} {tuple(classes.shape)}"
@@ -310,148 +331,8 @@ def labelled(
                     f"sinkhorn: labels {name} must be from 0 to {count - 1} for this label_cost,"
                     f" got {low if low < 0 else high}"
                 )
-    lx, ly = (t if batch else t[None] for t in labels)
+    lx, ly = (spread(t, batch, 1) for t in labels)
     return replace(points, labels=(lx, ly), label_cost=label_cost.to(dtype))
-
-
-def penalties(
-    reach: float | tuple[float | None, float | None] | None, cost: Cost, dtype: torch.dtype
-) -> tuple[float | None, float | None]:
-    """`rho` for a cost as named by the user; None for a constraint: so is what is too large."""
-    if isinstance(reach, np.ndarray | Tensor) and reach.ndim == 1:
-        given = given_numbers("sinkhorn", "reach", reach)
-        reach = given.tolist() if isinstance(given, Tensor) else given
-    pair = reach if isinstance(reach, tuple | list) else (reach, reach)
-    if len(pair) != 2:
-        raise ValueError(f"sinkhorn: reach must be a number or a pair, got {reach}")
-
-    def penalty(r: float | None) -> float | None:
-        if r is None:
-            return None
-        r = number("sinkhorn", "reach", r)
-        if not r > 0:
-            raise ValueError(f"sinkhorn: reach must be positive, got {r}")
-        rho = float(r) * float(r) if cost.squared else float(r)
-        if rho < torch.finfo(dtype).tiny:
-            raise ValueError(f"sinkhorn: reach must be larger in {dtype}, got {r}")
-        return rho if rho <= torch.finfo(dtype).max else None
-
-    return penalty(pair[0]), penalty(pair[1])
-
-
-def checked_schedule(
-    max_iter: int,
-    tol: float | None,
-    rho: tuple[float | None, float | None],
-    relax: float,
-    update: str,
-    single: bool,
-    memory_limit: int,
-) -> Schedule:
-    """Without annealing; `single` where symmetric updates would keep one potential."""
-    max_iter = integer("sinkhorn", "max_iter", max_iter)
-    memory_limit = integer("sinkhorn", "memory_limit", memory_limit)
-    tol = None if tol is None else number("sinkhorn", "tol", tol)
-    relax = number("sinkhorn", "relax", relax)
-    if max_iter < 1:
-        raise ValueError(f"sinkhorn: max_iter must be at least 1, got {max_iter}")
-    if tol is not None and not tol >= 0:
-        raise ValueError(f"sinkhorn: tol must be None or at least 0, got {tol}")
-    if memory_limit < 0:
-        raise ValueError(f"sinkhorn: memory_limit must not be negative, got {memory_limit}")
-    if update not in UPDATES:
-        raise ValueError(f"sinkhorn: update must be one of {UPDATES}, got {update!r}")
-    if not 0 < relax < 2:
-        raise ValueError(f"sinkhorn: relax must be above 0 and below 2, got {relax}")
-    simultaneous = update == "symmetric"
-    if simultaneous and relax != 1:
-        raise ValueError(f"sinkhorn: relax must be 1 with symmetric updates, got {relax}")
-    return Schedule(
-        max_iter=max_iter,
-        tol=tol,
-        rho=rho,
-        relax=0.5 if simultaneous else relax,
-        simultaneous=simultaneous,
-        single=simultaneous and single,
-        memory_limit=memory_limit,
-    )
-
-
-def annealed(
-    schedule: Schedule,
-    anneal: float | Sequence[float] | Tensor | None,
-    points: Points,
-    weights: tuple[Tensor, Tensor],
-    eps: Tensor,
-    read: bool,
-) -> Schedule:
-    if anneal is None:
-        return schedule
-    anneal = given_numbers("sinkhorn", "anneal", anneal)
-    if isinstance(anneal, Tensor) and anneal.ndim == 0:
-        anneal = number("sinkhorn", "anneal", anneal)
-    if isinstance(anneal, int | float):
-        # One that rounds to 1 would never end.
-        if not 0 < anneal <= 1 - torch.finfo(eps.dtype).eps:
-            raise ValueError(f"sinkhorn: anneal must be a factor in (0, 1), got {anneal}")
-        if points.formula is not None:
-            raise ValueError(
-                f"sinkhorn: anneal must be temperatures for a cost function, got {anneal}"
-            )
-        T = eps.shape[0] // max(points.count, 1)
-        start = _largest_cost(points, *(w.detach() for w in weights)).repeat_interleave(T)
-        # A temperature that is not positive, where that was not read, would never be reached.
-        start = torch.where(eps > 0, start, -torch.inf)
-        return replace(schedule, start=start, factor=float(anneal))
-    if isinstance(anneal, Tensor):
-        steps = anneal.detach().to(device=eps.device, dtype=eps.dtype)
-    else:
-        steps = from_numbers(anneal, eps.device, eps.dtype)
-    if steps.ndim != 1:
-        raise ValueError(
-            f"sinkhorn: anneal must be a factor or temperatures [S], got {tuple(steps.shape)}"
-        )
-    if read or not isinstance(anneal, Tensor):
-        check_temperatures("sinkhorn", "anneal", anneal, eps.dtype)
-    return replace(schedule, temperatures=steps)
-
-
-def _largest_cost(points: Points, a: Tensor, b: Tensor) -> Tensor:
-    """An upper bound on what differences of costs can be, `[B]`: across the bounding box.
-
-    Pairs at an infinite cost are left out, so that annealing ends, and so are points without
-    weight.
-    """
-    p = points
-    if p.matrix is not None:
-        C = p.matrix.detach()
-        finite = C.isfinite() & (a > 0)[..., :, None] & (b > 0)[..., None, :]
-        high = torch.where(finite, C, -torch.inf).amax((1, 2))
-        return _finite(high - torch.where(finite, C, torch.inf).amin((1, 2)))
-
-    def bounds(t: Tensor, w: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor]:
-        kept, t = (w > 0)[..., None], t.detach()
-        low, high = torch.where(kept, t, torch.inf), torch.where(kept, t, -torch.inf)
-        if cu is None:
-            return low.amin(1), high.amax(1)
-        lengths = cu.diff()
-        low = torch.segment_reduce(low[0], "min", lengths=lengths, axis=0)
-        return low, torch.segment_reduce(high[0], "max", lengths=lengths, axis=0)
-
-    cu_x, cu_y = (None, None) if p.segments is None else p.segments
-    span = COSTS[p.cost].span
-    assert span is not None
-    out = span(*bounds(p.x, a, cu_x), *bounds(p.y, b, cu_y))
-    if cu_x is not None:  # problems without points
-        out = torch.where(cu_x.diff() > 0, out, 0.0)
-    if p.label_cost is not None:
-        W = p.label_cost.detach()
-        out = out + torch.where(W.isfinite(), W, 0.0).abs().max()
-    return _finite(out)
-
-
-def _finite(t: Tensor) -> Tensor:
-    return torch.nan_to_num(t, neginf=0.0)
 
 
 def canonical_weights(
@@ -461,10 +342,8 @@ def canonical_weights(
     points: Points,
     dtype: torch.dtype,
     read: bool,
-    *,
-    free: bool,
 ) -> Tensor:
-    """Weights `[B, N]`, or flat `[1, N]`; of any mass where `free`."""
+    """Weights `[B, N]`, or flat `[1, N]`, of any mass."""
     own = points.x if name == "a" else points.y
     cu = None if points.segments is None else points.segments[0 if name == "a" else 1]
     shape = (*batch, own.shape[1])
@@ -478,27 +357,63 @@ def canonical_weights(
     check_dense("sinkhorn", name, w)
     if w.device != own.device:
         raise ValueError(f"sinkhorn: {name} must be on {own.device} with x, got {w.device}")
-    if tuple(w.shape) != shape:
+    if not _fits(w, batch, own.shape[1]):
         raise ValueError(f"sinkhorn: {name} must have shape {shape}, got {tuple(w.shape)}")
     if read and w.numel() > 0:
         low = w.detach().min().item()
         if low < 0:
             raise ValueError(f"sinkhorn: {name} must not be negative, got {low}")
-        total = w.detach().double()
-        if cu is None:
-            total = total.sum(-1)
-        else:
-            total = total.new_zeros(cu.shape[0] - 1).index_add(0, _problem_of(cu, len(w)), total)
-            total = total[cu.diff() > 0]
-        if free:
-            if not bool((total > 0).all()):
-                raise ValueError(f"sinkhorn: {name} must have mass, got a sum of {total.min()}")
-        else:
-            worst = total.flatten()[(total - 1).abs().argmax()].item()
-            if not abs(worst - 1) <= _MASS_TOLERANCE.get(w.dtype, 3e-2):
-                raise ValueError(f"sinkhorn: {name} must sum to 1, got a sum of {worst}")
-    w = w.to(dtype)
-    return w if w.ndim == 2 else w[None]
+        total, (least, most) = _masses(w.detach(), cu), _mass_range(dtype)
+        bad = ~((total >= least) & (total <= most))
+        if bool(bad.any()):
+            raise ValueError(
+                f"sinkhorn: {name} must have a mass from {least:.0e} to {most:.0e} in {dtype},"
+                f" got a sum of {total[bad][0].item()}"
+            )
+    return spread(w.to(dtype), batch, 1)
+
+
+def _fits(t: Tensor, batch: tuple[int, ...], count: int) -> bool:
+    """Whether it has a number for each point, of each problem or of all that share a dimension."""
+    return t.ndim > 0 and t.shape[-1] == count and _broadcast(t.shape[:-1], batch) == batch
+
+
+def _mass_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Between which gradients do not underflow, nor values, which have squares of it, overflow."""
+    info = torch.finfo(dtype)
+    return info.tiny * 2**48, info.max**0.5
+
+
+def _masses(w: Tensor, cu: Tensor | None) -> Tensor:
+    """Sums of weights, of problems that have points, in float64."""
+    w = w.double()
+    if cu is None:
+        return w.sum(-1, keepdim=True).flatten()
+    total = w.new_zeros(cu.shape[0] - 1).index_add(0, _problem_of(cu, w.shape[-1]), w.flatten())
+    return total[cu.diff() > 0]
+
+
+def check_same_mass(
+    given: tuple[Tensor | None, Tensor | None], a: Tensor, b: Tensor, points: Points
+) -> None:
+    """Raise ValueError unless a and b `[B, ..]` sum to the same, where some were `given`."""
+    dtypes = [w.dtype for w in given if w is not None]
+    if not dtypes:
+        return
+    cu_x, cu_y = points.segments or (None, None)
+    of_a, of_b = _masses(a.detach(), cu_x), _masses(b.detach(), cu_y)
+    allowed = max(_MASS_TOLERANCE.get(dtype, 3e-2) for dtype in dtypes)
+    bad = (of_a - of_b).abs() > allowed * torch.maximum(of_a, of_b)
+    if not bool(bad.any()):
+        return
+    sums = [
+        f"{total[bad][0].item():.7g}" + ("" if w is not None else " (the default)")
+        for w, total in zip(given, (of_a, of_b), strict=True)
+    ]
+    raise ValueError(
+        f"sinkhorn: a and b must have the same mass, got sums of {sums[0]} and {sums[1]};"
+        " scale one of them, or give reach, with which masses may differ"
+    )
 
 
 def _problem_of(cu: Tensor, count: int) -> Tensor:
@@ -514,7 +429,7 @@ def canonical_eps(
     read: bool,
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Temperatures `[P]`, and (T,) where there are several for each problem."""
-    count = lead[0] if lead else 1
+    count = math.prod(lead)
     eps = given_numbers("sinkhorn", "eps", eps)
     if isinstance(eps, int | float):
         check_temperatures("sinkhorn", "eps", eps, dtype)

@@ -86,7 +86,7 @@ class System:
             rows, columns = eps * self.excess_x, eps * self.excess_y
             df, dg = self.solve(rows, columns, eps)
             decrement = (p.a * df * rows).sum(-1) + (p.b * dg * columns).sum(-1)
-            decrement = decrement.clamp(min=0).sqrt() / p.eps
+            decrement = (decrement.clamp(min=0) / given.a.sum(-1)).sqrt() / p.eps
             f, g = f + df, g + dg
             self._linearise(given, f, g)
             done = decrement <= _DECREMENT

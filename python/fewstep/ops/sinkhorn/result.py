@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fewstep._checks import flags
+from fewstep._checks import count, flags
 from fewstep._results import brief
-from fewstep._torch import exactly
-from fewstep.ops.sinkhorn import autograd
+from fewstep._torch import exactly, is_transformed
+from fewstep.ops.sinkhorn import autograd, plans
 from fewstep.ops.sinkhorn.inputs import check_dense
 from fewstep.ops.sinkhorn.problem import (
     Constants,
@@ -20,7 +21,7 @@ from fewstep.ops.sinkhorn.problem import (
     to_points,
     transposed,
 )
-from fewstep.reference.sinkhorn import Inputs, exponent
+from fewstep.reference.sinkhorn import Inputs, exponent, weighted
 
 
 class Versions:
@@ -76,6 +77,23 @@ class CanonicalProblem(Inputs):
         ragged = () if self.points.segments is None else (self.points.count,)
         return (*self.batch, *ragged, *self.temperatures)
 
+    def result(
+        self,
+        f: Tensor,
+        g: Tensor,
+        value: Tensor,
+        residual: Tensor,
+        iterations: Tensor,
+        converged: Tensor,
+    ) -> SinkhornResult:
+        """What the kernels return, in the caller's shapes."""
+        f, g = (t.reshape(*self.lead, t.shape[-1]) for t in (f, g))
+        value, residual = value.reshape(self.values), residual.reshape(self.values)
+        iterations, converged = iterations.reshape(self.values), converged.reshape(self.values)
+        plain = not torch.compiler.is_compiling() and not is_transformed()
+        versions = self.versions(f, g) if plain else Versions()
+        return SinkhornResult(f, g, value, residual, iterations, converged, self, versions)
+
 
 def _times_k(shape: tuple[int, ...]) -> str:
     return f"({', '.join(map(str, shape))}, K)"
@@ -96,9 +114,9 @@ def _rescaled(p: Problem, c: Constants, implicit: bool) -> Tensor:
 class SinkhornResult:
     """What `sinkhorn` returns.
 
-    `[..]` is `[B]` for a batch of problems and nothing for a single one. `[T]` follows if T
-    temperatures were given. With `cu_seqlens` the potentials are flat, `[N]` or `[T, N]`, and the
-    other tensors are `[B]` or `[B, T]`.
+    `[..]` are the leading dimensions of x and y together, `[B]` for a batch and nothing for a
+    single problem. `[T]` follows if T temperatures were given. With `cu_seqlens` the potentials are
+    flat, `[N]` or `[T, N]`, and the other tensors are `[B]` or `[B, T]`.
 
     Attributes:
         f: potential on x, `[.., N]`.
@@ -264,10 +282,12 @@ class SinkhornResult:
         out = out.reshape(*p.lead, *out.shape[1:])
         return out[..., 0] if vector else out
 
-    def plan(self) -> Tensor:
-        """The dense plan `P [.., N, M]`, without gradients. It takes memory for all pairs.
+    def plan(self, implicit: bool = False) -> Tensor:
+        """The dense plan `P [.., N, M]`. It takes memory for all pairs.
 
-        `transport(torch.eye(M), implicit=True)` is the same plan with derivatives.
+        Args:
+            implicit (bool): differentiable once in x, y, a, b and C, as in `transport`. Otherwise
+                without gradients. Default False.
 
         Raises:
             ValueError: problems of different sizes (`cu_seqlens`), whose plans have no one shape.
@@ -275,18 +295,157 @@ class SinkhornResult:
         p = self._problem
         if p.points.segments is not None:
             raise ValueError("plan: ragged problems have plans of several shapes, got cu_seqlens")
+        flags("plan", implicit=implicit)
         self._check_unchanged("plan")
+        ((problem,), constants) = self._solved(implicit)
+        check_digits(problem, constants)
+        points = p.points if implicit else p.points.detached()
+        f, g = autograd.potentials(problem, constants) if implicit else (problem.f, problem.g)
+        with exactly(f.device):
+            z = exponent(self._per_problem(points.costs()), f, g, p.eps)
+            plan = weighted(z, problem.a[..., :, None], problem.b[..., None, :])
+        return plan.reshape(*p.lead, *plan.shape[1:])
+
+    def marginals(self, implicit: bool = False) -> tuple[Tensor, Tensor]:
+        """Sums of the plan's rows `[.., N]` and columns `[.., M]`, without forming it.
+
+        At convergence they are a and b where these are fixed, and what is left of them with
+        `reach`.
+
+        Args:
+            implicit (bool): differentiable once in x, y, a, b and C, as in `transport`. Default
+                False.
+        """
+        self._check_unchanged("marginals")
+        of_rows, of_columns = torch.ones_like(self.g), torch.ones_like(self.f)
+        return self.transport(of_rows, 0, implicit), self.transport(of_columns, 1, implicit)
+
+    def cost(self) -> Tensor:
+        """The transport cost `<P, C>` without the entropy, `[..]`, without a matrix of all pairs.
+
+        It is differentiable once in x, y, a, b and C: the plan depends on them, with implicit
+        derivatives at convergence. `value`, whose derivatives hold the plan fixed, is cheaper to
+        differentiate.
+
+        Raises:
+            ConvergenceError: in the backward pass or forward mode, far from convergence.
+
+        >>> import torch, fewstep
+        >>> x, y = torch.rand(5, 2, requires_grad=True), torch.rand(7, 2)
+        >>> ot = fewstep.sinkhorn(x, y, eps=0.1, tol=1e-4)
+        >>> torch.allclose(ot.cost(), (ot.plan() * torch.cdist(x, y).square()).sum())
+        True
+        """
+        self._check_unchanged("cost")
+        solved, constants = self._solved(implicit=True)
+        parts = []
+        for problem in solved:
+            check_digits(problem, constants)
+            f, g = autograd.potentials(problem, constants)
+            parts.append(autograd.plan_cost(problem._replace(f=f, g=g), constants))
+        return torch.stack(parts, 1).reshape(self._problem.values)
+
+    def entropy(self) -> Tensor:
+        """Between 0 and 1, how far the plan spreads, `[..]`: 1 for independent marginals.
+
+        It is `1 - I / min(H(r), H(c))`. I is the mutual information of the plan over its mass,
+        `sum p log(p / r c')`, r and c are its marginals, and H is the entropy of these. With n
+        points of equal weight on both sides this is `H(p) / log n - 1`, which is 0 for a
+        permutation. A side with a single point has 1. It has no gradient and no matrix of all
+        pairs.
+
+        Source: the renormalised entropy of arXiv 2506.05526, extended to any marginals.
+        """
+        self._check_unchanged("entropy")
         solved, constants = self._solved(implicit=False)
         for problem in solved:
             check_digits(problem, constants)
-        a, b = self._per_problem(p.a.detach()), self._per_problem(p.b.detach())
-        with exactly(a.device):
-            C = self._per_problem(p.points.detached().costs())
-            z = exponent(C, *self._potentials(), p.eps)
-        # Where both weights are tiny, or 0, the exponential may overflow before they multiply it.
-        log_w = a.log()[..., :, None] + b.log()[..., None, :]
-        plan = torch.where(log_w == -torch.inf, 0.0, (z + log_w).exp())
-        return plan.reshape(*p.lead, *plan.shape[1:])
+        parts = [plans.entropy(problem, constants) for problem in solved]
+        return torch.stack(parts, 1).reshape(self._problem.values).to(self.f.dtype)
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """n random pairs (i, j) of each plan: `P_ij / sum P` is the law of each.
+
+        A row is drawn by its mass and then a column of it, in float64, so that no matrix of all
+        pairs is formed. The draws are independent. `x[i]` and `y[j]` are the pairs of points, also
+        with `cu_seqlens`, where i and j count all points.
+
+        Args:
+            n (int): number of pairs.
+            generator (torch.Generator | None): source of the random numbers. Default: torch's.
+
+        Returns:
+            tuple: i and j, int64 `[.., n]`.
+
+        Raises:
+            ValueError: a negative n, or a plan without mass.
+
+        >>> import torch, fewstep
+        >>> x, y = torch.rand(5, 2), torch.rand(7, 2)
+        >>> i, j = fewstep.sinkhorn(x, y, eps=0.1).sample(20)
+        >>> x[i].shape, y[j].shape
+        (torch.Size([20, 2]), torch.Size([20, 2]))
+        """
+        p, n = self._problem, count("sample", "n", n, 0)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            got = type(generator).__name__
+            raise TypeError(f"sample: generator must be a torch.Generator, got {got}")
+        self._check_unchanged("sample")
+        rows = self.transport(torch.ones_like(self.g)).detach()
+        solved, constants = self._solved(implicit=False)
+        masses = rows.reshape(-1, rows.shape[-1]).chunk(len(solved))
+        if p.points.segments is None:
+            i, j = plans.draw(solved[0], constants, masses[0], n, generator)
+            return i.reshape(*p.lead, n), j.reshape(*p.lead, n)
+        out = rows.new_empty((2, p.points.count, len(solved), n), dtype=torch.int64)
+        drawn = 0
+        for t, (problem, mass) in enumerate(zip(solved, masses, strict=True)):
+            for k, own, of_x, of_y in plans.alone(problem):
+                i, j = plans.draw(own, constants, mass[:, of_x], n, generator)
+                out[0, k, t], out[1, k, t] = i[0] + of_x.start, j[0] + of_y.start
+                drawn += 1
+        if n > 0 and drawn < out[0, ..., 0].numel():
+            raise ValueError("sample: each problem must have points, got cu_seqlens with none")
+        return out[0].reshape(*p.values, n), out[1].reshape(*p.values, n)
+
+    def assignment(self, kind: Literal["argmax", "permutation"] = "argmax") -> Tensor:
+        """A point of y for each point of x, int64 `[.., N]`; with `cu_seqlens` it counts all of y.
+
+        Args:
+            kind (str): "argmax" is the column of the largest entry of each row of the plan, the
+                first of equal ones, or -1 where a row has none. Several rows may have the same.
+                "permutation" assigns each point of y once. Of all permutations it is the one whose
+                entries of the plan have the largest product, which is the one of least total cost
+                `sum_i C_ij(i)`, exactly and whatever eps and the weights are. It needs N = M,
+                float64 memory for all pairs of a problem and up to N^3 operations on the CPU, less
+                where potentials are near their limits at a small eps.
+
+        Raises:
+            ValueError: another kind, N that is not M, no permutation of finite cost.
+
+        >>> import torch, fewstep
+        >>> x = torch.rand(5, 2)
+        >>> fewstep.sinkhorn(x, x.flip(0), eps=0.1).assignment("permutation").tolist()
+        [4, 3, 2, 1, 0]
+        """
+        if kind not in ("argmax", "permutation"):
+            raise ValueError(f"assignment: kind must be 'argmax' or 'permutation', got {kind!r}")
+        self._check_unchanged("assignment")
+        p = self._problem
+        assign = plans.heaviest if kind == "argmax" else plans.permutation
+        solved, constants = self._solved(implicit=False)
+        out = torch.empty(self.f.shape, dtype=torch.int64, device=self.f.device)
+        flat = out.view(-1, out.shape[-1])
+        for t, problem in enumerate(solved):
+            if kind == "argmax":
+                check_digits(problem, constants)
+            if p.points.segments is None:
+                flat.copy_(assign(problem, constants))
+                continue
+            for _, own, of_x, of_y in plans.alone(problem):
+                found = assign(own, constants)[0]
+                flat[t, of_x] = torch.where(found < 0, found, found + of_y.start)
+        return out
 
     def barycenter(self, normalize: bool = True, implicit: bool = False) -> Tensor:
         """The barycentric projection `T(x_i) = sum_j P_ij y_j / sum_j P_ij`, `[.., N, D]`.

@@ -5,35 +5,18 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, ParamSpec
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep._checks import flags
 from fewstep._names import Backend, CostName, Precision, Update
 from fewstep._results import Arrays, on_arrays
-from fewstep._torch import is_transformed
-from fewstep.ops.sinkhorn import autograd, dispatch
+from fewstep.ops.sinkhorn import autograd
+from fewstep.ops.sinkhorn.canonical import canonical_problem
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
-from fewstep.ops.sinkhorn.inputs import (
-    annealed,
-    automatic_eps,
-    canonical_eps,
-    canonical_points,
-    canonical_weights,
-    checked_precision,
-    checked_schedule,
-    initial_potential,
-    labelled,
-    penalties,
-)
-from fewstep.ops.sinkhorn.result import CanonicalProblem, SinkhornResult, Versions
-from fewstep.reference.costs import COSTS
-from fewstep.reference.sinkhorn import Points, Schedule
-from fewstep.verification.choice import choose_backend
+from fewstep.ops.sinkhorn.result import SinkhornResult
 
 _warned = False
 P = ParamSpec("P")
@@ -96,11 +79,16 @@ def sinkhorn(
 ) -> SinkhornResult:
     """Entropic optimal transport between weighted point clouds, in the log domain.
 
-    Solves `min_P <P, C> + eps KL(P | a b')` over plans with marginals a and b. The plan is
+    Solves `min_P <P, C> + eps KL(P | a b')` over plans with marginals a and b, which have the same
+    mass. KL is `sum P log(P / a b') - sum P + sum a sum b`. The plan is
     `P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)`. One iteration is
 
         f_i = -eps log sum_j b_j exp((g_j - C_ij) / eps)        rows exact
         g_j = -eps log sum_i a_i exp((f_i - C_ij) / eps)        columns exact
+
+    With a mass of m the plan is m times that of `a / m` and `b / m`, and so are gradients for the
+    points. The value v becomes `m v - eps m (log m + 1 - m)`, as KL is not homogeneous. For `<P,
+    C>` and the Sinkhorn divergence that term is 0: they are m times those of mass 1.
 
     With `reach` the marginals are not fixed but penalised, by `rho_x KL(P 1 | a)` and
     `rho_y KL(P' 1 | b)`. The masses are then free, and each update is multiplied by
@@ -111,20 +99,21 @@ def sinkhorn(
     Transport (2019).
 
     Args:
-        x (Tensor | None): points `[N, D]`, or `[B, N, D]` for B independent problems. With
+        x (Tensor | None): points `[N, D]`, or `[.., N, D]` for independent problems. With
             `cu_seqlens` the points of all problems are one tensor `[N, D]`. None with `C`. For
             arrays of NumPy the result's tensors are arrays, without gradients.
-        y (Tensor | None): points `[M, D]` or `[B, M, D]`, likewise.
+        y (Tensor | None): points `[.., M, D]`. Leading dimensions broadcast with those of x: a
+            single cloud `[M, D]` is shared by all problems, without a copy. So are a, b and labels.
         eps (float | Sequence | Tensor | "auto"): temperature, in units of the cost: how much
             dearer than the cheapest a pair may be and still get mass. "auto" is a twentieth of each
             problem's mean cost, weighted by a and b, a constant without a gradient; the
             result's `eps` is what was used. With "dot" the mean is that of "half_sqeuclidean",
             whose plan is the same and which does not depend on the origin. A sequence holds T
             temperatures for every problem; results then have an axis T before the points, also
-            where T is 1. A tensor or numpy array has the shape `[]`, `[B]` (one temperature per
-            problem), `[T]` or `[B, T]`.
-        a (Tensor | None): weights `[.., N]` that sum to 1, or to any mass with `reach`. Zeros are
-            allowed. Default: uniform.
+            where T is 1. A tensor or numpy array has the shape `[]`, `[..]` (one temperature per
+            problem), `[T]` for a single problem or `[.., T]`.
+        a (Tensor | None): weights `[.., N]` of any mass, that of b in each problem unless `reach`
+            frees it. Zeros are allowed. Default: uniform, with a sum of 1.
         b (Tensor | None): weights `[.., M]`, likewise.
         cost (str | Callable): "sqeuclidean" = `|x-y|^2`, "half_sqeuclidean" = `|x-y|^2 / 2`,
             "euclidean" = `|x-y|`, "cosine" = `1 - x.y / (|x| |y|)` (1, with gradient 0, for a zero
@@ -157,7 +146,7 @@ def sinkhorn(
         labels (tuple | None): classes `(lx [.., N], ly [.., M])`, int64, for `label_cost`.
         label_cost (Tensor | None): `W [L, L']`, where `W[lx_i, ly_j]` is added to the cost of a
             pair.
-        C (Tensor | None): costs `[N, M]` or `[B, N, M]` instead of points. inf leaves a pair out.
+        C (Tensor | None): costs `[.., N, M]` instead of points. inf leaves a pair out.
         memory_limit (int): bytes that the C++ kernels may use to keep distances and exponentials
             between iterations, for each problem that a thread works on. What does not fit is
             computed again in every iteration. "triton" keeps the costs of all problems of
@@ -181,15 +170,16 @@ def sinkhorn(
         SinkhornResult: potentials, value, residual, iterations and converged, with the methods
         `transport`, `plan`, `barycenter` and `potentials`.
 
-    Value and derivatives: `value` is the dual objective
-    `<a, phi(f)> + <b, phi(g)> - eps (sum P - sum a sum b)`, where `phi(f) = f`, or
-    `rho (1 - exp(-f / rho))` with `reach`. Its gradient for x, y, a, b and C is that of the
-    envelope theorem: `sum_j P_ij dC_ij/dx_i` for x, and `f` for a, up to a constant where a sums to
-    1. Second derivatives are those of the converged value. They are computed in float64 by implicit
-    differentiation (conjugate gradient with streamed products), in reverse and forward mode.
-    Directions along a and b must keep the mass where both marginals are fixed. Third derivatives
-    raise. f and g have no gradient; `result.potentials()` and products with `implicit=True` do.
-    "reference" is differentiated through its iterations instead, twice, and f and g with it.
+    Value and derivatives: `value` is the dual objective `<a, phi(f)> + <b, phi(g)> - eps (sum P -
+    sum a sum b)`, where `phi(f) = f`, or `rho (1 - exp(-f / rho))` with `reach`. Its gradient for
+    x, y, a, b and C is that of the envelope theorem: `sum_j P_ij dC_ij/dx_i` for x, and `f + eps
+    (sum b - 1)` for a, of which a constant may go to b. With `reach` it is `phi(f) + eps (sum b -
+    exp(-f / rho))`. Second derivatives are those of the converged value. They are computed in
+    float64 by implicit differentiation (conjugate gradient with streamed products), in reverse and
+    forward mode. Directions along a and b must change the same mass where both marginals are fixed.
+    Third derivatives raise. f and g have no gradient; `result.potentials()` and products with
+    `implicit=True` do. "reference" is differentiated through its iterations instead, twice, and f
+    and g with it.
 
     Transforms: `torch.func.grad`, `jvp` and `vmap` work in any order. Under them and in a compiled
     graph the checks that read values are left out. A compiled graph has first derivatives of
@@ -223,7 +213,7 @@ def sinkhorn(
     raise.
 
     Raises:
-        ValueError: shapes, devices, eps, weights, options or a backend that do not fit; in
+        ValueError: shapes, devices, eps, weights, masses, options or a backend that do not fit; in
             gradients and methods, an eps too small for the digits of the dtype.
         TypeError: a dtype that is not floating, x and y of different dtypes, a sparse tensor, an
             option of another type.
@@ -239,65 +229,31 @@ def sinkhorn(
     >>> [[round(p, 3) for p in row] for row in result.plan().tolist()]
     [[0.476, 0.024], [0.024, 0.476]]
     """
-    flags("sinkhorn", check_finite=check_finite)
-    # Reading values costs a synchronisation on a GPU and breaks a compiled graph.
-    device = next((t.device for t in (x, C) if isinstance(t, Tensor)), torch.device("cpu"))
-    read = check_finite or device.type == "cpu"
-    read = read and not torch.compiler.is_compiling() and not is_transformed()
-    points, batch, dtype = canonical_points(x, y, cost, C, exclude_diagonal, cu_seqlens, read)
-    row = COSTS[cost] if y is not None and isinstance(cost, str) else COSTS[points.cost]
-    targets = None if y is None else points.y
-    if row.directions is not None and y is not None:
-        targets = y.to(dtype).reshape(*points.y.shape[:2], y.shape[-1])
-    points = labelled(points, batch, labels, label_cost, dtype, read)
-    points = replace(points, precision=checked_precision("sinkhorn", precision))
-    lead = (points.count,) if points.segments is not None else batch
-    rho = penalties(reach, row, dtype)
-    free = rho != (None, None)
-    weights = canonical_weights("a", a, batch, points, dtype, read, free=free)
-    columns = canonical_weights("b", b, batch, points, dtype, read, free=free)
-    if isinstance(eps, str):
-        eps = automatic_eps(eps, points, weights, columns).reshape(lead)
-    e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
-    # Label costs need not be symmetric, and looking would cost a synchronisation on a GPU.
-    single = x is y and x is not None and a is b and init is None and labels is None
-    single = single and (cu_seqlens is None or cu_seqlens[0] is cu_seqlens[1])
-    single = single and not points.diagonal and rho[0] == rho[1]
-    # Coordinates that tell zero vectors of x from those of y make clouds that are not the same.
-    single = single and (x is None or points.x.shape[-1] == x.shape[-1])
-    schedule = checked_schedule(max_iter, tol, rho, relax, update, single, memory_limit)
-    schedule = annealed(schedule, anneal, points, (weights, columns), e, read)
-    f0, g0 = (
-        (None, None)
-        if init is None
-        else initial_potential(init, batch, temperatures, points, dtype)
+    problem = canonical_problem(
+        x,
+        y,
+        eps=eps,
+        a=a,
+        b=b,
+        cost=cost,
+        max_iter=max_iter,
+        tol=tol,
+        init=init,
+        anneal=anneal,
+        update=update,
+        relax=relax,
+        reach=reach,
+        exclude_diagonal=exclude_diagonal,
+        cu_seqlens=cu_seqlens,
+        labels=labels,
+        label_cost=label_cost,
+        C=C,
+        memory_limit=memory_limit,
+        precision=precision,
+        backend=backend,
+        check_finite=check_finite,
     )
-    chosen = choose_backend(
-        "sinkhorn",
-        device,
-        backend,
-        lambda name: _unsupported(name, points, e, schedule),
-        lambda: dispatch.group(points),
-    )
-    if check_finite:
-        checked = {"x": x, "y": y, "C": C, "init f": f0, "init g": g0}
-        for name, t in checked.items():
-            bad = 0 if t is None else int((~torch.isfinite(t)).sum())
-            if bad:
-                raise ValueError(f"sinkhorn: {name} must be finite, got {bad} NaN or inf values")
-    problem = CanonicalProblem(
-        *(points, weights, columns, e, f0, g0, schedule),
-        targets=targets,
-        backend=chosen,
-        batch=batch,
-        temperatures=temperatures,
-    )
-    f, g, *numbers = autograd.solve(chosen, problem)
-    f, g = (t.reshape(*problem.lead, t.shape[-1]) for t in (f, g))
-    value, residual, iterations, converged = (t.reshape(problem.values) for t in numbers)
-    plain = not torch.compiler.is_compiling() and not is_transformed()
-    versions = problem.versions(f, g) if plain else Versions()
-    return SinkhornResult(f, g, value, residual, iterations, converged, problem, versions)
+    return problem.result(*autograd.solve(problem.backend, problem))
 
 
 def transport(result: SinkhornResult, v: Tensor, axis: int = 0, implicit: bool = False) -> Tensor:
@@ -328,33 +284,3 @@ def transport(result: SinkhornResult, v: Tensor, axis: int = 0, implicit: bool =
         got = type(result).__name__
         raise TypeError(f"transport: result must be what sinkhorn returned, got {got}")
     return result.transport(v, axis, implicit)
-
-
-def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) -> str | None:
-    """What of a call a backend cannot do."""
-    s = schedule
-    if backend == "reference":
-        return None
-    served = backend in COSTS[points.cost].backends
-    if backend == "keops" and not served:
-        return "it serves costs given as functions, and the others have kernels of their own"
-    cost = "costs given as functions" if points.formula is not None else f"cost {points.cost!r}"
-    full = backend == "cpp"
-    kept = backend == "triton" or (backend == "cuda" and dispatch.resident(points))
-    asked = {
-        cost: not served,
-        "cu_seqlens": not (full or (backend == "cuda" and kept)) and points.segments is not None,
-        "labels": not full and points.labels is not None,
-        "exclude_diagonal": not (full or kept) and points.diagonal is not None,
-    }
-    if backend in ("triton", "cuda"):
-        asked |= {
-            "several eps": not kept and eps.shape[0] != points.count,
-            "anneal": not kept and (s.start is not None or s.temperatures is not None),
-            "reach": not kept and s.rho != (None, None),
-            "update='symmetric'": not kept and s.simultaneous,
-            "relax": not kept and s.relax != 1 and not s.simultaneous,
-        }
-    names = [name for name, used in asked.items() if used]
-    size = " for more than small float32 problems" if backend == "cuda" and not kept else ""
-    return f"it has no {', '.join(names)}{size}" if names else None
