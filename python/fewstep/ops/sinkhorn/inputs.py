@@ -101,7 +101,7 @@ def check_temperatures(
         raise ValueError(f"{op}: {name} must be positive and finite{where}, got {bad[0]}")
 
 
-UPDATES = ("alternating", "symmetric")
+UPDATES = ("alternating", "symmetric", "averaged")
 _HALVES = {"sqeuclidean": 1.0, "half_sqeuclidean": 0.5}
 # Largest deviation of a weight vector's sum from 1 that is taken for rounding.
 _MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -363,15 +363,16 @@ def checked_schedule(
         raise ValueError(f"sinkhorn: update must be one of {UPDATES}, got {update!r}")
     if not 0 < relax < 2:
         raise ValueError(f"sinkhorn: relax must be above 0 and below 2, got {relax}")
-    simultaneous = update == "symmetric"
+    simultaneous = update != "alternating"
     if simultaneous and relax != 1:
-        raise ValueError(f"sinkhorn: relax must be 1 with symmetric updates, got {relax}")
+        raise ValueError(f"sinkhorn: relax must be 1 with {update} updates, got {relax}")
     return Schedule(
         max_iter=max_iter,
         tol=tol,
         rho=rho,
         relax=0.5 if simultaneous else relax,
         simultaneous=simultaneous,
+        closing=update != "averaged",
         single=simultaneous and single,
         memory_limit=memory_limit,
     )

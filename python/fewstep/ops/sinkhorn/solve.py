@@ -143,7 +143,8 @@ def sinkhorn(
             one alternating iteration, or with up to ten until `tol` is reached, which are not
             counted. If ten do not reach it, `converged` is False although `iterations` may be far
             below `max_iter`. Where y is the same tensor as x, with equal weights and no labels, a
-            single potential is kept.
+            single potential is kept. "averaged" is "symmetric" without those at the end: neither
+            rows nor columns of its plan are exact before convergence.
         relax (float): over-relaxation of alternating updates, in (0, 2): `f <- f + relax (f' - f)`.
         reach (float | tuple | None): distance of unbalanced transport. Mass that would have to
             travel farther is dropped instead of moved. `rho` is `reach^2` for squared costs and
@@ -347,6 +348,7 @@ def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) 
     }
     if backend in ("triton", "cuda"):
         asked |= {
+            "update='averaged'": not s.closing,
             "several eps": not kept and eps.shape[0] != points.count,
             "anneal": not kept and (s.start is not None or s.temperatures is not None),
             "reach": not kept and s.rho != (None, None),
