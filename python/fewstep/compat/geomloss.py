@@ -6,8 +6,8 @@
 In float64 values, potentials and gradients agree with geomloss 0.3.1 (backend "tensorized") within
 1e-10, converged or not. Where geomloss is off by the definitions in float64, this is not:
 
-- With `reach`, geomloss multiplies gradients by `(rho + eps / 2) / (rho + eps)`. Here they are those
-  of the converged value.
+- With `reach`, geomloss multiplies gradients by `(rho + eps / 2) / (rho + eps)`. Here they are
+  those of the converged value.
 - With `reach` and `debias=False`, geomloss adds `eps (m_a + m_b) / 2` for masses m_a and m_b, and
   the definition `eps m_a m_b`. The two differ unless both masses are 1.
 - With p=1, geomloss takes distances below 1e-4 as 1e-4, those of points to themselves among them.
@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fewstep._checks import flags, floating, number, one_of
 from fewstep.ops.sinkhorn import dispatch
@@ -63,7 +62,8 @@ class SamplesLoss(torch.nn.Module):
         cost (Callable | None): function of points `[B, N, D]` and `[B, M, D]` with costs
             `[B, N, M]`.
         debias (bool): the divergence; otherwise the transport cost.
-        potentials (bool): return the pair of dual potentials.
+        potentials (bool): return the pair of dual potentials, `[B, N]` and `[B, M]`, or as geomloss
+            does `[1, N]` and `[1, M]`.
         backend (str): "auto", "tensorized" or "online", which are the same here.
 
     Called as `loss(x, y)` or `loss(a, x, b, y)`, with points `[N, D]` or `[B, N, D]` and weights
@@ -125,10 +125,10 @@ class SamplesLoss(torch.nn.Module):
 
     def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         a, x, b, y = _arguments(args)
-        shapes, batched = (a.shape, b.shape), x.ndim == 3
+        batched = x.ndim == 3
         x, y = (t if batched else t[None] for t in (x, y))
-        a, b = (w.reshape(t.shape[:2]).to(t.dtype) for w, t in ((a, x), (b, y)))
         dtype = torch.promote_types(x.dtype, torch.float32)
+        a, b = (w.reshape(t.shape[:2]) for w, t in ((a, x), (b, y)))
         x, y, a, b = (t.to(dtype) for t in (x, y, a, b))
         schedule = self._schedule(x.detach(), y.detach())
         f, g = self._between(x, y, a, b, schedule)
@@ -137,7 +137,7 @@ class SamplesLoss(torch.nn.Module):
             own = (self._itself(x, a, schedule), self._itself(y, b, schedule))
         if self.potentials:
             f, g = (t if s is None else t - s for t, s in zip((f, g), own, strict=True))
-            return f.reshape(shapes[0]), g.reshape(shapes[1])
+            return f, g
         value = self._value(a, b, (f, g), own)
         return value if batched else value[0]
 
@@ -159,7 +159,7 @@ class SamplesLoss(torch.nn.Module):
             raise ValueError(f"{_WHO}: blur and diameter must have powers, got {blur}, {diameter}")
         return [first, first, *np.exp(exponents).tolist(), blur**p]
 
-    def _solve(self, schedule: list[float], **data: Tensor) -> SinkhornResult:
+    def _solve(self, schedule: list[float], **data: Any) -> SinkhornResult:
         return sinkhorn(
             **data,
             **self._options(schedule[-1], by_points="C" not in data),
@@ -174,7 +174,7 @@ class SamplesLoss(torch.nn.Module):
 
     @property
     def _rho(self) -> float | None:
-        return None if self.reach is None else self.reach**self.p
+        return None if self.reach is None else math.pow(self.reach, self.p)
 
     def _costs(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         if self.cost is None:
@@ -193,7 +193,8 @@ class SamplesLoss(torch.nn.Module):
         """Extrapolated potentials of the problem between x and y."""
         costs = self._costs(x, y.detach())
         back = self._costs(y, x.detach())
-        w, v, shift = a.detach(), b.detach(), 0.0
+        w, v = a.detach(), b.detach()
+        of_x = of_y = a.new_zeros(())
         if self.reach is None:
             of_a, of_b = (t.sum(1, keepdim=True) for t in (w, v))
             apart, limit = (of_a / of_b - 1).abs().max(), _MASSES.get(a.dtype, 1e-2)
@@ -202,21 +203,21 @@ class SamplesLoss(torch.nn.Module):
                     f"{_WHO}: a and b must have equal masses without reach, got"
                     f" {of_a.flatten()[0].item():.6g} and {of_b.flatten()[0].item():.6g}"
                 )
-            # Masses m move both potentials by as much: their kernel is of the plan over a b'.
-            w, v, shift = w / of_a, v / of_b, schedule[-1] / 2 * (of_a * of_b).log() / 2
+            w, v = w / of_a, v / of_b
+            of_x, of_y = _shifts(of_a.log(), of_b.log(), schedule)
         with torch.no_grad():
             last = self._solve(schedule, a=w, b=v, **costs)
         f = self._extrapolate(costs, v, last.f, last.g, schedule[-1])
         g = self._extrapolate(back, w, last.g, last.f, schedule[-1])
-        return f - shift, g - shift
+        return f - of_x, g - of_y
 
     def _itself(self, x: Tensor, a: Tensor, schedule: list[float]) -> Tensor:
         """The extrapolated potential of the problem of x with itself."""
         costs = self._costs(x, x.detach())
-        w, shift = a.detach(), 0.0
+        w, shift = a.detach(), a.new_zeros(())
         if self.reach is None:
             mass = w.sum(1, keepdim=True)
-            w, shift = w / mass, schedule[-1] / 2 * mass.log()
+            w, shift = w / mass, schedule[-1] / 2 * mass.log()  # as `_shifts` of equal masses
         with torch.no_grad():
             data = {"x": x.detach()} if self.cost is None else costs
             if self.cost is None:
@@ -232,8 +233,7 @@ class SamplesLoss(torch.nn.Module):
         moved = C if points is None else points
         assert moved is not None
         options = self._options(eps, by_points=C is None)
-        out: Tensor = _Transform.apply(moved, costs.get("y"), b, f, g, options, self._rho)
-        return out
+        return _transform(moved, costs.get("y"), b, f, g, options, self._rho)
 
     def _value(
         self,
@@ -245,21 +245,22 @@ class SamplesLoss(torch.nn.Module):
         rho, eps = self._rho, self.blur**self.p
         pairs = zip((a, b), potentials, own, strict=True)
         if rho is None:
-            sums = [(w * (f if s is None else f - s)).sum(1) for w, f, s in pairs]
-            return sums[0] + sums[1]
+            return sum(
+                ((w * (f if s is None else f - s)).sum(1) for w, f, s in pairs),
+                start=a.new_zeros(len(a)),
+            )
         # The values of converged problems, whose derivatives have rho + eps for rho + eps / 2.
-        value: Tensor | float = 0.0
-        slope: Tensor | float = 0.0
+        value = slope = a.new_zeros(len(a))
         for w, f, s in pairs:
             less = (-f / rho).exp() if s is None else (-f / rho).expm1() - (-s / rho).expm1()
-            sum_ = (w * less).sum(1)
-            value, slope = value - (rho + eps / 2) * sum_, slope - (rho + eps) * sum_
-        assert isinstance(value, Tensor) and isinstance(slope, Tensor)
+            lost = (w * less).sum(1)
+            value, slope = value - (rho + eps / 2) * lost, slope - (rho + eps) * lost
         value = value.detach() + (slope - slope.detach())
         if self.debias:
             return value
         of_a, of_b = a.sum(1), b.sum(1)
-        return value + rho * (of_a + of_b) + eps * of_a * of_b
+        whole: Tensor = value + rho * (of_a + of_b) + eps * of_a * of_b
+        return whole
 
 
 class _Transform(torch.autograd.Function):
@@ -277,26 +278,61 @@ class _Transform(torch.autograd.Function):
         rho: float | None,
     ) -> Tensor:
         eps = options["eps"]
-        data = {"C": moved} if y is None else {"x": moved, "y": y}
+        data: dict[str, Any] = {"C": moved} if y is None else {"x": moved, "y": y}
         data = {name: t.detach() for name, t in data.items()}
         result = sinkhorn(**data, b=b, init=(f, g), **options)
-        ctx.save_for_backward(*data.values(), b, result.f, g)
-        ctx.eps, ctx.damping = eps, 1.0 if rho is None else rho / (rho + eps)
-        ctx.cost, ctx.backend = result._problem.points.cost, result._problem.backend
+        ctx.save_for_backward(moved, y, b, result.f, g)
+        damping = 1.0 if rho is None else rho / (rho + eps)
+        ctx.how = eps, damping, result._problem.points.cost, result._problem.backend
         return result.f
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
-        *data, b, f, g = ctx.saved_tensors
-        f, w = f / ctx.damping, (ctx.damping * u)[..., None]
-        if len(data) == 1:  # of the rows' plan, whose sums are 1
-            rows = (f[..., None] + g[:, None] - data[0]) / ctx.eps + b.log()[:, None]
-            return (w * rows.exp(), *(None,) * 6)
-        eps = b.new_full((len(b),), ctx.eps)
-        ones = torch.ones_like(f)
-        points = Points(data[0], data[1], ctx.cost)
-        return (w * dispatch.gradient(ctx.backend, points, f, g, ones, b, eps), *(None,) * 6)
+        return (_gradient(u, *ctx.saved_tensors, ctx.how), *(None,) * 6)
+
+
+class _Gradient(torch.autograd.Function):
+    """The product of u with the derivative of `_Transform`, whose own would need the iterations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        moved: Tensor,
+        y: Tensor | None,
+        b: Tensor,
+        f: Tensor,
+        g: Tensor,
+        how: tuple[float, float, str, str],
+    ) -> Tensor:
+        eps, damping, cost, backend = how
+        f, w = f / damping, (damping * u)[..., None]  # the rows' plan then sums to 1
+        if y is None:
+            return w * ((f[..., None] + g[:, None] - moved) / eps + b.log()[:, None]).exp()
+        points, ones = Points(moved.detach(), y, cost), torch.ones_like(f)
+        return w * dispatch.gradient(backend, points, f, g, ones, b, b.new_full((len(b),), eps))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            f"{_WHO}: has no second derivatives, which would need the iterations; those of"
+            " fewstep.sinkhorn_divergence are right"
+        )
+
+
+_gradient: Callable[..., Tensor] = _Gradient.apply
+_transform: Callable[..., Tensor] = _Transform.apply
+
+
+def _shifts(log_a: Tensor, log_b: Tensor, schedule: list[float]) -> tuple[Tensor, Tensor]:
+    """How much lower geomloss's f and g are for weights of these masses than for masses of 1.
+
+    A transform of `g - c`, by weights m times as large, is that of g, plus `c - eps log m`.
+    """
+    x, y = schedule[0] * log_b, schedule[0] * log_a
+    for eps in schedule[1:]:
+        x, y = (x - y + eps * log_b) / 2, (y - x + eps * log_a) / 2
+    return schedule[-1] * log_b - y, schedule[-1] * log_a - x
 
 
 def _unserved(name: str, value: Any, instead: str) -> NotImplementedError:
@@ -330,12 +366,13 @@ def _arguments(args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor
     if x.dtype != y.dtype:
         raise TypeError(f"{_WHO}: x and y must have one dtype, got {x.dtype} and {y.dtype}")
     if len(args) == 2:
-        a, b = (t.new_full(t.shape[:-1], 1 / max(t.shape[-2], 1)) for t in (x, y))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        a, b = (t.new_full(t.shape[:-1], 1 / max(t.shape[-2], 1), dtype=dtype) for t in (x, y))
         return a, x, b, y
     a, b = args[0], args[2]
     for name, w, t in (("a", a, x), ("b", b, y)):
         floating(_WHO, name, w)
         if w.shape not in (t.shape[:-1], (*t.shape[:-1], 1)):
-            got = tuple(w.shape)
-            raise ValueError(f"{_WHO}: {name} must be {tuple(t.shape[:-1])}, got {got}")
+            needed = tuple(t.shape[:-1])
+            raise ValueError(f"{_WHO}: {name} must be {needed}, got {tuple(w.shape)}")
     return a, x, b, y

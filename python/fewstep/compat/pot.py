@@ -8,9 +8,9 @@ arrays give arrays and tensors give tensors. After a number of iterations too sm
 numbers are POT's; converged ones agree within its tolerance. All methods named here iterate in the
 log domain, on POT's schedule of `method="sinkhorn"`.
 
-Stopping: `stopThr` and `tol` bound the L1 error of the marginals as a fraction of the mass, which is
-never smaller than POT's L2 error, and every iteration is looked at. For unbalanced problems POT
-bounds how far u and v still move. Rounding bounds the error in float32, so there it is at least 1e-5.
+Stopping: `stopThr` and `tol` bound the L1 error of the marginals as a fraction of the mass, which
+is never smaller than POT's L2 error, and every iteration is looked at. For unbalanced problems POT
+bounds how far u and v still move. In float32 the bound is at least 1e-5, which rounding needs.
 
 Differences by intention, in which POT is off by its own definitions in float64:
 
@@ -24,7 +24,8 @@ Differences by intention, in which POT is off by its own definitions in float64:
   converges.
 - Masses of a and b that differ raise ValueError in balanced problems, where POT does not converge.
 
-Gradients of plans are implicit ones, at convergence, and hold once. POT's go through the iterations.
+Gradients of plans are implicit ones, at convergence, and hold once. POT's go through the
+iterations.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ Array = Any  # a Tensor, an array of NumPy or a list of numbers
 F = TypeVar("F", bound=Callable[..., Any])
 _SCALINGS = ("sinkhorn", "sinkhorn_log")
 _DUALS = ("sinkhorn_stabilized", "sinkhorn_epsilon_scaling")
+_RANGE = ("tau", "print_period")  # steer how POT's methods stay in range, and change no limit
 _UNBALANCED = ("sinkhorn", "sinkhorn_stabilized", "sinkhorn_translation_invariant")
 _METRICS = {
     "sqeuclidean": "sqeuclidean",
@@ -164,7 +166,7 @@ class _Given:
         return self.a.sum(-1, keepdim=True)
 
     @property
-    def M(self) -> Tensor:
+    def matrix(self) -> Tensor:
         if "M" in self.costs:
             out: Tensor = self.costs["M"]
             return out
@@ -214,7 +216,7 @@ class _Solved:
         return p.mass[..., None] * plan if p.balanced else plan
 
     def linear(self, plan: Tensor) -> Tensor:
-        M = self.given.M
+        M = self.given.matrix
         return torch.where(plan != 0, plan * M, 0.0).sum((-2, -1))
 
     def error(self) -> Tensor:
@@ -243,7 +245,7 @@ def _given(
     sizes = M.shape[-2:] if points is None else (sides[0].shape[-2], sides[1].shape[-2])
     weights = []
     for name, w, n in (("a", a, sizes[0]), ("b", b, sizes[1])):
-        if w is None:
+        if w is None or (isinstance(w, Tensor) and not w.numel()):
             w = sides[0].new_full((*lead, n), 1 / max(n, 1), dtype=dtype)
         floating(who, name, w)
         if w.shape != (*lead, n):
@@ -293,7 +295,7 @@ def _run(
     a, b, costs = p.a, p.b, dict(p.costs)
     C = costs.pop("M", None)
     if p.c is not None:
-        C = p.M if C is None else C
+        C = p.matrix if C is None else C
         ratio = p.c.log() - a.log()[..., :, None] - b.log()[..., None, :]
         weighty = (a > 0)[..., :, None] & (b > 0)[..., None, :]
         C, costs = torch.where(weighty, C - p.reg * ratio, C), {}
@@ -395,7 +397,8 @@ def _balanced(
         _unserved(who, "method", method, "method='sinkhorn', whose limit is the same")
     one_of(who, "method", method, methods)
     for name, value in options.items():
-        _unserved(who, name, value, "numItermax and stopThr alone: the kernels stay in range")
+        if name not in _RANGE:
+            _unserved(who, name, value, "numItermax and stopThr alone")
     several = isinstance(b, Tensor) and b.ndim == 2
     p = _given(who, M, a, b[:, 0] if several else b, reg)
     p = _histograms(p, b) if several else p
@@ -509,7 +512,8 @@ def _unbalanced(
     reg_type = reg_type.lower() if isinstance(reg_type, str) else reg_type
     one_of(who, "reg_type", reg_type, ("kl", "entropy"))
     for name, value in options.items():
-        _unserved(who, name, value, "numItermax and stopThr alone: the kernels stay in range")
+        if name not in _RANGE:
+            _unserved(who, name, value, "numItermax and stopThr alone")
     if reg_m is None:
         raise ValueError(f"{who}: reg_m must be a number or a pair, got None")
     several = isinstance(b, Tensor) and b.ndim == 2
@@ -534,7 +538,8 @@ def _total(p: _Given, plan: Tensor, linear: Tensor) -> Tensor:
     """POT's objective, whose divergences have no terms of mass."""
 
     def divergence(q: Tensor, r: Tensor) -> Tensor:
-        return torch.special.xlogy(q, torch.where(q > 0, q / r, 1.0))
+        out: Tensor = torch.special.xlogy(q, torch.where(q > 0, q / r, 1.0))
+        return out
 
     c = p.a[..., :, None] * p.b[..., None, :] if p.c is None else p.c
     total = linear + p.reg * divergence(plan, c).sum((-2, -1))
@@ -670,7 +675,7 @@ def _result(solved: _Solved, reg_type: str, grad: str, batch: bool = False) -> O
 
     def linear(own: OTResult) -> Tensor:
         out = solved.linear(own._part("plan"))
-        return out if through or batch and grad == "envelope" else out.detach()
+        return out if through or (batch and grad == "envelope") else out.detach()
 
     def value(own: OTResult) -> Tensor:
         if not p.balanced or p.c is not None:
@@ -708,10 +713,11 @@ def _result(solved: _Solved, reg_type: str, grad: str, batch: bool = False) -> O
 def _balanced_value(solved: _Solved, reg_type: str) -> Tensor:
     """`<P, M> + reg sum P log P`, or of P / (a b'), by the envelope theorem: P has mass m."""
     p, mass = solved.given, solved.given.mass[..., 0]
-    if reg_type == "kl":
-        return mass * (solved.result.value - p.reg * mass.log())
-    entropies = [torch.special.entr(w / w.sum(-1, keepdim=True)).sum(-1) for w in (p.a, p.b)]
-    return mass * (solved.result.value - p.reg * (entropies[0] + entropies[1] - mass.log()))
+    less: Tensor = mass.log()
+    if reg_type == "entropy":
+        sums = (torch.special.entr(w / w.sum(-1, keepdim=True)).sum(-1) for w in (p.a, p.b))
+        less = sum(sums, start=-less)
+    return mass * (solved.result.value - p.reg * less)
 
 
 def _checked(
@@ -870,13 +876,10 @@ def solve_sample(
     def debiased(name: str) -> Callable[[OTResult], Any]:
         return lambda _: ab._part(name) - (aa._part(name) + bb._part(name)) / 2
 
-    own = {name: functools.partial(_of, ab, name) for name in ab._parts}
+    own = dict(ab._parts)
     own |= {name: debiased(name) for name in ("value", "value_linear")}
-    return OTResult(ab._solved, own | {"log": lambda _: {"res_aa": aa, "res_bb": bb, "res_ab": ab}})
-
-
-def _of(result: OTResult, name: str, _: OTResult) -> Any:
-    return result._part(name)
+    own["log"] = lambda _: {"res_aa": aa, "res_bb": bb, "res_ab": ab}
+    return OTResult(ab._solved, own)
 
 
 def _batch(

@@ -3,9 +3,9 @@
     from torchcfm.optimal_transport import OTPlanSampler   # before
     from fewstep.compat.torchcfm import OTPlanSampler      # after
 
-The flow matchers of torchcfm take it as their `ot_sampler`. Arguments, methods and results are those
-of torchcfm 1.0.7, and with the same plan and seed of NumPy the same pairs are drawn. Plans are those
-of POT's methods, as in `fewstep.compat.pot`, computed in float64 on the points' device.
+The flow matchers of torchcfm take it as their `ot_sampler`. Arguments, methods and results are
+those of torchcfm 1.0.7, and with the same plan and seed of NumPy the same pairs are drawn. Plans
+are those of POT's methods, as in `fewstep.compat.pot`, in float64 on the points' device.
 
 Where reg is so small for the costs that K underflows, torchcfm falls back to the uniform plan, or
 samples an early iterate. Here the plan is that of the problem.
@@ -27,6 +27,8 @@ from fewstep.compat import pot
 __all__ = ["OTPlanSampler", "wasserstein"]
 
 _Indices = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+# Of the generator whose seed users of torchcfm set.
+_choice = np.random.choice
 _INSTEAD = "method='sinkhorn' with a small reg"
 
 
@@ -92,9 +94,7 @@ class OTPlanSampler:
         if not (np.isfinite(p).all() and total > 0):
             raise ValueError(f"sample_map: pi must be finite and have mass, got a sum of {total}")
         size = count("sample_map", "batch_size", batch_size)
-        return np.divmod(
-            np.random.choice(p.size, p=p / total, size=size, replace=replace), pi.shape[1]
-        )
+        return np.divmod(_choice(p.size, p=p / total, size=size, replace=replace), pi.shape[1])
 
     def sample_plan(self, x0: Tensor, x1: Tensor, replace: bool = True) -> tuple[Tensor, Tensor]:
         """As many pairs of rows of x0 and x1 as x0 has, drawn from their plan."""
@@ -118,8 +118,7 @@ class OTPlanSampler:
         out = [X[:, 0]]
         for t in range(X.shape[1] - 1):
             pi = self.get_map(X[:, t], X[:, t + 1])
-            drawn = [np.random.choice(pi.shape[1], p=pi[i] / pi[i].sum()) for i in rows]
-            rows = np.array(drawn)
+            rows = np.array([_choice(pi.shape[1], p=pi[i] / pi[i].sum()) for i in rows])
             out.append(X[:, t + 1][rows])
         return torch.stack(out, 1).detach().cpu().numpy()
 
