@@ -133,6 +133,17 @@ def test_costs_as_functions(original: Any, p: float) -> None:
 
 
 @pytest.mark.parametrize("p", [1, 2])
+def test_the_last_step_stays_in_range(original: Any, p: int) -> None:
+    """Potentials so far from converged that masses of rows under- and overflow."""
+    x, y, a, b = problem(True)
+    options = {"p": p, "blur": 1e-3, "scaling": 0.01, "potentials": True}
+    cost = distances if p == 1 else halves
+    found = SamplesLoss(**options)(a, x, b, y)
+    for mine, its in zip(found, original(**options, cost=cost)(a, x, b, y), strict=True):
+        close(mine, its)
+
+
+@pytest.mark.parametrize("p", [1, 2])
 def test_float32_keeps_its_accuracy(p: int) -> None:
     data = problem(True)
     short = [t.detach().float().requires_grad_() for t in data]
@@ -155,7 +166,7 @@ def test_float32_keeps_its_accuracy(p: int) -> None:
 def test_gradients_with_reach_are_those_of_the_converged_value(p: int, debias: bool) -> None:
     """Where geomloss is off, by finite differences in float64; for masses that are not 1 too."""
     x, y, a, b = problem(False)
-    a, b = (1.7 * a).detach().requires_grad_(), (0.6 * b).detach().requires_grad_()
+    a, b = (0.1 + 1.7 * a.detach()).requires_grad_(), (0.01 + 0.6 * b.detach()).requires_grad_()
     # A hundred iterations at what is one temperature.
     steps = {"diameter": 0.5 + 5e-10, "scaling": 1 - 1e-11}
     loss = SamplesLoss(p=p, reach=0.8, blur=0.5, debias=debias, **steps)
@@ -173,9 +184,9 @@ def test_gradients_with_reach_are_those_of_the_converged_value(p: int, debias: b
         torch.autograd.grad(right.value, leaves),
         strict=True,
     ):
-        assert torch.allclose(grad, known, rtol=1e-7, atol=1e-8)
+        assert torch.allclose(grad, known, rtol=1e-6, atol=1e-7)
     for k, leaf in enumerate(leaves):
-        step = torch.randn_like(leaf) * leaf.detach().abs().mean()
+        step = torch.rand_like(leaf) * leaf.detach().abs().mean()
         moved = [
             value(*(t.detach() + (s * step if i == k else 0) for i, t in enumerate(leaves)))
             for s in (1e-5, -1e-5)

@@ -40,6 +40,7 @@ CostFunction = Callable[[Tensor, Tensor], Tensor]
 _WHO = "SamplesLoss"
 _COSTS = {1: "euclidean", 2: "half_sqeuclidean"}
 _MASSES = {torch.float64: 1e-6}  # how far equal masses may be apart, relatively; else 1e-2
+_RANGE = 1e-25  # of masses whose logarithms have their digits
 _INSTEAD = {
     "energy": "fewstep.metrics.report, or geomloss itself",
     "gaussian": "fewstep.metrics.mmd_rbf",
@@ -207,8 +208,9 @@ class SamplesLoss(torch.nn.Module):
             of_x, of_y = _shifts(of_a.log(), of_b.log(), schedule)
         with torch.no_grad():
             last = self._solve(schedule, a=w, b=v, **costs)
-        f = self._extrapolate(costs, v, last.f, last.g, schedule[-1])
-        g = self._extrapolate(back, w, last.g, last.f, schedule[-1])
+        backend = last._problem.backend
+        f = self._extrapolate(costs, v, last.f, last.g, schedule[-1], backend)
+        g = self._extrapolate(back, w, last.g, last.f, schedule[-1], backend)
         return f - of_x, g - of_y
 
     def _itself(self, x: Tensor, a: Tensor, schedule: list[float]) -> Tensor:
@@ -223,17 +225,18 @@ class SamplesLoss(torch.nn.Module):
             if self.cost is None:
                 data["y"] = data["x"]
             last = self._solve(schedule, a=w, b=w, **data)
-        return self._extrapolate(costs, w, last.f, last.g, schedule[-1]) - shift
+        backend = last._problem.backend
+        return self._extrapolate(costs, w, last.f, last.g, schedule[-1], backend) - shift
 
     def _extrapolate(
-        self, costs: dict[str, Tensor], b: Tensor, f: Tensor, g: Tensor, eps: float
+        self, costs: dict[str, Tensor], b: Tensor, f: Tensor, g: Tensor, eps: float, backend: str
     ) -> Tensor:
         """The transform of g, differentiable in what moves the costs and holding g."""
         C, points = costs.get("C"), costs.get("x")
         moved = C if points is None else points
         assert moved is not None
         options = self._options(eps, by_points=C is None)
-        return _transform(moved, costs.get("y"), b, f, g, options, self._rho)
+        return _transform(moved, costs.get("y"), b, f, g, options, self._rho, backend)
 
     def _value(
         self,
@@ -276,19 +279,28 @@ class _Transform(torch.autograd.Function):
         g: Tensor,
         options: dict[str, Any],
         rho: float | None,
+        backend: Any,
     ) -> Tensor:
         eps = options["eps"]
         data: dict[str, Any] = {"C": moved} if y is None else {"x": moved, "y": y}
         data = {name: t.detach() for name, t in data.items()}
-        result = sinkhorn(**data, b=b, init=(f, g), **options)
-        ctx.save_for_backward(moved, y, b, result.f, g)
         damping = 1.0 if rho is None else rho / (rho + eps)
-        ctx.how = eps, damping, result._problem.points.cost, result._problem.backend
-        return result.f
+        out, in_range = f, False
+        if y is not None:  # by the masses of rows that f gives, where they stay in range
+            points = Points(moved.detach(), y, options["cost"])
+            own, e = f / damping, b.new_full((len(b),), eps)
+            mass = dispatch.transport(backend, points, own, g, b, e, b[..., None])[1]
+            out = damping * (own - eps * mass.log())
+            in_range = bool(((mass > _RANGE) & (mass < 1 / _RANGE)).all())
+        if not in_range:
+            out = sinkhorn(**data, b=b, init=(f, g), backend=backend, **options).f
+        ctx.save_for_backward(moved, y, b, out, g)
+        ctx.how = eps, damping, options.get("cost", "matrix"), backend
+        return out
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
-        return (_gradient(u, *ctx.saved_tensors, ctx.how), *(None,) * 6)
+        return (_gradient(u, *ctx.saved_tensors, ctx.how), *(None,) * 7)
 
 
 class _Gradient(torch.autograd.Function):
@@ -310,7 +322,9 @@ class _Gradient(torch.autograd.Function):
         if y is None:
             return w * ((f[..., None] + g[:, None] - moved) / eps + b.log()[:, None]).exp()
         points, ones = Points(moved.detach(), y, cost), torch.ones_like(f)
-        return w * dispatch.gradient(backend, points, f, g, ones, b, b.new_full((len(b),), eps))
+        e = b.new_full((len(b),), eps)
+        grad: Tensor = w * dispatch.gradient(backend, points, f, g, ones, b, e)
+        return grad
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
