@@ -135,7 +135,8 @@ def test_costs_as_functions(original: Any, p: float) -> None:
 @pytest.mark.parametrize("p", [1, 2])
 def test_the_last_step_stays_in_range(original: Any, p: int) -> None:
     """Potentials so far from converged that masses of rows under- and overflow."""
-    x, y, a, b = problem(True)
+    x, y, *weights = problem(True)
+    a, b = ((w + 0.01) / (w + 0.01).sum(1, keepdim=True) for w in weights)
     options = {"p": p, "blur": 1e-3, "scaling": 0.01, "potentials": True}
     cost = distances if p == 1 else halves
     found = SamplesLoss(**options)(a, x, b, y)
@@ -284,7 +285,12 @@ CALLS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((X[None], Y), ValueError, r"one D and one B, got \(1, 4, 2\) and \(3, 2\)"),
     ((X, Y.double()), TypeError, "one dtype"),
     ((torch.ones(3), X, torch.ones(3), Y), ValueError, r"a must be \(4,\), got \(3,\)"),
-    ((torch.ones(4), X, torch.ones(3), Y), ValueError, "equal masses without reach, got 4 and 3"),
+    (
+        (torch.ones(4), X, torch.ones(3), Y),
+        ValueError,
+        "equal positive masses without reach, got 4 and 3",
+    ),
+    ((-torch.ones(4) / 4, X, -torch.ones(3) / 3, Y), ValueError, "equal positive masses"),
     ((X.long(), Y.long()), TypeError, "x must have a floating dtype"),
     ((X + torch.nan, Y), ValueError, "finite, got a diameter of nan"),
 ]

@@ -11,6 +11,7 @@ In float64 values, potentials and gradients agree with geomloss 0.3.1 (backend "
 - With `reach` and `debias=False`, geomloss adds `eps (m_a + m_b) / 2` for masses m_a and m_b, and
   the definition `eps m_a m_b`. The two differ unless both masses are 1.
 - With p=1, geomloss takes distances below 1e-4 as 1e-4, those of points to themselves among them.
+- geomloss takes `log 0` of a weight as -1e5, which is not far from costs of 1e5 eps and more.
 - Points that are all equal raise in geomloss, since their diameter is 0. Their loss is 0 here.
 - Second derivatives are silently wrong in geomloss. Here they raise NotImplementedError;
   `fewstep.sinkhorn_divergence` has them.
@@ -199,9 +200,9 @@ class SamplesLoss(torch.nn.Module):
         if self.reach is None:
             of_a, of_b = (t.sum(1, keepdim=True) for t in (w, v))
             apart, limit = (of_a / of_b - 1).abs().max(), _MASSES.get(a.dtype, 1e-2)
-            if not apart <= limit:
+            if not (apart <= limit and of_a.min() > 0):
                 raise ValueError(
-                    f"{_WHO}: a and b must have equal masses without reach, got"
+                    f"{_WHO}: a and b must have equal positive masses without reach, got"
                     f" {of_a.flatten()[0].item():.6g} and {of_b.flatten()[0].item():.6g}"
                 )
             w, v = w / of_a, v / of_b

@@ -211,9 +211,10 @@ class _Solved:
             eye = torch.eye(k, dtype=r.f.dtype, device=r.f.device).expand(*r.f.shape[:-1], k, k)
             plan = r.transport(eye, implicit=True)
         else:
-            plan = r.plan()
+            plan, differentiable = r.plan(), False
         plan = plan.mT if self.columns else plan
-        return p.mass[..., None] * plan if p.balanced else plan
+        mass = p.mass[..., None] if differentiable else p.mass[..., None].detach()
+        return mass * plan if p.balanced else plan
 
     def linear(self, plan: Tensor) -> Tensor:
         M = self.given.matrix
@@ -250,6 +251,8 @@ def _given(
         floating(who, name, w)
         if w.shape != (*lead, n):
             raise ValueError(f"{who}: {name} must be {(*lead, n)}, got {tuple(w.shape)}")
+        if w.numel() and (low := w.detach().min().item()) < 0:
+            raise ValueError(f"{who}: {name} must not be negative, got {low}")
         weights.append(w.to(dtype))
     pair = _row(reg_m)
     if len(pair) not in (1, 2):
