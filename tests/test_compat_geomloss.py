@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -214,6 +215,25 @@ def test_second_derivatives_raise_and_gradients_stay_off() -> None:
     with torch.no_grad():
         assert not SamplesLoss()(x, y).requires_grad
         assert not torch.is_grad_enabled()
+
+
+def test_gradients_under_torch_func() -> None:
+    x, y, a, b = problem(True)
+    for options in ({}, {"p": 1, "reach": 0.5}, {"cost": halves, "debias": False}):
+        loss = SamplesLoss(**options)
+        grads = torch.func.grad(lambda *t: loss(t[2], t[0], t[3], t[1]).sum(), (0, 1, 2, 3))(
+            *(t.detach() for t in (x, y, a, b))
+        )
+        known = torch.autograd.grad(loss(a, x, b, y).sum(), (x, y, a, b))
+        for grad, its in zip(grads, known, strict=True):
+            close(grad, its)
+
+
+def test_every_parameter_of_geomloss_is_there(original: Any) -> None:
+    mine, its = (inspect.signature(loss).parameters for loss in (SamplesLoss, original))
+    assert [(p.name, p.default) for p in mine.values()] == [
+        (p.name, p.default) for p in its.values()
+    ]
 
 
 # What geomloss's own tests ask of its solvers, of this loss.

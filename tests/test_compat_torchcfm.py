@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,15 @@ def test_a_plan_without_mass_becomes_uniform() -> None:
     with pytest.warns(UserWarning, match="no mass"):
         plan = sampler.get_map(x0, x1 + 100)
     assert np.allclose(plan, 1 / 48**2)
+
+
+def test_every_parameter_of_torchcfm_is_there() -> None:
+    names = ("get_map", "sample_map", "sample_plan", "sample_plan_with_labels")
+    names += ("sample_trajectory", "__init__")
+    pairs = [(getattr(OTPlanSampler, n), getattr(original.OTPlanSampler, n)) for n in names]
+    for mine, its in [*pairs, (wasserstein, original.wasserstein)]:
+        both = (inspect.signature(function).parameters.values() for function in (mine, its))
+        assert len({tuple((p.name, p.default) for p in values) for values in both}) == 1
 
 
 # What torchcfm's own tests ask of a sampler.

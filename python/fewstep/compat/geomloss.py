@@ -272,7 +272,6 @@ class _Transform(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         moved: Tensor,
         y: Tensor | None,
         b: Tensor,
@@ -295,9 +294,15 @@ class _Transform(torch.autograd.Function):
             in_range = bool(((mass > _RANGE) & (mass < 1 / _RANGE)).all())
         if not in_range:
             out = sinkhorn(**data, b=b, init=(f, g), backend=backend, **options).f
-        ctx.save_for_backward(moved, y, b, out, g)
-        ctx.how = eps, damping, options.get("cost", "matrix"), backend
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        moved, y, b, _, g, options, rho, backend = inputs
+        ctx.save_for_backward(moved, y, b, output, g)
+        eps = options["eps"]
+        damping = 1.0 if rho is None else rho / (rho + eps)
+        ctx.how = eps, damping, options.get("cost", "matrix"), backend
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
@@ -309,7 +314,6 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         u: Tensor,
         moved: Tensor,
         y: Tensor | None,
@@ -326,6 +330,10 @@ class _Gradient(torch.autograd.Function):
         e = b.new_full((len(b),), eps)
         grad: Tensor = w * dispatch.gradient(backend, points, f, g, ones, b, e)
         return grad
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

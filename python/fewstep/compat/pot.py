@@ -290,6 +290,7 @@ def _run(
     *,
     columns: bool,
     warn: bool = False,
+    stacklevel: int = 5,
 ) -> _Solved:
     """`start`: the logarithm of the scaling that is not updated first; None is what POT has."""
     max_iter, tol = count(p.who, "max_iter", max_iter), number(p.who, "tol", tol)
@@ -339,7 +340,7 @@ def _run(
             f"{p.who}: not converged, the residual is {result.residual.max().item():.3g}; a larger"
             " number of iterations or reg helps",
             ConvergenceWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return _Solved(p, result, columns)
 
