@@ -221,9 +221,14 @@ def test_gradients_under_torch_func() -> None:
     x, y, a, b = problem(True)
     for options in ({}, {"p": 1, "reach": 0.5}, {"cost": halves, "debias": False}):
         loss = SamplesLoss(**options)
-        grads = torch.func.grad(lambda *t: loss(t[2], t[0], t[3], t[1]).sum(), (0, 1, 2, 3))(
-            *(t.detach() for t in (x, y, a, b))
-        )
+
+        def total(
+            x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, loss: SamplesLoss = loss
+        ) -> Tensor:
+            return loss(a, x, b, y).sum()
+
+        constants = (t.detach() for t in (x, y, a, b))
+        grads = torch.func.grad(total, (0, 1, 2, 3))(*constants)
         known = torch.autograd.grad(loss(a, x, b, y).sum(), (x, y, a, b))
         for grad, its in zip(grads, known, strict=True):
             close(grad, its)

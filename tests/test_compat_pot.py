@@ -136,6 +136,7 @@ def test_translation_invariant_updates_of_pot_have_another_limit() -> None:
     assert off(its) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:sinkhorn_unbalanced. not converged")
 def test_unbalanced_histograms_and_unconverged_iterates() -> None:
     a, b, C, *_ = problem()
     both = np.stack([b, 3 * b[::-1]], 1)
@@ -287,6 +288,20 @@ def test_a_reference_measure_of_a_balanced_problem_counts() -> None:
     assert mine.value == pytest.approx(objective(mine.plan), rel=1e-10)
     assert objective(mine.plan) < objective(its.plan) - 1e-3
     close(mine.plan.sum(1), a)
+
+
+def test_what_pot_says_nothing_of_warns() -> None:
+    a, b, C, *_ = problem()
+    for call in (
+        lambda: pot.sinkhorn_unbalanced(a, b, C, 0.1, 10, numItermax=3),
+        lambda: pot.solve(C, a, b, reg=0.1, unbalanced=10, max_iter=3),
+        lambda: pot.solve_batch(C[None], 0.1, max_iter=3),
+    ):
+        with pytest.warns(ConvergenceWarning, match="not converged, the residual is"):
+            call()
+    one = pot.sinkhorn_unbalanced([0.2], [1.0], [[0.07]], 0.004, 10, numItermax=30000)
+    exact = math.exp((0.004 * math.log(0.2) + 10 * math.log(0.2) - 0.07) / 20.004)
+    assert one.item() == pytest.approx(exact, rel=1e-4)
 
 
 def test_small_temperatures_converge() -> None:

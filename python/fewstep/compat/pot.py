@@ -20,8 +20,9 @@ Differences by intention, in which POT is off by its own definitions in float64:
 - `solve_batch(grad="envelope")` of POT has no gradients for a and b. Here the value has them.
 - `method="sinkhorn_translation_invariant"` of POT has another limit than its other methods where
   the two penalties differ. Here the limit is that of the objective.
-- Where K underflows, `method="sinkhorn"` of POT warns and returns an early iterate. Here it
-  converges.
+- Where K, u or v leave the range of numbers, `method="sinkhorn"` of POT warns and returns an early
+  iterate, balanced or not. Here it converges.
+- Unbalanced problems and batches that have not converged are silent in POT. Here they warn.
 - Masses of a and b that differ raise ValueError in balanced problems, where POT does not converge.
 
 Gradients of plans are implicit ones, at convergence, and hold once. POT's go through the
@@ -530,7 +531,7 @@ def _unbalanced(
     start = _start(who, warmstart, 1)
     if several and isinstance(start, Tensor) and start.ndim == 2:
         start = start.mT
-    solved = _run(p, start, numItermax, stopThr, columns=False)
+    solved = _run(p, start, numItermax, stopThr, columns=False, warn=True)
     plan = solved.plan(differentiable=True)
     u, v = (t.mT if several else t for t in solved.scalings)
     logs = {"err": [solved.error().max()], "logu": u, "logv": v}
@@ -800,7 +801,7 @@ def _solve(
     # The balanced solver of POT starts at 0 whatever it is given.
     start = None if columns else _start(p.who, init, 1)
     steps, limit = 1000 if max_iter is None else max_iter, 1e-9 if tol is None else tol
-    solved = _run(p, start, steps, limit, columns=columns, warn=columns)
+    solved = _run(p, start, steps, limit, columns=columns, warn=True)
     return _result(solved, reg_type, grad)
 
 
@@ -900,7 +901,7 @@ def _batch(
     if method == "proximal":
         _unserved(who, "method", method, "method='log_sinkhorn'")
     reg_type = _checked(who, reg, reg_type, None, None, "detach" if grad is None else grad)
-    solved = _run(p(), None, max_iter, tol, columns=False)
+    solved = _run(p(), None, max_iter, tol, columns=False, warn=True)
     out = _result(solved, reg_type, "detach" if grad is None else grad, batch=True)
     if method == "sinkhorn":  # whose potentials are u and v themselves
         out._parts["potentials"] = lambda _: tuple(t.exp() for t in solved.scalings)

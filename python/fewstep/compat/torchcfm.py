@@ -175,7 +175,6 @@ def _plan(
     problem = pot._given(who, None, None, None, reg, reg_m, points=points)
     balanced = reg_m is None
     start, tol = (-math.log(len(x0)), 1e-9) if balanced else (None, 1e-6)
-    warn = warn and balanced
     solved = pot._run(problem, start, 1000, tol, columns=balanced, warn=warn, stacklevel=4)
     out: np.ndarray[Any, Any] = solved.plan(differentiable=False).cpu().numpy()
     return out
