@@ -32,6 +32,7 @@ iterations.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -43,10 +44,10 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import count, floating, number, one_of
+from fewstep.ops.sinkhorn import solve as _op
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning
 from fewstep.ops.sinkhorn.inputs import canonical_points
 from fewstep.ops.sinkhorn.result import SinkhornResult
-from fewstep.ops.sinkhorn.solve import sinkhorn as _sinkhorn
 
 __all__ = [
     "OTResult",
@@ -60,6 +61,8 @@ __all__ = [
     "solve_sample_batch",
     "unif",
 ]
+
+_transport = inspect.unwrap(_op.sinkhorn)  # without its warning: POT has its own
 
 Array = Any  # a Tensor, an array of NumPy or a list of numbers
 F = TypeVar("F", bound=Callable[..., Any])
@@ -326,8 +329,8 @@ def _run(
     if C is not None:
         costs = {"C": C}
     rho = p.rho[::-1] if columns else p.rho
-    result = _sinkhorn_of(
-        costs,
+    result = _transport(
+        **costs,
         a=a,
         b=b,
         eps=p.reg,
@@ -344,12 +347,6 @@ def _run(
             stacklevel=stacklevel,
         )
     return _Solved(p, result, columns)
-
-
-def _sinkhorn_of(costs: dict[str, Any], **options: Any) -> SinkhornResult:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # POT's option says whether to warn
-        return _sinkhorn(**costs, **options)
 
 
 def _floor(dtype: torch.dtype) -> float:
