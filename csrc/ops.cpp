@@ -9,7 +9,7 @@
 #define SOLVE                                                                                               \
   "Tensor x, Tensor y, Tensor a, Tensor b, Tensor eps, Tensor? f0, Tensor? g0, " GEOMETRY                   \
   ", int max_iter, float? tol, Tensor? start, float factor, Tensor? schedule, float? rho_x, float? rho_y, " \
-  "float relax, bool simultaneous, bool self, int memory_limit, int precision"
+  "float relax, bool simultaneous, bool self, int memory_limit, int precision, bool closing"
 
 // Linear layers on x, whose columns from `low` on are differentiated; all but the last have an activation, of two
 // options.

@@ -27,7 +27,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """What GitHub reads, as this parser wants it; links to files of the source tree are text."""
-    tree = "python|tests|csrc|kernels|benchmarks"
+    tree = "python|tests|csrc|kernels|benchmarks|examples"
     markdown = re.sub(rf"\[([^]]+)\]\(\.\./(?:{tree})[^)]*\)", r"\1", markdown)
     markdown = re.sub(r"`[^`\n]+`", lambda code: code[0].replace(r"\|", "|"), markdown)
     return re.sub(r"^  - ", "    - ", markdown, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Examples and links of the pages; examples of kernels/ and benchmarks/ by their imported names.
+"""Examples and links of the pages; scripts; examples of kernels/ and benchmarks/ by their names.
 
 pytest --doctest-modules would import the kernels, and register their ops, a second time.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def test_links(page: Path) -> None:
 def _slug(heading: str) -> str:
     """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem
+)
+def test_scripts(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

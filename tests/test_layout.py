@@ -55,6 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.func": CORE | OPS,
     "fewstep.metrics": CORE,
     "fewstep.data": CORE | {"fewstep", "fewstep.samplers", "fewstep.conversions"},
+    # Calls of other libraries, which none of its modules imports.
+    "fewstep.compat": CORE | OPS | {"fewstep.reference"},
     "fewstep.methods": CORE | OPS | {"fewstep.samplers", "fewstep.conversions"},
     "fewstep.verification": CORE
     | OPS

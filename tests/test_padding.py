@@ -266,6 +266,7 @@ UPDATES: list[dict[str, Any]] = [
     {"reach": 1.0},
     {"reach": (1.0, None)},
     {"update": "symmetric"},
+    {"update": "averaged"},
     {"relax": 1.5},
     {"anneal": 0.5},
 ]

@@ -184,10 +184,10 @@ def test_ops_pass_opcheck() -> None:
     ops, check = torch.ops.fewstep, torch.library.opcheck
     none = (None,) * 6
     f, g, *_ = dispatch.solve("cpp", Inputs(Points(x, y), a, b, eps, schedule=Schedule(max_iter=5)))
-    plain = (5, None, None, 1.0, None, None, None, 1.0, False, False, 2**20, 0)
+    plain = (5, None, None, 1.0, None, None, None, 1.0, False, False, 2**20, 0, False)
     check(ops.sinkhorn.default, (x, y, a, b, eps, None, None, *none, 0, None, *plain))
     start, steps = eps.new_tensor([2.0, 3.0]), eps.new_tensor([4.0, 3.0])
-    full = (50, 1e-3, start, 0.5, steps, 4.0, None, 0.5, True, False, 0, 1)
+    full = (50, 1e-3, start, 0.5, steps, 4.0, None, 0.5, True, False, 0, 1, True)
     check(ops.sinkhorn.default, (x, y, a, b, eps, f, g, *none, 2, 1, *full))
     for need in ((True, True), (False, True)):
         tensors = (x, y, a, b, eps, f, g)

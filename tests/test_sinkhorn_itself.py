@@ -14,7 +14,9 @@ from support.sinkhorn import clouds
 from tolerances import assert_contract
 
 
-@pytest.mark.parametrize("options", [{}, {"anneal": 0.25}, {"reach": 1.0}, {"tol": 1e-5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"anneal": 0.25}, {"reach": 1.0}, {"tol": 1e-5}, {"update": "averaged"}]
+)
 def test_one_potential_for_a_cloud_with_itself(capability: str, options: dict[str, Any]) -> None:
     x = torch.randn(2, 70, 3, dtype=torch.float64)
     a = torch.rand(2, 70, dtype=torch.float64).softmax(-1)

@@ -29,6 +29,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "symmetric": {"eps": 0.3, "update": "symmetric", "max_iter": 12},
     "symmetric annealed": {"eps": 0.05, "update": "symmetric", "anneal": 0.25, "max_iter": 3},
     "symmetric tol": {"eps": 0.5, "update": "symmetric", "max_iter": 300, "tol": 1e-4},
+    "averaged": {"eps": 0.1, "update": "averaged", "anneal": [4.0, 1.0, 0.3], "max_iter": 1},
+    "averaged tol": {"eps": 0.5, "update": "averaged", "max_iter": 300, "tol": 1e-4},
+    "averaged reach": {"eps": 0.1, "update": "averaged", "reach": (1.0, None), "max_iter": 7},
     "over-relaxed": {"eps": 0.2, "relax": 1.5, "max_iter": 25},
     "under-relaxed": {"eps": 0.05, "relax": 0.7, "max_iter": 9},
     "reach": {"eps": 0.1, "reach": 1.0, "max_iter": 20},
@@ -236,7 +239,7 @@ def test_reach_of_cosine_is_in_its_own_unit(backend: str) -> None:
 def test_warm_start_stops_at_once() -> None:
     data = clouds((2, 20, 14, 2))
     options = {"eps": 1.0, "tol": 1e-6, "max_iter": 2000}
-    for update in ("alternating", "symmetric"):
+    for update in ("alternating", "symmetric", "averaged"):
         first = fewstep.sinkhorn(**data, update=update, **options)
         again = fewstep.sinkhorn(**data, update=update, init=(first.f, first.g), **options)
         assert first.converged.all()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 import fewstep
 from tolerances import assert_contract
@@ -232,3 +233,33 @@ def test_points_that_are_far_beyond_eps(backend: str, dtype: torch.dtype, scale:
     for use in (result.plan, lambda: torch.autograd.grad(result.value, x)):
         with pytest.raises(ValueError, match="eps must be at least"):
             use()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("rho", [None, 2.0])
+def test_averaged_updates_are_those_of_the_definition(backend: str, rho: float | None) -> None:
+    torch.manual_seed(0)
+    C, steps = torch.rand(2, 9, 14).double() * 4, [4.0, 2.0, 2.0, 0.5, 0.2]
+    a, b = (torch.rand(2, k).double().softmax(-1) for k in (9, 14))
+
+    def transforms(f: Tensor, g: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        damping = 1.0 if rho is None else rho / (rho + eps)
+        of_g = torch.logsumexp((g[:, None] - C) / eps + b.log()[:, None], 2)
+        of_f = torch.logsumexp((f[:, :, None] - C) / eps + a.log()[:, :, None], 1)
+        return -eps * damping * of_g, -eps * damping * of_f
+
+    f, g = transforms(torch.zeros_like(a), torch.zeros_like(b), steps[0])
+    for eps in steps[1:]:
+        f_next, g_next = transforms(f, g, eps)
+        f, g = (f + f_next) / 2, (g + g_next) / 2
+    result = fewstep.sinkhorn(
+        C=C, a=a, b=b, eps=steps[-1], anneal=steps[:-1], max_iter=1, update="averaged", reach=rho,
+        backend=backend,
+    )  # fmt: skip
+    assert (result.iterations == len(steps)).all()
+    assert torch.allclose(result.f, f, rtol=0, atol=1e-13)
+    assert torch.allclose(result.g, g, rtol=0, atol=1e-13)
+    P = a[:, :, None] * b[:, None] * ((f[:, :, None] + g[:, None] - C) / steps[-1]).exp()
+    masses = [(1.0 if rho is None else (-t / rho).exp()) * w for t, w in ((f, a), (g, b))]
+    errors = [(P.sum(d) - mass).abs().sum(1) for d, mass in zip((2, 1), masses, strict=True)]
+    assert torch.allclose(result.residual, torch.maximum(*errors), rtol=1e-12)

@@ -16,6 +16,7 @@ DTYPES = (torch.float32, torch.float64)
 UPDATES = (
     {},
     {"update": "symmetric"},
+    {"update": "averaged"},
     {"relax": 1.4},
     {"reach": 1.0},
     {"reach": (None, 0.5)},

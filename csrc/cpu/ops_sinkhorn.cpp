@@ -101,8 +101,8 @@ OutputsWithGrad sinkhorn_with_grad(const Tensor& x, const Tensor& y, const Tenso
                                    std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol,
                                    const Maybe& start, double factor, const Maybe& schedule,
                                    std::optional<double> rho_x, std::optional<double> rho_y, double relax,
-                                   bool simultaneous, bool self, int64_t memory_limit, int64_t, bool want_x,
-                                   bool want_y) {
+                                   bool simultaneous, bool self, int64_t memory_limit, int64_t, bool closing,
+                                   bool want_x, bool want_y) {
   constexpr double kDefaultTol = 1e-3, kBalanced = std::numeric_limits<double>::infinity();
   const Problems p =
       problems(x, y, a, b, eps, matrix, segment_x, segment_y, label_x, label_y, label_cost, cost, diagonal);
@@ -127,6 +127,7 @@ OutputsWithGrad sinkhorn_with_grad(const Tensor& x, const Tensor& y, const Tenso
                           rho_y.value_or(kBalanced),
                           relax,
                           simultaneous,
+                          closing,
                           self,
                           memory_limit,
                           write<T>(f),
@@ -150,10 +151,11 @@ Outputs sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor
                  const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost, int64_t cost,
                  std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol, const Maybe& start,
                  double factor, const Maybe& schedule, std::optional<double> rho_x, std::optional<double> rho_y,
-                 double relax, bool simultaneous, bool self, int64_t memory_limit, int64_t precision) {
-  auto [f, g, value, residual, iterations, converged, grad_x, grad_y] = sinkhorn_with_grad(
-      x, y, a, b, eps, f0, g0, matrix, segment_x, segment_y, label_x, label_y, label_cost, cost, diagonal, max_iter,
-      tol, start, factor, schedule, rho_x, rho_y, relax, simultaneous, self, memory_limit, precision, false, false);
+                 double relax, bool simultaneous, bool self, int64_t memory_limit, int64_t precision, bool closing) {
+  auto [f, g, value, residual, iterations, converged, grad_x, grad_y] =
+      sinkhorn_with_grad(x, y, a, b, eps, f0, g0, matrix, segment_x, segment_y, label_x, label_y, label_cost, cost,
+                         diagonal, max_iter, tol, start, factor, schedule, rho_x, rho_y, relax, simultaneous, self,
+                         memory_limit, precision, closing, false, false);
   return {f, g, value, residual, iterations, converged};
 }
 

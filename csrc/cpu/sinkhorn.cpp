@@ -102,7 +102,7 @@ class Solver {
     std::copy_n(at_.a, at_.n, a_);
     for (int64_t i = 0; i < at_.n; ++i) mass_a_ += a_[i];
     light_a_ = light(a_, at_.n);
-    if (s.relax != 1 && !s.simultaneous) light_b_ = light(at_.b, at_.m);
+    if (s.relax != 1 && !s.closing && !s.self) light_b_ = light(at_.b, at_.m);
     std::fill_n(log2_b_, longest, -kInfinity<T>);
     std::fill_n(b_, mp, T(0));
     std::copy_n(at_.b, at_.m, b_);
@@ -135,7 +135,7 @@ class Solver {
         ++iterations;
       }
     }
-    if (s_.simultaneous) {
+    if (s_.closing) {
       averaged_ = false;
       // The error of the rows may be up to twice what that of the average was.
       const int64_t most = s_.tol < 0 || s_.self ? 1 : kLastSteps;
@@ -147,9 +147,9 @@ class Solver {
         last = pass(false);
       }
     } else if (!stopped) {
-      last = pass(false);
+      last = pass(averaged_);
     }
-    const bool known = stopped && !s_.simultaneous;
+    const bool known = stopped && !s_.closing;
     const T residual = static_cast<T>(std::max(error(last), known ? unsettled_ : unsettled(kInfinity<double>)));
     leave();
     rows_without_weight();
@@ -696,9 +696,10 @@ void solve_in_double(const Batch<float>& in, const Solve<float>& s, int64_t q, i
                           in.labels_y,
                           in.diagonal,
                           in.cost};
-  const Solve<double> how{data(f0),    data(g0), s.max_iter, s.tol,     data(start),      s.factor,     data(schedule),
-                          s.scheduled, s.rho_x,  s.rho_y,    s.relax,   s.simultaneous,   s.self,       s.memory_limit,
-                          data(f),     data(g),  &value,     &residual, s.iterations + q, data(grad_x), data(grad_y)};
+  const Solve<double> how{data(f0),       data(g0),         s.max_iter,     s.tol,       data(start), s.factor,
+                          data(schedule), s.scheduled,      s.rho_x,        s.rho_y,     s.relax,     s.simultaneous,
+                          s.closing,      s.self,           s.memory_limit, data(f),     data(g),     &value,
+                          &residual,      s.iterations + q, data(grad_x),   data(grad_y)};
   Borrowed<Workspace<double>> workspace;
   Solver<double>(one, how, 0, *workspace, threads, s.memory_limit).solve();
   auto narrow = [](const Doubles& array, float* to) {

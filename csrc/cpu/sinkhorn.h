@@ -207,6 +207,7 @@ struct Solve {
   double rho_x, rho_y;  // penalties of the marginals; inf: they are constraints
   double relax;
   bool simultaneous;     // averaged updates, both from the last potentials
+  bool closing;          // alternating iterations after them
   bool self;             // x is y with the same weights: one potential, in simultaneous updates
   int64_t memory_limit;  // bytes that kept distances and kernels of one problem may take
   T* f;

@@ -123,11 +123,12 @@ Solution sinkhorn(const Tensor& x, const Tensor& y, const Tensor& a, const Tenso
                   const Maybe& label_x, const Maybe& label_y, const Maybe& label_cost, int64_t cost,
                   std::optional<int64_t> diagonal, int64_t max_iter, std::optional<double> tol, const Maybe& start,
                   double factor, const Maybe& schedule, std::optional<double> rho_x, std::optional<double> rho_y,
-                  double relax, bool simultaneous, bool single, int64_t, int64_t precision) {
+                  double relax, bool simultaneous, bool single, int64_t, int64_t precision, bool closing) {
   STD_TORCH_CHECK(!matrix && !label_x && !label_y && !label_cost, "sinkhorn: CUDA kernels have no matrix or labels");
   check_points(x, y, cost);
   const int64_t batch = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
   STD_TORCH_CHECK(!single || (simultaneous && n == m), "sinkhorn: one potential is for symmetric updates of x with x");
+  STD_TORCH_CHECK(closing == simultaneous, "sinkhorn: CUDA kernels close symmetric updates by alternating ones");
   check_input(a, "a", x, {batch, n});
   check_input(b, "b", x, {batch, m});
   STD_TORCH_CHECK(segment_x.has_value() == segment_y.has_value() && (!segment_x || batch == 1),

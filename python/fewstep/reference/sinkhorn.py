@@ -139,8 +139,9 @@ class Schedule:
         temperatures: `[S]`, one iteration at each before anything else, or None.
         rho: penalties of the marginals of x and y; None is a constraint.
         relax: of over-relaxation, or 1/2 for averaged updates.
-        simultaneous: both potentials from the last two, and at the end an alternating iteration,
-            or as many as `LAST_STEPS` where `tol` needs more than one.
+        simultaneous: both potentials from the last two.
+        closing: simultaneous updates end with an alternating iteration, or with as many as
+            `LAST_STEPS` where `tol` needs more than one.
         single: x is y with equal weights: the kernels then keep one potential.
         memory_limit: bytes for what the kernels keep between passes.
     """
@@ -153,6 +154,7 @@ class Schedule:
     rho: tuple[float | None, float | None] = (None, None)
     relax: float = 1.0
     simultaneous: bool = False
+    closing: bool = True
     single: bool = False
     memory_limit: int = 2**27
 
@@ -305,8 +307,8 @@ def solve(inputs: Inputs) -> Outputs:
     (rows exact) and then the g-update (columns exact). `residual` is the L1 error of the marginals
     as a fraction of the mass, of rows and, where columns are not exact, of columns, whichever is
     larger; or the square of the largest step, over eps, of a light point to its transform, of rows
-    and, where updates are relaxed, of columns. It is inf where potentials have no digits left for
-    eps. A problem whose residual is at most `tol` is left as it is while the others go on.
+    and, where the last updates are relaxed, of columns. It is inf where potentials have no digits
+    left for eps. A problem whose residual is at most `tol` is left as it is while the others go on.
     Points without weight have the transform of the potential that came out on the other side, or 0
     where no finite cost joins them to a weight and their marginal is a constraint. A problem with
     weight at such a point is infeasible: its value is inf.
@@ -405,7 +407,7 @@ def _measured(
         g_soft = of_f(f, e).detach()
         if s.simultaneous:
             error = torch.maximum(error, _marginal_error(g.detach(), g_soft, b, e, rho_y))
-        else:
+        if not (s.simultaneous and s.closing):
             left = torch.maximum(left, _unsettled(g.detach(), g_soft, b, e, rho_y))
     mass = a * torch.exp((f.detach() - f_soft) / e)
     error = torch.maximum(error / a.sum(-1), left)
@@ -467,7 +469,7 @@ def iterate(of_g: Transform, of_f: Transform, inputs: Inputs) -> tuple[Tensor, .
             residual = torch.where(active & ~annealing, error, residual)
             left = torch.where(residual <= s.tol, 0, left)
     active, e = everywhere, eps[..., None]
-    for _ in range(LAST_STEPS if s.simultaneous else 0):
+    for _ in range(LAST_STEPS if s.simultaneous and s.closing else 0):
         f_next = _relaxed(f, of_g(g, e), e, rho_x, 1.0)
         g_next = _relaxed(g, of_f(f if s.single else f_next, e), e, rho_y, 1.0)
         f = torch.where(active[..., None], f_next, f)

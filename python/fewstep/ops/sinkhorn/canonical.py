@@ -132,6 +132,7 @@ def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) 
     }
     if backend in ("triton", "cuda"):
         asked |= {
+            "update='averaged'": not s.closing,
             "several eps": not kept and eps.shape[0] != points.count,
             "anneal": not kept and (s.start is not None or s.temperatures is not None),
             "reach": not kept and s.rho != (None, None),

@@ -65,7 +65,7 @@ def solve(backend: str, inputs: Inputs) -> Outputs:
         out = _triton().sinkhorn.default(*_solve_arguments(inputs, _cost))
     else:
         op = torch.ops.fewstep.sinkhorn.default
-        out = below_autograd(op, *_solve_arguments(inputs, _geometry))
+        out = below_autograd(op, *_solve_arguments(inputs, _geometry), _closing(inputs))
     return out
 
 
@@ -79,7 +79,8 @@ def solve_with_gradient(
     if backend != "cpp" or not any(need):
         return solve(backend, inputs), (None, None)
     op = torch.ops.fewstep.sinkhorn_with_grad.default
-    *out, grad_x, grad_y = below_autograd(op, *_solve_arguments(inputs, _geometry), *need)
+    arguments = _solve_arguments(inputs, _geometry)
+    *out, grad_x, grad_y = below_autograd(op, *arguments, _closing(inputs), *need)
     f, g, value, residual, iterations, converged = out
     grads = (grad_x if need[0] else None, grad_y if need[1] else None)
     return (f, g, value, residual, iterations, converged), grads
@@ -93,6 +94,10 @@ def _solve_arguments(
     steps = (s.max_iter, s.tol, s.start, s.factor, s.temperatures)
     how = (s.simultaneous, s.single, s.memory_limit, PRECISIONS.index(p.precision))
     return *tensors, *described(p), *steps, *s.rho, s.relax, *how
+
+
+def _closing(inputs: Inputs) -> bool:
+    return inputs.schedule.simultaneous and inputs.schedule.closing
 
 
 def transport(

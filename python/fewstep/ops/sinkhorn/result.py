@@ -123,9 +123,10 @@ class SinkhornResult:
         g: potential on y, `[.., M]`.
         value: entropic transport cost, the dual objective at f and g, `[..]`. It is differentiable.
         residual: L1 error of the row marginal, as a fraction of the mass, `[..]`. The columns are
-            exact; with a single potential they are off by as much. A point lighter than a
-            thousandth of the heaviest raises it to `(step / eps)^2` at least, where step is how far
-            the next update would move the point's potential.
+            exact; with a single potential they are off by as much, and with averaged updates it is
+            the larger error of the two. A point lighter than a thousandth of the heaviest raises it
+            to `(step / eps)^2` at least, where step is how far the next update would move the
+            point's potential.
         iterations: number of iterations done, those of annealing included, int64 `[..]`.
         converged: whether `residual <= tol`, or 1e-3 without `tol`, bool `[..]`.
         eps: temperatures used, `[..]`.

@@ -14,7 +14,7 @@ from fewstep.ops.sinkhorn.inputs import check_temperatures, from_numbers, given_
 from fewstep.reference.costs import COSTS, Cost
 from fewstep.reference.sinkhorn import Points, Schedule
 
-UPDATES = ("alternating", "symmetric")
+UPDATES = ("alternating", "symmetric", "averaged")
 
 
 def penalties(
@@ -66,15 +66,16 @@ def checked_schedule(
         raise ValueError(f"sinkhorn: update must be one of {UPDATES}, got {update!r}")
     if not 0 < relax < 2:
         raise ValueError(f"sinkhorn: relax must be above 0 and below 2, got {relax}")
-    simultaneous = update == "symmetric"
+    simultaneous = update != "alternating"
     if simultaneous and relax != 1:
-        raise ValueError(f"sinkhorn: relax must be 1 with symmetric updates, got {relax}")
+        raise ValueError(f"sinkhorn: relax must be 1 with {update} updates, got {relax}")
     return Schedule(
         max_iter=max_iter,
         tol=tol,
         rho=rho,
         relax=0.5 if simultaneous else relax,
         simultaneous=simultaneous,
+        closing=update != "averaged",
         single=simultaneous and single,
         memory_limit=memory_limit,
     )

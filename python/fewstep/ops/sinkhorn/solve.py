@@ -134,7 +134,8 @@ def sinkhorn(
             one alternating iteration, or with up to ten until `tol` is reached, which are not
             counted. If ten do not reach it, `converged` is False although `iterations` may be far
             below `max_iter`. Where y is the same tensor as x, with equal weights and no labels, a
-            single potential is kept.
+            single potential is kept. "averaged" is "symmetric" without those at the end: neither
+            rows nor columns of its plan are exact before convergence.
         relax (float): over-relaxation of alternating updates, in (0, 2): `f <- f + relax (f' - f)`.
         reach (float | tuple | None): distance of unbalanced transport. Mass that would have to
             travel farther is dropped instead of moved. `rho` is `reach^2` for squared costs and
