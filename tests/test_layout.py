@@ -56,6 +56,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.metrics": CORE,
     "fewstep.data": CORE | {"fewstep", "fewstep.samplers", "fewstep.conversions"},
     "fewstep.methods": CORE | OPS | {"fewstep.samplers", "fewstep.conversions"},
+    "fewstep.compat": CORE
+    | OPS
+    | {"fewstep", "fewstep.conversions", "fewstep.data", "fewstep.samplers"},
     "fewstep.verification": CORE
     | OPS
     | {"fewstep", "fewstep.reference"}
