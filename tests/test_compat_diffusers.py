@@ -388,6 +388,16 @@ def test_traces(name: str) -> None:
     assert (out.value - jacobian.diagonal(dim1=1, dim2=2).sum(1)).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("name", ["epsilon", "v_prediction", "flow", "edm"])
+def test_derivatives_in_time(name: str) -> None:
+    v, x = compat.velocity(Net(), SCHEDULERS[name]()), points()
+    t, h = torch.full((5,), 0.4, dtype=F64), 1e-5
+    out = fewstep.jvp(v, (x, t), (x, 1.0))
+    difference = (v((1 + h) * x, t + h) - v((1 - h) * x, t - h)) / (2 * h)
+    assert (out.engine, out.info) == ("duals", "")
+    assert (out.tangent - difference).norm() / difference.norm() < 1e-7
+
+
 HEUN = ["epsilon", "sample", "v_prediction"]
 
 
@@ -416,6 +426,19 @@ def test_heun_scheduler(prediction: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         ours.set_timesteps(6)
         assert (heun(ours, net, x) - expected).norm() / expected.norm() < 1e-12
+
+
+class Pipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(scheduler=scheduler)
+
+
+def test_a_pipeline_keeps_its_scheduler(tmp_path: Path) -> None:
+    Pipeline(compat.HeunScheduler(use_karras_sigmas=True)).save_pretrained(tmp_path)
+    loaded = Pipeline.from_pretrained(tmp_path).scheduler
+    assert type(loaded) is compat.HeunScheduler
+    assert loaded.config.use_karras_sigmas
 
 
 def test_flow_heun_scheduler(tmp_path: Path) -> None:

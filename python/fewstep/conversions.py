@@ -139,7 +139,7 @@ def convert(
         "denoiser": lambda: denoiser,
         "noise": lambda: noise,
         "score": lambda: -noise / b,
-        "v": lambda: (a * noise - b * denoiser) / torch.hypot(a, b),
+        "v": lambda: (a * noise - b * denoiser) / (a.square() + b.square()).sqrt(),
     }
     return made[target]().to(x.dtype)
 
@@ -149,7 +149,7 @@ def parts(value: Tensor, x: Tensor, a: Tensor, b: Tensor, kind: str) -> tuple[Te
     if kind == "denoiser":
         return value, (x - a * value) / b
     if kind == "v":
-        n = torch.hypot(a, b)
+        n = (a.square() + b.square()).sqrt()
         return (a * x / n - b * value) / n, (b * x / n + a * value) / n
     noise = value if kind == "noise" else -b * value
     return (x - b * noise) / a, noise

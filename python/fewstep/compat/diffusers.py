@@ -151,6 +151,10 @@ def _flow_timestep(steps: int, reverse: bool, sigma: Tensor) -> Tensor:
     return steps * (1 - t if reverse else t)
 
 
+def _unchanged(timestep: Tensor) -> Tensor:
+    return timestep
+
+
 def _thousandth(timestep: Tensor) -> Tensor:
     return timestep / 1000
 
@@ -231,7 +235,7 @@ class Prediction(nn.Module):
         eps = torch.finfo(level.dtype if isinstance(level, Tensor) else torch.float64).eps
         a, b = (1 - given, given) if flow else (torch.ones_like(given), given)
         steps = s.timestep(self._inside(b / a, 64 * eps))
-        n = a + b if s.flow else torch.hypot(a * s.data, b)
+        n = a + b if s.flow else (a.square() * s.data**2 + b.square()).sqrt()
         dtype, shape = wide(x.dtype), (-1, *(1,) * (x.ndim - 1))
         scale, a, b = (c.to(dtype).view(shape) for c in (1 / n, a, b))
         own = _dtype_of(self.model) or x.dtype
@@ -469,7 +473,7 @@ def _timestep(
             " the scheduler's timesteps: a function of them, as lambda t: t. Where the pipeline"
             " changes the output too, as its sign, hand over a module that does so"
         )
-    return torch.Tensor.double
+    return _unchanged
 
 
 def _option(scheduler: Any, name: str, default: Any = None) -> Any:

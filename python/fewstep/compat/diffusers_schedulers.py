@@ -14,11 +14,15 @@ from diffusers.schedulers.scheduling_heun_discrete import (
     HeunDiscreteScheduler,
     HeunDiscreteSchedulerOutput,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from fewstep._torch import wide
 from fewstep.ops.heun import dispatch
 from fewstep.ops.heun.inputs import pick
+
+# Pipelines look for SchedulerMixin in the module of a scheduler that they load.
+__all__ = ["FlowHeunScheduler", "HeunScheduler", "SchedulerMixin"]
 
 
 class _Halves:
