@@ -74,6 +74,17 @@ def test_the_same_states(
 
 
 @pytest.mark.parametrize("method", ["heun2", "euler"])
+def test_no_more_states_than_are_wanted(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones are not held where nobody asked for them; the numbers are the same."""
+    options = {"step_size": 0.09}
+    t = torch.tensor([0.0, 0.3, 0.31, 0.9, 1.0], dtype=F64)
+    with torch.no_grad():
+        whole = odeint(Field(), start(), t, method=method, options=options)
+        monkeypatch.setattr("fewstep.compat.torchdiffeq._HELD", 0)
+        assert torch.equal(odeint(Field(), start(), t, method=method, options=options), whole)
+
+
+@pytest.mark.parametrize("method", ["heun2", "euler"])
 @pytest.mark.parametrize("options", ["none", "odd step"])
 def test_the_same_gradients(method: str, options: str) -> None:
     found = []

@@ -20,6 +20,7 @@ _OTHERS = (
     *("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver"),
 )
 _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+_HELD = 1 << 22  # elements of states that nobody asked for, which may be held
 State = Tensor | tuple[Tensor, ...]
 
 
@@ -92,31 +93,39 @@ def odeint(
         own = torch.split(flat, [shape.numel() for shape in shapes], -1)
         return tuple(part.view((*lead, *shape)) for part, shape in zip(own, shapes, strict=True))
 
-    def velocity(net: Tensor, level: Tensor) -> Tensor:
-        y = net[0] if torch.is_grad_enabled() else net[0].clone()  # which func may keep
-        out = func(level[0].to(wide(x.dtype)), unpacked(y))
+    def velocity(y: Tensor, time: Tensor) -> Tensor:
+        out = func(time.to(wide(x.dtype)), unpacked(y))
         found = tuple(out) if several else (out,)
         got = [tuple(part.shape) for part in found if isinstance(part, Tensor)]
         if got != [tuple(shape) for shape in shapes]:
             raise ValueError(
                 f"odeint: func must return {[*map(tuple, shapes)]}, the shapes of y0, got {got}"
             )
-        return (torch.cat([part.reshape(-1) for part in found]) if several else out)[None]
+        slope = torch.cat([part.reshape(-1) for part in found]) if several else found[0]
+        return slope.to(x.dtype)  # type: ignore[no-any-return]
 
     grid = _grid(func, unpacked(x), t, dict(options or {}))
     if len(t) == 1:
         return unpacked(x[None], (1,))
-    if method == "heun2":
-        path = heun_solve(velocity, x[None], grid, keep=True).path
-        assert path is not None
-        path = path[:, 0]
+    solve = _heun if method == "heun2" else _euler
+    if grid is t:
+        return unpacked(solve(velocity, x, grid, True), (len(t),))
+    after, before = _around(grid, t)
+    wanted = torch.unique(torch.cat((before, after)))
+    if torch.is_grad_enabled() or len(grid) * x.numel() <= _HELD:  # a graph holds all states
+        path = solve(velocity, x, grid, True)[wanted]
     else:
         states = [x]
-        for now, after in itertools.pairwise(grid):
-            slope = velocity(states[-1][None], now[None])[0]
-            states.append(states[-1] + (after - now) * slope)
+        for i, j in itertools.pairwise(wanted.tolist()):
+            states.append(solve(velocity, states[-1], grid[i : j + 1], False)[0])
         path = torch.stack(states)
-    return unpacked(_at(path, grid, t), (len(t),))
+    i, j = torch.searchsorted(wanted, before), torch.searchsorted(wanted, after)
+    span = grid[after] - grid[before]
+    share = (t - grid[before]) / torch.where(span == 0, 1, span)
+    shape = (-1, *(1,) * x.ndim)
+    between = path[i] + share.to(path.dtype).view(shape) * (path[j] - path[i])
+    states_at = torch.where((grid[after] == t).view(shape), path[j], between)
+    return unpacked(states_at, (len(t),))
 
 
 def odeint_adjoint(func: Callable[..., Any], *_: Any, **__: Any) -> Any:
@@ -202,16 +211,28 @@ def _grid(func: Callable[..., Any], y0: State, t: Tensor, options: dict[str, Any
     return torch.cat((grid[inside], t[-1:]))
 
 
-def _at(path: Tensor, grid: Tensor, t: Tensor) -> Tensor:
-    """States at times t, linear between nodes."""
-    if grid is t:
-        return path
+def _around(grid: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the node at or after each time, and of the one before."""
     forward = (t[-1] - t[0]).sign()
     after = torch.searchsorted((forward * grid).detach(), (forward * t).detach())
-    before = (after - 1).clamp_min(0)
-    span = grid[after] - grid[before]
-    share = (t - grid[before]) / torch.where(span == 0, 1, span)
-    share = share.to(path.dtype).view(-1, *(1,) * (path.ndim - 1))
-    exact = (grid[after] == t).view(share.shape)
-    y0, y1 = path[before], path[after]
-    return torch.where(exact, y1, y0 + share * (y1 - y0))
+    return after, (after - 1).clamp_min(0)
+
+
+def _heun(velocity: Callable[..., Tensor], x: Tensor, grid: Tensor, keep: bool) -> Tensor:
+    """States at all nodes, or at the last."""
+
+    def one(net: Tensor, level: Tensor) -> Tensor:
+        y = net[0] if torch.is_grad_enabled() else net[0].clone()  # func may keep it
+        return velocity(y, level[0])[None]
+
+    found = heun_solve(one, x[None], grid, keep=keep)
+    return found.x if found.path is None else found.path[:, 0]
+
+
+def _euler(velocity: Callable[..., Tensor], x: Tensor, grid: Tensor, keep: bool) -> Tensor:
+    """States at all nodes, or at the last."""
+    states = [x]
+    for now, after in itertools.pairwise(grid):
+        made = states[-1] + (after - now) * velocity(states[-1], now)
+        states = [*(states if keep else ()), made]
+    return torch.stack(states)
