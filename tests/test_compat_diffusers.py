@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -497,7 +498,17 @@ def test_models_whose_pipelines_change_timesteps() -> None:
         compat.velocity(sana, scheduler)
     flux = diffusers.FluxTransformer2DModel.__new__(diffusers.FluxTransformer2DModel)
     nn.Module.__init__(flux)
-    assert compat.velocity(flux, scheduler).timestep(torch.tensor(500.0)) == 0.5
+    half = torch.tensor(500.0)
+    for model in (
+        flux,
+        flux.forward,
+        functools.partial(flux, a=1),
+        torch.compile(flux, backend="eager"),
+    ):
+        assert compat.velocity(model, scheduler).timestep(half) == 0.5
+    unet = unet2d(diffusers).model
+    for model in (unet, nn.DataParallel(unet), Net(), lambda x, timestep: x):
+        assert compat.velocity(model, scheduler).timestep(half) == 500  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ class Prediction(nn.Module):
         given = given if given.ndim else given.expand(x.shape[0])
         eps = torch.finfo(level.dtype if isinstance(level, Tensor) else torch.float64).eps
         a, b = (1 - given, given) if flow else (torch.ones_like(given), given)
-        steps = s.timestep(self._inside(b / a, 64 * eps))
+        steps = s.timestep(self._inside(b / a, min(64 * eps, 4e-3)))
         n = a + b if s.flow else (a.square() * s.data**2 + b.square()).sqrt()
         dtype, shape = wide(x.dtype), (-1, *(1,) * (x.ndim - 1))
         scale, a, b = (c.to(dtype).view(shape) for c in (1 / n, a, b))
@@ -371,7 +371,8 @@ def velocity(
     Here `x = (1 - t) x_data + t eps`, and v predicts `eps - x_data`. A network of another path is
     asked at `sigma = t / (1 - t)`. At t = 1, which is zero terminal SNR, networks that predict v,
     the sample or a flow are exact where their schedule has that end; those that predict the noise
-    know nothing about the data there, and t = 1 is an error.
+    know nothing about the data there, and t = 1 is an error. Methods that start at 1, as
+    `MarginalReflow`, may take `lambda x, t: v(x, t.clamp_max(v.t_max))`.
 
     Args:
         model, scheduler, guidance, uncond, timestep, inputs: arguments of `denoiser`.
@@ -464,16 +465,34 @@ def _timestep(
     if timestep is not None:
         function(who, "timestep", timestep)
         return timestep
-    names = {kind.__name__ for kind in type(model).__mro__ if kind.__module__[:10] == "diffusers."}
+    kind = type(_bare(model))
+    names = {own.__name__ for own in kind.__mro__ if own.__module__[:10] == "diffusers."}
     if names & _BY_1000:
         return _thousandth
-    if type(model).__module__[:10] == "diffusers." and not names & _AS_THEY_ARE:
+    if kind.__module__[:10] == "diffusers." and not names & _AS_THEY_ARE:
         raise ValueError(
-            f"{who}: timestep must be given for {type(model).__name__}, whose pipeline may change"
+            f"{who}: timestep must be given for {kind.__name__}, whose pipeline may change"
             " the scheduler's timesteps: a function of them, as lambda t: t. Where the pipeline"
             " changes the output too, as its sign, hand over a module that does so"
         )
     return _unchanged
+
+
+def _bare(model: Any) -> Any:
+    """The model within a method, `torch.compile`, DistributedDataParallel or a PEFT model."""
+    while True:
+        get = getattr(model, "get_base_model", None)
+        inside = (
+            getattr(model, "__self__", None),
+            getattr(model, "func", None) if isinstance(model, partial) else None,
+            getattr(model, "_orig_mod", None),
+            getattr(model, "module", None) if isinstance(model, nn.Module) else None,
+            get() if callable(get) else None,
+        )
+        found = next((own for own in inside if own is not None), None)
+        if found is None or found is model:
+            return model
+        model = found
 
 
 def _option(scheduler: Any, name: str, default: Any = None) -> Any:

@@ -102,7 +102,7 @@ def odeint(
                 f"odeint: func must return {[*map(tuple, shapes)]}, the shapes of y0, got {got}"
             )
         slope = torch.cat([part.reshape(-1) for part in found]) if several else found[0]
-        return slope.to(x.dtype)  # type: ignore[no-any-return]
+        return slope.to(x.dtype)
 
     grid = _grid(func, unpacked(x), t, dict(options or {}))
     if len(t) == 1:
