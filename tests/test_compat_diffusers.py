@@ -19,8 +19,8 @@ from fewstep.compat import diffusers as compat
 from fewstep.data.generate import generate
 from fewstep.data.pairs import PairDataset, PairsConfig
 from fewstep.methods import LinesMatching, MarginalReflow
+from support import diffusers_networks as networks
 from support import rows
-from support.diffusers_networks import unet2d
 from tolerances import assert_contract
 
 diffusers = pytest.importorskip("diffusers")
@@ -300,6 +300,37 @@ def test_guidance() -> None:
     assert len(D.state_dict()) == 5  # the shift goes where the module goes
 
 
+CONDITIONED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "unet": (
+        "conditioned",
+        {"encoder_hidden_states": torch.linspace(-1, 1, 24).view(2, 3, 4)},
+        {"encoder_hidden_states": torch.zeros(2, 3, 4)},
+    ),
+    "dit": ("dit", {"class_labels": torch.tensor([1, 2])}, {"class_labels": 10}),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_conditioned_networks(name: str) -> None:
+    """A pipeline's call, both conditions in one batch."""
+    make, inputs, uncond = CONDITIONED[name]
+    with rows.quiet():
+        net = getattr(networks, make)(diffusers).model.eval()
+    scheduler = diffusers.EulerDiscreteScheduler(prediction_type="v_prediction")
+    scheduler.set_timesteps(4)
+    x, t, sigma = torch.randn(2, 1, 4, 4), scheduler.timesteps[2], scheduler.sigmas[2]
+    t = t.round()
+    sigma = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod)[int(t)].sqrt()
+    ((key, own),) = inputs.items()
+    none = torch.full_like(own, uncond[key]) if isinstance(uncond[key], int) else uncond[key]
+    scaled = torch.cat((x, x)) / (sigma**2 + 1) ** 0.5
+    out = net(scaled, timestep=t.expand(4), **{key: torch.cat((none, own))}).sample
+    out = out[:2] + 3.0 * (out[2:] - out[:2])
+    expected = -sigma / (sigma**2 + 1) ** 0.5 * out + x / (sigma**2 + 1)
+    D = compat.denoiser(net, scheduler, guidance=3.0, uncond=uncond, **inputs)
+    torch.testing.assert_close(D(x, sigma), expected, rtol=1e-4, atol=1e-5)
+
+
 class Classes(nn.Module):
     """Predicts twice the channels, the second half of which are variances."""
 
@@ -343,7 +374,7 @@ def test_a_network_in_half_precision() -> None:
 
 def test_teacher(tmp_path: Path) -> None:
     with rows.quiet():
-        net = unet2d(diffusers).model.eval()  # type: ignore[attr-defined]
+        net = networks.unet2d(diffusers).model.eval()  # type: ignore[attr-defined]
     scheduler = SCHEDULERS["v_prediction"]()
     teacher = compat.teacher(net, scheduler, (1, 4, 4))
     D = teacher.denoiser
@@ -506,7 +537,7 @@ def test_models_whose_pipelines_change_timesteps() -> None:
         torch.compile(flux, backend="eager"),
     ):
         assert compat.velocity(model, scheduler).timestep(half) == 0.5
-    unet = unet2d(diffusers).model
+    unet = networks.unet2d(diffusers).model
     for model in (unet, nn.DataParallel(unet), Net(), lambda x, timestep: x):
         assert compat.velocity(model, scheduler).timestep(half) == 500  # type: ignore[arg-type]
 
