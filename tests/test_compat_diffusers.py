@@ -24,7 +24,8 @@ from support import rows
 from tolerances import assert_contract
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers, NumPy 2
+# Of diffusers, which hands tensors to NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ impl", "ignore:__array_wrap__ must")
 F64 = torch.float64
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -258,6 +259,39 @@ def test_zero_terminal_snr() -> None:
     assert v.t_max < 1
     with pytest.raises(ValueError, match=r"t must be within .* got 1: give the sampler .* t_max"):
         v(x, 1.0)
+
+
+def test_a_level_that_stands_for_pure_noise() -> None:
+    """Euler's first level with zero terminal SNR, 4096, is below the one before it in its table."""
+    scheduler = diffusers.EulerDiscreteScheduler(
+        rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(5)
+    net = Net()
+    D, x = compat.denoiser(net, scheduler), 4000 * points()
+    assert float(scheduler.sigmas[0]) == D.sigma_max
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.double(), strict=False):
+        out = net(x / (sigma**2 + 1) ** 0.5, t)[0]
+        hand = -sigma / (sigma**2 + 1) ** 0.5 * out + x / (sigma**2 + 1)
+        own = D(x, sigma)
+        assert (own - hand).norm() / hand.norm() < 1e-9
+
+
+@pytest.mark.parametrize("name", sorted(compat._DISCRETE - {"DDPMScheduler"}))
+def test_all_schedulers_with_a_table(name: str) -> None:
+    """Networks of the same schedule are the same denoisers."""
+    options: dict[str, Any] = {"beta_start": 0.001, "beta_end": 0.01, "beta_schedule": "linear"}
+    own: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if name.startswith("CogVideoX"):
+        own |= {"snr_shift_scale": 1.0, "rescale_betas_zero_snr": False}
+    try:
+        scheduler = getattr(diffusers, name)(**options, **own)
+    except ImportError as error:
+        pytest.skip(str(error).strip().splitlines()[0])
+    ddpm = diffusers.DDPMScheduler(**options, prediction_type="v_prediction", clip_sample=False)
+    scheduler.register_to_config(clip_sample=False)
+    expected = compat.denoiser(Net(), ddpm)(points(), 1.7)
+    assert (compat.denoiser(Net(), scheduler)(points(), 1.7) - expected).abs().max() < 1e-5
 
 
 def test_levels_out_of_range() -> None:
