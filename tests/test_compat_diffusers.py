@@ -433,6 +433,22 @@ def test_teacher(tmp_path: Path) -> None:
     assert compat.teacher(net, SCHEDULERS["v_prediction"](), (1, 4, 4)).digest == teacher.digest
 
 
+def test_a_teacher_with_a_name() -> None:
+    """The name stands for the weights, not for what else the pairs depend on."""
+
+    def network(x: Tensor, timestep: Tensor, shift: Tensor) -> Tensor:
+        return x + shift
+
+    found = [
+        compat.teacher(network, SCHEDULERS[name](), (4,), digest="mine", shift=torch.ones(4) * k)
+        for name, k in (("epsilon", 1), ("epsilon", 2), ("flow", 1), ("epsilon", 1))
+    ]
+    names = [teacher.digest for teacher in found]
+    assert all(name.startswith("mine, ") for name in names)
+    assert names[3] == names[0]
+    assert len(set(names)) == 3
+
+
 def test_a_teacher_of_marginal_reflow() -> None:
     v = compat.velocity(Net(), SCHEDULERS["v_prediction"]())
     student = nn.Linear(4, 4, dtype=F64)

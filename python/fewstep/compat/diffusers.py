@@ -32,6 +32,7 @@ from fewstep import conversions
 from fewstep._checks import as_float64, function
 from fewstep._torch import readable, wide
 from fewstep.data.generate import Teacher
+from fewstep.data.pairs import digest as digest_of
 
 if TYPE_CHECKING:
     from fewstep.compat.diffusers_schedulers import FlowHeunScheduler, HeunScheduler
@@ -409,7 +410,8 @@ def teacher(
         model, scheduler, guidance, uncond, timestep, inputs: arguments of `denoiser`.
         shape (Sequence[int]): shape of one image.
         classes (int): number of classes, handed on as `class_labels`; 0 for none.
-        digest (str): name of the weights, where model is no module.
+        digest (str): name of the weights, in place of their checksum; needed where model is no
+            module.
 
     Returns:
         Teacher: teacher whose digest covers weights, schedule, guidance and inputs.
@@ -423,6 +425,11 @@ def teacher(
     own = denoiser(model, scheduler, **options, **inputs)
     if classes and own.guidance is not None and "class_labels" not in (uncond or {}):
         raise ValueError(f"teacher: uncond must have class_labels for no class, got {uncond!r}")
+    if digest:
+        inputs_alone = nn.Module()
+        for name, buffer in own.named_buffers(recurse=False):
+            inputs_alone.register_buffer(name, buffer)
+        digest = f"{digest}, {own.extra_repr()}, inputs {digest_of(inputs_alone)[:16]}"
     return Teacher(own, tuple(shape), classes, digest=digest)
 
 
