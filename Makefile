@@ -84,6 +84,7 @@ ptx-selftest ptx-fuzz:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) torch 'setuptools>=77' wheel pybind11 ninja numpy
 	FEWSTEP_CUDA=$${FEWSTEP_CUDA:-auto} $(INSTALL) --no-build-isolation --editable '.[dev,train,triton,keops]'
+	$(INSTALL) --no-deps torchcfm  # it would bring torchvision, which does not load beside a CPU's torch
 	touch $@
 
 clean:

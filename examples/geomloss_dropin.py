@@ -1,4 +1,3 @@
-# ruff: noqa: T201
 """A gradient flow of points by the Sinkhorn divergence of geomloss, with fewstep's kernels.
 
 What is replaced: one line, the import. Before it was `from geomloss import SamplesLoss`.

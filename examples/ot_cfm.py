@@ -1,4 +1,3 @@
-# ruff: noqa: T201
 """OT-CFM: a flow trained on pairs of noise and data that are drawn from their transport plan.
 
 What is replaced in a trainer that uses torchcfm: one line, the import of `OTPlanSampler`. Before it

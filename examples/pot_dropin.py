@@ -1,4 +1,3 @@
-# ruff: noqa: T201
 """Colours of one image carried over to another by entropic transport, as POT computes it.
 
 What is replaced: one line, the import. Before it was `import ot as pot`.

@@ -31,12 +31,19 @@ def mixture(path: str = "noise-at-1", d: int = 2) -> GaussianMixture:
 def test_conversions_in_half_precision(dtype: torch.dtype, path: str) -> None:
     """t is not rounded to the dtype of x, where 0.01 would be off by 2e-5."""
     x, value = torch.randn(50, 2).to(dtype), torch.randn(50, 2).to(dtype)
-    for target in conversions.KINDS:
-        options: dict[str, Any] = {"source": "velocity", "target": target, "path": path}
+    for target in kinds(path):
+        options: dict[str, Any] = {"source": kinds(path)[0], "target": target, "path": path}
         low = conversions.convert(value, x, 0.01, **options)
         exact = conversions.convert(value.double(), x.double(), 0.01, **options)
         assert low.dtype == dtype
         assert float((low.double() - exact).norm() / exact.norm()) < torch.finfo(dtype).eps
+
+
+def kinds(path: str) -> list[str]:
+    """What a path has, its velocity first."""
+    velocities = ["velocity", "dx/dalphas_cumprod"]
+    own = velocities[path == "vp"]
+    return [own, *(kind for kind in conversions.KINDS if kind not in velocities)]
 
 
 TIMES = {"noise-at-1": 0.3, "data-at-1": 0.3, "ve": 0.8, "vp": 0.6}
@@ -55,10 +62,11 @@ def test_conversions_are_those_of_the_density(path: str) -> None:
         "score": s,
         "denoiser": denoiser,
         "noise": -b * s,
-        "velocity": da * denoiser - db * b * s,
+        "v": (-a * b * s - b * denoiser) / (a * a + b * b).sqrt(),
+        kinds(path)[0]: da * denoiser - db * b * s,
     }
-    for source in conversions.KINDS:
-        for target in conversions.KINDS:
+    for source in kinds(path):
+        for target in kinds(path):
             found = conversions.convert(
                 truth[source], x, t, source=source, target=target, path=path
             )
@@ -388,6 +396,9 @@ def test_series_refuses_a_radius_of_one() -> None:
         ({"path": "cosine"}, "path must be one of"),
         ({"value": torch.zeros(3, 1)}, "value must be"),
         ({"t": torch.zeros(2)}, "t must be a scalar or"),
+        ({"path": "vp"}, r"source must be 'dx/dalphas_cumprod' .* got 'velocity'; .*'v'"),
+        ({"source": "noise", "target": "velocity", "path": "vp"}, "target must be 'dx/dalphas"),
+        ({"source": "dx/dalphas_cumprod"}, "source must be 'velocity' for path 'noise-at-1'"),
     ],
 )
 def test_bad_conversions(change: dict[str, Any], message: str) -> None:

@@ -1,12 +1,17 @@
-"""Conversions between velocities, denoisers, noise predictions and scores.
+"""Conversions between velocities, denoisers, predictions of noise and v, and scores.
 
 On a path `x = a(t) x_data + b(t) eps` let `D = E[x_data | x]`, `e = E[eps | x]`,
-`s = grad log p(x)`, and `v = a' D + b' e` the velocity of the probability flow. Then
+`s = grad log p(x)`, and `u = a' D + b' e` the velocity of the probability flow. Then
 `x = a D + b e` and `s = -e / b`, so
 
-    D = (b' x - b v) / (a b' - a' b),    e = (a v - a' x) / (a b' - a' b).
+    D = (b' x - b u) / (a b' - a' b),    e = (a u - a' x) / (a b' - a' b).
 
-Source: Tweedie's formula; Karras et al., EDM, arXiv 2206.00364, for VE.
+With `n^2 = a^2 + b^2` the prediction "v" is `v = (a e - b D) / n`, so
+
+    D = (a x / n - b v) / n,             e = (b x / n + a v) / n.
+
+Source: Tweedie's formula; Karras et al., EDM, arXiv 2206.00364, for VE; Salimans and Ho,
+Progressive distillation, arXiv 2202.00512, for v.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from fewstep._checks import as_times, floating, one_of, stands_for_tensor
 from fewstep._names import Kind, TimePath
 from fewstep._torch import wide
 
-KINDS = ("velocity", "denoiser", "noise", "score")
+KINDS = ("velocity", "denoiser", "noise", "score", "v", "dx/dalphas_cumprod")
 
 
 def _noise_at_1(t: Tensor) -> tuple[Tensor, ...]:
@@ -71,15 +76,22 @@ def convert(
     target: Kind,
     path: TimePath = "noise-at-1",
 ) -> Tensor:
-    """Convert a prediction at x between velocity, denoiser, noise and score.
+    """Convert a prediction at x between velocity, denoiser, noise, v and score.
+
+        velocity            dx/dt along the probability flow
+        denoiser            D = E[x_data | x]
+        noise               e = E[eps | x]
+        score               -e / b
+        v                   (a e - b D) / sqrt(a^2 + b^2), of networks with v-prediction
+        dx/dalphas_cumprod  velocity of "vp", whose time is the cumulative product of alphas
 
     Args:
         value (Tensor): prediction, of the shape of x.
         x (Tensor): points `[B, ...]`.
         t (float | Tensor): time, a scalar or `[B]`. For "ve" it is the noise level sigma. For "vp"
-            it is the cumulative product of alphas, and velocities are derivatives with respect to
-            it.
-        source (str): kind of `value`: "velocity", "denoiser", "noise" or "score".
+            it is the cumulative product of alphas.
+        source (str): kind of `value`, as above. A velocity of "vp" is named by its time, so that it
+            is not taken for v.
         target (str): kind of the result.
         path (str): "noise-at-1", `(1 - t) x_data + t eps`; "data-at-1", `t x_data + (1 - t) eps`;
             "ve", `x_data + t eps`; "vp", `sqrt(t) x_data + sqrt(1 - t) eps`.
@@ -108,21 +120,37 @@ def convert(
     if value.shape != x.shape:
         raise ValueError(f"convert: value must be {tuple(x.shape)}, got {tuple(value.shape)}")
     t = as_times("convert", t, x, wide(x.dtype))
+    named = "dx/dalphas_cumprod" if path == "vp" else "velocity"
+    for name, kind in (("source", source), ("target", target)):
+        if kind in ("velocity", "dx/dalphas_cumprod") and kind != named:
+            hint = "; a network with v-prediction has 'v'" if path == "vp" else ""
+            raise ValueError(
+                f"convert: {name} must be {named!r} for path {path!r}, got {kind!r}{hint}"
+            )
     if source == target:
         return value
     a, b, da, db = coefficients(path, t.reshape(-1, *(1,) * (x.ndim - 1)))
-    if source == "velocity":
+    if source == named:
         turn = a * db - da * b
         denoiser, noise = (db * x - b * value) / turn, (a * value - da * x) / turn
-    elif source == "denoiser":
-        denoiser, noise = value, (x - a * value) / b
     else:
-        noise = value if source == "noise" else -b * value
-        denoiser = (x - b * noise) / a
+        denoiser, noise = parts(value, x, a, b, source)
     made: dict[str, Callable[[], Tensor]] = {
-        "velocity": lambda: da * denoiser + db * noise,
+        named: lambda: da * denoiser + db * noise,
         "denoiser": lambda: denoiser,
         "noise": lambda: noise,
         "score": lambda: -noise / b,
+        "v": lambda: (a * noise - b * denoiser) / (a.square() + b.square()).sqrt(),
     }
     return made[target]().to(x.dtype)
+
+
+def parts(value: Tensor, x: Tensor, a: Tensor, b: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """D and e at `x = a x_data + b eps`, of a prediction that does not depend on a' and b'."""
+    if kind == "denoiser":
+        return value, (x - a * value) / b
+    if kind == "v":
+        n = (a.square() + b.square()).sqrt()
+        return (a * x / n - b * value) / n, (b * x / n + a * value) / n
+    noise = value if kind == "noise" else -b * value
+    return (x - b * noise) / a, noise

@@ -91,8 +91,8 @@ class GaussianMixture:
         return self._converted(x, t, "score")
 
     def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """The velocity of the probability flow, `[B, D]`."""
-        return self._converted(x, t, "velocity")
+        """The velocity `dx/dt` of the probability flow, `[B, D]`."""
+        return self._converted(x, t, "dx/dalphas_cumprod" if self.path == "vp" else "velocity")
 
     __call__ = velocity
 
