@@ -216,7 +216,10 @@ def render_family(rows: list[Row]) -> str:
     same = "networks, inputs and probes, except as said below" if probes else "networks and inputs"
     more = [f"Every column has the same {same}."]
     if any(row.get("over_network") for row in rows):
-        more.append("Ratios to the network alone: both were called in turn in one process.")
+        more.append(
+            "Ratios to the network alone: both were called in turn in one process. Its own column"
+            " is from another process."
+        )
     lines += ["", *footer(rows, columns, more)]
     for column, what in (
         ("saved_mb", "Saved for backward, MB"),
