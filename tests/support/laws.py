@@ -75,8 +75,9 @@ def check_dual(c: Comparison, dtype: torch.dtype) -> None:
             for w, t, r in zip((a, b), (f, g), rho, strict=True)
         ]
         parts = terms[0].sum() + terms[1].sum()
-        if not (p.plain and p.balanced and "update" not in p.options):  # whose mass is that of b
-            parts = parts - e * (P.sum() - a.sum() * b.sum())
+        exact = p.plain and p.balanced and "update" not in p.options
+        mass = b.sum() if exact else P.sum()
+        parts = parts - e * (mass - a.sum() * b.sum())
         sizes = terms[0].abs().sum() + terms[1].abs().sum()
         tiny = torch.maximum(c.scale * size / own, sizes) + e * size
         assert_contract("value", value.to(dtype), parts, scale=tiny)

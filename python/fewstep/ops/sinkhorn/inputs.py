@@ -179,6 +179,8 @@ def canonical_points(
 
 def _broadcast(p: Sequence[int], q: Sequence[int]) -> tuple[int, ...] | None:
     """The shape that both broadcast to, or None."""
+    if p == q:
+        return tuple(p)
     pairs = [*itertools.zip_longest(reversed(p), reversed(q), fillvalue=1)]
     if any(i != j and 1 not in (i, j) for i, j in pairs):
         return None
@@ -191,8 +193,8 @@ def spread(t: Tensor, batch: tuple[int, ...], own: int) -> Tensor:
     What is shared by all problems is not copied.
     """
     tail = t.shape[-own:]
-    if t.shape[:-own] == batch and len(batch) == 1:
-        return t
+    if t.shape[:-own] == batch and len(batch) < 2:
+        return t if batch else t[None]
     return t.expand(*batch, *tail).reshape(math.prod(batch), *tail)
 
 
