@@ -38,7 +38,8 @@ def replay(
 ) -> Tensor:
     """Run a plan as one CUDA graph, captured the first time."""
     like = (tuple(latents.shape), latents.dtype, latents.device, tuple(plan.table.shape))
-    key = (*like, plan.euler, plan.scaled, seeds is None, state, backend, networks[1:])
+    form = (plan.euler, plan.scaled, plan.single, plan.plain)
+    key = (*like, *form, seeds is None, state, backend, networks[1:])
     known = _GRAPHS.setdefault(networks[0], {})
     inputs = torch.stack(plan.inputs(latents))
     if key not in known:

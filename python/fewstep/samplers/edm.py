@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import count, flags, function, one_of
-from fewstep._names import Backend, Estimator, SamplerTracker, State
-from fewstep.ops.heun.engine import Run, rows
+from fewstep._names import Backend, Estimator, SamplerSolver, SamplerTracker, State
+from fewstep.ops.heun.engine import rows
 from fewstep.ops.heun.inputs import check_log_density, check_state, pick
 from fewstep.ops.heun.solve import HeunResult
 from fewstep.ops.trace import inputs as trace_inputs
@@ -21,19 +21,26 @@ from fewstep.ops.trace.inputs import Options, check_ids, check_options
 from fewstep.samplers.cuda_graph import replay
 from fewstep.samplers.inputs import (
     check_churn,
+    check_edits,
     check_guidance,
     check_precondition,
     check_schedule,
     check_sigmas,
 )
 from fewstep.samplers.plan import (
+    SOLVERS,
     Churn,
     Determinants,
+    Edits,
+    Guidance,
     Network,
     Plan,
+    SamplerStep,
     Traces,
-    follow,
+    needless,
     preconditioning,
+    sample,
+    stacked,
     table_row,
 )
 from fewstep.samplers.schedules import levels_of
@@ -64,8 +71,14 @@ def edm_sample(
     S_min: float = 0.0,
     S_max: float = math.inf,
     S_noise: float = 1.0,
-    guidance: float | Tensor | None = None,
+    solver: SamplerSolver = "heun",
+    guidance: float | Tensor | Callable[[float], float] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     uncond: Network | None = None,
+    init: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    callback: Callable[[SamplerStep], bool | None] | None = None,
     seeds: Tensor | None = None,
     precondition: float | None = None,
     state: State = "compensated",
@@ -88,12 +101,16 @@ def edm_sample(
         d2 = (x2 - D(x2, sigma')) / sigma',    x  = x^ + (sigma' - sigma^) (d1 + d2) / 2
 
     with `gamma = min(S_churn / N, sqrt 2 - 1)` where `S_min <= sigma <= S_max`, and 0 elsewhere. A
-    last step to 0 is `x = x2`.
+    last step to 0 is `x = x2`. `solver="euler"` takes `x = x2` in every step, in N evaluations.
+    `solver="dpm++2m"` takes, with `q = sigma' / sigma` and D- at the level sigma- before,
 
-    Each step is two fused passes over the state, apart from the network. They include noise,
-    guidance and preconditioning. There are no gradients; `fewstep.heun_solve` has them. The
-    network's input is a buffer of the sampler. A network that keeps it must clone it, and no
-    network may write into it.
+        x = q x + (1 - q) ((1 + k) D - k D-),    k = ln(sigma / sigma') / (2 ln(sigma- / sigma))
+
+    in N evaluations, with k = 0 in the first step and in a last one to 0. It is of second order.
+
+    Each evaluation is followed by one fused pass over the state, which includes noise, guidance and
+    preconditioning. There are no gradients; `fewstep.heun_solve` has them. The network's input is a
+    buffer of the sampler. A network that keeps it must clone it, and no network may write into it.
 
     Args:
         denoiser (Callable): `D(x, sigma)` with sigma `[B]`, float32 at least, of the shape of x. It
@@ -105,9 +122,21 @@ def edm_sample(
             `[B, N + 1]` for levels of each sample. The last one may be 0.
         S_churn, S_min, S_max, S_noise (float): amount, range and scale of the noise that is added
             on the way.
-        guidance (float | Tensor | None): weight w of classifier-free guidance, a scalar or `[B]`:
+        solver (str): "heun", "euler" or "dpm++2m", as above.
+        guidance (float | Tensor | Callable | None): weight w of classifier-free guidance, a scalar,
+            `[B]`, or a function of the level:
             `D = uncond(x, sigma) + w (denoiser(x, sigma) - uncond(x, sigma))`.
+        guidance_interval (tuple | None): levels `(low, high)` between which guidance acts, both
+            included. Outside w is 1. Where w is 1 uncond is not called.
         uncond (Callable | None): unconditional denoiser.
+        init (Tensor | None): data `[B, ...]` to start from: `x = init + sigma_0 latents`.
+        known (Tensor | None): data `[B, ...]`, of which mask says what samples must have. There x
+            is `known + sigma latents` at the beginning of each step and at the end.
+        mask (Tensor | None): bool, of a shape that broadcasts to that of latents; true where
+            known.
+        callback (Callable | None): is called with a `SamplerStep` (index, steps, level, x,
+            denoised) after the first evaluation of each step. True ends sampling, and `denoised` is
+            the result.
         seeds (Tensor | None): int64 `[B]`, seeds of the noise. A sample has the same noise in any
             batch. Default: drawn from torch's generator where there is noise.
         precondition (float | None): standard deviation s of the data, where denoiser and uncond are
@@ -140,7 +169,9 @@ def edm_sample(
             another shape, or not finite, with the step; cuda_graph off CUDA.
         TypeError: latents or a log_density that are not floating, seeds or ids that are not int64.
 
-    Source: Karras et al., EDM, arXiv 2206.00364, algorithms 1 and 2, table 1.
+    Source: Karras et al., EDM, arXiv 2206.00364, algorithms 1 and 2, table 1; Lu et al.,
+    DPM-Solver++, arXiv 2211.01095, algorithm 2; Kynkaanniemi et al., limited intervals of guidance,
+    arXiv 2404.07724.
 
     >>> import fewstep
     >>> wide = lambda x, sigma: x / (1 + sigma[:, None] ** 2)  # of data N(0, I)
@@ -160,31 +191,41 @@ def edm_sample(
     check_options(options, "edm_sample")
     ids = check_ids(sample_ids, latents, "edm_sample")
     churn = check_churn("edm_sample", S_churn, S_min, S_max, S_noise)
-    weight = check_guidance("edm_sample", guidance, uncond, latents)
+    one_of("edm_sample", "solver", solver, SOLVERS)
+    weight = check_guidance("edm_sample", guidance, uncond, latents, guidance_interval)
+    edits = check_edits("edm_sample", latents, init, known, mask, callback)
     precondition = check_precondition("edm_sample", precondition)
+    if solver == "dpm++2m" and churn.amount > 0:
+        raise ValueError(f"edm_sample: S_churn must be 0 with {solver!r}, got {churn.amount}")
     seeds = seeds_for("edm_sample", seeds, latents, churn.amount > 0)
     if log_density is not None:
         check_log_density("edm_sample", log_density, latents)
         trace_inputs.check_problem(options, latents, "edm_sample")
         if churn.amount > 0:
             raise ValueError(f"edm_sample: S_churn must be 0 with log_density, got {churn.amount}")
+        if solver != "heun" or edits != Edits():
+            given = f"solver={solver!r}" if solver != "heun" else "init, mask or callback"
+            raise ValueError(f"edm_sample: log_density is that of plain Heun steps, got {given}")
         levels = levels_of(*schedule)[None] if levels is None else levels
         if bool((levels[:, -1] == 0).all()):
             levels = levels[:, :-1]
         if levels.shape[1] < 2:
             raise ValueError("edm_sample: log_density needs two levels above 0")
     name = pick("edm_sample", latents, backend)
+    networks: tuple[Network, ...] = (denoiser,) if uncond is None else (denoiser, uncond)
+    if solver == "dpm++2m" and precondition is not None:  # its state has no x by itself
+        networks = tuple(_preconditioned(network, precondition) for network in networks)
+        precondition = None
     if levels is None and weight is None and not torch.compiler.is_compiling():
-        plan = _known_plan(schedule, churn, precondition, latents.device)
+        plan = _known_plan(schedule, churn, precondition, solver, latents.device)
     else:
         own = levels_of(*schedule)[None] if levels is None else levels
-        plan = edm_plan(own, churn, weight, precondition)
-    networks = (denoiser,) if uncond is None else (denoiser, uncond)
+        plan = edm_plan(own, churn, weight, precondition, solver)
     if cuda_graph:
-        if latents.device.type != "cuda" or log_density is not None:
+        if latents.device.type != "cuda" or log_density is not None or edits != Edits():
             raise ValueError(
-                "edm_sample: cuda_graph needs latents on a CUDA device and no log_density,"
-                f" got {latents.device}"
+                "edm_sample: cuda_graph needs latents on a CUDA device, and no log_density, init,"
+                f" mask or callback, got {latents.device}"
             )
         with torch.cuda.device(latents.device):
             return replay(networks, latents, plan, seeds, state, name)
@@ -192,19 +233,37 @@ def edm_sample(
     if log_density is not None and tracker == "logdet":
         tracked = Determinants(networks, plan, log_density, latents)
     elif log_density is not None:
-        tracked = Traces(networks, plan, log_density, options, name, weight, ids)
-    table = plan.table.to(latents.device)
-    run = Run(
-        *("edm_sample", name, latents, table, state, check_finite),
-        scaled=plan.scaled,
+        tracked = Traces(networks, plan, log_density, options, name, ids)
+    how = (name, state, check_finite)
+    out = sample(
+        *("edm_sample", networks, latents, plan, how),
         seeds=seeds,
+        edits=edits,
+        tracked=tracked,
+        progress=progress,
     )
-    out = follow(run, networks, plan.inputs(latents), plan, tracked, progress)
     return out if tracked is None else tracked.result(out)
 
 
+def _preconditioned(network: Network, data: float) -> Network:
+    """The denoiser of a raw network."""
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        wide = (-1, *(1,) * (x.ndim - 1))
+        skip, out, scale = (
+            t.reshape(wide).to(x.dtype) for t in preconditioning(sigma.double(), data)
+        )
+        return skip * x + out * network(scale * x, sigma.log() / 4)
+
+    return denoiser
+
+
 def edm_plan(
-    levels: Tensor, churn: Churn, guidance: Tensor | None, precondition: float | None
+    levels: Tensor,
+    churn: Churn,
+    guidance: Guidance | None,
+    precondition: float | None,
+    solver: SamplerSolver = "heun",
 ) -> Plan:
     """The plan of EDM's sampler at levels `[R, N + 1]`, both halves of a step as combinations.
 
@@ -213,6 +272,8 @@ def edm_plan(
     linear in x2 and F2.
     """
     sigma = levels.T  # [N + 1, R]
+    if solver == "dpm++2m":
+        return _multistep_plan(sigma, guidance)
     steps = sigma.shape[0] - 1
     euler = bool((sigma[-1] == 0).all())
     hat = sigma[:-1] * (1 + churn.gamma(sigma[:-1], steps))
@@ -229,22 +290,72 @@ def edm_plan(
         own[-1], first[-1] = 1 + a[-1], b[-1]
     zero, one = torch.zeros_like(h), torch.ones_like(h)
     noise_after, scale_after = torch.cat((noise[1:], zero[:1])), torch.cat((in1[1:], one[:1]))
-    predictor = table_row(own, first, guidance, net=(in2 * (1 + a), in2 * b))
-    corrector = table_row(
-        one, -h / 2 * out2 / divisor, guidance, noise=noise_after, scale=scale_after
-    )
-    start = table_row(sigma[:1], None, guidance, noise=noise[:1], scale=in1[:1])[0]
-    given = torch.stack((hat, divisor), 1).flatten(0, 1)
+    start = table_row(sigma[:1], one[:1], None, noise=noise[:1], scale=in1[:1])[0]
+    single = solver == "euler"
+    given = hat if single else torch.stack((hat, divisor), 1).flatten(0, 1)
+    weight, plain = needless(guidance, given)
+    if single:
+        table = table_row(1 + a, b, weight, noise=noise_after, scale=scale_after)[:, None]
+        of_first = weight
+    else:
+        of_first, of_second = (None, None) if weight is None else (weight[::2], weight[1::2])
+        predictor = table_row(own, first, of_first, net=(in2 * (1 + a), in2 * b))
+        corrector = table_row(
+            one, -h / 2 * out2 / divisor, of_second, noise=noise_after, scale=scale_after
+        )
+        table = torch.stack((predictor, corrector), 1)
     traces = torch.stack((h / 2 * out1 * in1 / hat, h / 2 * out2 * in2 / divisor), 1)
     constant = -(h / 2 * ((1 - skip1) / hat + (1 - skip2) / divisor)).sum(0)
     return Plan(
-        rows(torch.stack((predictor, corrector), 1), start),
+        rows(table, start),
         given if precondition is None else given.log() / 4,
         steps,
         euler,
         precondition is not None,
-        traces.flatten(0, 1),
-        constant,
+        path=_path(torch.cat((hat, sigma[-1:]))),
+        estimate=stacked(1 / in1, skip1, out1, one if of_first is None else of_first),
+        single=single,
+        plain=plain,
+        traces=traces.flatten(0, 1),
+        constant=constant,
+        weight=weight,
+    )
+
+
+def _path(sigma: Tensor, factor: Tensor | None = None) -> Tensor:
+    one = torch.ones_like(sigma)
+    return stacked(sigma, one, sigma, one if factor is None else factor)
+
+
+def _multistep_plan(sigma: Tensor, guidance: Guidance | None) -> Plan:
+    """The plan of DPM-Solver++(2M) at levels `[N + 1, R]`, one pass a step.
+
+    With `c = (1 - q) (1 + k)` the state is `y = q x - (1 - q) k D-`. The network's next input is
+    `x' = y + c D`, and the next state `q' x' - (1 - q') k' D`: both are linear in y and D.
+    """
+    one, zero = torch.ones_like(sigma[:1]), torch.zeros_like(sigma[:1])
+    q = sigma[1:] / sigma[:-1]
+    h = -q.log()  # inf in a last step to 0
+    k = torch.cat((zero, h[1:] / (2 * h[:-1])))
+    k = torch.where(h.isfinite(), k, 0.0)
+    c = (1 - q) * (1 + k)
+    q_after, k_after = torch.cat((q[1:], one)), torch.cat((k[1:], zero))
+    given = sigma[:-1]
+    weight, plain = needless(guidance, given)
+    own = q_after * c - (1 - q_after) * k_after
+    table = table_row(q_after, own, weight, net=(torch.ones_like(q), c))
+    start = table_row(q[:1] * sigma[:1], q[:1], None, net=(sigma[:1], one))[0]
+    ones = torch.ones_like(q)
+    return Plan(
+        rows(table[:, None], start),
+        given,
+        sigma.shape[0] - 1,
+        euler=False,
+        scaled=True,
+        path=_path(sigma, torch.cat((q, one))),
+        estimate=stacked(ones, torch.zeros_like(q), ones, ones if weight is None else weight),
+        single=True,
+        plain=plain,
     )
 
 
@@ -253,11 +364,12 @@ def _known_plan(
     schedule: tuple[int, float, float, float],
     churn: Churn,
     precondition: float | None,
+    solver: SamplerSolver,
     device: torch.device,
 ) -> Plan:
     """EDM's own schedules, whose tables take longer to make than a step of a small network.
 
     They are where the samples are: a graph of CUDA cannot capture copies from the host.
     """
-    plan = edm_plan(levels_of(*schedule)[None], churn, None, precondition)
+    plan = edm_plan(levels_of(*schedule)[None], churn, None, precondition, solver)
     return replace(plan, table=plan.table.to(device), levels=plan.levels.to(device))

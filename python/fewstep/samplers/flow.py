@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fewstep._checks import count, flags, function
-from fewstep._names import Backend, State
-from fewstep.ops.heun.engine import Run, rows
+from fewstep._checks import count, flags, function, one_of
+from fewstep._names import Backend, OdeMethod, State
+from fewstep.ops.heun.engine import rows
 from fewstep.ops.heun.inputs import check_state, pick
 from fewstep.ops.trace.inputs import check_times
-from fewstep.samplers.inputs import check_churn, check_guidance
-from fewstep.samplers.plan import Churn, Network, Plan, follow, table_row
+from fewstep.samplers.inputs import check_churn, check_edits, check_guidance
+from fewstep.samplers.plan import (
+    Churn,
+    Guidance,
+    Network,
+    Plan,
+    SamplerStep,
+    needless,
+    sample,
+    stacked,
+    table_row,
+)
 from fewstep.samplers.seeds import seeds_for
+
+METHODS: tuple[OdeMethod, ...] = ("heun", "euler")
 
 
 @torch.no_grad()
@@ -28,8 +41,15 @@ def flow_sample(
     S_min: float = 0.0,
     S_max: float = 1.0,
     S_noise: float = 1.0,
-    guidance: float | Tensor | None = None,
+    solver: OdeMethod = "heun",
+    data_at: int = 0,
+    guidance: float | Tensor | Callable[[float], float] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     uncond: Network | None = None,
+    init: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    callback: Callable[[SamplerStep], bool | None] | None = None,
     seeds: Tensor | None = None,
     state: State = "compensated",
     progress: bool = False,
@@ -44,18 +64,25 @@ def flow_sample(
         sigma^ = sigma (1 + gamma),    t^ = sigma^ / (1 + sigma^),    r = (1 - t^) / (1 - t)
         x^ = r x + sqrt(t^^2 - r^2 t^2) S_noise n
 
-    A Heun step of `dx/dt = v` from t^ to the next time follows. At t = 1 there is nothing to raise.
+    A Heun step of `dx/dt = v` from t^ to the next time follows, or with `solver="euler"` an Euler
+    step. At t = 1 there is nothing to raise.
 
     Args:
         velocity (Callable): `v(x, t)` with t `[B]`, float32 at least. It predicts
-            `E[eps - data | x]`.
+            `E[eps - data | x]`, or `E[data - eps | x]` with data_at=1.
         latents (Tensor): standard normal noise `[B, ...]`. Sampling starts from `t_0 latents`.
         steps (int): number S of steps, of equal length from 1 to 0.
         times (Tensor | Sequence[float] | None): nodes in place of these, decreasing within [0, 1],
             `[S + 1]` or `[B, S + 1]`.
         S_churn, S_min, S_max, S_noise (float): churn as for `edm_sample`, with S_min and S_max as
             times.
-        guidance, uncond, seeds, state, progress, check_finite, backend: options of `edm_sample`.
+        solver (str): "heun" or "euler".
+        data_at (int): the time of data, 0 or 1. With 1 all times are counted from noise at 0: those
+            of velocity, `times`, which increase, S_min and S_max, and those of guidance.
+        guidance, guidance_interval, uncond, known, mask, callback: options of `edm_sample`, with
+            times for levels and `(1 - t) known + t latents` for what is known.
+        init (Tensor | None): data to start from, `x = (1 - t_0) init + t_0 latents`.
+        seeds, state, progress, check_finite, backend: options of `edm_sample`.
 
     Returns:
         Tensor: samples of the shape and dtype of latents.
@@ -76,27 +103,45 @@ def flow_sample(
     function("flow_sample", "velocity", velocity)
     flags("flow_sample", progress=progress)
     check_state("flow_sample", latents, state, "latents")
+    one_of("flow_sample", "solver", solver, METHODS)
+    data_at = count("flow_sample", "data_at", data_at, 0)
+    if data_at > 1:
+        raise ValueError(f"flow_sample: data_at must be 0 or 1, got {data_at}")
     if times is None:
         steps = count("flow_sample", "steps", steps)
-        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        times = torch.linspace(1 - data_at, data_at, steps + 1, dtype=torch.float64)
     nodes = check_times("flow_sample", times, latents)
+    nodes = 1 - nodes if data_at else nodes
     if bool(
         (nodes[:, 0] > 1).any() | (nodes[:, -1] < 0).any() | (nodes[:, 0] < nodes[:, -1]).any()
     ):
-        raise ValueError(f"flow_sample: times must decrease within [0, 1], got {times}")
+        way = "increase" if data_at else "decrease"
+        raise ValueError(f"flow_sample: times must {way} within [0, 1], got {times}")
     churn = check_churn("flow_sample", S_churn, S_min, S_max, S_noise)
-    weight = check_guidance("flow_sample", guidance, uncond, latents)
+    if data_at:
+        churn = replace(churn, low=1 - churn.high, high=1 - churn.low)
+    weight = check_guidance("flow_sample", guidance, uncond, latents, guidance_interval)
+    edits = check_edits("flow_sample", latents, init, known, mask, callback)
     seeds = seeds_for("flow_sample", seeds, latents, churn.amount > 0)
-    plan = flow_plan(nodes, churn, weight)
+    plan = flow_plan(nodes, churn, weight, solver, bool(data_at))
     networks = (velocity,) if uncond is None else (velocity, uncond)
-    name = pick("flow_sample", latents, backend)
-    table = plan.table.to(latents.device)
-    run = Run("flow_sample", name, latents, table, state, check_finite, seeds=seeds)
-    return follow(run, networks, plan.inputs(latents), plan, None, progress)
+    how = (pick("flow_sample", latents, backend), state, check_finite)
+    return sample(
+        *("flow_sample", networks, latents, plan, how), seeds=seeds, edits=edits, progress=progress
+    )
 
 
-def flow_plan(times: Tensor, churn: Churn, guidance: Tensor | None) -> Plan:
-    """The plan of `flow_sample` at times `[R, S + 1]`."""
+def flow_plan(
+    times: Tensor,
+    churn: Churn,
+    guidance: Guidance | None,
+    solver: OdeMethod = "heun",
+    reversed_time: bool = False,
+) -> Plan:
+    """The plan of `flow_sample` at times `[R, S + 1]` from noise at 1.
+
+    In reversed time the network has `1 - t` for t, and returns `-dx/dt`.
+    """
     t = times.T
     now, after = t[:-1], t[1:]
     steps = now.shape[0]
@@ -108,9 +153,40 @@ def flow_plan(times: Tensor, churn: Churn, guidance: Tensor | None) -> Plan:
     one, last = torch.ones_like(h), torch.zeros_like(h[:1])
     keep_after = torch.cat((keep[1:], one[:1]))
     noise_after = torch.cat((noise[1:], last))
-    predictor = table_row(one, h / 2, guidance, net=(one, h))
-    corrector = table_row(keep_after, keep_after * h / 2, guidance, noise=noise_after, scale=one)
-    start = table_row((keep * now)[:1], None, guidance, noise=noise[:1], scale=one[:1])[0]
-    given = torch.stack((raised, after), 1).flatten(0, 1)
-    table = rows(torch.stack((predictor, corrector), 1), start)
-    return Plan(table, given, steps, euler=False, scaled=False)
+    single = solver == "euler"
+    given = raised if single else torch.stack((raised, after), 1).flatten(0, 1)
+    path = torch.cat((raised, t[-1:]))
+    if reversed_time:
+        given, called = 1 - given, 1 - path
+    else:
+        called = path
+    v = -h if reversed_time else h  # of the network's output
+    weight, plain = needless(guidance, given)
+    if single:
+        of_first = weight
+        row = table_row(keep_after, keep_after * v, weight, noise=noise_after, scale=one)
+        table = row[:, None]
+    else:
+        of_first, of_second = (None, None) if weight is None else (weight[::2], weight[1::2])
+        predictor = table_row(one, v / 2, of_first, net=(one, v))
+        corrector = table_row(
+            keep_after, keep_after * v / 2, of_second, noise=noise_after, scale=one
+        )
+        table = torch.stack((predictor, corrector), 1)
+    first = (keep * now)[:1]
+    begun = (keep * (1 - now))[:1]
+    start = table_row(first, begun, None, noise=noise[:1], scale=one[:1])[0]
+    ones = torch.ones_like(path)
+    sign = 1 if reversed_time else -1
+    return Plan(
+        rows(table, start),
+        given,
+        steps,
+        euler=False,
+        scaled=False,
+        path=stacked(called, 1 - path, path, ones),
+        estimate=stacked(one, one, sign * raised, one if of_first is None else of_first),
+        single=single,
+        plain=plain,
+        weight=weight,
+    )

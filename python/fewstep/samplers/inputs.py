@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fewstep._checks import as_float64, function, integer, number
-from fewstep.samplers.plan import Churn, Network
+from fewstep.samplers.plan import Churn, Edits, Guidance, Network, SamplerStep
 
 
 def check_shape(who: str, shape: Sequence[int]) -> list[int]:
@@ -92,20 +92,87 @@ def check_sigmas(who: str, sigmas: Tensor | Sequence[float], latents: Tensor) ->
 
 
 def check_guidance(
-    who: str, guidance: float | Tensor | None, uncond: Network | None, latents: Tensor
-) -> Tensor | None:
-    """w, float64 `[1 or B]`"""
+    who: str,
+    guidance: float | Tensor | Callable[[float], float] | None,
+    uncond: Network | None,
+    latents: Tensor,
+    interval: tuple[float, float] | None = None,
+) -> Guidance | None:
     if uncond is not None:
         function(who, "uncond", uncond)
     if guidance is None and uncond is None:
+        if interval is not None:
+            raise ValueError(f"{who}: guidance_interval needs guidance, got {interval}")
         return None
     if uncond is None or guidance is None:
         missing, given = ("uncond", "guidance") if uncond is None else ("guidance", "uncond")
         value = uncond if guidance is None else guidance
         raise ValueError(f"{who}: {given} needs {missing}, got {given}={value!r}")
+    low, high = -math.inf, math.inf
+    if interval is not None:
+        if not isinstance(interval, Sequence) or len(interval) != 2 or isinstance(interval, str):
+            raise ValueError(f"{who}: guidance_interval must be a pair, got {interval!r}")
+        low, high = (number(who, "guidance_interval", t) for t in interval)
+        if not low <= high:
+            raise ValueError(f"{who}: guidance_interval must be (low, high), got {low} and {high}")
+    if callable(guidance) and not isinstance(guidance, Tensor):
+        return Guidance(_of_level(who, guidance), low, high)
     weight = as_float64(who, "guidance", guidance, torch.device("cpu"))
     if tuple(weight.shape) not in ((), (latents.shape[0],)) or not bool(weight.isfinite().all()):
         raise ValueError(
             f"{who}: guidance must be finite, a scalar or ({latents.shape[0]},), got {guidance}"
         )
-    return weight.reshape(-1)
+    return Guidance(weight.reshape(-1), low, high)
+
+
+def _of_level(who: str, guidance: Callable[[float], float]) -> Callable[[float], float]:
+    def weight(level: float) -> float:
+        found = guidance(level)
+        found = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
+        value = number(who, "guidance", found)
+        if not math.isfinite(value):
+            raise ValueError(f"{who}: guidance must be finite, got {value} at {level:g}")
+        return value
+
+    return weight
+
+
+def check_edits(
+    who: str,
+    latents: Tensor,
+    init: Tensor | None,
+    known: Tensor | None,
+    mask: Tensor | None,
+    callback: Callable[[SamplerStep], bool | None] | None,
+) -> Edits:
+    if callback is not None:
+        function(who, "callback", callback)
+    for name, t in (("init", init), ("known", known)):
+        if t is None:
+            continue
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{who}: {name} must be a floating Tensor, got {got}")
+        if t.shape != latents.shape or t.device != latents.device:
+            raise ValueError(
+                f"{who}: {name} must be {tuple(latents.shape)} on {latents.device} as latents,"
+                f" got {tuple(t.shape)} on {t.device}"
+            )
+    if (known is None) != (mask is None):
+        missing, given = ("mask", "known") if mask is None else ("known", "mask")
+        raise ValueError(f"{who}: {given} needs {missing}, got {missing}=None")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"{who}: mask must be a bool Tensor, true where known, got {got}")
+        own = mask.shape[::-1]
+        fits = len(own) <= latents.ndim and all(
+            size in (1, whole) for size, whole in zip(own, latents.shape[::-1], strict=False)
+        )
+        if not fits or mask.device != latents.device:
+            raise ValueError(
+                f"{who}: mask must broadcast to {tuple(latents.shape)} on {latents.device},"
+                f" got {tuple(mask.shape)} on {mask.device}"
+            )
+    init = None if init is None else init.to(latents.dtype)
+    return Edits(init, known, mask, callback)

@@ -20,6 +20,7 @@ from fewstep.reference.heun import NET, SCALE
 
 Network = Callable[[Tensor, Tensor], Tensor]
 _MOST_CHURN = math.sqrt(2) - 1  # of a level, a step: Karras et al., section 4
+SOLVERS = ("heun", "euler", "dpm++2m")
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,83 @@ class Churn:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """The weight w of classifier-free guidance at each level; 1 outside of an interval.
+
+    Attributes:
+        weight: w, float64 `[1 or B]`, or a function of the level.
+        low, high: interval of levels, both ends included.
+    """
+
+    weight: Tensor | Callable[[float], float]
+    low: float = -math.inf
+    high: float = math.inf
+
+    def at(self, levels: Tensor) -> Tensor:
+        """w at float64 levels `[S, R]`, `[S, R or B]`."""
+        inside = (levels >= self.low) & (levels <= self.high)
+        weight = self.weight
+        if not isinstance(weight, Tensor):
+            found = [weight(level) for level in levels.flatten().tolist()]
+            weight = levels.new_tensor(found).reshape(levels.shape)
+        return torch.where(inside, weight.to(levels.device), 1.0)
+
+
+@dataclass(frozen=True)
+class SamplerStep:
+    """What a callback of a sampler sees, after the first evaluation of each step.
+
+    Attributes:
+        index (int): number of the step, from 0.
+        steps (int): number of steps.
+        level (Tensor): noise level, or time, of x: `[B]`.
+        x (Tensor): state `[B, ...]`, a copy.
+        denoised (Tensor): the network's estimate of the data there, `[B, ...]`, with guidance.
+    """
+
+    index: int
+    steps: int
+    level: Tensor
+    x: Tensor
+    denoised: Tensor
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What of a sampler's way a user changes.
+
+    Attributes:
+        start: data to start from.
+        known, mask: data that stays as it is, where mask is true.
+        callback: called in each step; True ends sampling.
+    """
+
+    start: Tensor | None = None
+    known: Tensor | None = None
+    mask: Tensor | None = None
+    callback: Callable[[SamplerStep], bool | None] | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """A sampler as a table of passes and what its network is called with.
 
     Attributes:
         table: float64 `[K, R, 8]`, see `fewstep.reference.heun`.
-        levels: level or time of evaluation 2 s + i, i = 0, 1, of step s, float64 `[2 S, R]`.
+        levels: what evaluation i of step s is called with, float64 `[E S, R]`, E = 1 or 2.
         steps: number S of steps.
         euler: whether the last step has one evaluation.
         scaled: whether the network's input is not the state itself.
+        single: whether each step has one evaluation.
+        plain: numbers of the evaluations that need no unconditional network.
+        path: of each step's beginning and of the end, `x_t = alpha x_data + sigma noise`, the level
+            as the user counts it, alpha and sigma, and the factor of x in the state: float64
+            `[4, S + 1, R]`.
+        estimate: D = e_1 x + e_2 F with x = e_0 times the network's input: e and the weight of
+            guidance at the first evaluation of each step, float64 `[4, S, R]`.
         traces: weights of the traces of each evaluation in the change of log-density, `[2 S, R]`.
         constant: part of that change that depends on no trace, for each dimension, `[R]`.
+        weight: weights of guidance at the evaluations, `[E S, R]`.
     """
 
     table: Tensor
@@ -56,8 +123,13 @@ class Plan:
     steps: int
     euler: bool
     scaled: bool
+    path: Tensor
+    estimate: Tensor
+    single: bool = False
+    plain: frozenset[int] = frozenset()
     traces: Tensor | None = None
     constant: Tensor | None = None
+    weight: Tensor | None = None
 
     def inputs(self, latents: Tensor) -> tuple[Tensor, ...]:
         """Levels or times of each evaluation, `[B]`."""
@@ -93,6 +165,10 @@ def table_row(
     return torch.stack(torch.broadcast_tensors(*columns), -1)  # type: ignore[no-untyped-call]
 
 
+def stacked(*parts: Tensor) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*parts))  # type: ignore[no-untyped-call]
+
+
 def preconditioning(sigma: Tensor, data: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out and c_in of EDM, or those of a denoiser."""
     if data is None:
@@ -115,7 +191,6 @@ class Traces:
         log_density: Tensor,
         options: Options,
         backend: str,
-        guidance: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> None:
         assert plan.traces is not None
@@ -123,7 +198,7 @@ class Traces:
         self.solvers = [Solver(network, options, ids) for network in networks]
         self.keys = make_keys(0, plan.steps)
         weights = plan.traces.to(log_density.device)
-        row = table_row(torch.ones_like(weights), weights, guidance)
+        row = table_row(torch.ones_like(weights), weights, plan.weight)
         table = rows(row.reshape(-1, 2, *row.shape[1:]))
         self.tracker = Tracker(backend, log_density, table)
         # What the traces are weighed by, once for all evaluations.
@@ -188,6 +263,52 @@ class Determinants:
         return HeunResult(x, log_density, error, None, "logdet", share)
 
 
+class _Editor:
+    """Makes what a user wants of the states of a run."""
+
+    def __init__(self, run: Run, plan: Plan, latents: Tensor, edits: Edits) -> None:
+        self.run, self.plan, self.latents, self.edits = run, plan, latents, edits
+        like = (latents.device, run.high.dtype)
+        shape = (-1, *(1,) * (latents.ndim - 1))
+        self.path, self.estimate = (
+            [[row.reshape(shape) for row in part.to(*like)] for part in table]
+            for table in (plan.path, plan.estimate)
+        )
+
+    def hold(self, step: int) -> None:
+        """What is known takes the noise that the others have at the beginning of a step."""
+        mask, known, run = self.edits.mask, self.edits.known, self.run
+        if mask is None:
+            return
+        assert known is not None
+        _, alpha, sigma, factor = (part[step] for part in self.path)
+        x = alpha * known + sigma * self.latents
+        last = step == self.plan.steps
+        back = 1 if last else self.estimate[0][step]
+        high = factor * x
+        if not last and not bool((factor == 1).all()):  # beside what is left of an output before
+            high = run.high + factor * (x - back * run.net)
+        run.high = torch.where(mask, high, run.high)
+        run.low = None if run.low is None else torch.where(mask, 0, run.low)
+        run.net = torch.where(mask, x / back, run.net).to(run.dtype)
+
+    def ends(self, outs: list[Tensor], step: int) -> Tensor | None:
+        """The estimate of the data, if a callback wants no more."""
+        callback = self.edits.callback
+        if callback is None:
+            return None
+        back, own, part, weight = (row[step] for row in self.estimate)
+        x = back * self.run.net
+        out = outs[0] if len(outs) == 1 else weight * outs[0] + (1 - weight) * outs[1]
+        x, denoised = (t.to(self.run.dtype) for t in (x, own * x + part * out))
+        level = self.path[0][step].flatten().expand(x.shape[0])
+        verdict = callback(SamplerStep(step, self.plan.steps, level, x, denoised.clone()))
+        if verdict is not None and not isinstance(verdict, bool):
+            got = type(verdict).__name__
+            raise TypeError(f"{self.run.who}: callback must return True, False or None, got {got}")
+        return denoised if verdict else None
+
+
 def follow(
     run: Run,
     networks: tuple[Network, ...],
@@ -195,13 +316,15 @@ def follow(
     plan: Plan,
     tracked: Traces | Determinants | None,
     progress: bool,
+    editor: _Editor | None = None,
 ) -> Tensor:
     """Take a plan's steps."""
 
     def evaluate(net: Tensor, index: int, step: int) -> list[Tensor]:
         if tracked is not None:
             return [run.accept(out, step) for out in tracked.call(net, inputs[index], index)]
-        outs = [run.call(network, inputs[index], step) for network in networks]
+        called = networks[:1] if index in plan.plain else networks
+        outs = [run.call(network, inputs[index], step) for network in called]
         if len(outs) == 2 and _share_memory(*outs):
             raise ValueError(
                 f"{run.who}: the networks must return tensors of their own, got one buffer from"
@@ -214,16 +337,52 @@ def follow(
 
     network, advance = networks[0], run.advance
     call = alone if tracked is None and len(networks) == 1 else evaluate
-    advance([], 1, 0)
+    start = None if editor is None else editor.edits.start
+    advance([] if start is None else [start], 1, 0)
     for step in _steps(plan.steps, progress):
-        index = 2 * step
+        index = step if plan.single else 2 * step
+        if editor is not None:
+            editor.hold(step)
         first = call(run.net, index, step)
-        if plan.euler and step == plan.steps - 1:
+        ended = None if editor is None else editor.ends(first, step)
+        if ended is not None:
+            return ended
+        if plan.single or (plan.euler and step == plan.steps - 1):
             advance(first, FIRST + index, step)
             continue
         advance(first, FIRST + index, step, middle=True)
         advance(call(run.net, index + 1, step), FIRST + index + 1, step)
+    if editor is not None:
+        editor.hold(plan.steps)
     return run.finish()
+
+
+def sample(
+    who: str,
+    networks: tuple[Network, ...],
+    latents: Tensor,
+    plan: Plan,
+    how: tuple[str, str, bool | None],
+    *,
+    seeds: Tensor | None,
+    edits: Edits,
+    tracked: Traces | Determinants | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Follow a plan from noise; `how` is the backend, the state's precision, and the check."""
+    backend, state, check_finite = how
+    table = plan.table.to(latents.device)
+    run = Run(*(who, backend, latents, table, state, check_finite), scaled=plan.scaled, seeds=seeds)
+    editor = None if edits == Edits() else _Editor(run, plan, latents, edits)
+    return follow(run, networks, plan.inputs(latents), plan, tracked, progress, editor)
+
+
+def needless(guidance: Guidance | None, levels: Tensor) -> tuple[Tensor | None, frozenset[int]]:
+    """Weights at the levels of all evaluations, and those where all are 1."""
+    if guidance is None:
+        return None, frozenset()
+    weight = guidance.at(levels)
+    return weight, frozenset((weight == 1).all(-1).nonzero().flatten().tolist())
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
