@@ -196,6 +196,7 @@ def _raises(x: Tensor, t: Tensor) -> Tensor:
         (_names.OdeMethod, log_density.METHODS),
         (_names.Tracker, log_density.TRACKERS),
         (_names.SamplerTracker, edm.TRACKERS),
+        (_names.SamplerSolver, edm.SOLVERS),
         (_names.State, STATES),
         (_names.Reuse, multistep.MODES),
         (_names.Grid, schedules.GRIDS),

@@ -2,6 +2,7 @@
 
 from fewstep.metrics.classifier import classifier_features, frechet_local
 from fewstep.metrics.distances import exact_w2, frechet_distance, mmd_rbf, sliced_w2
+from fewstep.metrics.likelihood import bits_per_dim, dequantize
 from fewstep.metrics.neighbours import (
     PrecisionRecallCoverage,
     knn_agreement,
@@ -15,7 +16,9 @@ __all__ = [
     "MetricRow",
     "PrecisionRecallCoverage",
     "Straightness",
+    "bits_per_dim",
     "classifier_features",
+    "dequantize",
     "exact_w2",
     "format_report",
     "frechet_distance",
