@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 import numpy as np
 import torch
@@ -13,10 +13,13 @@ from torch import Tensor
 
 from fewstep._names import Backend, CostName, Precision, Update
 from fewstep._results import Arrays, on_arrays
-from fewstep.ops.sinkhorn import autograd
+from fewstep.ops.sinkhorn import autograd, distributed
 from fewstep.ops.sinkhorn.canonical import canonical_problem
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
 from fewstep.ops.sinkhorn.result import SinkhornResult
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _warned = False
 P = ParamSpec("P")
@@ -76,6 +79,7 @@ def sinkhorn(
     precision: Precision | None = None,
     backend: Backend | None = None,
     check_finite: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> SinkhornResult:
     """Entropic optimal transport between weighted point clouds, in the log domain.
 
@@ -230,30 +234,31 @@ def sinkhorn(
     >>> [[round(p, 3) for p in row] for row in result.plan().tolist()]
     [[0.476, 0.024], [0.024, 0.476]]
     """
-    problem = canonical_problem(
-        x,
-        y,
-        eps=eps,
-        a=a,
-        b=b,
-        cost=cost,
-        max_iter=max_iter,
-        tol=tol,
-        init=init,
-        anneal=anneal,
-        update=update,
-        relax=relax,
-        reach=reach,
-        exclude_diagonal=exclude_diagonal,
-        cu_seqlens=cu_seqlens,
-        labels=labels,
-        label_cost=label_cost,
-        C=C,
-        memory_limit=memory_limit,
-        precision=precision,
-        backend=backend,
-        check_finite=check_finite,
-    )
+    options: dict[str, Any] = {
+        "eps": eps,
+        "a": a,
+        "b": b,
+        "cost": cost,
+        "max_iter": max_iter,
+        "tol": tol,
+        "init": init,
+        "anneal": anneal,
+        "update": update,
+        "relax": relax,
+        "reach": reach,
+        "exclude_diagonal": exclude_diagonal,
+        "cu_seqlens": cu_seqlens,
+        "labels": labels,
+        "label_cost": label_cost,
+        "C": C,
+        "memory_limit": memory_limit,
+        "precision": precision,
+        "backend": backend,
+        "check_finite": check_finite,
+    }
+    if process_group is not None:
+        return distributed.between(distributed.shared("sinkhorn", process_group, x, y, options))
+    problem = canonical_problem(x, y, **options)
     return problem.result(*autograd.solve(problem.backend, problem))
 
 
