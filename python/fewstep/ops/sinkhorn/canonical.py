@@ -82,19 +82,20 @@ def canonical_problem(
     if isinstance(eps, str):
         eps = automatic_eps(eps, points, weights, columns).reshape(lead)
     e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
+    f0, g0 = (
+        (None, None)
+        if init is None
+        else initial_potential(init, batch, temperatures, points, dtype)
+    )
     # Label costs need not be symmetric, and looking would cost a synchronisation on a GPU.
-    single = x is y and x is not None and a is b and init is None and labels is None
+    single = x is y and x is not None and a is b and labels is None
+    single = single and (init is None or init[0] is init[1])
     single = single and (cu_seqlens is None or cu_seqlens[0] is cu_seqlens[1])
     single = single and not points.diagonal and rho[0] == rho[1]
     # Coordinates that tell zero vectors of x from those of y make clouds that are not the same.
     single = single and (x is None or points.x.shape[-1] == x.shape[-1])
     schedule = checked_schedule(max_iter, tol, rho, relax, update, single, memory_limit)
     schedule = annealed(schedule, anneal, points, (weights, columns), e, read)
-    f0, g0 = (
-        (None, None)
-        if init is None
-        else initial_potential(init, batch, temperatures, points, dtype)
-    )
     chosen = choose_backend(
         "sinkhorn",
         device,

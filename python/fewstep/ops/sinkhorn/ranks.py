@@ -5,6 +5,7 @@ All ranks must come to every call here, in the same order.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -75,7 +76,9 @@ def agreed(
         error = caught
     told: list[Any] = [None] * dist.get_world_size(group)
     said = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(told, (said, shared, own), group=group)
+    on_gpu = isinstance(x, Tensor) and x.is_cuda  # where NCCL sends objects from
+    with torch.cuda.device(x.device) if on_gpu else contextlib.nullcontext():
+        dist.all_gather_object(told, (said, shared, own), group=group)
     if error is not None:
         raise error
     for rank, (theirs, _, _) in enumerate(told):
@@ -113,9 +116,8 @@ def summed(t: Tensor, group: Any) -> Tensor:
 
 
 def largest(t: Tensor, group: Any) -> Tensor:
-    """In place, over the ranks; NaN stays."""
-    bad = torch.isnan(t)
-    t.masked_fill_(bad, torch.inf)
+    """Over the ranks; NaN counts as inf."""
+    t = torch.nan_to_num(t, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     dist.all_reduce(t, dist.ReduceOp.MAX, group=group)
     return t
 
