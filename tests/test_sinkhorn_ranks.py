@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.ops.sinkhorn import dispatch
+from fewstep.reference import part as reference
+from fewstep.reference.sinkhorn import Points
 from support import sinkhorn_ranks as cases
 from tolerances import assert_contract
 
@@ -122,6 +125,51 @@ ROWS_OF_ALL = (
     *("potentials", "marginals", "cost", "entropy", "sample"),
     *("of columns", "implicit", "permutation"),
 )
+PARTS = {
+    "first": {"f": False},
+    "next": {"f": True},
+    "penalised": {"f": True, "damping": 0.6, "target": 0.3},
+    "rows alone": {"f": True, "want_columns": False},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "half_sqeuclidean", "euclidean", "dot", "l1"])
+@pytest.mark.parametrize("how", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("n", [1, 2, 67, 200])
+def test_a_pass_is_that_of_the_reference(
+    capability: str, how: dict[str, Any], cost: str, dtype: torch.dtype, n: int
+) -> None:
+    torch.manual_seed(n)
+    x, y, a = torch.rand(1, n, 5).double(), torch.rand(1, 45, 5).double(), torch.rand(n).double()
+    h, f = torch.randn(45).double(), torch.randn(n).double()
+    h[3] = -torch.inf
+    a[0] = 0 if n > 1 else 1
+    numbers = (3.0, how.get("damping", 1.0), how.get("target", 0.0), how.get("want_columns", True))
+    f_before = f if how["f"] else None
+    exact = reference.part(Points(x, y, cost), a, h, f_before, *numbers)
+    x, y, a, h, f = (t.to(dtype) for t in (x, y, a, h, f))
+    f_before = f if how["f"] else None
+    found = dispatch.part("cpp", Points(x, y, cost), a, h, f_before, *numbers)
+    assert_contract("one step", found[0], exact[0])
+    if numbers[-1]:
+        counted = h > -torch.inf
+        assert_contract("plan", found[1][counted], exact[1][counted])
+    known = 2 if how["f"] else 0  # without F there is no error and no mass
+    for some, all_of in zip(found[2][:known].to(dtype), exact[2][:known], strict=True):
+        assert_contract("plan", some, all_of)
+
+
+def test_blocks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, a, h = torch.rand(1, 11, 3), torch.rand(1, 7, 3), torch.rand(11), torch.randn(7)
+    whole = reference.part(Points(x, y), a, h, a, 3.0, 1.0, 0.0, True)
+    monkeypatch.setattr(reference, "PAIRS", 50)
+    for some, all_rows in zip(
+        reference.part(Points(x, y), a, h, a, 3.0, 1.0, 0.0, True), whole, strict=True
+    ):
+        torch.testing.assert_close(some, all_rows)
+
+
 REFUSED = {
     "no rows": "x must have points and D > 0, got (0, 3)",
     "columns": "y must be the same on all ranks of process_group, got (6, 3) of checksum",

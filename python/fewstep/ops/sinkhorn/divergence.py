@@ -135,6 +135,11 @@ def sinkhorn_divergence(
             of a pair.
         C (tuple | None): costs `(C_xy [.., N, M], C_xx [.., N, N], C_yy [.., M, M])` instead of
             points, of which the last two are symmetric.
+        process_group (ProcessGroup | None): ranks of torch.distributed over which x is spread, each
+            with its own x and a, as for `sinkhorn`. The result's xy and xx are those of the rank's
+            rows, and yy is whole. init has the rank's own f for x and all of g. Every rank also
+            gathers all x and a, `N (D + 1)` numbers, and an iteration of xx or yy gathers `8 N` or
+            `8 M` bytes.
 
     cost, max_iter, tol, anneal, cu_seqlens, memory_limit, precision, backend and check_finite are
     those of `sinkhorn`.

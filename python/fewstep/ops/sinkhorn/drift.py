@@ -144,6 +144,15 @@ def sinkhorn_drift(
             "triton" run the iterations by the kernels of `sinkhorn` and then form the plans.
             Default: the environment variable FEWSTEP_BACKEND, else the fastest backend, on a
             GPU of those that have matched float64 there; see `sinkhorn`.
+        process_group (ProcessGroup | None): ranks of torch.distributed whose points are one batch:
+            scale, rms and plans are those of all. Default: of this process alone.
+        ranks_hold (str | None): with `process_group`, what each rank has its own of. "points": its
+            part of the points of every group, and of their weights, in any number; all ranks have
+            the same groups. Every rank gathers all points and solves the whole problem, so results
+            have the bits of one process, in its time and memory; velocity is that of the rank's x.
+            "groups": groups of its own, in any number, of as many points. It solves these, and
+            ranks reduce a number for the scale and one for each temperature. Default: "points" for
+            a single group; for more it must be given.
 
     Returns:
         Drift: velocity, scale, rms, residual, entropy, peak. No gradient flows through any.
@@ -153,6 +162,11 @@ def sinkhorn_drift(
     all pairs beyond what `memory_limit` allows for the groups in work. Several temperatures with
     `normalize=True` also need T - 1 times the memory of the velocity, of which the calling thread
     keeps up to 64 MB for the next call.
+
+    Under DDP, which takes means over ranks, a loss that is a mean over the rank's points is that of
+    the global batch where ranks have as many points; else multiply it by the rank's share of the
+    points times the number of ranks. All ranks must make the call. Without `process_group` a
+    warning says once, where there are several ranks, that each computes for itself.
 
     Raises:
         ValueError: shapes, devices, eps, weights, guidance, cost, form, backend, iteration counts

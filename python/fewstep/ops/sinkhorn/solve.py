@@ -170,6 +170,8 @@ def sinkhorn(
         check_finite (bool): raises on NaN and inf in the inputs (and in C, where inf may be meant).
             On a GPU it also checks the signs and sums of weights and the sign of eps, which costs a
             synchronisation.
+        process_group (ProcessGroup | None): ranks of torch.distributed over which x is spread, as
+            below. Default: this process has the whole problem.
 
     Returns:
         SinkhornResult: potentials, value, residual, iterations and converged, with the methods
@@ -189,6 +191,20 @@ def sinkhorn(
     Transforms: `torch.func.grad`, `jvp` and `vmap` work in any order. Under them and in a compiled
     graph the checks that read values are left out. A compiled graph has first derivatives of
     `value`, and of `transport` for v.
+
+    Ranks: with `process_group` each rank has its own x `[N_r, D]` and a `[N_r]`, and all have the
+    same y and b. The problem is that of all rows, whose weights are 1 / N by default. f, and
+    gradients for x and a, are those of the rank's rows. All else is the same on every rank: value,
+    g, residual, iterations, converged, and gradients for y and b, which are whole. All ranks must
+    make the call, and the backward pass. Wrong arguments, and ranks that differ in y, b, eps or an
+    option, raise on all of them. DDP takes means over ranks: under it multiply the loss by their
+    number. `transport(v)`, `plan`, `barycenter` and `assignment()` of the result are those of the
+    rank's rows against all columns; its other methods raise. An iteration is a pass over the rows
+    and one all_reduce of `8 (M + 3)` bytes, or a few more where sums of columns underflow. The
+    backward pass reduces the gradient for y, if y has one. "cpp" and "reference", the default on a
+    GPU, need memory for the points, a copy of y and some 50 numbers for each point of y, but for no
+    matrix. On a GPU every iteration waits for the device. Served are single problems, alternating
+    updates without `relax`, and costs that have names, "cosine" aside.
 
     Points of weight 0 (padding) do not change the result. They have potentials nevertheless, so
     that gradients for a and b are right there: f_i is the transform above of the final g, and g_j
