@@ -81,10 +81,9 @@ def test_float64_is_that_of_one_process(ranks: Ranks, of: str, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", cases.TRANSPORT)
-@pytest.mark.parametrize("of", ["sinkhorn", "sinkhorn_divergence"])
-def test_float32_keeps_the_contract(ranks: Ranks, of: str, name: str) -> None:
-    want = cases.solve(of, name, torch.float64)
-    parts = [rank[f"{of}, {name}, float32"] for rank in ranks]
+def test_float32_keeps_the_contract(ranks: Ranks, name: str) -> None:
+    want = cases.solve("sinkhorn", name, torch.float64)
+    parts = [rank[f"sinkhorn, {name}, float32"] for rank in ranks]
     largest, eps = costs(name), want["eps"].item()
     scale = largest if eps < 30 * largest.max() else want["f"]
     for key in ("f", "g"):
@@ -150,6 +149,8 @@ def test_a_pass_is_that_of_the_reference(
     exact = reference.part(Points(x, y, cost), a, h, f_before, *numbers)
     x, y, a, h, f = (t.to(dtype) for t in (x, y, a, h, f))
     f_before = f if how["f"] else None
+    if n == 67:
+        x, y, a, h = (t.repeat_interleave(2, -1)[..., ::2] for t in (x, y, a, h))
     found = dispatch.part("cpp", Points(x, y, cost), a, h, f_before, *numbers)
     assert_contract("one step", found[0], exact[0])
     if numbers[-1]:

@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn_part(const Tensor& x, const Tensor& 
                                                  const Maybe& f, int64_t cost, double scale, double damping,
                                                  double target, bool want_columns) {
   const Tensor hc = contiguous(h), none = new_empty(x, {1});
-  const Problems p = problems(x, y, a, h, none, {}, {}, {}, {}, {}, {}, cost, {});
+  const Problems p = problems(x, y, contiguous(a), hc, none, {}, {}, {}, {}, {}, {}, cost, {});
   const Maybe fc = dense_if(f);
   const int64_t n = x.size(1), m = y.size(1);
   Tensor f_next = new_empty(p.x, {n}), columns = new_empty(p.x, {want_columns ? m : 0});

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fewstep._torch import exactly
+from fewstep.reference.costs import OF_DISTANCE
 from fewstep.reference.sinkhorn import NOWHERE, Points
 
-PAIRS = 2**22  # whose costs are formed at a time
+PAIRS = 2**24  # whose costs are formed at a time
 
 Part = tuple[Tensor, Tensor, Tensor]
 
@@ -22,7 +23,8 @@ Part = tuple[Tensor, Tensor, Tensor]
 def blocks(points: Points) -> list[slice]:
     """Rows of one problem whose costs are formed together."""
     n, m, d = points.x.shape[1], points.y.shape[1], points.x.shape[2]
-    step = max(1, PAIRS // (m * max(d, 1)))
+    each = 1 if points.cost in OF_DISTANCE else d  # numbers that a pair's cost is made of
+    step = max(1, PAIRS // (m * each))
     return [slice(i, i + step) for i in range(0, n, step)]
 
 

@@ -21,7 +21,7 @@ from fewstep.ops.sinkhorn.inputs import (
 from fewstep.ops.sinkhorn.ranks import agreed, check_group, checksum, gathered, summed
 from fewstep.ops.sinkhorn.result import CanonicalProblem, SinkhornResult
 from fewstep.ops.sinkhorn.split import Solved, Split
-from fewstep.reference.costs import COSTS, NAMES
+from fewstep.reference.costs import OF_POINTS
 
 # Options that are served with one value alone.
 _ONLY = {
@@ -33,7 +33,6 @@ _ONLY = {
     "labels": None,
     "label_cost": None,
 }
-_COSTS = tuple(name for name in NAMES if COSTS[name].directions is None)
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,12 @@ def _refuse(op: str, x: Any, y: Any, options: dict[str, Any]) -> None:
             got = type(value).__name__ if tensors else repr(value)
             raise ValueError(f"{op}: {name} must be {only!r} with process_group, got {got}")
     cost = options["cost"]
-    if cost not in _COSTS:
+    if cost not in OF_POINTS:
         hint = ""
         if cost == "cosine":
             hint = "; 'half_sqeuclidean' of points of length 1 is the cosine cost"
         raise ValueError(
-            f"{op}: cost must be one of {_COSTS} with process_group, got {cost!r}" + hint
+            f"{op}: cost must be one of {OF_POINTS} with process_group, got {cost!r}" + hint
         )
     for name, t in (("x", x), ("y", y)):
         if isinstance(t, Tensor) and t.ndim != 2:

@@ -135,7 +135,7 @@ def gathered(t: Tensor, counts: list[int], group: Any) -> list[Tensor]:
 def warn_of_ranks(op: str, what: str) -> None:
     """Once, where there are other ranks that a call does not look at."""
     global _warned
-    if _warned or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _warned:
         return
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -143,5 +143,5 @@ def warn_of_ranks(op: str, what: str) -> None:
     warnings.warn(
         f"{op}: {what} are those of this rank's points alone; process_group= makes them those of"
         " all ranks; this is said once",
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -201,10 +201,10 @@ def sinkhorn(
     number. `transport(v)`, `plan`, `barycenter` and `assignment()` of the result are those of the
     rank's rows against all columns; its other methods raise. An iteration is a pass over the rows
     and one all_reduce of `8 (M + 3)` bytes, or a few more where sums of columns underflow. The
-    backward pass reduces the gradient for y, if y has one. "cpp" and "reference", the default on a
-    GPU, need memory for the points, a copy of y and some 50 numbers for each point of y, but for no
-    matrix. On a GPU every iteration waits for the device. Served are single problems, alternating
-    updates without `relax`, and costs that have names, "cosine" aside.
+    backward pass reduces the gradient for y, if y has one. "cpp" needs memory for the points, a
+    copy of y and some 50 numbers for each point of y, and "reference", the default on a GPU, for
+    2^24 costs at a time. On a GPU every iteration waits for the device. Served are single problems,
+    alternating updates without `relax`, and costs that have names, "cosine" aside.
 
     Points of weight 0 (padding) do not change the result. They have potentials nevertheless, so
     that gradients for a and b are right there: f_i is the transform above of the final g, and g_j
