@@ -374,10 +374,15 @@ def _fits(t: Tensor, batch: tuple[int, ...], count: int) -> bool:
     return t.ndim > 0 and t.shape[-1] == count and _broadcast(t.shape[:-1], batch) == batch
 
 
-def check_masses(name: str, total: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError where gradients underflow, or values, which have its square, overflow."""
+def mass_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Between which gradients do not underflow, nor values, which have squares of it, overflow."""
     info = torch.finfo(dtype)
-    least, most = info.tiny * 2**48, info.max**0.5
+    return info.tiny * 2**48, info.max**0.5
+
+
+def check_masses(name: str, total: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless sums of weights are in the range."""
+    least, most = mass_range(dtype)
     bad = ~((total >= least) & (total <= most))
     if bool(bad.any()):
         raise ValueError(
