@@ -49,6 +49,7 @@ DRIFTS: dict[str, Options] = {
     "euclidean": {"eps": 0.1, "cost": "euclidean"},
     "scaled": {"eps": [0.1, 0.4], "normalize": "scale"},
     "raw": {"eps": 0.4, "normalize": False},
+    "one group": {"eps": [0.1, 0.4], "uncond": True, "guidance": 0.3, "weights": True},
 }
 
 
@@ -107,9 +108,11 @@ def drift(name: str, hold: str, rank: int = 0, world: int = 1, group: Any = None
     draw = lambda *shape: torch.rand(*shape, generator=generator).double()  # noqa: E731
     options, single = dict(DRIFTS[name]), DRIFTS[name].get("exclude_diagonal", False)
     x, y, x_self, uncond = (draw(5, n, D) for n in (17, 14, 12, 9))
+    if name == "one group" and hold == "points":
+        x, y, x_self, uncond = (t[:1] for t in (x, y, x_self, uncond))
     axis = 1 if hold == "points" else 0
     x_self, y = x if single else x_self, y + 0.5
-    weights = [draw(5, t.shape[1]) for t in (y, x_self, uncond)]
+    weights = [draw(len(x), t.shape[1]) for t in (y, x_self, uncond)]
     clouds = [x, y, x_self]
     if world > 1:
         clouds = [part(t, rank, world, axis) for t in clouds]

@@ -148,8 +148,9 @@ def sinkhorn_drift(
             scale, rms and plans are those of all. Default: of this process alone.
         ranks_hold (str | None): with `process_group`, what each rank has its own of. "points": its
             part of the points of every group, and of their weights, in any number; all ranks have
-            the same groups. Every rank gathers all points and solves the whole problem, so results
-            have the bits of one process, in its time and memory; velocity is that of the rank's x.
+            the same groups. Every rank gathers all points. It then solves its share of the groups
+            and gathers all velocities, or, where ranks are more than groups, solves all of them,
+            with the bits of one process. velocity is that of the rank's x.
             "groups": groups of its own, in any number, of as many points. It solves these, and
             ranks reduce a number for the scale and one for each temperature. Default: "points" for
             a single group; for more it must be given.

@@ -75,7 +75,7 @@ def _of_points(
     named: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[CanonicalDrift, Outputs]:
-    """Every rank has all points and solves the whole problem, of which it keeps its rows."""
+    """Every rank has all points, solves its share of the groups, or all, and keeps its rows."""
 
     def every(name: str, t: Tensor) -> Tensor:
         """`[.., N, K]` of all ranks."""
@@ -93,12 +93,30 @@ def _of_points(
         parts = [every(n, w[..., None])[..., 0] for n, w in zip(names, weights, strict=True)]
         own["weights"] = torch.cat(parts, -1)
     whole_problem = canonical_drift(whole["x"], whole["y"], whole["x_self"], **own)
-    velocity, *rest = whole_problem.solve()
+    shared = len(whole_problem.x) >= len(told)
+    velocity, *rest = _shared(whole_problem, group) if shared else whole_problem.solve()
     counts, rank = [own["x"] for own in told], dist.get_rank(group)
     first = sum(counts[:rank])
     rows = velocity[:, :, first : first + counts[rank]]
     scale, rms, residual, entropy, peak = rest
     return whole_problem, (rows, scale, rms, residual, entropy, peak)
+
+
+def _shared(d: CanonicalDrift, group: Any) -> Outputs:
+    """Of groups that all ranks have, each solves some."""
+    count, ranks, rank = len(d.x), dist.get_world_size(group), dist.get_rank(group)
+    sizes = [count // ranks + (r < count % ranks) for r in range(ranks)]
+    some = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    x, y, x_self, weights, guidance = (t[some] for t in (d.x, d.y, d.x_self, d.weights, d.guidance))
+    uncond = None if d.uncond is None else d.uncond[some]
+    own = replace(d, x=x, y=y, x_self=x_self, weights=weights, guidance=guidance, uncond=uncond)
+    velocity, scale, rms, *plans = _of_groups(own, group)
+    of_groups = [
+        torch.cat(gathered(t.movedim(1, 0).contiguous(), sizes, group)).movedim(0, 1)
+        for t in (velocity, *plans)
+    ]
+    velocity, residual, entropy, peak = of_groups
+    return velocity, scale, rms, residual, entropy, peak
 
 
 def _of_groups(d: CanonicalDrift, group: Any) -> Outputs:
