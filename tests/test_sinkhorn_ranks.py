@@ -229,5 +229,6 @@ def test_one_rank_and_none(ranks: Ranks) -> None:
             assert same["difference"].abs() <= 1e-6
             assert same["gradient"].abs().max() <= 1e-6
             assert same["cost"] > 0
+            assert same["compiled"] == 0
         else:
             assert "no member of the group" in said

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fewstep._torch import untraced
 from fewstep.ops.sinkhorn import split
 from fewstep.ops.sinkhorn.canonical import canonical_problem
 from fewstep.ops.sinkhorn.inputs import (
@@ -152,6 +153,12 @@ def _automatic_eps(p: CanonicalProblem, group: Any) -> Tensor:
     mean = mean_costs(p.points.detached(), a, b) if bool(mass > 0) else torch.zeros_like(mass)
     total = summed(torch.cat([mass * mean, mass]), group)
     return eps_of_mean(total[:1] / total[1:], a.dtype)
+
+
+@untraced
+def sinkhorn(group: Any, x: Any, y: Any, options: dict[str, Any]) -> SinkhornResult:
+    """`fewstep.sinkhorn` of the rows of all ranks."""
+    return between(shared("sinkhorn", group, x, y, options))
 
 
 def between(s: Shared) -> SinkhornResult:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep._checks import flags
 from fewstep._names import Backend, CostName, Precision, Update
 from fewstep._results import brief, takes_arrays
-from fewstep._torch import readable
+from fewstep._torch import readable, untraced
 from fewstep.ops.sinkhorn import distributed
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
 from fewstep.ops.sinkhorn.inputs import check_dense
@@ -265,6 +265,7 @@ def _debiased(
     return DivergenceResult(value, residual, iterations, converged, xy, xx, yy)
 
 
+@untraced
 def _of_ranks(
     group: ProcessGroup, x: Tensor | None, y: Tensor | None, options: dict[str, Any], starts: Any
 ) -> DivergenceResult:

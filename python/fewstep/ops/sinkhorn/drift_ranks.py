@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewstep._torch import wide
+from fewstep._torch import untraced, wide
 from fewstep.ops.sinkhorn.drift_inputs import CanonicalDrift, canonical_drift
 from fewstep.ops.sinkhorn.ranks import agreed, check_group, checksum, gathered, summed
 from fewstep.reference.costs import COSTS, distances
@@ -20,6 +20,7 @@ HOLD = ("points", "groups")
 _PAIRS = 2**22  # times coordinates, whose distances are formed at a time
 
 
+@untraced
 def drift(
     group: Any, hold: str | None, clouds: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[CanonicalDrift, Outputs]:

@@ -35,8 +35,6 @@ def check_group(op: str, group: Any, tensors: dict[str, Any]) -> None:
         raise ValueError(f"{op}: process_group must be {kind}, got {group!r}{hint}")
     if not dist.is_initialized():
         raise ValueError(f"{op}: process_group must be initialised, got {group!r}")
-    if torch.compiler.is_compiling():
-        raise ValueError(f"{op}: process_group must be None in a compiled graph, got {group!r}")
     if is_transformed() or any(is_dual(t) for t in tensors.values() if isinstance(t, Tensor)):
         raise ValueError(
             f"{op}: process_group must be None under torch.func and in forward mode, got {group!r}"

@@ -273,7 +273,7 @@ def sinkhorn(
         "check_finite": check_finite,
     }
     if process_group is not None:
-        return distributed.between(distributed.shared("sinkhorn", process_group, x, y, options))
+        return distributed.sinkhorn(process_group, x, y, options)
     problem = canonical_problem(x, y, **options)
     return problem.result(*autograd.solve(problem.backend, problem))
 
