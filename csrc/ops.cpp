@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(fewstep, m) {
   m.def("sinkhorn_grad(Tensor x, Tensor y, Tensor f, Tensor g, Tensor a, Tensor b, Tensor eps, " GEOMETRY
         ") -> Tensor");
   m.def(
+      "sinkhorn_part(Tensor x, Tensor y, Tensor a, Tensor h, Tensor? f, int cost, float scale, float damping,"
+      " float target, bool want_columns) -> (Tensor f_next, Tensor columns, Tensor numbers)");
+  m.def(
       "sinkhorn_drift(Tensor x, Tensor y, Tensor x_self, Tensor? uncond, Tensor weights, Tensor guidance, Tensor eps,"
       " int cost, int max_iter, bool joint, bool scaled, bool unit, int? diagonal, int memory_limit,"
       " int precision)"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fewstep
-from fewstep.ops.sinkhorn.inputs import _mass_range
+from fewstep.ops.sinkhorn.inputs import mass_range
 from fewstep.reference.costs import cost_matrix
 from support import sinkhorn as support
 from tolerances import assert_contract
@@ -196,7 +196,7 @@ def test_masses_that_differ_or_are_out_of_range() -> None:
         C=C, a=torch.ones(3) / 3, b=torch.ones(2) / 2 * (1 + 5e-4), eps=EPS
     )  # rounding
     for dtype in (torch.float32, torch.float64):
-        least, most = _mass_range(dtype)
+        least, most = mass_range(dtype)
         for mass in (0.0, least / 2, most * 2):
             weights = {"a": torch.full((3,), mass / 3, dtype=dtype)}
             with pytest.raises(ValueError, match=r"a must have a mass from .* got a sum of"):

@@ -191,6 +191,30 @@ Tensor sinkhorn_grad(const Tensor& x, const Tensor& y, const Tensor& f, const Te
   return out;
 }
 
+// A pass over a part of the rows, x [1, N, D]; the sums are empty where unwanted, and the numbers are the part's L1
+// error of the rows before the pass, their mass, and the sum of their weights.
+std::tuple<Tensor, Tensor, Tensor> sinkhorn_part(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& h,
+                                                 const Maybe& f, int64_t cost, double scale, double damping,
+                                                 double target, bool want_columns) {
+  const Tensor hc = contiguous(h), none = new_empty(x, {1});
+  const Problems p = problems(x, y, contiguous(a), hc, none, {}, {}, {}, {}, {}, {}, cost, {});
+  const Maybe fc = dense_if(f);
+  const int64_t n = x.size(1), m = y.size(1);
+  Tensor f_next = new_empty(p.x, {n}), columns = new_empty(p.x, {want_columns ? m : 0});
+  Tensor numbers = new_empty(p.x, {3}, ScalarType::Double);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::PartPass<T> part{scale,          {damping, 1, target}, read<T>(hc),
+                                read_if<T>(fc), write<T>(f_next),     want_columns ? write<T>(columns) : nullptr};
+    const cpu::PassResult result = cpu::part_pass(p.batch<T>(), part, torch::stable::get_num_threads());
+    double* out = write<double>(numbers);
+    out[0] = result.residual;
+    out[1] = result.mass;
+    out[2] = result.weight;
+  });
+  return {f_next, columns, numbers};
+}
+
 // A tensor whose rows are contiguous; groups and rows may have any stride.
 Tensor coordinates_contiguous(const Tensor& t) { return t.size(2) == 1 || t.stride(2) == 1 ? t : contiguous(t); }
 
@@ -254,5 +278,6 @@ STABLE_TORCH_LIBRARY_IMPL(fewstep, CPU, m) {
   m.impl("sinkhorn_with_grad", TORCH_BOX(&sinkhorn_with_grad));
   m.impl("sinkhorn_transport", TORCH_BOX(&sinkhorn_transport));
   m.impl("sinkhorn_grad", TORCH_BOX(&sinkhorn_grad));
+  m.impl("sinkhorn_part", TORCH_BOX(&sinkhorn_part));
   m.impl("sinkhorn_drift", TORCH_BOX(&sinkhorn_drift));
 }

@@ -15,14 +15,6 @@
 namespace fewstep::cpu {
 namespace {
 
-// Rows of scratch that stay in the second-level cache beside everything else; a tile of fewer than two reads y too
-// often.
-int64_t rows_at_once(int64_t stride, int64_t rows, int64_t size) {
-  constexpr int64_t kScratch = 512 << 10;
-  while (rows > 2 && rows * stride * size > kScratch) rows /= 2;
-  return rows;
-}
-
 // What of a problem is kept between passes.
 //
 // A pass that recomputes takes d multiply-adds and an exponential (some 12 instructions) a pair; one that reads

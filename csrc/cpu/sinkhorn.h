@@ -232,4 +232,19 @@ void transport(const Batch<T>&, const T* f, const T* g, const T* v, int64_t v_ba
 template <class T>
 void gradient(const Batch<T>&, const T* f, const T* g, T* out_x, T* out_y, int64_t threads);
 
+// One pass over the rows of a problem whose other rows are elsewhere, in units of log2: F from H, and this part's sums
+// for the columns (see RowPass).
+template <class T>
+struct PartPass {
+  double scale;  // log2(e) / eps
+  Update update;
+  const T* h;  // [m], -inf without weight
+  const T* f;  // [n], or null
+  T* f_next;   // [n]
+  T* columns;  // [m], or null
+};
+
+template <class T>
+PassResult part_pass(const Batch<T>&, const PartPass<T>&, int64_t threads);
+
 }  // namespace fewstep::cpu

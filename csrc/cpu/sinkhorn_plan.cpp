@@ -1,6 +1,7 @@
 // Drivers of what is asked of a plan once its potentials are known: products and gradients.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/sinkhorn.h"
@@ -123,11 +124,53 @@ void gradient(const Batch<T>& in, const T* f, const T* g, T* out_x, T* out_y, in
                                  });
 }
 
+template <class T>
+PassResult part_pass(const Batch<T>& in, const PartPass<T>& part, int64_t threads) {
+  PassResult total;
+  for_each_problem<Workspace<T>>(1, work_of(in, in.d + 16.0), threads, [&](int64_t q, Workspace<T>& w, int64_t inner) {
+    const auto& kernel = kernels<SinkhornKernels, T>();
+    const Place<T> at(in, q);
+    Geometry<T> p = geometry(in, at, w);
+    p.k = static_cast<T>(unit(in.cost) * part.scale);
+    const int64_t mp = p.m_padded, block = rows_at_once(p.stride, kernel.rows, sizeof(T));
+    const Chunks chunks = chunks_of(kernel, at.n);
+    T *h = w.h.get(mp), *shift = w.shift.get(at.n), *scratch = w.scratch.get(chunks.count * block * p.stride);
+    T* sums = part.columns == nullptr ? nullptr : w.parts.get(chunks.count * mp);
+    std::fill(std::copy_n(part.h, at.m, h), h + mp, -kInfinity<T>);
+    std::vector<PassResult> results(chunks.count);
+    parallel_for(chunks.count, inner, [&](int64_t c) {
+      T* columns = sums == nullptr ? nullptr : sums + c * mp;
+      if (columns != nullptr) std::fill_n(columns, mp, T(0));
+      const RowPass<T> io{h,
+                          part.f,
+                          at.a,
+                          part.update,
+                          false,
+                          part.f_next,
+                          shift,
+                          columns,
+                          scratch + c * block * p.stride,
+                          Store::scratch};
+      results[c] = kernel.row_pass(p, io, block, c * chunks.rows, std::min((c + 1) * chunks.rows, at.n));
+    });
+    for (const PassResult& r : results) {
+      total.residual += r.residual;
+      total.mass += r.mass;
+      total.weight += r.weight;
+    }
+    if (sums == nullptr) return;
+    kernel.add_parts(mp, chunks.count, sums);
+    std::copy_n(sums, at.m, part.columns);
+  });
+  return total;
+}
+
 #define FEWSTEP_INSTANTIATE(T)                                                                                    \
   template void gradients(const Batch<T>&, const Geometry<T>&, const Place<T>&, const T*, const T*, bool, T*, T*, \
                           Workspace<T>&, int64_t);                                                                \
   template void transport(const Batch<T>&, const T*, const T*, const T*, int64_t, int64_t, T*, T*, int64_t);      \
-  template void gradient(const Batch<T>&, const T*, const T*, T*, T*, int64_t);
+  template void gradient(const Batch<T>&, const T*, const T*, T*, T*, int64_t);                                   \
+  template PassResult part_pass(const Batch<T>&, const PartPass<T>&, int64_t);
 FEWSTEP_INSTANTIATE(float)
 FEWSTEP_INSTANTIATE(double)
 

@@ -24,6 +24,14 @@ inline int64_t row_stride(int64_t m_padded, int64_t panel, int64_t size) {
   return m_padded * size % 4096 == 0 ? m_padded + panel : m_padded;
 }
 
+// Rows of scratch that stay in the second-level cache beside everything else; a tile of fewer than two reads y too
+// often.
+inline int64_t rows_at_once(int64_t stride, int64_t rows, int64_t size) {
+  constexpr int64_t kScratch = 512 << 10;
+  while (rows > 2 && rows * stride * size > kScratch) rows /= 2;
+  return rows;
+}
+
 template <class T>
 struct Workspace {
   Buffer<T> y, cost, label_rows, kernel, h, log2_b, b, a, v, v_next, f, f_next, shift, u, u_next, zero, fa, parts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
@@ -146,6 +147,20 @@ def constant(f: Callable[P, R]) -> Callable[P, R]:
     """`torch.compiler.assume_constant_result`, without its import of half a second."""
     f._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return f
+
+
+def untraced(f: Callable[P, R]) -> Callable[P, R]:
+    """`torch.compiler.disable`, whose import takes half a second, where something is compiled."""
+
+    @functools.wraps(f)
+    def outside(*args: P.args, **options: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return f(*args, **options)
+        disabled: Callable[P, R] = torch.compiler.disable(f)  # type: ignore[no-untyped-call]
+        return disabled(*args, **options)
+
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return outside
 
 
 def compare_set(key: str, value: str) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from fewstep import __version__
 from fewstep._library import BACKENDS, DEFAULT_ORDER, KERNELS, cuda_library, load_cpp, unavailable
 from fewstep.ops.heun import inputs
-from fewstep.ops.sinkhorn import drift
+from fewstep.ops.sinkhorn import drift_inputs
 from fewstep.ops.trace import inputs as trace_inputs
 from fewstep.verification import decision, record
 
@@ -20,7 +20,7 @@ from fewstep.verification import decision, record
 # "heun_solve" all samplers.
 OPS: dict[str, Callable[[str], str | None]] = {
     "sinkhorn": lambda _: None,
-    "sinkhorn_drift": lambda backend: drift.unsupported(backend, None),
+    "sinkhorn_drift": lambda backend: drift_inputs.unsupported(backend, None),
     "divergence": trace_inputs.unsupported,
     "heun_solve": inputs.unsupported,
 }

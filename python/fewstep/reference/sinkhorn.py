@@ -414,7 +414,7 @@ def _measured(
     return error, torch.where((a > 0) & ~(f_soft > _far(e)), mass, 0 * a).sum(-1)
 
 
-def _settled(f: Tensor, a: Tensor, e: Tensor, rho: Rho) -> tuple[Tensor, Tensor]:
+def settled(f: Tensor, a: Tensor, e: Tensor, rho: Rho) -> tuple[Tensor, Tensor]:
     """f, and its part of the value, with what `solve` says of points that may go nowhere."""
     part = a * phi(f, rho)
     if rho is None:
@@ -484,8 +484,8 @@ def iterate(of_g: Transform, of_f: Transform, inputs: Inputs) -> tuple[Tensor, .
     for t, weight, rho in ((f, a, rho_x), (g, b, rho_y)):
         lost = beyond_digits(t.detach(), weight, e, rho).any(-1)
         residual = torch.where(lost, torch.inf, residual)
-    f, of_x = _settled(f, a, e, rho_x)
-    g, of_y = _settled(g, b, e, rho_y)
+    f, of_x = settled(f, a, e, rho_x)
+    g, of_y = settled(g, b, e, rho_y)
     if s.rho == (None, None) and not s.simultaneous and s.relax == 1:
         mass = b.sum(-1)  # columns are exact
     value = of_x + of_y - eps * (mass - a.sum(-1) * b.sum(-1))

@@ -22,6 +22,7 @@ from fewstep.ops.sinkhorn.inputs import (
     checked_precision,
     initial_potential,
     labelled,
+    masses,
     spread,
 )
 from fewstep.ops.sinkhorn.result import CanonicalProblem
@@ -55,8 +56,9 @@ def canonical_problem(
     precision: Precision | None,
     backend: Backend | None,
     check_finite: bool,
+    part: bool = False,
 ) -> CanonicalProblem:
-    """The arguments of `fewstep.sinkhorn`."""
+    """The arguments of `fewstep.sinkhorn`; of a part of x and a, whose sum is not looked at."""
     flags("sinkhorn", check_finite=check_finite)
     # Reading values costs a synchronisation on a GPU and breaks a compiled graph.
     device = next((t.device for t in (x, C) if isinstance(t, Tensor)), torch.device("cpu"))
@@ -71,31 +73,34 @@ def canonical_problem(
     points = replace(points, precision=checked_precision("sinkhorn", precision))
     lead = (points.count,) if points.segments is not None else batch
     rho = penalties(reach, row, dtype)
-    weights = canonical_weights("a", a, batch, points, dtype, read)
+    weights = canonical_weights("a", a, batch, points, dtype, read, part)
     columns = canonical_weights("b", b, batch, points, dtype, read)
-    if read and rho == (None, None):
-        check_same_mass((a, b), weights, columns, points)
+    if read and rho == (None, None) and not part:
+        cu_x, cu_y = points.segments or (None, None)
+        sums = masses(weights.detach(), cu_x), masses(columns.detach(), cu_y)
+        check_same_mass((a, b), *sums)
     if isinstance(eps, str):
         eps = automatic_eps(eps, points, weights, columns).reshape(lead)
     e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
+    f0, g0 = (
+        (None, None)
+        if init is None
+        else initial_potential(init, batch, temperatures, points, dtype)
+    )
     # Label costs need not be symmetric, and looking would cost a synchronisation on a GPU.
-    single = x is y and x is not None and a is b and init is None and labels is None
+    single = x is y and x is not None and a is b and labels is None
+    single = single and (init is None or init[0] is init[1])
     single = single and (cu_seqlens is None or cu_seqlens[0] is cu_seqlens[1])
     single = single and not points.diagonal and rho[0] == rho[1]
     # Coordinates that tell zero vectors of x from those of y make clouds that are not the same.
     single = single and (x is None or points.x.shape[-1] == x.shape[-1])
     schedule = checked_schedule(max_iter, tol, rho, relax, update, single, memory_limit)
     schedule = annealed(schedule, anneal, points, (weights, columns), e, read)
-    f0, g0 = (
-        (None, None)
-        if init is None
-        else initial_potential(init, batch, temperatures, points, dtype)
-    )
     chosen = choose_backend(
         "sinkhorn",
         device,
         backend,
-        lambda name: _unsupported(name, points, e, schedule),
+        lambda name: _unsupported(name, points, e, schedule, part),
         lambda: dispatch.group(points),
     )
     if check_finite:
@@ -113,11 +118,15 @@ def canonical_problem(
     )
 
 
-def _unsupported(backend: str, points: Points, eps: Tensor, schedule: Schedule) -> str | None:
+def _unsupported(
+    backend: str, points: Points, eps: Tensor, schedule: Schedule, part: bool
+) -> str | None:
     """What of a call a backend cannot do."""
     s = schedule
     if backend == "reference":
         return None
+    if part and backend != "cpp":
+        return "it does not serve process_group"
     served = backend in COSTS[points.cost].backends
     if backend == "keops" and not served:
         return "it serves costs given as functions, and the others have kernels of their own"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep._library import is_cuda, shared_memory
 from fewstep._torch import below_autograd
+from fewstep.reference import part as reference_part
 from fewstep.reference import sinkhorn as reference
 from fewstep.reference.costs import COSTS
 from fewstep.reference.sinkhorn import PRECISIONS, Inputs, Outputs, Points
@@ -134,6 +135,28 @@ def gradient(
     return out
 
 
+def part(
+    backend: str,
+    points: Points,
+    a: Tensor,
+    h: Tensor,
+    f: Tensor | None,
+    scale: float,
+    damping: float,
+    target: float,
+    want_columns: bool,
+) -> reference_part.Part:
+    """`fewstep.reference.part.part`, of any number of rows."""
+    if points.x.shape[1] == 0:
+        return a, h.new_zeros(len(h) if want_columns else 0), a.new_zeros(3, dtype=torch.float64)
+    numbers = (scale, damping, target, want_columns)
+    if backend == "reference":
+        return reference_part.part(points, a, h, f, *numbers)
+    op, cost = torch.ops.fewstep.sinkhorn_part.default, COSTS[points.cost].index
+    out: reference_part.Part = below_autograd(op, points.x, points.y, a, h, f, cost, *numbers)
+    return out
+
+
 def hessian(
     points: Points,
     u: tuple[Tensor, Tensor],
@@ -231,11 +254,16 @@ def register(namespace: str) -> None:
         eps = inputs[6]
         return x.new_empty((leads(x, eps, inputs[8] if full else None), *x.shape[1:]))
 
+    def part_fake(x: Tensor, y: Tensor, a: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        columns = h.new_empty(len(h) if rest[-1] else 0)
+        return torch.empty_like(a), columns, h.new_empty(3, dtype=torch.float64)
+
     for name, fake in (
         ("sinkhorn", solve_fake),
         ("sinkhorn_transport", transport_fake),
         ("sinkhorn_grad", gradient_fake),
         *([("sinkhorn_with_grad", solve_with_gradient_fake)] if full else []),
+        *([("sinkhorn_part", part_fake)] if full else []),
     ):
         torch.library.register_fake(f"{namespace}::{name}", fake)
         torch.library.register_autograd(f"{namespace}::{name}", refuse)

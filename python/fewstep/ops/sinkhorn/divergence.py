@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,12 +16,16 @@ from torch import Tensor
 from fewstep._checks import flags
 from fewstep._names import Backend, CostName, Precision, Update
 from fewstep._results import brief, takes_arrays
-from fewstep._torch import readable
+from fewstep._torch import readable, untraced
+from fewstep.ops.sinkhorn import distributed
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
 from fewstep.ops.sinkhorn.inputs import check_dense
 from fewstep.ops.sinkhorn.problem import total
 from fewstep.ops.sinkhorn.result import SinkhornResult
 from fewstep.ops.sinkhorn.solve import sinkhorn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _warned = False
 
@@ -91,6 +95,7 @@ def sinkhorn_divergence(
     precision: Precision | None = None,
     backend: Backend | None = None,
     check_finite: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> DivergenceResult:
     """Debiased entropic optimal transport between weighted point clouds.
 
@@ -130,6 +135,11 @@ def sinkhorn_divergence(
             of a pair.
         C (tuple | None): costs `(C_xy [.., N, M], C_xx [.., N, N], C_yy [.., M, M])` instead of
             points, of which the last two are symmetric.
+        process_group (ProcessGroup | None): ranks of torch.distributed over which x is spread, each
+            with its own x and a, as for `sinkhorn`. The result's xy and xx are those of the rank's
+            rows, and yy is whole. init has the rank's own f for x and all of g. Every rank also
+            gathers all x and a, `N (D + 1)` numbers, and an iteration of xx or yy gathers `8 N` or
+            `8 M` bytes.
 
     cost, max_iter, tol, anneal, cu_seqlens, memory_limit, precision, backend and check_finite are
     those of `sinkhorn`.
@@ -162,6 +172,31 @@ def sinkhorn_divergence(
         raise ValueError(f"sinkhorn_divergence: label_cost must be square, got {got}")
     C_xy, C_xx, C_yy = _matrices(C)
     between, of_x, of_y = _starts(init)
+    if process_group is not None:
+        options = {
+            "eps": eps,
+            "init": between,
+            "a": a,
+            "b": b,
+            "cost": cost,
+            "max_iter": max_iter,
+            "tol": tol,
+            "anneal": anneal,
+            "update": update,
+            "relax": relax,
+            "reach": reach,
+            "exclude_diagonal": exclude_diagonal,
+            "cu_seqlens": cu_seqlens,
+            "labels": labels,
+            "label_cost": label_cost,
+            "C": C,
+            "memory_limit": memory_limit,
+            "precision": precision,
+            "backend": backend,
+            "check_finite": check_finite,
+        }
+        starts = tuple(None if start is None else start[0] for start in (of_x, of_y))
+        return _of_ranks(process_group, x, y, options, starts)
     solve = functools.partial(
         inspect.unwrap(sinkhorn),  # without its warning
         cost=cost,
@@ -215,14 +250,29 @@ def sinkhorn_divergence(
             (y, C_yy, b, cu_y, ly, reach_y, of_y),
         )
     )
+    return _debiased(xy, xx, yy, None if reach is None else _mass_term(xy))
+
+
+def _debiased(
+    xy: SinkhornResult, xx: SinkhornResult, yy: SinkhornResult, of_masses: Tensor | None
+) -> DivergenceResult:
     value = xy.value - (xx.value + yy.value) / 2
-    if reach is not None:
-        value = value + _mass_term(xy)
+    value = value if of_masses is None else value + of_masses
     residual = torch.maximum(xy.residual, torch.maximum(xx.residual, yy.residual))
     iterations = torch.maximum(xy.iterations, torch.maximum(xx.iterations, yy.iterations))
     converged = xy.converged & xx.converged & yy.converged
     _warn(converged, residual)
     return DivergenceResult(value, residual, iterations, converged, xy, xx, yy)
+
+
+@untraced
+def _of_ranks(
+    group: ProcessGroup, x: Tensor | None, y: Tensor | None, options: dict[str, Any], starts: Any
+) -> DivergenceResult:
+    s = distributed.shared("sinkhorn_divergence", group, x, y, options, starts)
+    xy, (rho_x, rho_y) = distributed.between(s), s.problem.schedule.rho
+    xx, yy = distributed.of_rows(s, rho_x), distributed.of_columns(s, rho_y)
+    return _debiased(xy, xx, yy, None if options["reach"] is None else distributed.mass_term(s))
 
 
 def _matrices(
@@ -302,5 +352,5 @@ def _warn(converged: Tensor, residual: Tensor) -> None:
         " the divergence may even be negative; more iterations (max_iter with tol), anneal or"
         " a larger eps help; this is said once",
         ConvergenceWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
-from fewstep._checks import integer
 from fewstep._names import Backend, DistanceCost, Form, Precision
 from fewstep._results import brief, takes_arrays
-from fewstep._torch import readable, wide
-from fewstep.ops.sinkhorn import dispatch_drift
-from fewstep.ops.sinkhorn.inputs import (
-    check_dense,
-    check_temperatures,
-    checked_precision,
-    excluded,
-    from_numbers,
-    given_numbers,
-)
-from fewstep.reference.costs import OF_DISTANCE
-from fewstep.verification.choice import choose_backend
+from fewstep.ops.sinkhorn import drift_ranks
+from fewstep.ops.sinkhorn.drift_inputs import FORMS, canonical_drift
+from fewstep.ops.sinkhorn.ranks import warn_of_ranks
 
-FORMS = ("split", "joint")
-NORMALIZE = (True, False, "scale")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["FORMS", "Drift", "sinkhorn_drift"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +68,8 @@ def sinkhorn_drift(
     memory_limit: int = 2**26,
     precision: Precision | None = None,
     backend: Backend | None = None,
+    process_group: ProcessGroup | None = None,
+    ranks_hold: Literal["points", "groups"] | None = None,
 ) -> Drift:
     """The velocity that carries generated points x to real ones y, for many groups in one call.
 
@@ -152,6 +144,16 @@ def sinkhorn_drift(
             "triton" run the iterations by the kernels of `sinkhorn` and then form the plans.
             Default: the environment variable FEWSTEP_BACKEND, else the fastest backend, on a
             GPU of those that have matched float64 there; see `sinkhorn`.
+        process_group (ProcessGroup | None): ranks of torch.distributed whose points are one batch:
+            scale, rms and plans are those of all. Default: of this process alone.
+        ranks_hold (str | None): with `process_group`, what each rank has its own of. "points": its
+            part of the points of every group, and of their weights, in any number; all ranks have
+            the same groups. Every rank gathers all points. It then solves its share of the groups
+            and gathers all velocities, or, where ranks are more than groups, solves all of them,
+            with the bits of one process. velocity is that of the rank's x.
+            "groups": groups of its own, in any number, of as many points. It solves these, and
+            ranks reduce a number for the scale and one for each temperature. Default: "points" for
+            a single group; for more it must be given.
 
     Returns:
         Drift: velocity, scale, rms, residual, entropy, peak. No gradient flows through any.
@@ -161,6 +163,11 @@ def sinkhorn_drift(
     all pairs beyond what `memory_limit` allows for the groups in work. Several temperatures with
     `normalize=True` also need T - 1 times the memory of the velocity, of which the calling thread
     keeps up to 64 MB for the next call.
+
+    Under DDP, which takes means over ranks, a loss that is a mean over the rank's points is that of
+    the global batch where ranks have as many points; else multiply it by the rank's share of the
+    points times the number of ranks. All ranks must make the call. Without `process_group` a
+    warning says once, where there are several ranks, that each computes for itself.
 
     Raises:
         ValueError: shapes, devices, eps, weights, guidance, cost, form, backend, iteration counts
@@ -175,235 +182,35 @@ def sinkhorn_drift(
     >>> bool((drift.velocity > 0).all())
     True
     """
-    clouds = {"x": x, "y": y, "x_self": x_self} | ({} if uncond is None else {"uncond": uncond})
-    _check_points(clouds)
-    for name, value, allowed in (
-        ("cost", cost, OF_DISTANCE),
-        ("form", form, FORMS),
-        ("normalize", normalize, NORMALIZE),
-    ):
-        if value not in allowed:
-            raise ValueError(f"sinkhorn_drift: {name} must be one of {allowed}, got {value!r}")
-    normalize = normalize if isinstance(normalize, str) else bool(normalize)  # 1, or numpy's True
-    max_iter = integer("sinkhorn_drift", "max_iter", max_iter)
-    memory_limit = integer("sinkhorn_drift", "memory_limit", memory_limit)
-    if max_iter < 1:
-        raise ValueError(f"sinkhorn_drift: max_iter must be at least 1, got {max_iter}")
-    if memory_limit < 0:
-        raise ValueError(f"sinkhorn_drift: memory_limit must not be negative, got {memory_limit}")
-    kept_precision = checked_precision("sinkhorn_drift", precision)
-    diagonal = _diagonal(exclude_diagonal, x, x_self, form)
-    lead, n, d = x.shape[:-2], x.shape[-2], x.shape[-1]
-    dtype = wide(x.dtype)
-    groups = math.prod(lead)
-    flat = {name: t.detach().to(dtype).reshape(groups, *t.shape[-2:]) for name, t in clouds.items()}
-    counts = [t.shape[1] for t in flat.values()][1:]
-    kept = dispatch_drift.resident(flat["x"], counts, form == "joint")
-    chosen = choose_backend(
-        "sinkhorn_drift",
-        x.device,
-        backend,
-        lambda name: unsupported(name, diagonal, kept),
-        lambda: dispatch_drift.group(flat["x"], counts, form == "joint", kept_precision),
-    )
-    temperatures, several = _temperatures(eps, x, dtype)
-    w = _guidance(guidance, x, uncond, dtype).reshape(-1).expand(groups)
-    columns = _weights(weights, lead, flat, dtype)
-    if form == "joint" and uncond is not None:
-        size = uncond.shape[-2]
-        n_self = x_self.shape[-2] - (diagonal is not None)
-        factor = (w * (n_self / size))[:, None].expand(groups, size)
-        columns = torch.cat([columns[:, :-size], columns[:, -size:] * factor], 1)
-    if readable(x, columns):
-        _check_weights(columns, counts, form)
-        if diagonal is not None and form == "split":
-            _check_partners(columns[:, counts[0] : counts[0] + counts[1]], diagonal, n)
-
-    velocity, scale, rms, *plans = dispatch_drift.drift(
-        chosen,
-        flat["x"],
-        flat["y"],
-        flat["x_self"],
-        flat.get("uncond"),
-        columns,
-        w,
-        temperatures,
-        cost=cost,
-        max_iter=max_iter,
-        joint=form == "joint",
-        scaled=normalize is not False,
-        unit=normalize is True,
-        diagonal=diagonal,
-        memory_limit=memory_limit,
-        precision=kept_precision,
-    )
-    velocity = velocity.reshape(velocity.shape[0], *lead, n, d)
-    plans = [t.reshape(t.shape[0], *lead, t.shape[2]) for t in plans]
-    if not several:
+    options: dict[str, Any] = {
+        "eps": eps,
+        "max_iter": max_iter,
+        "cost": cost,
+        "uncond": uncond,
+        "guidance": guidance,
+        "form": form,
+        "weights": weights,
+        "normalize": normalize,
+        "exclude_diagonal": exclude_diagonal,
+        "memory_limit": memory_limit,
+        "precision": precision,
+        "backend": backend,
+    }
+    if process_group is not None:
+        d, out = drift_ranks.drift(process_group, ranks_hold, (x, y, x_self), options)
+    else:
+        if ranks_hold is not None:
+            raise ValueError(
+                f"sinkhorn_drift: ranks_hold must be None without process_group, got {ranks_hold!r}"
+            )
+        d = canonical_drift(x, y, x_self, **options)
+        out = d.solve()
+        warn_of_ranks("sinkhorn_drift", "scale, rms and plans")
+    velocity, scale, rms, *plans = out
+    velocity = velocity.reshape(velocity.shape[0], *d.lead, *velocity.shape[2:])
+    plans = [t.reshape(t.shape[0], *d.lead, t.shape[2]) for t in plans]
+    if not d.several:
         velocity, rms, *plans = (t[0] for t in (velocity, rms, *plans))
-    elif normalize is True:
+    elif d.options["unit"]:
         velocity = velocity[0]
     return Drift(velocity, scale, rms, *plans)
-
-
-def _check_points(clouds: dict[str, Tensor]) -> None:
-    x = clouds["x"]
-    for name, t in clouds.items():
-        check_dense("sinkhorn_drift", name, t)
-        if t.ndim < 2:
-            raise ValueError(f"sinkhorn_drift: {name} must be [.., N, D], got {tuple(t.shape)}")
-        if 0 in t.shape[-2:]:
-            raise ValueError(
-                f"sinkhorn_drift: {name} must have points and D > 0, got {tuple(t.shape)}"
-            )
-        if t.dtype != x.dtype:
-            raise TypeError(
-                f"sinkhorn_drift: {name} must have the dtype of x, {x.dtype}, got {t.dtype}"
-            )
-        if t.device != x.device:
-            raise ValueError(f"sinkhorn_drift: {name} must be on {x.device} with x, got {t.device}")
-        if t.is_meta:
-            where = f"a device that computes, got {t.device}"
-            raise ValueError(f"sinkhorn_drift: {name} must be on {where}")
-        if t.shape[:-2] != x.shape[:-2] or t.shape[-1] != x.shape[-1]:
-            raise ValueError(
-                f"sinkhorn_drift: {name} must match x {tuple(x.shape)} except in its points,"
-                f" got {tuple(t.shape)}"
-            )
-
-
-def _diagonal(exclude: bool | int, x: Tensor, x_self: Tensor, form: str) -> int | None:
-    diagonal = excluded("sinkhorn_drift", exclude)
-    if diagonal is None:
-        return None
-    if x.shape[-2] < 2 or (form == "split" and x_self.shape[-2] < 2):
-        raise ValueError(
-            "sinkhorn_drift: exclude_diagonal leaves a point without a partner, got x"
-            f" {tuple(x.shape)} and x_self {tuple(x_self.shape)}"
-        )
-    return diagonal
-
-
-def unsupported(backend: str, diagonal: int | None, resident: bool = False) -> str | None:
-    """What of a call a backend cannot do, where `resident` says that CUDA keeps it on chip."""
-    if backend == "keops":
-        return "it has no drift"
-    if diagonal is None:
-        return None
-    if backend == "triton" or (backend == "cuda" and not resident):
-        size = " for more than small float32 groups" if backend == "cuda" else ""
-        return f"it does not support exclude_diagonal{size}"
-    return None
-
-
-def _numbers(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor argument in the compute dtype, on the device of x where it is a scalar."""
-    if value.device != x.device and value.ndim > 0:
-        raise ValueError(f"sinkhorn_drift: {name} must be on {x.device} with x, got {value.device}")
-    return value.detach().to(device=x.device, dtype=dtype)
-
-
-def _temperatures(
-    eps: float | Sequence[float] | Tensor, x: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, bool]:
-    """`[T]`, and whether there is an axis for them."""
-    eps = given_numbers("sinkhorn_drift", "eps", eps, constant=False)
-    if isinstance(eps, Tensor):
-        if eps.ndim > 1 or eps.numel() == 0:
-            raise ValueError(f"sinkhorn_drift: eps must be one or [T], got {tuple(eps.shape)}")
-        if readable(eps):
-            check_temperatures("sinkhorn_drift", "eps", eps, dtype)
-        return _numbers("eps", eps, x, dtype).reshape(-1), eps.ndim == 1
-    values = eps if isinstance(eps, list) else [eps]
-    if not values:
-        raise ValueError(f"sinkhorn_drift: eps must be positive and finite, got {eps}")
-    check_temperatures("sinkhorn_drift", "eps", eps, dtype)
-    return from_numbers(values, x.device, dtype), isinstance(eps, list)
-
-
-def _guidance(
-    guidance: float | Tensor, x: Tensor, uncond: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """`[]` or `[..]`."""
-    given = given_numbers("sinkhorn_drift", "guidance", guidance, constant=False)
-    if isinstance(given, list):
-        raise TypeError(f"sinkhorn_drift: guidance must be a number or a Tensor, got {given}")
-    guidance = given
-    if not isinstance(guidance, Tensor):
-        if not 0 <= guidance < math.inf:
-            raise ValueError(
-                f"sinkhorn_drift: guidance must be at least 0 and finite, got {guidance}"
-            )
-        if guidance != 0 and uncond is None:
-            raise ValueError(f"sinkhorn_drift: guidance needs uncond, got {guidance} without")
-        return x.new_full((), guidance, dtype=dtype)
-    if uncond is None:
-        raise ValueError(
-            f"sinkhorn_drift: guidance needs uncond, got {tuple(guidance.shape)} without"
-        )
-    if guidance.ndim > 0 and guidance.shape != x.shape[:-2]:
-        raise ValueError(
-            f"sinkhorn_drift: guidance must have shape {tuple(x.shape[:-2])},"
-            f" got {tuple(guidance.shape)}"
-        )
-    if readable(guidance) and not bool(((guidance >= 0) & guidance.isfinite()).all()):
-        raise ValueError(
-            "sinkhorn_drift: guidance must be at least 0 and finite,"
-            f" got {guidance.min().item()} to {guidance.max().item()}"
-        )
-    return _numbers("guidance", guidance, x, dtype)
-
-
-def _weights(
-    weights: Tensor | None, lead: torch.Size, flat: dict[str, Tensor], dtype: torch.dtype
-) -> Tensor:
-    """`[G, M + N' (+ U)]`."""
-    x = flat["x"]
-    count = sum(t.shape[1] for t in flat.values()) - x.shape[1]
-    if weights is None:
-        return x.new_ones((x.shape[0], count))
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f"sinkhorn_drift: weights must be a floating Tensor, got {got}")
-    check_dense("sinkhorn_drift", "weights", weights)
-    if tuple(weights.shape) not in ((*lead, count), (count,)):
-        raise ValueError(
-            f"sinkhorn_drift: weights must have shape {(*lead, count)}, got {tuple(weights.shape)}"
-        )
-    columns = _numbers("weights", weights, x, dtype)
-    return (columns if weights.ndim == 1 else columns.flatten(0, -2)).expand(x.shape[0], count)
-
-
-def _check_weights(columns: Tensor, sizes: list[int], form: str) -> None:
-    """Every plan needs mass, and the joint one some on both sides."""
-    if columns.numel() == 0:
-        return
-    if not bool((columns >= 0).all()):
-        raise ValueError(
-            f"sinkhorn_drift: weights must not be negative or NaN, got {columns.min().item()}"
-        )
-    names = ["y", "x_self", "uncond"]
-    if form == "joint":
-        names, sizes = ["y", "x_self and uncond"], [sizes[0], sum(sizes[1:])]
-    for name, part in zip(names, torch.split(columns, sizes, 1), strict=False):
-        total = part.double().sum(1)
-        bad = ~((total > 0) & total.isfinite())
-        if bool(bad.any()):
-            raise ValueError(
-                f"sinkhorn_drift: weights of {name} must not be zero in every column, got a sum"
-                f" of {total[bad][0].item()} in group {int(bad.nonzero()[0])}"
-            )
-
-
-def _check_partners(columns: Tensor, diagonal: int, rows: int) -> None:
-    """The only point of x_self with weight must not be the one that a point of x does without."""
-    own = columns > 0
-    row = own.int().argmax(1) - diagonal
-    bad = (own.sum(1) == 1) & (row >= 0) & (row < rows)
-    if bool(bad.any()):
-        i = int(row[bad][0])
-        raise ValueError(
-            f"sinkhorn_drift: exclude_diagonal leaves point {i} of x without a partner, got weights"
-            f" of x_self that are zero but for point {i + diagonal} in group"
-            f" {int(bad.nonzero()[0])}"
-        )

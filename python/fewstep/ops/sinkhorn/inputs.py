@@ -344,8 +344,9 @@ def canonical_weights(
     points: Points,
     dtype: torch.dtype,
     read: bool,
+    part: bool = False,
 ) -> Tensor:
-    """Weights `[B, N]`, or flat `[1, N]`, of any mass."""
+    """Weights `[B, N]`, or flat `[1, N]`, of any mass; those of a part of the points may be 0."""
     own = points.x if name == "a" else points.y
     cu = None if points.segments is None else points.segments[0 if name == "a" else 1]
     shape = (*batch, own.shape[1])
@@ -365,13 +366,8 @@ def canonical_weights(
         low = w.detach().min().item()
         if low < 0:
             raise ValueError(f"sinkhorn: {name} must not be negative, got {low}")
-        total, (least, most) = _masses(w.detach(), cu), _mass_range(dtype)
-        bad = ~((total >= least) & (total <= most))
-        if bool(bad.any()):
-            raise ValueError(
-                f"sinkhorn: {name} must have a mass from {least:.0e} to {most:.0e} in {dtype},"
-                f" got a sum of {total[bad][0].item()}"
-            )
+        if not part:
+            check_masses(name, masses(w.detach(), cu), dtype)
     return spread(w.to(dtype), batch, 1)
 
 
@@ -380,13 +376,24 @@ def _fits(t: Tensor, batch: tuple[int, ...], count: int) -> bool:
     return t.ndim > 0 and t.shape[-1] == count and _broadcast(t.shape[:-1], batch) == batch
 
 
-def _mass_range(dtype: torch.dtype) -> tuple[float, float]:
+def mass_range(dtype: torch.dtype) -> tuple[float, float]:
     """Between which gradients do not underflow, nor values, which have squares of it, overflow."""
     info = torch.finfo(dtype)
     return info.tiny * 2**48, info.max**0.5
 
 
-def _masses(w: Tensor, cu: Tensor | None) -> Tensor:
+def check_masses(name: str, total: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless sums of weights are in the range."""
+    least, most = mass_range(dtype)
+    bad = ~((total >= least) & (total <= most))
+    if bool(bad.any()):
+        raise ValueError(
+            f"sinkhorn: {name} must have a mass from {least:.0e} to {most:.0e} in {dtype},"
+            f" got a sum of {total[bad][0].item()}"
+        )
+
+
+def masses(w: Tensor, cu: Tensor | None) -> Tensor:
     """Sums of weights, of problems that have points, in float64."""
     w = w.double()
     if cu is None:
@@ -395,15 +402,11 @@ def _masses(w: Tensor, cu: Tensor | None) -> Tensor:
     return total[cu.diff() > 0]
 
 
-def check_same_mass(
-    given: tuple[Tensor | None, Tensor | None], a: Tensor, b: Tensor, points: Points
-) -> None:
-    """Raise ValueError unless a and b `[B, ..]` sum to the same, where some were `given`."""
+def check_same_mass(given: tuple[Tensor | None, Tensor | None], of_a: Tensor, of_b: Tensor) -> None:
+    """Raise ValueError unless the sums of a and b are the same, where some were `given`."""
     dtypes = [w.dtype for w in given if w is not None]
     if not dtypes:
         return
-    cu_x, cu_y = points.segments or (None, None)
-    of_a, of_b = _masses(a.detach(), cu_x), _masses(b.detach(), cu_y)
     allowed = max(_MASS_TOLERANCE.get(dtype, 3e-2) for dtype in dtypes)
     bad = (of_a - of_b).abs() > allowed * torch.maximum(of_a, of_b)
     if not bool(bad.any()):
@@ -469,7 +472,11 @@ def automatic_eps(eps: str, points: Points, a: Tensor, b: Tensor) -> Tensor:
             "sinkhorn: eps='auto' reads the costs, which a compiled graph or a transform does not"
             " have: give a number, as a result's `eps` of an earlier call"
         )
-    mean = mean_costs(points.detached(), a.detach(), b.detach())
+    return eps_of_mean(mean_costs(points.detached(), a.detach(), b.detach()), points.x.dtype)
+
+
+def eps_of_mean(mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """The temperatures that "auto" is, from mean costs."""
     bad = ~((mean > 0) & mean.isfinite())
     if bool(bad.any()):
         found = mean[bad][0].item()
@@ -477,7 +484,7 @@ def automatic_eps(eps: str, points: Points, a: Tensor, b: Tensor) -> Tensor:
         if math.isnan(found):
             says = "nan: inputs have NaN or inf, or no pair has a finite cost and weight"
         raise ValueError(f"sinkhorn: eps='auto' needs a positive mean cost, got {says}")
-    return (_OF_MEAN * mean).to(points.x.dtype)
+    return (_OF_MEAN * mean).to(dtype)
 
 
 def mean_costs(points: Points, a: Tensor, b: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class CanonicalProblem(Inputs):
     backend: str
     batch: tuple[int, ...]  # leading shape of the caller's points
     temperatures: tuple[int, ...]  # (T,) where several were given
+    ranks: int = 1  # over which the points of x are spread
 
     def versions(self, f: Tensor, g: Tensor) -> Versions:
         """Of all tensors that the methods of a result read."""
@@ -161,6 +162,14 @@ class SinkhornResult:
                 f" optimizer's step does; call {what} before, or give sinkhorn a clone"
             )
 
+    def _check_whole(self, what: str, needs_rows: bool = True) -> None:
+        ranks = self._problem.ranks
+        if ranks > 1 and needs_rows:
+            raise ValueError(
+                f"{what}: needs the rows of all ranks, got those of one of {ranks};"
+                " transport(v), barycenter, plan and assignment() need those of this rank"
+            )
+
     def _potentials(self) -> tuple[Tensor, Tensor]:
         """f and g as the kernels have them, `[P, N]` and `[P, M]`."""
         f, g = self.f.detach(), self.g.detach()
@@ -218,6 +227,7 @@ class SinkhornResult:
         torch.Size([5, 2])
         """
         self._check_unchanged("potentials")
+        self._check_whole("potentials")
         solved, constants = self._solved(implicit=True)
         parts = zip(*(autograd.potentials(p, constants) for p in solved), strict=True)
         f, g = (torch.cat(t) for t in parts)
@@ -254,6 +264,7 @@ class SinkhornResult:
         if isinstance(axis, bool) or axis not in (0, 1):
             raise ValueError(f"transport: axis must be 0 or 1, got {axis!r}")
         flags("transport", implicit=implicit)
+        self._check_whole("transport with axis=1 or implicit", axis == 1 or implicit)
         count = (p.points.y if axis == 0 else p.points.x).shape[1]
         shared, own = (*p.batch, count), (*p.lead, count)
         vector = tuple(v.shape) in (shared, own)
@@ -297,6 +308,7 @@ class SinkhornResult:
         if p.points.segments is not None:
             raise ValueError("plan: ragged problems have plans of several shapes, got cu_seqlens")
         flags("plan", implicit=implicit)
+        self._check_whole("plan with implicit", implicit)
         self._check_unchanged("plan")
         ((problem,), constants) = self._solved(implicit)
         check_digits(problem, constants)
@@ -318,6 +330,7 @@ class SinkhornResult:
                 False.
         """
         self._check_unchanged("marginals")
+        self._check_whole("marginals")
         of_rows, of_columns = torch.ones_like(self.g), torch.ones_like(self.f)
         return self.transport(of_rows, 0, implicit), self.transport(of_columns, 1, implicit)
 
@@ -338,6 +351,7 @@ class SinkhornResult:
         True
         """
         self._check_unchanged("cost")
+        self._check_whole("cost")
         solved, constants = self._solved(implicit=True)
         parts = []
         for problem in solved:
@@ -358,6 +372,7 @@ class SinkhornResult:
         Source: the renormalised entropy of arXiv 2506.05526, extended to any marginals.
         """
         self._check_unchanged("entropy")
+        self._check_whole("entropy")
         solved, constants = self._solved(implicit=False)
         for problem in solved:
             check_digits(problem, constants)
@@ -392,6 +407,7 @@ class SinkhornResult:
             got = type(generator).__name__
             raise TypeError(f"sample: generator must be a torch.Generator, got {got}")
         self._check_unchanged("sample")
+        self._check_whole("sample")
         rows = self.transport(torch.ones_like(self.g)).detach()
         solved, constants = self._solved(implicit=False)
         masses = rows.reshape(-1, rows.shape[-1]).chunk(len(solved))
@@ -432,6 +448,7 @@ class SinkhornResult:
         if kind not in ("argmax", "permutation"):
             raise ValueError(f"assignment: kind must be 'argmax' or 'permutation', got {kind!r}")
         self._check_unchanged("assignment")
+        self._check_whole("assignment('permutation')", kind == "permutation")
         p = self._problem
         assign = plans.heaviest if kind == "argmax" else plans.permutation
         solved, constants = self._solved(implicit=False)
@@ -468,6 +485,7 @@ class SinkhornResult:
             raise ValueError("barycenter: needs points, got a problem with a cost matrix C")
         flags("barycenter", normalize=normalize)
         flags("barycenter", implicit=implicit)
+        self._check_whole("barycenter with implicit", implicit)
         self._check_unchanged("barycenter")
         y = p.targets if implicit else p.targets.detach()
         y = torch.cat([y, torch.ones_like(y[..., :1])], -1)

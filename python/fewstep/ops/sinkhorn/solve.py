@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 import numpy as np
 import torch
@@ -13,10 +13,13 @@ from torch import Tensor
 
 from fewstep._names import Backend, CostName, Precision, Update
 from fewstep._results import Arrays, on_arrays
-from fewstep.ops.sinkhorn import autograd
+from fewstep.ops.sinkhorn import autograd, distributed
 from fewstep.ops.sinkhorn.canonical import canonical_problem
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning, unconverged
 from fewstep.ops.sinkhorn.result import SinkhornResult
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _warned = False
 P = ParamSpec("P")
@@ -76,6 +79,7 @@ def sinkhorn(
     precision: Precision | None = None,
     backend: Backend | None = None,
     check_finite: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> SinkhornResult:
     """Entropic optimal transport between weighted point clouds, in the log domain.
 
@@ -166,6 +170,8 @@ def sinkhorn(
         check_finite (bool): raises on NaN and inf in the inputs (and in C, where inf may be meant).
             On a GPU it also checks the signs and sums of weights and the sign of eps, which costs a
             synchronisation.
+        process_group (ProcessGroup | None): ranks of torch.distributed over which x is spread, as
+            below. Default: this process has the whole problem.
 
     Returns:
         SinkhornResult: potentials, value, residual, iterations and converged, with the methods
@@ -185,6 +191,20 @@ def sinkhorn(
     Transforms: `torch.func.grad`, `jvp` and `vmap` work in any order. Under them and in a compiled
     graph the checks that read values are left out. A compiled graph has first derivatives of
     `value`, and of `transport` for v.
+
+    Ranks: with `process_group` each rank has its own x `[N_r, D]` and a `[N_r]`, and all have the
+    same y and b. The problem is that of all rows, whose weights are 1 / N by default. f, and
+    gradients for x and a, are those of the rank's rows. All else is the same on every rank: value,
+    g, residual, iterations, converged, and gradients for y and b, which are whole. All ranks must
+    make the call, and the backward pass. Wrong arguments, and ranks that differ in y, b, eps or an
+    option, raise on all of them. DDP takes means over ranks: under it multiply the loss by their
+    number. `transport(v)`, `plan`, `barycenter` and `assignment()` of the result are those of the
+    rank's rows against all columns; its other methods raise. An iteration is a pass over the rows
+    and one all_reduce of `8 (M + 3)` bytes, or a few more where sums of columns underflow. The
+    backward pass reduces the gradient for y, if y has one. "cpp" needs memory for the points, a
+    copy of y and some 50 numbers for each point of y, and "reference", the default on a GPU, for
+    2^24 costs at a time. On a GPU every iteration waits for the device. Served are single problems,
+    alternating updates without `relax`, and costs that have names, "cosine" aside.
 
     Points of weight 0 (padding) do not change the result. They have potentials nevertheless, so
     that gradients for a and b are right there: f_i is the transform above of the final g, and g_j
@@ -230,30 +250,31 @@ def sinkhorn(
     >>> [[round(p, 3) for p in row] for row in result.plan().tolist()]
     [[0.476, 0.024], [0.024, 0.476]]
     """
-    problem = canonical_problem(
-        x,
-        y,
-        eps=eps,
-        a=a,
-        b=b,
-        cost=cost,
-        max_iter=max_iter,
-        tol=tol,
-        init=init,
-        anneal=anneal,
-        update=update,
-        relax=relax,
-        reach=reach,
-        exclude_diagonal=exclude_diagonal,
-        cu_seqlens=cu_seqlens,
-        labels=labels,
-        label_cost=label_cost,
-        C=C,
-        memory_limit=memory_limit,
-        precision=precision,
-        backend=backend,
-        check_finite=check_finite,
-    )
+    options: dict[str, Any] = {
+        "eps": eps,
+        "a": a,
+        "b": b,
+        "cost": cost,
+        "max_iter": max_iter,
+        "tol": tol,
+        "init": init,
+        "anneal": anneal,
+        "update": update,
+        "relax": relax,
+        "reach": reach,
+        "exclude_diagonal": exclude_diagonal,
+        "cu_seqlens": cu_seqlens,
+        "labels": labels,
+        "label_cost": label_cost,
+        "C": C,
+        "memory_limit": memory_limit,
+        "precision": precision,
+        "backend": backend,
+        "check_finite": check_finite,
+    }
+    if process_group is not None:
+        return distributed.sinkhorn(process_group, x, y, options)
+    problem = canonical_problem(x, y, **options)
     return problem.result(*autograd.solve(problem.backend, problem))
 
 
