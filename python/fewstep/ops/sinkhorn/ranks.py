@@ -139,7 +139,7 @@ def warn_of_ranks(op: str, what: str) -> None:
         return
     _warned = True
     warnings.warn(
-        f"{op}: {what} are those of this rank's points alone; process_group= makes them those of"
-        " all ranks; this is said once",
+        f"{op}: {what} are those of this rank's points alone; {op}(.., process_group=) makes them"
+        " those of all ranks; this is said once",
         stacklevel=4,
     )
