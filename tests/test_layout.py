@@ -55,7 +55,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.func": CORE | OPS,
     "fewstep.metrics": CORE,
     "fewstep.data": CORE | {"fewstep", "fewstep.samplers", "fewstep.conversions"},
-    "fewstep.methods": CORE | OPS | {"fewstep.samplers", "fewstep.conversions"},
+    "fewstep.methods": CORE
+    | OPS
+    | {"fewstep.reference", "fewstep.samplers", "fewstep.conversions"},
     # Calls of other libraries.
     "fewstep.compat": CORE
     | OPS
