@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep._torch import readable
 
@@ -215,9 +215,12 @@ def stepped(
         parts = [move(p.part(groups, slice(None), p.x.dtype)) for groups in own]
         s = torch.stack([part.scale for part in parts])
         v = torch.cat([part.v for part in parts]) if per_group else parts[0].v
+        v *= (step_size * s)[:, None, None, None]
         x = p.x.to(v.dtype)
         # x less itself is 0 with the gradient of x: the digits of V are not lost to the size of x.
-        losses.append(((x - x.detach()) / s[:, None, None, None] - step_size * v).square().mean())
+        how = "none" if per_group else "mean"
+        squares = nn.functional.mse_loss(x - x.detach(), v, reduction=how)
+        losses.append(((squares.mean((1, 2, 3)) if per_group else squares) / s.square()).mean())
         metrics["drift"].append(torch.stack([part.rms for part in parts]).square().mean())
         metrics["scale"].append(s.mean())
         metrics["residual"].append(torch.stack([part.residual for part in parts]).max())

@@ -23,6 +23,7 @@ from fewstep.reference.drift import MIN_RMS, MIN_SCALE
 
 Guide = Literal["velocity", "distribution"]
 Reduction = Literal["mean", "sum"]
+_KEPT = 2**25  # bytes that malloc keeps for the next tensor; larger ones are new pages each time
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,15 @@ class WFlow:
     def _velocity(self, p: Problems) -> Velocity:
         dtype = wide(p.x.dtype)
         temperatures = self.eps if isinstance(self.eps, tuple) else (self.eps,)
-        most = max(1, self.memory_limit // _bytes(p, dtype, len(temperatures)))
-        if most >= p.x.shape[0] * p.x.shape[1]:
+        bytes_of_one = _bytes(p, dtype, len(temperatures))
+        if bytes_of_one * p.x.shape[0] * p.x.shape[1] <= self.memory_limit:
             whole = p.part(slice(None), slice(None), dtype)
             drift = self._drift(whole, eps=self.eps, normalize=True if self.normalize else "scale")
             v = drift.velocity if drift.velocity.ndim == 4 else drift.velocity.sum(0)
             return Velocity(v, drift.scale, drift.rms, drift.residual.max())
 
+        limit = min(self.memory_limit, _KEPT) if p.x.device.type == "cpu" else self.memory_limit
+        most = limit // bytes_of_one
         s = self._scale(p, most)
         # Points stay in their units, and eps is in those of the cost. NaN and inf stay so in V / s.
         unit = torch.where(s.isfinite(), s, 1.0).square() * p.x.shape[3]
@@ -274,17 +277,24 @@ class WFlow:
                 clouds.append(part.x)
                 weights.append(torch.ones_like(weights[0][..., :1]).expand(-1, -1, part.x.shape[2]))
             centre = part.x.mean(2, keepdim=True)
-            x = part.x - centre
-            n, spread, sums = x.shape[2], x.square().sum((2, 3)), x.sum(2)
+            n, rounding = part.x.shape[2], (part.x - centre).sum(2)
+            spread = _squares(part.x - centre)
             for cloud, weight in zip(clouds, weights, strict=True):
-                z, w = cloud - centre, weight[:, :, 0]  # those of a cloud are equal
-                own = z.shape[2] * spread + n * z.square().sum((2, 3))
-                own = w * (own - 2 * (sums * z.sum(2)).sum(2))
+                m, w = cloud.shape[2], weight[:, :, 0]  # the points of a cloud weigh the same
+                apart = cloud.sum(2) - m * centre[:, :, 0]
+                own = m * spread + n * _squares(cloud - centre) - 2 * (rounding * apart).sum(2)
+                own = w * own
                 pairs.append(own.sum(dtype=torch.float64))
-                mass.append(w.expand_as(own).sum(dtype=torch.float64) * (n * z.shape[2]))
+                mass.append(w.expand_as(own).sum(dtype=torch.float64) * (n * m))
         mean = torch.stack(pairs).sum() / torch.stack(mass).sum()
         scale = (mean / p.x.shape[3]).clamp(min=0).sqrt().clamp(min=MIN_SCALE)
         return scale.to(wide(p.x.dtype))
+
+
+def _squares(points: Tensor) -> Tensor:
+    """Sums of squares `[G, L]` of points `[G, L, N, C]`."""
+    norms: Tensor = torch.linalg.vector_norm(points, dim=(2, 3))
+    return norms.square()
 
 
 def _bytes(p: Problems, dtype: torch.dtype, temperatures: int) -> int:
