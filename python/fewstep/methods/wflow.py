@@ -196,15 +196,16 @@ class WFlow:
     def _velocity(self, p: Problems) -> Velocity:
         dtype = wide(p.x.dtype)
         temperatures = self.eps if isinstance(self.eps, tuple) else (self.eps,)
-        bytes_of_one = _bytes(p, dtype, len(temperatures))
-        if bytes_of_one * p.x.shape[0] * p.x.shape[1] <= self.memory_limit:
+        on_cpu = p.x.device.type == "cpu"
+        own = _bytes(p, dtype, len(temperatures), not on_cpu or self.backend == "reference")
+        count = p.x.shape[0] * p.x.shape[1]
+        if count == 1 or own * count <= self.memory_limit:
             whole = p.part(slice(None), slice(None), dtype)
             drift = self._drift(whole, eps=self.eps, normalize=True if self.normalize else "scale")
             v = drift.velocity if drift.velocity.ndim == 4 else drift.velocity.sum(0)
             return Velocity(v, drift.scale, drift.rms, drift.residual.max())
 
-        limit = min(self.memory_limit, _KEPT) if p.x.device.type == "cpu" else self.memory_limit
-        most = limit // bytes_of_one
+        most = (min(self.memory_limit, _KEPT) if on_cpu else self.memory_limit) // own
         s = self._scale(p, most)
         # Points stay in their units, and eps is in those of the cost. NaN and inf stay so in V / s.
         unit = torch.where(s.isfinite(), s, 1.0).square() * p.x.shape[3]
@@ -297,9 +298,9 @@ def _squares(points: Tensor) -> Tensor:
     return norms.square()
 
 
-def _bytes(p: Problems, dtype: torch.dtype, temperatures: int) -> int:
-    """Bytes of a problem at work: copies of its points, its velocities, and some matrices of its
-    pairs, which not every backend holds."""
+def _bytes(p: Problems, dtype: torch.dtype, temperatures: int, pairs: bool) -> int:
+    """Bytes of a problem at work: copies of its points, its velocities, and with `pairs` what
+    backends in torch hold of its matrices."""
     n, d = p.x.shape[2:]
     columns = sum(cloud.shape[2] for cloud in p.clouds)
-    return dtype.itemsize * ((n + columns) * d + temperatures * n * d + 6 * n * columns)
+    return dtype.itemsize * ((n + columns + temperatures * n) * d + 6 * n * columns * pairs)
