@@ -464,7 +464,7 @@ def test_help_of_every_command(
 def test_every_option_of_a_method_is_explained(
     method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         main(["train", method, "--help"])
     text = capsys.readouterr().out

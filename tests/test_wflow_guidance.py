@@ -20,10 +20,7 @@ def test_scales_have_the_density(power: float) -> None:
     a = drawn(high=4, power=power)
     q = 1 - power
     for t in (1.2, 2.0, 3.5):
-        if abs(q) < 1e-6:
-            share = math.log(t) / math.log(4)
-        else:
-            share = (t**q - 1) / (4**q - 1)
+        share = (t**q - 1) / (4**q - 1) if abs(q) > 1e-6 else math.log(t) / math.log(4)
         assert (a < t).float().mean().item() == pytest.approx(share, abs=0.015)
     assert a.min() >= 1
     assert a.max() <= 4

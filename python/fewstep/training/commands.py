@@ -194,6 +194,8 @@ class Sample:
             not given.
         sampler: way from one step to the next, for runs of lines. "fresh" draws new noise and is
             taken if none is given, "line" follows the line, and "reuse" adds the same noise again.
+        scale: scale of guidance, at least 1, for runs of wflow that were trained with
+            `--scale-high`. 1 if not given.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -202,6 +204,7 @@ class Sample:
     seed: int = 0
     steps: int | None = None
     sampler: Reuse | None = None
+    scale: float | None = None
 
     def execute(self) -> None:
         if self.n < 1:
@@ -212,7 +215,7 @@ class Sample:
         if kind not in (".png", ".npy"):
             raise ValueError(f"out must be a .png or .npy file, got {self.out}")
         trainer = trainer_of(self.folder)
-        own = {name: getattr(self, name) for name in ("steps", "sampler")}
+        own = {name: getattr(self, name) for name in ("steps", "sampler", "scale")}
         own = {name: value for name, value in own.items() if value is not None}
         for name, value in own.items():
             able = [t.name for t in TRAINERS.values() if name in _arguments(t)]
