@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from fewstep._torch import readable
 
 Given = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Features = Callable[[Tensor], Given]
+Reduction = Literal["mean", "sum"]
 _warned = False
 
 
@@ -189,13 +190,13 @@ class Velocity:
         v: velocity `[G, L, N, C]` in units of the scale, summed over temperatures.
         scale: s, `[]`.
         rms: root mean square of V at each temperature, before V was divided by it, `[T]`.
-        residual: largest L1 error of a marginal, `[]`.
+        residual: largest L1 error of a marginal, `[]`; None where there are no plans.
     """
 
     v: Tensor
     scale: Tensor
     rms: Tensor
-    residual: Tensor
+    residual: Tensor | None = None
 
 
 def stepped(
@@ -204,11 +205,12 @@ def stepped(
     *,
     per_group: bool,
     step_size: float,
-    reduction: str,
+    reduction: Reduction,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`mean |x/s - sg(x/s + step_size V)|^2` over the types, and metrics, for the V of `move`."""
     losses: list[Tensor] = []
-    metrics: dict[str, list[Tensor]] = {"drift": [], "scale": [], "residual": []}
+    metrics: dict[str, list[Tensor]] = {"drift": [], "scale": []}
+    residuals: list[Tensor] = []
     for p in types.values():
         count = p.x.shape[0]
         own = [slice(g, g + 1) for g in range(count)] if per_group else [slice(None)]
@@ -223,10 +225,11 @@ def stepped(
         losses.append(((squares.mean((1, 2, 3)) if per_group else squares) / s.square()).mean())
         metrics["drift"].append(torch.stack([part.rms for part in parts]).square().mean())
         metrics["scale"].append(s.mean())
-        metrics["residual"].append(torch.stack([part.residual for part in parts]).max())
+        residuals += [part.residual for part in parts if part.residual is not None]
     loss = torch.stack(losses)
     found = {name: torch.stack(values).mean() for name, values in metrics.items()}
-    found["residual"] = torch.stack(metrics["residual"]).max()
+    if residuals:
+        found["residual"] = torch.stack(residuals).max()
     if len(types) > 1:
         for name, *values in zip(types, metrics["drift"], metrics["scale"], strict=True):
             found |= {f"drift/{name}": values[0], f"scale/{name}": values[1]}

@@ -17,12 +17,11 @@ from fewstep._checks import check_types, integer, number, one_of
 from fewstep._library import BACKENDS
 from fewstep._names import Backend, Form
 from fewstep._torch import exactly, wide
-from fewstep.methods.problems import Features, Given, Problems, Velocity, batch, stepped
+from fewstep.methods.problems import Features, Given, Problems, Reduction, Velocity, batch, stepped
 from fewstep.ops.sinkhorn.drift import FORMS, Drift, sinkhorn_drift
 from fewstep.reference.drift import MIN_RMS, MIN_SCALE
 
 Guide = Literal["velocity", "distribution"]
-Reduction = Literal["mean", "sum"]
 _KEPT = 2**25  # bytes that malloc keeps for the next tensor; larger ones are new pages each time
 
 

@@ -194,7 +194,7 @@ class Sample:
             not given.
         sampler: way from one step to the next, for runs of lines. "fresh" draws new noise and is
             taken if none is given, "line" follows the line, and "reuse" adds the same noise again.
-        scale: scale of guidance, at least 1, for runs of wflow that were trained with
+        scale: scale of guidance, at least 1, for runs of wflow or drifting that were trained with
             `--scale-high`. 1 if not given.
     """
 
@@ -339,7 +339,8 @@ def _form(
     for name, kind in losses.items():
         label, loss = _label(trainer, name), getattr(config, name)
         group = _group(label, loss, [f.name for f in dataclasses.fields(loss)])
-        members.append((label, _explained(group, f"The loss, `fewstep.methods.{kind.__name__}`.")))
+        room = ".".join(kind.__module__.split(".")[:2])
+        members.append((label, _explained(group, f"The loss, `{room}.{kind.__name__}`.")))
     namespace = {"__doc__": trainer.summary, "trainer": trainer, "defaults": config}
     form: type[TrainMethod] = make_dataclass(
         trainer.name, members, bases=(TrainMethod,), frozen=True, namespace=namespace
