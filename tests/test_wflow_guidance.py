@@ -157,6 +157,20 @@ def test_one_domain_is_carried_into_another() -> None:
     assert 0.2 < moved.std(0).mean() < 0.4
 
 
+def test_half_noise_does_not_round_the_guidance() -> None:
+    noise, real, uncond = clouds()
+    noise = noise.bfloat16()
+    w = torch.tensor([0.3, 0.7, 1.1])
+
+    def drift(noise: Tensor, **options: Any) -> Tensor:
+        flow = WFlow(normalize=False)
+        return flow(lambda z, *_: z.double(), noise, real, uncond=uncond, **options)[0]
+
+    expected = drift(noise.double(), guidance=w)
+    assert torch.equal(drift(noise, guidance=w), expected)
+    torch.testing.assert_close(drift(noise, scale=1 + w), expected, rtol=1e-6, atol=0)
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"scale": 0.9}, "scale must be at least 1 and finite, got 0.9"),
     ({"scale": torch.tensor([1.0, 0.5, 2.0])}, r"scale must be at least 1 .*\[1.0, 0.5, 2.0\]"),

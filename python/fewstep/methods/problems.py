@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep._torch import readable
+from fewstep._torch import readable, wide
 
 Given = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Features = Callable[[Tensor], Given]
@@ -381,15 +381,17 @@ def _guidance(
     if scale is not None and (isinstance(guidance, Tensor) or guidance != 0):
         raise ValueError(f"{who}: scale is 1 + guidance: give one of them, got {guidance} too")
 
+    dtype = wide(noise.dtype)
+
     def tensor(value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor):
-            return value.detach().to(noise.device, noise.dtype).expand(groups)
-        return noise.new_full((groups,), value)
+            return value.detach().to(noise.device, dtype).expand(groups)
+        return noise.new_full((groups,), value, dtype=dtype)
 
     if scale is None:
         return tensor(guidance), None
     a = tensor(scale)
-    return a - 1, a
+    return a - 1, a.to(noise.dtype)
 
 
 def _say_unequal(who: str, real: int, generated: int) -> None:
