@@ -316,6 +316,7 @@ BAD_FEATURES: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: {"a": x, "b": None}, r"features\['b'\] must be a tensor, got NoneType"),
     (lambda x: [x, 3], r"features\['1'\] must be a tensor, got int"),
     (lambda x: 3.0, "features must be a tensor, or a list or dict of them, got float"),
+    (lambda x: {1: x, "1": x}, r"features must have names that differ .*\[1, '1'\]"),
     (lambda x: {}, "features must be a tensor, or a list or dict of them, got none"),
     (lambda x: {"a": x, "b": x.detach()}, r"features\['b'\] must keep the graph"),
     (lambda x: x[:, :, :0], r"features must .*\(18, 2, 0, 2\)"),

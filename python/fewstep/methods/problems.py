@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep._torch import readable, wide
+from fewstep._torch import readable
 
 Given = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Features = Callable[[Tensor], Given]
@@ -303,6 +303,8 @@ def named(who: str, name: str, value: Any) -> dict[str, Tensor]:
         found = {str(i): t for i, t in enumerate(value)}
     else:
         found = {}
+    if isinstance(value, Mapping) and len(found) < len(value):
+        raise ValueError(f"{who}: {name} must have names that differ as strings, got {[*value]}")
     for key, t in found.items():
         if not isinstance(t, Tensor):
             raise ValueError(f"{who}: {name}[{key!r}] must be a tensor, got {type(t).__name__}")
@@ -381,12 +383,10 @@ def _guidance(
     if scale is not None and (isinstance(guidance, Tensor) or guidance != 0):
         raise ValueError(f"{who}: scale is 1 + guidance: give one of them, got {guidance} too")
 
-    dtype = wide(noise.dtype)
-
     def tensor(value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor):
-            return value.detach().to(noise.device, dtype).expand(groups)
-        return noise.new_full((groups,), value, dtype=dtype)
+            return value.detach().to(noise.device, torch.float64).expand(groups)
+        return noise.new_full((groups,), value, dtype=torch.float64)
 
     if scale is None:
         return tensor(guidance), None
