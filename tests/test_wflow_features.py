@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from fewstep.methods import WFlow, features, problems
 
@@ -428,3 +429,41 @@ def test_the_loss_around_an_encoder_against_loops() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     gradients = torch.autograd.grad(expected, parameters)
     torch.testing.assert_close(actual, gradients, rtol=1e-8, atol=1e-11)
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most bytes that tensors hold at once beyond those from before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_memory_beyond_the_features_is_bounded() -> None:
+    """Three tensors of the size of the generated features, their gradient, and the chunks."""
+    x, x2, y = torch.randn(3, 4 * 16, 32, 8, 8)
+    uncond = torch.randn(4, 64, 32, 8, 8)
+    maps: Iterator[Tensor] = iter(())
+
+    def call(memory_limit: int) -> Callable[[], object]:
+        def run() -> None:
+            nonlocal maps
+            maps = iter([x.requires_grad_(), x2])
+            loss, _ = WFlow(memory_limit=memory_limit)(
+                lambda z: z,
+                torch.zeros(2, 4, 16, 1),
+                [y.reshape(4, 16, 32, 8, 8)],
+                features=lambda _: [next(maps)],
+                uncond=[uncond],
+                guidance=0.5,
+            )
+            loss.backward()
+
+        return run
+
+    own, limit = x.numel() * x.element_size(), 2**16
+    call(limit)()  # x has its gradient from now on
+    assert own < peak_bytes(call(limit)) <= 4 * own + 2 * limit
+    assert peak_bytes(call(2**30)) > 7 * own
