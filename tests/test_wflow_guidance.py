@@ -280,6 +280,8 @@ def test_bad_queues() -> None:
         (lambda: own.draw(2, label([1.0])), r"labels must be integers \(G,\), got torch.float32"),
         (lambda: own.push(rows(1, 2), label([1])), r"labels must be \(2,\), got \(1,\)"),
         (lambda: own.push(torch.ones(2, 3), label([1, 1])), r"samples .*'B', 2.*\(2, 3\)"),
+        (lambda: own.draw(2, label([1])[:0]), r"labels must not be empty, got \(0,\)"),
+        (lambda: Queues((2,), capacity=2, dtype=torch.int64).push(rows(1)), "samples .*float32"),
         (lambda: own.push([1.0], label([1])), r"samples must be .*, got list"),
         (lambda: Queues((2,), capacity=0), "capacity must be an integer of at least 1, got 0"),
         (lambda: Queues((2,), capacity=2, classes=0), "classes must be an integer of at least 1"),

@@ -79,6 +79,11 @@ class Queues:
         if not isinstance(samples, Tensor) or tuple(samples.shape[1:]) != shape or not samples.ndim:
             got = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
             raise ValueError(f"Queues: samples must be {('B', *shape)}, got {got}")
+        if not torch.can_cast(samples.dtype, self.samples.dtype):
+            raise ValueError(
+                f"Queues: samples must be of a dtype that {self.samples.dtype} holds,"
+                f" got {samples.dtype}"
+            )
         own = self._labels(labels, "B")
         if own is None:
             own = torch.zeros(len(samples), dtype=torch.int64)
@@ -118,6 +123,8 @@ class Queues:
         n = count("Queues", "n", n)
         own = self._labels(labels, "G")
         classes = [0] if own is None else own.tolist()
+        if not classes:
+            raise ValueError("Queues: labels must not be empty, got (0,)")
         counts = self.counts.tolist()
         empty = sorted({k for k in classes if counts[k] == 0})
         if empty:
