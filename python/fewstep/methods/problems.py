@@ -212,9 +212,11 @@ def stepped(
     metrics: dict[str, list[Tensor]] = {"drift": [], "scale": []}
     residuals: list[Tensor] = []
     for p in types.values():
-        count = p.x.shape[0]
-        own = [slice(g, g + 1) for g in range(count)] if per_group else [slice(None)]
-        parts = [move(p.part(groups, slice(None), p.x.dtype)) for groups in own]
+        own = [p]
+        if per_group:
+            groups = (slice(g, g + 1) for g in range(p.x.shape[0]))
+            own = [p.part(g, slice(None), p.x.dtype) for g in groups]
+        parts = [move(one) for one in own]
         s = torch.stack([part.scale for part in parts])
         v = torch.cat([part.v for part in parts]) if per_group else parts[0].v
         v *= (step_size * s)[:, None, None, None]
