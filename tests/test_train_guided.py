@@ -105,10 +105,22 @@ def test_other_numbers_of_positives(
         fewstep.load(tmp_path / "run").sample(2, scale=1.5)
 
 
+def test_patches_beside_whole_images(config: wflow.WFlowConfig, tmp_path: Path) -> None:
+    config = replace(config, steps=2, patches=(2,))
+    wflow.train(config, tmp_path / "run", progress=False)
+    assert wflow.read_run(tmp_path / "run").config == config
+    rows = (tmp_path / "run" / "metrics.csv").read_text()
+    assert "drift/image" in rows
+    assert "drift/patches2" in rows
+    with pytest.raises(ValueError, match="size must divide H and W, got 3"):
+        wflow.train(replace(config, patches=(3,)), tmp_path / "bad", progress=False)
+
+
 def test_bad_settings(config: wflow.WFlowConfig, tmp_path: Path) -> None:
     for options, message in (
         ({"queue": 0}, "queue must be an integer of at least 1, got 0"),
         ({"positives": -1}, "positives must be an integer of at least 1, got -1"),
+        ({"patches": (2, 0)}, "patches must be an integer of at least 1, got 0"),
         ({"push": 0}, "push must be an integer of at least 1, got 0"),
         ({"scale_high": 0.5}, "high must be at least low = 1.0 and finite, got 0.5"),
         ({"scale_none": 2.0}, "none must be from 0 to 1, got 2.0"),

@@ -384,6 +384,13 @@ def test_around_an_encoder() -> None:
     assert only.keys() == {"input/rms"}
 
 
+def test_vectors_of_patches() -> None:
+    images = torch.randn(5, 2, 4, 6)
+    found = features.patch_vectors(images, 2)
+    assert found.shape == (5, 6, 8)
+    assert torch.equal(found[3, 4], images[3, :, 2:4, 2:4].flatten())
+
+
 def test_statistics_are_finite_and_exact_where_they_are_hard() -> None:
     flat = torch.ones(2, 3, 4, 4, requires_grad=True)
     for t in (features.std(flat), features.std(flat, 2), features.channel_rms(0 * flat)):
@@ -402,6 +409,8 @@ def test_bad_statistics() -> None:
             lambda: features.mean(maps, 4),
             r"mean: size must divide H and W, got 4 and \(2, 3, 4, 6\)",
         ),
+        (lambda: features.patch_vectors(maps, 5), r"patch_vectors: size must divide .* got 5 and"),
+        (lambda: features.patch_vectors(maps[0], 2), r"samples must be \[B, C, H, W\], got"),
         (lambda: features.std(maps, 0), "std: size must be an integer of at least 1, got 0"),
         (lambda: features.mean(maps[0], 2), r"mean: maps must be \[B, C, H, W\], got \(3, 4, 6\)"),
         (lambda: features.std(maps[0, 0]), r"std: maps must be .*, got \(4, 6\)"),

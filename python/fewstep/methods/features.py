@@ -57,6 +57,31 @@ def std(maps: Tensor, size: int | None = None) -> Tensor:
     return _over_patches("std", maps, size, spread)
 
 
+def patch_vectors(samples: Tensor, size: int) -> Tensor:
+    """All values of each patch of `size x size` pixels, which do not overlap.
+
+    Args:
+        samples (Tensor): images or maps `[B, C, H, W]`.
+        size (int): width of a patch, a divisor of H and W.
+
+    Returns:
+        Tensor: `[B, H W / size^2, C size^2]`.
+
+    Raises:
+        ValueError: size does not divide H and W, or samples have another rank.
+
+    >>> import torch
+    >>> from fewstep.methods import features
+    >>> features.patch_vectors(torch.randn(5, 3, 8, 4), 2).shape
+    torch.Size([5, 8, 12])
+    """
+    return (
+        _blocks("patch_vectors", "samples", samples, size)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(len(samples), -1, samples.shape[1] * size**2)
+    )
+
+
 def channel_rms(samples: Tensor) -> Tensor:
     """`sqrt(mean of squares + 1e-6)` of each channel: `[B, C, ...]` to `[B, C]`."""
     if samples.ndim < 3:
@@ -156,14 +181,20 @@ def _over_patches(
     size: int | None,
     reduce: Callable[[Tensor, tuple[int, ...]], Tensor],
 ) -> Tensor:
-    if maps.ndim not in ((3, 4) if size is None else (4,)):
-        shapes = "[B, C, H, W]" + " or [B, L, C]" * (size is None)
-        raise ValueError(f"{who}: maps must be {shapes}, got {tuple(maps.shape)}")
-    t = maps.to(wide(maps.dtype))
-    if size is None:
-        return reduce(t, (1,) if t.ndim == 3 else (2, 3))
+    if size is not None:
+        blocks = _blocks(who, "maps", maps, size)
+        return locations(reduce(blocks.to(wide(maps.dtype)), (3, 5)))
+    if maps.ndim not in (3, 4):
+        raise ValueError(f"{who}: maps must be [B, C, H, W] or [B, L, C], got {tuple(maps.shape)}")
+    return reduce(maps.to(wide(maps.dtype)), (1,) if maps.ndim == 3 else (2, 3))
+
+
+def _blocks(who: str, name: str, maps: Tensor, size: int) -> Tensor:
+    """`[B, C, H / size, size, W / size, size]`."""
     size = count(who, "size", size)
-    b, c, h, w = t.shape
+    if maps.ndim != 4:
+        raise ValueError(f"{who}: {name} must be [B, C, H, W], got {tuple(maps.shape)}")
+    b, c, h, w = maps.shape
     if h % size or w % size:
         raise ValueError(f"{who}: size must divide H and W, got {size} and {tuple(maps.shape)}")
-    return locations(reduce(t.reshape(b, c, h // size, size, w // size, size), (3, 5)))
+    return maps.reshape(b, c, h // size, size, w // size, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fewstep._checks import count
 from fewstep._torch import seeded
 from fewstep.data.images import Images
-from fewstep.methods import Queues, WFlow, sample_scales
+from fewstep.methods import Queues, WFlow, features, sample_scales
 from fewstep.metrics.summary import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator
 from fewstep.training import plots
@@ -53,6 +54,8 @@ class WFlowConfig(RunConfig):
         scale_power: exponent of the density of scales, which falls as scale^-power.
         scale_none: share of scales that are 1, which is no guidance.
         uncond: number of real points of all classes that guidance leads each class away from.
+        patches: widths of square patches, divisors of the image's. Clouds of the patches at each
+            place are compared beside those of whole images. "None" compares whole images alone.
         flow: settings of the loss.
 
     Raises:
@@ -73,6 +76,7 @@ class WFlowConfig(RunConfig):
     scale_power: float = 3.0
     scale_none: float = 0.0
     uncond: int = 16
+    patches: tuple[int, ...] | None = None
     flow: WFlow = field(default_factory=lambda: WFlow(eps=0.02))
 
     def __post_init__(self) -> None:
@@ -80,6 +84,9 @@ class WFlowConfig(RunConfig):
         for name in ("positives", "queue"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, count("WFlowConfig", name, getattr(self, name)))
+        if self.patches is not None:  # JSON has lists
+            own = tuple(count("WFlowConfig", "patches", size) for size in self.patches)
+            object.__setattr__(self, "patches", own or None)
         sample_scales(0, high=self.scale_high, power=self.scale_power, none=self.scale_none)
 
     @property
@@ -225,6 +232,7 @@ def _stages(session: Session[WFlowConfig]) -> list[Stage]:
             noise.to(device),
             real.to(device),
             labels.to(device) if run.classes else None,
+            features=partial(_with_patches, config.patches) if config.patches else None,
             **guidance,
         )
         network.step(loss, step / config.steps, step)
@@ -246,6 +254,12 @@ def _stages(session: Session[WFlowConfig]) -> list[Stage]:
         for name, t in queue.state().items()
     }
     return [Stage("", config.steps, update, begin, state)]
+
+
+def _with_patches(sizes: tuple[int, ...], images: Tensor) -> dict[str, Tensor]:
+    return {"image": images.flatten(1)} | {
+        f"patches{size}": features.patch_vectors(images, size) for size in sizes
+    }
 
 
 def _queues(config: WFlowConfig, data: Images) -> tuple[Queues, Queues]:
