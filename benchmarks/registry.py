@@ -177,6 +177,14 @@ CASES = {
         _drift(256),
         _drift(256, "joint", (*OURS, "eager")),
         _drift(16, quick=True),
+        # A sixteenth of the feature map of 16 x 16 of the GPU's cases: 64 x 144 pairs a problem.
+        replace(
+            _drift(1672, "joint", (*OURS, "eager")),
+            name="drift_joint_b1672_n64_m72_d512",
+            m=72,
+            d=512,
+            default=False,
+        ),
         Case(
             "n20000_d3",
             *(1, 20_000, 20_000, 3, 4),

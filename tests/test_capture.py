@@ -65,7 +65,17 @@ def test_reads_are_seen() -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-@pytest.mark.parametrize("options", [{}, {"form": "joint"}, {"eps": (0.02, 0.2)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"form": "joint"},
+        {"eps": (0.02, 0.2)},
+        {"eps": (0.02, 0.2), "memory_limit": 1},
+        {"guide": "distribution", "per_group": True},
+        {"guide": "distribution", "memory_limit": 1},
+    ],
+)
 @pytest.mark.parametrize("backend", ["reference", CUDA])
 def test_wflow_step(backend: str, options: dict[str, Any]) -> None:
     generator = torch.nn.Linear(4, 20).to(DEVICE)

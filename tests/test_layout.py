@@ -55,7 +55,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.func": CORE | OPS,
     "fewstep.metrics": CORE,
     "fewstep.data": CORE | {"fewstep", "fewstep.samplers", "fewstep.conversions"},
-    "fewstep.methods": CORE | OPS | {"fewstep.samplers", "fewstep.conversions"},
+    "fewstep.methods": CORE
+    | OPS
+    | {"fewstep.reference", "fewstep.samplers", "fewstep.conversions"},
+    "fewstep.baselines": CORE | {"fewstep.methods", "fewstep.reference"},
     # Calls of other libraries.
     "fewstep.compat": CORE
     | OPS
@@ -70,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.training": CORE
     | OPS
     | {"fewstep", "fewstep.data", "fewstep.metrics", "fewstep.methods", "fewstep.networks"}
-    | {"fewstep.samplers", "fewstep.verification"},
+    | {"fewstep.baselines", "fewstep.samplers", "fewstep.verification"},
     "fewstep.__main__": {"fewstep.cli"},
     "fewstep.cli": {"fewstep", "fewstep.training", "fewstep.verification"},
 }

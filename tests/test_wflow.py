@@ -259,10 +259,12 @@ def test_bad_options(backend: str, name: str, value: float) -> None:
 BAD_INPUT = [
     ((3, 8, 4), (8, 2), None, r"noise .*\(3, 8, 4\)"),
     ((2, 8), (8, 2), None, r"noise .*\(2, 8\)"),
-    ((2, 8, 4), (7, 2), None, r"real .*\(7, 2\)"),
-    ((2, 3, 8, 4), (3, 16, 2), None, r"real .*\(3, 16, 2\)"),
+    ((2, 8, 4), (8,), None, r"real .*\(8,\)"),
+    ((2, 3, 8, 4), (16, 2), None, r"real .*\(16, 2\)"),
     ((2, 3, 8, 4), (2, 8, 2), None, r"real .*\(2, 8, 2\)"),
-    ((2, 0, 4), (0, 2), None, r"empty.*\(2, 0, 4\)"),
+    ((2, 0, 4), (0, 2), None, r"noise .*empty.*\(2, 0, 4\)"),
+    ((2, 8, 4), (0, 2), None, r"real .*empty.*\(0, 2\)"),
+    ((2, 3, 8, 4, 4), (3, 8, 2), None, r"noise .*labels.*\(2, 3, 8, 4, 4\)"),
     ((2, 3, 8, 4), (3, 8, 2), (24,), r"labels .*\(24,\)"),
     ((2, 8, 4), (8, 5), None, r"generator must return 8 samples of 5.*\(8, 2\)"),
 ]

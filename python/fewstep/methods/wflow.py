@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +17,12 @@ from fewstep._checks import check_types, integer, number, one_of
 from fewstep._library import BACKENDS
 from fewstep._names import Backend, Form
 from fewstep._torch import exactly, wide
-from fewstep.ops.sinkhorn.drift import FORMS, sinkhorn_drift
+from fewstep.methods.problems import Features, Given, Problems, Reduction, Velocity, batch, stepped
+from fewstep.ops.sinkhorn.drift import FORMS, Drift, sinkhorn_drift
+from fewstep.reference.drift import MIN_RMS, MIN_SCALE
+
+Guide = Literal["velocity", "distribution"]
+_KEPT = 2**25  # bytes that malloc keeps for the next tensor; larger ones are new pages each time
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,20 @@ class WFlow:
     between x/s and y/s, for the cost `|x - y|^2 / 2` at temperature `eps D`. Samples u are to be
     guided away from, with guidance w.
 
+    With `features`, x, x', y and u are features of the samples, of one type or several. Every
+    location of a group is then a problem of its own, with D channels. The problems of a type share
+    s and rms(V), and the losses of the types are averaged. The gradient goes through the features
+    into the generator.
+
     Only the first `x/s` carries a gradient. None flows through plans, s, rms(V), y, u or x'. At one
     temperature and without u, the gradient is `2 step_size / (D rms(V))` times that of the energy
     `OT(x/s, y/s) - OT(x/s, x'/s)` with x' and s held fixed, averaged over groups. When generated
     and real samples have the same law, V averages to 0 at any batch size, temperature and number of
-    iterations. This needs batches of equal size.
+    iterations. This needs as many real samples as generated ones. With other numbers the average is
+    nearly 0, and a warning says so once.
 
     Source: arXiv 2605.11755; the scale and the normalisation are those of its released code.
+    Distribution guidance is that of arXiv 2602.04770.
 
     Attributes:
         eps: temperature in units of the mean squared distance between samples. The velocities of
@@ -52,9 +65,19 @@ class WFlow:
             at `step_size^2` for one temperature, and `metrics["drift"]` shows the progress.
         form: form of the drift, "split" or "joint". See `fewstep.sinkhorn_drift`.
         backend: backend of `fewstep.sinkhorn_drift`. None takes the default of the device.
+        guide: what guidance acts on. "velocity" adds `w (T_{x,y} - T_{x,u})`. "distribution" puts u
+            among the points of x', where each counts `w N / U` times. None takes "velocity" in the
+            split form and "distribution" in the joint form, which has no other.
+        resample: second batch x' of its own. Without it x' is x and the equilibrium is biased; the
+            joint form then leaves out the pairs of a point with itself.
+        reduction: what becomes of the losses of several feature types, "mean" or "sum".
+        per_group: one s and one rms(V) for each group, instead of one for all.
+        memory_limit: number of bytes that copies of the points and their pairs may take at once.
+            Problems beyond that are solved in chunks, to the same result but for rounding. The
+            velocity of all problems is held besides, once for each temperature.
 
     Raises:
-        ValueError: eps, step_size or max_iter is not positive and finite, or a name is unknown.
+        ValueError: a number is not positive and finite, or a name is unknown.
         TypeError: a value is not a number.
 
     >>> import torch
@@ -74,147 +97,209 @@ class WFlow:
     normalize: bool = True
     form: Form = "split"
     backend: Backend | None = None
+    guide: Guide | None = None
+    resample: bool = True
+    reduction: Reduction = "mean"
+    per_group: bool = False
+    memory_limit: int = 2**28
 
     def __post_init__(self) -> None:
         if isinstance(self.eps, list):  # as JSON has it
             object.__setattr__(self, "eps", tuple(self.eps))
         check_types(self)
-        several = self.eps if isinstance(self.eps, tuple) else (self.eps,)
-        for name, values in (
-            ("eps", several),
-            ("max_iter", (self.max_iter,)),
-            ("step_size", (self.step_size,)),
-        ):
-            own = [(integer if name == "max_iter" else number)("WFlow", name, v) for v in values]
+        for name in ("eps", "max_iter", "step_size", "memory_limit"):
+            got = getattr(self, name)
+            check = integer if name in ("max_iter", "memory_limit") else number
+            own = [check("WFlow", name, v) for v in (got if isinstance(got, tuple) else (got,))]
             if not own or not all(0 < v < math.inf for v in own):
-                got = getattr(self, name)
                 raise ValueError(f"WFlow: {name} must be positive and finite, got {got}")
-        if self.form not in FORMS:
-            raise ValueError(f"WFlow: form must be one of {FORMS}, got {self.form!r}")
-        if self.backend is not None:
-            one_of("WFlow", "backend", self.backend, BACKENDS)
+        one_of("WFlow", "form", self.form, FORMS)
+        one_of("WFlow", "reduction", self.reduction, get_args(Reduction))
+        for name, choices in (("backend", BACKENDS), ("guide", get_args(Guide))):
+            if getattr(self, name) is not None:
+                one_of("WFlow", name, getattr(self, name), choices)
+        if self.form == "joint" and self.guide == "velocity":
+            raise ValueError("WFlow: guide must be distribution in the joint form, got 'velocity'")
 
     def __call__(
         self,
         generator: Callable[..., Tensor],
         noise: Tensor,
-        real: Tensor,
+        real: Given,
         labels: Tensor | None = None,
         *,
-        uncond: Tensor | None = None,
+        features: Features | None = None,
+        uncond: Given | None = None,
         guidance: float | Tensor = 0.0,
+        scale: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and metrics of one step. All groups share a call of `fewstep.sinkhorn_drift`.
+        """The loss and metrics of one step. A call of `fewstep.sinkhorn_drift` serves all problems
+        of a feature type.
 
         Args:
             generator (Callable): maps noise `[G N, Z]` to samples `[G N, ...]`. With labels its
-                arguments are `(noise, labels [G N])`. It runs in the caller's autocast mode. The
-                rest is computed in float32, or in float64 if the generator returns that.
-            noise (Tensor): noise `[2, N, Z]`, or `[2, G, N, Z]` for G groups. `noise[1]` makes the
-                second batch, without gradient, and must be independent of `noise[0]`.
-            real (Tensor): real samples `[N, ...]` or `[G, N, ...]`, as many as are generated.
+                arguments are `(noise, labels [G N])`; with scale they are `(noise, labels, scale
+                [G N])`, where labels may be None. It and the features run in the caller's autocast
+                mode. The rest is computed in float32, or in float64 if the features are of that.
+            noise (Tensor): noise `[2, N, Z]`, or `[2, G, N, ...]` for G groups. `noise[1]` makes
+                the second batch, without gradient, and must be independent of `noise[0]`. To carry
+                one domain into another, these are samples of the source: two independent batches
+                of vectors `[2, N, Z]` or of images `[2, 1, N, C, H, W]`.
+            real (Tensor | dict | list): real samples `[M, ...]` or `[G, M, ...]`, best as many as
+                are generated. A dict or list holds features that are ready, by name or place. They
+                have the shapes below with `[M]` or `[G, M]` in place of `[B]`.
             labels (Tensor | None): class of each group, `[G]`.
-            uncond (Tensor | None): real samples of any class, `[U, ...]`, or `[G, U, ...]` for G
-                groups.
+            features (Callable | None): maps samples `[B, ...]` to a tensor, or a dict or list of
+                tensors: `[B, C]`, or `[B, L, C]` and `[B, C, H, W]` with L and H W locations. See
+                `fewstep.methods.features`. None takes all values of a sample as one vector.
+            uncond (Tensor | dict | list | None): real samples of any class, `[U, ...]`, or
+                `[G, U, ...]` for G groups, or features of them as for real.
             guidance (float | Tensor): w, at least 0. A tensor `[G]` has one for each group. It
                 needs uncond.
+            scale (float | Tensor | None): `1 + w` in place of guidance, for a generator that takes
+                it. `fewstep.methods.sample_scales` draws it.
 
         Returns:
             tuple: the loss, a scalar, and a dict of detached scalars. `drift` is the mean of V^2
-            before `normalize`, in units of s^2, averaged over temperatures. `scale` is s.
-            `residual` is the largest L1 error of a marginal.
+            before `normalize`, in units of s^2, averaged over temperatures. `scale` is s. Both are
+            averaged over types and groups; `drift/NAME` and `scale/NAME` are those of each of
+            several types. `residual` is the largest L1 error of a marginal.
 
         Raises:
-            ValueError: shapes, devices or guidance do not fit, or batch sizes are unequal.
-            TypeError: noise, real or uncond is not floating.
+            ValueError: shapes, devices, guidance or scale do not fit, or a feature is no tensor of
+                the shapes above.
+            TypeError: noise, real, uncond or a feature is not floating.
         """
-        grouped = noise.ndim == 4
-        noise, real, labels = _check(noise, real, labels)
-        uncond = None if uncond is None else _check_uncond(uncond, real, grouped)
-        groups, n = noise.shape[1:3]
-        condition = () if labels is None else (labels.repeat_interleave(n),)
-
-        def generate(z: Tensor) -> Tensor:
-            out = generator(z.flatten(0, 1), *condition)
-            if out.shape[0] != groups * n or out[0].numel() != real.shape[2]:
-                raise ValueError(
-                    f"WFlow: generator must return {groups * n} samples of {real.shape[2]} values"
-                    f" like real, got {tuple(out.shape)}"
-                )
-            return out.reshape(groups, n, -1)
-
-        x = generate(noise[0])
-        with torch.no_grad():
-            x2 = generate(noise[1])
-        with exactly(x.device):
-            dtype = wide(x.dtype)
-            x, x2, real = x.to(dtype), x2.to(dtype), real.detach().to(dtype)
-            drift = sinkhorn_drift(
-                x,
-                real,
-                x2,
-                eps=self.eps,
-                max_iter=self.max_iter,
-                uncond=None if uncond is None else uncond.to(dtype),
-                guidance=guidance,
-                form=self.form,
-                normalize=True if self.normalize else "scale",
-                backend=self.backend,
+        given = batch(
+            "WFlow",
+            noise,
+            real,
+            labels,
+            features=features,
+            uncond=uncond,
+            guidance=guidance,
+            scale=scale,
+            resample=self.resample,
+        )
+        types = given.gather(generator, resample=self.resample)
+        with exactly(noise.device):
+            return stepped(
+                types,
+                self._velocity,
+                per_group=self.per_group,
+                step_size=self.step_size,
+                reduction=self.reduction,
             )
-            v = drift.velocity
-            if isinstance(self.eps, tuple) and not self.normalize:
-                v = v.sum(0)
-            x = x / drift.scale
-            loss = (x - (x + self.step_size * v).detach()).square().mean()
-        return loss, {
-            "drift": drift.rms.square().mean(),
-            "scale": drift.scale,
-            "residual": drift.residual.max(),
-        }
+
+    @torch.no_grad()
+    def _velocity(self, p: Problems) -> Velocity:
+        dtype = wide(p.x.dtype)
+        temperatures = self.eps if isinstance(self.eps, tuple) else (self.eps,)
+        on_cpu = p.x.device.type == "cpu"
+        own = _bytes(p, dtype, len(temperatures), not on_cpu or self.backend == "reference")
+        count = p.x.shape[0] * p.x.shape[1]
+        if count == 1 or own * count <= self.memory_limit:
+            whole = p.part(slice(None), slice(None), dtype)
+            drift = self._drift(whole, eps=self.eps, normalize=True if self.normalize else "scale")
+            v = drift.velocity if drift.velocity.ndim == 4 else drift.velocity.sum(0)
+            return Velocity(v, drift.scale, drift.rms, drift.residual.max())
+
+        most = (min(self.memory_limit, _KEPT) if on_cpu else self.memory_limit) // own
+        s = self._scale(p, most)
+        # Points stay in their units, and eps is in those of the cost. NaN and inf stay so in V / s.
+        unit = torch.where(s.isfinite(), s, 1.0).square() * p.x.shape[3]
+        eps = torch.stack([unit * e for e in temperatures])
+        v = torch.empty((len(temperatures), *p.x.shape), dtype=dtype, device=p.x.device)
+        squares, residuals = [], []
+        for g, k, part in p.parts(most, dtype):
+            drift = self._drift(part, eps=eps, normalize=False)
+            v[:, g, k] = drift.velocity
+            squares.append(drift.rms.double().square() * part.x.numel())
+            residuals.append(drift.residual.max())
+        rms = ((torch.stack(squares).sum(0) / p.x.numel()).sqrt() / s).to(dtype)
+        by = rms.clamp(min=MIN_RMS) if self.normalize else torch.ones_like(rms)
+        v /= (s * by)[:, None, None, None, None]
+        return Velocity(v[0] if len(v) == 1 else v.sum(0), s, rms, torch.stack(residuals).max())
+
+    def _drift(
+        self,
+        p: Problems,
+        *,
+        eps: float | tuple[float, ...] | Tensor,
+        normalize: bool | Literal["scale"],
+    ) -> Drift:
+        x_self, uncond, weights = p.x_self, p.uncond, None
+        if uncond is not None and self.form == "split" and self._counts:
+            x_self, uncond = torch.cat([x_self, uncond], 2), None
+            weights = torch.cat([w.expand(*p.x.shape[:2], -1) for w in self._weights(p)], 2)
+        guidance = 0.0 if uncond is None else p.w[:, None].expand(p.x.shape[:2])
+        return sinkhorn_drift(
+            p.x,
+            p.y,
+            x_self,
+            eps=eps,
+            max_iter=self.max_iter,
+            uncond=uncond,
+            guidance=guidance,
+            form=self.form,
+            weights=weights,
+            normalize=normalize,
+            exclude_diagonal=self._alone,
+            backend=self.backend,
+        )
+
+    @property
+    def _alone(self) -> bool:
+        """Whether the pairs of a point with itself are left out."""
+        return self.form == "joint" and not self.resample
+
+    @property
+    def _counts(self) -> bool:
+        """Whether points of uncond count among those of x_self."""
+        return self.form == "joint" or self.guide == "distribution"
+
+    def _weights(self, p: Problems) -> list[Tensor]:
+        """Weights `[G, 1, *]` of the points of y, x_self and, if they count, uncond."""
+        clouds = p.clouds if self._counts else p.clouds[:2]
+        weights = [t.new_ones(p.x.shape[0], 1, t.shape[2]) for t in clouds]
+        if len(clouds) > 2:
+            n, u = p.x_self.shape[2] - self._alone, p.clouds[2].shape[2]
+            weights[2] *= p.w[:, None, None] * (n / u)
+        return weights
+
+    def _scale(self, p: Problems, most: int) -> Tensor:
+        """s of all problems, from moments about the mean of each problem's x."""
+        pairs, mass = [], []
+        for *_, part in p.parts(most, wide(p.x.dtype)):
+            weights = self._weights(part)
+            clouds = part.clouds[: len(weights)]
+            if not self._alone:
+                clouds.append(part.x)
+                weights.append(torch.ones_like(weights[0][..., :1]).expand(-1, -1, part.x.shape[2]))
+            centre = part.x.mean(2, keepdim=True)
+            n, rounding = part.x.shape[2], (part.x - centre).sum(2)
+            spread = _squares(part.x - centre)
+            for cloud, weight in zip(clouds, weights, strict=True):
+                m, w = cloud.shape[2], weight[:, :, 0]  # the points of a cloud weigh the same
+                apart = cloud.sum(2) - m * centre[:, :, 0]
+                own = m * spread + n * _squares(cloud - centre) - 2 * (rounding * apart).sum(2)
+                own = w * own
+                pairs.append(own.sum(dtype=torch.float64))
+                mass.append(w.expand_as(own).sum(dtype=torch.float64) * (n * m))
+        mean = torch.stack(pairs).sum() / torch.stack(mass).sum()
+        scale = (mean / p.x.shape[3]).clamp(min=0).sqrt().clamp(min=MIN_SCALE)
+        return scale.to(wide(p.x.dtype))
 
 
-def _check(
-    noise: Tensor, real: Tensor, labels: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The inputs with a group axis: noise `[2, G, N, Z]`, real `[G, N, D]`, labels `[G]`."""
-    for name, t in (("noise", noise), ("real", real)):
-        if not t.is_floating_point():
-            raise TypeError(f"WFlow: {name} must have a floating dtype, got {t.dtype}")
-    if noise.ndim not in (3, 4) or noise.shape[0] != 2:
-        raise ValueError(
-            f"WFlow: noise must be [2, N, Z] or [2, G, N, Z], got {tuple(noise.shape)}"
-        )
-    if real.device != noise.device:
-        raise ValueError(f"WFlow: real must be on {noise.device} with noise, got {real.device}")
-    lead = tuple(noise.shape[1:-1])
-    if real.ndim <= len(lead) or tuple(real.shape[: len(lead)]) != lead:
-        raise ValueError(
-            f"WFlow: real must be {(*lead, '...')}, as many as each batch of noise"
-            f" {tuple(noise.shape)}, got {tuple(real.shape)}"
-        )
-    if 0 in noise.shape or real.numel() == 0:
-        raise ValueError(
-            f"WFlow: noise and real must not be empty, got {tuple(noise.shape)}"
-            f" and {tuple(real.shape)}"
-        )
-    if noise.ndim == 3:
-        noise, real = noise[:, None], real[None]
-    if labels is not None and tuple(labels.shape) != (noise.shape[1],):
-        raise ValueError(
-            f"WFlow: labels must be one per group, ({noise.shape[1]},), got {tuple(labels.shape)}"
-        )
-    return noise, real.flatten(2), labels
+def _squares(points: Tensor) -> Tensor:
+    """Sums of squares `[G, L]` of points `[G, L, N, C]`."""
+    norms: Tensor = torch.linalg.vector_norm(points, dim=(2, 3))
+    return norms.square()
 
 
-def _check_uncond(uncond: Tensor, real: Tensor, grouped: bool) -> Tensor:
-    """`[G, U, D]`; real is `[G, N, D]`."""
-    if not uncond.is_floating_point():
-        raise TypeError(f"WFlow: uncond must have a floating dtype, got {uncond.dtype}")
-    lead, d = tuple(real.shape[:1]) if grouped else (), real.shape[2]
-    count, *shape = uncond.shape[len(lead) :] or (0,)
-    if tuple(uncond.shape[: len(lead)]) != lead or math.prod(shape) != d or count == 0:
-        raise ValueError(
-            f"WFlow: uncond must be {(*lead, 'U', '...')} with {d} values each,"
-            f" got {tuple(uncond.shape)}"
-        )
-    return uncond.detach().reshape(real.shape[0], count, d)
+def _bytes(p: Problems, dtype: torch.dtype, temperatures: int, pairs: bool) -> int:
+    """Bytes of a problem at work: copies of its points, its velocities, and with `pairs` what
+    backends in torch hold of its matrices."""
+    n, d = p.x.shape[2:]
+    columns = sum(cloud.shape[2] for cloud in p.clouds)
+    return dtype.itemsize * ((n + columns + temperatures * n) * d + 6 * n * columns * pairs)

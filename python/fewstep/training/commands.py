@@ -194,6 +194,8 @@ class Sample:
             not given.
         sampler: way from one step to the next, for runs of lines. "fresh" draws new noise and is
             taken if none is given, "line" follows the line, and "reuse" adds the same noise again.
+        scale: scale of guidance, at least 1, for runs of wflow or drifting that were trained with
+            `--scale-high`. 1 if not given.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -202,6 +204,7 @@ class Sample:
     seed: int = 0
     steps: int | None = None
     sampler: Reuse | None = None
+    scale: float | None = None
 
     def execute(self) -> None:
         if self.n < 1:
@@ -212,7 +215,7 @@ class Sample:
         if kind not in (".png", ".npy"):
             raise ValueError(f"out must be a .png or .npy file, got {self.out}")
         trainer = trainer_of(self.folder)
-        own = {name: getattr(self, name) for name in ("steps", "sampler")}
+        own = {name: getattr(self, name) for name in ("steps", "sampler", "scale")}
         own = {name: value for name, value in own.items() if value is not None}
         for name, value in own.items():
             able = [t.name for t in TRAINERS.values() if name in _arguments(t)]
@@ -336,7 +339,8 @@ def _form(
     for name, kind in losses.items():
         label, loss = _label(trainer, name), getattr(config, name)
         group = _group(label, loss, [f.name for f in dataclasses.fields(loss)])
-        members.append((label, _explained(group, f"The loss, `fewstep.methods.{kind.__name__}`.")))
+        room = ".".join(kind.__module__.split(".")[:2])
+        members.append((label, _explained(group, f"The loss, `{room}.{kind.__name__}`.")))
     namespace = {"__doc__": trainer.summary, "trainer": trainer, "defaults": config}
     form: type[TrainMethod] = make_dataclass(
         trainer.name, members, bases=(TrainMethod,), frozen=True, namespace=namespace

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -112,12 +112,14 @@ class Stage:
             shows the first.
         begin: function called once before the first step of the stage, or before step i from which
             a resumed run continues.
+        state: tensors by name that checkpoints keep with the networks. Steps change them in place.
     """
 
     name: str
     steps: int
     update: Callable[[int], dict[str, Tensor]]
     begin: Callable[[int], None] = lambda step: None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def prefix(name: str) -> str:
@@ -125,12 +127,12 @@ def prefix(name: str) -> str:
     return f"{name}." if name else ""
 
 
-def _tensors(networks: Mapping[str, TrainedNetwork]) -> dict[str, Tensor]:
+def _tensors(networks: Mapping[str, TrainedNetwork], stages: Sequence[Stage]) -> dict[str, Tensor]:
     return {
         f"{prefix(name)}{key}": t
         for name, network in networks.items()
         for key, t in network.state().items()
-    }
+    } | {f"{prefix(stage.name)}{key}": t for stage in stages for key, t in stage.state.items()}
 
 
 def fit(
@@ -159,7 +161,7 @@ def fit(
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     path, total = out / CHECKPOINT, sum(stage.steps for stage in stages)
-    done = checkpoint.restore(path, _tensors(networks)) if path.exists() else 0
+    done = checkpoint.restore(path, _tensors(networks, stages)) if path.exists() else 0
     bar = tqdm(
         initial=done,
         total=total,
@@ -199,7 +201,7 @@ def fit(
                     if save or stopped.is_set():
                         writer.flush()
                         numbers.flush()
-                        checkpoint.save(path, _tensors(networks), step=at)
+                        checkpoint.save(path, _tensors(networks, stages), step=at)
                     if save and drawn is not None and stage.name == drawn[0]:
                         _show(drawn[1], networks[drawn[0]], out, at, writer)
                     if stopped.is_set():

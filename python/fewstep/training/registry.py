@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep._checks import count
-from fewstep.training import lines, meanflow, reflow, wflow
+from fewstep.training import drifting, lines, meanflow, reflow, wflow
 from fewstep.training.runs import Run, Trainer, method_in, read_config
 
 TRAINERS: dict[str, Trainer[Any, Any]] = {
@@ -22,6 +22,7 @@ TRAINERS: dict[str, Trainer[Any, Any]] = {
         reflow.TRAINER,
         lines.TRAINER,
         meanflow.TRAINER,
+        drifting.TRAINER,
     )
 }
 

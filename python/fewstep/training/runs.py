@@ -194,7 +194,7 @@ class Trainer(Generic[C, R]):
         stages: function that lists the stages of a session, in order.
         report: function that measures and pictures the averaged networks of a session.
         sample: function `(network, run, n, *, seed)` that draws n images `[n, C, H, W]` in [-1, 1].
-            If it also takes `steps` or `sampler`, `fewstep sample` passes these options on.
+            If it also takes `steps`, `sampler` or `scale`, `fewstep sample` passes these on.
         network: name of the network that draws samples.
         teacher: function that makes a teacher for `fewstep pairs` of the network named "teacher";
             None where the method has none.

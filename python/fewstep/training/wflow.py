@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fewstep._checks import count
 from fewstep._torch import seeded
 from fewstep.data.images import Images
-from fewstep.methods import WFlow
+from fewstep.methods import Queues, WFlow, features, sample_scales
 from fewstep.metrics.summary import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator
 from fewstep.training import plots
@@ -26,6 +28,9 @@ from fewstep.training.runs import (
     sample_noise,
 )
 
+_OF_ALL = 1000  # images of the queue of all classes
+_MORE = 2**40  # what is drawn beyond labels, noise and real images has generators of its own
+
 
 @dataclass(frozen=True)
 class WFlowConfig(RunConfig):
@@ -39,7 +44,22 @@ class WFlowConfig(RunConfig):
         noise_dim: dimension of the noise that the generator takes.
         width: number of units of a hidden layer.
         depth: number of hidden layers.
+        positives: number of real points of each class per step; as many as batch if not given.
+        queue: number of images that a queue of each class holds. Real points are then drawn from
+            the queues, and points to be guided away from out of one of 1000 images of all classes.
+            Without it they are drawn from the data.
+        push: number of images that come into the queues per step.
+        scale_high: largest scale of guidance. Above 1 the generator takes the scale as an input,
+            and each class of a step draws one from 1 to this.
+        scale_power: exponent of the density of scales, which falls as scale^-power.
+        scale_none: share of scales that are 1, which is no guidance.
+        uncond: number of real points of all classes that guidance leads each class away from.
+        patches: widths of square patches, divisors of the image's. Clouds of the patches at each
+            place are compared beside those of whole images. "None" compares whole images alone.
         flow: settings of the loss.
+
+    Raises:
+        ValueError: a number is outside its range.
     """
 
     steps: int = 1500
@@ -49,7 +69,43 @@ class WFlowConfig(RunConfig):
     noise_dim: int = 8
     width: int = 512
     depth: int = 3
+    positives: int | None = None
+    queue: int | None = None
+    push: int = 64
+    scale_high: float = 1.0
+    scale_power: float = 3.0
+    scale_none: float = 0.0
+    uncond: int = 16
+    patches: tuple[int, ...] | None = None
     flow: WFlow = field(default_factory=lambda: WFlow(eps=0.02))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("positives", "queue"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, count("WFlowConfig", name, getattr(self, name)))
+        if self.patches is not None:  # JSON has lists
+            own = tuple(count("WFlowConfig", "patches", size) for size in self.patches)
+            object.__setattr__(self, "patches", own or None)
+        sample_scales(0, high=self.scale_high, power=self.scale_power, none=self.scale_none)
+
+    @property
+    def guided(self) -> bool:
+        return self.scale_high > 1
+
+
+class GuidedGenerator(MLPGenerator):
+    """An `MLPGenerator` that takes the scale of guidance, by its logarithm beside the noise."""
+
+    def __init__(self, image_shape: tuple[int, ...], *, noise_dim: int, **options: int) -> None:
+        super().__init__(image_shape, noise_dim=noise_dim + 1, **options)
+
+    def forward(
+        self, noise: Tensor, labels: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """As an `MLPGenerator`, for scales `[n]`, 1 if none are given."""
+        scale = torch.ones_like(noise[:, 0]) if scale is None else scale
+        return super().forward(torch.cat([noise, scale.log()[:, None]], 1), labels)
 
 
 PRESETS = {
@@ -103,24 +159,37 @@ def sample(
     n: int,
     *,
     labels: Tensor | None = None,
+    scale: float | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Draw n images `[n, C, H, W]` in [-1, 1] from seeded noise, of classes `labels [n]`.
 
     Without labels, the classes of a conditional generator take turns. The noise of the first k
-    samples does not depend on n.
+    samples does not depend on n. The scale of guidance is for runs that were trained with one, 1 if
+    not given.
+
+    Raises:
+        ValueError: a scale that the run was not trained for.
     """
     noise = sample_noise(n, (run.config.noise_dim,), seed=seed)
     if labels is None and run.classes:
         labels = torch.arange(n) % len(run.classes)
-    return cast(Tensor, generator(noise, labels))
+    if scale is None:
+        return cast(Tensor, generator(noise, labels))
+    if not 1 <= scale <= run.config.scale_high:
+        raise ValueError(
+            f"scale must be from 1 to {run.config.scale_high}, as the run was trained, got {scale}"
+        )
+    condition = (noise.new_full((n,), scale),) if run.config.guided else ()
+    return cast(Tensor, generator(noise, labels, *condition))
 
 
 def _networks(run: Run[WFlowConfig]) -> dict[str, NetworkRecipe]:
     config = run.config
 
     def make() -> MLPGenerator:
-        return MLPGenerator(
+        kind = GuidedGenerator if config.guided else MLPGenerator
+        return kind(
             run.image_shape,
             classes=len(run.classes),
             noise_dim=config.noise_dim,
@@ -133,20 +202,77 @@ def _networks(run: Run[WFlowConfig]) -> dict[str, NetworkRecipe]:
 
 def _stages(session: Session[WFlowConfig]) -> list[Stage]:
     run, device, network = session.run, session.device, session.networks[""]
-    config, classes = run.config, _classes(session.data)
+    config, data, classes = run.config, session.data, _classes(session.data)
+    if config.guided and len(classes) < 2:
+        raise ValueError(
+            f"scale_high: guidance needs data with classes, got {config.scale_high}"
+            f" for {config.data}"
+        )
+    queues = None if config.queue is None else _queues(config, data)
 
     def update(step: int) -> dict[str, Tensor]:
         labels, noise, real = _draw(config, classes, step)
+        rng = seeded(config.seed, _MORE + step)
+        if queues is not None:
+            _push(queues, data, config.push, rng)
+            real = queues[0].draw(real.shape[1], labels, generator=rng)
+        guidance: dict[str, Any] = {}
+        if config.guided:
+            high, power, none = config.scale_high, config.scale_power, config.scale_none
+            scale = sample_scales(len(labels), high=high, power=power, none=none, generator=rng)
+            total = len(labels) * config.uncond
+            if queues is not None:
+                away = queues[1].draw(total, generator=rng)
+            else:
+                away = data.images[torch.randint(len(data.images), (total,), generator=rng)]
+            away = away.reshape(len(labels), config.uncond, *away.shape[1:])
+            guidance = {"uncond": away.to(device), "scale": scale.to(device)}
         loss, metrics = config.flow(
             network.model,
             noise.to(device),
             real.to(device),
             labels.to(device) if run.classes else None,
+            features=partial(_with_patches, config.patches) if config.patches else None,
+            **guidance,
         )
         network.step(loss, step / config.steps, step)
         return {"drift": metrics.pop("drift"), "loss": loss, **metrics}
 
-    return [Stage("", config.steps, update)]
+    def begin(step: int) -> None:
+        if step == 0 and queues is not None:
+            for images, k in zip(classes, range(len(classes)), strict=True):
+                rng = seeded(config.seed, _MORE - 1 - k)
+                some = images[torch.randperm(len(images), generator=rng)[: queues[0].capacity]]
+                queues[0].push(some, torch.full((len(some),), k))
+            rng = seeded(config.seed, _MORE - 1 - len(classes))
+            order = torch.randperm(len(data.images), generator=rng)
+            queues[1].push(data.images[order[:_OF_ALL]])
+
+    state = {
+        f"queues.{i}.{name}": t
+        for i, queue in enumerate(queues or ())
+        for name, t in queue.state().items()
+    }
+    return [Stage("", config.steps, update, begin, state)]
+
+
+def _with_patches(sizes: tuple[int, ...], images: Tensor) -> dict[str, Tensor]:
+    return {"image": images.flatten(1)} | {
+        f"patches{size}": features.patch_vectors(images, size) for size in sizes
+    }
+
+
+def _queues(config: WFlowConfig, data: Images) -> tuple[Queues, Queues]:
+    """A queue for each class, and one of all."""
+    shape, classes = data.images.shape[1:], max(1, len(data.names))
+    assert config.queue is not None
+    return Queues(shape, classes=classes, capacity=config.queue), Queues(shape, capacity=_OF_ALL)
+
+
+def _push(queues: tuple[Queues, Queues], data: Images, n: int, rng: torch.Generator) -> None:
+    chosen = torch.randint(len(data.images), (n,), generator=rng)
+    queues[0].push(data.images[chosen], None if data.labels is None else data.labels[chosen])
+    queues[1].push(data.images[chosen])
 
 
 def _classes(data: Images) -> list[Tensor]:
@@ -157,19 +283,19 @@ def _classes(data: Images) -> list[Tensor]:
 
 
 def _draw(config: WFlowConfig, classes: list[Tensor], step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels `[G]`, noise `[2, G, N, Z]` and real images `[G, N, C, H, W]` of one step.
+    """Labels `[G]`, noise `[2, G, N, Z]` and real images `[G, M, C, H, W]` of one step.
 
-    Images are drawn without replacement, or with it from a class of fewer than N.
+    Images are drawn without replacement, or with it from a class of fewer than M.
     """
     rng = seeded(config.seed, step + 1)
     groups, n = min(config.groups, len(classes)), config.batch
     labels = torch.randperm(len(classes), generator=rng)[:groups]
 
     def choose(images: Tensor) -> Tensor:
-        count = len(images)
-        if count < n:
-            return images[torch.randint(count, (n,), generator=rng)]
-        return images[torch.randperm(count, generator=rng)[:n]]
+        total, m = len(images), config.positives or n
+        if total < m:
+            return images[torch.randint(total, (m,), generator=rng)]
+        return images[torch.randperm(total, generator=rng)[:m]]
 
     real = torch.stack([choose(classes[k]) for k in labels.tolist()])
     noise = torch.randn(2, groups, n, config.noise_dim, generator=rng)
