@@ -234,6 +234,18 @@ def test_known_data_of_flows_with_churn() -> None:
         assert_contract("value", s.denoised, s.x - t * flow(s.x, s.level))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_known_data_of_another_dtype(dtype: torch.dtype) -> None:
+    """Data in float64 beside other latents, levels of each sample, one mask for all."""
+    known, mask = drawn(torch.float64, B, D, 1)[..., 0], torch.arange(D) < 3
+    for solver in ("heun", "euler", "dpm++2m"):
+        options: dict[str, Any] = {"sigmas": OWN, "solver": solver}
+        out = fewstep.edm_sample(bent, drawn(dtype), known=known, mask=mask, **options)
+        held = known + OWN[:, -1:] * drawn(dtype).double()
+        assert out.dtype == dtype
+        assert torch.equal(out[:, :3], held.float().to(dtype)[:, :3])
+
+
 @pytest.mark.parametrize("data_at", [0, 1])
 def test_a_callback_sees_and_ends(data_at: int) -> None:
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -308,6 +320,8 @@ def test_bad_types() -> None:
         fewstep.edm_sample(bent, drawn(), init=drawn().long())
     with pytest.raises(TypeError, match="callback must return True, False or None, got int"):
         fewstep.edm_sample(bent, drawn(), callback=lambda _: 1)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match="times must begin after noise at 1 with init"):
+        fewstep.flow_sample(flow, drawn(), init=drawn())
     with pytest.raises(ValueError, match="data_at must be 0 or 1, got 2"):
         fewstep.flow_sample(flow, drawn(), data_at=2)
     with pytest.raises(ValueError, match=r"times must increase within \[0, 1\]"):

@@ -31,7 +31,6 @@ from fewstep.samplers.plan import (
     SOLVERS,
     Churn,
     Determinants,
-    Edits,
     Guidance,
     Network,
     Plan,
@@ -203,7 +202,7 @@ def edm_sample(
         trace_inputs.check_problem(options, latents, "edm_sample")
         if churn.amount > 0:
             raise ValueError(f"edm_sample: S_churn must be 0 with log_density, got {churn.amount}")
-        if solver != "heun" or edits != Edits():
+        if solver != "heun" or not edits.none:
             given = f"solver={solver!r}" if solver != "heun" else "init, mask or callback"
             raise ValueError(f"edm_sample: log_density is that of plain Heun steps, got {given}")
         levels = levels_of(*schedule)[None] if levels is None else levels
@@ -222,7 +221,7 @@ def edm_sample(
         own = levels_of(*schedule)[None] if levels is None else levels
         plan = edm_plan(own, churn, weight, precondition, solver)
     if cuda_graph:
-        if latents.device.type != "cuda" or log_density is not None or edits != Edits():
+        if latents.device.type != "cuda" or log_density is not None or not edits.none:
             raise ValueError(
                 "edm_sample: cuda_graph needs latents on a CUDA device, and no log_density, init,"
                 f" mask or callback, got {latents.device}"

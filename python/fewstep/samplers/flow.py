@@ -88,7 +88,8 @@ def flow_sample(
         Tensor: samples of the shape and dtype of latents.
 
     Raises:
-        ValueError: an argument that `edm_sample` refuses; times that do not decrease within [0, 1].
+        ValueError: an argument that `edm_sample` refuses; times that do not decrease within [0, 1],
+            or that begin at noise with init.
 
     Source: derived from Karras et al., EDM, arXiv 2206.00364, algorithm 2, by the change of frame
     `x / (1 + sigma)`.
@@ -122,6 +123,11 @@ def flow_sample(
         churn = replace(churn, low=1 - churn.high, high=1 - churn.low)
     weight = check_guidance("flow_sample", guidance, uncond, latents, guidance_interval)
     edits = check_edits("flow_sample", latents, init, known, mask, callback)
+    if init is not None and bool((nodes[:, 0] == 1).any()):
+        raise ValueError(
+            f"flow_sample: times must begin after noise at {1 - data_at} with init, of which"
+            f" nothing is left there, got {times}"
+        )
     seeds = seeds_for("flow_sample", seeds, latents, churn.amount > 0)
     plan = flow_plan(nodes, churn, weight, solver, bool(data_at))
     networks = (velocity,) if uncond is None else (velocity, uncond)

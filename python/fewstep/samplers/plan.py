@@ -95,6 +95,10 @@ class Edits:
     mask: Tensor | None = None
     callback: Callable[[SamplerStep], bool | None] | None = None
 
+    @property
+    def none(self) -> bool:
+        return self.start is None and self.mask is None and self.callback is None
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -282,7 +286,7 @@ class _Editor:
             return
         assert known is not None
         _, alpha, sigma, factor = (part[step] for part in self.path)
-        x = alpha * known + sigma * self.latents
+        x = (alpha * known + sigma * self.latents).to(run.high.dtype)
         last = step == self.plan.steps
         back = 1 if last else self.estimate[0][step]
         high = factor * x
@@ -373,7 +377,7 @@ def sample(
     backend, state, check_finite = how
     table = plan.table.to(latents.device)
     run = Run(*(who, backend, latents, table, state, check_finite), scaled=plan.scaled, seeds=seeds)
-    editor = None if edits == Edits() else _Editor(run, plan, latents, edits)
+    editor = None if edits.none else _Editor(run, plan, latents, edits)
     return follow(run, networks, plan.inputs(latents), plan, tracked, progress, editor)
 
 
