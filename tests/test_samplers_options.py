@@ -146,6 +146,33 @@ def test_guidance_by_level_has_its_log_density() -> None:
         assert_contract("value", own.log_density, plain.log_density)
 
 
+@pytest.mark.parametrize("kind", ["noise", "v", "score", "velocity"])
+def test_other_predictions(kind: Any) -> None:
+    """A network that predicts something else, converted to what a sampler takes."""
+    convert = fewstep.conversions.convert
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        return convert(bent(x, sigma), x, sigma, source="denoiser", target=kind, path="ve")
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return convert(network(x, sigma), x, sigma, source=kind, target="denoiser", path="ve")
+
+    for solver in ("heun", "dpm++2m"):
+        options: dict[str, Any] = {"sigmas": SIGMAS, "solver": solver}
+        out = fewstep.edm_sample(denoiser, drawn(), **options)
+        assert_contract("value", out, fewstep.edm_sample(bent, drawn(), **options))
+
+    def other_flow(x: Tensor, t: Tensor) -> Tensor:
+        return convert(flow(x, t), x, t, source="velocity", target=kind)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return convert(other_flow(x, t), x, t, source=kind, target="velocity")
+
+    times = torch.tensor([0.95, 0.6, 0.3, 0.05], dtype=torch.float64)
+    own = fewstep.flow_sample(velocity, drawn(), times=times)
+    assert_contract("value", own, fewstep.flow_sample(flow, drawn(), times=times))
+
+
 @pytest.mark.parametrize("solver", ["heun", "euler"])
 @pytest.mark.parametrize("churn", [0.0, 5.0])
 def test_data_at_one(solver: str, churn: float) -> None:
