@@ -305,14 +305,18 @@ def edm_plan(
         table = torch.stack((predictor, corrector), 1)
     traces = torch.stack((h / 2 * out1 * in1 / hat, h / 2 * out2 * in2 / divisor), 1)
     constant = -(h / 2 * ((1 - skip1) / hat + (1 - skip2) / divisor)).sum(0)
+
+    def describe() -> tuple[Tensor, Tensor]:
+        weights = one if of_first is None else of_first
+        return _path(torch.cat((hat, sigma[-1:]))), stacked(1 / in1, skip1, out1, weights)
+
     return Plan(
         rows(table, start),
         given if precondition is None else given.log() / 4,
         steps,
         euler,
         precondition is not None,
-        path=_path(torch.cat((hat, sigma[-1:]))),
-        estimate=stacked(1 / in1, skip1, out1, one if of_first is None else of_first),
+        describe,
         single=single,
         plain=plain,
         traces=traces.flatten(0, 1),
@@ -345,14 +349,19 @@ def _multistep_plan(sigma: Tensor, guidance: Guidance | None) -> Plan:
     table = table_row(q_after, own, weight, net=(torch.ones_like(q), c))
     start = table_row(q[:1] * sigma[:1], q[:1], None, net=(sigma[:1], one))[0]
     ones = torch.ones_like(q)
+
+    def describe() -> tuple[Tensor, Tensor]:
+        weights = ones if weight is None else weight
+        path = _path(sigma, torch.cat((q, one)))
+        return path, stacked(ones, torch.zeros_like(q), ones, weights)
+
     return Plan(
         rows(table[:, None], start),
         given,
         sigma.shape[0] - 1,
         euler=False,
         scaled=True,
-        path=_path(sigma, torch.cat((q, one))),
-        estimate=stacked(ones, torch.zeros_like(q), ones, ones if weight is None else weight),
+        describe=describe,
         single=True,
         plain=plain,
     )

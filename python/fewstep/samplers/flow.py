@@ -161,11 +161,7 @@ def flow_plan(
     noise_after = torch.cat((noise[1:], last))
     single = solver == "euler"
     given = raised if single else torch.stack((raised, after), 1).flatten(0, 1)
-    path = torch.cat((raised, t[-1:]))
-    if reversed_time:
-        given, called = 1 - given, 1 - path
-    else:
-        called = path
+    given = 1 - given if reversed_time else given
     v = -h if reversed_time else h  # of the network's output
     weight, plain = needless(guidance, given)
     if single:
@@ -182,16 +178,21 @@ def flow_plan(
     first = (keep * now)[:1]
     begun = (keep * (1 - now))[:1]
     start = table_row(first, begun, None, noise=noise[:1], scale=one[:1])[0]
-    ones = torch.ones_like(path)
-    sign = 1 if reversed_time else -1
+
+    def describe() -> tuple[Tensor, Tensor]:
+        path = torch.cat((raised, t[-1:]))
+        called, sign = (1 - path, 1) if reversed_time else (path, -1)
+        weights = one if of_first is None else of_first
+        estimate = stacked(one, one, sign * raised, weights)
+        return stacked(called, 1 - path, path, torch.ones_like(path)), estimate
+
     return Plan(
         rows(table, start),
         given,
         steps,
         euler=False,
         scaled=False,
-        path=stacked(called, 1 - path, path, ones),
-        estimate=stacked(one, one, sign * raised, one if of_first is None else of_first),
+        describe=describe,
         single=single,
         plain=plain,
         weight=weight,

@@ -51,10 +51,18 @@ class Guidance:
     low: float = -math.inf
     high: float = math.inf
 
+    @property
+    def constant(self) -> bool:
+        everywhere = self.low == -math.inf and self.high == math.inf
+        return isinstance(self.weight, Tensor) and everywhere
+
     def at(self, levels: Tensor) -> Tensor:
         """w at float64 levels `[S, R]`, `[S, R or B]`."""
-        inside = (levels >= self.low) & (levels <= self.high)
         weight = self.weight
+        if self.constant:
+            assert isinstance(weight, Tensor)
+            return weight.to(levels.device).expand(len(levels), -1)
+        inside = (levels >= self.low) & (levels <= self.high)
         if not isinstance(weight, Tensor):
             found = [weight(level) for level in levels.flatten().tolist()]
             weight = levels.new_tensor(found).reshape(levels.shape)
@@ -112,11 +120,12 @@ class Plan:
         scaled: whether the network's input is not the state itself.
         single: whether each step has one evaluation.
         plain: numbers of the evaluations that need no unconditional network.
-        path: of each step's beginning and of the end, `x_t = alpha x_data + sigma noise`, the level
-            as the user counts it, alpha and sigma, and the factor of x in the state: float64
-            `[4, S + 1, R]`.
-        estimate: D = e_1 x + e_2 F with x = e_0 times the network's input: e and the weight of
-            guidance at the first evaluation of each step, float64 `[4, S, R]`.
+        describe: makes two tables in float64 for what a user does on the way. The path
+            `[4, S + 1, R]`, of each step's beginning and of the end: the level as the user counts
+            it, alpha and sigma of `x_t = alpha x_data + sigma noise`, and the factor of x in the
+            state. The estimate `[4, S, R]` at the first evaluation of each step:
+            `D = e_1 x + e_2 F` with x = e_0 times the network's input; e, and the weight of
+            guidance.
         traces: weights of the traces of each evaluation in the change of log-density, `[2 S, R]`.
         constant: part of that change that depends on no trace, for each dimension, `[R]`.
         weight: weights of guidance at the evaluations, `[E S, R]`.
@@ -127,8 +136,7 @@ class Plan:
     steps: int
     euler: bool
     scaled: bool
-    path: Tensor
-    estimate: Tensor
+    describe: Callable[[], tuple[Tensor, Tensor]]
     single: bool = False
     plain: frozenset[int] = frozenset()
     traces: Tensor | None = None
@@ -276,7 +284,7 @@ class _Editor:
         shape = (-1, *(1,) * (latents.ndim - 1))
         self.path, self.estimate = (
             [[row.reshape(shape) for row in part.to(*like)] for part in table]
-            for table in (plan.path, plan.estimate)
+            for table in plan.describe()
         )
 
     def hold(self, step: int) -> None:
@@ -386,6 +394,8 @@ def needless(guidance: Guidance | None, levels: Tensor) -> tuple[Tensor | None, 
     if guidance is None:
         return None, frozenset()
     weight = guidance.at(levels)
+    if guidance.constant:
+        return weight, frozenset(range(len(levels)) if bool((weight[0] == 1).all()) else ())
     return weight, frozenset((weight == 1).all(-1).nonzero().flatten().tolist())
 
 
