@@ -75,7 +75,8 @@ def canonical_problem(
     rho = penalties(reach, row, dtype)
     weights = canonical_weights("a", a, batch, points, dtype, read, part)
     columns = canonical_weights("b", b, batch, points, dtype, read)
-    if read and rho == (None, None) and not part:
+    some = a is not None or b is not None
+    if some and read and rho == (None, None) and not part:
         cu_x, cu_y = points.segments or (None, None)
         sums = masses(weights.detach(), cu_x), masses(columns.detach(), cu_y)
         check_same_mass((a, b), *sums)
