@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from fewstep._torch import is_dual, is_transformed
 
 T = TypeVar("T")
 Facts = dict[str, Any]
-_warned = False
+_warned = _looked_after = False
 
 
 def check_group(op: str, group: Any, tensors: dict[str, Any]) -> None:
@@ -130,10 +131,21 @@ def gathered(t: Tensor, counts: list[int], group: Any) -> list[Tensor]:
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
+@contextmanager
+def looked_after() -> Iterator[None]:
+    """Calls of ops in the block are of one process by intent."""
+    global _looked_after
+    before, _looked_after = _looked_after, True
+    try:
+        yield
+    finally:
+        _looked_after = before
+
+
 def warn_of_ranks(op: str, what: str) -> None:
     """Once, where there are other ranks that a call does not look at."""
     global _warned
-    if torch.compiler.is_compiling() or _warned:
+    if torch.compiler.is_compiling() or _warned or _looked_after:
         return
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
