@@ -68,7 +68,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     config: MeanFlowConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     config = replace(config, flow=MeanFlow(improved=True, ratio=0.5, omega=1.5, kappa=0.2))
-    draw, calls = meanflow._draw, []
+    draw, calls = meanflow._some, []
 
     def interrupted(*arguments: object) -> object:
         calls.append(None)
@@ -77,7 +77,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
         return draw(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(meanflow, "_draw", interrupted)
+        patch.setattr(meanflow, "_some", interrupted)
         with pytest.raises(KeyboardInterrupt, match=f"step {step + 1} of 12"):
             run(config, tmp_path / "stopped")
     run(config, tmp_path / "stopped", resume=True)

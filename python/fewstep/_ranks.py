@@ -22,6 +22,10 @@ Facts = dict[str, Any]
 _warned = _looked_after = False
 
 
+class RankError(ValueError):
+    """What a rank raises for another one's sake."""
+
+
 def check_group(op: str, group: Any, tensors: dict[str, Any]) -> None:
     """Raise ValueError unless the ranks of `group` can exchange tensors on the device of x."""
     if not dist.is_available():
@@ -66,11 +70,12 @@ def agreed(
     `local` returns that, facts that must be the same on all ranks, and facts of its rank. Where it
     raises on one rank, or facts differ, all ranks raise.
     """
-    mine: T | None = None
+    made: list[T] = []
     error, shared, own = None, Facts(), Facts()
     try:
         _check_device(op, group, x)
         mine, shared, own = local()
+        made.append(mine)
     except Exception as caught:
         error = caught
     told: list[Any] = [None] * dist.get_world_size(group)
@@ -82,7 +87,7 @@ def agreed(
         raise error
     for rank, (theirs, _, _) in enumerate(told):
         if theirs is not None:
-            raise ValueError(f"{op}: rank {rank} of process_group raises: {theirs}")
+            raise RankError(f"{op}: rank {rank} of process_group raises: {theirs}")
     first = told[0][1]
     for rank, (_, facts, _) in enumerate(told):
         for name in [*first, *(name for name in facts if name not in first)]:
@@ -91,8 +96,7 @@ def agreed(
                     f"{op}: {name} must be the same on all ranks of process_group, got"
                     f" {first.get(name)} on rank 0 and {facts.get(name)} on rank {rank}"
                 )
-    assert mine is not None
-    return mine, [facts for _, _, facts in told]
+    return made[0], [facts for _, _, facts in told]
 
 
 def checksum(t: Tensor | None) -> str:
