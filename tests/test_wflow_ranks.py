@@ -66,6 +66,13 @@ def test_micro_batches_keep_the_activations_of_one() -> None:
     assert kept[1] < kept[0] / 8  # inputs of the parts, and what the loss keeps
 
 
+def test_the_adversarial_weight_is_that_of_the_batch(ranks: list[Found]) -> None:
+    want = cases.adaptive()
+    assert 0.01 < want < 10
+    for rank in ranks:
+        torch.testing.assert_close(rank["adaptive"], want, rtol=1e-12, atol=0)
+
+
 REFUSED = {
     "unsaid": "ranks_hold must be one of ('points', 'groups') for 6 groups, got None",
     "hold": "ranks_hold must be one of ('points', 'groups'), got 'rows'",

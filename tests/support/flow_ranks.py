@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fewstep.baselines import Drifting
-from fewstep.methods import WFlow
+from fewstep.methods import LinesMatching, WFlow
 
 Saved = dict[str, Any]
 G, N, M, U, Z = 6, 12, 9, 6, 4
@@ -156,6 +156,27 @@ def refusals(rank: int, group: Any) -> dict[str, str]:
     return found
 
 
+def adaptive(rank: int = 0, world: int = 1, group: Any = None) -> Tensor:
+    """The weight of the adversarial part of `LinesMatching`, of a batch that ranks share."""
+    rng = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(2, 12, 5, generator=rng, dtype=torch.float64)
+    x0, x1 = (share(t, rank, world, 0, True) for t in (x0, x1))
+    net = nn.Linear(5, 5, dtype=torch.float64)
+    nn.init.constant_(net.weight, 0.3)
+    nn.init.zeros_(net.bias)
+    _, metrics = LinesMatching(levels=3, indices=(0,), augment=())(
+        lambda x, sigma: net(x) / sigma[:, None].to(x.dtype),
+        x0,
+        x1,
+        discriminator=lambda x: x.square().sum(1),
+        last_layer=net.weight,
+        generator=rng,
+        sample_ids=share(torch.arange(12), rank, world, 0, True),
+        process_group=group,
+    )
+    return metrics["lam"]
+
+
 def find(rank: int, world: int, group: Any) -> Saved:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -164,6 +185,7 @@ def find(rank: int, world: int, group: Any) -> Saved:
     found: Saved = {"warnings": [str(w.message) for w in caught]}
     for name, kind in cases():
         found[f"{name}, {kind}"] = step(name, kind, rank, world, group)
+    found["adaptive"] = adaptive(rank, world, group)
     warnings.simplefilter("ignore")
     found["refusals"] = refusals(rank, group)
     return found

@@ -456,6 +456,7 @@ def _student_step(
             generator=rng,
             step=step,
             sample_ids=ids,
+            process_group=session.ranks.group,
         )
         outputs.append((metrics.pop("output"), labels))
         return value, metrics

@@ -163,19 +163,31 @@ def _stages(session: Session[MeanFlowConfig]) -> list[Stage]:
         rng = seeded(config.seed, step + 1)
         chosen = torch.randint(len(session.data.images), (config.batch,), generator=rng)
 
+        parts = [*session.parts(config.batch, rng)]
+        diverged: list[FloatingPointError] = []
+
         def loss(rows: slice, ids: Tensor, rng: torch.Generator) -> Losses:
             images, labels = _some(session.data, chosen[rows])
             given = labels.to(device) if labels is not None and run.classes else None
-            return config.flow(
-                network.model,
-                images.to(device),
-                given,
-                null_label=len(run.classes) or None,
-                generator=rng,
-                sample_ids=ids,
-            )
+            try:
+                value, metrics = config.flow(
+                    network.model,
+                    images.to(device),
+                    given,
+                    null_label=len(run.classes) or None,
+                    generator=rng,
+                    sample_ids=ids,
+                )
+            except FloatingPointError as error:  # every sample of this part is left out
+                diverged.append(error)
+                if len(diverged) == len(parts):
+                    raise
+                none = torch.zeros((), device=device)
+                zeros = dict.fromkeys(("error", "tangent"), none)
+                return none.clone().requires_grad_(), zeros | {"skipped": none + 1}
+            # A mean over the samples of all parts and ranks, where those left out count as 0.
+            return value * (1 - metrics["skipped"]), metrics
 
-        parts = session.parts(config.batch, rng)
         found = network.step([partial(loss, *part) for part in parts], step / config.steps, step)
         return {"error": found.pop("error"), **found}
 
