@@ -32,6 +32,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "wflow",
         {"steps": 3, "groups": 6, "batch": 8, "scale_high": 3.0, "queue": 20, "accumulate": 2},
     ),
+    "sharded": ("wflow", {"steps": 4, "groups": 6, "batch": 8, "clip": 0.1, "shard": True}),
+    "sharded, parts": (
+        "drifting",
+        {"steps": 3, "groups": 5, "batch": 12, "accumulate": 2, "shard": True},
+    ),
+    "sharded, tangents": ("meanflow", {"steps": 3, "batch": 12, "accumulate": 2, "shard": True}),
     "drifting": ("drifting", {"steps": 3, "groups": 5, "batch": 12}),
     "meanflow": ("meanflow", {"steps": 4, "batch": 12, "accumulate": 2}),
     "reflow": (
@@ -96,6 +102,7 @@ def refusals(folder: Path, rank: int, group: Any) -> dict[str, str]:
         return said(lambda: train("wflow", out, group, **options))
 
     found = {
+        "shard": said(lambda: train("lines", out, group, shard=True)),
         "batch": said(lambda: train("meanflow", out, group, batch=7)),
         "points": wflow(groups=5, batch=7),
         "settings": wflow(lr=1e-3 if last else 2e-3),
@@ -118,6 +125,7 @@ def find(rank: int, world: int, group: Any) -> Found:
     dist.barrier()
     found: Found = {name: train(name, folder / name, group) for name in SETTINGS}
     longer = train("wflow", folder / "wflow", group, resume=True, steps=6)
+    found["sharded, longer"] = train("sharded", folder / "sharded", group, resume=True, steps=6)
     return found | {"longer": longer, "refusals": refusals(folder, rank, group)}
 
 

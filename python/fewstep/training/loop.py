@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fewstep._files import replacing
 from fewstep._ranks import checksum
 from fewstep.training import checkpoint, plots
-from fewstep.training.ranks import ALONE, Ranks
+from fewstep.training.ranks import ALONE, Ranks, is_sharded, whole
 
 CHECKPOINT, LOGS, NUMBERS, GRIDS = "checkpoint.safetensors", "logs", "metrics.csv", "grids"
 _WARM_UP = 50  # steps
@@ -42,6 +42,7 @@ class TrainedNetwork:
         precision (str): "fp32", or "bf16" for networks under autocast.
         compiled (bool): whether the network is compiled by `torch.compile`.
         ranks (Ranks): processes whose gradients are averaged.
+        shard (bool): whether the ranks divide weights, averages and moments between them.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class TrainedNetwork:
         precision: TrainPrecision = "fp32",
         compiled: bool = False,
         ranks: Ranks = ALONE,
+        shard: bool = False,
     ) -> None:
         self.model = model
         self.lr = lr
@@ -63,6 +65,12 @@ class TrainedNetwork:
         if ema is not None:
             averaging = get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(model, multi_avg_fn=averaging)
+        self._like = copy.deepcopy(model).to("meta") if shard else None
+        if shard:
+            device = next(model.parameters()).device
+            for module in (model, self.average.module if self.average is not None else None):
+                if module is not None:
+                    ranks.shard(module, device)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=betas, fused=True)
         self._allocate()
         if compiled:
@@ -83,6 +91,15 @@ class TrainedNetwork:
         if self.average is None:
             raise ValueError("averaged: this network keeps no average of its weights")
         return self.average.module
+
+    def plain(self) -> nn.Module:
+        """A copy of the network with its averaged weights, on the CPU and in evaluation mode. All
+        ranks must ask."""
+        if self._like is None:
+            return copy.deepcopy(self.averaged).cpu().eval()
+        own = copy.deepcopy(self._like).to_empty(device="cpu")
+        own.load_state_dict({k: whole(t).cpu() for k, t in self.averaged.state_dict().items()})
+        return own.eval()
 
     def step(
         self, losses: Sequence[Callable[[], Losses]], progress: float, step: int
@@ -239,12 +256,16 @@ def fit(
                                 numbers.write(f"{at - 1},{label}{name},{value:.9g}\n")
                     if save or stop:
                         ranks.agreed(lambda: (None, _weights(networks)))
+                        # Of sharded networks each rank gives its part.
+                        tensors = {k: whole(t) for k, t in _tensors(networks, stages).items()}
+                        shown_now = save and drawn is not None and stage.name == drawn[0]
+                        plain = networks[stage.name].plain() if shown_now else None
                     if writer is not None and numbers is not None and (save or stop):
                         writer.flush()
                         numbers.flush()
-                        checkpoint.save(path, _tensors(networks, stages), step=at)
-                        if save and drawn is not None and stage.name == drawn[0]:
-                            _show(drawn[1], networks[drawn[0]], out, at, writer)
+                        checkpoint.save(path, tensors, step=at)
+                        if drawn is not None and plain is not None:
+                            _show(drawn[1], plain, out, at, writer)
                     if stop:
                         raise KeyboardInterrupt(
                             f"stopped after step {at} of {total}; --resume continues"
@@ -256,7 +277,7 @@ def _weights(networks: Mapping[str, TrainedNetwork]) -> dict[str, str]:
     """What ranks must have in common at a checkpoint."""
     return {
         f"the weights of {name or 'the network'}": ", ".join(
-            checksum(p) for p in network.model.parameters()
+            checksum(p) for p in network.model.parameters() if not is_sharded(p)
         )
         for name, network in networks.items()
     }
@@ -276,12 +297,12 @@ def _numbers(path: Path, done: int) -> Iterator[TextIO]:
 @torch.no_grad()
 def _show(
     draw: Callable[[nn.Module], tuple[Tensor, int, Sequence[str]]],
-    network: TrainedNetwork,
+    network: nn.Module,
     out: Path,
     step: int,
     writer: Any,
 ) -> None:
-    images, columns, names = draw(copy.deepcopy(network.averaged).cpu().eval())
+    images, columns, names = draw(network)
     (out / GRIDS).mkdir(exist_ok=True)
     path, title = out / GRIDS / f"{step:06d}.png", f"{out.name}: samples after step {step}"
     plots.save_grid(path, images, columns=columns, title=title, names=names)

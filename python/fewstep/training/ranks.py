@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -108,10 +108,25 @@ class Ranks:
         dist.all_reduce(values, group=self.group)
         return dict(zip(scalars, (values / self.world).tolist(), strict=True))
 
+    def shard(self, module: nn.Module, device: torch.device) -> None:
+        """Divide the parameters of a module between the ranks, by FSDP2: of each block, and of the
+        rest. Its gradients are then means over the ranks."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
+        # A view would lose FSDP's hook for the backward pass if anyone wrote into it.
+        module.register_forward_hook(lambda m, inputs, output: output.clone())
+        mesh = DeviceMesh.from_group(self.group, device.type)
+        for block in _blocks(module):
+            if any(True for _ in block.parameters()):
+                fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+
     def mean_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace gradients by their means over the ranks."""
         if self.group is None:
             return
+        parameters = [p for p in parameters if not is_sharded(p)]
         buckets: list[list[Tensor]] = [[]]
         room = _BUCKET
         for p in parameters:
@@ -136,6 +151,25 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Members of the outermost lists in a module."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from child
+        else:
+            yield from _blocks(child)
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether ranks have parts of it."""
+    return hasattr(t, "full_tensor")
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of it; all ranks must ask."""
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
 
 
 def among(process_group: Any) -> Ranks:

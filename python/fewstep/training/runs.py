@@ -74,6 +74,8 @@ class RunConfig:
         clip: largest norm of a network's gradient. A longer gradient is scaled down to it.
         accumulate: number of micro-batches that a step's batch is divided into, on each rank of
             torchrun. The gradient is that of the whole batch.
+        shard: division of weights, averages and moments between the ranks of torchrun, by FSDP2. It
+            is for methods of one network.
 
     Raises:
         ValueError: a number is outside its range.
@@ -92,6 +94,7 @@ class RunConfig:
     compile: bool = False
     clip: float | None = None
     accumulate: int = 1
+    shard: bool = False
 
     def __post_init__(self) -> None:
         own = [f.name for f in dataclasses.fields(self) if f.type == "int"]
@@ -354,7 +357,7 @@ class Trainer(Generic[C, R]):
                 ranks=ranks,
             )
             done = {
-                name: network.averaged.cpu().eval()
+                name: network.plain()
                 for name, network in networks.items()
                 if network.average is not None
             }
@@ -396,6 +399,11 @@ class Trainer(Generic[C, R]):
             if run != began and ranks.first:
                 _write_config(out, self.name, run)
         recipes, path = self.networks(run), out / CHECKPOINT
+        if config.shard and (ranks.group is None or len(recipes) > 1):
+            raise ValueError(
+                "shard needs several ranks and a method of one network, got"
+                f" {ranks.world} ranks and {len(recipes)} networks of {self.name}"
+            )
         if began is not None and path.exists():
             modules = {f"{prefix(name)}model.": r.module for name, r in recipes.items()}
             checkpoint.check_shapes(path, modules)
@@ -409,6 +417,7 @@ class Trainer(Generic[C, R]):
                 precision=config.precision,
                 compiled=config.compile,
                 ranks=ranks,
+                shard=config.shard,
             )
             for name, r in recipes.items()
         }
