@@ -73,6 +73,7 @@ REFUSED = {
     "used": "holds a run already: give --resume or --overwrite",
     "other": "is not the configuration of a run of lines",
     "group": "process_group must be a process group of torch.distributed, got 'gloo'",
+    "folder": "the number of steps done must be the same on all ranks of process_group, got 6 on",
     "diverged": "FloatingPointError: not finite at step",
 }
 

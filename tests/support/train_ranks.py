@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -110,6 +111,11 @@ def refusals(folder: Path, rank: int, group: Any) -> dict[str, str]:
         "other": said(lambda: train("lines", folder / "wflow", group, resume=True)),
         "group": said(lambda: train("wflow", out, "gloo")),
     }
+    out = folder / f"apart {rank}"  # a folder that other ranks do not see
+    shutil.copytree(folder / "wflow", out)
+    if rank > 0:
+        (out / "checkpoint.safetensors").unlink()
+    found["folder"] = said(lambda: train("wflow", out, group, resume=True, steps=8))
     diverged = replace(trainer("wflow").preset("mnist5k").flow, step_size=1e30)
     found["diverged"] = said(lambda: train("wflow", folder / "far", group, flow=diverged))
     return found

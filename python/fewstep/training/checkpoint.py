@@ -64,8 +64,8 @@ def restore(path: Path, state: Mapping[str, Tensor]) -> int:
         if is_sharded(live):
             from torch.distributed.tensor import distribute_tensor
 
-            own = own.to(live.device)
-            own = distribute_tensor(own, live.device_mesh, live.placements)  # type: ignore[attr-defined]
+            where = live.device_mesh, live.placements  # type: ignore[attr-defined]
+            own = distribute_tensor(own.to(live.device), *where, src_data_rank=None)
         live.copy_(own)
     return step
 

@@ -213,7 +213,12 @@ def fit(
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     path, total = out / CHECKPOINT, sum(stage.steps for stage in stages)
-    done = checkpoint.restore(path, _tensors(networks, stages)) if path.exists() else 0
+
+    def restored() -> tuple[int, dict[str, str]]:
+        done = checkpoint.restore(path, _tensors(networks, stages)) if path.exists() else 0
+        return done, {"the number of steps done": str(done), **_weights(networks)}
+
+    done = ranks.agreed(restored)
     bar = tqdm(
         initial=done,
         total=total,
