@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -71,6 +72,16 @@ def test_conversions_are_those_of_the_density(path: str) -> None:
                 truth[source], x, t, source=source, target=target, path=path
             )
             assert (found - truth[target]).abs().max() < 1e-10, (source, target)
+
+
+def test_conversions_at_the_ends_of_vp() -> None:
+    x, value = torch.randn(2, 3, 2, dtype=F64)
+    convert = partial(conversions.convert, value, x, path="vp", source="dx/dalphas_cumprod")
+    assert torch.equal(convert(1.0, target="denoiser"), x)  # there is no noise
+    assert torch.equal(convert(0.0, target="noise"), x)  # there is nothing else
+    for t in (-0.1, 1.5, math.nan, torch.tensor([0.5, 1.1, 0.2])):
+        with pytest.raises(ValueError, match="t must be from 0 to 1 for path 'vp', got"):
+            convert(t, target="denoiser")
 
 
 def test_velocity_moves_the_marginals() -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -296,6 +297,21 @@ def test_a_callback_sees_and_ends(data_at: int) -> None:
     guided = -flow(seen[-1].x, noise)  # 3 v - 2 (2 v)
     assert_contract("value", seen[-1].denoised, seen[-1].x - noise[:, None] * guided)
     assert torch.equal(out, seen[-1].denoised)
+
+
+@pytest.mark.parametrize("true", [True, np.bool_(True), torch.tensor(True), np.array([True])])
+@pytest.mark.parametrize("sampler", [fewstep.edm_sample, fewstep.flow_sample])
+def test_what_is_known_stays_where_a_callback_ends(sampler: Any, true: Any) -> None:
+    known, mask = drawn() + 5, drawn() > 0
+    seen: list[SamplerStep] = []
+
+    def callback(step: SamplerStep) -> Any:
+        seen.append(step)
+        return true if step.index == 2 else np.bool_(False)
+
+    out = sampler(flow, drawn(), known=known, mask=mask, callback=callback)
+    assert len(seen) == 3
+    assert torch.equal(out, torch.where(mask, known, seen[-1].denoised))
 
 
 def test_states_of_a_callback_are_copies() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewstep._checks import as_times, floating, one_of, stands_for_tensor
 from fewstep._names import Kind, TimePath
-from fewstep._torch import wide
+from fewstep._torch import readable, wide
 
 KINDS = ("velocity", "denoiser", "noise", "score", "v", "dx/dalphas_cumprod")
 
@@ -98,10 +98,10 @@ def convert(
 
     Returns:
         Tensor: prediction of the other kind, of the shape and dtype of x. Scores, and what is
-        divided by a or b, are infinite where a or b vanishes. Keep t away from there.
+        divided by a or b, are infinite or NaN where a or b vanishes. Keep t away from there.
 
     Raises:
-        ValueError: an unknown kind or path, or shapes that do not fit.
+        ValueError: an unknown kind or path, shapes that do not fit, t outside of [0, 1] for "vp".
         TypeError: value or x that is not floating, t that is not a number.
 
     >>> x, v = torch.randn(4, 2), torch.randn(4, 2)
@@ -129,8 +129,13 @@ def convert(
             )
     if source == target:
         return value
+    if path == "vp" and readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"convert: t must be from 0 to 1 for path 'vp', got {t.tolist()}")
     a, b, da, db = coefficients(path, t.reshape(-1, *(1,) * (x.ndim - 1)))
-    if source == named:
+    if source == named and path == "vp":  # a' and b' are infinite at the ends, but not these
+        moved = 2 * a * b * value
+        denoiser, noise = a * x + b * moved, b * x - a * moved
+    elif source == named:
         turn = a * db - da * b
         denoiser, noise = (db * x - b * value) / turn, (a * value - da * x) / turn
     else:

@@ -135,7 +135,7 @@ def edm_sample(
             known.
         callback (Callable | None): is called with a `SamplerStep` (index, steps, level, x,
             denoised) after the first evaluation of each step. True ends sampling, and `denoised` is
-            the result.
+            the result, with what is known under the mask.
         seeds (Tensor | None): int64 `[B]`, seeds of the noise. A sample has the same noise in any
             batch. Default: drawn from torch's generator where there is noise.
         precondition (float | None): standard deviation s of the data, where denoiser and uncond are

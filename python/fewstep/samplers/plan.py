@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -314,11 +315,16 @@ class _Editor:
         out = outs[0] if len(outs) == 1 else weight * outs[0] + (1 - weight) * outs[1]
         x, denoised = (t.to(self.run.dtype) for t in (x, own * x + part * out))
         level = self.path[0][step].flatten().expand(x.shape[0])
-        verdict = callback(SamplerStep(step, self.plan.steps, level, x, denoised.clone()))
+        verdict: Any = callback(SamplerStep(step, self.plan.steps, level, x, denoised.clone()))
+        own = getattr(verdict, "dtype", None) in (torch.bool, np.dtype(bool))
+        if own and math.prod(verdict.shape) == 1:  # one of torch or NumPy
+            verdict = bool(verdict)
         if verdict is not None and not isinstance(verdict, bool):
             got = type(verdict).__name__
             raise TypeError(f"{self.run.who}: callback must return True, False or None, got {got}")
-        return denoised if verdict else None
+        if not verdict or self.edits.known is None or self.edits.mask is None:
+            return denoised if verdict else None
+        return torch.where(self.edits.mask, self.edits.known, denoised).to(denoised.dtype)
 
 
 def follow(
