@@ -3,13 +3,20 @@
 from fewstep.networks.body import ImageBody, in_batches
 from fewstep.networks.conv import ImageConvNet
 from fewstep.networks.discriminators import ConvDiscriminator, MLPDiscriminator
+from fewstep.networks.encoder import (
+    ImageEncoder,
+    MaskedAutoencoder,
+    masked_error,
+    patch_masks,
+)
 from fewstep.networks.image import (
     ImageAverageField,
     ImageField,
     ImageGenerator,
     average_velocity,
-    check_name,
+    check_network,
     generator,
+    generator_noise,
     image_body,
     velocity,
 )
@@ -24,18 +31,23 @@ __all__ = [
     "ImageAverageField",
     "ImageBody",
     "ImageConvNet",
+    "ImageEncoder",
     "ImageField",
     "ImageGenerator",
     "ImageTransformer",
     "LinePrecond",
     "MLPDiscriminator",
     "MLPGenerator",
+    "MaskedAutoencoder",
     "ResidualMLP",
     "VelocityMLP",
     "average_velocity",
-    "check_name",
+    "check_network",
     "generator",
+    "generator_noise",
     "image_body",
     "in_batches",
+    "masked_error",
+    "patch_masks",
     "velocity",
 ]

@@ -27,10 +27,13 @@ class ImageBody(nn.Module):
     Attributes:
         grid: numbers `(h, w)` of patches along H and W.
         most: number of samples that a call without gradient should take at once.
+        embedding_std: standard deviation of the first embeddings of classes and styles.
 
     Raises:
         ValueError: image_shape is not three positive integers, or patch does not divide H and W.
     """
+
+    embedding_std = 1.0
 
     def __init__(
         self, image_shape: Sequence[int], *, patch: int, width: int, extra: int = 0
@@ -74,8 +77,8 @@ class ImageBody(nn.Module):
 def in_batches(network: nn.Module) -> Callable[..., Tensor]:
     """A network that takes no more samples at once than its body should.
 
-    Every argument is a tensor `[B, ...]`, and so is the result. A network without an `ImageBody`
-    is returned as it is.
+    Every argument is a tensor `[B, ...]` or None, and the result is a tensor `[B, ...]`. A network
+    without an `ImageBody` is returned as it is.
 
     >>> import torch
     >>> from fewstep.networks import in_batches, velocity
@@ -91,8 +94,10 @@ def in_batches(network: nn.Module) -> Callable[..., Tensor]:
         return network
     most = min(sizes)
 
-    def call(*inputs: Tensor) -> Tensor:
-        parts = zip(*(torch.split(t, most) for t in inputs), strict=True)
+    def call(*inputs: Tensor | None) -> Tensor:
+        count = max(len(t) for t in inputs if t is not None)
+        cut = [slice(k, k + most) for k in range(0, count, most)]
+        parts = ([None if t is None else t[k] for t in inputs] for k in cut)
         return torch.cat([network(*part) for part in parts])
 
     return call

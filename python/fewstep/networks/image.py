@@ -22,7 +22,8 @@ _SIZES = {  # width, depth, heads; those of DiT, but for T
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
-_STD, _ANGLES, _SLOWEST = 0.02, 256, 1e-4
+STYLES = 32  # of a generator by name
+_SCALED, _ANGLES, _SLOWEST = 0.02, 256, 1e-4  # of the scale of guidance
 
 
 class ImageGenerator(nn.Module):
@@ -77,8 +78,8 @@ class ImageGenerator(nn.Module):
         self.styles = count(who, "styles", styles, 0)
         self.codebook = count(who, "codebook", codebook)
         self.noise_dim = math.prod(body.image_shape) + self.styles
-        self.embedding = _embedding(count(who, "classes", classes, 0), width)
-        self.style = _embedding(self.styles * self.codebook, width)
+        self.embedding = _embedding(count(who, "classes", classes, 0), body)
+        self.style = _embedding(self.styles * self.codebook, body)
         self.scale: nn.Sequential | None = None
         if guided:
             mlp = (nn.Linear(_ANGLES, width), nn.SiLU(), nn.Linear(width, width))
@@ -116,7 +117,7 @@ class ImageGenerator(nn.Module):
             given = torch.ones_like(flat[:, 0]) if scale is None else scale
             angles = given[:, None].to(self.frequencies.dtype) * self.frequencies
             turned = torch.cat([angles.cos(), angles.sin()], 1)
-            condition = condition + _STD * self.scale(like(turned, pixels))
+            condition = condition + _SCALED * self.scale(like(turned, pixels))
         elif scale is not None:
             raise ValueError("ImageGenerator: scale is for guided generators, got one")
         out: Tensor = self.body(pixels, condition)
@@ -156,7 +157,7 @@ class ImageField(nn.Module):
         self.register_buffer("frequencies", powers, persistent=False)
         features = self.times * (1 + 2 * frequencies)
         self.level = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
-        self.embedding = _embedding(count(who, "classes", classes, 0), width)
+        self.embedding = _embedding(count(who, "classes", classes, 0), body)
         nn.init.zeros_(body.last.weight)  # type: ignore[arg-type, union-attr]
         nn.init.zeros_(body.last.bias)  # type: ignore[arg-type, union-attr]
 
@@ -232,26 +233,45 @@ def image_body(name: str, image_shape: Sequence[int]) -> ImageBody:
     >>> sum(p.numel() for p in image_body("T/2", (4, 32, 32)).parameters())
     4123984
     """
-    size, patch = check_name(name)
+    size, patch = _size_and_patch(name)
     if size == "conv":
         return ImageConvNet(image_shape, patch=patch)
     width, depth, heads = _SIZES[size]
     return ImageTransformer(image_shape, patch=patch, width=width, depth=depth, heads=heads)
 
 
-def check_name(name: str) -> tuple[str, int]:
-    """The size and the patch of a body's name.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
+def _size_and_patch(name: str, others: tuple[str, ...] = ()) -> tuple[str, int]:
     sizes = ("conv", *_SIZES)
     match = re.fullmatch(rf"({'|'.join(sizes)})(?:/([1-9]\d{{0,3}}))?", str(name))
     if match is None:
         raise ValueError(
-            f"network must be one of {sizes}, and the width of a patch as in 'B/2', got {name!r}"
+            f"network must be one of {others + sizes}, and the width of a patch as in 'B/2',"
+            f" got {name!r}"
         )
     return match[1], int(match[2] or 2)
+
+
+def check_network(name: str, image_shape: Sequence[int] = ()) -> None:
+    """Check what `--network` names, and that images of a shape have its patches.
+
+    Raises:
+        ValueError: the name is neither "mlp" nor that of a body, or the patch does not divide H
+            and W.
+    """
+    if name == "mlp":
+        return
+    _, patch = _size_and_patch(name, ("mlp",))
+    for size in image_shape[1:]:
+        if size % patch:
+            raise ValueError(
+                f"network: patches of {name!r} must divide the images, got {patch} for"
+                f" {' x '.join(map(str, image_shape[1:]))}"
+            )
+
+
+def generator_noise(image_shape: Sequence[int]) -> int:
+    """The dimension of the noise of `generator`."""
+    return math.prod(image_shape) + STYLES
 
 
 def generator(
@@ -260,7 +280,7 @@ def generator(
     *,
     classes: int = 0,
     guided: bool = False,
-    styles: int = 32,
+    styles: int = STYLES,
 ) -> ImageGenerator:
     """An `ImageGenerator` around the body of a name. The arguments and errors are those of both.
 
@@ -285,11 +305,11 @@ def average_velocity(
     return ImageAverageField(image_body(name, image_shape), classes=classes)
 
 
-def _embedding(entries: int, width: int) -> nn.Embedding | None:
+def _embedding(entries: int, body: ImageBody) -> nn.Embedding | None:
     if not entries:
         return None
-    embedding = nn.Embedding(entries, width)
-    nn.init.normal_(embedding.weight, std=_STD)
+    embedding = nn.Embedding(entries, body.width)
+    nn.init.normal_(embedding.weight, std=body.embedding_std)
     return embedding
 
 

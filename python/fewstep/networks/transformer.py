@@ -56,6 +56,7 @@ class ImageTransformer(ImageBody):
     torch.Size([5, 4, 8, 8])
     """
 
+    embedding_std = _STD
     positions: Tensor
     cos: Tensor
     sin: Tensor
