@@ -137,7 +137,7 @@ def test_sample_into_an_array(finished: Path, tmp_path: Path) -> None:
     assert np.array_equal(np.load(out), fewstep.load(finished).sample(5, seed=7).numpy())
 
 
-@pytest.mark.parametrize("method", TRAINERS)
+@pytest.mark.parametrize("method", sorted(TRAINERS.keys() - {"encoder"}))
 def test_the_first_samples_do_not_depend_on_their_number(method: str) -> None:
     trainer = TRAINERS[method]
     config = replace(trainer.preset("digits"), width=8, depth=2)
@@ -477,8 +477,9 @@ def test_every_option_of_a_method_is_explained(
             explained[name] = rest
         elif explained and line and not line.startswith("-"):
             explained[name].append(line)
-    assert groups == {"run options", "training options", "loss options"}
-    assert len(explained) > 20
+    loss = {"loss options"} if runs.nested(TRAINERS[method].config) else set()
+    assert groups == {"run options", "training options"} | loss
+    assert len(explained) > 15
     for name, parts in explained.items():
         assert re.match(r".{15,}\. \((required|default: .+)\)", " ".join(parts)), name
 

@@ -46,6 +46,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"teacher_steps": 2, "student_steps": 3, "teacher_batch": 24, "batch": 12},
     ),
     "lines": ("lines", {**_OF_LINES, "batch": 12, "accumulate": 2}),
+    "encoder": ("encoder", {"steps": 3, "batch": 12, "stages": 2, "patch": 2, "accumulate": 2}),
     # Spectral norms take a step of their power iteration at each call of the discriminator.
     "adversarial": ("lines", {**_OF_LINES, "batch": 12, "adversarial": True}),
 }
@@ -73,7 +74,7 @@ def config(name: str, folder: Path, **options: Any) -> Any:
     preset, settings = own.preset("mnist5k"), {**_ANY, **SETTINGS[name][1], **options}
     if SETTINGS[name][0] == "reflow":
         settings["flow"] = _FLOW
-    return replace(preset, data=data(folder), width=8, depth=2, **settings)
+    return replace(preset, data=data(folder), width=8, depth=1, **settings)
 
 
 def train(name: str, out: Path, group: Any = None, **options: Any) -> Found:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.networks import ImageBody, ImageConvNet, ImageField, ImageTransformer
 from support.networks import IMAGE, TOKENS, of
 
 
@@ -358,6 +359,18 @@ def encoder(batch_first: bool, norm_first: bool) -> Callable[[], nn.Module]:
     return of(body, make)
 
 
+def of_images(body: Callable[[], ImageBody]) -> Callable[[], nn.Module]:
+    """A velocity, whose weights have all left 0."""
+
+    def make() -> nn.Module:
+        field = ImageField(body())
+        for parameter in field.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return field
+
+    return make
+
+
 ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "guided diffusion": (partial(GuidedUNet, False), IMAGE),
     "guided diffusion, heads late": (partial(GuidedUNet, True), IMAGE),
@@ -369,6 +382,11 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "DiT, guided": (partial(DiT, guided=True), IMAGE),
     "score": (ScoreNet, IMAGE),
     "EGNN": (EGNN, TOKENS),
+    "ImageTransformer": (
+        of_images(partial(ImageTransformer, IMAGE[1:], width=16, depth=2, heads=2, registers=1)),
+        IMAGE,
+    ),
+    "ImageConvNet": (of_images(partial(ImageConvNet, IMAGE[1:], channels=8, depth=2)), IMAGE),
     "attention": (attention(True), TOKENS),
     "attention without weights": (attention(True, need_weights=False), TOKENS),
     "attention, sequence first": (attention(False), TOKENS),

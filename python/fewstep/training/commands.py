@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import inspect
 import io
 import itertools
@@ -31,6 +30,7 @@ from fewstep._names import Reuse
 from fewstep.data.generate import Teacher, generate, worker
 from fewstep.data.pairs import MANIFEST, PairsConfig
 from fewstep.training import plots
+from fewstep.training.encoder import imported
 from fewstep.training.loop import CHECKPOINT
 from fewstep.training.ranks import among, joined
 from fewstep.training.registry import TRAINERS, trainer_of
@@ -39,6 +39,8 @@ from fewstep.verification import report
 
 _OF_THE_RUN = ("data", "size", "seed", "device", "log_every", "checkpoint_every")
 _COMMANDS = ("train", "pairs", "sample", "verify")
+_LR_OF_TRANSFORMERS = 4e-4
+_OF_MLP = ("noise_dim", "width", "depth")
 _NOT_OPTIONS = (torch.dtype | None,)  # types without a spelling in a shell
 
 
@@ -98,7 +100,12 @@ class TrainMethod:
         for name in nested(self.trainer.config):
             loss = vars(getattr(self, _label(self.trainer, name)))
             given[name] = dataclasses.replace(getattr(self.defaults, name), **loss)
-        return dataclasses.replace(self.defaults, **{n: given[n] for n in names & given.keys()})
+        config = dataclasses.replace(self.defaults, **{n: given[n] for n in names & given.keys()})
+        if (network := getattr(config, "network", "mlp")) != "mlp":
+            for name in _OF_MLP:
+                if (value := getattr(config, name, None)) != getattr(self.defaults, name, None):
+                    raise ValueError(f"{name} is for network mlp, got {value} for {network}")
+        return config
 
     def execute(self) -> None:
         folder: Folder = self.run
@@ -149,30 +156,12 @@ def _teacher(source: str) -> Teacher:
     Raises:
         ValueError: neither a run with a teacher nor a `Teacher` in a module.
     """
-    module, _, name = source.partition(":")
+    name = source.partition(":")[2]
     path = Path(source)
     if not source or source.startswith(":"):
         raise ValueError(f"teacher: must be a folder, a checkpoint or MODULE:NAME, got {source!r}")
     if name and not path.exists():
-        if (here := str(Path.cwd())) not in sys.path:  # which a script does not have
-            sys.path.insert(0, here)
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except Exception as error:  # whatever the user's module raises
-            raise ValueError(f"teacher: {source} cannot be imported: {error}") from error
-        try:
-            teacher = found if isinstance(found, Teacher) else found()
-        except Exception as error:
-            raise ValueError(
-                f"teacher: {source} must be a fewstep.data.generate.Teacher, or return one when"
-                f" called without arguments: {type(error).__name__}: {error}"
-            ) from error
-        if not isinstance(teacher, Teacher):
-            raise ValueError(
-                f"teacher: {source} must be a fewstep.data.generate.Teacher,"
-                f" got {type(teacher).__name__}"
-            )
-        return teacher
+        return imported("teacher", source, Teacher)
     folder = path.parent if path.name == CHECKPOINT else path
     trainer = trainer_of(folder)
     if trainer.teacher is None:
@@ -305,21 +294,30 @@ def _one_line(box: str, arguments: list[str]) -> str:
 
 
 def _subcommands(arguments: list[str]) -> Iterable[Any]:
-    """A subcommand for each method. Defaults depend on three arguments, which are looked at first:
-    the data set has its preset, and a run that is resumed has its own settings."""
+    """A subcommand for each method. Defaults depend on some arguments, which are looked at first:
+    the data set has its preset, a transformer its learning rate, and a run that is resumed has its
+    own settings."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data", nargs="?")
     parser.add_argument("--out", nargs="?")
+    parser.add_argument("--network", nargs="?")
     parser.add_argument("--resume", action="store_true")
     known, _ = parser.parse_known_args(arguments)
     for trainer in TRAINERS.values():
         if arguments[:2] == ["train", trainer.name] and known.resume and known.out:
             form = _form(trainer, trainer.read_run(Path(known.out)).config)
         elif known.data:
-            form = _form(trainer, trainer.preset(known.data))
+            form = _form(trainer, _for_network(trainer.preset(known.data), known.network))
         else:
             form = _form(trainer, trainer.preset("mnist5k"), required=("data",))
         yield Annotated[form, tyro.conf.subcommand(trainer.name, description=trainer.summary)]
+
+
+def _for_network(config: RunConfig, network: str | None) -> RunConfig:
+    """The settings with the learning rate of the released generators, for a transformer."""
+    if network in (None, "mlp") or str(network).startswith("conv"):
+        return config
+    return dataclasses.replace(config, lr=min(config.lr, _LR_OF_TRANSFORMERS))
 
 
 def _form(

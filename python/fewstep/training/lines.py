@@ -25,7 +25,15 @@ from fewstep.methods import LinesMatching
 from fewstep.metrics.straightness import Straightness, straightness
 from fewstep.metrics.summary import MetricRow, report
 from fewstep.metrics.tables import aligned
-from fewstep.networks import ConvDiscriminator, EDMPrecond, LinePrecond, ResidualMLP
+from fewstep.networks import (
+    ConvDiscriminator,
+    EDMPrecond,
+    LinePrecond,
+    ResidualMLP,
+    check_network,
+    in_batches,
+    velocity,
+)
 from fewstep.ops.heun.solve import heun_solve
 from fewstep.samplers.edm import edm_sample
 from fewstep.samplers.multistep import MODES, multistep_sample
@@ -68,8 +76,11 @@ class LinesConfig(RunConfig):
             It rises over the first 50 steps and then falls to 0 along a cosine.
         ema: decay per step of the averaged weights, which make pairs and samples. At least 0,
             below 1.
-        width: number of units of a layer.
-        depth: number of residual blocks.
+        network: kind of network, "mlp" or a name of `fewstep.networks.image_body`, such as "conv"
+            and "B/2", whose width and depth are in the name. In a shell, the default lr of
+            transformers is at most 4e-4.
+        width: number of units of a layer of network mlp.
+        depth: number of residual blocks of network mlp.
         lines: settings of the loss. The teacher's sampler has the same schedule.
 
     Raises:
@@ -84,6 +95,7 @@ class LinesConfig(RunConfig):
     conditional: bool = True
     parameterisation: Parameterisation = "edm"
     adversarial: bool = False
+    network: str = "mlp"
     width: int = 256
     depth: int = 3
     lines: LinesMatching = field(default_factory=LinesMatching)
@@ -93,6 +105,7 @@ class LinesConfig(RunConfig):
         for name, high in (("seed", 2**31), ("pairs", EVALUATION)):
             if getattr(self, name) >= high:
                 raise ValueError(f"{name} must be below {high}, got {getattr(self, name)}")
+        check_network(self.network)
         if self.parameterisation not in PARAMETERISATIONS:
             raise ValueError(
                 f"parameterisation must be one of {PARAMETERISATIONS},"
@@ -318,7 +331,8 @@ def _sampling_indices(lines: LinesMatching) -> tuple[int, ...]:
 
 
 def _conditioned(network: nn.Module, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    return network if labels is None else lambda x, sigma: network(x, sigma, labels)
+    call = in_batches(network)
+    return call if labels is None else lambda x, sigma: call(x, sigma, labels)
 
 
 def _teach(
@@ -339,16 +353,19 @@ def _teach(
 
 def _networks(run: Run[LinesConfig]) -> dict[str, NetworkRecipe]:
     config, classes = run.config, len(run.classes)
+    check_network(config.network, run.image_shape)
 
-    def residual() -> ResidualMLP:
+    def raw() -> nn.Module:
+        if config.network != "mlp":
+            return velocity(config.network, run.image_shape, classes=classes)
         width, depth = config.width, config.depth
         return ResidualMLP(run.image_shape, classes=classes, width=width, depth=depth)
 
     def denoiser() -> nn.Module:
-        return EDMPrecond(residual(), sigma_data=run.sigma_data)
+        return EDMPrecond(raw(), sigma_data=run.sigma_data)
 
     def unified() -> nn.Module:
-        return LinePrecond(residual())
+        return LinePrecond(raw())
 
     student = unified if config.parameterisation == "unified" else denoiser
     recipes = {
@@ -372,7 +389,7 @@ def _stages(session: Session[LinesConfig]) -> list[Stage]:
 
     def make_pairs(step: int) -> None:
         if step == 0 and config.teacher:
-            same = ("image_shape", "classes", "width", "depth", "sigma_data")
+            same = ("image_shape", "classes", "network", "width", "depth", "sigma_data")
             TRAINER.take_teacher(session, Path(config.teacher), *same)
         if step == 0 and config.parameterisation == "edm":
             student.copy(teacher.averaged)

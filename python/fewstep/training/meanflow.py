@@ -13,7 +13,7 @@ from fewstep.data.images import Images
 from fewstep.methods import MeanFlow, meanflow_sample
 from fewstep.metrics.summary import MetricRow, report
 from fewstep.metrics.tables import aligned
-from fewstep.networks import AverageVelocityMLP
+from fewstep.networks import AverageVelocityMLP, average_velocity, check_network, in_batches
 from fewstep.training import plots
 from fewstep.training.loop import Losses, Stage
 from fewstep.training.runs import (
@@ -37,18 +37,26 @@ class MeanFlowConfig(RunConfig):
     Attributes:
         steps: number of optimizer steps.
         batch: number of images per step.
-        width: number of units of the network's residual stream.
-        depth: number of residual blocks.
+        network: kind of network, "mlp" or a name of `fewstep.networks.image_body`, such as "conv"
+            and "B/2", whose width and depth are in the name. In a shell, the default lr of
+            transformers is at most 4e-4.
+        width: number of units of the residual stream of network mlp.
+        depth: number of residual blocks of network mlp.
         flow: settings of the loss.
     """
 
     steps: int = 6000
     batch: int = 256
+    network: str = "mlp"
     width: int = 384
     depth: int = 3
     flow: MeanFlow = field(
         default_factory=lambda: MeanFlow(improved=True, ratio=0.5, std=1.6, power=0.5)
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_network(self.network)
 
 
 PRESETS = {
@@ -141,13 +149,16 @@ def sample(
     noise = sample_noise(n, run.image_shape, seed=seed)
     if labels is None and run.classes:
         labels = torch.arange(n) % len(run.classes)
-    return meanflow_sample(network, noise, labels, steps=steps).clamp(-1, 1)
+    return meanflow_sample(in_batches(network), noise, labels, steps=steps).clamp(-1, 1)
 
 
 def _networks(run: Run[MeanFlowConfig]) -> dict[str, NetworkRecipe]:
     config = run.config
+    check_network(config.network, run.image_shape)
 
-    def make() -> AverageVelocityMLP:
+    def make() -> nn.Module:
+        if config.network != "mlp":
+            return average_velocity(config.network, run.image_shape, classes=len(run.classes))
         return AverageVelocityMLP(
             run.image_shape, classes=len(run.classes), width=config.width, depth=config.depth
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from fewstep.methods import MarginalReflow
 from fewstep.methods.reflow import Field, ReflowReport, log_prob_of, score_of
 from fewstep.metrics.summary import MetricRow, report
 from fewstep.metrics.tables import aligned
-from fewstep.networks import LinePrecond, VelocityMLP
+from fewstep.networks import LinePrecond, VelocityMLP, check_network, in_batches
+from fewstep.networks import velocity as velocity_of
 from fewstep.ops.trace.steps import nodes, walked
 from fewstep.training import plots
 from fewstep.training.loop import Losses, Stage
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 STUDENTS = ("student", "plain")
-_EVALUATED = 256  # images, for densities
+_EVALUATED, _FEW = 256, 16  # images, for densities: few where traces take a pass a pixel
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,11 @@ class ReflowConfig(RunConfig):
         batch: number of images per step of a student.
         lr: peak learning rate of Adam for the teacher; students take a quarter of it. It rises
             over the first 50 steps and then falls to 0 along a cosine.
-        width: number of units of a hidden layer.
-        depth: number of hidden layers. The trace is exact and cheap with one or two.
+        network: kind of network, "mlp" or a name of `fewstep.networks.image_body`, such as "conv"
+            and "B/2", whose width and depth are in the name. In a shell, the default lr of
+            transformers is at most 4e-4.
+        width: number of units of a hidden layer of network mlp.
+        depth: number of hidden layers of network mlp. The trace is exact and cheap with one or two.
         flow: settings of the loss.
 
     Raises:
@@ -71,10 +75,15 @@ class ReflowConfig(RunConfig):
     teacher_batch: int = 256
     batch: int = 128
     ema: float = 0.99
+    network: str = "mlp"
     width: int = 384
     depth: int = 2
     clip: float | None = 5.0
     flow: MarginalReflow = field(default_factory=MarginalReflow)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_network(self.network)
 
 
 # Determinants of 64 dimensions are cheap. With more of them, traces along four steps a window are.
@@ -162,7 +171,7 @@ def train(
 def sample(student: nn.Module, run: Run[ReflowConfig], n: int, *, seed: int = 0) -> Tensor:
     """Draw n images `[n, C, H, W]` from seeded noise, clipped to [-1, 1]."""
     noise = sample_noise(n, run.image_shape, seed=seed)
-    return run.config.flow.sample(student, noise).clamp(-1, 1)
+    return run.config.flow.sample(in_batches(student), noise).clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -176,11 +185,12 @@ def evaluate(
     velocity: Field = networks["teacher"] if teacher is None else teacher
     students = {}
     chosen = torch.randperm(len(images), generator=seeded(seed, 1))[:_EVALUATED]
+    evaluated = _EVALUATED if run.config.network == "mlp" else _FEW
     for name in STUDENTS:
         generated = sample(networks[name], run, m, seed=seed)
         laws = flow.evaluate(
             networks[name],
-            images[chosen],
+            images[chosen[:evaluated]],
             log_prob=log_prob_of(velocity, steps=20),
             score=score_of(velocity),
             generator=seeded(seed, 2),
@@ -231,10 +241,13 @@ def _table(students: dict[str, StudentMetrics]) -> str:
 
 def _networks(run: Run[ReflowConfig]) -> dict[str, NetworkRecipe]:
     config = run.config
+    check_network(config.network, run.image_shape)
 
     def recipe(seed: int, lr: float) -> NetworkRecipe:
         shape, width, depth = run.image_shape, config.width, config.depth
-        make = partial(VelocityMLP, shape, width=width, depth=depth)
+        make: Callable[[], nn.Module] = partial(VelocityMLP, shape, width=width, depth=depth)
+        if config.network != "mlp":
+            make = partial(velocity_of, config.network, shape)
         return NetworkRecipe(make, config.seed + seed, lr, config.ema)
 
     students = dict.fromkeys(STUDENTS, recipe(1, config.lr / 4))  # of the same first weights
@@ -252,7 +265,7 @@ def _stages(session: Session[ReflowConfig], *, teacher: Field | None = None) -> 
         def begin(step: int) -> None:
             if step == 0 and name in STUDENTS and teacher is None:
                 if config.teacher and name == STUDENTS[0]:
-                    same = ("image_shape", "width", "depth")
+                    same = ("image_shape", "network", "width", "depth")
                     TRAINER.take_teacher(session, Path(config.teacher), *same)
                 network.copy(networks["teacher"].averaged)
 
@@ -302,7 +315,7 @@ def _as_teacher(velocity: nn.Module, run: Run[ReflowConfig]) -> Teacher:
 
     With t = sigma / (1 + sigma) and x_t = x / (1 + sigma) it is `D = x_t - t v(x_t, t)`.
     """
-    return Teacher(LinePrecond(cast(VelocityMLP, velocity)), run.image_shape)
+    return Teacher(LinePrecond(velocity), run.image_shape)
 
 
 TRAINER = Trainer(

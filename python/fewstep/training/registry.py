@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep._checks import count
-from fewstep.training import drifting, lines, meanflow, reflow, wflow
+from fewstep.networks import MaskedAutoencoder
+from fewstep.training import drifting, encoder, lines, meanflow, reflow, wflow
 from fewstep.training.runs import Run, Trainer, method_in, read_config
 
 TRAINERS: dict[str, Trainer[Any, Any]] = {
@@ -23,6 +24,7 @@ TRAINERS: dict[str, Trainer[Any, Any]] = {
         lines.TRAINER,
         meanflow.TRAINER,
         drifting.TRAINER,
+        encoder.TRAINER,
     )
 }
 
@@ -33,7 +35,8 @@ class Trained:
 
     Attributes:
         method: name of the training method.
-        network: network that draws samples, with averaged weights, on the CPU.
+        network: network that draws samples, with averaged weights, on the CPU. That of a run of
+            encoder is frozen, and maps images to features `{name: [B, C, H, W]}`.
         run: settings, image shape and classes of the run.
     """
 
@@ -98,7 +101,10 @@ def load(folder: str | Path) -> Trained:
     torch.Size([4, 1, 8, 8])
     """
     trainer = trainer_of(Path(folder))
-    return Trained(trainer.name, *trainer.load(Path(folder)))
+    network, run = trainer.load(Path(folder))
+    if isinstance(network, MaskedAutoencoder):
+        network = network.encoder.requires_grad_(False)
+    return Trained(trainer.name, network, run)
 
 
 def trainer_of(out: Path) -> Trainer[Any, Any]:

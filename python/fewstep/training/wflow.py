@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,13 @@ from fewstep._checks import count
 from fewstep._torch import seeded
 from fewstep.data.images import Images
 from fewstep.methods import Queues, WFlow, features, sample_scales
+from fewstep.methods.problems import Features
 from fewstep.methods.ranks import Hold
 from fewstep.metrics.summary import MetricRow, format_report, report
-from fewstep.networks import MLPGenerator
+from fewstep.networks import MLPGenerator, check_network, generator_noise, in_batches
+from fewstep.networks import generator as generator_of
 from fewstep.training import plots
+from fewstep.training.encoder import features_of
 from fewstep.training.loop import Losses, Stage
 from fewstep.training.ranks import Ranks
 from fewstep.training.runs import (
@@ -43,9 +47,12 @@ class WFlowConfig(RunConfig):
         batch: number of points of each class per step, in each of three clouds: the generated one
             that moves, a second generated one, and the real one.
         groups: number of classes per step. They are drawn at random if the data has more.
-        noise_dim: dimension of the noise that the generator takes.
-        width: number of units of a hidden layer.
-        depth: number of hidden layers.
+        network: kind of network, "mlp" or a name of `fewstep.networks.image_body`, such as "conv"
+            and "B/2", whose width and depth are in the name. In a shell, the default lr of
+            transformers is at most 4e-4.
+        noise_dim: dimension of the noise that network mlp takes. Others take an image of it.
+        width: number of units of a hidden layer of network mlp.
+        depth: number of hidden layers of network mlp.
         positives: number of real points of each class per step; as many as batch if not given.
         queue: number of images that a queue of each class holds. Real points are then drawn from
             the queues, and points to be guided away from out of one of 1000 images of all classes.
@@ -58,6 +65,10 @@ class WFlowConfig(RunConfig):
         uncond: number of real points of all classes that guidance leads each class away from.
         patches: widths of square patches, divisors of the image's. Clouds of the patches at each
             place are compared beside those of whole images. "None" compares whole images alone.
+        features: encoder whose maps are compared beside whole images, as
+            `fewstep.methods.features.around` has them. It is the folder of a run of `fewstep train
+            encoder`, or MODULE:NAME of a torch module or of a function that returns one, which maps
+            images [B, C, H, W] to a map or to a dict or list of them.
         flow: settings of the loss.
 
     Raises:
@@ -68,6 +79,7 @@ class WFlowConfig(RunConfig):
     batch: int = 128
     groups: int = 10
     lr: float = 5e-3
+    network: str = "mlp"
     noise_dim: int = 8
     width: int = 512
     depth: int = 3
@@ -79,16 +91,20 @@ class WFlowConfig(RunConfig):
     scale_none: float = 0.0
     uncond: int = 16
     patches: tuple[int, ...] | None = None
+    features: str = ""
     flow: WFlow = field(default_factory=lambda: WFlow(eps=0.02))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_network(self.network)
         for name in ("positives", "queue"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, count("WFlowConfig", name, getattr(self, name)))
         if self.patches is not None:  # JSON has lists
             own = tuple(count("WFlowConfig", "patches", size) for size in self.patches)
             object.__setattr__(self, "patches", own or None)
+        if self.patches and self.features:
+            raise ValueError(f"patches must be None beside features, got {self.patches}")
         sample_scales(0, high=self.scale_high, power=self.scale_power, none=self.scale_none)
 
     @property
@@ -173,23 +189,28 @@ def sample(
     Raises:
         ValueError: a scale that the run was not trained for.
     """
-    noise = sample_noise(n, (run.config.noise_dim,), seed=seed)
+    noise = sample_noise(n, (_noise_dim(run.config, run.image_shape),), seed=seed)
+    draw = in_batches(generator)
     if labels is None and run.classes:
         labels = torch.arange(n) % len(run.classes)
     if scale is None:
-        return cast(Tensor, generator(noise, labels))
+        return draw(noise, labels)
     if not 1 <= scale <= run.config.scale_high:
         raise ValueError(
             f"scale must be from 1 to {run.config.scale_high}, as the run was trained, got {scale}"
         )
     condition = (noise.new_full((n,), scale),) if run.config.guided else ()
-    return cast(Tensor, generator(noise, labels, *condition))
+    return draw(noise, labels, *condition)
 
 
 def _networks(run: Run[WFlowConfig]) -> dict[str, NetworkRecipe]:
     config = run.config
+    check_network(config.network, run.image_shape)
 
-    def make() -> MLPGenerator:
+    def make() -> nn.Module:
+        if config.network != "mlp":
+            classes, guided = len(run.classes), config.guided
+            return generator_of(config.network, run.image_shape, classes=classes, guided=guided)
         kind = GuidedGenerator if config.guided else MLPGenerator
         return kind(
             run.image_shape,
@@ -211,6 +232,13 @@ def _stages(session: Session[WFlowConfig]) -> list[Stage]:
             f" for {config.data}"
         )
     queues = None if config.queue is None else _queues(config, data)
+    encoder: nn.Module | None = None
+    spaces: Features | None = partial(_with_patches, config.patches) if config.patches else None
+    if config.features:
+        encoder = features_of(config.features, run.image_shape[0]).to(device)
+        spaces = features.around(encoder)
+        with torch.no_grad():
+            spaces(data.images[:2].to(device))  # before any step, an error of what it returns
 
     ranks, micro = session.ranks, config.accumulate
     flow = config.flow if micro == 1 else replace(config.flow, micro_batches=micro)
@@ -249,7 +277,7 @@ def _stages(session: Session[WFlowConfig]) -> list[Stage]:
                 noise.to(device),
                 real.to(device),
                 labels.to(device) if run.classes else None,
-                features=partial(_with_patches, config.patches) if config.patches else None,
+                features=spaces,
                 process_group=ranks.group,
                 ranks_hold=None if ranks.group is None else hold,
                 **guidance,
@@ -273,6 +301,8 @@ def _stages(session: Session[WFlowConfig]) -> list[Stage]:
         for i, queue in enumerate(queues or ())
         for name, t in queue.state().items()
     }
+    if encoder is not None:  # a resumed run has the weights that it began with
+        state |= {f"features.{name}": t for name, t in encoder.state_dict().items()}
     return [Stage("", config.steps, update, begin, state)]
 
 
@@ -307,6 +337,10 @@ def _classes(data: Images) -> list[Tensor]:
     return [data.images[data.labels == k] for k in range(len(data.names))]
 
 
+def _noise_dim(config: WFlowConfig, image_shape: Sequence[int]) -> int:
+    return config.noise_dim if config.network == "mlp" else generator_noise(image_shape)
+
+
 def _draw(config: WFlowConfig, classes: list[Tensor], step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Labels `[G]`, noise `[2, G, N, Z]` and real images `[G, M, C, H, W]` of one step.
 
@@ -323,7 +357,8 @@ def _draw(config: WFlowConfig, classes: list[Tensor], step: int) -> tuple[Tensor
         return images[torch.randperm(total, generator=rng)[:m]]
 
     real = torch.stack([choose(classes[k]) for k in labels.tolist()])
-    noise = torch.randn(2, groups, n, config.noise_dim, generator=rng)
+    dim = _noise_dim(config, classes[0].shape[1:])
+    noise = torch.randn(2, groups, n, dim, generator=rng)
     return labels, noise, real
 
 
