@@ -124,10 +124,14 @@ def test_logdet_differs_from_the_flows_density_at_few_steps() -> None:
 
 @pytest.mark.parametrize("tracker", ["trace", "logdet"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_log_density_of_half_precision_samples(dtype: torch.dtype, tracker: str) -> None:
+@pytest.mark.parametrize("precondition", [None, 0.5])
+def test_log_density_of_half_precision_samples(
+    dtype: torch.dtype, tracker: str, precondition: float | None
+) -> None:
     latents = torch.randn(3, 4).to(dtype)
     for start in (torch.zeros(3), torch.zeros(3, dtype=dtype)):
         options: dict[str, Any] = {"log_density": start, "tracker": tracker}
+        options["precondition"] = precondition
         low = fewstep.edm_sample(gaussian(1.0), latents, **options)
         options["log_density"] = torch.zeros(3)
         exact = fewstep.edm_sample(gaussian(1.0), latents.float(), **options)

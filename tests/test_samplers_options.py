@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -298,6 +299,24 @@ def test_a_callback_sees_and_ends(data_at: int) -> None:
     assert torch.equal(out, seen[-1].denoised)
 
 
+@pytest.mark.parametrize("sample", ["edm_sample", "flow_sample"])
+@pytest.mark.parametrize("end", [True, np.True_, torch.tensor(True), np.array(True)])
+def test_what_is_known_stays_where_a_callback_ends(sample: str, end: Any) -> None:
+    network, known, mask = {"edm_sample": bent, "flow_sample": flow}[sample], KNOWN["known"], None
+    mask = torch.arange(D) % 2 == 0
+    seen: list[SamplerStep] = []
+
+    def callback(step: SamplerStep) -> Any:
+        seen.append(step)
+        return end if step.index == 2 else ~np.True_
+
+    out = getattr(fewstep, sample)(
+        *(network, drawn()), steps=5, known=known, mask=mask, callback=callback
+    )
+    assert len(seen) == 3
+    assert torch.equal(out, torch.where(mask, known, seen[-1].denoised))
+
+
 def test_states_of_a_callback_are_copies() -> None:
     seen: list[Tensor] = []
 
@@ -347,6 +366,9 @@ def test_bad_types() -> None:
         fewstep.edm_sample(bent, drawn(), init=drawn().long())
     with pytest.raises(TypeError, match="callback must return True, False or None, got int"):
         fewstep.edm_sample(bent, drawn(), callback=lambda _: 1)  # type: ignore[arg-type,return-value]
+    for verdict in (torch.ones(2).bool(), torch.tensor(1), np.ones(2, dtype=bool), "yes"):
+        with pytest.raises(TypeError, match="callback must return True, False or None, got"):
+            fewstep.edm_sample(bent, drawn(), callback=lambda _, own=verdict: own)
     with pytest.raises(ValueError, match="times must begin after noise at 1 with init"):
         fewstep.flow_sample(flow, drawn(), init=drawn())
     with pytest.raises(ValueError, match="data_at must be 0 or 1, got 2"):

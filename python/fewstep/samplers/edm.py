@@ -115,7 +115,9 @@ def edm_sample(
         denoiser (Callable): `D(x, sigma)` with sigma `[B]`, float32 at least, of the shape of x. It
             predicts `E[data | x]`.
         latents (Tensor): standard normal noise `[B, ...]`; see `fewstep.latents`. The network is
-            called with its dtype.
+            called with its dtype. It may return another, which is not rounded to that of latents.
+            In half precision the slopes of "heun" and "euler" are those at the rounded x and x2,
+            which the network sees, and the state stays in float32.
         steps (int): number N of steps. sigma_min, sigma_max and rho are those of `karras_sigmas`.
         sigmas (Tensor | Sequence[float] | None): decreasing levels in place of these, `[N + 1]`, or
             `[B, N + 1]` for levels of each sample. The last one may be 0.
@@ -134,8 +136,8 @@ def edm_sample(
         mask (Tensor | None): bool, of a shape that broadcasts to that of latents; true where
             known.
         callback (Callable | None): is called with a `SamplerStep` (index, steps, level, x,
-            denoised) after the first evaluation of each step. True ends sampling, and `denoised` is
-            the result.
+            denoised) after the first evaluation of each step. True ends sampling. The result is
+            `denoised` then, and `known` where mask is true.
         seeds (Tensor | None): int64 `[B]`, seeds of the noise. A sample has the same noise in any
             batch. Default: drawn from torch's generator where there is noise.
         precondition (float | None): standard deviation s of the data, where denoiser and uncond are
@@ -215,11 +217,12 @@ def edm_sample(
     if solver == "dpm++2m" and precondition is not None:  # its state has no x by itself
         networks = tuple(_preconditioned(network, precondition) for network in networks)
         precondition = None
+    half = latents.dtype.itemsize < 4
     if levels is None and weight is None and not torch.compiler.is_compiling():
-        plan = _known_plan(schedule, churn, precondition, solver, latents.device)
+        plan = _known_plan(schedule, churn, precondition, solver, latents.device, half)
     else:
         own = levels_of(*schedule)[None] if levels is None else levels
-        plan = edm_plan(own, churn, weight, precondition, solver)
+        plan = edm_plan(own, churn, weight, precondition, solver, half)
     if cuda_graph:
         if latents.device.type != "cuda" or log_density is not None or not edits.none:
             raise ValueError(
@@ -263,12 +266,14 @@ def edm_plan(
     guidance: Guidance | None,
     precondition: float | None,
     solver: SamplerSolver = "heun",
+    half: bool = False,
 ) -> Plan:
     """The plan of EDM's sampler at levels `[R, N + 1]`, both halves of a step as combinations.
 
     With `D = skip x + out F(c_in x)` and `h = sigma' - sigma^`, the derivative at sigma^ is
     `((1 - skip) x^ - out F1) / sigma^`, so that `x2 = (1 + a) x^ + b F1`, and the second one is
-    linear in x2 and F2.
+    linear in x2 and F2. For networks in half precision it is `-out (F - p z) / sigma` of their
+    rounded input z.
     """
     sigma = levels.T  # [N + 1, R]
     if solver == "dpm++2m":
@@ -283,8 +288,13 @@ def edm_plan(
     skip1, out1, in1 = preconditioning(hat, precondition)
     skip2, out2, in2 = preconditioning(divisor, precondition)
     a, b = h * (1 - skip1) / hat, -h * out1 / hat
-    half = h / 2 * (1 - skip2) / divisor
-    own, first = 1 + a / 2 + half * (1 + a), b / 2 + half * b
+    second = h / 2 * (1 - skip2) / divisor
+    pull = None
+    if half:
+        factors = ((1 - skip1) / (in1 * out1), (1 - skip2) / (in2 * out2))
+        pull = factors[0] if solver == "euler" else torch.stack(factors, 1).flatten(0, 1)
+        a, second = torch.zeros_like(a), torch.zeros_like(a)
+    own, first = 1 + a / 2 + second * (1 + a), b / 2 + second * b
     if euler:
         own[-1], first[-1] = 1 + a[-1], b[-1]
     zero, one = torch.zeros_like(h), torch.ones_like(h)
@@ -322,6 +332,7 @@ def edm_plan(
         traces=traces.flatten(0, 1),
         constant=constant,
         weight=weight,
+        pull=pull,
     )
 
 
@@ -374,10 +385,12 @@ def _known_plan(
     precondition: float | None,
     solver: SamplerSolver,
     device: torch.device,
+    half: bool,
 ) -> Plan:
     """EDM's own schedules, whose tables take longer to make than a step of a small network.
 
     They are where the samples are: a graph of CUDA cannot capture copies from the host.
     """
-    plan = edm_plan(levels_of(*schedule)[None], churn, None, precondition, solver)
-    return replace(plan, table=plan.table.to(device), levels=plan.levels.to(device))
+    plan = edm_plan(levels_of(*schedule)[None], churn, None, precondition, solver, half)
+    pull = None if plan.pull is None else plan.pull.to(device)
+    return replace(plan, table=plan.table.to(device), levels=plan.levels.to(device), pull=pull)

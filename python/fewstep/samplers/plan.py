@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,6 +130,9 @@ class Plan:
         traces: weights of the traces of each evaluation in the change of log-density, `[2 S, R]`.
         constant: part of that change that depends on no trace, for each dimension, `[R]`.
         weight: weights of guidance at the evaluations, `[E S, R]`.
+        pull: factors p, `[E S, R]`, where the network's part in the table is `F - p z` with its
+            input z. In half precision z is rounded. A slope of x and F, each of another point,
+            would magnify that by the ratio of two levels.
     """
 
     table: Tensor
@@ -142,6 +146,14 @@ class Plan:
     traces: Tensor | None = None
     constant: Tensor | None = None
     weight: Tensor | None = None
+    pull: Tensor | None = None
+
+    def pulls(self, latents: Tensor) -> Tensor | None:
+        """p of each evaluation beside the network's outputs, `[E S, R, 1, ...]`."""
+        if self.pull is None:
+            return None
+        own = self.pull.to(latents.device, wide(latents.dtype))
+        return own.reshape(*own.shape, *(1,) * (latents.ndim - 1))
 
     def inputs(self, latents: Tensor) -> tuple[Tensor, ...]:
         """Levels or times of each evaluation, `[B]`."""
@@ -241,6 +253,8 @@ class Determinants:
         self.solvers = [Solver(network, Options("exact")) for network in networks]
         table = plan.table.to(log_density.device, torch.float64)
         self.table = table[..., None, None].unbind()  # rows [R, 8, 1, 1]
+        pull = plan.pull
+        self.pull = None if pull is None else pull[..., None, None].to(table.device)
         self.log_density = log_density.double()
         self.dtype = wide(log_density.dtype)
         self.crossed = torch.zeros_like(self.log_density)
@@ -259,6 +273,8 @@ class Determinants:
         state, following = c[:, 0] * self.state, c[:, NET] * self.state
         for k, (_, own) in enumerate(found):
             moved = own.double() @ self.input
+            if self.pull is not None:
+                moved = moved - self.pull[index] * self.input
             state = state + c[:, 1 + k] * moved
             following = following + c[:, NET + 1 + k] * moved
         self.state, self.input = state, c[:, SCALE] * state + following
@@ -312,13 +328,29 @@ class _Editor:
         back, own, part, weight = (row[step] for row in self.estimate)
         x = back * self.run.net
         out = outs[0] if len(outs) == 1 else weight * outs[0] + (1 - weight) * outs[1]
-        x, denoised = (t.to(self.run.dtype) for t in (x, own * x + part * out))
+        denoised: Tensor = (own * x + part * out).to(self.run.dtype)
+        x = x.to(self.run.dtype)
         level = self.path[0][step].flatten().expand(x.shape[0])
         verdict = callback(SamplerStep(step, self.plan.steps, level, x, denoised.clone()))
-        if verdict is not None and not isinstance(verdict, bool):
-            got = type(verdict).__name__
-            raise TypeError(f"{self.run.who}: callback must return True, False or None, got {got}")
-        return denoised if verdict else None
+        if not _is_true(self.run.who, verdict):
+            return None
+        mask, known = self.edits.mask, self.edits.known
+        if mask is None:
+            return denoised
+        assert known is not None
+        return torch.where(mask, known.to(denoised.dtype), denoised)
+
+
+def _is_true(who: str, verdict: Any) -> bool:
+    """Whether a callback returned a true one of the bools of Python, NumPy and torch."""
+    if verdict is None or isinstance(verdict, bool | np.bool_):
+        return bool(verdict)
+    got = type(verdict).__name__
+    if isinstance(verdict, np.ndarray | Tensor):
+        if verdict.ndim == 0 and verdict.dtype in (torch.bool, np.bool_):
+            return bool(verdict)
+        got += f" {tuple(verdict.shape)} of {verdict.dtype}"
+    raise TypeError(f"{who}: callback must return True, False or None, got {got}")
 
 
 def follow(
@@ -329,6 +361,7 @@ def follow(
     tracked: Traces | Determinants | None,
     progress: bool,
     editor: _Editor | None = None,
+    pulls: Tensor | None = None,
 ) -> Tensor:
     """Take a plan's steps."""
 
@@ -343,6 +376,9 @@ def follow(
                 f" both at step {step}"
             )
         return outs
+
+    def pulled(outs: list[Tensor], index: int) -> list[Tensor]:
+        return outs if pulls is None else [out - pulls[index] * run.net for out in outs]
 
     def alone(net: Tensor, index: int, step: int) -> list[Tensor]:
         return [run.call(network, inputs[index], step)]
@@ -359,11 +395,13 @@ def follow(
         ended = None if editor is None else editor.ends(first, step)
         if ended is not None:
             return ended
+        first = pulled(first, index)
         if plan.single or (plan.euler and step == plan.steps - 1):
             advance(first, FIRST + index, step)
             continue
         advance(first, FIRST + index, step, middle=True)
-        advance(call(run.net, index + 1, step), FIRST + index + 1, step)
+        second = pulled(call(run.net, index + 1, step), index + 1)
+        advance(second, FIRST + index + 1, step)
     if editor is not None:
         editor.hold(plan.steps)
     return run.finish()
@@ -386,7 +424,8 @@ def sample(
     table = plan.table.to(latents.device)
     run = Run(*(who, backend, latents, table, state, check_finite), scaled=plan.scaled, seeds=seeds)
     editor = None if edits.none else _Editor(run, plan, latents, edits)
-    return follow(run, networks, plan.inputs(latents), plan, tracked, progress, editor)
+    inputs, pulls = plan.inputs(latents), plan.pulls(latents)
+    return follow(run, networks, inputs, plan, tracked, progress, editor, pulls)
 
 
 def needless(guidance: Guidance | None, levels: Tensor) -> tuple[Tensor | None, frozenset[int]]:
