@@ -95,6 +95,111 @@ def test_orders(solver: str, order: int) -> None:
         assert abs(math.log2(errors[a] / errors[b]) - order) < 0.2
 
 
+def flow_of(sd: float) -> Network:
+    """The exact velocity of N(0, sd^2 I)."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        s = wide(t, x).to(x.dtype)
+        return (s - (1 - s) * sd**2) / (s**2 + (1 - s) ** 2 * sd**2) * x
+
+    return velocity
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpm++2m", 2), ("heun", 2)])
+@pytest.mark.parametrize("ends", [(0.99, 0.02), (1.0, 0.0)])
+def test_orders_of_flows(solver: Any, order: int, ends: tuple[float, float]) -> None:
+    high, low = ends
+    x, size = drawn(), (lambda t: math.hypot(t, (1 - t) * 0.5))
+    exact = x * high * size(low) / size(high)
+    errors = []
+    for steps in (160, 320, 640):
+        times = torch.linspace(high, low, steps + 1, dtype=torch.float64)
+        out = fewstep.flow_sample(flow_of(0.5), x, times=times, solver=solver)
+        errors.append(float((out - exact).norm()))
+    for a, b in ((0, 1), (1, 2)):
+        # with infinite ln(1/t - 1) at the ends the order comes to 2 slowly
+        assert abs(math.log2(errors[a] / errors[b]) - order) < 0.25, errors
+
+
+def flow_by_multistep(x: Tensor, times: Tensor, velocity: Network, *, lower: bool) -> Tensor:
+    """DPM-Solver++(2M) of data D in float64, by lambda = ln(alpha / sigma)."""
+    nodes = times.expand(x.shape[0], -1).T
+    x, before = x.double() * wide(nodes[0], x), None
+    lambdas = (1 / nodes - 1).log()
+    for i in range(len(nodes) - 1):
+        now, after = wide(nodes[i], x), wide(nodes[i + 1], x)
+        D1 = x - now * velocity(x, nodes[i])
+        h, slope = wide(lambdas[i + 1] - lambdas[i], x), torch.zeros_like(x)
+        last = lower and i == len(nodes) - 2
+        if before is not None and bool(h.isfinite().all()) and not last:
+            slope = (D1 - before) / wide(lambdas[i] - lambdas[i - 1], x)  # 0 after an infinite step
+            slope = slope * h / 2
+        x, before = after / now * x - (1 - after) * torch.expm1(-h) * (D1 + slope), D1
+    return x
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("ends", [(1.0, 0.0), (0.97, 0.03)])
+@pytest.mark.parametrize("data_at", [0, 1])
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_multistep_of_flows(
+    backend: Any, ends: tuple[float, float], data_at: int, lower: bool, own: bool
+) -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return -flow(x, 1 - t) if data_at else flow(x, t)
+
+    for nodes in ((), (0.5,), (0.8, 0.55, 0.2)):
+        times = torch.tensor([ends[0], *nodes, ends[1]], dtype=torch.float64)
+        if own:
+            times = times ** torch.linspace(0.7, 1.2, B, dtype=torch.float64)[:, None]
+        for dtype in (torch.float64, torch.float32):
+            out = fewstep.flow_sample(
+                *(velocity, drawn(dtype)),
+                times=1 - times if data_at else times,
+                solver="dpm++2m",
+                lower_order_final=lower,
+                backend=backend,
+                data_at=data_at,
+            )
+            exact = flow_by_multistep(drawn(dtype), times, flow, lower=lower)
+            assert out.dtype == dtype
+            assert_contract("value", out, exact, scale=exact.abs().max())
+
+
+def test_multistep_of_flows_with_guidance_and_known_data() -> None:
+    def twice(x: Tensor, t: Tensor) -> Tensor:
+        return 2 * flow(x, t)
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        return 3 * flow(x, t) - 2 * twice(x, t)
+
+    seen: list[SamplerStep] = []
+    options: dict[str, Any] = {"steps": 7, "solver": "dpm++2m"}
+    out = fewstep.flow_sample(flow, drawn(), guidance=3.0, uncond=twice, **options)
+    assert_contract("value", out, fewstep.flow_sample(guided, drawn(), **options))
+    known, mask = KNOWN["known"], torch.arange(D) % 3 == 1
+    held = fewstep.flow_sample(
+        flow, drawn(), known=known, mask=mask, callback=lambda s: seen.append(s), **options
+    )
+    free = fewstep.flow_sample(flow, drawn(), **options)
+    assert_contract("value", held, torch.where(mask, known, free))
+    for s in seen:
+        t = s.level[:, None]
+        assert_contract("value", s.x[:, mask], ((1 - t) * known + t * drawn())[:, mask])
+        assert_contract("value", s.denoised, s.x - t * flow(s.x, s.level))
+
+
+def test_lower_order_at_the_end() -> None:
+    """The last step is the one to 0 of Euler's method, from where all before it lead."""
+    options: dict[str, Any] = {"solver": "dpm++2m"}
+    low = fewstep.edm_sample(bent, drawn(), sigmas=SIGMAS, lower_order_final=True, **options)
+    part = fewstep.edm_sample(bent, drawn(), sigmas=SIGMAS[:-1], **options)
+    q = SIGMAS[-1] / SIGMAS[-2]
+    assert_contract("value", low, q * part + (1 - q) * bent(part, SIGMAS[-2].expand(B)))
+    assert not torch.allclose(low, fewstep.edm_sample(bent, drawn(), sigmas=SIGMAS, **options))
+
+
 def test_preconditioned_multistep() -> None:
     network = Raw(D).double()
 
@@ -206,6 +311,7 @@ def test_flow_by_euler_line_by_line() -> None:
 
 def test_start_in_the_middle() -> None:
     image = drawn(torch.float64, B, D, 1)[..., 0]
+    solver: Any
     for solver in ("heun", "euler", "dpm++2m"):
         options: dict[str, Any] = {"sigmas": SIGMAS[2:], "solver": solver}
         own = fewstep.edm_sample(bent, drawn(), init=image, **options)
@@ -213,8 +319,10 @@ def test_start_in_the_middle() -> None:
             "value", own, fewstep.edm_sample(bent, drawn() + image / SIGMAS[2], **options)
         )
     times = torch.tensor([0.5, 0.2, 0.0])
-    own = fewstep.flow_sample(flow, drawn(), times=times, init=image)
-    assert_contract("value", own, fewstep.flow_sample(flow, drawn() + image, times=times))
+    for solver in ("heun", "euler", "dpm++2m"):
+        options = {"times": times, "solver": solver}
+        own = fewstep.flow_sample(flow, drawn(), init=image, **options)
+        assert_contract("value", own, fewstep.flow_sample(flow, drawn() + image, **options))
 
 
 @pytest.mark.parametrize("solver", ["heun", "euler", "dpm++2m"])
@@ -340,6 +448,10 @@ KNOWN = {"known": drawn(), "mask": torch.ones(D, dtype=torch.bool)}
     [
         ({"solver": "rk4"}, "solver must be one of"),
         ({"solver": "dpm++2m", "S_churn": 1.0}, "S_churn must be 0 with 'dpm\\+\\+2m', got 1.0"),
+        (
+            {"lower_order_final": True},
+            "lower_order_final is an option of 'dpm\\+\\+2m', got 'heun'",
+        ),
         ({"guidance_interval": (0.0, 1.0)}, "guidance_interval needs guidance"),
         ({"guidance": 2.0, "uncond": other, "guidance_interval": 3.0}, "must be a pair, got 3.0"),
         ({"guidance": 2.0, "uncond": other, "guidance_interval": (2, 1)}, "got 2 and 1"),

@@ -23,6 +23,7 @@ from fewstep.samplers.inputs import (
     check_churn,
     check_edits,
     check_guidance,
+    check_multistep,
     check_precondition,
     check_schedule,
     check_sigmas,
@@ -36,6 +37,7 @@ from fewstep.samplers.plan import (
     Plan,
     SamplerStep,
     Traces,
+    multistep_plan,
     needless,
     preconditioning,
     sample,
@@ -71,6 +73,7 @@ def edm_sample(
     S_max: float = math.inf,
     S_noise: float = 1.0,
     solver: SamplerSolver = "heun",
+    lower_order_final: bool = False,
     guidance: float | Tensor | Callable[[float], float] | None = None,
     guidance_interval: tuple[float, float] | None = None,
     uncond: Network | None = None,
@@ -124,6 +127,7 @@ def edm_sample(
         S_churn, S_min, S_max, S_noise (float): amount, range and scale of the noise that is added
             on the way.
         solver (str): "heun", "euler" or "dpm++2m", as above.
+        lower_order_final (bool): whether the last step of "dpm++2m" has k = 0 above 0 too.
         guidance (float | Tensor | Callable | None): weight w of classifier-free guidance, a scalar,
             `[B]`, or a function of the level:
             `D = uncond(x, sigma) + w (denoiser(x, sigma) - uncond(x, sigma))`.
@@ -181,7 +185,12 @@ def edm_sample(
     True
     """
     function("edm_sample", "denoiser", denoiser)
-    flags("edm_sample", cuda_graph=cuda_graph, progress=progress)
+    flags(
+        "edm_sample",
+        cuda_graph=cuda_graph,
+        progress=progress,
+        lower_order_final=lower_order_final,
+    )
     check_state("edm_sample", latents, state, "latents")
     levels = None if sigmas is None else check_sigmas("edm_sample", sigmas, latents)
     if levels is None:
@@ -196,8 +205,7 @@ def edm_sample(
     weight = check_guidance("edm_sample", guidance, uncond, latents, guidance_interval)
     edits = check_edits("edm_sample", latents, init, known, mask, callback)
     precondition = check_precondition("edm_sample", precondition)
-    if solver == "dpm++2m" and churn.amount > 0:
-        raise ValueError(f"edm_sample: S_churn must be 0 with {solver!r}, got {churn.amount}")
+    check_multistep("edm_sample", solver, churn, lower_order_final)
     seeds = seeds_for("edm_sample", seeds, latents, churn.amount > 0)
     if log_density is not None:
         check_log_density("edm_sample", log_density, latents)
@@ -219,10 +227,11 @@ def edm_sample(
         precondition = None
     half = latents.dtype.itemsize < 4
     if levels is None and weight is None and not torch.compiler.is_compiling():
-        plan = _known_plan(schedule, churn, precondition, solver, latents.device, half)
+        own = (churn, precondition, solver, latents.device, half, lower_order_final)
+        plan = _known_plan(schedule, *own)
     else:
-        own = levels_of(*schedule)[None] if levels is None else levels
-        plan = edm_plan(own, churn, weight, precondition, solver, half)
+        levels = levels_of(*schedule)[None] if levels is None else levels
+        plan = edm_plan(levels, churn, weight, precondition, solver, half, lower_order_final)
     if cuda_graph:
         if latents.device.type != "cuda" or log_density is not None or not edits.none:
             raise ValueError(
@@ -267,6 +276,7 @@ def edm_plan(
     precondition: float | None,
     solver: SamplerSolver = "heun",
     half: bool = False,
+    lower: bool = False,
 ) -> Plan:
     """The plan of EDM's sampler at levels `[R, N + 1]`, both halves of a step as combinations.
 
@@ -277,7 +287,9 @@ def edm_plan(
     """
     sigma = levels.T  # [N + 1, R]
     if solver == "dpm++2m":
-        return _multistep_plan(sigma, guidance)
+        given = sigma[:-1]
+        estimate = torch.zeros_like(given), torch.ones_like(given)
+        return multistep_plan(torch.ones_like(sigma), sigma, sigma, estimate, guidance, lower)
     steps = sigma.shape[0] - 1
     euler = bool((sigma[-1] == 0).all())
     hat = sigma[:-1] * (1 + churn.gamma(sigma[:-1], steps))
@@ -336,46 +348,9 @@ def edm_plan(
     )
 
 
-def _path(sigma: Tensor, factor: Tensor | None = None) -> Tensor:
+def _path(sigma: Tensor) -> Tensor:
     one = torch.ones_like(sigma)
-    return stacked(sigma, one, sigma, one if factor is None else factor)
-
-
-def _multistep_plan(sigma: Tensor, guidance: Guidance | None) -> Plan:
-    """The plan of DPM-Solver++(2M) at levels `[N + 1, R]`, one pass a step.
-
-    With `c = (1 - q) (1 + k)` the state is `y = q x - (1 - q) k D-`. The network's next input is
-    `x' = y + c D`, and the next state `q' x' - (1 - q') k' D`: both are linear in y and D.
-    """
-    one, zero = torch.ones_like(sigma[:1]), torch.zeros_like(sigma[:1])
-    q = sigma[1:] / sigma[:-1]
-    h = -q.log()  # inf in a last step to 0
-    k = torch.cat((zero, h[1:] / (2 * h[:-1])))
-    k = torch.where(h.isfinite(), k, 0.0)
-    c = (1 - q) * (1 + k)
-    q_after, k_after = torch.cat((q[1:], one)), torch.cat((k[1:], zero))
-    given = sigma[:-1]
-    weight, plain = needless(guidance, given)
-    own = q_after * c - (1 - q_after) * k_after
-    table = table_row(q_after, own, weight, net=(torch.ones_like(q), c))
-    start = table_row(q[:1] * sigma[:1], q[:1], None, net=(sigma[:1], one))[0]
-    ones = torch.ones_like(q)
-
-    def describe() -> tuple[Tensor, Tensor]:
-        weights = ones if weight is None else weight
-        path = _path(sigma, torch.cat((q, one)))
-        return path, stacked(ones, torch.zeros_like(q), ones, weights)
-
-    return Plan(
-        rows(table[:, None], start),
-        given,
-        sigma.shape[0] - 1,
-        euler=False,
-        scaled=True,
-        describe=describe,
-        single=True,
-        plain=plain,
-    )
+    return stacked(sigma, one, sigma, one)
 
 
 @functools.lru_cache(maxsize=64)
@@ -386,11 +361,12 @@ def _known_plan(
     solver: SamplerSolver,
     device: torch.device,
     half: bool,
+    lower: bool,
 ) -> Plan:
     """EDM's own schedules, whose tables take longer to make than a step of a small network.
 
     They are where the samples are: a graph of CUDA cannot capture copies from the host.
     """
-    plan = edm_plan(levels_of(*schedule)[None], churn, None, precondition, solver, half)
+    plan = edm_plan(levels_of(*schedule)[None], churn, None, precondition, solver, half, lower)
     pull = None if plan.pull is None else plan.pull.to(device)
     return replace(plan, table=plan.table.to(device), levels=plan.levels.to(device), pull=pull)

@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import count, flags, function, one_of
-from fewstep._names import Backend, OdeMethod, State
+from fewstep._names import Backend, SamplerSolver, State
 from fewstep.ops.heun.engine import rows
 from fewstep.ops.heun.inputs import check_state, pick
 from fewstep.ops.trace.inputs import check_times
-from fewstep.samplers.inputs import check_churn, check_edits, check_guidance
+from fewstep.samplers.inputs import check_churn, check_edits, check_guidance, check_multistep
 from fewstep.samplers.plan import (
+    SOLVERS,
     Churn,
     Guidance,
     Network,
     Plan,
     SamplerStep,
+    multistep_plan,
     needless,
     sample,
     stacked,
     table_row,
 )
 from fewstep.samplers.seeds import seeds_for
-
-METHODS: tuple[OdeMethod, ...] = ("heun", "euler")
 
 
 @torch.no_grad()
@@ -41,7 +41,8 @@ def flow_sample(
     S_min: float = 0.0,
     S_max: float = 1.0,
     S_noise: float = 1.0,
-    solver: OdeMethod = "heun",
+    solver: SamplerSolver = "heun",
+    lower_order_final: bool = False,
     data_at: int = 0,
     guidance: float | Tensor | Callable[[float], float] | None = None,
     guidance_interval: tuple[float, float] | None = None,
@@ -65,7 +66,13 @@ def flow_sample(
         x^ = r x + sqrt(t^^2 - r^2 t^2) S_noise n
 
     A Heun step of `dx/dt = v` from t^ to the next time follows, or with `solver="euler"` an Euler
-    step. At t = 1 there is nothing to raise.
+    step. At t = 1 there is nothing to raise. `solver="dpm++2m"` takes, from t to t' and with
+    `q = t' / t`, `D = x - t v`, and D- at the time before,
+
+        x = q x + (1 - t' - q (1 - t)) ((1 + k) D - k D-),    k = h / (2 h-)
+
+    where h is the growth of `ln(1/t - 1)` in a step, and h- in the one before. k is 0 where one of
+    them is infinite. It is of second order, by one evaluation a step.
 
     Args:
         velocity (Callable): `v(x, t)` with t `[B]`, float32 at least. It predicts
@@ -76,7 +83,8 @@ def flow_sample(
             `[S + 1]` or `[B, S + 1]`.
         S_churn, S_min, S_max, S_noise (float): churn as for `edm_sample`, with S_min and S_max as
             times.
-        solver (str): "heun" or "euler".
+        solver (str): "heun", "euler" or "dpm++2m".
+        lower_order_final (bool): whether the last step of "dpm++2m" has k = 0 above time 0 too.
         data_at (int): the time of data, 0 or 1. With 1 all times are counted from noise at 0: those
             of velocity, `times`, which increase, S_min and S_max, and those of guidance.
         guidance, guidance_interval, uncond, known, mask, callback: options of `edm_sample`, with
@@ -92,7 +100,7 @@ def flow_sample(
             or that begin at noise with init.
 
     Source: derived from Karras et al., EDM, arXiv 2206.00364, algorithm 2, by the change of frame
-    `x / (1 + sigma)`.
+    `x / (1 + sigma)`; Lu et al., DPM-Solver++, arXiv 2211.01095, algorithm 2.
 
     >>> import fewstep
     >>> def v(x, t):  # of data N(0, I)
@@ -102,9 +110,9 @@ def flow_sample(
     True
     """
     function("flow_sample", "velocity", velocity)
-    flags("flow_sample", progress=progress)
+    flags("flow_sample", progress=progress, lower_order_final=lower_order_final)
     check_state("flow_sample", latents, state, "latents")
-    one_of("flow_sample", "solver", solver, METHODS)
+    one_of("flow_sample", "solver", solver, SOLVERS)
     data_at = count("flow_sample", "data_at", data_at, 0)
     if data_at > 1:
         raise ValueError(f"flow_sample: data_at must be 0 or 1, got {data_at}")
@@ -129,7 +137,8 @@ def flow_sample(
             f" nothing is left there, got {times}"
         )
     seeds = seeds_for("flow_sample", seeds, latents, churn.amount > 0)
-    plan = flow_plan(nodes, churn, weight, solver, bool(data_at))
+    check_multistep("flow_sample", solver, churn, lower_order_final)
+    plan = flow_plan(nodes, churn, weight, solver, bool(data_at), lower_order_final)
     networks = (velocity,) if uncond is None else (velocity, uncond)
     how = (pick("flow_sample", latents, backend), state, check_finite)
     return sample(
@@ -141,14 +150,19 @@ def flow_plan(
     times: Tensor,
     churn: Churn,
     guidance: Guidance | None,
-    solver: OdeMethod = "heun",
+    solver: SamplerSolver = "heun",
     reversed_time: bool = False,
+    lower: bool = False,
 ) -> Plan:
     """The plan of `flow_sample` at times `[R, S + 1]` from noise at 1.
 
     In reversed time the network has `1 - t` for t, and returns `-dx/dt`.
     """
     t = times.T
+    if solver == "dpm++2m":
+        estimate = torch.ones_like(t[:-1]), t[:-1] if reversed_time else -t[:-1]
+        levels = 1 - t if reversed_time else t
+        return multistep_plan(1 - t, t, levels, estimate, guidance, lower)
     now, after = t[:-1], t[1:]
     steps = now.shape[0]
     gamma = churn.gamma(now, steps)

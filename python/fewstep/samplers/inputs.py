@@ -56,6 +56,13 @@ def check_churn(who: str, S_churn: float, S_min: float, S_max: float, S_noise: f
     return Churn(amount, low, high, noise)
 
 
+def check_multistep(who: str, solver: str, churn: Churn, lower_order_final: bool) -> None:
+    if solver == "dpm++2m" and churn.amount > 0:
+        raise ValueError(f"{who}: S_churn must be 0 with {solver!r}, got {churn.amount}")
+    if solver != "dpm++2m" and lower_order_final:
+        raise ValueError(f"{who}: lower_order_final is an option of 'dpm++2m', got {solver!r}")
+
+
 def check_precondition(who: str, precondition: float | None) -> float | None:
     if precondition is None:
         return None

@@ -131,8 +131,9 @@ class Plan:
         constant: part of that change that depends on no trace, for each dimension, `[R]`.
         weight: weights of guidance at the evaluations, `[E S, R]`.
         pull: factors p, `[E S, R]`, where the network's part in the table is `F - p z` with its
-            input z. In half precision z is rounded. A slope of x and F, each of another point,
-            would magnify that by the ratio of two levels.
+            input z: where the state does not hold x, and in half precision, where z is rounded.
+            A slope of x and F, each of another point, would magnify that by the ratio of two
+            levels.
     """
 
     table: Tensor
@@ -199,6 +200,64 @@ def preconditioning(sigma: Tensor, data: float | None) -> tuple[Tensor, Tensor, 
         return torch.zeros_like(sigma), torch.ones_like(sigma), torch.ones_like(sigma)
     total = sigma.square() + data**2
     return data**2 / total, sigma * data / total.sqrt(), total.rsqrt()
+
+
+def multistep_plan(
+    alpha: Tensor,
+    sigma: Tensor,
+    levels: Tensor,
+    estimate: tuple[Tensor, Tensor],
+    guidance: Guidance | None,
+    lower_order_final: bool = False,
+) -> Plan:
+    """The plan of DPM-Solver++(2M) on `x = alpha x_data + sigma eps`, one pass a step.
+
+    With `q = sigma' / sigma`, `w = alpha' - alpha q` and `c = w (1 + k)` the state is
+    `y = q x - w k D-`. The network's next input is `x' = y + c D`, and the next state
+    `q' x' - w' k' D`: both are linear in y and D.
+
+    Args:
+        alpha, sigma: at the nodes, `[S + 1, R]`.
+        levels: of the nodes, as the network has them.
+        estimate: e_1 and e_2 of `D = e_1 x + e_2 F`, `[S, R]`.
+        guidance: of the network's outputs.
+        lower_order_final: whether k is 0 in the last step.
+    """
+    one, zero = torch.ones_like(sigma[:1]), torch.zeros_like(sigma[:1])
+    q = sigma[1:] / sigma[:-1]
+    w = alpha[1:] - alpha[:-1] * q
+    h = (alpha / sigma).log().diff(dim=0)  # inf in a first step from noise alone, and in one to 0
+    k = h[1:] / (2 * h[:-1])
+    k = torch.cat((zero, torch.where(h[1:].isfinite() & h[:-1].isfinite(), k, 0.0)))
+    if lower_order_final:
+        k[-1] = 0.0
+    c = w * (1 + k)
+    own, out = estimate
+    given = levels[:-1]
+    weight, plain = needless(guidance, given)
+    part = torch.cat((q[1:], one)) * c - torch.cat((w[1:] * k[1:], zero))
+    table = table_row(
+        torch.cat((q[1:], one)), part * out, weight, net=(torch.ones_like(q), c * out)
+    )
+    first, begun = sigma[:1], alpha[:1]
+    start = table_row(q[:1] * first, q[:1] * begun, None, net=(first, begun))[0]
+    ones = torch.ones_like(q)
+
+    def describe() -> tuple[Tensor, Tensor]:
+        path = stacked(levels, alpha, sigma, torch.cat((q, one)))
+        return path, stacked(ones, own, out, ones if weight is None else weight)
+
+    return Plan(
+        rows(table[:, None], start),
+        given,
+        sigma.shape[0] - 1,
+        euler=False,
+        scaled=True,
+        describe=describe,
+        single=True,
+        plain=plain,
+        pull=-own / out if bool(own.any()) else None,
+    )
 
 
 class Traces:
