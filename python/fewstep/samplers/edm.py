@@ -14,13 +14,13 @@ from torch import Tensor
 from fewstep._checks import count, flags, function, one_of
 from fewstep._names import Backend, Estimator, SamplerSolver, SamplerTracker, State
 from fewstep.ops.heun.engine import rows
-from fewstep.ops.heun.inputs import check_log_density, check_state, pick
+from fewstep.ops.heun.inputs import check_state, pick
 from fewstep.ops.heun.solve import HeunResult
-from fewstep.ops.trace import inputs as trace_inputs
-from fewstep.ops.trace.inputs import Options, check_ids, check_options
+from fewstep.ops.trace.inputs import Options
 from fewstep.samplers.cuda_graph import replay
 from fewstep.samplers.inputs import (
     check_churn,
+    check_density,
     check_edits,
     check_guidance,
     check_multistep,
@@ -31,12 +31,10 @@ from fewstep.samplers.inputs import (
 from fewstep.samplers.plan import (
     SOLVERS,
     Churn,
-    Determinants,
     Guidance,
     Network,
     Plan,
     SamplerStep,
-    Traces,
     multistep_plan,
     needless,
     preconditioning,
@@ -46,8 +44,6 @@ from fewstep.samplers.plan import (
 )
 from fewstep.samplers.schedules import levels_of
 from fewstep.samplers.seeds import seeds_for
-
-TRACKERS = ("trace", "logdet")
 
 
 @overload
@@ -196,10 +192,6 @@ def edm_sample(
     if levels is None:
         steps = count("edm_sample", "steps", steps)
     schedule = (steps, *check_schedule("edm_sample", sigma_min, sigma_max, rho))
-    one_of("edm_sample", "tracker", tracker, TRACKERS)
-    options = Options(estimator, probes)
-    check_options(options, "edm_sample")
-    ids = check_ids(sample_ids, latents, "edm_sample")
     churn = check_churn("edm_sample", S_churn, S_min, S_max, S_noise)
     one_of("edm_sample", "solver", solver, SOLVERS)
     weight = check_guidance("edm_sample", guidance, uncond, latents, guidance_interval)
@@ -207,14 +199,11 @@ def edm_sample(
     precondition = check_precondition("edm_sample", precondition)
     check_multistep("edm_sample", solver, churn, lower_order_final)
     seeds = seeds_for("edm_sample", seeds, latents, churn.amount > 0)
-    if log_density is not None:
-        check_log_density("edm_sample", log_density, latents)
-        trace_inputs.check_problem(options, latents, "edm_sample")
-        if churn.amount > 0:
-            raise ValueError(f"edm_sample: S_churn must be 0 with log_density, got {churn.amount}")
-        if solver != "heun" or not edits.none:
-            given = f"solver={solver!r}" if solver != "heun" else "init, mask or callback"
-            raise ValueError(f"edm_sample: log_density is that of plain Heun steps, got {given}")
+    options = Options(estimator, probes)
+    density = check_density(
+        *("edm_sample", latents, log_density, tracker, options, sample_ids, churn, solver, edits)
+    )
+    if density is not None:
         levels = levels_of(*schedule)[None] if levels is None else levels
         if bool((levels[:, -1] == 0).all()):
             levels = levels[:, :-1]
@@ -240,20 +229,13 @@ def edm_sample(
             )
         with torch.cuda.device(latents.device):
             return replay(networks, latents, plan, seeds, state, name)
-    tracked: Traces | Determinants | None = None
-    if log_density is not None and tracker == "logdet":
-        tracked = Determinants(networks, plan, log_density, latents)
-    elif log_density is not None:
-        tracked = Traces(networks, plan, log_density, options, name, ids)
-    how = (name, state, check_finite)
-    out = sample(
-        *("edm_sample", networks, latents, plan, how),
+    return sample(
+        *("edm_sample", networks, latents, plan, (name, state, check_finite)),
         seeds=seeds,
         edits=edits,
-        tracked=tracked,
+        density=density,
         progress=progress,
     )
-    return out if tracked is None else tracked.result(out)
 
 
 def _preconditioned(network: Network, data: float) -> Network:

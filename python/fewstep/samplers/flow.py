@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fewstep._checks import count, flags, function, one_of
-from fewstep._names import Backend, SamplerSolver, State
+from fewstep._names import Backend, Estimator, SamplerSolver, SamplerTracker, State
 from fewstep.ops.heun.engine import rows
 from fewstep.ops.heun.inputs import check_state, pick
-from fewstep.ops.trace.inputs import check_times
-from fewstep.samplers.inputs import check_churn, check_edits, check_guidance, check_multistep
+from fewstep.ops.heun.solve import HeunResult
+from fewstep.ops.trace.inputs import Options, check_times
+from fewstep.samplers.inputs import (
+    check_churn,
+    check_density,
+    check_edits,
+    check_guidance,
+    check_multistep,
+)
 from fewstep.samplers.plan import (
     SOLVERS,
     Churn,
@@ -30,7 +38,15 @@ from fewstep.samplers.plan import (
 from fewstep.samplers.seeds import seeds_for
 
 
-@torch.no_grad()
+@overload
+def flow_sample(
+    velocity: Network, latents: Tensor, *, log_density: None = None, **options: Any
+) -> Tensor: ...
+@overload
+def flow_sample(
+    velocity: Network, latents: Tensor, *, log_density: Tensor, **options: Any
+) -> HeunResult: ...
+@torch.no_grad()  # type: ignore[misc]
 def flow_sample(
     velocity: Network,
     latents: Tensor,
@@ -53,10 +69,15 @@ def flow_sample(
     callback: Callable[[SamplerStep], bool | None] | None = None,
     seeds: Tensor | None = None,
     state: State = "compensated",
+    log_density: Tensor | None = None,
+    tracker: SamplerTracker = "trace",
+    estimator: Estimator = "auto",
+    probes: int = 1,
+    sample_ids: Tensor | None = None,
     progress: bool = False,
     check_finite: bool | None = None,
     backend: Backend | None = None,
-) -> Tensor:
+) -> Tensor | HeunResult:
     """Draw samples of a flow-matching model, noise at 1 and data at 0, by Heun steps with churn.
 
     `x_t = (1 - t) x_data + t eps` has noise of level `sigma = t / (1 - t)` relative to the data.
@@ -90,10 +111,13 @@ def flow_sample(
         guidance, guidance_interval, uncond, known, mask, callback: options of `edm_sample`, with
             times for levels and `(1 - t) known + t latents` for what is known.
         init (Tensor | None): data to start from, `x = (1 - t_0) init + t_0 latents`.
-        seeds, state, progress, check_finite, backend: options of `edm_sample`.
+        log_density (Tensor | None): log-density `[B]` of `t_0 latents` under its law. The result
+            then has the log-density at the last time. S_churn must be 0.
+        seeds, state, tracker, estimator, probes, sample_ids, progress, check_finite, backend:
+            options of `edm_sample`.
 
     Returns:
-        Tensor: samples of the shape and dtype of latents.
+        Tensor | HeunResult: samples of the shape and dtype of latents; with log_density a result.
 
     Raises:
         ValueError: an argument that `edm_sample` refuses; times that do not decrease within [0, 1],
@@ -136,13 +160,21 @@ def flow_sample(
             f"flow_sample: times must begin after noise at {1 - data_at} with init, of which"
             f" nothing is left there, got {times}"
         )
+    options = Options(estimator, probes)
+    density = check_density(
+        *("flow_sample", latents, log_density, tracker, options, sample_ids, churn, solver, edits)
+    )
     seeds = seeds_for("flow_sample", seeds, latents, churn.amount > 0)
     check_multistep("flow_sample", solver, churn, lower_order_final)
     plan = flow_plan(nodes, churn, weight, solver, bool(data_at), lower_order_final)
     networks = (velocity,) if uncond is None else (velocity, uncond)
     how = (pick("flow_sample", latents, backend), state, check_finite)
     return sample(
-        *("flow_sample", networks, latents, plan, how), seeds=seeds, edits=edits, progress=progress
+        *("flow_sample", networks, latents, plan, how),
+        seeds=seeds,
+        edits=edits,
+        density=density,
+        progress=progress,
     )
 
 
@@ -210,4 +242,6 @@ def flow_plan(
         single=single,
         plain=plain,
         weight=weight,
+        traces=torch.stack((-v / 2, -v / 2), 1).flatten(0, 1),
+        constant=torch.zeros_like(t[0]),
     )

@@ -8,8 +8,39 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fewstep._checks import as_float64, function, integer, number
-from fewstep.samplers.plan import Churn, Edits, Guidance, Network, SamplerStep
+from fewstep._checks import as_float64, function, integer, number, one_of
+from fewstep._names import SamplerTracker
+from fewstep.ops.heun.inputs import check_log_density
+from fewstep.ops.trace.inputs import Options, check_ids, check_options, check_problem
+from fewstep.samplers.plan import Churn, Density, Edits, Guidance, Network, SamplerStep
+
+TRACKERS = ("trace", "logdet")
+
+
+def check_density(
+    who: str,
+    latents: Tensor,
+    log_density: Tensor | None,
+    tracker: SamplerTracker,
+    options: Options,
+    sample_ids: Tensor | None,
+    churn: Churn,
+    solver: str,
+    edits: Edits,
+) -> Density | None:
+    one_of(who, "tracker", tracker, TRACKERS)
+    check_options(options, who)
+    ids = check_ids(sample_ids, latents, who)
+    if log_density is None:
+        return None
+    check_log_density(who, log_density, latents)
+    check_problem(options, latents, who)
+    if churn.amount > 0:
+        raise ValueError(f"{who}: S_churn must be 0 with log_density, got {churn.amount}")
+    if solver != "heun" or not edits.none:
+        given = f"solver={solver!r}" if solver != "heun" else "init, mask or callback"
+        raise ValueError(f"{who}: log_density is that of plain Heun steps, got {given}")
+    return Density(log_density, tracker, options, ids)
 
 
 def check_shape(who: str, shape: Sequence[int]) -> list[int]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep._names import SamplerTracker
 from fewstep._torch import is_transformed, wide
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.solve import HeunResult
@@ -107,6 +108,16 @@ class Edits:
     @property
     def none(self) -> bool:
         return self.start is None and self.mask is None and self.callback is None
+
+
+@dataclass(frozen=True)
+class Density:
+    """What a log-density along a sampler is found by."""
+
+    start: Tensor
+    tracker: SamplerTracker
+    options: Options
+    ids: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -264,21 +275,19 @@ class Traces:
     """A log-density along a plan by traces, as the flow has it in the limit of many steps.
 
     A denoiser's derivative `(x - D)/sigma` has the trace `(dim (1 - skip) - out in tr F)/sigma`;
-    what does not depend on the network is known before.
+    what does not depend on the network is known before. A velocity has nothing of that.
     """
 
     def __init__(
         self,
         networks: tuple[Network, ...],
         plan: Plan,
-        log_density: Tensor,
-        options: Options,
+        density: Density,
         backend: str,
-        ids: Tensor | None = None,
     ) -> None:
         assert plan.traces is not None
-        self.plan = plan
-        self.solvers = [Solver(network, options, ids) for network in networks]
+        self.plan, log_density = plan, density.start
+        self.solvers = [Solver(network, density.options, density.ids) for network in networks]
         self.keys = make_keys(0, plan.steps)
         weights = plan.traces.to(log_density.device)
         row = table_row(torch.ones_like(weights), weights, plan.weight)
@@ -475,16 +484,22 @@ def sample(
     *,
     seeds: Tensor | None,
     edits: Edits,
-    tracked: Traces | Determinants | None = None,
+    density: Density | None = None,
     progress: bool = False,
-) -> Tensor:
+) -> Tensor | HeunResult:
     """Follow a plan from noise; `how` is the backend, the state's precision, and the check."""
     backend, state, check_finite = how
+    tracked: Traces | Determinants | None = None
+    if density is not None and density.tracker == "logdet":
+        tracked = Determinants(networks, plan, density.start, latents)
+    elif density is not None:
+        tracked = Traces(networks, plan, density, backend)
     table = plan.table.to(latents.device)
     run = Run(*(who, backend, latents, table, state, check_finite), scaled=plan.scaled, seeds=seeds)
     editor = None if edits.none else _Editor(run, plan, latents, edits)
     inputs, pulls = plan.inputs(latents), plan.pulls(latents)
-    return follow(run, networks, inputs, plan, tracked, progress, editor, pulls)
+    out = follow(run, networks, inputs, plan, tracked, progress, editor, pulls)
+    return out if tracked is None else tracked.result(out)
 
 
 def needless(guidance: Guidance | None, levels: Tensor) -> tuple[Tensor | None, frozenset[int]]:
