@@ -30,11 +30,11 @@ from fewstep.samplers.inputs import (
 )
 from fewstep.samplers.plan import (
     SOLVERS,
+    Callback,
     Churn,
     Guidance,
     Network,
     Plan,
-    SamplerStep,
     multistep_plan,
     needless,
     preconditioning,
@@ -76,7 +76,7 @@ def edm_sample(
     init: Tensor | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
-    callback: Callable[[SamplerStep], bool | None] | None = None,
+    callback: Callback | None = None,
     seeds: Tensor | None = None,
     precondition: float | None = None,
     state: State = "compensated",
@@ -112,7 +112,7 @@ def edm_sample(
 
     Args:
         denoiser (Callable): `D(x, sigma)` with sigma `[B]`, float32 at least, of the shape of x. It
-            predicts `E[data | x]`.
+            predicts `E[data | x]`. `fewstep.conversions.convert` makes that of noise, v or scores.
         latents (Tensor): standard normal noise `[B, ...]`; see `fewstep.latents`. The network is
             called with its dtype. It may return another, which is not rounded to that of latents.
             In half precision the slopes of "heun" and "euler" are those at the rounded x and x2,
@@ -137,7 +137,8 @@ def edm_sample(
             known.
         callback (Callable | None): is called with a `SamplerStep` (index, steps, level, x,
             denoised) after the first evaluation of each step. True ends sampling. The result is
-            `denoised` then, and `known` where mask is true.
+            `denoised` then, and `known` where mask is true. A tensor takes the place of x. It has
+            x's shape and dtype, and the network is called there again.
         seeds (Tensor | None): int64 `[B]`, seeds of the noise. A sample has the same noise in any
             batch. Default: drawn from torch's generator where there is noise.
         precondition (float | None): standard deviation s of the data, where denoiser and uncond are

@@ -24,11 +24,11 @@ from fewstep.samplers.inputs import (
 )
 from fewstep.samplers.plan import (
     SOLVERS,
+    Callback,
     Churn,
     Guidance,
     Network,
     Plan,
-    SamplerStep,
     multistep_plan,
     needless,
     sample,
@@ -66,7 +66,7 @@ def flow_sample(
     init: Tensor | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
-    callback: Callable[[SamplerStep], bool | None] | None = None,
+    callback: Callback | None = None,
     seeds: Tensor | None = None,
     state: State = "compensated",
     log_density: Tensor | None = None,
@@ -97,7 +97,8 @@ def flow_sample(
 
     Args:
         velocity (Callable): `v(x, t)` with t `[B]`, float32 at least. It predicts
-            `E[eps - data | x]`, or `E[data - eps | x]` with data_at=1.
+            `E[eps - data | x]`, or `E[data - eps | x]` with data_at=1. Others are converted, as for
+            `edm_sample`.
         latents (Tensor): standard normal noise `[B, ...]`. Sampling starts from `t_0 latents`.
         steps (int): number S of steps, of equal length from 1 to 0.
         times (Tensor | Sequence[float] | None): nodes in place of these, decreasing within [0, 1],

@@ -12,7 +12,7 @@ from fewstep._checks import as_float64, function, integer, number, one_of
 from fewstep._names import SamplerTracker
 from fewstep.ops.heun.inputs import check_log_density
 from fewstep.ops.trace.inputs import Options, check_ids, check_options, check_problem
-from fewstep.samplers.plan import Churn, Density, Edits, Guidance, Network, SamplerStep
+from fewstep.samplers.plan import Callback, Churn, Density, Edits, Guidance, Network
 
 TRACKERS = ("trace", "logdet")
 
@@ -181,7 +181,7 @@ def check_edits(
     init: Tensor | None,
     known: Tensor | None,
     mask: Tensor | None,
-    callback: Callable[[SamplerStep], bool | None] | None,
+    callback: Callback | None,
 ) -> Edits:
     if callback is not None:
         function(who, "callback", callback)

@@ -90,6 +90,9 @@ class SamplerStep:
     denoised: Tensor
 
 
+Callback = Callable[[SamplerStep], bool | Tensor | None]
+
+
 @dataclass(frozen=True)
 class Edits:
     """What of a sampler's way a user changes.
@@ -97,13 +100,13 @@ class Edits:
     Attributes:
         start: data to start from.
         known, mask: data that stays as it is, where mask is true.
-        callback: called in each step; True ends sampling.
+        callback: called in each step; True ends sampling, a tensor is the state there.
     """
 
     start: Tensor | None = None
     known: Tensor | None = None
     mask: Tensor | None = None
-    callback: Callable[[SamplerStep], bool | None] | None = None
+    callback: Callback | None = None
 
     @property
     def none(self) -> bool:
@@ -371,54 +374,73 @@ class _Editor:
             for table in plan.describe()
         )
 
-    def hold(self, step: int) -> None:
-        """What is known takes the noise that the others have at the beginning of a step."""
-        mask, known, run = self.edits.mask, self.edits.known, self.run
-        if mask is None:
-            return
-        assert known is not None
-        _, alpha, sigma, factor = (part[step] for part in self.path)
-        x = (alpha * known + sigma * self.latents).to(run.high.dtype)
+    def put(self, x: Tensor, step: int, mask: Tensor | None = None) -> None:
+        """x at the beginning of a step, or where mask is true."""
+        run, factor = self.run, self.path[3][step]
+        x = x.to(run.high.dtype)
         last = step == self.plan.steps
         back = 1 if last else self.estimate[0][step]
         high = factor * x
         if not last and not bool((factor == 1).all()):  # beside what is left of an output before
             high = run.high + factor * (x - back * run.net)
-        run.high = torch.where(mask, high, run.high)
-        run.low = None if run.low is None else torch.where(mask, 0, run.low)
-        run.net = torch.where(mask, x / back, run.net).to(run.dtype)
+        net, low = x / back, None if run.low is None else torch.zeros_like(run.low)
+        if mask is not None:
+            high, net = torch.where(mask, high, run.high), torch.where(mask, net, run.net)
+            low = None if run.low is None else torch.where(mask, 0, run.low)
+        run.high, run.low, run.net = high, low, net.to(run.dtype)
 
-    def ends(self, outs: list[Tensor], step: int) -> Tensor | None:
-        """The estimate of the data, if a callback wants no more."""
+    def hold(self, step: int) -> None:
+        """What is known takes the noise that the others have at the beginning of a step."""
+        mask, known = self.edits.mask, self.edits.known
+        if mask is None:
+            return
+        assert known is not None
+        _, alpha, sigma, _ = (part[step] for part in self.path)
+        self.put(alpha * known + sigma * self.latents, step, mask)
+
+    def ask(self, outs: list[Tensor], step: int) -> tuple[Tensor | None, bool]:
+        """The samples, if a callback wants no more steps; whether it moved the state."""
         callback = self.edits.callback
         if callback is None:
-            return None
+            return None, False
         back, own, part, weight = (row[step] for row in self.estimate)
         x = back * self.run.net
         out = outs[0] if len(outs) == 1 else weight * outs[0] + (1 - weight) * outs[1]
         denoised: Tensor = (own * x + part * out).to(self.run.dtype)
         x = x.to(self.run.dtype)
         level = self.path[0][step].flatten().expand(x.shape[0])
-        verdict = callback(SamplerStep(step, self.plan.steps, level, x, denoised.clone()))
-        if not _is_true(self.run.who, verdict):
-            return None
+        answer = callback(SamplerStep(step, self.plan.steps, level, x, denoised.clone()))
+        verdict = _verdict(self.run.who, answer, denoised)
+        if isinstance(verdict, Tensor):
+            self.put(verdict.detach(), step)
+            self.hold(step)
+            return None, True
+        if not verdict:
+            return None, False
         mask, known = self.edits.mask, self.edits.known
         if mask is None:
-            return denoised
+            return denoised, False
         assert known is not None
-        return torch.where(mask, known.to(denoised.dtype), denoised)
+        return torch.where(mask, known.to(denoised.dtype), denoised), False
 
 
-def _is_true(who: str, verdict: Any) -> bool:
-    """Whether a callback returned a true one of the bools of Python, NumPy and torch."""
-    if verdict is None or isinstance(verdict, bool | np.bool_):
-        return bool(verdict)
-    got = type(verdict).__name__
-    if isinstance(verdict, np.ndarray | Tensor):
-        if verdict.ndim == 0 and verdict.dtype in (torch.bool, np.bool_):
-            return bool(verdict)
-        got += f" {tuple(verdict.shape)} of {verdict.dtype}"
-    raise TypeError(f"{who}: callback must return True, False or None, got {got}")
+def _verdict(who: str, answer: Any, like: Tensor) -> bool | Tensor:
+    """What a callback returned: a bool of Python, NumPy or torch, None, or a state."""
+    if answer is None or isinstance(answer, bool | np.bool_):
+        return bool(answer)
+    wanted, got = "True, False, None or the state", type(answer).__name__
+    if isinstance(answer, np.ndarray | Tensor):
+        if answer.ndim == 0 and answer.dtype in (torch.bool, np.bool_):
+            return bool(answer)
+        got += f" {tuple(answer.shape)} of {answer.dtype}"
+    if isinstance(answer, Tensor) and answer.dtype == like.dtype:
+        if answer.shape == like.shape and answer.device == like.device:
+            return answer
+        shape = f"{tuple(like.shape)} on {like.device}"
+        raise ValueError(
+            f"{who}: callback must return {wanted}, {shape}, got {got} on {answer.device}"
+        )
+    raise TypeError(f"{who}: callback must return {wanted}, of {like.dtype}, got {got}")
 
 
 def follow(
@@ -460,9 +482,12 @@ def follow(
         if editor is not None:
             editor.hold(step)
         first = call(run.net, index, step)
-        ended = None if editor is None else editor.ends(first, step)
-        if ended is not None:
-            return ended
+        if editor is not None:
+            ended, moved = editor.ask(first, step)
+            if ended is not None:
+                return ended
+            if moved:
+                first = call(run.net, index, step)
         first = pulled(first, index)
         if plan.single or (plan.euler and step == plan.steps - 1):
             advance(first, FIRST + index, step)
