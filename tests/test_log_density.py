@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 from typing import Any
@@ -436,3 +437,19 @@ def test_bad_mixtures() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GaussianMixture(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("path", "t"), [("vp", 1.5), ("vp", -0.1), ("ve", -1.0), ("vp", math.nan)])
+def test_times_off_the_path(path: str, t: float) -> None:
+    """sqrt(1 - 1.5) would be NaN without a word."""
+    x, teacher = torch.zeros(2, 3), mixture(path)
+    for own in (t, torch.tensor(t), torch.tensor([0.5, t])):
+        for source, target in itertools.permutations(kinds(path), 2):
+            with pytest.raises(
+                ValueError, match=rf"convert: t must be in .* for path '{path}', got"
+            ):
+                conversions.convert(x, x, own, source=source, target=target, path=path)
+        with pytest.raises(ValueError, match=r"GaussianMixture: t must be in"):
+            teacher.score(torch.zeros(2, teacher.means.shape[1]), own)
+    with pytest.raises(ValueError, match=r"GaussianMixture.sample: t must be in"):
+        teacher.sample(2, t)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -238,6 +239,68 @@ def test_networks_of_the_package_in_half_precision(dtype: torch.dtype, kind: Any
     assert found.info == same.info == ""
     assert found.value.dtype == torch.float32
     torch.testing.assert_close(found.value, same.value, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("returned", ["float32", "half"])
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+@pytest.mark.parametrize("steps", [4, 18])
+@pytest.mark.parametrize("state", ["float32", "compensated", "float64"])
+def test_slopes_in_half_precision(
+    dtype: torch.dtype, returned: str, solver: Any, steps: int, state: Any
+) -> None:
+    """Those at the rounded states, which the network sees: 4 steps have levels 200 apart."""
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        assert x.dtype == dtype
+        out = gaussian(1.0)(x.float(), sigma)
+        return out if returned == "float32" else out.to(dtype)
+
+    def slope(x: Tensor, sigma: Tensor) -> Tensor:
+        seen = x.to(dtype)
+        return (seen.double() - network(seen, sigma.float().expand(len(x))).double()) / sigma
+
+    def line_by_line(slope: Any) -> Tensor:
+        x = latents.double() * levels[0]
+        for now, after in itertools.pairwise(levels):
+            h, d = after - now, slope(x, now)
+            if solver == "heun" and after > 0:
+                d = (d + slope(x + h * d, after)) / 2
+            x = x + h * d
+        return x
+
+    latents, levels = torch.randn(63, 5).to(dtype), fewstep.karras_sigmas(steps)
+    out = fewstep.edm_sample(network, latents, steps=steps, solver=solver, state=state)
+    assert out.dtype == dtype
+    error = (out.double() - line_by_line(slope)).abs()
+    assert float(error.max()) <= torch.finfo(dtype).eps * float(out.abs().max())
+    once = fewstep.edm_sample(network, latents[:1], steps=steps, solver=solver, state=state)
+    assert torch.equal(once, out[:1])
+    for options in ({"guidance": 3.0, "uncond": network}, {"log_density": torch.zeros(63)}):
+        if solver == "heun" or "guidance" in options:
+            options |= {"sigmas": levels[:-1], "solver": solver, "state": state}
+            same = fewstep.edm_sample(network, latents, **options)
+            same = same if isinstance(same, Tensor) else same.x
+            plain = {key: options[key] for key in ("sigmas", "solver", "state")}
+            own = fewstep.edm_sample(network, latents, **plain)
+            assert float((same.double() - own).abs().max()) <= 8 * torch.finfo(dtype).eps * float(
+                own.abs().max()
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_are_not_rounded_to_half_precision(dtype: torch.dtype) -> None:
+    latents = torch.ones(2, 3, dtype=dtype)
+    one = torch.tensor(1 + 2**-12)
+
+    def constant(x: Tensor, t: Tensor) -> Tensor:
+        return one.expand(x.shape)
+
+    for solver in ("heun", "euler"):  # 1 - 1024 (1 / 1024) (1 + 2^-12)
+        out = fewstep.flow_sample(constant, latents, solver=solver, steps=8)
+        assert torch.equal(out, torch.full((2, 3), -(2.0**-12)).to(dtype))
+    out = fewstep.heun_solve(constant, latents, [1.0, 0.5, 0.0]).x
+    assert torch.equal(out, torch.full((2, 3), -(2.0**-12)).to(dtype))
 
 
 def test_latents_are_those_of_the_seed(capability: str) -> None:

@@ -124,10 +124,14 @@ def test_logdet_differs_from_the_flows_density_at_few_steps() -> None:
 
 @pytest.mark.parametrize("tracker", ["trace", "logdet"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_log_density_of_half_precision_samples(dtype: torch.dtype, tracker: str) -> None:
+@pytest.mark.parametrize("precondition", [None, 0.5])
+def test_log_density_of_half_precision_samples(
+    dtype: torch.dtype, tracker: str, precondition: float | None
+) -> None:
     latents = torch.randn(3, 4).to(dtype)
     for start in (torch.zeros(3), torch.zeros(3, dtype=dtype)):
         options: dict[str, Any] = {"log_density": start, "tracker": tracker}
+        options["precondition"] = precondition
         low = fewstep.edm_sample(gaussian(1.0), latents, **options)
         options["log_density"] = torch.zeros(3)
         exact = fewstep.edm_sample(gaussian(1.0), latents.float(), **options)
@@ -149,3 +153,83 @@ def test_probes_of_a_split_batch_are_those_of_the_whole() -> None:
     parts = [density(rows, ids[rows]) for rows in (slice(0, 4), slice(4, 6))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
     assert not torch.equal(density(slice(6), None), whole)
+
+
+def bent_flow(x: Tensor, t: Tensor) -> Tensor:
+    """A velocity whose Jacobian is not symmetric."""
+    return torch.tanh(x.flip(-1)) * (1 + wide(t, x).to(x.dtype)) - 0.4 * x
+
+
+@pytest.mark.parametrize("tracker", ["trace", "logdet"])
+@pytest.mark.parametrize("data_at", [0, 1])
+@pytest.mark.parametrize("shape", [(3,), (1, 2, 3)])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_log_density_of_flow_samples(
+    tracker: Any, data_at: int, shape: tuple[int, ...], guided: bool, own: bool
+) -> None:
+    """Against `log_density` of the same steps; in each batch with times of its own, and guided."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return -bent_flow(x, 1 - t) if data_at else bent_flow(x, t)
+
+    def other(x: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * velocity(x, t)
+
+    def whole(x: Tensor, t: Tensor) -> Tensor:
+        return bent_flow(x, t) * (1.25 if guided else 1)  # 1.5 v + (1 - 1.5) v / 2
+
+    latents, start = torch.randn(5, *shape).double(), torch.randn(5).double()
+    times = torch.tensor([0.96, 0.7, 0.35, 0.0], dtype=torch.float64)
+    if own:
+        times = times * torch.linspace(0.8, 1, 5, dtype=torch.float64)[:, None]
+    options: dict[str, Any] = {"guidance": 1.5, "uncond": other} if guided else {}
+    options |= {"times": 1 - times if data_at else times, "data_at": data_at}
+    out = fewstep.flow_sample(
+        *(velocity, latents), log_density=start, tracker=tracker, estimator="exact", **options
+    )
+    assert_contract("value", out.x, fewstep.flow_sample(velocity, latents, **options))
+    exact = fewstep.log_density(
+        *(whole, wide(times.expand(5, -1)[:, 0], latents) * latents),
+        times=times,
+        tracker=tracker,
+        estimator="exact",
+        base=lambda x: start,
+        base_at="start",
+    )
+    assert_contract("value", out.x, exact.x)
+    assert_contract("value", out.log_density, exact.log_prob)
+    assert not out.stderr.any()
+    assert (out.nonpositive is None) == (tracker == "trace")
+
+
+def test_log_density_of_flow_samples_in_closed_form() -> None:
+    """Gaussian data of standard deviation 1/2, from noise at 1 to data at 0."""
+    latents = torch.randn(7, 3, dtype=torch.float64)
+    start = fewstep.ops.trace.log_density.standard_normal(latents)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        t = wide(t, x)
+        return (t - (1 - t) / 4) / (t**2 + (1 - t) ** 2 / 4) * x
+
+    for tracker in ("trace", "logdet"):
+        out = fewstep.flow_sample(
+            *(velocity, latents), steps=200, log_density=start, tracker=tracker, estimator="exact"
+        )
+        law = torch.distributions.Normal(0.0, torch.tensor(0.5, dtype=torch.float64))
+        exact = law.log_prob(out.x).sum(1)
+        torch.testing.assert_close(out.log_density, exact, rtol=0, atol=1e-3)
+
+
+def test_bad_log_densities_of_flows() -> None:
+    x, start = torch.randn(4, 2), torch.zeros(4)
+    for options, message in (
+        ({"S_churn": 1.0}, "S_churn must be 0 with log_density, got 1.0"),
+        ({"solver": "dpm++2m"}, "plain Heun steps, got solver='dpm"),
+        ({"callback": lambda _: None}, "plain Heun steps, got init, mask or callback"),
+        ({"tracker": "series"}, "tracker must be one of .* got 'series'"),
+        ({"log_density": start[:2]}, r"log_density must be \(4,\), got \(2,\)"),
+        ({"probes": 0}, "probes"),
+    ):
+        with pytest.raises(ValueError, match=f"flow_sample: .*{message}"):
+            fewstep.flow_sample(bent_flow, x, **{"log_density": start, **options})

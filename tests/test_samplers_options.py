@@ -95,6 +95,111 @@ def test_orders(solver: str, order: int) -> None:
         assert abs(math.log2(errors[a] / errors[b]) - order) < 0.2
 
 
+def flow_of(sd: float) -> Network:
+    """The exact velocity of N(0, sd^2 I)."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        s = wide(t, x).to(x.dtype)
+        return (s - (1 - s) * sd**2) / (s**2 + (1 - s) ** 2 * sd**2) * x
+
+    return velocity
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpm++2m", 2), ("heun", 2)])
+@pytest.mark.parametrize("ends", [(0.99, 0.02), (1.0, 0.0)])
+def test_orders_of_flows(solver: Any, order: int, ends: tuple[float, float]) -> None:
+    high, low = ends
+    x, size = drawn(), (lambda t: math.hypot(t, (1 - t) * 0.5))
+    exact = x * high * size(low) / size(high)
+    errors = []
+    for steps in (160, 320, 640):
+        times = torch.linspace(high, low, steps + 1, dtype=torch.float64)
+        out = fewstep.flow_sample(flow_of(0.5), x, times=times, solver=solver)
+        errors.append(float((out - exact).norm()))
+    for a, b in ((0, 1), (1, 2)):
+        # with infinite ln(1/t - 1) at the ends the order comes to 2 slowly
+        assert abs(math.log2(errors[a] / errors[b]) - order) < 0.25, errors
+
+
+def flow_by_multistep(x: Tensor, times: Tensor, velocity: Network, *, lower: bool) -> Tensor:
+    """DPM-Solver++(2M) of data D in float64, by lambda = ln(alpha / sigma)."""
+    nodes = times.expand(x.shape[0], -1).T
+    x, before = x.double() * wide(nodes[0], x), None
+    lambdas = (1 / nodes - 1).log()
+    for i in range(len(nodes) - 1):
+        now, after = wide(nodes[i], x), wide(nodes[i + 1], x)
+        D1 = x - now * velocity(x, nodes[i])
+        h, slope = wide(lambdas[i + 1] - lambdas[i], x), torch.zeros_like(x)
+        last = lower and i == len(nodes) - 2
+        if before is not None and bool(h.isfinite().all()) and not last:
+            slope = (D1 - before) / wide(lambdas[i] - lambdas[i - 1], x)  # 0 after an infinite step
+            slope = slope * h / 2
+        x, before = after / now * x - (1 - after) * torch.expm1(-h) * (D1 + slope), D1
+    return x
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("ends", [(1.0, 0.0), (0.97, 0.03)])
+@pytest.mark.parametrize("data_at", [0, 1])
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_multistep_of_flows(
+    backend: Any, ends: tuple[float, float], data_at: int, lower: bool, own: bool
+) -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return -flow(x, 1 - t) if data_at else flow(x, t)
+
+    for nodes in ((), (0.5,), (0.8, 0.55, 0.2)):
+        times = torch.tensor([ends[0], *nodes, ends[1]], dtype=torch.float64)
+        if own:
+            times = times ** torch.linspace(0.7, 1.2, B, dtype=torch.float64)[:, None]
+        for dtype in (torch.float64, torch.float32):
+            out = fewstep.flow_sample(
+                *(velocity, drawn(dtype)),
+                times=1 - times if data_at else times,
+                solver="dpm++2m",
+                lower_order_final=lower,
+                backend=backend,
+                data_at=data_at,
+            )
+            exact = flow_by_multistep(drawn(dtype), times, flow, lower=lower)
+            assert out.dtype == dtype
+            assert_contract("value", out, exact, scale=exact.abs().max())
+
+
+def test_multistep_of_flows_with_guidance_and_known_data() -> None:
+    def twice(x: Tensor, t: Tensor) -> Tensor:
+        return 2 * flow(x, t)
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        return 3 * flow(x, t) - 2 * twice(x, t)
+
+    seen: list[SamplerStep] = []
+    options: dict[str, Any] = {"steps": 7, "solver": "dpm++2m"}
+    out = fewstep.flow_sample(flow, drawn(), guidance=3.0, uncond=twice, **options)
+    assert_contract("value", out, fewstep.flow_sample(guided, drawn(), **options))
+    known, mask = KNOWN["known"], torch.arange(D) % 3 == 1
+    held = fewstep.flow_sample(
+        flow, drawn(), known=known, mask=mask, callback=lambda s: seen.append(s), **options
+    )
+    free = fewstep.flow_sample(flow, drawn(), **options)
+    assert_contract("value", held, torch.where(mask, known, free))
+    for s in seen:
+        t = s.level[:, None]
+        assert_contract("value", s.x[:, mask], ((1 - t) * known + t * drawn())[:, mask])
+        assert_contract("value", s.denoised, s.x - t * flow(s.x, s.level))
+
+
+def test_lower_order_at_the_end() -> None:
+    """The last step is the one to 0 of Euler's method, from where all before it lead."""
+    options: dict[str, Any] = {"solver": "dpm++2m"}
+    low = fewstep.edm_sample(bent, drawn(), sigmas=SIGMAS, lower_order_final=True, **options)
+    part = fewstep.edm_sample(bent, drawn(), sigmas=SIGMAS[:-1], **options)
+    q = SIGMAS[-1] / SIGMAS[-2]
+    assert_contract("value", low, q * part + (1 - q) * bent(part, SIGMAS[-2].expand(B)))
+    assert not torch.allclose(low, fewstep.edm_sample(bent, drawn(), sigmas=SIGMAS, **options))
+
+
 def test_preconditioned_multistep() -> None:
     network = Raw(D).double()
 
@@ -206,6 +311,7 @@ def test_flow_by_euler_line_by_line() -> None:
 
 def test_start_in_the_middle() -> None:
     image = drawn(torch.float64, B, D, 1)[..., 0]
+    solver: Any
     for solver in ("heun", "euler", "dpm++2m"):
         options: dict[str, Any] = {"sigmas": SIGMAS[2:], "solver": solver}
         own = fewstep.edm_sample(bent, drawn(), init=image, **options)
@@ -213,8 +319,10 @@ def test_start_in_the_middle() -> None:
             "value", own, fewstep.edm_sample(bent, drawn() + image / SIGMAS[2], **options)
         )
     times = torch.tensor([0.5, 0.2, 0.0])
-    own = fewstep.flow_sample(flow, drawn(), times=times, init=image)
-    assert_contract("value", own, fewstep.flow_sample(flow, drawn() + image, times=times))
+    for solver in ("heun", "euler", "dpm++2m"):
+        options = {"times": times, "solver": solver}
+        own = fewstep.flow_sample(flow, drawn(), init=image, **options)
+        assert_contract("value", own, fewstep.flow_sample(flow, drawn() + image, **options))
 
 
 @pytest.mark.parametrize("solver", ["heun", "euler", "dpm++2m"])
@@ -299,17 +407,20 @@ def test_a_callback_sees_and_ends(data_at: int) -> None:
     assert torch.equal(out, seen[-1].denoised)
 
 
-@pytest.mark.parametrize("true", [True, np.bool_(True), torch.tensor(True), np.array([True])])
-@pytest.mark.parametrize("sampler", [fewstep.edm_sample, fewstep.flow_sample])
-def test_what_is_known_stays_where_a_callback_ends(sampler: Any, true: Any) -> None:
-    known, mask = drawn() + 5, drawn() > 0
+@pytest.mark.parametrize("sample", ["edm_sample", "flow_sample"])
+@pytest.mark.parametrize("end", [True, np.True_, torch.tensor(True), np.array(True)])
+def test_what_is_known_stays_where_a_callback_ends(sample: str, end: Any) -> None:
+    network, known, mask = {"edm_sample": bent, "flow_sample": flow}[sample], KNOWN["known"], None
+    mask = torch.arange(D) % 2 == 0
     seen: list[SamplerStep] = []
 
     def callback(step: SamplerStep) -> Any:
         seen.append(step)
-        return true if step.index == 2 else np.bool_(False)
+        return end if step.index == 2 else ~np.True_
 
-    out = sampler(flow, drawn(), known=known, mask=mask, callback=callback)
+    out = getattr(fewstep, sample)(
+        *(network, drawn()), steps=5, known=known, mask=mask, callback=callback
+    )
     assert len(seen) == 3
     assert torch.equal(out, torch.where(mask, known, seen[-1].denoised))
 
@@ -329,6 +440,94 @@ def test_states_of_a_callback_are_copies() -> None:
         assert torch.equal(own, plain)
 
 
+@pytest.mark.parametrize("solver", ["heun", "euler", "dpm++2m"])
+@pytest.mark.parametrize("sample", ["edm_sample", "flow_sample"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_callback_replaces_the_state(
+    solver: Any, sample: str, dtype: torch.dtype, own: bool
+) -> None:
+    """Steps go on from what it returned; earlier outputs of a multistep solver stay."""
+    shift = drawn(torch.float64, B, D, 1)[..., 0]
+    plan: dict[str, Any] = {"solver": solver}
+    network: Network
+    if sample == "edm_sample":
+        network, nodes = bent, (OWN if own else SIGMAS)
+        plan["sigmas"] = nodes
+    else:
+        network, nodes = flow, torch.tensor([0.95, 0.7, 0.4, 0.2, 0.05], dtype=torch.float64)
+        nodes = nodes * torch.linspace(0.8, 1, B, dtype=torch.float64)[:, None] if own else nodes
+        plan["times"] = nodes
+    calls: list[Tensor] = []
+
+    def counted(x: Tensor, level: Tensor) -> Tensor:
+        calls.append(x.clone())
+        return network(x, level)
+
+    def callback(step: SamplerStep) -> Tensor | None:
+        return step.x + shift.to(dtype) if step.index in (0, 2) else None
+
+    kept = drawn(dtype)
+    out = getattr(fewstep, sample)(counted, kept, callback=callback, **plan)
+    levels, x, before = nodes.expand(B, -1).T, drawn().to(dtype).double(), None
+    x = x * wide(levels[0], x)
+    for i in range(len(levels) - 1):
+        x = x + shift if i in (0, 2) else x
+        now, after = wide(levels[i], x), wide(levels[i + 1], x)
+        F, edm = network(x, levels[i]), sample == "edm_sample"
+        data = F if edm else x - now * F
+        alpha, following = (1, 1) if edm else (1 - now, 1 - after)
+        slope = (x - F) / now if edm else F
+        if solver == "dpm++2m":
+            h, extra = (following / after / (alpha / now)).log(), 0 * x
+            if before is not None:
+                last = wide(levels[i - 1], x)
+                extra = (
+                    (data - before) * h / 2 / (alpha / now * last / (1 if edm else 1 - last)).log()
+                )
+            x, before = after / now * x - following * torch.expm1(-h) * (data + extra), data
+        else:
+            y = x + (after - now) * slope
+            if solver == "heun":
+                second = network(y, levels[i + 1])
+                second = (y - second) / after if edm else second
+                y = x + (after - now) * (slope + second) / 2
+            x = y
+    assert_contract("value", out, x, scale=x.abs().max())
+    assert len(calls) == (len(levels) - 1) * (2 if solver == "heun" else 1) + 2
+    assert torch.equal(kept, drawn(dtype))
+
+
+def test_a_returned_state_is_only_read() -> None:
+    own = drawn(torch.float32)
+    before = own.clone()
+    for state in ("float32", "compensated", "float64"):
+        options: dict[str, Any] = {"steps": 3, "state": state}
+        out = fewstep.edm_sample(
+            *(bent, drawn(torch.float32)),
+            callback=lambda s: own if s.index == 0 else None,
+            **options,
+        )
+        assert torch.equal(own, before)
+        again = fewstep.edm_sample(bent, own / 80, **options)
+        assert_contract("value", out, again.double())
+    known, mask = KNOWN["known"], torch.arange(D) < 2
+    out = fewstep.edm_sample(
+        bent, drawn(), known=known, mask=mask, callback=lambda s: torch.zeros_like(s.x)
+    )
+    assert_contract("value", out[:, :2], known[:, :2])
+
+
+def test_bad_states_of_a_callback() -> None:
+    for state in (drawn()[:2], drawn()[..., None]):
+        with pytest.raises(ValueError, match=r"callback must return .* \(5, 7\) on cpu, got"):
+            fewstep.edm_sample(bent, drawn(), callback=lambda _, own=state: own)
+    with pytest.raises(TypeError, match=r"the state, of torch.float64, got .*float32"):
+        fewstep.flow_sample(flow, drawn(), callback=lambda _: drawn(torch.float32))
+    with pytest.raises(ValueError, match="the state is not finite at step 0"):
+        fewstep.edm_sample(bent, drawn(), callback=lambda s: s.x * math.nan)
+
+
 KNOWN = {"known": drawn(), "mask": torch.ones(D, dtype=torch.bool)}
 
 
@@ -337,6 +536,10 @@ KNOWN = {"known": drawn(), "mask": torch.ones(D, dtype=torch.bool)}
     [
         ({"solver": "rk4"}, "solver must be one of"),
         ({"solver": "dpm++2m", "S_churn": 1.0}, "S_churn must be 0 with 'dpm\\+\\+2m', got 1.0"),
+        (
+            {"lower_order_final": True},
+            "lower_order_final is an option of 'dpm\\+\\+2m', got 'heun'",
+        ),
         ({"guidance_interval": (0.0, 1.0)}, "guidance_interval needs guidance"),
         ({"guidance": 2.0, "uncond": other, "guidance_interval": 3.0}, "must be a pair, got 3.0"),
         ({"guidance": 2.0, "uncond": other, "guidance_interval": (2, 1)}, "got 2 and 1"),
@@ -361,8 +564,11 @@ def test_bad_types() -> None:
         fewstep.edm_sample(bent, drawn(), known=drawn(), mask=drawn())
     with pytest.raises(TypeError, match="init must be a floating Tensor"):
         fewstep.edm_sample(bent, drawn(), init=drawn().long())
-    with pytest.raises(TypeError, match="callback must return True, False or None, got int"):
+    with pytest.raises(TypeError, match=r"callback must return True, False, None or .* got int"):
         fewstep.edm_sample(bent, drawn(), callback=lambda _: 1)  # type: ignore[arg-type,return-value]
+    for verdict in (torch.ones(2).bool(), torch.tensor(1), np.ones(2, dtype=bool), "yes"):
+        with pytest.raises(TypeError, match=r"callback must return True, False, None or .* got"):
+            fewstep.edm_sample(bent, drawn(), callback=lambda _, own=verdict: own)
     with pytest.raises(ValueError, match="times must begin after noise at 1 with init"):
         fewstep.flow_sample(flow, drawn(), init=drawn())
     with pytest.raises(ValueError, match="data_at must be 0 or 1, got 2"):

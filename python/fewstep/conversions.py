@@ -16,6 +16,7 @@ Progressive distillation, arXiv 2202.00512, for v.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -55,6 +56,7 @@ _PATHS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "vp": _vp,
 }
 PATHS = tuple(_PATHS)
+_RANGES = {"ve": math.inf, "vp": 1.0}  # the highest t, from 0
 
 
 def coefficients(path: str, t: Tensor) -> tuple[Tensor, ...]:
@@ -65,6 +67,23 @@ def coefficients(path: str, t: Tensor) -> tuple[Tensor, ...]:
     """
     one_of("conversions", "path", path, PATHS)
     return _PATHS[path](t)
+
+
+def path_times(who: str, path: str, t: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`as_times`, where the path exists; tensors on a GPU are not looked at."""
+    own = as_times(who, t, x, dtype)
+    if path not in _RANGES:
+        return own
+    seen = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+    high = _RANGES[path]
+    if type(seen) is Tensor and readable(seen):
+        seen = seen.detach()
+        wrong = ~((seen >= 0) & (seen <= high))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{who}: t must be in [0, {high:g}] for path {path!r}, got {seen[wrong][0].item()}"
+            )
+    return own
 
 
 def convert(
@@ -89,7 +108,7 @@ def convert(
         value (Tensor): prediction, of the shape of x.
         x (Tensor): points `[B, ...]`.
         t (float | Tensor): time, a scalar or `[B]`. For "ve" it is the noise level sigma. For "vp"
-            it is the cumulative product of alphas.
+            it is the cumulative product of alphas, in [0, 1].
         source (str): kind of `value`, as above. A velocity of "vp" is named by its time, so that it
             is not taken for v.
         target (str): kind of the result.
@@ -98,10 +117,12 @@ def convert(
 
     Returns:
         Tensor: prediction of the other kind, of the shape and dtype of x. Scores, and what is
-        divided by a or b, are infinite or NaN where a or b vanishes. Keep t away from there.
+        divided by a or b, are infinite or NaN where a or b vanishes, as is all that is made from
+        "dx/dalphas_cumprod". Keep t away from there.
 
     Raises:
-        ValueError: an unknown kind or path, shapes that do not fit, t outside of [0, 1] for "vp".
+        ValueError: an unknown kind or path, or shapes that do not fit; not on a GPU, t outside of
+            [0, 1] for "vp" and below 0 for "ve".
         TypeError: value or x that is not floating, t that is not a number.
 
     >>> x, v = torch.randn(4, 2), torch.randn(4, 2)
@@ -119,7 +140,7 @@ def convert(
         raise ValueError("convert: x must be [B, ...], got a scalar")
     if value.shape != x.shape:
         raise ValueError(f"convert: value must be {tuple(x.shape)}, got {tuple(value.shape)}")
-    t = as_times("convert", t, x, wide(x.dtype))
+    t = path_times("convert", path, t, x, wide(x.dtype))
     named = "dx/dalphas_cumprod" if path == "vp" else "velocity"
     for name, kind in (("source", source), ("target", target)):
         if kind in ("velocity", "dx/dalphas_cumprod") and kind != named:
@@ -129,13 +150,8 @@ def convert(
             )
     if source == target:
         return value
-    if path == "vp" and readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(f"convert: t must be from 0 to 1 for path 'vp', got {t.tolist()}")
     a, b, da, db = coefficients(path, t.reshape(-1, *(1,) * (x.ndim - 1)))
-    if source == named and path == "vp":  # a' and b' are infinite at the ends, but not these
-        moved = 2 * a * b * value
-        denoiser, noise = a * x + b * moved, b * x - a * moved
-    elif source == named:
+    if source == named:
         turn = a * db - da * b
         denoiser, noise = (db * x - b * value) / turn, (a * value - da * x) / turn
     else:

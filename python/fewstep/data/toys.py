@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep import conversions
-from fewstep._checks import as_times, count, floating, one_of, stands_for_tensor
+from fewstep._checks import count, floating, one_of, stands_for_tensor
 from fewstep._names import Kind, TimePath
 
 
@@ -64,7 +64,7 @@ class GaussianMixture:
         if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
             shape = f"[B, {self.means.shape[1]}]"
             raise ValueError(f"GaussianMixture: x must be {shape}, got {tuple(x.shape)}")
-        t = as_times("GaussianMixture", t, x, x.dtype).expand(x.shape[0])
+        t = conversions.path_times("GaussianMixture", self.path, t, x, x.dtype).expand(x.shape[0])
         a, b, _, _ = conversions.coefficients(self.path, t[:, None, None])
         means, own = self.means.to(x), self.variances.to(x)
         offset, variance = x[:, None] - a * means, a * a * own + b * b
@@ -113,6 +113,7 @@ class GaussianMixture:
             torch.randn(shape, generator=generator, dtype=like.dtype, device=device)
             for _ in range(2)
         )
-        t = as_times("GaussianMixture.sample", t, z, like.dtype).expand(n)[:, None]
+        t = conversions.path_times("GaussianMixture.sample", self.path, t, z, like.dtype)
+        t = t.expand(n)[:, None]
         a, b, _, _ = conversions.coefficients(self.path, t)
         return a * (like[index] + self.variances[index].sqrt() * z) + b * eps

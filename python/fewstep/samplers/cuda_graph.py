@@ -21,6 +21,7 @@ class _Graph:
     table: Tensor
     inputs: Tensor
     seeds: Tensor | None
+    pulls: Tensor | None
     graph: Any = None
     out: Tensor | None = None
 
@@ -39,12 +40,14 @@ def replay(
     """Run a plan as one CUDA graph, captured the first time."""
     like = (tuple(latents.shape), latents.dtype, latents.device, tuple(plan.table.shape))
     form = (plan.euler, plan.scaled, plan.single, plan.plain)
-    key = (*like, *form, seeds is None, state, backend, networks[1:])
+    pulls = plan.pulls(latents)
+    alike = None if pulls is None else tuple(pulls.shape)
+    key = (*like, *form, seeds is None, alike, state, backend, networks[1:])
     known = _GRAPHS.setdefault(networks[0], {})
     inputs = torch.stack(plan.inputs(latents))
     if key not in known:
         table = plan.table.to(latents.device, copy=True)
-        own = _Graph(latents.clone(), table, inputs, None if seeds is None else seeds.clone())
+        own = _Graph(latents.clone(), table, inputs, _clone(seeds), _clone(pulls))
 
         def once() -> Tensor:
             run = Run(
@@ -52,7 +55,8 @@ def replay(
                 scaled=plan.scaled,
                 seeds=own.seeds,
             )
-            return follow(run, networks, own.inputs.unbind(), plan, None, False)
+            inputs = own.inputs.unbind()
+            return follow(run, networks, inputs, plan, None, False, pulls=own.pulls)
 
         stream = torch.cuda.Stream(latents.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(latents.device))
@@ -69,6 +73,12 @@ def replay(
     captured.inputs.copy_(inputs)
     if captured.seeds is not None and seeds is not None:
         captured.seeds.copy_(seeds)
+    if captured.pulls is not None and pulls is not None:
+        captured.pulls.copy_(pulls)
     captured.graph.replay()
     assert captured.out is not None
     return captured.out.clone()
+
+
+def _clone(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.clone()

@@ -14,28 +14,28 @@ from torch import Tensor
 from fewstep._checks import count, flags, function, one_of
 from fewstep._names import Backend, Estimator, SamplerSolver, SamplerTracker, State
 from fewstep.ops.heun.engine import rows
-from fewstep.ops.heun.inputs import check_log_density, check_state, pick
+from fewstep.ops.heun.inputs import check_state, pick
 from fewstep.ops.heun.solve import HeunResult
-from fewstep.ops.trace import inputs as trace_inputs
-from fewstep.ops.trace.inputs import Options, check_ids, check_options
+from fewstep.ops.trace.inputs import Options
 from fewstep.samplers.cuda_graph import replay
 from fewstep.samplers.inputs import (
     check_churn,
+    check_density,
     check_edits,
     check_guidance,
+    check_multistep,
     check_precondition,
     check_schedule,
     check_sigmas,
 )
 from fewstep.samplers.plan import (
     SOLVERS,
+    Callback,
     Churn,
-    Determinants,
     Guidance,
     Network,
     Plan,
-    SamplerStep,
-    Traces,
+    multistep_plan,
     needless,
     preconditioning,
     sample,
@@ -44,8 +44,6 @@ from fewstep.samplers.plan import (
 )
 from fewstep.samplers.schedules import levels_of
 from fewstep.samplers.seeds import seeds_for
-
-TRACKERS = ("trace", "logdet")
 
 
 @overload
@@ -71,13 +69,14 @@ def edm_sample(
     S_max: float = math.inf,
     S_noise: float = 1.0,
     solver: SamplerSolver = "heun",
+    lower_order_final: bool = False,
     guidance: float | Tensor | Callable[[float], float] | None = None,
     guidance_interval: tuple[float, float] | None = None,
     uncond: Network | None = None,
     init: Tensor | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
-    callback: Callable[[SamplerStep], bool | None] | None = None,
+    callback: Callback | None = None,
     seeds: Tensor | None = None,
     precondition: float | None = None,
     state: State = "compensated",
@@ -113,15 +112,18 @@ def edm_sample(
 
     Args:
         denoiser (Callable): `D(x, sigma)` with sigma `[B]`, float32 at least, of the shape of x. It
-            predicts `E[data | x]`.
+            predicts `E[data | x]`. `fewstep.conversions.convert` makes that of noise, v or scores.
         latents (Tensor): standard normal noise `[B, ...]`; see `fewstep.latents`. The network is
-            called with its dtype.
+            called with its dtype. It may return another, which is not rounded to that of latents.
+            In half precision the slopes of "heun" and "euler" are those at the rounded x and x2,
+            which the network sees, and the state stays in float32.
         steps (int): number N of steps. sigma_min, sigma_max and rho are those of `karras_sigmas`.
         sigmas (Tensor | Sequence[float] | None): decreasing levels in place of these, `[N + 1]`, or
             `[B, N + 1]` for levels of each sample. The last one may be 0.
         S_churn, S_min, S_max, S_noise (float): amount, range and scale of the noise that is added
             on the way.
         solver (str): "heun", "euler" or "dpm++2m", as above.
+        lower_order_final (bool): whether the last step of "dpm++2m" has k = 0 above 0 too.
         guidance (float | Tensor | Callable | None): weight w of classifier-free guidance, a scalar,
             `[B]`, or a function of the level:
             `D = uncond(x, sigma) + w (denoiser(x, sigma) - uncond(x, sigma))`.
@@ -134,8 +136,9 @@ def edm_sample(
         mask (Tensor | None): bool, of a shape that broadcasts to that of latents; true where
             known.
         callback (Callable | None): is called with a `SamplerStep` (index, steps, level, x,
-            denoised) after the first evaluation of each step. True ends sampling, and `denoised` is
-            the result, with what is known under the mask.
+            denoised) after the first evaluation of each step. True ends sampling. The result is
+            `denoised` then, and `known` where mask is true. A tensor takes the place of x. It has
+            x's shape and dtype, and the network is called there again.
         seeds (Tensor | None): int64 `[B]`, seeds of the noise. A sample has the same noise in any
             batch. Default: drawn from torch's generator where there is noise.
         precondition (float | None): standard deviation s of the data, where denoiser and uncond are
@@ -179,32 +182,29 @@ def edm_sample(
     True
     """
     function("edm_sample", "denoiser", denoiser)
-    flags("edm_sample", cuda_graph=cuda_graph, progress=progress)
+    flags(
+        "edm_sample",
+        cuda_graph=cuda_graph,
+        progress=progress,
+        lower_order_final=lower_order_final,
+    )
     check_state("edm_sample", latents, state, "latents")
     levels = None if sigmas is None else check_sigmas("edm_sample", sigmas, latents)
     if levels is None:
         steps = count("edm_sample", "steps", steps)
     schedule = (steps, *check_schedule("edm_sample", sigma_min, sigma_max, rho))
-    one_of("edm_sample", "tracker", tracker, TRACKERS)
-    options = Options(estimator, probes)
-    check_options(options, "edm_sample")
-    ids = check_ids(sample_ids, latents, "edm_sample")
     churn = check_churn("edm_sample", S_churn, S_min, S_max, S_noise)
     one_of("edm_sample", "solver", solver, SOLVERS)
     weight = check_guidance("edm_sample", guidance, uncond, latents, guidance_interval)
     edits = check_edits("edm_sample", latents, init, known, mask, callback)
     precondition = check_precondition("edm_sample", precondition)
-    if solver == "dpm++2m" and churn.amount > 0:
-        raise ValueError(f"edm_sample: S_churn must be 0 with {solver!r}, got {churn.amount}")
+    check_multistep("edm_sample", solver, churn, lower_order_final)
     seeds = seeds_for("edm_sample", seeds, latents, churn.amount > 0)
-    if log_density is not None:
-        check_log_density("edm_sample", log_density, latents)
-        trace_inputs.check_problem(options, latents, "edm_sample")
-        if churn.amount > 0:
-            raise ValueError(f"edm_sample: S_churn must be 0 with log_density, got {churn.amount}")
-        if solver != "heun" or not edits.none:
-            given = f"solver={solver!r}" if solver != "heun" else "init, mask or callback"
-            raise ValueError(f"edm_sample: log_density is that of plain Heun steps, got {given}")
+    options = Options(estimator, probes)
+    density = check_density(
+        *("edm_sample", latents, log_density, tracker, options, sample_ids, churn, solver, edits)
+    )
+    if density is not None:
         levels = levels_of(*schedule)[None] if levels is None else levels
         if bool((levels[:, -1] == 0).all()):
             levels = levels[:, :-1]
@@ -215,11 +215,13 @@ def edm_sample(
     if solver == "dpm++2m" and precondition is not None:  # its state has no x by itself
         networks = tuple(_preconditioned(network, precondition) for network in networks)
         precondition = None
+    half = latents.dtype.itemsize < 4
     if levels is None and weight is None and not torch.compiler.is_compiling():
-        plan = _known_plan(schedule, churn, precondition, solver, latents.device)
+        own = (churn, precondition, solver, latents.device, half, lower_order_final)
+        plan = _known_plan(schedule, *own)
     else:
-        own = levels_of(*schedule)[None] if levels is None else levels
-        plan = edm_plan(own, churn, weight, precondition, solver)
+        levels = levels_of(*schedule)[None] if levels is None else levels
+        plan = edm_plan(levels, churn, weight, precondition, solver, half, lower_order_final)
     if cuda_graph:
         if latents.device.type != "cuda" or log_density is not None or not edits.none:
             raise ValueError(
@@ -228,20 +230,13 @@ def edm_sample(
             )
         with torch.cuda.device(latents.device):
             return replay(networks, latents, plan, seeds, state, name)
-    tracked: Traces | Determinants | None = None
-    if log_density is not None and tracker == "logdet":
-        tracked = Determinants(networks, plan, log_density, latents)
-    elif log_density is not None:
-        tracked = Traces(networks, plan, log_density, options, name, ids)
-    how = (name, state, check_finite)
-    out = sample(
-        *("edm_sample", networks, latents, plan, how),
+    return sample(
+        *("edm_sample", networks, latents, plan, (name, state, check_finite)),
         seeds=seeds,
         edits=edits,
-        tracked=tracked,
+        density=density,
         progress=progress,
     )
-    return out if tracked is None else tracked.result(out)
 
 
 def _preconditioned(network: Network, data: float) -> Network:
@@ -263,16 +258,21 @@ def edm_plan(
     guidance: Guidance | None,
     precondition: float | None,
     solver: SamplerSolver = "heun",
+    half: bool = False,
+    lower: bool = False,
 ) -> Plan:
     """The plan of EDM's sampler at levels `[R, N + 1]`, both halves of a step as combinations.
 
     With `D = skip x + out F(c_in x)` and `h = sigma' - sigma^`, the derivative at sigma^ is
     `((1 - skip) x^ - out F1) / sigma^`, so that `x2 = (1 + a) x^ + b F1`, and the second one is
-    linear in x2 and F2.
+    linear in x2 and F2. For networks in half precision it is `-out (F - p z) / sigma` of their
+    rounded input z.
     """
     sigma = levels.T  # [N + 1, R]
     if solver == "dpm++2m":
-        return _multistep_plan(sigma, guidance)
+        given = sigma[:-1]
+        estimate = torch.zeros_like(given), torch.ones_like(given)
+        return multistep_plan(torch.ones_like(sigma), sigma, sigma, estimate, guidance, lower)
     steps = sigma.shape[0] - 1
     euler = bool((sigma[-1] == 0).all())
     hat = sigma[:-1] * (1 + churn.gamma(sigma[:-1], steps))
@@ -283,8 +283,13 @@ def edm_plan(
     skip1, out1, in1 = preconditioning(hat, precondition)
     skip2, out2, in2 = preconditioning(divisor, precondition)
     a, b = h * (1 - skip1) / hat, -h * out1 / hat
-    half = h / 2 * (1 - skip2) / divisor
-    own, first = 1 + a / 2 + half * (1 + a), b / 2 + half * b
+    second = h / 2 * (1 - skip2) / divisor
+    pull = None
+    if half:
+        factors = ((1 - skip1) / (in1 * out1), (1 - skip2) / (in2 * out2))
+        pull = factors[0] if solver == "euler" else torch.stack(factors, 1).flatten(0, 1)
+        a, second = torch.zeros_like(a), torch.zeros_like(a)
+    own, first = 1 + a / 2 + second * (1 + a), b / 2 + second * b
     if euler:
         own[-1], first[-1] = 1 + a[-1], b[-1]
     zero, one = torch.zeros_like(h), torch.ones_like(h)
@@ -322,49 +327,13 @@ def edm_plan(
         traces=traces.flatten(0, 1),
         constant=constant,
         weight=weight,
+        pull=pull,
     )
 
 
-def _path(sigma: Tensor, factor: Tensor | None = None) -> Tensor:
+def _path(sigma: Tensor) -> Tensor:
     one = torch.ones_like(sigma)
-    return stacked(sigma, one, sigma, one if factor is None else factor)
-
-
-def _multistep_plan(sigma: Tensor, guidance: Guidance | None) -> Plan:
-    """The plan of DPM-Solver++(2M) at levels `[N + 1, R]`, one pass a step.
-
-    With `c = (1 - q) (1 + k)` the state is `y = q x - (1 - q) k D-`. The network's next input is
-    `x' = y + c D`, and the next state `q' x' - (1 - q') k' D`: both are linear in y and D.
-    """
-    one, zero = torch.ones_like(sigma[:1]), torch.zeros_like(sigma[:1])
-    q = sigma[1:] / sigma[:-1]
-    h = -q.log()  # inf in a last step to 0
-    k = torch.cat((zero, h[1:] / (2 * h[:-1])))
-    k = torch.where(h.isfinite(), k, 0.0)
-    c = (1 - q) * (1 + k)
-    q_after, k_after = torch.cat((q[1:], one)), torch.cat((k[1:], zero))
-    given = sigma[:-1]
-    weight, plain = needless(guidance, given)
-    own = q_after * c - (1 - q_after) * k_after
-    table = table_row(q_after, own, weight, net=(torch.ones_like(q), c))
-    start = table_row(q[:1] * sigma[:1], q[:1], None, net=(sigma[:1], one))[0]
-    ones = torch.ones_like(q)
-
-    def describe() -> tuple[Tensor, Tensor]:
-        weights = ones if weight is None else weight
-        path = _path(sigma, torch.cat((q, one)))
-        return path, stacked(ones, torch.zeros_like(q), ones, weights)
-
-    return Plan(
-        rows(table[:, None], start),
-        given,
-        sigma.shape[0] - 1,
-        euler=False,
-        scaled=True,
-        describe=describe,
-        single=True,
-        plain=plain,
-    )
+    return stacked(sigma, one, sigma, one)
 
 
 @functools.lru_cache(maxsize=64)
@@ -374,10 +343,13 @@ def _known_plan(
     precondition: float | None,
     solver: SamplerSolver,
     device: torch.device,
+    half: bool,
+    lower: bool,
 ) -> Plan:
     """EDM's own schedules, whose tables take longer to make than a step of a small network.
 
     They are where the samples are: a graph of CUDA cannot capture copies from the host.
     """
-    plan = edm_plan(levels_of(*schedule)[None], churn, None, precondition, solver)
-    return replace(plan, table=plan.table.to(device), levels=plan.levels.to(device))
+    plan = edm_plan(levels_of(*schedule)[None], churn, None, precondition, solver, half, lower)
+    pull = None if plan.pull is None else plan.pull.to(device)
+    return replace(plan, table=plan.table.to(device), levels=plan.levels.to(device), pull=pull)

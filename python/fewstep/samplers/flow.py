@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fewstep._checks import count, flags, function, one_of
-from fewstep._names import Backend, OdeMethod, State
+from fewstep._names import Backend, Estimator, SamplerSolver, SamplerTracker, State
 from fewstep.ops.heun.engine import rows
 from fewstep.ops.heun.inputs import check_state, pick
-from fewstep.ops.trace.inputs import check_times
-from fewstep.samplers.inputs import check_churn, check_edits, check_guidance
+from fewstep.ops.heun.solve import HeunResult
+from fewstep.ops.trace.inputs import Options, check_times
+from fewstep.samplers.inputs import (
+    check_churn,
+    check_density,
+    check_edits,
+    check_guidance,
+    check_multistep,
+)
 from fewstep.samplers.plan import (
+    SOLVERS,
+    Callback,
     Churn,
     Guidance,
     Network,
     Plan,
-    SamplerStep,
+    multistep_plan,
     needless,
     sample,
     stacked,
@@ -27,10 +37,16 @@ from fewstep.samplers.plan import (
 )
 from fewstep.samplers.seeds import seeds_for
 
-METHODS: tuple[OdeMethod, ...] = ("heun", "euler")
 
-
-@torch.no_grad()
+@overload
+def flow_sample(
+    velocity: Network, latents: Tensor, *, log_density: None = None, **options: Any
+) -> Tensor: ...
+@overload
+def flow_sample(
+    velocity: Network, latents: Tensor, *, log_density: Tensor, **options: Any
+) -> HeunResult: ...
+@torch.no_grad()  # type: ignore[misc]
 def flow_sample(
     velocity: Network,
     latents: Tensor,
@@ -41,7 +57,8 @@ def flow_sample(
     S_min: float = 0.0,
     S_max: float = 1.0,
     S_noise: float = 1.0,
-    solver: OdeMethod = "heun",
+    solver: SamplerSolver = "heun",
+    lower_order_final: bool = False,
     data_at: int = 0,
     guidance: float | Tensor | Callable[[float], float] | None = None,
     guidance_interval: tuple[float, float] | None = None,
@@ -49,13 +66,18 @@ def flow_sample(
     init: Tensor | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
-    callback: Callable[[SamplerStep], bool | None] | None = None,
+    callback: Callback | None = None,
     seeds: Tensor | None = None,
     state: State = "compensated",
+    log_density: Tensor | None = None,
+    tracker: SamplerTracker = "trace",
+    estimator: Estimator = "auto",
+    probes: int = 1,
+    sample_ids: Tensor | None = None,
     progress: bool = False,
     check_finite: bool | None = None,
     backend: Backend | None = None,
-) -> Tensor:
+) -> Tensor | HeunResult:
     """Draw samples of a flow-matching model, noise at 1 and data at 0, by Heun steps with churn.
 
     `x_t = (1 - t) x_data + t eps` has noise of level `sigma = t / (1 - t)` relative to the data.
@@ -65,34 +87,45 @@ def flow_sample(
         x^ = r x + sqrt(t^^2 - r^2 t^2) S_noise n
 
     A Heun step of `dx/dt = v` from t^ to the next time follows, or with `solver="euler"` an Euler
-    step. At t = 1 there is nothing to raise.
+    step. At t = 1 there is nothing to raise. `solver="dpm++2m"` takes, from t to t' and with
+    `q = t' / t`, `D = x - t v`, and D- at the time before,
+
+        x = q x + (1 - t' - q (1 - t)) ((1 + k) D - k D-),    k = h / (2 h-)
+
+    where h is the growth of `ln(1/t - 1)` in a step, and h- in the one before. k is 0 where one of
+    them is infinite. It is of second order, by one evaluation a step.
 
     Args:
         velocity (Callable): `v(x, t)` with t `[B]`, float32 at least. It predicts
-            `E[eps - data | x]`, or `E[data - eps | x]` with data_at=1.
+            `E[eps - data | x]`, or `E[data - eps | x]` with data_at=1. Others are converted, as for
+            `edm_sample`.
         latents (Tensor): standard normal noise `[B, ...]`. Sampling starts from `t_0 latents`.
         steps (int): number S of steps, of equal length from 1 to 0.
         times (Tensor | Sequence[float] | None): nodes in place of these, decreasing within [0, 1],
             `[S + 1]` or `[B, S + 1]`.
         S_churn, S_min, S_max, S_noise (float): churn as for `edm_sample`, with S_min and S_max as
             times.
-        solver (str): "heun" or "euler".
+        solver (str): "heun", "euler" or "dpm++2m".
+        lower_order_final (bool): whether the last step of "dpm++2m" has k = 0 above time 0 too.
         data_at (int): the time of data, 0 or 1. With 1 all times are counted from noise at 0: those
             of velocity, `times`, which increase, S_min and S_max, and those of guidance.
         guidance, guidance_interval, uncond, known, mask, callback: options of `edm_sample`, with
             times for levels and `(1 - t) known + t latents` for what is known.
         init (Tensor | None): data to start from, `x = (1 - t_0) init + t_0 latents`.
-        seeds, state, progress, check_finite, backend: options of `edm_sample`.
+        log_density (Tensor | None): log-density `[B]` of `t_0 latents` under its law. The result
+            then has the log-density at the last time. S_churn must be 0.
+        seeds, state, tracker, estimator, probes, sample_ids, progress, check_finite, backend:
+            options of `edm_sample`.
 
     Returns:
-        Tensor: samples of the shape and dtype of latents.
+        Tensor | HeunResult: samples of the shape and dtype of latents; with log_density a result.
 
     Raises:
         ValueError: an argument that `edm_sample` refuses; times that do not decrease within [0, 1],
             or that begin at noise with init.
 
     Source: derived from Karras et al., EDM, arXiv 2206.00364, algorithm 2, by the change of frame
-    `x / (1 + sigma)`.
+    `x / (1 + sigma)`; Lu et al., DPM-Solver++, arXiv 2211.01095, algorithm 2.
 
     >>> import fewstep
     >>> def v(x, t):  # of data N(0, I)
@@ -102,9 +135,9 @@ def flow_sample(
     True
     """
     function("flow_sample", "velocity", velocity)
-    flags("flow_sample", progress=progress)
+    flags("flow_sample", progress=progress, lower_order_final=lower_order_final)
     check_state("flow_sample", latents, state, "latents")
-    one_of("flow_sample", "solver", solver, METHODS)
+    one_of("flow_sample", "solver", solver, SOLVERS)
     data_at = count("flow_sample", "data_at", data_at, 0)
     if data_at > 1:
         raise ValueError(f"flow_sample: data_at must be 0 or 1, got {data_at}")
@@ -128,12 +161,21 @@ def flow_sample(
             f"flow_sample: times must begin after noise at {1 - data_at} with init, of which"
             f" nothing is left there, got {times}"
         )
+    options = Options(estimator, probes)
+    density = check_density(
+        *("flow_sample", latents, log_density, tracker, options, sample_ids, churn, solver, edits)
+    )
     seeds = seeds_for("flow_sample", seeds, latents, churn.amount > 0)
-    plan = flow_plan(nodes, churn, weight, solver, bool(data_at))
+    check_multistep("flow_sample", solver, churn, lower_order_final)
+    plan = flow_plan(nodes, churn, weight, solver, bool(data_at), lower_order_final)
     networks = (velocity,) if uncond is None else (velocity, uncond)
     how = (pick("flow_sample", latents, backend), state, check_finite)
     return sample(
-        *("flow_sample", networks, latents, plan, how), seeds=seeds, edits=edits, progress=progress
+        *("flow_sample", networks, latents, plan, how),
+        seeds=seeds,
+        edits=edits,
+        density=density,
+        progress=progress,
     )
 
 
@@ -141,14 +183,19 @@ def flow_plan(
     times: Tensor,
     churn: Churn,
     guidance: Guidance | None,
-    solver: OdeMethod = "heun",
+    solver: SamplerSolver = "heun",
     reversed_time: bool = False,
+    lower: bool = False,
 ) -> Plan:
     """The plan of `flow_sample` at times `[R, S + 1]` from noise at 1.
 
     In reversed time the network has `1 - t` for t, and returns `-dx/dt`.
     """
     t = times.T
+    if solver == "dpm++2m":
+        estimate = torch.ones_like(t[:-1]), t[:-1] if reversed_time else -t[:-1]
+        levels = 1 - t if reversed_time else t
+        return multistep_plan(1 - t, t, levels, estimate, guidance, lower)
     now, after = t[:-1], t[1:]
     steps = now.shape[0]
     gamma = churn.gamma(now, steps)
@@ -196,4 +243,6 @@ def flow_plan(
         single=single,
         plain=plain,
         weight=weight,
+        traces=torch.stack((-v / 2, -v / 2), 1).flatten(0, 1),
+        constant=torch.zeros_like(t[0]),
     )

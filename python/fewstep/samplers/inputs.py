@@ -8,8 +8,39 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fewstep._checks import as_float64, function, integer, number
-from fewstep.samplers.plan import Churn, Edits, Guidance, Network, SamplerStep
+from fewstep._checks import as_float64, function, integer, number, one_of
+from fewstep._names import SamplerTracker
+from fewstep.ops.heun.inputs import check_log_density
+from fewstep.ops.trace.inputs import Options, check_ids, check_options, check_problem
+from fewstep.samplers.plan import Callback, Churn, Density, Edits, Guidance, Network
+
+TRACKERS = ("trace", "logdet")
+
+
+def check_density(
+    who: str,
+    latents: Tensor,
+    log_density: Tensor | None,
+    tracker: SamplerTracker,
+    options: Options,
+    sample_ids: Tensor | None,
+    churn: Churn,
+    solver: str,
+    edits: Edits,
+) -> Density | None:
+    one_of(who, "tracker", tracker, TRACKERS)
+    check_options(options, who)
+    ids = check_ids(sample_ids, latents, who)
+    if log_density is None:
+        return None
+    check_log_density(who, log_density, latents)
+    check_problem(options, latents, who)
+    if churn.amount > 0:
+        raise ValueError(f"{who}: S_churn must be 0 with log_density, got {churn.amount}")
+    if solver != "heun" or not edits.none:
+        given = f"solver={solver!r}" if solver != "heun" else "init, mask or callback"
+        raise ValueError(f"{who}: log_density is that of plain Heun steps, got {given}")
+    return Density(log_density, tracker, options, ids)
 
 
 def check_shape(who: str, shape: Sequence[int]) -> list[int]:
@@ -54,6 +85,13 @@ def check_churn(who: str, S_churn: float, S_min: float, S_max: float, S_noise: f
     if not low <= high:
         raise ValueError(f"{who}: S_min must be at most S_max, got {low} and {high}")
     return Churn(amount, low, high, noise)
+
+
+def check_multistep(who: str, solver: str, churn: Churn, lower_order_final: bool) -> None:
+    if solver == "dpm++2m" and churn.amount > 0:
+        raise ValueError(f"{who}: S_churn must be 0 with {solver!r}, got {churn.amount}")
+    if solver != "dpm++2m" and lower_order_final:
+        raise ValueError(f"{who}: lower_order_final is an option of 'dpm++2m', got {solver!r}")
 
 
 def check_precondition(who: str, precondition: float | None) -> float | None:
@@ -143,7 +181,7 @@ def check_edits(
     init: Tensor | None,
     known: Tensor | None,
     mask: Tensor | None,
-    callback: Callable[[SamplerStep], bool | None] | None,
+    callback: Callback | None,
 ) -> Edits:
     if callback is not None:
         function(who, "callback", callback)

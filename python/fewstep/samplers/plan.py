@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep._names import SamplerTracker
 from fewstep._torch import is_transformed, wide
 from fewstep.ops.heun.engine import FIRST, Run, Tracker, rows
 from fewstep.ops.heun.solve import HeunResult
@@ -89,6 +90,9 @@ class SamplerStep:
     denoised: Tensor
 
 
+Callback = Callable[[SamplerStep], bool | Tensor | None]
+
+
 @dataclass(frozen=True)
 class Edits:
     """What of a sampler's way a user changes.
@@ -96,17 +100,27 @@ class Edits:
     Attributes:
         start: data to start from.
         known, mask: data that stays as it is, where mask is true.
-        callback: called in each step; True ends sampling.
+        callback: called in each step; True ends sampling, a tensor is the state there.
     """
 
     start: Tensor | None = None
     known: Tensor | None = None
     mask: Tensor | None = None
-    callback: Callable[[SamplerStep], bool | None] | None = None
+    callback: Callback | None = None
 
     @property
     def none(self) -> bool:
         return self.start is None and self.mask is None and self.callback is None
+
+
+@dataclass(frozen=True)
+class Density:
+    """What a log-density along a sampler is found by."""
+
+    start: Tensor
+    tracker: SamplerTracker
+    options: Options
+    ids: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,10 @@ class Plan:
         traces: weights of the traces of each evaluation in the change of log-density, `[2 S, R]`.
         constant: part of that change that depends on no trace, for each dimension, `[R]`.
         weight: weights of guidance at the evaluations, `[E S, R]`.
+        pull: factors p, `[E S, R]`, where the network's part in the table is `F - p z` with its
+            input z: where the state does not hold x, and in half precision, where z is rounded.
+            A slope of x and F, each of another point, would magnify that by the ratio of two
+            levels.
     """
 
     table: Tensor
@@ -143,6 +161,14 @@ class Plan:
     traces: Tensor | None = None
     constant: Tensor | None = None
     weight: Tensor | None = None
+    pull: Tensor | None = None
+
+    def pulls(self, latents: Tensor) -> Tensor | None:
+        """p of each evaluation beside the network's outputs, `[E S, R, 1, ...]`."""
+        if self.pull is None:
+            return None
+        own = self.pull.to(latents.device, wide(latents.dtype))
+        return own.reshape(*own.shape, *(1,) * (latents.ndim - 1))
 
     def inputs(self, latents: Tensor) -> tuple[Tensor, ...]:
         """Levels or times of each evaluation, `[B]`."""
@@ -190,25 +216,81 @@ def preconditioning(sigma: Tensor, data: float | None) -> tuple[Tensor, Tensor, 
     return data**2 / total, sigma * data / total.sqrt(), total.rsqrt()
 
 
+def multistep_plan(
+    alpha: Tensor,
+    sigma: Tensor,
+    levels: Tensor,
+    estimate: tuple[Tensor, Tensor],
+    guidance: Guidance | None,
+    lower_order_final: bool = False,
+) -> Plan:
+    """The plan of DPM-Solver++(2M) on `x = alpha x_data + sigma eps`, one pass a step.
+
+    With `q = sigma' / sigma`, `w = alpha' - alpha q` and `c = w (1 + k)` the state is
+    `y = q x - w k D-`. The network's next input is `x' = y + c D`, and the next state
+    `q' x' - w' k' D`: both are linear in y and D.
+
+    Args:
+        alpha, sigma: at the nodes, `[S + 1, R]`.
+        levels: of the nodes, as the network has them.
+        estimate: e_1 and e_2 of `D = e_1 x + e_2 F`, `[S, R]`.
+        guidance: of the network's outputs.
+        lower_order_final: whether k is 0 in the last step.
+    """
+    one, zero = torch.ones_like(sigma[:1]), torch.zeros_like(sigma[:1])
+    q = sigma[1:] / sigma[:-1]
+    w = alpha[1:] - alpha[:-1] * q
+    h = (alpha / sigma).log().diff(dim=0)  # inf in a first step from noise alone, and in one to 0
+    k = h[1:] / (2 * h[:-1])
+    k = torch.cat((zero, torch.where(h[1:].isfinite() & h[:-1].isfinite(), k, 0.0)))
+    if lower_order_final:
+        k[-1] = 0.0
+    c = w * (1 + k)
+    own, out = estimate
+    given = levels[:-1]
+    weight, plain = needless(guidance, given)
+    part = torch.cat((q[1:], one)) * c - torch.cat((w[1:] * k[1:], zero))
+    table = table_row(
+        torch.cat((q[1:], one)), part * out, weight, net=(torch.ones_like(q), c * out)
+    )
+    first, begun = sigma[:1], alpha[:1]
+    start = table_row(q[:1] * first, q[:1] * begun, None, net=(first, begun))[0]
+    ones = torch.ones_like(q)
+
+    def describe() -> tuple[Tensor, Tensor]:
+        path = stacked(levels, alpha, sigma, torch.cat((q, one)))
+        return path, stacked(ones, own, out, ones if weight is None else weight)
+
+    return Plan(
+        rows(table[:, None], start),
+        given,
+        sigma.shape[0] - 1,
+        euler=False,
+        scaled=True,
+        describe=describe,
+        single=True,
+        plain=plain,
+        pull=-own / out if bool(own.any()) else None,
+    )
+
+
 class Traces:
     """A log-density along a plan by traces, as the flow has it in the limit of many steps.
 
     A denoiser's derivative `(x - D)/sigma` has the trace `(dim (1 - skip) - out in tr F)/sigma`;
-    what does not depend on the network is known before.
+    what does not depend on the network is known before. A velocity has nothing of that.
     """
 
     def __init__(
         self,
         networks: tuple[Network, ...],
         plan: Plan,
-        log_density: Tensor,
-        options: Options,
+        density: Density,
         backend: str,
-        ids: Tensor | None = None,
     ) -> None:
         assert plan.traces is not None
-        self.plan = plan
-        self.solvers = [Solver(network, options, ids) for network in networks]
+        self.plan, log_density = plan, density.start
+        self.solvers = [Solver(network, density.options, density.ids) for network in networks]
         self.keys = make_keys(0, plan.steps)
         weights = plan.traces.to(log_density.device)
         row = table_row(torch.ones_like(weights), weights, plan.weight)
@@ -242,6 +324,8 @@ class Determinants:
         self.solvers = [Solver(network, Options("exact")) for network in networks]
         table = plan.table.to(log_density.device, torch.float64)
         self.table = table[..., None, None].unbind()  # rows [R, 8, 1, 1]
+        pull = plan.pull
+        self.pull = None if pull is None else pull[..., None, None].to(table.device)
         self.log_density = log_density.double()
         self.dtype = wide(log_density.dtype)
         self.crossed = torch.zeros_like(self.log_density)
@@ -260,6 +344,8 @@ class Determinants:
         state, following = c[:, 0] * self.state, c[:, NET] * self.state
         for k, (_, own) in enumerate(found):
             moved = own.double() @ self.input
+            if self.pull is not None:
+                moved = moved - self.pull[index] * self.input
             state = state + c[:, 1 + k] * moved
             following = following + c[:, NET + 1 + k] * moved
         self.state, self.input = state, c[:, SCALE] * state + following
@@ -288,43 +374,73 @@ class _Editor:
             for table in plan.describe()
         )
 
-    def hold(self, step: int) -> None:
-        """What is known takes the noise that the others have at the beginning of a step."""
-        mask, known, run = self.edits.mask, self.edits.known, self.run
-        if mask is None:
-            return
-        assert known is not None
-        _, alpha, sigma, factor = (part[step] for part in self.path)
-        x = (alpha * known + sigma * self.latents).to(run.high.dtype)
+    def put(self, x: Tensor, step: int, mask: Tensor | None = None) -> None:
+        """x at the beginning of a step, or where mask is true."""
+        run, factor = self.run, self.path[3][step]
+        x = x.to(run.high.dtype)
         last = step == self.plan.steps
         back = 1 if last else self.estimate[0][step]
         high = factor * x
         if not last and not bool((factor == 1).all()):  # beside what is left of an output before
             high = run.high + factor * (x - back * run.net)
-        run.high = torch.where(mask, high, run.high)
-        run.low = None if run.low is None else torch.where(mask, 0, run.low)
-        run.net = torch.where(mask, x / back, run.net).to(run.dtype)
+        net, low = x / back, None if run.low is None else torch.zeros_like(run.low)
+        if mask is not None:
+            high, net = torch.where(mask, high, run.high), torch.where(mask, net, run.net)
+            low = None if run.low is None else torch.where(mask, 0, run.low)
+        run.high, run.low, run.net = high, low, net.to(run.dtype)
 
-    def ends(self, outs: list[Tensor], step: int) -> Tensor | None:
-        """The estimate of the data, if a callback wants no more."""
+    def hold(self, step: int) -> None:
+        """What is known takes the noise that the others have at the beginning of a step."""
+        mask, known = self.edits.mask, self.edits.known
+        if mask is None:
+            return
+        assert known is not None
+        _, alpha, sigma, _ = (part[step] for part in self.path)
+        self.put(alpha * known + sigma * self.latents, step, mask)
+
+    def ask(self, outs: list[Tensor], step: int) -> tuple[Tensor | None, bool]:
+        """The samples, if a callback wants no more steps; whether it moved the state."""
         callback = self.edits.callback
         if callback is None:
-            return None
+            return None, False
         back, own, part, weight = (row[step] for row in self.estimate)
         x = back * self.run.net
         out = outs[0] if len(outs) == 1 else weight * outs[0] + (1 - weight) * outs[1]
-        x, denoised = (t.to(self.run.dtype) for t in (x, own * x + part * out))
+        denoised: Tensor = (own * x + part * out).to(self.run.dtype)
+        x = x.to(self.run.dtype)
         level = self.path[0][step].flatten().expand(x.shape[0])
-        verdict: Any = callback(SamplerStep(step, self.plan.steps, level, x, denoised.clone()))
-        own = getattr(verdict, "dtype", None) in (torch.bool, np.dtype(bool))
-        if own and math.prod(verdict.shape) == 1:  # one of torch or NumPy
-            verdict = bool(verdict)
-        if verdict is not None and not isinstance(verdict, bool):
-            got = type(verdict).__name__
-            raise TypeError(f"{self.run.who}: callback must return True, False or None, got {got}")
-        if not verdict or self.edits.known is None or self.edits.mask is None:
-            return denoised if verdict else None
-        return torch.where(self.edits.mask, self.edits.known, denoised).to(denoised.dtype)
+        answer = callback(SamplerStep(step, self.plan.steps, level, x, denoised.clone()))
+        verdict = _verdict(self.run.who, answer, denoised)
+        if isinstance(verdict, Tensor):
+            self.put(verdict.detach(), step)
+            self.hold(step)
+            return None, True
+        if not verdict:
+            return None, False
+        mask, known = self.edits.mask, self.edits.known
+        if mask is None:
+            return denoised, False
+        assert known is not None
+        return torch.where(mask, known.to(denoised.dtype), denoised), False
+
+
+def _verdict(who: str, answer: Any, like: Tensor) -> bool | Tensor:
+    """What a callback returned: a bool of Python, NumPy or torch, None, or a state."""
+    if answer is None or isinstance(answer, bool | np.bool_):
+        return bool(answer)
+    wanted, got = "True, False, None or the state", type(answer).__name__
+    if isinstance(answer, np.ndarray | Tensor):
+        if answer.ndim == 0 and answer.dtype in (torch.bool, np.bool_):
+            return bool(answer)
+        got += f" {tuple(answer.shape)} of {answer.dtype}"
+    if isinstance(answer, Tensor) and answer.dtype == like.dtype:
+        if answer.shape == like.shape and answer.device == like.device:
+            return answer
+        shape = f"{tuple(like.shape)} on {like.device}"
+        raise ValueError(
+            f"{who}: callback must return {wanted}, {shape}, got {got} on {answer.device}"
+        )
+    raise TypeError(f"{who}: callback must return {wanted}, of {like.dtype}, got {got}")
 
 
 def follow(
@@ -335,6 +451,7 @@ def follow(
     tracked: Traces | Determinants | None,
     progress: bool,
     editor: _Editor | None = None,
+    pulls: Tensor | None = None,
 ) -> Tensor:
     """Take a plan's steps."""
 
@@ -350,6 +467,9 @@ def follow(
             )
         return outs
 
+    def pulled(outs: list[Tensor], index: int) -> list[Tensor]:
+        return outs if pulls is None else [out - pulls[index] * run.net for out in outs]
+
     def alone(net: Tensor, index: int, step: int) -> list[Tensor]:
         return [run.call(network, inputs[index], step)]
 
@@ -362,14 +482,19 @@ def follow(
         if editor is not None:
             editor.hold(step)
         first = call(run.net, index, step)
-        ended = None if editor is None else editor.ends(first, step)
-        if ended is not None:
-            return ended
+        if editor is not None:
+            ended, moved = editor.ask(first, step)
+            if ended is not None:
+                return ended
+            if moved:
+                first = call(run.net, index, step)
+        first = pulled(first, index)
         if plan.single or (plan.euler and step == plan.steps - 1):
             advance(first, FIRST + index, step)
             continue
         advance(first, FIRST + index, step, middle=True)
-        advance(call(run.net, index + 1, step), FIRST + index + 1, step)
+        second = pulled(call(run.net, index + 1, step), index + 1)
+        advance(second, FIRST + index + 1, step)
     if editor is not None:
         editor.hold(plan.steps)
     return run.finish()
@@ -384,15 +509,22 @@ def sample(
     *,
     seeds: Tensor | None,
     edits: Edits,
-    tracked: Traces | Determinants | None = None,
+    density: Density | None = None,
     progress: bool = False,
-) -> Tensor:
+) -> Tensor | HeunResult:
     """Follow a plan from noise; `how` is the backend, the state's precision, and the check."""
     backend, state, check_finite = how
+    tracked: Traces | Determinants | None = None
+    if density is not None and density.tracker == "logdet":
+        tracked = Determinants(networks, plan, density.start, latents)
+    elif density is not None:
+        tracked = Traces(networks, plan, density, backend)
     table = plan.table.to(latents.device)
     run = Run(*(who, backend, latents, table, state, check_finite), scaled=plan.scaled, seeds=seeds)
     editor = None if edits.none else _Editor(run, plan, latents, edits)
-    return follow(run, networks, plan.inputs(latents), plan, tracked, progress, editor)
+    inputs, pulls = plan.inputs(latents), plan.pulls(latents)
+    out = follow(run, networks, inputs, plan, tracked, progress, editor, pulls)
+    return out if tracked is None else tracked.result(out)
 
 
 def needless(guidance: Guidance | None, levels: Tensor) -> tuple[Tensor | None, frozenset[int]]:

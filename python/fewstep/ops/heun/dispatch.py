@@ -35,8 +35,8 @@ def into(backend: str, network: torch.dtype) -> Callable[..., None]:
     """
     if backend == "triton":
         return cast(Callable[..., None], _triton().heun_combine_out.default)
-    if backend == "cpp" and network in _LOW:
-        return _through_float32
+    if network in _LOW and backend in ("cpp", "cuda"):
+        return _through_float32 if backend == "cpp" else _through_float32_if_mixed
     if backend in ("cpp", "cuda"):
         return _combine_out
     return _by_reference
@@ -54,12 +54,20 @@ def _through_float32(
     net: Maybe,
     wrong: Maybe,
 ) -> None:
-    """The CPU's kernels read and write float32 for networks in half precision."""
+    """The CPU's kernels read and write float32 for networks in half precision.
+
+    So do those of CUDA beside a term in float32: they take one dtype for terms and net.
+    """
     wide = None if net is None else net.float()
     own = [term.float() for term in terms]
     _combine_out(x, low, own, table, row, seeds, high, out_low, wide, wrong)
     if net is not None and wide is not None:
         net.copy_(wide)
+
+
+def _through_float32_if_mixed(x: Tensor, low: Maybe, terms: list[Tensor], *rest: Any) -> None:
+    mixed = any(term.dtype not in _LOW for term in terms)
+    (_through_float32 if mixed else _combine_out)(x, low, terms, *rest)
 
 
 def _by_reference(

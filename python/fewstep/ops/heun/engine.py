@@ -117,7 +117,7 @@ class Run:
                 if out.dtype == self.dtype:
                     return out
                 if not out.is_complex():
-                    return out.to(self.dtype)
+                    return out.to(wide(self.dtype))  # float32 beside inputs in half precision
             if not dense:
                 got = f"a tensor of layout {out.layout}"
             elif out.shape == self.high.shape:

@@ -32,7 +32,7 @@ Velocity = Callable[..., Any]
 
 @dataclass(frozen=True)
 class HeunResult:
-    """What `heun_solve` returns, and `edm_sample` with a log-density.
+    """What `heun_solve` returns, and samplers with a log-density.
 
     Attributes:
         x: state at the last time, of the shape and dtype of the input.
@@ -42,7 +42,7 @@ class HeunResult:
         path: states at all times, `[S + 1, B, ...]`, with `keep=True`.
         estimator: estimator of the traces, or "logdet".
         nonpositive: share of steps whose determinant is not positive, `[B]`, for "logdet" of
-            `fewstep.edm_sample`. Such a step is not invertible along the path.
+            `fewstep.edm_sample` and `flow_sample`. Such a step is not invertible along the path.
     """
 
     x: Tensor

@@ -139,7 +139,8 @@ def sinkhorn(
             counted. If ten do not reach it, `converged` is False although `iterations` may be far
             below `max_iter`. Where y is the same tensor as x, with equal weights and no labels, a
             single potential is kept. "averaged" is "symmetric" without those at the end: neither
-            rows nor columns of its plan are exact before convergence.
+            rows nor columns of its plan are exact before convergence. Without `init` there is
+            nothing to average the first update with, in either.
         relax (float): over-relaxation of alternating updates, in (0, 2): `f <- f + relax (f' - f)`.
         reach (float | tuple | None): distance of unbalanced transport. Mass that would have to
             travel farther is dropped instead of moved. `rho` is `reach^2` for squared costs and
