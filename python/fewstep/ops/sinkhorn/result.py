@@ -361,7 +361,7 @@ class SinkhornResult:
         return torch.stack(parts, 1).reshape(self._problem.values)
 
     def entropy(self) -> Tensor:
-        """Between 0 and 1, how far the plan spreads, `[..]`: 1 for independent marginals.
+        """How far the plan spreads, from 0 to 1 (to rounding) for independent marginals, `[..]`.
 
         It is `1 - I / min(H(r), H(c))`. I is the mutual information of the plan over its mass,
         `sum p log(p / r c')`, r and c are its marginals, and H is the entropy of these. With n
