@@ -347,6 +347,11 @@ IMPLICIT: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "transposed": ({"cost": "euclidean"}, lambda r, v, w: r.transport(w, 1, implicit=True)),
     "barycenter": ({"reach": (None, 2.0)}, lambda r, v, w: r.barycenter(implicit=True)),
     "not normalised": ({}, lambda r, v, w: r.barycenter(False, implicit=True)),
+    "marginals": ({"reach": 1.0}, lambda r, v, w: r.marginals(implicit=True)),
+    "cost": ({"cost": "euclidean"}, lambda r, v, w: r.cost()),
+} | {
+    f"plan, {cost}": ({"cost": cost}, lambda r, v, w: r.plan(implicit=True))
+    for cost in ("sqeuclidean", "euclidean", "cosine", "dot")
 }
 
 

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep._torch import is_dual, is_transformed, readable
+from fewstep._torch import InJvp, is_dual, is_transformed, readable
 from fewstep.ops.sinkhorn import dispatch, implicit
 from fewstep.ops.sinkhorn.compiled import compiled_product, compiled_value, scalars
 from fewstep.ops.sinkhorn.function import (
     FIELDS,
     Batched,
     Grads,
-    InJvp,
     Once,
     Refuse,
     call,

@@ -115,8 +115,8 @@ def _sums(p: Problem, c: Constants) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = torch.zeros_like(p.a), torch.zeros_like(p.b)
     logarithm = torch.zeros_like(p.eps)
     if p.segment_x is not None:
-        for i, own, of_x, of_y in alone(p):
-            rows[:, of_x], columns[:, of_y], logarithm[i : i + 1] = _sums(own, c)
+        for i, own, at_x, at_y in alone(p):
+            rows[:, at_x], columns[:, at_y], logarithm[i : i + 1] = _sums(own, c)
         return rows, columns, logarithm
     for block in blocks(p, c):
         plan = block.plan
