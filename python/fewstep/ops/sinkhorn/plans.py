@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep._torch import readable
+from fewstep._torch import readable, untraced
 from fewstep.ops.sinkhorn.blocks import Block, blocks
 from fewstep.ops.sinkhorn.problem import (
     Constants,
@@ -196,6 +196,16 @@ def _log_shares(block: Block, rows: Tensor, c: Constants) -> Tensor:
     return torch.where(j == rows[..., None] + c.diagonal, -torch.inf, z)
 
 
+def assigned(p: Problem, c: Constants, kind: str) -> Tensor:
+    """For each row a column of its own problem, or -1: `[B, N]`, flat where ragged."""
+    if p.segment_x is None:
+        return heaviest(p, c) if kind == "argmax" else permutation(p, c)
+    out = torch.empty_like(p.f, dtype=torch.int64)
+    for _, own, rows, _ in alone(p):
+        out[:, rows] = assigned(own, c, kind)
+    return out
+
+
 def heaviest(p: Problem, c: Constants) -> Tensor:
     """For each row the column of its largest entry, the first of equal ones, or -1: `[B, N]`."""
     out = torch.empty_like(p.f, dtype=torch.int64)
@@ -225,6 +235,7 @@ def _one(t: Tensor | None, k: int, p: Problem) -> Tensor | None:
     return t if t is None or t is p.label_cost else t[k : k + 1]
 
 
+@untraced
 def least_cost(C: Tensor, g: Tensor) -> Tensor:
     """The permutation j of `C [N, N]` of least `sum_i C[i, j_i]`, int64 `[N]`.
 
