@@ -132,7 +132,7 @@ def test_sample(finished: Path, tmp_path: Path, n: int, rows: int) -> None:
 
 
 def test_sample_into_an_array(finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a.npy"
+    out = tmp_path / "new" / "a.npy"
     assert main(["sample", str(finished), "--n", "5", "--seed", "7", "--out", str(out)]) == 0
     assert np.array_equal(np.load(out), fewstep.load(finished).sample(5, seed=7).numpy())
 
@@ -407,6 +407,16 @@ def test_deeply_nested_configurations(finished: Path, capsys: pytest.CaptureFixt
     (finished / CONFIG).write_text("[" * 200_000)
     assert main(["train", "wflow", "--out", str(finished), "--resume"]) == 2
     assert "nested too deeply" in error_line(capsys)
+
+
+def test_errors_of_writing_name_the_file(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.npy").mkdir()
+    (tmp_path / "file").touch()
+    for name, told in (("folder.npy", "folder.npy'"), ("file/a.png", "file'")):
+        assert main(["sample", str(finished), "--out", str(tmp_path / name)]) != 0
+        assert error_line(capsys).endswith(told)
 
 
 def test_files_have_the_mode_of_any_other(finished: Path) -> None:

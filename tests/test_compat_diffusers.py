@@ -261,6 +261,22 @@ def test_zero_terminal_snr() -> None:
         v(x, 1.0)
 
 
+def test_ends_that_were_rounded_to_float32() -> None:
+    net, x = Net(), points()
+    D, v = (make(net, diffusers.DDIMScheduler()) for make in (compat.denoiser, compat.velocity))
+    for level in (D.sigma_min, D.sigma_max):
+        for share in (1 - 6e-8, 1 + 6e-8):
+            near = torch.tensor(level * share, dtype=torch.float64)
+            torch.testing.assert_close(D(x, near), D(x, level))
+            t = near / (1 + near)
+            torch.testing.assert_close(v(x, t), v(x, level / (1 + level)))
+    with pytest.raises(ValueError, match="must be within"):
+        D(x, torch.tensor(1.00001 * D.sigma_max, dtype=torch.float64))
+    flow = compat.denoiser(net, diffusers.FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match=r"within 0 and below inf, .* got inf"):
+        flow(x, math.inf)
+
+
 def test_a_level_that_stands_for_pure_noise() -> None:
     """Euler's first level with zero terminal SNR, 4096, is below the one before it in its table."""
     scheduler = diffusers.EulerDiscreteScheduler(

@@ -388,7 +388,9 @@ UNSERVED: list[tuple[Callable[[], Any], str]] = [
 ]
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: pot.sinkhorn(A, B, C, 0), ValueError, "reg must be positive and finite, got 0"),
-    (lambda: pot.sinkhorn(2 * A, B, C, 1), ValueError, "equal masses, got 2 and 1"),
+    (lambda: pot.sinkhorn(2 * A, B, C, 1), ValueError, "2 and 1; sinkhorn_unbalanced takes any"),
+    (lambda: pot.sinkhorn_unbalanced(2 * A, B, C, 1, math.inf), ValueError, "a finite reg_m takes"),
+    (lambda: pot.solve(C, 2 * A, B, 1, unbalanced=math.inf), ValueError, "a finite penalty, unb"),
     (lambda: pot.sinkhorn(B, B, C, 1), ValueError, r"a must be \(4,\), got \(3,\)"),
     (lambda: pot.sinkhorn(-A, -B, C, 1), ValueError, "a must not be negative"),
     (lambda: pot.sinkhorn(A, B, C, 1, method="x"), ValueError, "method must be one of .* got 'x'"),
@@ -429,3 +431,4 @@ def test_every_parameter_of_pot_is_there() -> None:
         assert list(mine) == list(theirs), name
         for key, parameter in theirs.items():
             assert mine[key].default == parameter.default, (name, key)
+    assert pot.solve(C, reg=1).value_quad is ot.solve(C, reg=1).value_quad is None

@@ -43,11 +43,25 @@ OPTIONS: dict[str, dict[str, Any] | None] = {
     "odd step": {"step_size": 0.23},
     "long step": {"step_size": 5.0},
     "own grid": {
-        "grid_constructor": lambda f, y0, t: (
-            t if len(t) == 1 else torch.linspace(t[0].item(), t[-1].item(), 7, dtype=t.dtype)
+        "grid_constructor": lambda f, y0, t: torch.linspace(
+            t[0].item(), t[-1].item(), 7, dtype=t.dtype
         )
     },
 }
+BROADCAST: dict[str, Any] = {
+    "number": lambda t, y: 1.5,
+    "scalar": lambda t, y: t,
+    "row": lambda t, y: y[0] * t,
+    "column": lambda t, y: y[:, :1],
+}
+
+
+@pytest.mark.parametrize("method", ["heun2", "euler"])
+@pytest.mark.parametrize("func", BROADCAST.values(), ids=BROADCAST)
+def test_slopes_that_broadcast(func: Any, method: str) -> None:
+    t = torch.tensor(TIMES["grid"], dtype=F64)
+    states = (solve(func, start(), t, method=method) for solve in (odeint, torchdiffeq.odeint))
+    torch.testing.assert_close(*states)
 
 
 @pytest.mark.parametrize("method", ["heun2", "euler"])
@@ -199,7 +213,7 @@ def test_callbacks_and_adjoints_are_not_served() -> None:
             ValueError,
             "must not both be given",
         ),
-        ({"func": lambda t, y: y[:1]}, ValueError, r"func must return \[\(2,\)\]"),
+        ({"func": lambda t, y: y.repeat(2)}, ValueError, r"func must return \[\(2,\)\]"),
         ({"func": 3}, TypeError, "func must be callable"),
     ],
 )

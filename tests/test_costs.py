@@ -10,6 +10,9 @@ import torch
 
 from fewstep.reference.costs import COSTS, NAMES, OF_DISTANCE, Traced, served
 
+# Raised inside torch when forward mode is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
 HEADER = Path(__file__).parents[1] / "csrc/shared/cost.h"
 
 
@@ -56,3 +59,16 @@ def test_derivatives_and_bounds_are_those_of_the_cost(cost: str) -> None:
         torch.testing.assert_close(
             row.gradient(w, x, y, torch.ones(2, 4).double()), traced.pull(w)[0]
         )
+    if not row.traced and row.directions is None:
+        x, y = x.detach(), y.detach()
+        tangent = torch.func.jvp(matrix, (x, y), (ux, uy))[1]
+        torch.testing.assert_close(tangent, dC)
+        both_ways = torch.func.jacrev(matrix)(x, y), torch.func.jacfwd(matrix)(x, y)
+        torch.testing.assert_close(*both_ways)
+
+        def along(x: torch.Tensor) -> torch.Tensor:
+            return (w * torch.func.jvp(matrix, (x, y), (ux, uy))[1]).sum()
+
+        bent = traced.bend(w, ux, uy, dC)[0]
+        torch.testing.assert_close(torch.func.grad(along)(x), bent)
+        torch.testing.assert_close(torch.func.jvp(along, (x,), (ux,))[1], (bent * ux).sum())

@@ -297,13 +297,17 @@ VMAPPED: dict[str, Callable[..., Any]] = {
     "transport": lambda r: r.transport(torch.ones(r.g.shape[-1], 2, dtype=r.g.dtype)),
     "barycenter": lambda r: r.barycenter(implicit=True),
     "potentials": lambda r: r.potentials()[1],
+    "cost": lambda r: r.cost(),
+    "entropy": lambda r: r.entropy(),
+    "columns": lambda r: r.assignment(),
+    "permutation": lambda r: r.assignment("permutation"),
 }
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("what", VMAPPED.values(), ids=VMAPPED.keys())
 def test_vmap_is_a_loop(backend: str, what: Callable[..., Tensor]) -> None:
-    xs, (y,) = points((2, 3, 5, 2))[0], points((4, 2), seed=1)
+    xs, (y,) = points((2, 3, 5, 2))[0], points((5, 2), seed=1)
     eps = torch.tensor([0.5, 1.0, 2.0]).double()
 
     def one(x: Tensor, eps: Tensor) -> Tensor:
@@ -314,6 +318,43 @@ def test_vmap_is_a_loop(backend: str, what: Callable[..., Tensor]) -> None:
         [torch.stack([one(x, e) for x, e in zip(row, eps, strict=True)]) for row in xs]
     )
     assert torch.allclose(mapped.double(), loop.double(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["argmax", "permutation"])
+def test_vmap_of_ragged_assignments(kind: str) -> None:
+    xs, ys = points((3, 5, 2), (3, 5, 2))
+    cu = (torch.tensor([0, 2, 2, 5]),) * 2
+
+    def assigned(x: Tensor, y: Tensor) -> Tensor:
+        return fewstep.sinkhorn(x, y, eps=[0.2, 0.5], cu_seqlens=cu).assignment(kind)
+
+    loop = torch.stack([assigned(x, y) for x, y in zip(xs, ys, strict=True)])
+    assert (loop[:, :, :2] < 2).all()
+    assert (loop[:, :, 2:] >= 2).all()
+    assert torch.equal(torch.func.vmap(assigned)(xs, ys), loop)
+
+
+def test_pairs_drawn_under_vmap_are_of_their_plan() -> None:
+    x = points((3, 4, 2))[0]
+    order = torch.tensor([[1, 0, 3, 2], [0, 1, 2, 3], [3, 2, 1, 0]])
+
+    def pairs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return fewstep.sinkhorn(x, y, eps=1e-3, tol=1e-6, max_iter=5000).sample(50)
+
+    for randomness in ("same", "different"):
+        y = x.take_along_dim(order[..., None], 1)
+        i, j = torch.func.vmap(pairs, randomness=randomness)(x, y)
+        assert torch.equal(order.gather(1, j), i)
+        assert torch.equal(i[0], i[1]) == (randomness == "same")
+
+
+@pytest.mark.parametrize("method", ["plan", "barycenter", "cost", "entropy", "assignment"])
+def test_a_plan_without_digits_is_an_error_under_vmap(method: str) -> None:
+    x, y = points((2, 5, 2), (2, 4, 2))
+    with pytest.raises(ValueError, match="eps must be at least"):
+        torch.func.vmap(lambda x, y: getattr(solve(x, y, eps=1e-16, max_iter=5), method)())(x, y)
+    with pytest.raises(ValueError, match="eps must be at least"):
+        torch.func.vmap(torch.func.grad(lambda x: solve(x, y[0], eps=1e-16, max_iter=5).value))(x)
 
 
 def test_vmap_of_ragged_problems_and_of_derivatives() -> None:
@@ -347,6 +388,11 @@ IMPLICIT: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "transposed": ({"cost": "euclidean"}, lambda r, v, w: r.transport(w, 1, implicit=True)),
     "barycenter": ({"reach": (None, 2.0)}, lambda r, v, w: r.barycenter(implicit=True)),
     "not normalised": ({}, lambda r, v, w: r.barycenter(False, implicit=True)),
+    "marginals": ({"reach": 1.0}, lambda r, v, w: r.marginals(implicit=True)),
+    "cost": ({"cost": "euclidean"}, lambda r, v, w: r.cost()),
+} | {
+    f"plan, {cost}": ({"cost": cost}, lambda r, v, w: r.plan(implicit=True))
+    for cost in ("sqeuclidean", "euclidean", "cosine", "dot")
 }
 
 

@@ -91,6 +91,20 @@ def test_entropy_of_a_permutation_of_the_independent_plan_and_of_one_point() -> 
     assert fewstep.sinkhorn(x[:1], x, eps=0.1).entropy() == 1
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("eps", [1e-6, 1e-7, 1e-9])
+@pytest.mark.parametrize("options", [{}, {"cost": "euclidean"}, {"cost": "dot"}, {"reach": 0.5}])
+def test_entropy_far_from_convergence_at_a_tiny_eps(options: dict[str, Any], eps: float) -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(6, 2).double(), torch.randn(5, 2).double()
+    result = fewstep.sinkhorn(x, y, eps=eps, max_iter=400, anneal=0.9, **options)
+    p = result.plan() / result.plan().sum()
+    h_r, h_c, h = (-torch.special.xlogy(t, t).sum() for t in (p.sum(1), p.sum(0), p))
+    ulps = torch.finfo(x.dtype).eps * max(result.f.abs().max(), result.g.abs().max()) / eps
+    error = (result.entropy() - (1 - (h_r + h_c - h) / min(h_r, h_c))).abs()
+    assert error < 16 * ulps
+
+
 def through_weights(x: Tensor, y: Tensor, la: Tensor, lb: Tensor, options: dict[str, Any]) -> Any:
     free = options.get("reach") is not None
     a, b = (w.exp() if free else w.softmax(-1) for w in (la, lb))

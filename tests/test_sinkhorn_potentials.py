@@ -110,8 +110,9 @@ def test_ragged_problems_matrices_arrays_and_empty_batches(backend: str) -> None
 def test_messages_of_potentials() -> None:
     x, y, f, g = torch.randn(4, 2), torch.randn(3, 2), torch.zeros(4), torch.zeros(3)
     for change, message in (
-        ({"f": g}, r"init f must be \(4,\), got \(3,\)"),
-        ({"g": g.clone().requires_grad_()}, "init g must not require a gradient"),
+        ({"f": g}, r"from_potentials: f must be \(4,\), got \(3,\)"),
+        ({"g": g.clone().requires_grad_()}, "from_potentials: g must not require a gradient"),
+        ({"f": f / 0, "check_finite": True}, "from_potentials: f must be finite, got 4 NaN"),
         ({"eps": -1.0}, "eps must be positive"),
         ({"y": y[:, :1]}, "y must match x"),
     ):

@@ -28,8 +28,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name if the block succeeds.
 
-    The file is on the disk before it has its name, and has the mode of any new file. With `shared`,
-    several processes may write the file at once: each has its own temporary path.
+    Its folder is made if need be. The file is on the disk before it has its name, and has the mode
+    of any new file. Errors name `path`. With `shared`, several processes may write the file at
+    once: each has its own temporary path.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "a.txt"
@@ -40,6 +41,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     own = f".{secrets.token_hex(4)}" if shared else ""
     temporary = path.with_name(f".{path.name}{own}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.unlink(missing_ok=True)
         temporary.touch()
@@ -50,8 +52,13 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # not every file system has this for folders
             _sync(path.parent)
+    except OSError as error:
+        if error.filename is None or Path(error.filename) != temporary:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as where the folder takes no files
+            temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

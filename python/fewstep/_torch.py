@@ -45,6 +45,30 @@ def is_dual(t: Tensor | None) -> bool:
     return unpack_dual(t).tangent is not None
 
 
+class InJvp:
+    """Inside a jvp: saved tensors and tangents without the tangents of this level.
+
+    torch turns forward mode off inside a Function's jvp, for outer levels of functorch too, which
+    makes `jvp(jvp(f))` silently zero. It is turned on again here.
+    """
+
+    def __init__(self) -> None:
+        self._nested = is_transformed()
+        self._enabled = forward_ad._set_fwd_grad_enabled(self._nested)
+
+    def __enter__(self) -> InJvp:
+        self._enabled.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._enabled.__exit__(*error)
+
+    def primals(self, tensors: Any) -> list[Tensor | None]:
+        if not self._nested:
+            return list(tensors)
+        return [t if t is None else unpack_dual(t).primal for t in tensors]
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, states and times beside tensors of a dtype: float32 at least."""
     return torch.promote_types(dtype, torch.float32)

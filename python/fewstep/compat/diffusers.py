@@ -233,9 +233,11 @@ class Prediction(nn.Module):
         s, flow = self.scheme, self.who == "velocity"
         given = torch.as_tensor(level, dtype=torch.float64, device=x.device)
         given = given if given.ndim else given.expand(x.shape[0])
+        # A level of any dtype may have been one of float32, as those of schedulers are.
         eps = torch.finfo(level.dtype if isinstance(level, Tensor) else torch.float64).eps
+        slack = min(max(64 * eps, 8 * torch.finfo(torch.float32).eps), 4e-3)
         a, b = (1 - given, given) if flow else (torch.ones_like(given), given)
-        steps = s.timestep(self._inside(b / a, min(64 * eps, 4e-3)))
+        steps = s.timestep(self._inside(b / a, slack))
         n = a + b if s.flow else (a.square() * s.data**2 + b.square()).sqrt()
         dtype, shape = wide(x.dtype), (-1, *(1,) * (x.ndim - 1))
         scale, a, b = (c.to(dtype).view(shape) for c in (1 / n, a, b))
@@ -267,7 +269,8 @@ class Prediction(nn.Module):
                 ends = f"{_time(s.low):.9g} and {_time(s.high):.9g}"
                 ends = ends + (", or 1" if self.noise and s.high < math.inf else "")
             else:
-                ends, name = f"{s.low:.9g} and {s.high:.9g}", "sigma"
+                below = "below " if s.high == math.inf else ""
+                ends, name = f"{s.low:.9g} and {below}{s.high:.9g}", "sigma"
             cure = "times from t_max to t_min" if flow else "sigma_min and sigma_max"
             raise ValueError(
                 f"{self.who}: {name} must be within {ends}, which the network was trained on,"

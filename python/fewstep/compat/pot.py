@@ -311,10 +311,14 @@ def _run(
         of_a, of_b = p.mass, b.sum(-1, keepdim=True)
         apart = (of_a / of_b - 1).abs().max().item() if of_a.numel() else 0.0
         if not apart <= _MASSES.get(a.dtype, 1e-3):
-            raise ValueError(
-                f"{p.who}: a and b must have equal masses, got {of_a.flatten()[0].item():.6g} and"
-                f" {of_b.flatten()[0].item():.6g}; sinkhorn_unbalanced takes any"
-            )
+            worst = (of_a / of_b - 1).abs().flatten().argmax()
+            masses = " and ".join(f"{t.flatten()[worst].item():.6g}" for t in (of_a, of_b))
+            cure = "sinkhorn_unbalanced takes any"
+            if p.who in ("solve", "solve_sample"):
+                cure = "a finite penalty, unbalanced=, takes any"
+            elif p.who.startswith("sinkhorn_unbalanced"):
+                cure = "a finite reg_m takes any"
+            raise ValueError(f"{p.who}: a and b must have equal masses, got {masses}; {cure}")
         a, b = a / of_a, b / of_b
     own = a if columns else b
     logs = torch.zeros_like(own) if start is None else torch.as_tensor(start).to(own)
@@ -655,6 +659,8 @@ class OTResult:
         return f"OTResult(value={self.value}, status={self.status!r})"
 
     def __getattr__(self, name: str) -> Any:
+        if name == "value_quad":  # of Gromov-Wasserstein
+            return None
         if name in ("potentials", "value", "value_linear", "plan", "marginals", "status", "log"):
             return self._convert(self._part(name))
         if name in ("potential_a", "potential_b", "marginal_a", "marginal_b"):

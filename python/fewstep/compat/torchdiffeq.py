@@ -45,7 +45,8 @@ def odeint(
     passes over the state beside the calls of func.
 
     Args:
-        func (Callable): `func(t, y)` with t a scalar, of the structure and shape of y.
+        func (Callable): `func(t, y)` with t a scalar, of the structure and shape of y. For one
+            tensor it may be a number or broadcast.
         y0 (Tensor | tuple[Tensor, ...]): state at `t[0]`, of any shape.
         t (Tensor): times `[T]`, increasing or decreasing.
         rtol, atol: tolerances, which no method on a fixed grid looks at.
@@ -95,14 +96,15 @@ def odeint(
 
     def velocity(y: Tensor, time: Tensor) -> Tensor:
         out = func(time.to(wide(x.dtype)), unpacked(y))
+        if not several and _expands(out, x.shape):
+            return torch.as_tensor(out, dtype=x.dtype, device=x.device).expand(x.shape)
         found = tuple(out) if several else (out,)
         got = [tuple(part.shape) for part in found if isinstance(part, Tensor)]
         if got != [tuple(shape) for shape in shapes]:
             raise ValueError(
                 f"odeint: func must return {[*map(tuple, shapes)]}, the shapes of y0, got {got}"
             )
-        slope = torch.cat([part.reshape(-1) for part in found]) if several else found[0]
-        return slope.to(x.dtype)
+        return torch.cat([part.reshape(-1) for part in found]).to(x.dtype)
 
     grid = _grid(func, unpacked(x), t, dict(options or {}))
     if len(t) == 1:
@@ -161,6 +163,14 @@ def _refuse(func: Callable[..., Any], method: str | None, event_fn: Any) -> None
             )
 
 
+def _expands(out: Any, shape: torch.Size) -> bool:
+    """Whether it is a number or a tensor that broadcasts to a shape."""
+    if not isinstance(out, Tensor):
+        return isinstance(out, int | float)
+    own = shape[len(shape) - out.ndim :]
+    return out.ndim <= len(shape) and all(k in (1, n) for k, n in zip(out.shape, own, strict=True))
+
+
 def _monotone(name: str, nodes: Tensor) -> None:
     steps = nodes.detach().diff()
     if readable(steps) and not bool((steps > 0).all() or (steps < 0).all()):
@@ -190,12 +200,13 @@ def _grid(func: Callable[..., Any], y0: State, t: Tensor, options: dict[str, Any
     if made is not None:
         function("odeint", "grid_constructor", made)
         grid: Tensor = made(func, y0, t).to(t)
-        _monotone("grid_constructor", grid)
-        if len(grid) < 2 or not bool((grid[0] == t[0]) & (grid[-1] == t[-1])):
+        if not len(grid) or not bool((grid[0] == t[0]) & (grid[-1] == t[-1])):
             raise ValueError(
                 f"odeint: grid_constructor must give a grid from {t[0].item()} to {t[-1].item()},"
                 f" got {grid.tolist()}"
             )
+        if len(t) > 1:
+            _monotone("grid_constructor", grid)
         return grid
     if step is None or len(t) == 1:
         return t

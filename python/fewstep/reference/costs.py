@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fewstep._torch import exactly
+from fewstep._torch import InJvp, exactly
 
 Pair = tuple[Tensor, Tensor]
 
@@ -79,22 +79,50 @@ class Cost:
         return self.derivatives is Traced
 
 
-class _Distance(torch.autograd.Function):
+class _OfPairs(torch.autograd.Function):
+    """A Function of x and y of any leading dimensions, which broadcast."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+        rank = max(t.ndim + (dim is None) for t, dim in zip(args, in_dims, strict=True))
+        pair = (
+            t[None] if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(args, in_dims, strict=True)
+        )
+        x, y = (t.reshape(len(t), *[1] * (rank - t.ndim), *t.shape[1:]) for t in pair)
+        return cls.apply(x.expand(info.batch_size, *x.shape[1:]), y), 0  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Pair, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @classmethod
+    def along(cls, x: Tensor, y: Tensor, ux: Tensor, uy: Tensor) -> Tensor:
+        """The derivative along (ux, uy)."""
+        raise NotImplementedError
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Tensor | None) -> Tensor:
+        with InJvp() as here:
+            x, y = here.primals(ctx.saved_tensors)
+            ux, uy = here.primals(tangents)
+            assert x is not None
+            assert y is not None
+            ux, uy = (torch.zeros_like(t) if u is None else u for t, u in ((x, ux), (y, uy)))
+            return cls.along(x, y, ux, uy)
+
+
+class _Distance(_OfPairs):
     """Euclidean distance by differences, so that it is exact for near points far from the origin.
 
     `torch.cdist` has no second derivative; this backward is made of differentiable ops.
     The derivative at coinciding points is taken as 0.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
         return distances(x, y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Pair, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Pair:
@@ -102,28 +130,28 @@ class _Distance(torch.autograd.Function):
         w = _over_distance(grad, x, y)
         return _pull(w, x, y), _pull(w.mT, y, x)
 
+    @classmethod
+    def along(cls, x: Tensor, y: Tensor, ux: Tensor, uy: Tensor) -> Tensor:
+        return _over_distance(_push(x, y, ux, uy), x, y)
 
-class _SquaredDistance(torch.autograd.Function):
-    generate_vmap_rule = True
 
+class _SquaredDistance(_OfPairs):
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
         return distances(x, y).square()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Pair, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Pair:
         x, y = ctx.saved_tensors
         return 2 * _pull(grad, x, y), 2 * _pull(grad.mT, y, x)
 
+    @classmethod
+    def along(cls, x: Tensor, y: Tensor, ux: Tensor, uy: Tensor) -> Tensor:
+        return 2 * _push(x, y, ux, uy)
 
-class _Product(torch.autograd.Function):
+
+class _Product(_OfPairs):
     """`x @ y` in their own dtype, whatever autocast says, and so are its derivatives."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
@@ -131,13 +159,13 @@ class _Product(torch.autograd.Function):
             return x @ y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Pair, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Pair:
         x, y = ctx.saved_tensors
         return _product(grad, y.mT), _product(x.mT, grad)
+
+    @classmethod
+    def along(cls, x: Tensor, y: Tensor, ux: Tensor, uy: Tensor) -> Tensor:
+        return _product(ux, y) + _product(x, uy)
 
 
 _distance: Callable[[Tensor, Tensor], Tensor] = _Distance.apply
@@ -175,8 +203,14 @@ def _quadratic_pull(w: Tensor, x: Tensor, y: Tensor) -> Pair:
 
 def _quadratic_push(x: Tensor, y: Tensor, ux: Tensor, uy: Tensor) -> Tensor:
     """`(x_i - y_j) . (ux_i - uy_j)`."""
-    out = -(ux @ y.mT) - x @ uy.mT
+    out = -_product(ux, y.mT) - _product(x, uy.mT)
     return out + (x * ux).sum(-1)[..., :, None] + (y * uy).sum(-1)[..., None, :]
+
+
+def _push(x: Tensor, y: Tensor, ux: Tensor, uy: Tensor) -> Tensor:
+    """The same of points that are not centred, of which few may be far away, without weight."""
+    centre = y.detach().median(-2, keepdim=True).values
+    return _quadratic_push(x - centre, y - centre, ux, uy)
 
 
 class _OfSquares:

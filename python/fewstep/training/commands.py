@@ -181,7 +181,7 @@ class Sample:
         folder: folder of the run.
         out: path of the file. A .png is a picture, and a .npy holds the samples as a float32 array
             [n, C, H, W] in [-1, 1].
-        n: number of samples. The first of them are the same for any number.
+        n: number of samples. The first of them are the same for any number, to rounding.
         seed: seed of the noise, at least 0.
         steps: number of evaluations of the network per sample, for runs of lines and meanflow. 1 if
             not given.

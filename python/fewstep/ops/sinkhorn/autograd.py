@@ -6,20 +6,20 @@ The mathematics is in `implicit`. Here are the `torch.autograd.Function`s around
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep._torch import is_dual, is_transformed, readable
+from fewstep._torch import InJvp, is_dual, is_transformed, readable
 from fewstep.ops.sinkhorn import dispatch, implicit
 from fewstep.ops.sinkhorn.compiled import compiled_product, compiled_value, scalars
 from fewstep.ops.sinkhorn.function import (
     FIELDS,
     Batched,
     Grads,
-    InJvp,
     Once,
     Refuse,
     call,
@@ -38,12 +38,12 @@ from fewstep.ops.sinkhorn.problem import (
     Flags,
     Problem,
     Tensors,
-    check_digits,
     points_of,
     to_points,
     total,
     transposed,
 )
+from fewstep.ops.sinkhorn.problem import check_digits as check_plain_digits
 from fewstep.ops.sinkhorn.problem import product as plan_product
 from fewstep.reference.sinkhorn import Inputs, Outputs, Points
 
@@ -199,6 +199,42 @@ def plan_cost(problem: Problem, constants: Constants) -> Tensor:
     """`<P, C> [B]`, differentiable once in x, y, a, b, f, g and matrix."""
     out: Tensor = call(_PlanCost, *problem, constants)
     return out
+
+
+def read(
+    function: Callable[[Problem, Constants], Tensor], problem: Problem, constants: Constants
+) -> Tensor:
+    """What a function reads off a problem, without derivatives, under transforms too.
+
+    It is `[B]` or `[B, N]`, and where ragged flat.
+    """
+    if not is_transformed():
+        return function(problem, constants)
+    detached = Problem._make(t if t is None else t.detach() for t in problem)
+    out: Tensor = call(_Read, *detached, constants, function)
+    return out
+
+
+def check_digits(problem: Problem, constants: Constants) -> None:
+    """That the plan is more than rounding, as far as looking costs nothing."""
+    read(_checked, problem, constants)
+
+
+def _checked(p: Problem, c: Constants) -> Tensor:
+    check_plain_digits(p, c)
+    return p.eps
+
+
+class _Read(Batched):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        *tensors, constants, function = args
+        out: Tensor = function(Problem._make(tensors), constants)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
 
 
 class _Solve(Batched):

@@ -57,8 +57,12 @@ def canonical_problem(
     backend: Backend | None,
     check_finite: bool,
     part: bool = False,
+    op: str = "sinkhorn",
 ) -> CanonicalProblem:
-    """The arguments of `fewstep.sinkhorn`; of a part of x and a, whose sum is not looked at."""
+    """The arguments of `fewstep.sinkhorn`; of a part of x and a, whose sum is not looked at.
+
+    What starts as f and g is called `init` by it, and by no other op.
+    """
     flags("sinkhorn", check_finite=check_finite)
     # Reading values costs a synchronisation on a GPU and breaks a compiled graph.
     device = next((t.device for t in (x, C) if isinstance(t, Tensor)), torch.device("cpu"))
@@ -83,10 +87,11 @@ def canonical_problem(
     if isinstance(eps, str):
         eps = automatic_eps(eps, points, weights, columns).reshape(lead)
     e, temperatures = canonical_eps(eps, lead, points.x, dtype, read)
+    names = ("init f", "init g") if op == "sinkhorn" else ("f", "g")
     f0, g0 = (
         (None, None)
         if init is None
-        else initial_potential(init, batch, temperatures, points, dtype)
+        else initial_potential(init, batch, temperatures, points, dtype, names, op)
     )
     # Label costs need not be symmetric, and looking would cost a synchronisation on a GPU.
     single = x is y and x is not None and a is b and labels is None
@@ -105,11 +110,11 @@ def canonical_problem(
         lambda: dispatch.group(points),
     )
     if check_finite:
-        checked = {"x": x, "y": y, "C": C, "init f": f0, "init g": g0}
+        checked = {"x": x, "y": y, "C": C, **dict(zip(names, (f0, g0), strict=True))}
         for name, t in checked.items():
             bad = 0 if t is None else int((~torch.isfinite(t)).sum())
             if bad:
-                raise ValueError(f"sinkhorn: {name} must be finite, got {bad} NaN or inf values")
+                raise ValueError(f"{op}: {name} must be finite, got {bad} NaN or inf values")
     return CanonicalProblem(
         *(points, weights, columns, e, f0, g0, schedule),
         targets=targets,

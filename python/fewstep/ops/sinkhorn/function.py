@@ -1,4 +1,4 @@
-"""What the autograd Functions share: vmap, jvp, gradients placed by name."""
+"""What the autograd Functions share: vmap, gradients placed by name."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fewstep._torch import is_transformed, unpack_dual, without_autocast
+from fewstep._torch import without_autocast
 from fewstep.ops.sinkhorn.problem import (
     VARIABLES,
     Constants,
@@ -90,30 +89,6 @@ def save(ctx: Any, tensors: Any) -> None:
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
-
-
-class InJvp:
-    """Inside a jvp: saved tensors and tangents without the tangents of this level.
-
-    torch turns forward mode off inside a Function's jvp, for outer levels of functorch too, which
-    makes `jvp(jvp(f))` silently zero. It is turned on again here.
-    """
-
-    def __init__(self) -> None:
-        self._nested = is_transformed()
-        self._enabled = forward_ad._set_fwd_grad_enabled(self._nested)
-
-    def __enter__(self) -> InJvp:
-        self._enabled.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._enabled.__exit__(*error)
-
-    def primals(self, tensors: Any) -> list[Tensor | None]:
-        if not self._nested:
-            return list(tensors)
-        return [t if t is None else unpack_dual(t).primal for t in tensors]
 
 
 def placed(parts: Any, need: Flags) -> Grads:

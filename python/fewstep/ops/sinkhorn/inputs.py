@@ -533,18 +533,20 @@ def initial_potential(
     temperatures: tuple[int, ...],
     points: Points,
     dtype: torch.dtype,
+    names: tuple[str, str] = ("init f", "init g"),
+    op: str = "sinkhorn",
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(init, tuple | list) or len(init) != 2:
         got = type(init).__name__
         raise TypeError(f"sinkhorn: init must be a pair of potentials (f, g), got {got}")
     out = []
-    for name, t, p in (("f", init[0], points.x), ("g", init[1], points.y)):
-        check_dense("sinkhorn", f"init {name}", t)
-        check_constant("sinkhorn", f"init {name}", t)
+    for name, t, p in zip(names, init, (points.x, points.y), strict=True):
+        check_dense(op, name, t)
+        check_constant(op, name, t)
         expected = (*batch, *temperatures, p.shape[1])
         if tuple(t.shape) != expected:
-            raise ValueError(f"sinkhorn: init {name} must be {expected}, got {tuple(t.shape)}")
+            raise ValueError(f"{op}: {name} must be {expected}, got {tuple(t.shape)}")
         if t.device != p.device:
-            raise ValueError(f"sinkhorn: init {name} must be on {p.device}, got {t.device}")
+            raise ValueError(f"{op}: {name} must be on {p.device}, got {t.device}")
         out.append(t.detach().to(dtype).reshape(math.prod(expected[:-1]), p.shape[1]))
     return out[0], out[1]

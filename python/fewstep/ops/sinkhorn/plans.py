@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep._torch import readable
+from fewstep._torch import readable, untraced
 from fewstep.ops.sinkhorn.blocks import Block, blocks
 from fewstep.ops.sinkhorn.problem import (
     Constants,
@@ -50,11 +50,19 @@ def times(plan: Tensor, t: Tensor) -> Tensor:
     return torch.where(plan == 0, 0.0, plan * t)
 
 
+def _streamed(p: Problem, c: Constants) -> float | None:
+    """The cost over the square of a distance, if products with the plan give its mean."""
+    row = COSTS[c.cost]
+    return row.scale if row.squared and p.label_cost is None else None
+
+
 def mean_cost(p: Problem, c: Constants) -> Tensor:
     """`<P, C>`, float64 `[B]`; of squared distances by products with the plan, in float64."""
-    row = COSTS[c.cost]
-    if row.squared and row.scale is not None and p.label_cost is None:
-        return row.scale * _mean_square(double(p), c)
+    scale = _streamed(p, c)
+    if scale is not None:
+        p = double(p)
+        none = torch.zeros_like
+        return _mean_square(p, c, none(p.f), none(p.g), torch.full_like(p.eps, scale))
     if p.segment_x is not None:
         out = torch.zeros_like(p.eps, dtype=torch.float64)
         for i, own, _, _ in alone(p):
@@ -66,8 +74,11 @@ def mean_cost(p: Problem, c: Constants) -> Tensor:
     return out
 
 
-def _mean_square(p: Problem, c: Constants) -> Tensor:
-    """`sum_ij P_ij |x_i - y_j|^2`."""
+def _mean_square(p: Problem, c: Constants, of_x: Tensor, of_y: Tensor, scale: Tensor) -> Tensor:
+    """`sum_ij P_ij (of_x_i + of_y_j + scale |x_i - y_j|^2)`, with `scale [B]`.
+
+    The terms may cancel: all are of one product, whose P is the same to the last bit.
+    """
     mass = total(p.b, p.segment_y)
     middle = torch.stack(  # from which a common offset would cancel
         [total(p.b * p.y[..., k], p.segment_y) / mass for k in range(p.y.shape[-1])], -1
@@ -76,16 +87,44 @@ def _mean_square(p: Problem, c: Constants) -> Tensor:
         t - (middle[:, None] if segment is None else middle[problem_index(t, segment)])
         for t, segment in ((p.x, p.segment_x), (p.y, p.segment_y))
     )
-    q, d = transposed(p, c)
-    ones = torch.ones_like(x[..., :1])
-    moved = product(p, c, torch.cat([y, torch.ones_like(y[..., :1])], -1), p.b)
-    columns = times(p.b[..., None], product(q, d, ones, p.a))[..., 0]
-    rows = times(p.a[..., None], moved)
-    return (
-        total(rows[..., -1] * x.square().sum(-1), p.segment_x)
-        + total(columns * y.square().sum(-1), p.segment_y)
-        - 2 * total((rows[..., :-1] * x).sum(-1), p.segment_x)
-    )
+    scale_x, scale_y = to_points(scale, p.f, p.segment_x), to_points(scale, p.g, p.segment_y)
+    of_y = of_y + scale_y * y.square().sum(-1)
+    v = torch.cat([y, of_y[..., None], torch.ones_like(y[..., :1])], -1)
+    moved = times(p.a[..., None], product(p, c, v, p.b))
+    along = moved[..., -1] * (of_x + scale_x * x.square().sum(-1)) + moved[..., -2]
+    return total(along - 2 * scale_x * (moved[..., :-2] * x).sum(-1), p.segment_x)
+
+
+def _sums(p: Problem, c: Constants) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of a plan's rows and columns and of `P log P`, all of the same P: a float64 problem's.
+
+    Each logarithm is that of the plan, `(f + g - C) / eps + log a b'`. Sums of its parts, over
+    marginals that round apart, would be off by the square of `C / eps` units in the last place.
+    """
+    scale = _streamed(p, c)
+    if scale is not None:
+        rows, columns = (
+            times(q.a[..., None], product(q, d, torch.ones_like(q.b)[..., None], q.b))[..., 0]
+            for q, d in ((p, c), transposed(p, c))
+        )
+        of_x, of_y = (
+            torch.where((w > 0) & ~f.isinf(), f / to_points(p.eps, f, segment) + w.log(), 0.0)
+            for f, w, segment in ((p.f, p.a, p.segment_x), (p.g, p.b, p.segment_y))
+        )
+        return rows, columns, _mean_square(p, c, of_x, of_y, -scale / p.eps)
+    rows, columns = torch.zeros_like(p.a), torch.zeros_like(p.b)
+    logarithm = torch.zeros_like(p.eps)
+    if p.segment_x is not None:
+        for i, own, at_x, at_y in alone(p):
+            rows[:, at_x], columns[:, at_y], logarithm[i : i + 1] = _sums(own, c)
+        return rows, columns, logarithm
+    for block in blocks(p, c):
+        plan = block.plan
+        rows[block.index] = plan.sum(-1)
+        columns[block.problems] += plan.sum(-2)
+        z = block.z + block.a.log() + block.b.log()
+        logarithm[block.problems] += times(plan, z).sum((-2, -1))
+    return rows, columns, logarithm
 
 
 def entropy(p: Problem, c: Constants) -> Tensor:
@@ -94,30 +133,19 @@ def entropy(p: Problem, c: Constants) -> Tensor:
     I is the mutual information of rows and columns, and H the entropy of a marginal.
     """
     p = double(p)
-    rows, columns = (
-        times(q.a[..., None], product(q, d, torch.ones_like(q.b)[..., None], q.b))[..., 0]
-        for q, d in ((p, c), transposed(p, c))
-    )
+    rows, columns, logarithm = _sums(p, c)
     mass = total(rows, p.segment_x)
 
     def entropy_of(w: Tensor, segment: Tensor | None) -> Tensor:
         return mass.log() - total(torch.special.xlogy(w, w), segment) / mass
 
-    logarithm = -mean_cost(p, c) / p.eps  # sum P log P, of log P = (f + g - C) / eps + log a b'
-    for marginal, f, weight, segment in (
-        (rows, p.f, p.a, p.segment_x),
-        (columns, p.g, p.b, p.segment_y),
-    ):
-        of_point = f / to_points(p.eps, f, segment) + weight.log()
-        logarithm = logarithm + total(times(marginal, of_point), segment)
     joint = mass.log() - logarithm / mass
     of_x, of_y = entropy_of(rows, p.segment_x), entropy_of(columns, p.segment_y)
     least = torch.minimum(of_x, of_y)
     # A marginal of a single point, of which rounding leaves this, tells nothing of the other.
     several = least > 1e-9
     information = (of_x + of_y - joint) / torch.where(several, least, 1.0)
-    out = torch.where(several, 1 - information, torch.where(least.isnan(), least, 1.0))
-    return out.clamp(0, 1)
+    return torch.where(several, 1 - information, torch.where(least.isnan(), least, 1.0))
 
 
 def _inverse(cdf: Tensor, u: Tensor) -> Tensor:
@@ -168,6 +196,16 @@ def _log_shares(block: Block, rows: Tensor, c: Constants) -> Tensor:
     return torch.where(j == rows[..., None] + c.diagonal, -torch.inf, z)
 
 
+def assigned(p: Problem, c: Constants, kind: str) -> Tensor:
+    """For each row a column of its own problem, or -1: `[B, N]`, flat where ragged."""
+    if p.segment_x is None:
+        return heaviest(p, c) if kind == "argmax" else permutation(p, c)
+    out = torch.empty_like(p.f, dtype=torch.int64)
+    for _, own, rows, _ in alone(p):
+        out[:, rows] = assigned(own, c, kind)
+    return out
+
+
 def heaviest(p: Problem, c: Constants) -> Tensor:
     """For each row the column of its largest entry, the first of equal ones, or -1: `[B, N]`."""
     out = torch.empty_like(p.f, dtype=torch.int64)
@@ -197,6 +235,7 @@ def _one(t: Tensor | None, k: int, p: Problem) -> Tensor | None:
     return t if t is None or t is p.label_cost else t[k : k + 1]
 
 
+@untraced
 def least_cost(C: Tensor, g: Tensor) -> Tensor:
     """The permutation j of `C [N, N]` of least `sum_i C[i, j_i]`, int64 `[N]`.
 

@@ -97,6 +97,7 @@ def from_potentials(
         precision=precision,
         backend=backend,
         check_finite=check_finite,
+        op="from_potentials",
     )
     return _at_potentials(problem)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,7 +18,6 @@ from fewstep.ops.sinkhorn.inputs import check_dense
 from fewstep.ops.sinkhorn.problem import (
     Constants,
     Problem,
-    check_digits,
     to_points,
     transposed,
 )
@@ -194,7 +194,7 @@ class SinkhornResult:
         parts = []
         for problem, w in zip(solved, v.chunk(len(solved)), strict=True):
             c = constants
-            check_digits(problem, c)
+            autograd.check_digits(problem, c)
             if implicit:
                 f, g = autograd.potentials(problem, c)
                 problem = problem._replace(f=f, g=g)
@@ -311,7 +311,7 @@ class SinkhornResult:
         self._check_whole("plan with implicit", implicit)
         self._check_unchanged("plan")
         ((problem,), constants) = self._solved(implicit)
-        check_digits(problem, constants)
+        autograd.check_digits(problem, constants)
         points = p.points if implicit else p.points.detached()
         f, g = autograd.potentials(problem, constants) if implicit else (problem.f, problem.g)
         with exactly(f.device):
@@ -355,13 +355,13 @@ class SinkhornResult:
         solved, constants = self._solved(implicit=True)
         parts = []
         for problem in solved:
-            check_digits(problem, constants)
+            autograd.check_digits(problem, constants)
             f, g = autograd.potentials(problem, constants)
             parts.append(autograd.plan_cost(problem._replace(f=f, g=g), constants))
         return torch.stack(parts, 1).reshape(self._problem.values)
 
     def entropy(self) -> Tensor:
-        """Between 0 and 1, how far the plan spreads, `[..]`: 1 for independent marginals.
+        """How far the plan spreads, from 0 to 1 (to rounding) for independent marginals, `[..]`.
 
         It is `1 - I / min(H(r), H(c))`. I is the mutual information of the plan over its mass,
         `sum p log(p / r c')`, r and c are its marginals, and H is the entropy of these. With n
@@ -375,8 +375,8 @@ class SinkhornResult:
         self._check_whole("entropy")
         solved, constants = self._solved(implicit=False)
         for problem in solved:
-            check_digits(problem, constants)
-        parts = [plans.entropy(problem, constants) for problem in solved]
+            autograd.check_digits(problem, constants)
+        parts = [autograd.read(plans.entropy, problem, constants) for problem in solved]
         return torch.stack(parts, 1).reshape(self._problem.values).to(self.f.dtype)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -450,20 +450,17 @@ class SinkhornResult:
         self._check_unchanged("assignment")
         self._check_whole("assignment('permutation')", kind == "permutation")
         p = self._problem
-        assign = plans.heaviest if kind == "argmax" else plans.permutation
         solved, constants = self._solved(implicit=False)
-        out = torch.empty(self.f.shape, dtype=torch.int64, device=self.f.device)
-        flat = out.view(-1, out.shape[-1])
-        for t, problem in enumerate(solved):
+        parts = []
+        for problem in solved:
             if kind == "argmax":
-                check_digits(problem, constants)
-            if p.points.segments is None:
-                flat.copy_(assign(problem, constants))
-                continue
-            for _, own, of_x, of_y in plans.alone(problem):
-                found = assign(own, constants)[0]
-                flat[t, of_x] = torch.where(found < 0, found, found + of_y.start)
-        return out
+                autograd.check_digits(problem, constants)
+            found = autograd.read(partial(plans.assigned, kind=kind), problem, constants)
+            if p.points.segments is not None:
+                start = to_points(p.points.segments[1][:-1], found, problem.segment_x)
+                found = torch.where(found < 0, found, found + start)
+            parts.append(found)
+        return torch.cat(parts).reshape(self.f.shape)
 
     def barycenter(self, normalize: bool = True, implicit: bool = False) -> Tensor:
         """The barycentric projection `T(x_i) = sum_j P_ij y_j / sum_j P_ij`, `[.., N, D]`.
