@@ -74,8 +74,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     | OPS
     | {"fewstep", "fewstep.data", "fewstep.metrics", "fewstep.methods", "fewstep.networks"}
     | {"fewstep.baselines", "fewstep.samplers", "fewstep.verification"},
+    "fewstep.reproduce": CORE
+    | {"fewstep", "fewstep.baselines", "fewstep.conversions", "fewstep.data", "fewstep.methods"}
+    | {"fewstep.metrics", "fewstep.networks", "fewstep.ops.trace", "fewstep.samplers"}
+    | {"fewstep.training"},
     "fewstep.__main__": {"fewstep.cli"},
-    "fewstep.cli": {"fewstep", "fewstep.training", "fewstep.verification"},
+    "fewstep.cli": {"fewstep", "fewstep.reproduce", "fewstep.training", "fewstep.verification"},
 }
 # Headers and sources of C++ and CUDA, by folder. The units of csrc/cpu/simd compile bodies of
 # csrc/cpu, which compute by its math.h and normals.h.
