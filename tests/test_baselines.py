@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.baselines import Drifting
+from fewstep.baselines import Drifting, KernelFlow
+from fewstep.baselines.kernels import Energy
+from fewstep.methods.problems import Problems
 
 
 def dense_velocity(flow: Drifting, clouds: list[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,3 +160,35 @@ def test_bad_options_and_inputs() -> None:
     x = noise.clone()
     x[0, 0, 0] = math.nan
     assert Drifting()(lambda z: z, x, real)[0].isnan()
+
+
+@pytest.mark.parametrize("energy", ["mmd", "kl"])
+def test_kernel_flows_follow_the_gradient_of_their_energy(energy: Energy) -> None:
+    torch.manual_seed(0)
+    x, other, y = torch.randn(3, 40, 2, dtype=torch.float64)
+    flow = KernelFlow(energy, bandwidth=0.3, normalize=False)
+    p = Problems(x[None, None], other[None, None], y[None, None], None, torch.zeros(1))
+    found = flow._velocity(p)
+    s = found.scale
+    points = (x / s).requires_grad_()
+
+    def kernel(z: Tensor) -> Tensor:
+        return (-(points[:, None] - z / s).square().sum(2) / (2 * 2 * 0.3**2)).exp()
+
+    k, k_self = kernel(y), kernel(other)
+    energies = {"mmd": k_self.mean(1) - k.mean(1), "kl": k_self.mean(1).log() - k.mean(1).log()}
+    (slope,) = torch.autograd.grad(energies[energy].sum(), points)
+    torch.testing.assert_close(found.v[0, 0], -slope, rtol=1e-10, atol=1e-12)
+
+
+def test_kernel_flows_are_at_rest_between_equal_clouds() -> None:
+    x, y = torch.randn(2, 40, 2)
+    for energy in get_args(Energy):
+        p = Problems(x[None, None], y[None, None], y[None, None], None, torch.zeros(1))
+        assert KernelFlow(energy, normalize=False)._velocity(p).v.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, math.inf, math.nan])
+def test_kernel_flows_refuse_bandwidths(bandwidth: float) -> None:
+    with pytest.raises(ValueError, match="KernelFlow: bandwidth must be"):
+        KernelFlow(bandwidth=bandwidth)

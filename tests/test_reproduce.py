@@ -194,3 +194,64 @@ def test_one_batch_shrinks_and_two_do_not() -> None:
         )
         assert one < 0.93
         assert abs(two - 1) < 0.07
+
+
+@pytest.mark.slow
+def test_guidance_extrapolates_means_and_narrows() -> None:
+    table = of_seed("guidance")
+    for guide in ("velocity", "distribution"):
+        assert table[f"{guide}, w 0.2", "mean off"].mean < 0.2
+        assert table[f"{guide}, w 1", "std 1"].mean < 0.05  # beyond the weight of collapse
+    for column, most in (("std 1", 0.26), ("std 2", 0.28)):
+        own = table["velocity, w 0.2", column].mean
+        assert 0.15 < own < most  # 0.186 and 0.206, and 0.3 without guidance
+        assert table["distribution, w 0.2", column].mean < own
+
+
+@pytest.mark.slow
+def test_students_of_one_loss_have_their_closed_forms() -> None:
+    table = of_seed("underdetermination")
+    assert table["rotation", "loss"].mean == pytest.approx(table["dilation", "loss"].mean)
+    for name in ("dilation", "rotation"):
+        for kind in ("ode", "step"):
+            exact = table[name, f"exact {kind}"].mean
+            assert table[name, f"KL {kind}"].mean == pytest.approx(exact, abs=0.015)
+    assert table["dilation", "slope"].mean == pytest.approx(0.98, abs=0.05)
+    assert abs(table["rotation", "slope"].mean) < 1e-6
+
+
+@pytest.mark.slow
+def test_trackers_learn_their_closed_forms() -> None:
+    table = of_seed("tracker-bias")
+    for row in table.rows:
+        predicted = table[row, "predicted"].mean
+        assert table[row, "factor"].mean == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.slow
+def test_flows_reach_modes() -> None:
+    table = of_seed("mode-coverage")
+    assert table["data", "far"].mean == pytest.approx(0.05, abs=0.015)
+    for row in table.rows:
+        if row.startswith("W-Flow"):  # from one cloud at 0, in a tenth of the steps
+            assert table[row, "near a mode"].mean > 0.08
+            assert table[row, "far"].mean > 0
+            assert table[row, "W2^2"].mean < 2.0
+
+
+@pytest.mark.slow
+def test_the_divergence_falls() -> None:
+    table = of_seed("eight-gaussians")
+    for row in ("W-Flow", "W-Flow, one batch"):
+        assert table[row, "rises"].mean <= 1
+        assert table[row, "S"].mean < 0.5  # of 1.9 at the start
+        assert table[row, "least mode"].mean > 0.003
+
+
+@pytest.mark.slow
+def test_sinkhorn_is_closer_than_other_energies() -> None:
+    table = of_seed("energies")
+    for law in ("ring", "six and two"):
+        own = table[f"{law}: Sinkhorn", "sliced W2^2"].mean
+        assert own < table[f"{law}: KL, h 0.1", "sliced W2^2"].mean
+        assert own < 0.3

@@ -10,6 +10,12 @@ from fewstep.reproduce.experiment import Experiment
 # Experiments by name, and the module of each, which is imported when it is asked for.
 EXPERIMENTS = {
     "one-vs-two-batch": "batches",
+    "guidance": "guidance",
+    "underdetermination": "closed_forms",
+    "tracker-bias": "closed_forms",
+    "mode-coverage": "modes",
+    "eight-gaussians": "modes",
+    "energies": "modes",
 }
 
 

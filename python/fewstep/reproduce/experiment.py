@@ -54,7 +54,7 @@ class Estimate:
 
     def __str__(self) -> str:
         """The digits that the interval leaves, and three where it has none."""
-        if not math.isfinite(self.half) or self.half == 0 or self.mean == 0:
+        if not math.isfinite(self.half) or self.half <= 1e-4 * abs(self.mean) or self.mean == 0:
             return f"{self.mean:.3g}"
         size = math.floor(math.log10(max(abs(self.mean), self.half)))
         places = max(0, min(1 - math.floor(math.log10(self.half)), 3 - size))
