@@ -201,7 +201,7 @@ def test_guidance_extrapolates_means_and_narrows() -> None:
     table = of_seed("guidance")
     for guide in ("velocity", "distribution"):
         assert table[f"{guide}, w 0.2", "mean off"].mean < 0.2
-        assert table[f"{guide}, w 1", "std 1"].mean < 0.05  # beyond the weight of collapse
+        assert table[f"{guide}, w 1", "std 1"].mean < 0.12  # beyond the weight of collapse
     for column, most in (("std 1", 0.26), ("std 2", 0.28)):
         own = table["velocity, w 0.2", column].mean
         assert 0.15 < own < most  # 0.186 and 0.206, and 0.3 without guidance
@@ -255,3 +255,23 @@ def test_sinkhorn_is_closer_than_other_energies() -> None:
         own = table[f"{law}: Sinkhorn", "sliced W2^2"].mean
         assert own < table[f"{law}: KL, h 0.1", "sliced W2^2"].mean
         assert own < 0.3
+
+
+@pytest.mark.slow
+def test_maps_reach_the_circle() -> None:
+    table = of_seed("oval-to-circle")
+    for row in table.rows[1:]:
+        assert table[row, "W2^2"].mean < (0.15 if row.startswith("W-Flow") else 2.0)
+        assert table[row, "ratio"].mean > 1 - 1e-4  # no map costs less
+    assert table["W-Flow, residual", "ratio"].mean < 1.6
+    assert table["W-Flow, plain", "ratio"].mean > 1.6  # from a random start
+
+
+@pytest.mark.slow
+def test_alignment_lowers_the_divergence_of_one_window() -> None:
+    table = of_seed("perflow-ring")
+    for row in table.rows:
+        assert table[row, "TV"].mean <= table[row, "TV bound"].mean
+    own, base = (table[row, "KL"].mean for row in ("1 window, aligned, lam 1", "1 window"))
+    assert own < base
+    assert table["PeRFlow", "KL 1"].mean < 0.5

@@ -13,7 +13,9 @@ EXPERIMENTS = {
     "guidance": "guidance",
     "underdetermination": "closed_forms",
     "tracker-bias": "closed_forms",
+    "perflow-ring": "windows",
     "mode-coverage": "modes",
+    "oval-to-circle": "transfer",
     "eight-gaussians": "modes",
     "energies": "modes",
 }

@@ -88,15 +88,16 @@ class Table:
         return [outcome.rows[row][column] for outcome in self.outcomes]
 
     def __getitem__(self, at: tuple[str, str]) -> Estimate:
-        return _estimate(self.values(*at))
+        return estimate(self.values(*at))
 
     def difference(self, row: str, other: str, column: str) -> Estimate:
         """The first row less the other, paired by seed."""
         pairs = zip(self.values(row, column), self.values(other, column), strict=True)
-        return _estimate([a - b for a, b in pairs])
+        return estimate([a - b for a, b in pairs])
 
 
-def _estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of a number of each seed, and its interval."""
     stats = importlib.import_module("scipy.stats")  # comes with POT
 
     n, mean = len(values), math.fsum(values) / len(values)
