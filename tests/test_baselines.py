@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, get_args
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.baselines import Drifting, KernelFlow
+from fewstep.baselines import Drifting, FlowMatching, KernelFlow, optimal_assignment
 from fewstep.baselines.kernels import Energy
 from fewstep.methods.problems import Problems
 
@@ -192,3 +193,46 @@ def test_kernel_flows_are_at_rest_between_equal_clouds() -> None:
 def test_kernel_flows_refuse_bandwidths(bandwidth: float) -> None:
     with pytest.raises(ValueError, match="KernelFlow: bandwidth must be"):
         KernelFlow(bandwidth=bandwidth)
+
+
+def test_optimal_pairs_are_the_nearest_permutation() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 3)
+    cost = torch.cdist(x, y).square()
+    every = torch.tensor(list(itertools.permutations(range(6))))
+    best = every[cost[torch.arange(6), every].sum(1).argmin()]
+    assert torch.equal(optimal_assignment(x, y), best)
+
+
+def test_flow_matching_of_pairs_has_no_other_noise() -> None:
+    torch.manual_seed(0)
+    x, noise = torch.randn(2, 64, 3)
+    # With v = noise - x itself the loss is 0 whatever t was drawn.
+    assert FlowMatching()(lambda z, t: noise - x, x, noise)[0].item() == 0
+    assert FlowMatching()(lambda z, t: noise - x, x)[0].item() > 0.1
+
+
+def test_flow_matching_learns_the_velocity_at_noise() -> None:
+    torch.manual_seed(0)
+    x = torch.full((4000, 1), 3.0)
+    seen = []
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        seen.append((z, t))
+        return (z - x) / t[:, None]  # right for data at one point
+
+    loss, _ = FlowMatching("optimal")(velocity, x)
+    (z, t), *_ = seen
+    assert loss.item() < 1e-6
+    assert 0.3 < t.mean() < 0.7
+    assert z[t > 0.98].mean() < 0.5 < z[t < 0.5].mean()
+
+
+def test_flow_matching_refuses_pairs_that_are_given_and_optimal() -> None:
+    x = torch.randn(4, 2)
+    with pytest.raises(ValueError, match="noise must be"):
+        FlowMatching("optimal")(lambda z, t: z, x, x)
+    with pytest.raises(ValueError, match="noise must be"):
+        FlowMatching()(lambda z, t: z, x, x[:2])
+    with pytest.raises(ValueError, match="pairing must be one of"):
+        FlowMatching("nearest")  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.methods": CORE
     | OPS
     | {"fewstep.reference", "fewstep.samplers", "fewstep.conversions"},
-    "fewstep.baselines": CORE | {"fewstep.methods", "fewstep.reference"},
+    "fewstep.baselines": CORE | {"fewstep.methods", "fewstep.ops.sinkhorn", "fewstep.reference"},
     # Calls of other libraries.
     "fewstep.compat": CORE
     | OPS

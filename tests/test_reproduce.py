@@ -28,6 +28,7 @@ from fewstep.reproduce.experiment import (
     verdict,
 )
 from fewstep.reproduce.run import reproduce
+from fewstep.reproduce.straight import exact_row
 
 
 @dataclass(frozen=True)
@@ -275,3 +276,31 @@ def test_alignment_lowers_the_divergence_of_one_window() -> None:
     own, base = (table[row, "KL"].mean for row in ("1 window, aligned, lam 1", "1 window"))
     assert own < base
     assert table["PeRFlow", "KL 1"].mean < 0.5
+
+
+def test_paths_of_independent_pairs_are_as_curved_as_they_must_be() -> None:
+    torch.manual_seed(0)
+    row = exact_row(paths=2000, nodes=61)
+    assert row["S1"] == pytest.approx(6.64, abs=0.1)
+    assert row["to mode"] == pytest.approx(0.1414, abs=0.01)
+    assert row["1 step"] == pytest.approx(math.sqrt(2), abs=0.01)  # the mean of the data
+
+
+def test_optimal_pairs_keep_their_bound() -> None:
+    experiment = find("batch-ot-bound")
+    torch.manual_seed(0)
+    table = Table([experiment.run(experiment.fast, 0)])
+    for row in table.rows:
+        assert 0 < table[row, "product"].mean < table[row, "bound"].mean
+    assert table["D 128, N 64", "product"].mean == pytest.approx(0.19, abs=0.01)
+
+
+@pytest.mark.slow
+def test_flows_of_one_frame_are_trained_and_measured() -> None:
+    table = of_seed("straightness")
+    assert table["exact flow", "S1"].mean == pytest.approx(6.64, abs=0.2)
+    # A denoiser that starts at its skip has the curve of the 126 normal coordinates.
+    assert table["EDM", "S1"].mean == pytest.approx(6.62, abs=0.2)
+    for row in ("2-RF, exact pairs", "LMM"):
+        assert table[row, "S1"].mean < 0.5
+        assert table[row, "1 step"].mean < table["exact flow", "1 step"].mean - 0.2

@@ -18,6 +18,8 @@ EXPERIMENTS = {
     "oval-to-circle": "transfer",
     "eight-gaussians": "modes",
     "energies": "modes",
+    "batch-ot-bound": "straight",
+    "straightness": "straight",
 }
 
 

@@ -147,5 +147,6 @@ OWN = [
             "std 1, std 2": "learned standard deviation over the true one, by coordinate",
             "mean off": "largest error of the mean",
         },
+        size=(9.0, 1.8),
     )
 ]

@@ -121,7 +121,7 @@ def _draw_pair(figure: Figure, table: Table, arrays: Mapping[str, Tensor]) -> No
         student, kind = name.split()
         ax.set_title(
             f"{student}, {'ODE' if kind == 'ode' else 'one step'}:"
-            f" KL {table[student, f'KL {kind}'].mean:.4f}"
+            f" KL {abs(table[student, f'KL {kind}'].mean):.4f}"
         )
         ax.set_aspect("equal")
 

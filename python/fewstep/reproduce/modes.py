@@ -121,14 +121,14 @@ def _check_coverage(table: Table) -> Sequence[Check]:
     ]
 
 
-def draw_clouds(figure: Figure, table: Table, arrays: Mapping[str, Tensor]) -> None:
-    """A cloud for each array, with its name."""
-    axes = figure.subplots(-(-len(arrays) // 4), 4, sharex=True, sharey=True).flat
+def _draw_coverage(figure: Figure, table: Table, arrays: Mapping[str, Tensor]) -> None:
+    axes = list(figure.subplots(-(-len(arrays) // 2), 2, sharex=True, sharey=True).flat)
+    for ax in axes:
+        ax.set_axis_off()
     for ax, (name, x) in zip(axes, arrays.items(), strict=False):
         ax.scatter(*x.T.numpy(), s=2, linewidths=0)
         ax.set_title(name)
-    for ax in axes:
-        ax.set_axis_off()
+        ax.set(xlim=(-5, 5), ylim=(-1.3, 1.3), aspect="equal")
 
 
 _EIGHT = ring(8, radius=2.0, std=0.05)
@@ -213,17 +213,17 @@ def _check_descents(table: Table) -> Sequence[Check]:
             f"{rises:.0f} rises at most",
         ),
         Check(
-            "W-Flow has all eight modes, each with a half to twice its mass",
-            share[0].low > 1 / 16 and share[1].high < 1 / 4,
-            f"least {share[0]}, largest {share[1]} of 0.125",
-        ),
-        Check("9 of 10 samples are near a mode", near.mean > 0.9, f"{near}", strict=True),
-        Check(
-            "the divergence ends within 0.02 of that of the data",
+            "it ends within 0.02 of that between samples of the data",
             flow.mean - floor.mean < 0.02,
             f"{flow} and {floor}",
+        ),
+        Check(
+            "W-Flow has half to twice the mass within 0.25 of each of the eight modes",
+            share[0].low > 1 / 16 and share[1].high < 1 / 4,
+            f"least {share[0]}, largest {share[1]} of 0.125",
             strict=True,
         ),
+        Check("9 of 10 samples are near a mode", near.mean > 0.9, f"{near}", strict=True),
     ]
 
 
@@ -338,6 +338,9 @@ OWN = [
             "S": "divergence from a sample of the data",
             "rises": "logged steps at which S rose by more than 5 %",
         },
+        remark="2000 steps with batches of 256 leave a third of the samples between modes, which"
+        " costs little energy. Normalised velocities are sharper than raw ones in as many steps,"
+        " and one batch sharper still, for its law is too narrow. Drifting ties with W-Flow here.",
         size=(11.0, 3.2),
     ),
     Experiment(
@@ -372,13 +375,16 @@ OWN = [
         fast=Settings(points=128, steps=300, drawn=4000, compared=500),
         run=_run_coverage,
         check=_check_coverage,
-        draw=draw_clouds,
+        draw=_draw_coverage,
         columns={
             "near a mode": "share of samples within 0.25 of one",
             "left, right, far": "shares with x < -2.5, x > 2.5, and either; 0.025, 0.025 and 0.05"
             " in the data",
             "W2^2": "squared Wasserstein distance to as many samples of the data",
         },
-        size=(9.0, 4.0),
+        remark="The far modes have 6 of the 256 points of a batch. In as many steps W-Flow recovers"
+        " 4 tenths of their mass, and is less sharp at the six than Drifting. Drifting at one"
+        " temperature filled one of the far modes in one of the seeds.",
+        size=(8.0, 5.0),
     ),
 ]

@@ -133,7 +133,9 @@ def _picture(experiment: Experiment[Any], table: Table, path: Path) -> None:
     with rc_context({"font.size": 8.0}):
         figure = Figure(experiment.size, dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
-        experiment.draw(figure, table, table.outcomes[0].arrays)
+        own = table.outcomes[0].arrays  # which a file holds in the order of the alphabet
+        ordered = {name: own[name] for name in (*table.rows, *own) if name in own}
+        experiment.draw(figure, table, ordered)
         box = io.BytesIO()
         figure.savefig(box, format="png")
     with replacing(path) as temporary, Image.open(box) as picture:
