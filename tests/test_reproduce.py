@@ -304,3 +304,13 @@ def test_flows_of_one_frame_are_trained_and_measured() -> None:
     for row in ("2-RF, exact pairs", "LMM"):
         assert table[row, "S1"].mean < 0.5
         assert table[row, "1 step"].mean < table["exact flow", "1 step"].mean - 0.2
+
+
+@pytest.mark.slow
+def test_shapes_are_learned() -> None:
+    table = of_seed("swiss-roll-checkerboard")
+    for law in ("swiss roll", "checkerboard"):
+        assert table[f"{law}: data", "MMD^2"].mean < 1e-3
+        for row in (f"{law}: W-Flow", f"{law}: Drifting, three tau"):
+            assert table[row, "MMD^2"].mean < table[f"{law}: one Gaussian", "MMD^2"].mean
+            assert table[row, "sliced W2^2"].mean < 0.02

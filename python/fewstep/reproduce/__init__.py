@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "oval-to-circle": "transfer",
     "eight-gaussians": "modes",
     "energies": "modes",
+    "swiss-roll-checkerboard": "shapes",
     "batch-ot-bound": "straight",
     "straightness": "straight",
 }

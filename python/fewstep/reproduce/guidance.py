@@ -167,9 +167,9 @@ OWN = [
         },
         remark="Velocities of the plans add up to the mean of the closed form only where rows and"
         " columns have converged. The unguided classes are far from the generated points, so this"
-        " takes more iterations than the 10 of the released settings, or a larger eps. The closed form"
-        " takes all classes together for one Gaussian, and is furthest off near collapse. A class"
-        " narrower than all of them together collapses to a point once w reaches"
+        " takes more iterations than the 10 of the released settings, or a larger eps. The closed"
+        " form takes all classes together for one Gaussian, and is furthest off near collapse. A"
+        " class narrower than all of them together collapses to a point once w reaches"
         " s_c / (s_0 - s_c), here 0.53 and 0.64 in the two axes, so weights have to stay small.",
         size=(9.0, 3.6),
     )

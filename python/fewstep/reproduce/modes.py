@@ -254,8 +254,8 @@ def _draw_descents(figure: Figure, table: Table, arrays: Mapping[str, Tensor]) -
 
 @dataclass(frozen=True)
 class EnergySettings(Settings):
-    steps: int = 1500
-    bandwidths: tuple[float, ...] = (0.05, 0.1, 0.2)
+    steps: int = 1000
+    bandwidths: tuple[float, ...] = (0.1, 0.2)
     eps: float = 0.01
 
 
@@ -350,7 +350,7 @@ OWN = [
         setting="The eight Gaussians of `eight-gaussians` and the modes of `mode-coverage`, with"
         " one trainer, one batch size and normalised velocities. MMD and KL have a Gaussian kernel"
         " (`fewstep.baselines.KernelFlow`), whose bandwidth h is a share of the root of the mean"
-        " squared distance. The best of three bandwidths is compared, by sliced W2^2.",
+        " squared distance. The best of two bandwidths is compared, by sliced W2^2.",
         full=EnergySettings(),
         fast=EnergySettings(128, 200, 4000, 500, bandwidths=(0.1,)),
         run=_run_energies,

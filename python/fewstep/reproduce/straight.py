@@ -40,16 +40,16 @@ def two_modes() -> GaussianMixture:
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 3000
+    steps: int = 1500
     batch: int = 256
-    width: int = 512
-    depth: int = 3
-    pairs: int = 20_000
-    pair_steps: int = 60
+    width: int = 384
+    depth: int = 2
+    pairs: int = 8000
+    pair_steps: int = 40
     batches: tuple[int, ...] = (128, 256)
-    ema: float = 0.999
+    ema: float = 0.99
     paths: int = 1000
-    nodes: int = 61
+    nodes: int = 41
 
 
 def exact_row(paths: int, nodes: int) -> dict[str, float]:
@@ -308,7 +308,7 @@ OWN = [
         " image, and its frame is not stated.",
         full=Settings(),
         fast=Settings(
-            steps=250, width=128, depth=2, pairs=1500, pair_steps=12, ema=0.9, paths=300, nodes=31
+            steps=150, width=128, depth=1, pairs=1000, pair_steps=12, ema=0.9, paths=300, nodes=31
         ),
         run=_run,
         check=_check,
