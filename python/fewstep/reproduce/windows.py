@@ -46,7 +46,9 @@ def _arms(settings: Settings) -> dict[str, dict[str, Any]]:
         **{f"aligned, lam {lam:g}": {"lam": lam} for lam in settings.lams},
         "aligned by traces, lam 1": {"lam": 1.0, "tracker": "trace"},
         "aligned by probed traces, lam 1": {
-            **{"lam": 1.0, "tracker": "trace", "estimator": "hutchinson"},
+            "lam": 1.0,
+            "tracker": "trace",
+            "estimator": "hutchinson",
         },
         "1 window": {"lam": 0.0, "windows": 1},
         "1 window, aligned, lam 1": {"lam": 1.0, "windows": 1},
@@ -186,8 +188,8 @@ OWN = [
             "W2^2": "squared Wasserstein distance of samples to the data",
             "near": "share of samples within three deviations of a mode",
         },
-        remark='Power series (`tracker="series"`) are refused here: one step a window has h J with a'
-        " spectral radius of 1 and more.",
+        remark='Power series (`tracker="series"`) are refused here: with one step a window, h J'
+        " has a spectral radius of 1 and more.",
         size=(9.0, 5.0),
     )
 ]
