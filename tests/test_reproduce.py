@@ -43,7 +43,7 @@ def draw(figure: Figure, table: Table, arrays: Mapping[str, Tensor]) -> None:
 def small(name: str, run: Callable[[Settings, int], Outcome]) -> Experiment[Settings]:
     return Experiment(
         name=name,
-        claim="a claim",
+        claim="a < b | c",
         source="a source",
         setting="A setting.",
         full=Settings(),
@@ -145,6 +145,7 @@ def test_all_goes_on_where_it_was_stopped(tmp_path: Path, calls: list[tuple[str,
     assert calls == [("first", 2), ("second", 0), ("second", 1), ("second", 2)]
     page = (tmp_path / "reproduction.md").read_text()
     assert [one for one in ("first", "second") if f"\n## {one}\n" in page] == ["first", "second"]
+    assert "| [first](#first) | a &lt; b \\| c | **agrees** |" in page
     assert (tmp_path / "reproduction/second.png").exists()
     calls.clear()
     again = reproduce("all", out=tmp_path)

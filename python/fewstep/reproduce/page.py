@@ -37,7 +37,9 @@ def write(results: Sequence[Result], path: Path) -> None:
         one = result.experiment
         with replacing(pictures / f"{one.name}.png") as temporary:
             shutil.copyfile(result.folder / PICTURE, temporary)
-        rows.append(f"| [{one.name}](#{one.name}) | {one.claim} | **{result.verdict}** |")
+        rows.append(
+            f"| [{one.name}](#{one.name}) | {_escaped(one.claim, cell=True)} | **{result.verdict}** |"
+        )
         parts.append(_part(result, f"{pictures.name}/{one.name}.png"))
     fast = " --fast" * results[0].fast
     head = _HEAD.format(
@@ -58,10 +60,10 @@ def _part(result: Result, picture: str) -> str:
     seconds = max(result.seconds)
     texts = [
         f"## {one.name}",
-        f"**The paper** ({one.source}): {one.claim}",
-        f"**Here**: {one.setting} Settings: {values}; {len(result.seconds)} seeds of"
-        f" {seconds:.0f} s.",
-        f"**Verdict: {result.verdict}.**" + f" {one.remark}" * bool(one.remark),
+        f"**The paper** ({one.source}): {_escaped(one.claim)}",
+        f"**Here**: {_escaped(one.setting)} Settings: {values}; {len(result.seconds)} seeds of"
+        f" up to {seconds:.0f} s.",
+        f"**Verdict: {result.verdict}.**" + f" {_escaped(one.remark)}" * bool(one.remark),
         f"![{one.name}]({picture})",
         table_of(result).rstrip(),
     ]
@@ -79,13 +81,20 @@ def table_of(result: Result) -> str:
         cells = (str(table[row, column]) if column in own else "" for column in table.columns)
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     lines[0] = "|" + lines[0]
-    means = "; ".join(f"{name}: {text}" for name, text in one.columns.items())
+    means = "; ".join(f"{name}: {_escaped(text)}" for name, text in one.columns.items())
     lines += ["", f"Columns are {means}.", "", "| check | numbers | holds |", "|---|---|---|"]
     for check in result.checks:
         strict = " (strict)" * check.strict
         holds = "yes" if check.holds else "no"
-        lines.append(f"| {check.says}{strict} | {check.found} | {holds} |")
+        says, found = (_escaped(text, cell=True) for text in (check.says, check.found))
+        lines.append(f"| {says}{strict} | {found} | {holds} |")
     return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str, *, cell: bool = False) -> str:
+    """Text without what Markdown takes for a tag, or in a table for the end of a cell."""
+    text = text.replace("<", "&lt;")
+    return text.replace("|", "\\|") if cell else text
 
 
 def _plain(value: object) -> str:
