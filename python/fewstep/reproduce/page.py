@@ -37,9 +37,8 @@ def write(results: Sequence[Result], path: Path) -> None:
         one = result.experiment
         with replacing(pictures / f"{one.name}.png") as temporary:
             shutil.copyfile(result.folder / PICTURE, temporary)
-        rows.append(
-            f"| [{one.name}](#{one.name}) | {_escaped(one.claim, cell=True)} | **{result.verdict}** |"
-        )
+        claim = _escaped(one.claim, cell=True)
+        rows.append(f"| [{one.name}](#{one.name}) | {claim} | **{result.verdict}** |")
         parts.append(_part(result, f"{pictures.name}/{one.name}.png"))
     fast = " --fast" * results[0].fast
     head = _HEAD.format(
