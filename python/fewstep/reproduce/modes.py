@@ -339,8 +339,8 @@ OWN = [
             "rises": "logged steps at which S rose by more than 5 %",
         },
         remark="2000 steps with batches of 256 leave a third of the samples between modes, which"
-        " costs little energy. Normalised velocities are sharper than raw ones in as many steps,"
-        " and one batch sharper still, for its law is too narrow. Drifting ties with W-Flow here.",
+        " costs little energy. Normalised velocities are sharper than raw ones in as many steps."
+        " Drifting ties with W-Flow here.",
         size=(11.0, 3.2),
     ),
     Experiment(
