@@ -83,9 +83,8 @@ class KernelFlow:
             uncond=None,
             guidance=0.0,
             scale=None,
-            resample=True,
         )
-        types = given.gather(generator, resample=True)
+        types = given.gather(generator, resample=True, micro_batches=1)
         with exactly(noise.device):
             return stepped(
                 *(types, self._velocity),

@@ -125,7 +125,7 @@ OWN = [
         setting="The laws, network and learning rate are those of the authors' notebook, with"
         " batches of 256 instead of 2048 and fewer steps, and W-Flow beside it.",
         full=Settings(),
-        fast=Settings(points=128, steps=200, drawn=3000),
+        fast=Settings(points=128, steps=150, drawn=2000),
         run=_run,
         check=_check,
         draw=_draw,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ def train(
     *,
     steps: int,
     lr: float = 1e-3,
-    clip: float = math.inf,
+    clip: float | None = None,
     ema: float | None = None,
     every: Callable[[int], None] = lambda step: None,
 ) -> nn.Module:
@@ -44,12 +43,12 @@ def train(
         loss (Callable): loss of step i.
         steps (int): number of steps.
         lr (float): peak learning rate.
-        clip (float): largest norm of a gradient.
+        clip (float | None): largest norm of a gradient.
         ema (float | None): decay of the average. None keeps none.
         every (Callable): called after step i.
     """
-    network = TrainedNetwork(model, lr=lr, ema=ema)
+    network = TrainedNetwork(model, lr=lr, ema=ema, clip=clip)
     for step in range(steps):
-        network.step(loss(step), step / steps, step, clip=clip)
+        network.step([lambda: (loss(step), {})], step / steps, step)  # noqa: B023
         every(step)
     return model if ema is None else network.averaged
