@@ -254,7 +254,8 @@ def _draw_descents(figure: Figure, table: Table, arrays: Mapping[str, Tensor]) -
 
 @dataclass(frozen=True)
 class EnergySettings(Settings):
-    steps: int = 1000
+    steps: int = 800
+    compared: int = 1000
     bandwidths: tuple[float, ...] = (0.1, 0.2)
     eps: float = 0.01
 
