@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.baselines import Drifting
+from fewstep.baselines import Drifting, FlowMatching, KernelFlow, optimal_assignment
+from fewstep.baselines.kernels import Energy
+from fewstep.methods.problems import Problems
 
 
 def dense_velocity(flow: Drifting, clouds: list[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,3 +161,78 @@ def test_bad_options_and_inputs() -> None:
     x = noise.clone()
     x[0, 0, 0] = math.nan
     assert Drifting()(lambda z: z, x, real)[0].isnan()
+
+
+@pytest.mark.parametrize("energy", ["mmd", "kl"])
+def test_kernel_flows_follow_the_gradient_of_their_energy(energy: Energy) -> None:
+    torch.manual_seed(0)
+    x, other, y = torch.randn(3, 40, 2, dtype=torch.float64)
+    flow = KernelFlow(energy, bandwidth=0.3, normalize=False)
+    p = Problems(x[None, None], other[None, None], y[None, None], None, torch.zeros(1))
+    found = flow._velocity(p)
+    s = found.scale
+    points = (x / s).requires_grad_()
+
+    def kernel(z: Tensor) -> Tensor:
+        return (-(points[:, None] - z / s).square().sum(2) / (2 * 2 * 0.3**2)).exp()
+
+    k, k_self = kernel(y), kernel(other)
+    energies = {"mmd": k_self.mean(1) - k.mean(1), "kl": k_self.mean(1).log() - k.mean(1).log()}
+    (slope,) = torch.autograd.grad(energies[energy].sum(), points)
+    torch.testing.assert_close(found.v[0, 0], -slope, rtol=1e-10, atol=1e-12)
+
+
+def test_kernel_flows_are_at_rest_between_equal_clouds() -> None:
+    x, y = torch.randn(2, 40, 2)
+    for energy in get_args(Energy):
+        p = Problems(x[None, None], y[None, None], y[None, None], None, torch.zeros(1))
+        assert KernelFlow(energy, normalize=False)._velocity(p).v.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, math.inf, math.nan])
+def test_kernel_flows_refuse_bandwidths(bandwidth: float) -> None:
+    with pytest.raises(ValueError, match="KernelFlow: bandwidth must be"):
+        KernelFlow(bandwidth=bandwidth)
+
+
+def test_optimal_pairs_are_the_nearest_permutation() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 3)
+    cost = torch.cdist(x, y).square()
+    every = torch.tensor(list(itertools.permutations(range(6))))
+    best = every[cost[torch.arange(6), every].sum(1).argmin()]
+    assert torch.equal(optimal_assignment(x, y), best)
+
+
+def test_flow_matching_of_pairs_has_no_other_noise() -> None:
+    torch.manual_seed(0)
+    x, noise = torch.randn(2, 64, 3)
+    # With v = noise - x itself the loss is 0 whatever t was drawn.
+    assert FlowMatching()(lambda z, t: noise - x, x, noise)[0].item() == 0
+    assert FlowMatching()(lambda z, t: noise - x, x)[0].item() > 0.1
+
+
+def test_flow_matching_learns_the_velocity_at_noise() -> None:
+    torch.manual_seed(0)
+    x = torch.full((4000, 1), 3.0)
+    seen = []
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        seen.append((z, t))
+        return (z - x) / t[:, None]  # right for data at one point
+
+    loss, _ = FlowMatching("optimal")(velocity, x)
+    (z, t), *_ = seen
+    assert loss.item() < 1e-6
+    assert 0.3 < t.mean() < 0.7
+    assert z[t > 0.98].mean() < 0.5 < z[t < 0.5].mean()
+
+
+def test_flow_matching_refuses_pairs_that_are_given_and_optimal() -> None:
+    x = torch.randn(4, 2)
+    with pytest.raises(ValueError, match="noise must be"):
+        FlowMatching("optimal")(lambda z, t: z, x, x)
+    with pytest.raises(ValueError, match="noise must be"):
+        FlowMatching()(lambda z, t: z, x, x[:2])
+    with pytest.raises(ValueError, match="pairing must be one of"):
+        FlowMatching("nearest")  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fewstep.methods": CORE
     | OPS
     | {"fewstep.reference", "fewstep.samplers", "fewstep.conversions"},
-    "fewstep.baselines": CORE | {"fewstep.methods", "fewstep.reference"},
+    "fewstep.baselines": CORE | {"fewstep.methods", "fewstep.ops.sinkhorn", "fewstep.reference"},
     # Calls of other libraries.
     "fewstep.compat": CORE
     | OPS
@@ -76,8 +76,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     | OPS
     | {"fewstep", "fewstep.data", "fewstep.metrics", "fewstep.methods", "fewstep.networks"}
     | {"fewstep.baselines", "fewstep.samplers", "fewstep.verification"},
+    "fewstep.reproduce": CORE
+    | {"fewstep", "fewstep.baselines", "fewstep.conversions", "fewstep.data", "fewstep.methods"}
+    | {"fewstep.metrics", "fewstep.networks", "fewstep.ops.trace", "fewstep.samplers"}
+    | {"fewstep.training"},
     "fewstep.__main__": {"fewstep.cli"},
-    "fewstep.cli": {"fewstep", "fewstep.training", "fewstep.verification"},
+    "fewstep.cli": {"fewstep", "fewstep.reproduce", "fewstep.training", "fewstep.verification"},
 }
 # Headers and sources of C++ and CUDA, by folder. The units of csrc/cpu/simd compile bodies of
 # csrc/cpu, which compute by its math.h and normals.h.

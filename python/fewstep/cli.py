@@ -30,7 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return report.main(arguments[1:])
         from fewstep.training import commands
 
-        commands.parse(arguments).execute()
+        command = commands.parse(arguments)
+        if isinstance(command, commands.Reproduce):
+            from fewstep.reproduce.run import reproduce
+
+            for result in reproduce(**vars(command)):
+                at = result.folder / "table.md"
+                sys.stdout.write(f"{result.experiment.name}: {result.verdict}, {at}\n")
+        else:
+            command.execute()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("fewstep"):
             raise

@@ -38,7 +38,7 @@ from fewstep.training.runs import RunConfig, Trainer, grid_columns, nested
 from fewstep.verification import report
 
 _OF_THE_RUN = ("data", "size", "seed", "device", "log_every", "checkpoint_every")
-_COMMANDS = ("train", "pairs", "sample", "verify")
+_COMMANDS = ("train", "pairs", "sample", "reproduce", "verify")
 _LR_OF_TRANSFORMERS = 4e-4
 _OF_MLP = ("noise_dim", "width", "depth")
 _NOT_OPTIONS = (torch.dtype | None,)  # types without a spelling in a shell
@@ -227,6 +227,25 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Reproduce:
+    """Run a paper's small experiment: a table, a picture and a verdict by a rule.
+
+    Attributes:
+        name: name of the experiment, or "all", which writes docs/reproduction.md too. An unknown
+            name lists those there are.
+        fast: small settings, of seconds.
+        out: folder that gets one for each experiment. runs/reproduce if not given, and
+            runs/reproduce/fast with `--fast`.
+        seeds: number of seeds, at least 3.
+    """
+
+    name: tyro.conf.Positional[str]
+    fast: bool = False
+    out: Path | None = None
+    seeds: int = 3
+
+
+@dataclass(frozen=True)
 class Verify:
     """Run every GPU kernel here and compare it with float64; `fewstep verify --help` says more."""
 
@@ -234,7 +253,7 @@ class Verify:
         raise SystemExit(report.main([]))
 
 
-def parse(arguments: list[str]) -> Command:
+def parse(arguments: list[str]) -> Command | Reproduce:
     """The command that the arguments ask for.
 
     Raises:
@@ -252,7 +271,7 @@ def parse(arguments: list[str]) -> Command:
         bases=(Train,),
         namespace={"__doc__": Train.__doc__},
     )
-    kinds = zip(_COMMANDS, (train, Pairs, Sample, Verify), strict=True)
+    kinds = zip(_COMMANDS, (train, Pairs, Sample, Reproduce, Verify), strict=True)
     command: Any = Annotated[
         Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds)],  # noqa: UP007
         tyro.conf.OmitArgPrefixes,
@@ -261,7 +280,7 @@ def parse(arguments: list[str]) -> Command:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            parsed: Command = tyro.cli(
+            parsed: Command | Reproduce = tyro.cli(
                 command,
                 prog="fewstep",
                 description="Train few-step generators. `fewstep --version` prints the version.",
