@@ -189,7 +189,7 @@ def test_a_finished_folder_is_refused(
 BAD_ARGUMENTS = [
     ("", "Expected one of"),
     ("fly", "fly"),
-    ("train", "Expected one of {wflow, reflow, lines, meanflow, drifting}"),
+    ("train", "Expected one of {wflow, reflow, lines, meanflow, drifting, encoder}"),
     ("train dance --data digits --out RUN", "dance"),
     ("train wflow --out RUN", "--data"),
     ("train wflow --data digits", "--out"),
