@@ -660,3 +660,151 @@ def test_outputs_and_teachers_that_do_not_fit() -> None:
         )
     with pytest.raises(AttributeError, match="no attribute 'EulerScheduler'"):
         compat.EulerScheduler  # noqa: B018
+
+
+# diffusers' own tests of schedulers: their model, their ramp of a sample, the sums they expect.
+RAMP = (torch.arange(768).reshape(3, 8, 8, 4) / 768).permute(3, 0, 1, 2)
+TABLE = {"num_train_timesteps": 1100, "beta_start": 0.0001, "beta_end": 0.02}
+
+
+def saturating(x: Tensor, t: Any, *_: Any) -> Tensor:
+    t = torch.as_tensor(t).reshape(-1, *(1,) * (x.ndim - 1)).to(x.dtype)
+    return x * t / (t + 1)
+
+
+def their_loop(scheduler: Any, x: Tensor, timesteps: Tensor) -> Tensor:
+    """The scaled input takes the place of the sample there."""
+    for t in timesteps:
+        x = scheduler.scale_model_input(x, t)
+        x = scheduler.step(saturating(x, t), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize(
+    ("options", "total"),
+    [
+        ({}, 0.1233),
+        ({"prediction_type": "v_prediction"}, 4.6934e-07),
+        ({"use_karras_sigmas": True}, 0.00015),
+    ],
+)
+def test_full_loops_of_heun(options: dict[str, Any], total: float) -> None:
+    scheduler = compat.HeunScheduler(**TABLE, **options)
+    scheduler.set_timesteps(10)
+    x = their_loop(scheduler, RAMP * scheduler.init_noise_sigma, scheduler.timesteps)
+    assert abs(float(x.abs().sum()) - total) < 1e-2
+
+
+def test_a_full_loop_of_heun_from_the_middle() -> None:
+    scheduler = compat.HeunScheduler(**TABLE)
+    scheduler.set_timesteps(10)
+    timesteps = scheduler.timesteps[8 * scheduler.order :]
+    x = scheduler.add_noise(RAMP * scheduler.init_noise_sigma, RAMP.flip(3), timesteps[:1])
+    x = their_loop(scheduler, x, timesteps)
+    assert abs(float(x.abs().sum()) - 75074.8906) < 1e-2
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_custom_timesteps_of_heun(prediction: str, spacing: str) -> None:
+    found = []
+    for custom in (False, True):
+        scheduler = compat.HeunScheduler(
+            **TABLE, prediction_type=prediction, timestep_spacing=spacing
+        )
+        scheduler.set_timesteps(10)
+        if custom:
+            own = scheduler.timesteps
+            scheduler.set_timesteps(timesteps=torch.cat((own[:1], own[1::2])))
+        found.append(their_loop(scheduler, RAMP * scheduler.init_noise_sigma, scheduler.timesteps))
+    assert float((found[0] - found[1]).abs().sum()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"num_train_timesteps": n} for n in (10, 50, 100, 1000)),
+        *({"beta_start": b, "beta_end": 20 * b} for b in (0.00001, 0.0001, 0.001)),
+        *({"beta_schedule": name} for name in ("linear", "scaled_linear", "exp")),
+        *({"clip_sample": True, "clip_sample_range": r} for r in (1.0, 2.0, 3.0)),
+        *({"prediction_type": name} for name in PREDICTIONS),
+        {"use_beta_sigmas": True},
+        {"use_exponential_sigmas": True},
+    ],
+    ids=str,
+)
+def test_configurations_of_heun(options: dict[str, Any], tmp_path: Path) -> None:
+    """A step is the same after a trip through a file, and it is diffusers'."""
+    if "use_beta_sigmas" in options:
+        pytest.importorskip("scipy")
+    ours = compat.HeunScheduler(**{**TABLE, **options})
+    ours.save_config(tmp_path)
+    others = compat.HeunScheduler.from_pretrained(tmp_path), diffusers.HeunDiscreteScheduler
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    found = []
+    for scheduler in (ours, others[0], others[1](**{**TABLE, **options})):
+        scheduler.set_timesteps(10)
+        out = scheduler.step(0.1 * x, scheduler.timesteps[0], x)
+        pair = scheduler.step(0.1 * out.prev_sample, scheduler.timesteps[1], out.prev_sample)
+        found.append(pair.prev_sample)
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "total"),
+    [
+        ({}, 10.0807),
+        ({"prediction_type": "v_prediction"}, 0.0002),
+        ({"use_karras_sigmas": True}, 124.523),
+    ],
+)
+def test_full_loops_of_euler(options: dict[str, Any], total: float) -> None:
+    """By `edm_sample`, with a callback that scales the sample as their loop does."""
+    scheduler = diffusers.EulerDiscreteScheduler(**TABLE, **options)
+    scheduler.set_timesteps(10)
+    sigmas, timesteps = scheduler.sigmas.double(), iter(scheduler.timesteps.repeat_interleave(2))
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        out, s = saturating(x, next(timesteps)), sigma[:, None, None, None]
+        if "prediction_type" in options:
+            return x / (s**2 + 1) - s / (s**2 + 1).sqrt() * out
+        return x - s * out
+
+    def scaled(step: fewstep.samplers.SamplerStep) -> Tensor:
+        return step.x / (step.level[:, None, None, None] ** 2 + 1).sqrt()
+
+    start = RAMP * (scheduler.init_noise_sigma / sigmas[0]).float()
+    x = fewstep.edm_sample(denoiser, start, sigmas=sigmas, solver="euler", callback=scaled)
+    assert abs(float(x.abs().sum()) - total) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "mean"),
+    [
+        ({}, 0.3301),
+        ({"prediction_type": "v_prediction"}, 0.2251),
+        ({"prediction_type": "v_prediction", "use_karras_sigmas": True}, 0.2096),
+        ({"prediction_type": "v_prediction", "use_lu_lambdas": True}, 0.1554),
+        ({"begin": 5}, 0.4146),
+    ],
+)
+def test_full_loops_of_dpm_solver(options: dict[str, Any], mean: float) -> None:
+    """By `edm_sample`, whose x is `sqrt(1 + sigma^2)` times theirs, to the table's lowest level."""
+    options = dict(options)
+    begin = options.pop("begin", 0)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **{**TABLE, "num_train_timesteps": 1000, "final_sigmas_type": "sigma_min"},
+        lower_order_final=False,
+        **options,
+    )
+    scheduler.set_timesteps(10)
+    # Karras's levels end with a step of no length.
+    x, sigmas = RAMP, scheduler.sigmas.double()[begin:].unique_consecutive()
+    if begin:
+        x = scheduler.add_noise(x, RAMP.flip(3), scheduler.timesteps[begin : begin + 1])
+    D = compat.denoiser(lambda x, timestep: (saturating(x, timestep),), scheduler)
+    start = x * (1 + sigmas[0] ** 2).sqrt().float() / sigmas[0].float()
+    x = fewstep.edm_sample(D, start, sigmas=sigmas, solver="dpm++2m")
+    x = x / (1 + sigmas[-1] ** 2).sqrt().float()
+    assert abs(float(x.abs().mean()) - mean) < 1e-3
