@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.compat import pot
+from fewstep.compat import pot, pot_plans, pot_solve
 from fewstep.ops.sinkhorn.convergence import ConvergenceWarning
 
 ot = pytest.importorskip("ot", reason="needs POT")
@@ -42,14 +42,14 @@ def close(found: Any, expected: Any, bound: float = 1e-9) -> None:
 
 
 @pytest.mark.parametrize("mass", [1.0, 3.0])
-@pytest.mark.parametrize("method", pot._SCALINGS + pot._DUALS)
+@pytest.mark.parametrize("method", pot_plans.SCALINGS + pot_plans.DUALS)
 def test_plans_and_costs(method: str, mass: float) -> None:
     a, b, C, *_ = problem()
     options = {"method": method, **MANY}
     plan, log = ot.sinkhorn(mass * a, mass * b, C, 1.0, log=True, **options)
     found, own = pot.sinkhorn(mass * a, mass * b, C, 1.0, log=True, **options)
     close(found, plan)
-    if method in pot._SCALINGS:
+    if method in pot_plans.SCALINGS:
         for name in ("u", "v", "log_u", "log_v"):
             if name in log:
                 close(own[name], log[name])
@@ -61,7 +61,7 @@ def test_plans_and_costs(method: str, mass: float) -> None:
         )
 
 
-@pytest.mark.parametrize("method", pot._SCALINGS)
+@pytest.mark.parametrize("method", pot_plans.SCALINGS)
 @pytest.mark.parametrize("steps", [1, 7])
 @pytest.mark.filterwarnings("ignore:Sinkhorn did not converge")
 def test_every_iterate(method: str, steps: int) -> None:
@@ -80,7 +80,7 @@ def test_every_iterate(method: str, steps: int) -> None:
     close(pot.sinkhorn(a, b, C, **more)[0], ot.sinkhorn(a, b, C, **more)[0])
 
 
-@pytest.mark.parametrize("method", [*pot._SCALINGS, "sinkhorn_stabilized"])
+@pytest.mark.parametrize("method", [*pot_plans.SCALINGS, "sinkhorn_stabilized"])
 def test_several_histograms(method: str) -> None:
     a, b, C, *_ = problem()
     both = np.stack([b, b[::-1]], 1)
@@ -89,10 +89,10 @@ def test_several_histograms(method: str) -> None:
     costs, log = pot.sinkhorn2(a, both, C, 1.0, log=True, **options)
     single = [ot.sinkhorn2(a, both[:, k], C, 1.0, method="sinkhorn_log", **MANY) for k in (0, 1)]
     close(costs, np.array(single))
-    assert log["v" if method in pot._SCALINGS else "beta"].shape == (M, 2)
+    assert log["v" if method in pot_plans.SCALINGS else "beta"].shape == (M, 2)
 
 
-@pytest.mark.parametrize("method", pot._UNBALANCED)
+@pytest.mark.parametrize("method", pot_plans.UNBALANCED)
 @pytest.mark.parametrize("reg_type", ["kl", "entropy"])
 @pytest.mark.parametrize("reg_m", [0.7, (0.7,), [0.5, 2.0], (0.5, math.inf), math.inf])
 @pytest.mark.parametrize("given", [False, True])
@@ -170,7 +170,7 @@ def test_solve(reg_type: str, mass: float, unbalanced: Any) -> None:
     close(pot.solve(C, **options).plan, ot.solve(C, **options).plan, 1e-8)
 
 
-@pytest.mark.parametrize("metric", pot._METRICS)
+@pytest.mark.parametrize("metric", pot_solve.METRICS)
 @pytest.mark.parametrize("debias", [False, True])
 @pytest.mark.parametrize("lazy", [False, True])
 def test_solve_sample(metric: str, debias: bool, lazy: bool) -> None:
@@ -341,7 +341,7 @@ def test_arrays_tensors_lists_dtypes_and_defaults() -> None:
 
 # What POT's own tests ask of these functions.
 @pytest.mark.parametrize("reg_type", ["kl", "entropy"])
-@pytest.mark.parametrize("method", [*pot._UNBALANCED, "sinkhorn_reg_scaling"])
+@pytest.mark.parametrize("method", [*pot_plans.UNBALANCED, "sinkhorn_reg_scaling"])
 def test_fixed_points_of_unbalanced_problems(method: str, reg_type: str) -> None:
     rng = np.random.default_rng(42)
     x = torch.tensor(rng.normal(size=(100, 2)))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fewstep._checks import count, flags, floating, one_of
-from fewstep.compat import pot
+from fewstep.compat.pot_problem import canonical, positive, run
 
 __all__ = ["OTPlanSampler", "wasserstein"]
 
@@ -68,7 +68,7 @@ class OTPlanSampler:
             )
         flags(who, normalize_cost=normalize_cost, warn=warn)
         self.method = method
-        self.reg, self.reg_m = pot._positive(who, "reg", reg), pot._positive(who, "reg_m", reg_m)
+        self.reg, self.reg_m = positive(who, "reg", reg), positive(who, "reg_m", reg_m)
         self.normalize_cost, self.warn = normalize_cost, warn
 
     def get_map(self, x0: Tensor, x1: Tensor) -> np.ndarray[Any, Any]:
@@ -148,8 +148,8 @@ def wasserstein(
     x0, x1 = _flat(who, x0, x1)
     cost = "euclidean" if power == 1 else "sqeuclidean"
     points = {"x": x0, "y": x1, "cost": cost}
-    problem = pot._given(who, None, None, None, reg, points=points)
-    solved = pot._run(problem, -math.log(len(x0)), 10**7, 1e-9, columns=True)
+    problem = canonical(who, None, None, None, reg, points=points)
+    solved = run(problem, -math.log(len(x0)), 10**7, 1e-9, columns=True)
     linear = solved.linear(solved.plan(differentiable=False)).item()
     return math.sqrt(linear) if power == 2 else linear
 
@@ -172,9 +172,9 @@ def _plan(
     who: str, x0: Tensor, x1: Tensor, reg: float, reg_m: float | None, cost: str, *, warn: bool
 ) -> np.ndarray[Any, Any]:
     points = {"x": x0, "y": x1, "cost": cost}
-    problem = pot._given(who, None, None, None, reg, reg_m, points=points)
+    problem = canonical(who, None, None, None, reg, reg_m, points=points)
     balanced = reg_m is None
     start, tol = (-math.log(len(x0)), 1e-9) if balanced else (None, 1e-6)
-    solved = pot._run(problem, start, 1000, tol, columns=balanced, warn=warn, stacklevel=4)
+    solved = run(problem, start, 1000, tol, columns=balanced, warn=warn, stacklevel=4)
     out: np.ndarray[Any, Any] = solved.plan(differentiable=False).cpu().numpy()
     return out
