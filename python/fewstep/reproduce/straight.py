@@ -326,7 +326,7 @@ OWN = [
             "to mode": "distance of endpoints to the nearer mode, 0.141 in the data",
             "1 step": "the same after one Euler step",
         },
-        remark="Lines and 2-RF are by far the straightest, as in the paper. But the networks are not"
+        remark="Lines and 2-RF are by far the straightest, as in the paper. The networks are not"
         " done after so few steps: two coordinates of 128 count little in the loss, and the learned"
         " flows end between the two modes. Longer training is what is missing. In this frame the"
         " flows of EDM, OT-CFM and 1-RF are one ODE, so these differ by training alone. 126"
