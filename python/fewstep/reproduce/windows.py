@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.methods import MarginalReflow
 from fewstep.metrics import exact_w2
 from fewstep.networks import VelocityMLP
-from fewstep.reproduce.experiment import Check, Experiment, Outcome, Table, below
+from fewstep.reproduce.experiment import Check, Experiment, Outcome, Table, below, estimate
 from fewstep.reproduce.toys import ring, shares
 from fewstep.reproduce.training import train
 
@@ -125,33 +125,34 @@ def _run(settings: Settings, seed: int) -> Outcome:
     return Outcome(rows, arrays)
 
 
+def _locals(table: Table, row: str) -> list[float]:
+    """The sum of the divergences of the windows, of each seed."""
+    columns = [c for c in table.outcomes[0].rows[row] if c.startswith("KL ")]
+    values = (table.values(row, column) for column in columns)
+    return [sum(own) for own in zip(*values, strict=True)]
+
+
 def _check(table: Table) -> Sequence[Check]:
     bound = [(table[row, "TV"].mean, table[row, "TV bound"].mean, row) for row in table.rows]
     tightest = min(bound, key=lambda b: b[1] - b[0])
+    pairs = zip(_locals(table, _CHOSEN), _locals(table, _BASE), strict=True)
+    windows = estimate([a - b for a, b in pairs])
+    alone, aligned = "1 window", "1 window, aligned, lam 1"
     return [
         below(table, _CHOSEN, _BASE, "KL", "alignment brings the student's law closer, by its KL"),
-        below(
-            table,
-            _BASE,
-            _CHOSEN,
-            "loss",
-            "it does so at a larger trajectory loss, which PeRFlow has less of",
+        Check(
+            "it lowers the sum of the divergences of the windows",
+            windows.high < 0,
+            f"difference {windows}",
         ),
         Check(
             "the sum over windows bounds the total variation",
             all(tv <= most for tv, most, _ in bound),
-            f"{tightest[2]}: {tightest[0]:.3f} <= {tightest[1]:.3f}",
+            f"{tightest[2]}: {tightest[0]:.3f} of at most {tightest[1]:.3f}",
         ),
-        below(table, _CHOSEN, _BASE, "TV bound", "alignment lowers the bound", strict=True),
-        below(table, _CHOSEN, _BASE, "W2^2", "and the distance to the data", strict=True),
-        below(
-            table,
-            "1 window, aligned, lam 1",
-            "1 window",
-            "KL",
-            "it does so for reflow in one window too",
-            strict=True,
-        ),
+        below(table, aligned, alone, "KL", "it lowers the KL of reflow in one window too"),
+        below(table, _CHOSEN, _BASE, "W2^2", "it lowers the distance to the data", strict=True),
+        below(table, aligned, alone, "W2^2", "in one window too", strict=True),
     ]
 
 
@@ -184,12 +185,14 @@ OWN = [
             "KL": "KL(student || teacher) at t_min, on the student's own path",
             "KL 1 to 4": "the same of each window, from the teacher's marginal",
             "TV": "total variation at t_min, counted in cells, which is a lower bound",
-            "TV bound": "bound by the sum over windows; 1 says nothing",
+            "TV bound": "bound by the sum over windows, at most 1, which says nothing",
             "W2^2": "squared Wasserstein distance of samples to the data",
             "near": "share of samples within three deviations of a mode",
         },
-        remark='Power series (`tracker="series"`) are refused here: with one step a window, h J'
-        " has a spectral radius of 1 and more.",
+        remark="A divergence of the student from the teacher has little against modes that are"
+        " lost: the student of one step comes closer by its KL while its distance to the data grows"
+        " tenfold. Power series (the tracker `series`) are refused here, for with one step a window"
+        " h J has a spectral radius of 1 and more.",
         size=(9.0, 5.0),
     )
 ]
