@@ -25,6 +25,7 @@ CORE = {
     "fewstep._files",
     "fewstep._library",
     "fewstep._names",
+    "fewstep._ranks",
     "fewstep._results",
     "fewstep._torch",
     "fewstep._tree",
@@ -34,6 +35,7 @@ BELOW_OPS = CORE | {"fewstep.reference", "fewstep.kernels", "fewstep.verificatio
 MAY_IMPORT: dict[str, set[str]] = {
     **{module: set() for module in CORE},
     "fewstep._library": {"fewstep._names"},
+    "fewstep._ranks": {"fewstep._torch"},
     "fewstep._aliases": set(),
     "fewstep.reference": CORE,
     "fewstep.kernels": CORE | {"fewstep.reference"},

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,33 +12,17 @@ from fewstep.ops.sinkhorn import dispatch
 from fewstep.reference import part as reference
 from fewstep.reference.sinkhorn import Points
 from support import sinkhorn_ranks as cases
+from support.ranks import of_processes
 from tolerances import assert_contract
 
 pytestmark = pytest.mark.filterwarnings("ignore:sinkhorn_divergence. not converged")
-SCRIPT = Path(cases.__file__)
 Ranks = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What each rank has found, by case."""
-    folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(world), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        told = [run.communicate(timeout=600)[0] for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    assert [run.returncode for run in runs] == [0] * world, told
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    return of_processes(cases.__file__, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 OWN = {"f", "gradient of x", "gradient of a", "plan", "barycenter", "product", "best"}

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,13 +152,14 @@ def test_a_stopped_run_resumes_bit_for_bit(
 ) -> None:
     config, own, calls = whole[0], loop.TrainedNetwork.step, 0
 
-    def interrupted(self: loop.TrainedNetwork, *arguments: object, **options: object) -> None:
+    def interrupted(self: loop.TrainedNetwork, *arguments: object, **options: object) -> Any:
         nonlocal calls
-        own(self, *arguments, **options)  # type: ignore[arg-type]
+        found = own(self, *arguments, **options)  # type: ignore[arg-type]
         if self.average is not None:
             if calls == step:
                 os.kill(os.getpid(), number)
             calls += 1
+        return found
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.TrainedNetwork, "step", interrupted)

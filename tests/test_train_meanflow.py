@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     config: MeanFlowConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     config = replace(config, flow=MeanFlow(improved=True, ratio=0.5, omega=1.5, kappa=0.2))
-    draw, calls = meanflow._draw, []
+    draw, calls = meanflow._some, []
 
     def interrupted(*arguments: object) -> object:
         calls.append(None)
@@ -77,7 +78,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
         return draw(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(meanflow, "_draw", interrupted)
+        patch.setattr(meanflow, "_some", interrupted)
         with pytest.raises(KeyboardInterrupt, match=f"step {step + 1} of 12"):
             run(config, tmp_path / "stopped")
     run(config, tmp_path / "stopped", resume=True)
@@ -108,3 +109,41 @@ def test_images_without_labels(tmp_path: Path) -> None:
     its_run = meanflow.read_run(tmp_path / "run")
     assert its_run.classes == ()
     assert meanflow.sample(result.network, its_run, 3, steps=2).shape == (3, 1, 4, 5)
+
+
+def test_samples_that_are_left_out(
+    config: MeanFlowConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step does not depend on the parts of a batch, of which some are left out as a whole."""
+    own, gone = meanflow._some, [0.0]
+
+    def loss(self: MeanFlow, network: Any, x: Any, labels: Any, **options: Any) -> Any:
+        """Of samples that are darker than a number."""
+        fine = x.mean((1, 2, 3)) < gone[0]
+        if not fine.any():
+            raise FloatingPointError("at every sample")
+        t = torch.ones(len(x))
+        square = (network(x, t, 0 * t, labels) - x).square().flatten(1).sum(1)
+        value = torch.where(fine, square, 0).sum() / fine.sum()
+        zero = value.detach() * 0
+        return value, {"error": zero, "skipped": (~fine).float().mean(), "tangent": zero}
+
+    def some(*arguments: Any) -> Any:
+        images, labels = own(*arguments)
+        return images - images.mean((1, 2, 3), keepdim=True) + labels[:, None, None, None], labels
+
+    monkeypatch.setattr(MeanFlow, "__call__", loss)
+    monkeypatch.setattr(meanflow, "_some", some)
+    losses = []
+    for k in (1, 2, 8):
+        of_parts = replace(config, steps=1, batch=8, accumulate=k, lr=1e-3)
+        gone[0] = 0.5  # class 0 alone
+        run(of_parts, tmp_path / str(k))
+        rows = (tmp_path / str(k) / "metrics.csv").read_text().splitlines()[1:]
+        logged = {name: float(value) for _, name, value in (row.split(",") for row in rows)}
+        assert 0 < logged["skipped"] < 1
+        losses.append(logged["loss"])
+        gone[0] = -0.5
+        with pytest.raises(FloatingPointError, match="at every sample"):
+            run(of_parts, tmp_path / f"all {k}")
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)

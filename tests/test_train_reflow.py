@@ -66,7 +66,7 @@ def test_a_run_repeats_and_resumes_bit_for_bit(
     assert re.search(
         r"KL to teacher, window 2 +\S+ \(se \S+\) +\S+ \(se \S+\)", result.report.table
     )
-    own = reflow._loss
+    own = reflow._losses
     calls = 0
 
     def failing(*arguments: object) -> object:
@@ -76,10 +76,10 @@ def test_a_run_repeats_and_resumes_bit_for_bit(
             raise RuntimeError("power cut")
         return own(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reflow, "_loss", failing)
+    monkeypatch.setattr(reflow, "_losses", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         reflow.train(CONFIG, tmp_path / "b", progress=False)
-    monkeypatch.setattr(reflow, "_loss", own)
+    monkeypatch.setattr(reflow, "_losses", own)
     reflow.train(CONFIG, tmp_path / "b", resume=True, progress=False)
     a, b = weights(out), weights(tmp_path / "b")
     assert a.keys() == b.keys()

@@ -35,21 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.startswith("fewstep"):
             raise
         hint = "pip install --no-build-isolation '.[train]' in the source tree of fewstep"
-        return _fail(f"{error.name} is not installed: {hint}", 2)
+        return _fail(f"{error.name} is not installed: {hint}", 2, error)
     except (OSError, TypeError, ValueError) as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), 2, error)
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(text):
             raise
-        return _fail(f"not enough memory: {text.splitlines()[0] if text else ''}", 2)
+        return _fail(f"not enough memory: {text.splitlines()[0] if text else ''}", 2, error)
     except FloatingPointError as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), 1, error)
     except KeyboardInterrupt as error:
-        return _fail(str(error) or "stopped", 130)
+        return _fail(str(error) or "stopped", 130, error)
     return 0
 
 
-def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"fewstep: {' '.join(message.split())}\n")
+def _fail(message: str, code: int, error: BaseException) -> int:
+    ranks = sys.modules.get("fewstep.training.ranks")
+    if ranks is None or ranks.speaks(error):
+        sys.stderr.write(f"fewstep: {' '.join(message.split())}\n")
     return code

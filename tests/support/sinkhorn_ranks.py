@@ -1,14 +1,12 @@
 """Transport over the ranks of a process group: what each of some processes has of a problem.
 
-`python sinkhorn_ranks.py RANK WORLD FOLDER` runs all cases and writes `RANK.pt`.
+`support.ranks.of_processes` runs it.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -257,14 +255,9 @@ def alone(rank: int) -> tuple[list[str], Saved, str]:
     return [str(w.message) for w in caught], found, message
 
 
-def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+def find(rank: int, world: int, group: Any) -> Saved:
     warnings.filterwarnings("ignore", message="sinkhorn.*not converged")
     found: Saved = {"alone": alone(rank)}
-    group = dist.group.WORLD
     for dtype_name, dtype in DTYPES.items():
         for of in ("sinkhorn", "sinkhorn_divergence"):
             if dtype == torch.float32 and of == "sinkhorn_divergence":
@@ -277,9 +270,10 @@ def main(rank: int, world: int, folder: Path) -> None:
     found["step"] = step(rank, world, group)
     found["transported"] = transported(rank, world, group)
     found["refusals"] = refusals(rank, group)
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    from ranks import serve
+
+    serve(find)

@@ -8,24 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from fewstep._checks import check_types, integer, number, one_of
-from fewstep._torch import exactly, wide
-from fewstep.methods.problems import (
-    Features,
-    Given,
-    Problems,
-    Reduction,
-    Velocity,
-    batch,
-    stepped,
-)
+from fewstep._ranks import largest
+from fewstep._torch import wide
+from fewstep.methods.problems import Batch, Features, Given, Problems, Reduction, Velocity, batch
+from fewstep.methods.ranks import Hold, over_ranks, take
 from fewstep.reference.costs import distances
 from fewstep.reference.drift import MIN_SCALE
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class Drifting:
         resample: second batch x' of its own, as W-Flow has it.
         reduction: what becomes of the losses of several feature types, "mean" or "sum".
         per_group: one m and one rms(V) for each group, instead of one for all.
+        micro_batches: number of parts in which the generator and the features run, as in `WFlow`.
         memory_limit: number of bytes that points and their pairs may take at once. Problems beyond
             that are done in chunks, to the same result but for rounding. The velocity of all
             problems is held besides, once for each temperature.
@@ -81,15 +79,16 @@ class Drifting:
     resample: bool = False
     reduction: Reduction = "sum"
     per_group: bool = False
+    micro_batches: int = 1
     memory_limit: int = 2**28
 
     def __post_init__(self) -> None:
         if isinstance(self.tau, list):  # as JSON has it
             object.__setattr__(self, "tau", tuple(self.tau))
         check_types(self)
-        for name in ("tau", "step_size", "memory_limit"):
+        for name in ("tau", "step_size", "micro_batches", "memory_limit"):
             got = getattr(self, name)
-            check = integer if name == "memory_limit" else number
+            check = number if name in ("tau", "step_size") else integer
             own = [check("Drifting", name, v) for v in (got if isinstance(got, tuple) else (got,))]
             if not own or not all(0 < v < math.inf for v in own):
                 raise ValueError(f"Drifting: {name} must be positive and finite, got {got}")
@@ -106,6 +105,8 @@ class Drifting:
         uncond: Given | None = None,
         guidance: float | Tensor = 0.0,
         scale: float | Tensor | None = None,
+        process_group: ProcessGroup | None = None,
+        ranks_hold: Hold | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and metrics of one step, with the arguments and shapes of `WFlow`.
 
@@ -121,40 +122,49 @@ class Drifting:
             ValueError: as `WFlow`; or N is 1 without `resample`.
             TypeError: as `WFlow`.
         """
-        given = batch(
+
+        def checked() -> Batch:
+            given = batch(
+                "Drifting",
+                noise,
+                real,
+                labels,
+                features=features,
+                uncond=uncond,
+                guidance=guidance,
+                scale=scale,
+            )
+            if not self.resample and given.noise.shape[2] < 2:
+                raise ValueError(
+                    "Drifting: noise must have 2 points or more, or resample, got"
+                    f" {tuple(noise.shape)}"
+                )
+            return given
+
+        return take(
             "Drifting",
-            noise,
-            real,
-            labels,
-            features=features,
-            uncond=uncond,
-            guidance=guidance,
-            scale=scale,
+            checked,
+            generator,
+            self._velocity,
+            noise=noise,
             resample=self.resample,
+            per_group=self.per_group,
+            step_size=self.step_size,
+            reduction=self.reduction,
+            micro_batches=self.micro_batches,
+            process_group=process_group,
+            ranks_hold=ranks_hold,
         )
-        if not self.resample and given.noise.shape[2] < 2:
-            raise ValueError(
-                f"Drifting: noise must have 2 points or more, or resample, got {tuple(noise.shape)}"
-            )
-        types = given.gather(generator, resample=self.resample)
-        with exactly(noise.device):
-            return stepped(
-                types,
-                self._velocity,
-                per_group=self.per_group,
-                step_size=self.step_size,
-                reduction=self.reduction,
-            )
 
     @torch.no_grad()
-    def _velocity(self, p: Problems) -> Velocity:
+    def _velocity(self, p: Problems, group: Any) -> Velocity:
         dtype = wide(p.x.dtype)
         n, d = p.x.shape[2:]
         columns = sum(cloud.shape[2] for cloud in p.clouds)
         own = dtype.itemsize * ((2 * n + columns) * d + 8 * n * columns)
         most = max(1, self.memory_limit // own)
         sums = [self._moment(part) for *_, part in p.parts(most, dtype)]
-        total, mass = torch.stack(sums).sum(0)
+        total, mass = over_ranks(torch.stack(sums).sum(0), group)
         s = (total / mass / math.sqrt(d)).clamp(min=MIN_SCALE).to(dtype)
 
         taus = self.tau if isinstance(self.tau, tuple) else (self.tau,)
@@ -166,8 +176,12 @@ class Drifting:
                 v[t, g, k], sizes[t, g, k] = self._shift(part, logits / tau)
         # The largest logarithm of a size is apart, for V as small as the digits allow.
         top = sizes.amax((1, 2, 3), keepdim=True)
+        if group is not None:
+            top = largest(top, group)
         v *= (sizes - top).exp()[..., None] / s
-        rms = v.square().mean((1, 2, 3, 4)).sqrt()
+        squares = v.square().sum((1, 2, 3, 4), dtype=torch.float64)
+        total = over_ranks(torch.cat([squares, squares.new_full((1,), p.x.numel())]), group)
+        rms = (total[:-1] / total[-1]).sqrt().to(dtype)
         factor = top.exp().flatten()
         by = torch.where(rms > 0, rms, 1.0) if self.normalize else 1 / factor
         v /= by[:, None, None, None, None]

@@ -12,17 +12,22 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fewstep._checks import check_types, count, integer
 from fewstep._names import Law, Metric
+from fewstep._ranks import check_group, summed
 from fewstep._torch import wide
 from fewstep.methods.augment import diff_augment
 from fewstep.methods.draws import Draws, per_sample
 from fewstep.samplers.inputs import check_schedule
 from fewstep.samplers.schedules import karras_sigmas
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LAWS = ("uniform", "levels", "sot")
 METRICS = ("l2", "pseudo_huber", "lpips")
@@ -174,6 +179,7 @@ class LinesMatching:
         generator: torch.Generator | None = None,
         sample_ids: Tensor | None = None,
         step: int = 0,
+        process_group: ProcessGroup | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and metrics of one training step.
 
@@ -196,6 +202,9 @@ class LinesMatching:
                 any batch. Ranks that pass the ids of their own samples draw what one process would.
                 None takes the places in the batch.
             step (int): step of training, compared with `start`.
+            process_group (ProcessGroup | None): ranks of torch.distributed that have as many
+                samples of one batch each. `lam` is then that of the whole batch. All else is a mean
+                over samples, whose mean over ranks is that of one process anyway.
 
         Returns:
             tuple: the loss, a scalar, and a dict of detached tensors. `lines` is L. `output`,
@@ -224,7 +233,7 @@ class LinesMatching:
         weight = _last_layer(network) if last_layer is None else last_layer
         (augmented,) = self._augmented(output, generator=generator, sample_ids=sample_ids)
         adversarial = _mean(discriminator(augmented, *condition), lambda logit: -logit)
-        lam = adaptive_weight(lines, adversarial, weight)
+        lam = adaptive_weight(lines, adversarial, weight, process_group=process_group)
         lam = lam * min(1.0, (step - self.start + 1) / max(self.warmup, 1))
         metrics |= {"adversarial": adversarial.detach(), "lam": lam}
         return 0.5 * lines + lam * adversarial, metrics
@@ -293,12 +302,18 @@ class LinesMatching:
 
 
 def adaptive_weight(
-    loss: Tensor, other: Tensor, weight: Tensor, *, low: float = 0.01, high: float = 10.0
+    loss: Tensor,
+    other: Tensor,
+    weight: Tensor,
+    *,
+    low: float = 0.01,
+    high: float = 10.0,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The factor of `other` with which both losses pull equally hard at a weight.
 
     It is `clip(|dloss/dW| / (|dother/dW| + 1e-4), low, high)`, without gradient. Both graphs are
-    kept.
+    kept. With a process group, both losses are means over its ranks.
 
     Source: Esser et al., Taming Transformers, arXiv 2012.09841, equation 7, with the clip of CTM.
 
@@ -306,9 +321,12 @@ def adaptive_weight(
     >>> adaptive_weight(6 * weight.sum(), 2 * weight.sum(), weight)
     tensor(2.9999)
     """
-    first, second = (
-        torch.autograd.grad(value, weight, retain_graph=True)[0].norm() for value in (loss, other)
-    )
+    grads = [torch.autograd.grad(value, weight, retain_graph=True)[0] for value in (loss, other)]
+    if process_group is not None:
+        check_group("adaptive_weight", process_group, {"weight": weight})
+        both = summed(torch.stack(grads), process_group)
+        grads = [*(both / torch.distributed.get_world_size(process_group))]
+    first, second = (grad.norm() for grad in grads)
     ratio: Tensor = first / (second + 1e-4)
     return ratio.clamp(low, high).detach()
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fewstep._torch import readable
 
@@ -84,50 +85,82 @@ class Batch:
     w: Tensor
     scale: Tensor | None
 
-    def gather(self, generator: Callable[..., Tensor], *, resample: bool) -> dict[str, Problems]:
+    @property
+    def real_points(self) -> int:
+        """M."""
+        own = self.real if isinstance(self.real, Tensor) else next(iter(self.real.values()))
+        return own.shape[1]
+
+    def gather(
+        self, generator: Callable[..., Tensor], *, resample: bool, micro_batches: int
+    ) -> dict[str, Problems]:
         """The problems of each feature type. Only `x` keeps a graph."""
         groups, n = self.noise.shape[1:3]
-        samples = self._generated(generator, 0)
-        made = self._featured(samples)
-        for name, t in made.items():
-            if samples.requires_grad and torch.is_grad_enabled() and not t.requires_grad:
-                raise ValueError(
-                    f"{self.who}: {_named('features', name)} must keep the graph of the samples,"
-                    " got a tensor without gradient"
-                )
+        made = self._generated(generator, 0, micro_batches)
         shapes = {name: t.shape[1:] for name, t in made.items()}
         x = self._points("", made, groups, n, shapes)
-        del samples, made
+        del made
         with torch.no_grad():
             x_self = {name: t.detach() for name, t in x.items()}
             if resample:
-                again = self._featured(self._generated(generator, 1))
+                again = self._generated(generator, 1, micro_batches)
                 x_self = self._points("", again, groups, n, shapes)
-            y = self._given("real", self.real, shapes)
-            u = None if self.uncond is None else self._given("uncond", self.uncond, shapes)
+            y = self._given("real", self.real, shapes, micro_batches)
+            u = None
+            if self.uncond is not None:
+                u = self._given("uncond", self.uncond, shapes, micro_batches)
         return {
             name: Problems(x[name], x_self[name], y[name], None if u is None else u[name], self.w)
             for name in x
         }
 
-    def _generated(self, generator: Callable[..., Tensor], batch: int) -> Tensor:
-        groups, n = self.noise.shape[1:3]
+    def _generated(
+        self, generator: Callable[..., Tensor], batch: int, micro_batches: int
+    ) -> dict[str, Tensor]:
+        """Features of the samples of `noise[batch]`. A micro-batch keeps no activations: it is
+        generated again for the gradient."""
+        n = self.noise.shape[2]
         condition = [
             None if t is None else t.repeat_interleave(n) for t in (self.labels, self.scale)
         ]
         while condition and condition[-1] is None:
             condition.pop()
-        out = generator(self.noise[batch].flatten(0, 1), *condition)
+
+        def make(*inputs: Tensor | None) -> dict[str, Tensor]:
+            assert inputs[0] is not None
+            return self._made(generator, len(inputs[0]), inputs)
+
+        inputs = [self.noise[batch].flatten(0, 1), *condition]
+        if micro_batches == 1:
+            return make(*inputs)
+        pieces = [
+            checkpoint(make, *piece, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else make(*piece)
+            for piece in _split(inputs, micro_batches)
+        ]
+        return _joined(pieces)
+
+    def _made(
+        self, generator: Callable[..., Tensor], n: int, inputs: tuple[Tensor | None, ...]
+    ) -> dict[str, Tensor]:
+        out = generator(*inputs)
         values = None
         if self.features is None and isinstance(self.real, Tensor):
             values = math.prod(self.real.shape[2:])
-        if out.shape[0] != groups * n or values not in (None, out[0].numel()):
+        if out.shape[0] != n or values not in (None, out[0].numel()):
             like = "" if values is None else f" of {values} values like real"
             raise ValueError(
-                f"{self.who}: generator must return {groups * n} samples{like},"
-                f" got {tuple(out.shape)}"
+                f"{self.who}: generator must return {n} samples{like}, got {tuple(out.shape)}"
             )
-        return out
+        made = self._featured(out)
+        for name, t in made.items():
+            if out.requires_grad and torch.is_grad_enabled() and not t.requires_grad:
+                raise ValueError(
+                    f"{self.who}: {_named('features', name)} must keep the graph of the samples,"
+                    " got a tensor without gradient"
+                )
+        return made
 
     def _featured(self, samples: Tensor) -> dict[str, Tensor]:
         if self.features is None:
@@ -135,12 +168,18 @@ class Batch:
         return named(self.who, "features", self.features(samples))
 
     def _given(
-        self, name: str, given: Tensor | dict[str, Tensor], shapes: dict[str, torch.Size]
+        self,
+        name: str,
+        given: Tensor | dict[str, Tensor],
+        shapes: dict[str, torch.Size],
+        micro_batches: int,
     ) -> dict[str, Tensor]:
         """Points of samples, which features are made of, or of features that are ready."""
         if isinstance(given, Tensor):
             groups, n = given.shape[:2]
-            made = self._featured(given.detach().flatten(0, 1))
+            flat = given.detach().flatten(0, 1)
+            pieces = _split([flat], micro_batches)
+            made = _joined([self._featured(t) for (t,) in pieces if t is not None])
         else:
             groups, n = next(iter(given.values())).shape[:2]
             made = {key: t.detach().flatten(0, 1) for key, t in given.items()}
@@ -248,7 +287,6 @@ def batch(
     uncond: Given | None,
     guidance: float | Tensor,
     scale: float | Tensor | None,
-    resample: bool,
 ) -> Batch:
     """Check what a loss is given, before any network is called.
 
@@ -289,9 +327,6 @@ def batch(
             f"{who}: labels must be one per group, ({groups},), got {tuple(labels.shape)}"
         )
     w, a = _guidance(who, guidance, scale, noise, uncond is not None)
-    m = next(iter(own.values())).shape[1] if isinstance(own, dict) else own.shape[1]
-    if m != noise.shape[2] and resample:
-        _say_unequal(who, m, noise.shape[2])
     return Batch(who, noise, own, labels, features, other, w, a)
 
 
@@ -314,6 +349,20 @@ def named(who: str, name: str, value: Any) -> dict[str, Tensor]:
         got = type(value).__name__ if not isinstance(value, Sequence | Mapping) else "none"
         raise ValueError(f"{who}: {name} must be a tensor, or a list or dict of them, got {got}")
     return found
+
+
+def _split(tensors: Sequence[Tensor | None], parts: int) -> Iterator[tuple[Tensor | None, ...]]:
+    """Rows of some tensors, in up to `parts` parts."""
+    n = len(tensors[0]) if tensors[0] is not None else 0
+    size = math.ceil(n / min(parts, n))
+    for i in range(0, n, size):
+        yield tuple(None if t is None else t[i : i + size] for t in tensors)
+
+
+def _joined(pieces: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(pieces) == 1:
+        return pieces[0]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _named(name: str, key: str) -> str:
@@ -396,12 +445,14 @@ def _guidance(
     return a - 1, a.to(noise.dtype)
 
 
-def _say_unequal(who: str, real: int, generated: int) -> None:
+def say_unequal(who: str, real: int, generated: int) -> None:
+    """Warn once where real points are not as many as generated ones."""
     global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            f"{who}: {real} real beside {generated} generated points: between equal laws the drift"
-            " averages to nearly 0, and to 0 if they are as many; this is said once",
-            stacklevel=4,
-        )
+    if real == generated or _warned:
+        return
+    _warned = True
+    warnings.warn(
+        f"{who}: {real} real beside {generated} generated points: between equal laws the drift"
+        " averages to nearly 0, and to 0 if they are as many; this is said once",
+        stacklevel=4,
+    )

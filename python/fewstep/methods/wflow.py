@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,10 +16,14 @@ from torch import Tensor
 from fewstep._checks import check_types, integer, number, one_of
 from fewstep._library import BACKENDS
 from fewstep._names import Backend, Form
-from fewstep._torch import exactly, wide
-from fewstep.methods.problems import Features, Given, Problems, Reduction, Velocity, batch, stepped
+from fewstep._torch import wide
+from fewstep.methods.problems import Features, Given, Problems, Reduction, Velocity, batch
+from fewstep.methods.ranks import Hold, over_ranks, take
 from fewstep.ops.sinkhorn.drift import FORMS, Drift, sinkhorn_drift
 from fewstep.reference.drift import MIN_RMS, MIN_SCALE
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Guide = Literal["velocity", "distribution"]
 _KEPT = 2**25  # bytes that malloc keeps for the next tensor; larger ones are new pages each time
@@ -72,6 +76,9 @@ class WFlow:
             joint form then leaves out the pairs of a point with itself.
         reduction: what becomes of the losses of several feature types, "mean" or "sum".
         per_group: one s and one rms(V) for each group, instead of one for all.
+        micro_batches: number of parts in which the generator and the features run. With more than
+            1, each part keeps no activations, and runs once more for the gradient. The loss is that
+            of one part, unless samples of a batch depend on each other, as by batch normalisation.
         memory_limit: number of bytes that copies of the points and their pairs may take at once.
             Problems beyond that are solved in chunks, to the same result but for rounding. The
             velocity of all problems is held besides, once for each temperature.
@@ -101,15 +108,16 @@ class WFlow:
     resample: bool = True
     reduction: Reduction = "mean"
     per_group: bool = False
+    micro_batches: int = 1
     memory_limit: int = 2**28
 
     def __post_init__(self) -> None:
         if isinstance(self.eps, list):  # as JSON has it
             object.__setattr__(self, "eps", tuple(self.eps))
         check_types(self)
-        for name in ("eps", "max_iter", "step_size", "memory_limit"):
+        for name in ("eps", "max_iter", "step_size", "micro_batches", "memory_limit"):
             got = getattr(self, name)
-            check = integer if name in ("max_iter", "memory_limit") else number
+            check = number if name in ("eps", "step_size") else integer
             own = [check("WFlow", name, v) for v in (got if isinstance(got, tuple) else (got,))]
             if not own or not all(0 < v < math.inf for v in own):
                 raise ValueError(f"WFlow: {name} must be positive and finite, got {got}")
@@ -132,6 +140,8 @@ class WFlow:
         uncond: Given | None = None,
         guidance: float | Tensor = 0.0,
         scale: float | Tensor | None = None,
+        process_group: ProcessGroup | None = None,
+        ranks_hold: Hold | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and metrics of one step. A call of `fewstep.sinkhorn_drift` serves all problems
         of a feature type.
@@ -158,6 +168,15 @@ class WFlow:
                 needs uncond.
             scale (float | Tensor | None): `1 + w` in place of guidance, for a generator that takes
                 it. `fewstep.methods.sample_scales` draws it.
+            process_group (ProcessGroup | None): ranks of torch.distributed whose samples are one
+                batch. s, rms and plans are those of all, and the mean over the ranks of losses and
+                of gradients, which DDP takes, is that of one process with all samples. Default: of
+                this process alone.
+            ranks_hold (str | None): with `process_group`, what each rank has its own of. "points":
+                its part of the samples of every group, in any number; all ranks have the same
+                groups. They gather their features, and each solves a share of the problems.
+                "groups": groups of its own, in any number, of as many samples. Ranks then add up a
+                few numbers. Default: "points" for a single group; for more it must be given.
 
         Returns:
             tuple: the loss, a scalar, and a dict of detached scalars. `drift` is the mean of V^2
@@ -170,42 +189,45 @@ class WFlow:
                 the shapes above.
             TypeError: noise, real, uncond or a feature is not floating.
         """
-        given = batch(
+        return take(
             "WFlow",
-            noise,
-            real,
-            labels,
-            features=features,
-            uncond=uncond,
-            guidance=guidance,
-            scale=scale,
+            lambda: batch(
+                "WFlow",
+                noise,
+                real,
+                labels,
+                features=features,
+                uncond=uncond,
+                guidance=guidance,
+                scale=scale,
+            ),
+            generator,
+            self._velocity,
+            noise=noise,
             resample=self.resample,
+            per_group=self.per_group,
+            step_size=self.step_size,
+            reduction=self.reduction,
+            micro_batches=self.micro_batches,
+            process_group=process_group,
+            ranks_hold=ranks_hold,
         )
-        types = given.gather(generator, resample=self.resample)
-        with exactly(noise.device):
-            return stepped(
-                types,
-                self._velocity,
-                per_group=self.per_group,
-                step_size=self.step_size,
-                reduction=self.reduction,
-            )
 
     @torch.no_grad()
-    def _velocity(self, p: Problems) -> Velocity:
+    def _velocity(self, p: Problems, group: Any) -> Velocity:
         dtype = wide(p.x.dtype)
         temperatures = self.eps if isinstance(self.eps, tuple) else (self.eps,)
         on_cpu = p.x.device.type == "cpu"
         own = _bytes(p, dtype, len(temperatures), not on_cpu or self.backend == "reference")
         count = p.x.shape[0] * p.x.shape[1]
-        if count == 1 or own * count <= self.memory_limit:
+        if group is None and (count == 1 or own * count <= self.memory_limit):
             whole = p.part(slice(None), slice(None), dtype)
             drift = self._drift(whole, eps=self.eps, normalize=True if self.normalize else "scale")
             v = drift.velocity if drift.velocity.ndim == 4 else drift.velocity.sum(0)
             return Velocity(v, drift.scale, drift.rms, drift.residual.max())
 
         most = (min(self.memory_limit, _KEPT) if on_cpu else self.memory_limit) // own
-        s = self._scale(p, most)
+        s = self._scale(p, most, group)
         # Points stay in their units, and eps is in those of the cost. NaN and inf stay so in V / s.
         unit = torch.where(s.isfinite(), s, 1.0).square() * p.x.shape[3]
         eps = torch.stack([unit * e for e in temperatures])
@@ -216,7 +238,9 @@ class WFlow:
             v[:, g, k] = drift.velocity
             squares.append(drift.rms.double().square() * part.x.numel())
             residuals.append(drift.residual.max())
-        rms = ((torch.stack(squares).sum(0) / p.x.numel()).sqrt() / s).to(dtype)
+        total = torch.stack(squares).sum(0)
+        total = over_ranks(torch.cat([total, total.new_full((1,), p.x.numel())]), group)
+        rms = ((total[:-1] / total[-1]).sqrt() / s).to(dtype)
         by = rms.clamp(min=MIN_RMS) if self.normalize else torch.ones_like(rms)
         v /= (s * by)[:, None, None, None, None]
         return Velocity(v[0] if len(v) == 1 else v.sum(0), s, rms, torch.stack(residuals).max())
@@ -267,7 +291,7 @@ class WFlow:
             weights[2] *= p.w[:, None, None] * (n / u)
         return weights
 
-    def _scale(self, p: Problems, most: int) -> Tensor:
+    def _scale(self, p: Problems, most: int, group: Any) -> Tensor:
         """s of all problems, from moments about the mean of each problem's x."""
         pairs, mass = [], []
         for *_, part in p.parts(most, wide(p.x.dtype)):
@@ -286,8 +310,11 @@ class WFlow:
                 own = w * own
                 pairs.append(own.sum(dtype=torch.float64))
                 mass.append(w.expand_as(own).sum(dtype=torch.float64) * (n * m))
-        mean = torch.stack(pairs).sum() / torch.stack(mass).sum()
-        scale = (mean / p.x.shape[3]).clamp(min=0).sqrt().clamp(min=MIN_SCALE)
+        total, weight = over_ranks(
+            torch.stack([torch.stack(pairs).sum(), torch.stack(mass).sum()]), group
+        )
+        mean = total / weight
+        scale: Tensor = (mean / p.x.shape[3]).clamp(min=0).sqrt().clamp(min=MIN_SCALE)
         return scale.to(wide(p.x.dtype))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep._files import checksum, read_tensors, write_tensors
+from fewstep.training.ranks import is_sharded
 
 M = TypeVar("M", bound=nn.Module)
 _FORMAT = "fewstep 1"
@@ -59,7 +60,13 @@ def restore(path: Path, state: Mapping[str, Tensor]) -> int:
     tensors, step = load(path)
     _check(path, state, tensors)
     for name, live in state.items():
-        live.copy_(tensors[name])
+        own = tensors[name]
+        if is_sharded(live):
+            from torch.distributed.tensor import distribute_tensor
+
+            where = live.device_mesh, live.placements  # type: ignore[attr-defined]
+            own = distribute_tensor(own.to(live.device), *where, src_data_rank=None)
+        live.copy_(own)
     return step
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import inspect
 import io
 import itertools
-import os
 import re
 import sys
 import typing
@@ -33,6 +32,7 @@ from fewstep.data.pairs import MANIFEST, PairsConfig
 from fewstep.training import plots
 from fewstep.training.encoder import imported
 from fewstep.training.loop import CHECKPOINT
+from fewstep.training.ranks import among, joined
 from fewstep.training.registry import TRAINERS, trainer_of
 from fewstep.training.runs import RunConfig, Trainer, grid_columns, nested
 from fewstep.verification import report
@@ -108,14 +108,18 @@ class TrainMethod:
         return config
 
     def execute(self) -> None:
-        ranks = os.environ.get("WORLD_SIZE", "1")
-        if ranks != "1":
-            raise ValueError(f"train runs in one process, got WORLD_SIZE={ranks} from torchrun")
         folder: Folder = self.run
-        result = self.trainer.train(
-            self.config(), folder.out, resume=folder.resume, overwrite=folder.overwrite
-        )
-        sys.stdout.write(f"\n{result.report.table}\n\n{result.report.picture}\n")
+        with joined() as group:
+            result = self.trainer.train(
+                self.config(),
+                folder.out,
+                resume=folder.resume,
+                overwrite=folder.overwrite,
+                process_group=group,
+            )
+            if among(group).first:
+                report = result.report
+                sys.stdout.write(f"\n{report.table}\n\n{report.picture}\n")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from fewstep._torch import seeded
 from fewstep.metrics.tables import aligned
 from fewstep.networks import ImageEncoder, MaskedAutoencoder, masked_error, patch_masks
 from fewstep.training import plots
-from fewstep.training.loop import Stage
+from fewstep.training.loop import Losses, Stage
 from fewstep.training.runs import (
     PICTURE,
     NetworkRecipe,
@@ -128,11 +129,18 @@ def _stages(session: Session[EncoderConfig]) -> list[Stage]:
     def update(step: int) -> dict[str, Tensor]:
         rng = seeded(config.seed, step + 1)
         chosen = torch.randint(len(data.images), (config.batch,), generator=rng)
-        images = data.images[chosen].to(session.device)
+        images = data.images[chosen]
         masks = patch_masks(images, patch=config.patch, share=config.share, generator=rng)
-        loss = masked_error(network.model(images, masks), images, masks)
-        network.step(loss, step / config.steps, step)
-        return {"loss": loss}
+
+        def loss(rows: slice, ids: Tensor, rng: torch.Generator) -> Losses:
+            own, hidden = images[rows].to(session.device), masks[rows].to(session.device)
+            error = masked_error(network.model(own, hidden), own, hidden)
+            # Parts count by the values that are masked in them, as in a batch of all.
+            share = masks[rows].float().mean() / masks.float().mean().clamp_min(1e-12)
+            return error * share.to(session.device), {}
+
+        parts = session.parts(config.batch, rng)
+        return network.step([partial(loss, *part) for part in parts], step / config.steps, step)
 
     return [Stage("", config.steps, update)]
 

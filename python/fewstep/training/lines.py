@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ from fewstep.samplers.multistep import MODES, multistep_sample
 from fewstep.samplers.schedules import few_step_sigmas
 from fewstep.samplers.seeds import latents
 from fewstep.training import plots
-from fewstep.training.loop import Stage
+from fewstep.training.loop import Losses, Stage
 from fewstep.training.runs import (
     PAIRS,
     PICTURE,
@@ -384,9 +385,7 @@ def _stages(session: Session[LinesConfig]) -> list[Stage]:
     made: list[pairs.PairDataset] = []
 
     def teach(step: int) -> dict[str, Tensor]:
-        loss = _denoising_loss(teacher.model, run, session.data, step, device)
-        teacher.step(loss, step / config.teacher_steps, step)
-        return {"loss": loss}
+        return teacher.step(_denoising(session, step), step / config.teacher_steps, step)
 
     def make_pairs(step: int) -> None:
         if step == 0 and config.teacher:
@@ -395,7 +394,21 @@ def _stages(session: Session[LinesConfig]) -> list[Stage]:
         if step == 0 and config.parameterisation == "edm":
             student.copy(teacher.averaged)
         own, folder = _as_teacher(teacher.averaged.eval(), run), session.out / PAIRS
-        generate(own, _pairs_config(config), folder, device=str(device), progress=session.progress)
+        ranks = session.ranks
+        make = partial(
+            generate,
+            own,
+            _pairs_config(config),
+            folder,
+            device=str(device),
+            progress=session.progress and ranks.first,
+        )
+        if ranks.world > 1:
+            make(worker=(ranks.rank, ranks.world))
+            ranks.wait()
+        if ranks.first:  # which finds the files of the others, and lists them
+            make()
+        ranks.wait()
         made[:] = [pairs.PairDataset(folder)]
 
     def match(step: int) -> dict[str, Tensor]:
@@ -407,27 +420,28 @@ def _stages(session: Session[LinesConfig]) -> list[Stage]:
     ]
 
 
-def _denoising_loss(
-    denoiser: nn.Module, run: Run[LinesConfig], data: Images, step: int, device: torch.device
-) -> Tensor:
+def _denoising(session: Session[LinesConfig], step: int) -> list[Callable[[], Losses]]:
     """EDM's loss, `w |D(x + sigma eps, sigma) - x|^2` with `w = (sigma^2 + sd^2) / (sigma sd)^2`.
 
     The levels have `ln sigma ~ N(-1.2 + ln(sd / 0.5), 1.2^2)`, which is EDM's own law at its sd of
     0.5.
     """
+    run, data, device = session.run, session.data, session.device
+    denoiser, sd, n = session.networks["teacher"].model, run.sigma_data, run.config.batch
     rng = seeded(run.config.seed, 2 * step + 2)
-    chosen = torch.randint(len(data.images), (run.config.batch,), generator=rng)
-    x = data.images[chosen].to(device)
-    sd = run.sigma_data
-    normal = torch.randn(len(x), generator=rng).to(device)
-    sigma = (1.2 * normal - 1.2 + math.log(sd / 0.5)).exp()
-    wide = sigma[:, None, None, None]
-    eps = torch.randn(x.shape, generator=rng).to(device)
-    condition = _labels(run, data, chosen, device)
-    error = denoiser(x + wide * eps, sigma, *condition) - x
-    weight = (wide.square() + sd**2) / (wide * sd).square()
-    loss: Tensor = (weight * error.square()).mean()
-    return loss
+    chosen = torch.randint(len(data.images), (n,), generator=rng)
+    levels = (1.2 * torch.randn(n, generator=rng) - 1.2 + math.log(sd / 0.5)).exp()
+    normal = torch.randn(n, *run.image_shape, generator=rng)
+
+    def loss(rows: slice) -> Losses:
+        own = chosen[rows]
+        x, eps, sigma = (t.to(device) for t in (data.images[own], normal[rows], levels[rows]))
+        wide = sigma[:, None, None, None]
+        error = denoiser(x + wide * eps, sigma, *_labels(run, data, own, device)) - x
+        weight = (wide.square() + sd**2) / (wide * sd).square()
+        return (weight * error.square()).mean(), {}
+
+    return [partial(loss, rows) for rows, *_ in session.parts(n, rng)]
 
 
 def _labels(
@@ -445,29 +459,45 @@ def _student_step(
     config, lines = run.config, run.config.lines
     rng = seeded(config.seed, 2 * step + 3)
     indices = torch.randint(len(dataset), (config.batch,), generator=rng)
-    x0, x1, *labels = (t.to(device) for t in dataset.batch(indices))
     student, critic = session.networks["student"], session.networks.get("discriminator")
-    loss, metrics = lines(
-        student.model,
-        x0,
-        x1,
-        *labels,
-        discriminator=critic.model if critic is not None else None,
-        generator=rng,
-        step=step,
-    )
-    output = metrics.pop("output")
+    outputs: list[tuple[Tensor, list[Tensor]]] = []
+
+    def loss(rows: slice, ids: Tensor, rng: torch.Generator) -> Losses:
+        x0, x1, *labels = (t.to(device) for t in dataset.batch(indices[rows]))
+        value, metrics = lines(
+            student.model,
+            x0,
+            x1,
+            *labels,
+            discriminator=critic.model if critic is not None else None,
+            generator=rng,
+            step=step,
+            sample_ids=ids,
+            process_group=session.ranks.group,
+        )
+        outputs.append((metrics.pop("output"), labels))
+        return value, metrics
+
+    def hinge(made: tuple[Tensor, list[Tensor]], part: tuple[slice, Tensor, Any]) -> Losses:
+        assert critic is not None
+        (output, labels), (rows, ids, rng) = made, part
+        real = data.images[chosen[rows]].to(device)
+        of_real = _labels(run, data, chosen[rows], device)
+        both = (of_real[0], labels[0]) if of_real else None
+        value, metrics = lines.discriminator_loss(
+            critic.model, real, output, both, generator=rng, sample_ids=ids
+        )
+        return value, {f"D({key})": t for key, t in metrics.items()}
+
     share = step / config.student_steps
-    student.step(loss, share, step)
-    scalars = {"loss": loss, **metrics}
+    parts = session.parts(config.batch, rng)
+    scalars = student.step([partial(loss, *part) for part in parts], share, step)
     if critic is not None:
         chosen = torch.randint(len(data.images), (config.batch,), generator=rng)
-        real = data.images[chosen].to(device)
-        of_real = _labels(run, data, chosen, device)
-        both = (of_real[0], labels[0]) if of_real else None
-        hinge, its = lines.discriminator_loss(critic.model, real, output, both, generator=rng)
-        critic.step(hinge, share, step)
-        scalars |= {"discriminator": hinge, **{f"D({key})": t for key, t in its.items()}}
+        parts = session.parts(config.batch, rng)
+        pieces = [partial(hinge, made, part) for made, part in zip(outputs, parts, strict=True)]
+        found = critic.step(pieces, share, step)
+        scalars |= {"discriminator": found.pop("loss"), **found}
     return scalars
 
 

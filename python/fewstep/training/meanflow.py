@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from fewstep.metrics.summary import MetricRow, report
 from fewstep.metrics.tables import aligned
 from fewstep.networks import AverageVelocityMLP, average_velocity, check_network, in_batches
 from fewstep.training import plots
-from fewstep.training.loop import Stage
+from fewstep.training.loop import Losses, Stage
 from fewstep.training.runs import (
     PICTURE,
     NetworkRecipe,
@@ -171,26 +172,41 @@ def _stages(session: Session[MeanFlowConfig]) -> list[Stage]:
 
     def update(step: int) -> dict[str, Tensor]:
         rng = seeded(config.seed, step + 1)
-        images, labels = _draw(config, session.data, rng)
-        given = labels.to(device) if labels is not None and run.classes else None
-        loss, metrics = config.flow(
-            network.model,
-            images.to(device),
-            given,
-            null_label=len(run.classes) or None,
-            generator=rng,
-        )
-        network.step(loss, step / config.steps, step)
-        return {"error": metrics.pop("error"), "loss": loss, **metrics}
+        chosen = torch.randint(len(session.data.images), (config.batch,), generator=rng)
+
+        parts = [*session.parts(config.batch, rng)]
+        diverged: list[FloatingPointError] = []
+
+        def loss(rows: slice, ids: Tensor, rng: torch.Generator) -> Losses:
+            images, labels = _some(session.data, chosen[rows])
+            given = labels.to(device) if labels is not None and run.classes else None
+            try:
+                value, metrics = config.flow(
+                    network.model,
+                    images.to(device),
+                    given,
+                    null_label=len(run.classes) or None,
+                    generator=rng,
+                    sample_ids=ids,
+                )
+            except FloatingPointError as error:  # every sample of this part is left out
+                diverged.append(error)
+                if len(diverged) == len(parts):
+                    raise
+                none = torch.zeros((), device=device)
+                zeros = dict.fromkeys(("error", "tangent"), none)
+                return none.clone().requires_grad_(), zeros | {"skipped": none + 1}
+            # A mean over the samples of all parts and ranks, where those left out count as 0.
+            return value * (1 - metrics["skipped"]), metrics
+
+        found = network.step([partial(loss, *part) for part in parts], step / config.steps, step)
+        return {"error": found.pop("error"), **found}
 
     return [Stage("", config.steps, update)]
 
 
-def _draw(
-    config: MeanFlowConfig, data: Images, rng: torch.Generator
-) -> tuple[Tensor, Tensor | None]:
-    """Images `[B, C, H, W]` of one step, and their labels `[B]`."""
-    chosen = torch.randint(len(data.images), (config.batch,), generator=rng)
+def _some(data: Images, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Images `[B, C, H, W]` and their labels `[B]`."""
     return data.images[chosen], None if data.labels is None else data.labels[chosen]
 
 

@@ -6,12 +6,12 @@ marginals, and "plain" without.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from fewstep.networks import LinePrecond, VelocityMLP, check_network, in_batches
 from fewstep.networks import velocity as velocity_of
 from fewstep.ops.trace.steps import nodes, walked
 from fewstep.training import plots
-from fewstep.training.loop import Stage
+from fewstep.training.loop import Losses, Stage
 from fewstep.training.runs import (
     PICTURE,
     NetworkRecipe,
@@ -38,6 +38,9 @@ from fewstep.training.runs import (
     TrainResult,
     sample_noise,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 STUDENTS = ("student", "plain")
 _EVALUATED, _FEW = 256, 16  # images, for densities: few where traces take a pass a pixel
@@ -60,7 +63,6 @@ class ReflowConfig(RunConfig):
             transformers is at most 4e-4.
         width: number of units of a hidden layer of network mlp.
         depth: number of hidden layers of network mlp. The trace is exact and cheap with one or two.
-        clip: largest norm of a network's gradient. A longer gradient is scaled down to it.
         flow: settings of the loss.
 
     Raises:
@@ -76,14 +78,12 @@ class ReflowConfig(RunConfig):
     network: str = "mlp"
     width: int = 384
     depth: int = 2
-    clip: float = 5.0
+    clip: float | None = 5.0
     flow: MarginalReflow = field(default_factory=MarginalReflow)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_network(self.network)
-        if not 0 < self.clip < math.inf:
-            raise ValueError(f"clip must be positive and finite, got {self.clip!r}")
 
 
 # Determinants of 64 dimensions are cheap. With more of them, traces along four steps a window are.
@@ -127,6 +127,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> TrainResult[StudentsReport]:
     """Train both students, and their teacher unless one is given.
 
@@ -140,6 +141,7 @@ def train(
         resume (bool): continue from the checkpoint in `out`.
         overwrite (bool): replace a run that is in `out`.
         progress (bool): show progress bars on stderr.
+        process_group (ProcessGroup | None): ranks that train together.
 
     Returns:
         TrainResult: networks, numbers and picture.
@@ -155,7 +157,14 @@ def train(
         stages=partial(_stages, teacher=teacher),
         report=partial(evaluate, teacher=teacher),
     )
-    return trainer.train(config, out, resume=resume, overwrite=overwrite, progress=progress)
+    return trainer.train(
+        config,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        process_group=process_group,
+    )
 
 
 @torch.no_grad()
@@ -261,9 +270,7 @@ def _stages(session: Session[ReflowConfig], *, teacher: Field | None = None) -> 
                 network.copy(networks["teacher"].averaged)
 
         def update(step: int) -> dict[str, Tensor]:
-            loss, metrics = _loss(session, name, velocity, step)
-            network.step(loss, step / steps, step, clip=config.clip)
-            return {"loss": loss, **metrics}
+            return network.step(_losses(session, name, velocity, step), step / steps, step)
 
         return Stage(name, steps, update, begin)
 
@@ -273,22 +280,34 @@ def _stages(session: Session[ReflowConfig], *, teacher: Field | None = None) -> 
     ]
 
 
-def _loss(
+def _losses(
     session: Session[ReflowConfig], name: str, teacher: Field, step: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a network at one step. Both students draw the same numbers at a step."""
-    config, images, model = session.run.config, session.data.images, session.networks[name].model
+) -> list[Callable[[], Losses]]:
+    """The losses of a network at one step. Both students draw the same numbers at a step."""
+    config, images, device = session.run.config, session.data.images, session.device
+    model = session.networks[name].model
     rng = seeded(config.seed, 2 * (step + 1) + (name != "teacher"))
     count = config.teacher_batch if name == "teacher" else config.batch
-    x = images[torch.randint(len(images), (count,), generator=rng)].to(session.device)
-    if name != "teacher":
+    chosen = torch.randint(len(images), (count,), generator=rng)
+
+    def aligned(rows: slice, ids: Tensor, rng: torch.Generator) -> Losses:
         flow = config.flow if name == "student" else replace(config.flow, lam=0.0)
-        return flow(model, teacher, x, generator=rng, step=step)
-    t = torch.rand(count, generator=rng).to(session.device)
-    eps = torch.randn(x.shape, generator=rng).to(session.device)
-    target = eps - x
-    xt = x + t[:, None, None, None] * target
-    return (model(xt, t) - target).square().mean(), {}
+        x = images[chosen[rows]].to(device)
+        return flow(model, teacher, x, generator=rng, step=step, sample_ids=ids)
+
+    if name != "teacher":
+        return [partial(aligned, *part) for part in session.parts(count, rng)]
+    t = torch.rand(count, generator=rng)
+    eps = torch.randn(count, *images.shape[1:], generator=rng)
+
+    def matched(rows: slice) -> Losses:
+        own, noise = t[rows].to(device), eps[rows].to(device)
+        x = images[chosen[rows]].to(device)
+        target = noise - x
+        xt = x + own[:, None, None, None] * target
+        return (model(xt, own) - target).square().mean(), {}
+
+    return [partial(matched, rows) for rows, *_ in session.parts(count, rng)]
 
 
 def _as_teacher(velocity: nn.Module, run: Run[ReflowConfig]) -> Teacher:
@@ -311,5 +330,6 @@ TRAINER = Trainer(
     longer="",
     teacher=_as_teacher,
     conditional=lambda config: False,
+    batches=("teacher_batch", "batch"),
 )
 preset, read_run = TRAINER.preset, TRAINER.read_run

@@ -8,16 +8,18 @@ import json
 import math
 import shutil
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 import fewstep
-from fewstep._checks import check_config, count
+from fewstep._checks import check_config, count, one_of
 from fewstep._files import one_writer, read_json, replacing
 from fewstep._torch import seeded, torch_device
 from fewstep.data.generate import Teacher
@@ -31,9 +33,14 @@ from fewstep.training.loop import (
     NUMBERS,
     Stage,
     TrainedNetwork,
+    TrainPrecision,
     fit,
     prefix,
 )
+from fewstep.training.ranks import ALONE, Ranks, among, own_device
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CONFIG, PAIRS, PICTURE = "config.json", "pairs", "samples.png"
 REPORT, TABLE = "report.json", "report.txt"
@@ -61,6 +68,14 @@ class RunConfig:
             one.
         size: width and height in pixels that images of a folder are cropped and resized to. 0
             leaves them as they are.
+        precision: "bf16" runs networks under autocast in bfloat16. Weights, losses and kernels stay
+            in float32.
+        compile: compilation of the networks by `torch.compile`.
+        clip: largest norm of a network's gradient. A longer gradient is scaled down to it.
+        accumulate: number of micro-batches that a step's batch is divided into, on each rank of
+            torchrun. The gradient is that of the whole batch.
+        shard: division of weights, averages and moments between the ranks of torchrun, by FSDP2. It
+            is for methods of one network.
 
     Raises:
         ValueError: a number is outside its range.
@@ -75,12 +90,21 @@ class RunConfig:
     checkpoint_every: int = 250
     device: str = "auto"
     size: int = 0
+    precision: TrainPrecision = "fp32"
+    compile: bool = False
+    clip: float | None = None
+    accumulate: int = 1
+    shard: bool = False
 
     def __post_init__(self) -> None:
         own = [f.name for f in dataclasses.fields(self) if f.type == "int"]
         sizes = [name for name in own if name not in ("seed", "size")]
         check_config(self, *sizes)
-        object.__setattr__(self, "size", count(type(self).__name__, "size", self.size, 0))
+        who = type(self).__name__
+        object.__setattr__(self, "size", count(who, "size", self.size, 0))
+        one_of(who, "precision", self.precision, get_args(TrainPrecision))
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip must be positive and finite, got {self.clip!r}")
 
 
 C = TypeVar("C", bound=RunConfig)
@@ -140,6 +164,7 @@ class Session(Generic[C]):
         out: folder of the run.
         device: device of the networks.
         progress: whether progress bars are shown.
+        ranks: processes that train together.
     """
 
     run: Run[C]
@@ -148,6 +173,17 @@ class Session(Generic[C]):
     out: Path
     device: torch.device
     progress: bool
+    ranks: Ranks = ALONE
+
+    def parts(
+        self, n: int, rng: torch.Generator
+    ) -> Iterator[tuple[slice, Tensor, torch.Generator]]:
+        """This rank's micro-batches of a batch of n: rows, their ids, and a generator in the state
+        of `rng`, so that a sample's numbers depend on nothing but its place in the batch."""
+        for rows in self.ranks.rows(n, self.run.config.accumulate):
+            own = torch.Generator()
+            own.set_state(rng.get_state())
+            yield rows, torch.arange(n)[rows], own
 
 
 @dataclass(frozen=True)
@@ -199,6 +235,8 @@ class Trainer(Generic[C, R]):
         teacher: function that makes a teacher for `fewstep pairs` of the network named "teacher";
             None where the method has none.
         conditional: function that says whether a run's networks take the classes of the data.
+        batches: names of the settings that are numbers of samples, which ranks and micro-batches
+            divide between them.
         longer: name of the setting that may grow when a run is resumed: the number of steps of the
             last stage. Empty where several stages have it.
     """
@@ -214,6 +252,7 @@ class Trainer(Generic[C, R]):
     network: str = "student"
     teacher: Callable[[nn.Module, Run[C]], Teacher] | None = None
     conditional: Callable[[C], bool] = lambda config: True
+    batches: tuple[str, ...] = ("batch",)
     longer: str = "steps"
 
     def preset(self, data: str) -> C:
@@ -258,6 +297,7 @@ class Trainer(Generic[C, R]):
         resume: bool = False,
         overwrite: bool = False,
         progress: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> TrainResult[R]:
         """Train the networks of a run, then measure and picture them.
 
@@ -275,13 +315,17 @@ class Trainer(Generic[C, R]):
                 the steps of the last stage may be more.
             overwrite (bool): replace a run that is in `out`.
             progress (bool): show progress bars on stderr.
+            process_group (ProcessGroup | None): ranks of torch.distributed that train together. All
+                must make the call, with one folder that they all see. Losses and steps are those
+                of one process, but for rounding, and a run may be resumed on other numbers of
+                ranks. Each rank holds the data and the networks. The first writes.
 
         Returns:
             TrainResult: networks, numbers and picture.
 
         Raises:
-            ValueError: the data cannot be loaded, `out` is in use by another run or process, or
-                a checkpoint is damaged or of another run.
+            ValueError: the data cannot be loaded, `out` is in use by another run or process,
+                a checkpoint is damaged or of another run, or a batch cannot be divided.
             FloatingPointError: a loss is no longer finite. The last good checkpoint stays.
             KeyboardInterrupt: Ctrl-C or SIGTERM came, and a checkpoint was written.
             ModuleNotFoundError: a package of the extra `train` is missing.
@@ -294,28 +338,13 @@ class Trainer(Generic[C, R]):
         'samples.png'
         """
         require_extra()
-        data = load_enough(config.data, size=config.size)
-        device = torch_device(config.device)
-        shape = tuple(data.images.shape[1:])
-        names = data.names if self.conditional(config) else ()
-        run = Run(config, shape, names, float(data.images.std()))
-        began = self.read_run(out) if resume else None
-        with one_writer(out):
-            if began is None:
-                _begin(out, self.name, run, overwrite=overwrite)
-            else:
-                run = _resumed(out, began, run, self.longer)
-                if run != began:
-                    _write_config(out, self.name, run)
-            recipes, path = self.networks(run), out / CHECKPOINT
-            if path.exists():
-                modules = {f"{prefix(name)}model.": r.module for name, r in recipes.items()}
-                checkpoint.check_shapes(path, modules)
-            networks = {
-                name: TrainedNetwork(r.module().to(device), lr=r.lr, ema=r.ema, betas=r.betas)
-                for name, r in recipes.items()
-            }
-            session = Session(run, data, networks, out, device, progress)
+        ranks = among(process_group)
+        with ExitStack() as stack:
+            prepare = partial(
+                self._prepared, config, out, resume, overwrite, progress, ranks, stack
+            )
+            session = ranks.agreed(prepare)
+            networks, run = session.networks, session.run
             fit(
                 self.stages(session),
                 networks,
@@ -325,15 +354,76 @@ class Trainer(Generic[C, R]):
                 checkpoint_every=config.checkpoint_every,
                 progress=progress,
                 drawn=(self.network, lambda network: self.drawn(network, run)),
+                ranks=ranks,
             )
             done = {
-                name: network.averaged.cpu().eval()
+                name: network.plain()
                 for name, network in networks.items()
                 if network.average is not None
             }
-            report = self.report(session, done)
-            _write_report(out, report)
+
+            def measured() -> R:
+                report = self.report(session, done)
+                _write_report(out, report)
+                return report
+
+            report = ranks.once(measured)
         return TrainResult(done[self.network], done, report)
+
+    def _prepared(
+        self,
+        config: C,
+        out: Path,
+        resume: bool,
+        overwrite: bool,
+        progress: bool,
+        ranks: Ranks,
+        stack: ExitStack,
+    ) -> tuple[Session[C], dict[str, str]]:
+        """The session, and what must be the same on all ranks."""
+        for name in self.batches:
+            ranks.divide(name, getattr(config, name), config.accumulate)
+        data = load_enough(config.data, size=config.size)
+        device = torch_device(config.device)
+        device = device if ranks.group is None else own_device(device)
+        shape = tuple(data.images.shape[1:])
+        names = data.names if self.conditional(config) else ()
+        run = Run(config, shape, names, float(data.images.std()))
+        began = self.read_run(out) if resume else None
+        if ranks.first:
+            stack.enter_context(one_writer(out))
+            if began is None:
+                _begin(out, self.name, run, overwrite=overwrite)
+        if began is not None:
+            run = _resumed(out, began, run, self.longer)
+            if run != began and ranks.first:
+                _write_config(out, self.name, run)
+        recipes, path = self.networks(run), out / CHECKPOINT
+        if config.shard and (ranks.group is None or len(recipes) > 1):
+            raise ValueError(
+                "shard needs several ranks and a method of one network, got"
+                f" {ranks.world} ranks and {len(recipes)} networks of {self.name}"
+            )
+        if began is not None and path.exists():
+            modules = {f"{prefix(name)}model.": r.module for name, r in recipes.items()}
+            checkpoint.check_shapes(path, modules)
+        networks = {
+            name: TrainedNetwork(
+                r.module().to(device),
+                lr=r.lr,
+                ema=r.ema,
+                betas=r.betas,
+                clip=config.clip,
+                precision=config.precision,
+                compiled=config.compile,
+                ranks=ranks,
+                shard=config.shard,
+            )
+            for name, r in recipes.items()
+        }
+        facts = {name: str(value) for name, value in _flat(run).items()}
+        facts["the number of images"] = str(len(data.images))
+        return Session(run, data, networks, out, device, progress, ranks), facts
 
     def drawn(self, network: nn.Module, run: Run[C]) -> tuple[Tensor, int, Sequence[str]]:
         """Samples of a network in training, in how many columns to show them, and their names."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,14 @@ from fewstep._torch import seeded
 from fewstep.data.images import Images
 from fewstep.methods import Queues, WFlow, features, sample_scales
 from fewstep.methods.problems import Features
+from fewstep.methods.ranks import Hold
 from fewstep.metrics.summary import MetricRow, format_report, report
 from fewstep.networks import MLPGenerator, check_network, generator_noise, in_batches
 from fewstep.networks import generator as generator_of
 from fewstep.training import plots
 from fewstep.training.encoder import features_of
-from fewstep.training.loop import Stage
+from fewstep.training.loop import Losses, Stage
+from fewstep.training.ranks import Ranks
 from fewstep.training.runs import (
     PICTURE,
     NetworkRecipe,
@@ -238,6 +240,16 @@ def _stages(session: Session[WFlowConfig]) -> list[Stage]:
         with torch.no_grad():
             spaces(data.images[:2].to(device))  # before any step, an error of what it returns
 
+    ranks, micro = session.ranks, config.accumulate
+    flow = config.flow if micro == 1 else replace(config.flow, micro_batches=micro)
+    groups = min(config.groups, len(classes))
+    hold: Hold = "groups" if groups % ranks.world == 0 else "points"
+    if hold == "points":
+        ranks.divide(f"batch, for {groups} classes on {ranks.world} ranks,", config.batch, 1)
+    # Of noise [2, G, N, Z] and real images [G, M, ...], and of [G, ..] besides.
+    mine = {"groups": (1, 0), "points": (2, 1)}[hold]
+    own = partial(_share, ranks)
+
     def update(step: int) -> dict[str, Tensor]:
         labels, noise, real = _draw(config, classes, step)
         rng = seeded(config.seed, _MORE + step)
@@ -253,18 +265,26 @@ def _stages(session: Session[WFlowConfig]) -> list[Stage]:
                 away = queues[1].draw(total, generator=rng)
             else:
                 away = data.images[torch.randint(len(data.images), (total,), generator=rng)]
-            away = away.reshape(len(labels), config.uncond, *away.shape[1:])
+            away = own(away.reshape(len(labels), config.uncond, *away.shape[1:]), mine[1])
+            scale = own(scale, 0) if hold == "groups" else scale
             guidance = {"uncond": away.to(device), "scale": scale.to(device)}
-        loss, metrics = config.flow(
-            network.model,
-            noise.to(device),
-            real.to(device),
-            labels.to(device) if run.classes else None,
-            features=spaces,
-            **guidance,
-        )
-        network.step(loss, step / config.steps, step)
-        return {"drift": metrics.pop("drift"), "loss": loss, **metrics}
+        noise, real = own(noise, mine[0]), own(real, mine[1])
+        labels = own(labels, 0) if hold == "groups" else labels
+
+        def loss() -> Losses:
+            return flow(
+                network.model,
+                noise.to(device),
+                real.to(device),
+                labels.to(device) if run.classes else None,
+                features=spaces,
+                process_group=ranks.group,
+                ranks_hold=None if ranks.group is None else hold,
+                **guidance,
+            )
+
+        found = network.step([loss], step / config.steps, step)
+        return {"drift": found.pop("drift"), **found}
 
     def begin(step: int) -> None:
         if step == 0 and queues is not None:
@@ -284,6 +304,11 @@ def _stages(session: Session[WFlowConfig]) -> list[Stage]:
     if encoder is not None:  # a resumed run has the weights that it began with
         state |= {f"features.{name}": t for name, t in encoder.state_dict().items()}
     return [Stage("", config.steps, update, begin, state)]
+
+
+def _share(ranks: Ranks, t: Tensor, axis: int) -> Tensor:
+    """A rank's part of a tensor that all have."""
+    return t.tensor_split(ranks.world, axis)[ranks.rank]
 
 
 def _with_patches(sizes: tuple[int, ...], images: Tensor) -> dict[str, Tensor]:
@@ -347,5 +372,6 @@ TRAINER = Trainer(
     report=evaluate,
     sample=sample,
     network="",
+    batches=(),
 )
 preset, read_run, train = TRAINER.preset, TRAINER.read_run, TRAINER.train

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fewstep._ranks import agreed, check_group, checksum, gathered, summed
 from fewstep._torch import untraced
 from fewstep.ops.sinkhorn import split
 from fewstep.ops.sinkhorn.canonical import canonical_problem
@@ -19,7 +20,6 @@ from fewstep.ops.sinkhorn.inputs import (
     initial_potential,
     mean_costs,
 )
-from fewstep.ops.sinkhorn.ranks import agreed, check_group, checksum, gathered, summed
 from fewstep.ops.sinkhorn.result import CanonicalProblem, SinkhornResult
 from fewstep.ops.sinkhorn.split import Solved, Split
 from fewstep.reference.costs import OF_POINTS

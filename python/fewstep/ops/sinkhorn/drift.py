@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from fewstep._names import Backend, DistanceCost, Form, Precision
+from fewstep._ranks import warn_of_ranks
 from fewstep._results import brief, takes_arrays
 from fewstep.ops.sinkhorn import drift_ranks
 from fewstep.ops.sinkhorn.drift_inputs import FORMS, canonical_drift
-from fewstep.ops.sinkhorn.ranks import warn_of_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

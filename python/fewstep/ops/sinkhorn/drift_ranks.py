@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fewstep._ranks import agreed, check_group, checksum, gathered, summed
 from fewstep._torch import untraced, wide
 from fewstep.ops.sinkhorn.drift_inputs import CanonicalDrift, canonical_drift
-from fewstep.ops.sinkhorn.ranks import agreed, check_group, checksum, gathered, summed
 from fewstep.reference.costs import COSTS, distances
 from fewstep.reference.drift import MIN_RMS, MIN_SCALE, Outputs
 

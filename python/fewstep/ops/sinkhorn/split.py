@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep._ranks import gathered, largest, summed
 from fewstep.ops.sinkhorn import dispatch
 from fewstep.ops.sinkhorn.function import call
-from fewstep.ops.sinkhorn.ranks import gathered, largest, summed
 from fewstep.ops.sinkhorn.schedule import annealed, largest_cost
 from fewstep.reference.part import blocks
 from fewstep.reference.sinkhorn import (

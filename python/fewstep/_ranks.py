@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,11 @@ from fewstep._torch import is_dual, is_transformed
 
 T = TypeVar("T")
 Facts = dict[str, Any]
-_warned = False
+_warned = _looked_after = False
+
+
+class RankError(ValueError):
+    """What a rank raises for another one's sake."""
 
 
 def check_group(op: str, group: Any, tensors: dict[str, Any]) -> None:
@@ -65,11 +70,12 @@ def agreed(
     `local` returns that, facts that must be the same on all ranks, and facts of its rank. Where it
     raises on one rank, or facts differ, all ranks raise.
     """
-    mine: T | None = None
+    made: list[T] = []
     error, shared, own = None, Facts(), Facts()
     try:
         _check_device(op, group, x)
         mine, shared, own = local()
+        made.append(mine)
     except Exception as caught:
         error = caught
     told: list[Any] = [None] * dist.get_world_size(group)
@@ -81,7 +87,7 @@ def agreed(
         raise error
     for rank, (theirs, _, _) in enumerate(told):
         if theirs is not None:
-            raise ValueError(f"{op}: rank {rank} of process_group raises: {theirs}")
+            raise RankError(f"{op}: rank {rank} of process_group raises: {theirs}")
     first = told[0][1]
     for rank, (_, facts, _) in enumerate(told):
         for name in [*first, *(name for name in facts if name not in first)]:
@@ -90,8 +96,7 @@ def agreed(
                     f"{op}: {name} must be the same on all ranks of process_group, got"
                     f" {first.get(name)} on rank 0 and {facts.get(name)} on rank {rank}"
                 )
-    assert mine is not None
-    return mine, [facts for _, _, facts in told]
+    return made[0], [facts for _, _, facts in told]
 
 
 def checksum(t: Tensor | None) -> str:
@@ -130,10 +135,21 @@ def gathered(t: Tensor, counts: list[int], group: Any) -> list[Tensor]:
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
+@contextmanager
+def looked_after() -> Iterator[None]:
+    """Calls of ops in the block are of one process by intent."""
+    global _looked_after
+    before, _looked_after = _looked_after, True
+    try:
+        yield
+    finally:
+        _looked_after = before
+
+
 def warn_of_ranks(op: str, what: str) -> None:
     """Once, where there are other ranks that a call does not look at."""
     global _warned
-    if torch.compiler.is_compiling() or _warned:
+    if torch.compiler.is_compiling() or _warned or _looked_after:
         return
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
