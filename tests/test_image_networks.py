@@ -204,6 +204,18 @@ def test_a_generator_is_a_function_of_its_noise(body: ImageBody, styles: int) ->
     torch.testing.assert_close(made(other, labels, scale), near)
 
 
+def test_autocast(body: ImageBody) -> None:
+    """Without a warning that kernels are not fused; tokens are summed in float32."""
+    made = filled(ImageGenerator(body, classes=3, guided=True, styles=2)).eval()
+    noise, scale = torch.randn(4, made.noise_dim), torch.rand(4) + 1
+    inputs = noise, torch.tensor([0, 1, 2, 2]), scale
+    with torch.no_grad():
+        exact = made(*inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = made(*inputs)
+    assert (found - exact).norm() <= 4 * torch.finfo(torch.bfloat16).eps * exact.norm()
+
+
 def test_styles_are_uniform() -> None:
     made = ImageGenerator(BODIES["convolutions"](SHAPE), styles=2, codebook=5)
     assert made.style is not None

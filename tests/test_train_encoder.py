@@ -127,6 +127,19 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_parts_of_a_batch_count_by_what_is_masked(
+    trained: tuple[EncoderConfig, Path], tmp_path: Path
+) -> None:
+    losses = []
+    for parts in (1, 4):
+        config = replace(trained[0], steps=3, log_every=1, accumulate=parts)
+        encoder.train(config, tmp_path / str(parts), progress=False)
+        lines = (tmp_path / str(parts) / "metrics.csv").read_text().splitlines()[1:]
+        losses.append(torch.tensor([float(line.split(",")[2]) for line in lines]))
+    assert len(losses[0]) == 3
+    torch.testing.assert_close(*losses)
+
+
 class Maps(nn.Module):
     """A user's encoder."""
 

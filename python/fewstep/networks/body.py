@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep._checks import count
+from fewstep.networks.mlp import like
 
 _MOST_BYTES = 2**28  # of the widest activations of a call without gradient
 
@@ -72,6 +74,14 @@ class ImageBody(nn.Module):
     def images(self, patches: Tensor) -> Tensor:
         """Images `[B, C, H, W]` of the values of patches `[B, C, patch, patch, h, w]`."""
         return patches.permute(0, 1, 4, 2, 5, 3).reshape(patches.shape[0], *self.image_shape)
+
+
+class RMSNorm(nn.RMSNorm):
+    """An `nn.RMSNorm` whose weight is in the dtype of x, which the fused kernels need."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, like(self.weight, x), self.eps)
 
 
 def in_batches(network: nn.Module) -> Callable[..., Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep._checks import count
-from fewstep.networks.body import ImageBody
+from fewstep.networks.body import ImageBody, RMSNorm
 from fewstep.networks.conv import ImageConvNet
 from fewstep.networks.mlp import fourier, like
 from fewstep.networks.transformer import ImageTransformer
@@ -83,7 +83,7 @@ class ImageGenerator(nn.Module):
         self.scale: nn.Sequential | None = None
         if guided:
             mlp = (nn.Linear(_ANGLES, width), nn.SiLU(), nn.Linear(width, width))
-            self.scale = nn.Sequential(*mlp, nn.RMSNorm(width, eps=1e-6))
+            self.scale = nn.Sequential(*mlp, RMSNorm(width, eps=1e-6))
             frequencies = torch.arange(_ANGLES // 2) * (2 * math.log(_SLOWEST) / _ANGLES)
             self.register_buffer("frequencies", frequencies.exp(), persistent=False)
 

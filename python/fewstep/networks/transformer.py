@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep._checks import count
-from fewstep.networks.body import ImageBody
+from fewstep.networks.body import ImageBody, RMSNorm
 from fewstep.networks.mlp import like
 
 _EPS, _BASE, _STD = 1e-6, 10_000.0, 0.02
@@ -84,7 +84,7 @@ class ImageTransformer(ImageBody):
         self.to_registers = nn.Linear(self.width, self.width) if registers else None
         self.first = nn.Linear(values, self.width)
         self.layers = nn.ModuleList(_Layer(self.width, heads) for _ in range(depth))
-        self.norm = nn.RMSNorm(self.width, eps=_EPS)
+        self.norm = RMSNorm(self.width, eps=_EPS)
         self.modulation = nn.Linear(self.width, 2 * self.width)
         self.last = nn.Linear(self.width, values)
         for module in self.modules():
@@ -107,7 +107,7 @@ class ImageTransformer(ImageBody):
         """Map images `[B, C, H, W]` and a condition `[B, width]` to `[B, C, H, W]`."""
         active = F.silu(condition)
         tokens = self.first(self.patches(x).flatten(4).flatten(1, 3).transpose(1, 2))
-        tokens = tokens + like(self.positions, tokens)
+        tokens = tokens + self.positions  # under autocast the sum is float32, and stays so
         count = len(self.registers)
         if self.to_registers is not None:
             own = self.to_registers(condition)[:, None] + self.registers
@@ -126,9 +126,9 @@ class _Layer(nn.Module):
         super().__init__()
         self.heads = heads
         hidden = -(-(8 * width // 3) // 32) * 32
-        self.norm1, self.norm2 = (nn.RMSNorm(width, eps=_EPS) for _ in range(2))
+        self.norm1, self.norm2 = (RMSNorm(width, eps=_EPS) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=_EPS) for _ in range(2))
+        self.q_norm, self.k_norm = (RMSNorm(width // heads, eps=_EPS) for _ in range(2))
         self.up, self.down = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
         self.modulation = nn.Linear(width, 6 * width)
 

@@ -132,14 +132,15 @@ def _stages(session: Session[EncoderConfig]) -> list[Stage]:
         images = data.images[chosen]
         masks = patch_masks(images, patch=config.patch, share=config.share, generator=rng)
 
-        def loss(rows: slice) -> Losses:
-            own, hidden = (t[rows].to(session.device) for t in (images, masks))
-            # A mean over the masked values of the whole batch.
-            share = masks[rows].double().mean() / masks.double().mean()
-            return masked_error(network.model(own, hidden), own, hidden) * float(share), {}
+        def loss(rows: slice, ids: Tensor, rng: torch.Generator) -> Losses:
+            own, hidden = images[rows].to(session.device), masks[rows].to(session.device)
+            error = masked_error(network.model(own, hidden), own, hidden)
+            # Parts count by the values that are masked in them, as in a batch of all.
+            share = masks[rows].float().mean() / masks.float().mean().clamp_min(1e-12)
+            return error * share.to(session.device), {}
 
-        parts = [partial(loss, rows) for rows, *_ in session.parts(config.batch, rng)]
-        return network.step(parts, step / config.steps, step)
+        parts = session.parts(config.batch, rng)
+        return network.step([partial(loss, *part) for part in parts], step / config.steps, step)
 
     return [Stage("", config.steps, update)]
 
