@@ -390,6 +390,7 @@ class Trainer(Generic[C, R]):
         names = data.names if self.conditional(config) else ()
         run = Run(config, shape, names, float(data.images.std()))
         began = self.read_run(out) if resume else None
+        self.networks(run)  # raises what it has to say before a folder is touched
         if ranks.first:
             stack.enter_context(one_writer(out))
             if began is None:
