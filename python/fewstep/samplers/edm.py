@@ -270,9 +270,8 @@ def edm_plan(
     """
     sigma = levels.T  # [N + 1, R]
     if solver == "dpm++2m":
-        given = sigma[:-1]
-        estimate = torch.zeros_like(given), torch.ones_like(given)
-        return multistep_plan(torch.ones_like(sigma), sigma, sigma, estimate, guidance, lower)
+        one = torch.ones_like(sigma)
+        return multistep_plan(one, sigma, sigma, (None, one[:-1]), guidance, lower)
     steps = sigma.shape[0] - 1
     euler = bool((sigma[-1] == 0).all())
     hat = sigma[:-1] * (1 + churn.gamma(sigma[:-1], steps))

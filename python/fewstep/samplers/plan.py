@@ -220,7 +220,7 @@ def multistep_plan(
     alpha: Tensor,
     sigma: Tensor,
     levels: Tensor,
-    estimate: tuple[Tensor, Tensor],
+    estimate: tuple[Tensor | None, Tensor],
     guidance: Guidance | None,
     lower_order_final: bool = False,
 ) -> Plan:
@@ -233,7 +233,7 @@ def multistep_plan(
     Args:
         alpha, sigma: at the nodes, `[S + 1, R]`.
         levels: of the nodes, as the network has them.
-        estimate: e_1 and e_2 of `D = e_1 x + e_2 F`, `[S, R]`.
+        estimate: e_1, or None for 0, and e_2 of `D = e_1 x + e_2 F`, `[S, R]`.
         guidance: of the network's outputs.
         lower_order_final: whether k is 0 in the last step.
     """
@@ -259,7 +259,8 @@ def multistep_plan(
 
     def describe() -> tuple[Tensor, Tensor]:
         path = stacked(levels, alpha, sigma, torch.cat((q, one)))
-        return path, stacked(ones, own, out, ones if weight is None else weight)
+        of_x = torch.zeros_like(q) if own is None else own
+        return path, stacked(ones, of_x, out, ones if weight is None else weight)
 
     return Plan(
         rows(table[:, None], start),
@@ -270,7 +271,7 @@ def multistep_plan(
         describe=describe,
         single=True,
         plain=plain,
-        pull=-own / out if bool(own.any()) else None,
+        pull=None if own is None else -own / out,
     )
 
 

@@ -123,7 +123,8 @@ def heun_solve(
 
     Args:
         velocity (Callable): `velocity(x, t)` with t `[B]`, float32 at least, of the shape of x.
-        x (Tensor): `[B, ...]` at the first time. The network is called with its dtype.
+        x (Tensor): `[B, ...]` at the first time. The network is called with its dtype. In half
+            precision what it returns may be float32.
         times (Tensor | Sequence[float]): nodes of the steps, `[S + 1]`, or `[B, S + 1]` for nodes
             of each sample. They increase, or decrease, at every step of a sample.
         log_density (Tensor | None): log-density `[B]` at the first time. The result has its dtype,
