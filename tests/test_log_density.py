@@ -81,7 +81,7 @@ def test_conversions_at_the_ends_of_vp() -> None:
     assert torch.equal(convert(1.0, target="denoiser"), x)  # there is no noise
     assert torch.equal(convert(0.0, target="noise"), x)  # there is nothing else
     for t in (-0.1, 1.5, math.nan, torch.tensor([0.5, 1.1, 0.2])):
-        with pytest.raises(ValueError, match="t must be from 0 to 1 for path 'vp', got"):
+        with pytest.raises(ValueError, match=r"t must be .*, got"):
             convert(t, target="denoiser")
 
 

@@ -117,8 +117,7 @@ def convert(
 
     Returns:
         Tensor: prediction of the other kind, of the shape and dtype of x. Scores, and what is
-        divided by a or b, are infinite or NaN where a or b vanishes, as is all that is made from
-        "dx/dalphas_cumprod". Keep t away from there.
+        divided by a or b, are infinite or NaN where a or b vanishes. Keep t away from there.
 
     Raises:
         ValueError: an unknown kind or path, or shapes that do not fit; not on a GPU, t outside of
@@ -151,7 +150,10 @@ def convert(
     if source == target:
         return value
     a, b, da, db = coefficients(path, t.reshape(-1, *(1,) * (x.ndim - 1)))
-    if source == named:
+    if source == named and path == "vp":  # a' and b' are infinite at the ends, but not these
+        moved = 2 * a * b * value
+        denoiser, noise = a * x + b * moved, b * x - a * moved
+    elif source == named:
         turn = a * db - da * b
         denoiser, noise = (db * x - b * value) / turn, (a * value - da * x) / turn
     else:
