@@ -105,6 +105,19 @@ def test_entropy_far_from_convergence_at_a_tiny_eps(options: dict[str, Any], eps
     assert error < 16 * ulps
 
 
+@pytest.mark.parametrize("update", ["alternating", "symmetric"])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("cost", ["dot", "sqeuclidean", "euclidean", "l1"])
+def test_the_cost_of_a_point_without_a_partner(update: Any, backend: Any, cost: Any) -> None:
+    x, y = torch.randn(2, 2, 2, 3).double()
+    a = torch.tensor([[0.0, 1.0], [0.5, 0.5]]).double()  # the first problem has no partner for y_1
+    options = {"eps": 0.3, "update": update, "backend": backend, "exclude_diagonal": 0}
+    result = fewstep.sinkhorn(x, y, a=a, cost=cost, **options)
+    assert result.value[0] == result.cost()[0] == torch.inf
+    assert not result.converged[0]
+    assert result.cost()[1].isfinite()
+
+
 def through_weights(x: Tensor, y: Tensor, la: Tensor, lb: Tensor, options: dict[str, Any]) -> Any:
     free = options.get("reach") is not None
     a, b = (w.exp() if free else w.softmax(-1) for w in (la, lb))

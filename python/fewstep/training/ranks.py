@@ -21,8 +21,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from fewstep._ranks import RankError, agreed, check_group
 
@@ -214,6 +212,9 @@ def joined() -> Iterator[Any]:
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise ValueError(f"train: WORLD_SIZE needs {missing[0]} beside it, as torchrun sets them")
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))

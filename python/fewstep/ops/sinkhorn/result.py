@@ -339,7 +339,7 @@ class SinkhornResult:
 
         It is differentiable once in x, y, a, b and C: the plan depends on them, with implicit
         derivatives at convergence. `value`, whose derivatives hold the plan fixed, is cheaper to
-        differentiate.
+        differentiate. Like `value`, it is inf where a point with weight has no partner.
 
         Raises:
             ConvergenceError: in the backward pass or forward mode, far from convergence.
@@ -358,7 +358,9 @@ class SinkhornResult:
             autograd.check_digits(problem, constants)
             f, g = autograd.potentials(problem, constants)
             parts.append(autograd.plan_cost(problem._replace(f=f, g=g), constants))
-        return torch.stack(parts, 1).reshape(self._problem.values)
+        found = torch.stack(parts, 1).reshape(self._problem.values)
+        # Points without a partner have potentials without digits.
+        return torch.where(self.value.detach() == torch.inf, torch.inf, found)
 
     def entropy(self) -> Tensor:
         """How far the plan spreads, from 0 to 1 (to rounding) for independent marginals, `[..]`.
