@@ -110,7 +110,9 @@ def test_edm_sample(backend: str) -> None:
 
 def test_tables_of_known_schedules_are_copied_to_a_device_once() -> None:
     plans = [
-        edm._known_plan((3, 0.002, 80.0, 7.0), edm.Churn(), 0.5, "heun", torch.device("meta"))
+        edm._known_plan(
+            *((3, 0.002, 80.0, 7.0), edm.Churn(), 0.5, "heun", torch.device("meta")), False, False
+        )
         for _ in range(2)
     ]
     assert plans[0].table.is_meta

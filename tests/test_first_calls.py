@@ -23,6 +23,7 @@ from fewstep.ops.trace import inputs, log_density
 from fewstep.reference.costs import NAMES, OF_DISTANCE
 from fewstep.reference.sinkhorn import PRECISIONS
 from fewstep.samplers import edm, multistep, schedules
+from fewstep.samplers import inputs as sampler_inputs
 
 rng = torch.Generator().manual_seed(0)
 X, Y = torch.randn(2, 6, 3, generator=rng), torch.randn(2, 7, 3, generator=rng) + 1
@@ -195,7 +196,7 @@ def _raises(x: Tensor, t: Tensor) -> Tensor:
         (_names.Probe, inputs.PROBES),
         (_names.OdeMethod, log_density.METHODS),
         (_names.Tracker, log_density.TRACKERS),
-        (_names.SamplerTracker, edm.TRACKERS),
+        (_names.SamplerTracker, sampler_inputs.TRACKERS),
         (_names.SamplerSolver, edm.SOLVERS),
         (_names.State, STATES),
         (_names.Reuse, multistep.MODES),

@@ -514,7 +514,7 @@ def test_command(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (":x", "teacher: must be a folder, a checkpoint or MODULE:NAME, got ':x'"),
         ("", "teacher: must be a folder, a checkpoint or MODULE:NAME, got ''"),
         (".x:y", "teacher: .x:y cannot be imported"),
-        (f"{__name__}:Denoiser", "must be a fewstep.data.generate.Teacher, got Denoiser"),
+        (f"{__name__}:Denoiser", "when called without arguments, got Denoiser"),
         (str(tmp_path), "holds no run of fewstep"),
     ):
         assert cli.main(["pairs", "--teacher", teacher, "--out", out]) == 2

@@ -12,7 +12,7 @@ from fewstep.ops.sinkhorn import dispatch
 from fewstep.reference import part as reference
 from fewstep.reference.sinkhorn import Points
 from support import sinkhorn_ranks as cases
-from support.ranks import of_processes
+from support.processes import of_processes
 from tolerances import assert_contract
 
 pytestmark = pytest.mark.filterwarnings("ignore:sinkhorn_divergence. not converged")

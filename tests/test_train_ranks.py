@@ -16,7 +16,7 @@ import torch
 
 from fewstep.training import checkpoint
 from support import train_ranks as cases
-from support.ranks import Found, of_processes
+from support.processes import Found, of_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*real beside")
 

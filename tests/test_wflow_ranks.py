@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from support import flow_ranks as cases
-from support.ranks import Found, of_processes
+from support.processes import Found, of_processes
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])

@@ -1,6 +1,6 @@
 """Steps of W-Flow and of drifting over the ranks of a process group, in float64, under DDP.
 
-`support.ranks.of_processes` runs it.
+`support.processes.of_processes` runs it.
 """
 
 from __future__ import annotations
@@ -192,6 +192,6 @@ def find(rank: int, world: int, group: Any) -> Saved:
 
 
 if __name__ == "__main__":
-    from ranks import serve
+    from processes import serve
 
     serve(find)

@@ -1,6 +1,6 @@
 """Transport over the ranks of a process group: what each of some processes has of a problem.
 
-`support.ranks.of_processes` runs it.
+`support.processes.of_processes` runs it.
 """
 
 from __future__ import annotations
@@ -274,6 +274,6 @@ def find(rank: int, world: int, group: Any) -> Saved:
 
 
 if __name__ == "__main__":
-    from ranks import serve
+    from processes import serve
 
     serve(find)

@@ -1,6 +1,6 @@
 """Runs of all methods over the ranks of a process group, without their reports.
 
-`support.ranks.of_processes` runs it.
+`support.processes.of_processes` runs it.
 """
 
 from __future__ import annotations
@@ -137,6 +137,6 @@ def find(rank: int, world: int, group: Any) -> Found:
 
 
 if __name__ == "__main__":
-    from ranks import serve
+    from processes import serve
 
     serve(find)

@@ -113,13 +113,15 @@ class _OfPairs(torch.autograd.Function):
             return cls.along(x, y, ux, uy)
 
 
-class _Distance(_OfPairs):
-    """Euclidean distance by differences, so that it is exact for near points far from the origin.
+class _Traced(torch.autograd.Function):
+    """A Function of x and y for Dynamo, which traces none that has a forward derivative."""
 
-    `torch.cdist` has no second derivative; this backward is made of differentiable ops.
-    The derivative at coinciding points is taken as 0.
-    """
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Pair, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
+
+class _TracedDistance(_Traced):
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
         return distances(x, y)
@@ -130,12 +132,22 @@ class _Distance(_OfPairs):
         w = _over_distance(grad, x, y)
         return _pull(w, x, y), _pull(w.mT, y, x)
 
+
+class _Distance(_OfPairs):
+    """Euclidean distance by differences, so that it is exact for near points far from the origin.
+
+    `torch.cdist` has no second derivative; this backward is made of differentiable ops.
+    The derivative at coinciding points is taken as 0.
+    """
+
+    forward, backward = _TracedDistance.forward, _TracedDistance.backward
+
     @classmethod
     def along(cls, x: Tensor, y: Tensor, ux: Tensor, uy: Tensor) -> Tensor:
         return _over_distance(_push(x, y, ux, uy), x, y)
 
 
-class _SquaredDistance(_OfPairs):
+class _TracedSquaredDistance(_Traced):
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
         return distances(x, y).square()
@@ -145,14 +157,16 @@ class _SquaredDistance(_OfPairs):
         x, y = ctx.saved_tensors
         return 2 * _pull(grad, x, y), 2 * _pull(grad.mT, y, x)
 
+
+class _SquaredDistance(_OfPairs):
+    forward, backward = _TracedSquaredDistance.forward, _TracedSquaredDistance.backward
+
     @classmethod
     def along(cls, x: Tensor, y: Tensor, ux: Tensor, uy: Tensor) -> Tensor:
         return 2 * _push(x, y, ux, uy)
 
 
-class _Product(_OfPairs):
-    """`x @ y` in their own dtype, whatever autocast says, and so are its derivatives."""
-
+class _TracedProduct(_Traced):
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
         with exactly(x.device):
@@ -163,14 +177,33 @@ class _Product(_OfPairs):
         x, y = ctx.saved_tensors
         return _product(grad, y.mT), _product(x.mT, grad)
 
+
+class _Product(_OfPairs):
+    """`x @ y` in their own dtype, whatever autocast says, and so are its derivatives."""
+
+    forward, backward = _TracedProduct.forward, _TracedProduct.backward
+
     @classmethod
     def along(cls, x: Tensor, y: Tensor, ux: Tensor, uy: Tensor) -> Tensor:
         return _product(ux, y) + _product(x, uy)
 
 
-_distance: Callable[[Tensor, Tensor], Tensor] = _Distance.apply
-_squared_distance: Callable[[Tensor, Tensor], Tensor] = _SquaredDistance.apply
-_product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
+def _applied(traced: type[_Traced], of_pairs: type[_OfPairs], x: Tensor, y: Tensor) -> Tensor:
+    of = traced if torch.compiler.is_compiling() else of_pairs
+    out: Tensor = of.apply(x, y)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _distance(x: Tensor, y: Tensor) -> Tensor:
+    return _applied(_TracedDistance, _Distance, x, y)
+
+
+def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
+    return _applied(_TracedSquaredDistance, _SquaredDistance, x, y)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    return _applied(_TracedProduct, _Product, x, y)
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
